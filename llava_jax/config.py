@@ -1,0 +1,368 @@
+"""What a run is: frozen dataclasses. A config file is Python that builds one and calls it `config`.
+
+A run is a *recipe* (what is learned) and a *plan* (how it fits). `memory`, `mesh` and
+`batch.micro_size` are the plan; they never change a number of the recipe.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import re
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Tuning = Literal["frozen", "lora", "full"]
+
+LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+PLAN_FIELDS = ("memory", "mesh", "batch.micro_size")
+"""The fields that say how a run fits. All others are the recipe."""
+
+
+class ConfigError(Exception):
+    """A mistake in a config file or on the command line; its text says where and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer. Field names are those of Hugging Face's CLIPVisionConfig."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling. Field names are those of Hugging Face's `rope_scaling`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlmConfig:
+    """A LLaMA decoder. Field names are those of Hugging Face's LlamaConfig."""
+
+    vocab_size: int = 32064
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaVA: vision tower, two-layer projector, decoder."""
+
+    vision: VisionConfig = VisionConfig()
+    llm: LlmConfig = LlmConfig()
+    image_token_id: int = 32000
+    pad_token_id: int = 32001
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    projector_hidden_act: str = "gelu"
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens one image takes in the sequence."""
+        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Where the separate parts of a LLaVA lie: a decoder, a CLIP, perhaps a projector."""
+
+    llm: str
+    vision: str
+    projector: str | None = None
+
+
+def _parse_source(words: list[str]) -> str | Parts | None:
+    """A source on the command line: a path, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`."""
+    (word,) = words
+    if word == "None":
+        return None
+    if not word.startswith("llm="):
+        return word
+    return Parts(**dict(part.split("=", 1) for part in word.split(",")))
+
+
+def _format_source(source: str | Parts | None) -> list[str]:
+    if not isinstance(source, Parts):
+        return [str(source)]
+    parts = dataclasses.asdict(source).items()
+    return [",".join(f"{name}={value}" for name, value in parts if value)]
+
+
+Source = Annotated[
+    str | Parts | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|DIR|HUB-ID|llm=DIR,vision=DIR[,projector=FILE]",
+        instance_from_str=_parse_source,
+        is_instance=lambda value: value is None or isinstance(value, str | Parts),
+        str_from_instance=_format_source,
+    ),
+]
+"""Where weights come from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """What trains: nothing, LoRA adapters, or every weight, for each part."""
+
+    llm: Tuning = "lora"
+    vision: Tuning = "frozen"
+    projector: Literal["frozen", "full"] = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """LoRA as PEFT means it: y = W x + (alpha / rank) B A dropout(x)."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LLM_LINEARS
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    Attributes:
+        path: LLaVA JSON file, or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
+        image_root: Folder that the records' image paths are relative to.
+        template: Name of a template in data/conversation.py.
+        image_aspect: "pad" to a square of the mean colour, or "crop" the centre.
+        max_length: Longest sequence in tokens, images expanded; longer ones are cut.
+        buckets: Lengths that batches are padded to; empty means max_length alone.
+        max_images: Most images in one sample; None counts them in the data.
+        workers: Processes that decode; 0 decodes in the main process.
+        eval_path: Held-out data, in any form that `path` has, with the same image_root.
+        eval_samples: Use only the first so many held-out samples; None uses all.
+    """
+
+    path: str = ""
+    image_root: str = ""
+    template: str = "vicuna_v1"
+    image_aspect: Literal["pad", "crop"] = "pad"
+    max_length: int = 2048
+    buckets: tuple[int, ...] = ()
+    max_images: int | None = None
+    shuffle: bool = True
+    workers: int = 4
+    eval_path: str | None = None
+    eval_samples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """How many samples make a step.
+
+    Attributes:
+        global_size: Samples per optimizer step, over all devices.
+        micro_size: Samples per device and forward pass; None leaves it to the plan.
+        loss_weighting: "token" weighs every supervised token of the step alike. "sample_mean" takes
+            the token mean over each `loss_group` consecutive samples, then the plain mean of
+            those: LLaVA's published form, whose group was one GPU's micro-batch.
+        loss_group: Samples in a group of "sample_mean".
+    """
+
+    global_size: int = 128
+    micro_size: int | None = None
+    loss_weighting: Literal["token", "sample_mean"] = "token"
+    loss_group: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. A group without a rate of its own has `learning_rate`."""
+
+    learning_rate: float = 2e-4
+    projector_learning_rate: float | None = None
+    vision_learning_rate: float | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """The plan: where things lie and what is recomputed. Never changes a result."""
+
+    remat: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 is the rest. `fsdp` shards parameters as ZeRO-3 does.
+
+    Attributes:
+        data: Copies of the model; samples are divided among them.
+        fsdp: Samples are divided among these devices too, and so is every parameter.
+        tensor: Devices that share the heads and feed-forward widths of each layer.
+        show: Print where every parameter lies.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    show: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Save every so many optimizer steps, keep the newest few."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Measuring on held-out data.
+
+    Attributes:
+        every: Steps between measurements; None measures before and after the run only.
+        batch_size: Held-out samples in a batch; None takes batch.global_size.
+        examples: Held-out questions to print with their answers at the end.
+    """
+
+    every: int | None = None
+    batch_size: int | None = None
+    examples: int = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+        name: The run's directory is `{output_dir}/{name}`.
+        output_dir: Nothing is written elsewhere.
+        seed: Of new parameters, dropout and the order of the data.
+        steps: Optimizer steps; None takes `epochs`.
+        epochs: Passes through the data.
+        init_from: Where the weights come from: a Hugging Face directory or hub id, an earlier run's
+            directory, or `Parts`. None makes new ones, for `model`.
+        init_adapter: A PEFT adapter directory to continue from.
+        model: Sizes of a model trained from scratch; None takes those of `init_from`.
+        processor: Directory with the tokenizer and image processor; None takes those of `init_from`.
+        tune: What trains.
+        lora: Adapters of the decoder.
+        vision_lora: Adapters of the vision tower.
+        dtype: What is computed in, and what frozen weights are kept in. What trains, its moments,
+            norms, softmax and the loss are float32.
+    """
+
+    name: str
+    output_dir: str = "runs"
+    seed: int = 42
+    steps: int | None = None
+    epochs: float = 1.0
+    init_from: Source = None
+    init_adapter: str | None = None
+    model: ModelConfig | None = None
+    processor: str | None = None
+    tune: TuneConfig = TuneConfig()
+    lora: LoraConfig = LoraConfig()
+    vision_lora: LoraConfig = LoraConfig(rank=64, alpha=16.0, targets=VISION_LINEARS)
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    mesh: MeshConfig = MeshConfig()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the run over a data set of `samples` samples; the last may wrap round."""
+        return self.steps or math.ceil(self.epochs * samples / self.batch.global_size)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Runs a config file and returns its `config`. The file is code: it can do what Python can.
+
+    Raises:
+        ConfigError: There is no such file, it has no `config`, or a field does not exist.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except TypeError as error:
+        raise ConfigError(f"{path}: {_suggest_field(str(error))}") from error
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{path}: must set `config` to a llava_jax.config.TrainConfig")
+    return config
+
+
+def _suggest_field(message: str) -> str:
+    """Adds the nearest field's name to Python's message about an unknown one."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    cls = globals().get(found[1]) if found else None
+    if not (found and dataclasses.is_dataclass(cls)):
+        return message
+    names = [field.name for field in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(found[2], names, n=1, cutoff=0.0)[0]
+    return f"{found[1]} has no field '{found[2]}'; did you mean '{near}'? It has {', '.join(names)}"
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Reads `--config FILE` and any field's override, e.g. `--optimizer.learning-rate 1e-4`.
+
+    Raises:
+        ConfigError: The file is missing or wrong.
+        SystemExit: The command line is wrong (2), or asked for help (0).
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", required=True)
+    found, rest = first.parse_known_args(argv)
+    return tyro.cli(
+        TrainConfig,
+        default=load_config(found.config),
+        args=rest,
+        prog=f"python -m llava_jax.train --config {found.config}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The whole config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

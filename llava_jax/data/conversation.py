@@ -1,0 +1,292 @@
+"""Conversations as token ids, with a mask of the tokens to learn.
+
+A template is data: the text around the turns. A conversation is rendered to pieces, each a stretch
+of text or one control token (an image, an end of sequence). The text between two control tokens is
+tokenised as one string, and character offsets tell which of its tokens belong to an answer, so the
+mask cannot drift from the ids.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.config import ConfigError
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+class SampleError(Exception):
+    """A sample that cannot be learned from; its text says why. The run goes on without it."""
+
+
+class Turn(NamedTuple):
+    """What one side says."""
+
+    role: Literal["human", "gpt"]
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The text around the turns of a conversation.
+
+    A name in braces is one control token: `{bos}` and `{eos}` are the tokenizer's own (a tokenizer
+    without a `bos` starts without one), any other is looked up by its name, as `{<|eot_id|>}`.
+
+    Attributes:
+        system: Before the first turn.
+        human_prefix: Before each human turn.
+        answer_prefix: Between a human turn and its answer. Spaces at its end are learned with the
+            answer and left to it in prompts: tokenizers join a space to the word that follows.
+        answer_suffix: After each answer, and learned with it.
+        image_suffix: After each image, when text follows it in its turn.
+        keeps_questions: Whether the text of human turns is kept, or only their images.
+    """
+
+    system: str = "{bos}"
+    human_prefix: str = ""
+    answer_prefix: str = ""
+    answer_suffix: str = "{eos}"
+    image_suffix: str = "\n"
+    keeps_questions: bool = True
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(
+        system=(
+            "{bos}A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        ),
+        human_prefix="USER: ",
+        answer_prefix=" ASSISTANT: ",
+    ),
+    "plain": Template(answer_suffix="\n", image_suffix="", keeps_questions=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+        input_ids: Token ids.
+        loss_mask: True where the token is to be learned: answers and what ends them.
+    """
+
+    input_ids: Int32[np.ndarray, " T"]
+    loss_mask: Bool[np.ndarray, " T"]
+
+
+class _Piece(NamedTuple):
+    """A stretch of text, or one control token when `token` is set."""
+
+    text: str
+    token: int | None
+    learned: bool
+
+
+def encode(
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_id: int,
+) -> Encoded:
+    """Encodes a conversation to learn from, one token for each image.
+
+    Every `<image>` in a human turn stands for an image. The images of a turn move to its front, in
+    their order, each followed by the template's `image_suffix`. A leading gpt turn is dropped.
+    Nothing else in the turns is read as a control token.
+
+    Args:
+        turns: The conversation; human and gpt speak in turn.
+        template: The text around the turns.
+        tokenizer: A fast tokenizer.
+        image_token_id: The token that stands for an image.
+
+    Raises:
+        SampleError: The turns do not alternate, or nothing in them is learned.
+        ConfigError: The tokenizer lacks a control token of the template.
+    """
+    pieces = _render(turns, template, tokenizer, image_token_id)
+    encoded = _tokenize(pieces, tokenizer, image_token_id)
+    if not encoded.loss_mask.any():
+        raise SampleError("the conversation has no answer to learn from")
+    return encoded
+
+
+def encode_prompt(
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_id: int,
+) -> Encoded:
+    """Encodes a conversation that ends with a human turn, up to where its answer starts.
+
+    The ids are those that `encode` gives before its answer's first learned token.
+
+    Raises:
+        SampleError: The turns do not alternate, or the last is not human.
+        ConfigError: The tokenizer lacks a control token of the template.
+    """
+    if not turns or turns[-1].role != "human":
+        raise SampleError("a prompt ends with a human turn")
+    pieces = _render(turns, template, tokenizer, image_token_id)
+    pieces += _parse(template.answer_prefix.rstrip(" "), tokenizer)
+    return _tokenize(pieces, tokenizer, image_token_id)
+
+
+def expand_images(
+    encoded: Encoded, image_token_id: int, image_tokens: int, max_length: int | None = None
+) -> Encoded:
+    """Repeats each image token as often as the image has features, then cuts to `max_length`.
+
+    An image that would be cut in two is left out, with all that follows it.
+
+    Args:
+        encoded: One token for each image.
+        image_token_id: The token that stands for an image.
+        image_tokens: Features of an image.
+        max_length: Most tokens to keep; None keeps all.
+
+    Raises:
+        SampleError: The cut leaves nothing to learn of what there was.
+    """
+    is_image = encoded.input_ids == image_token_id
+    widths = np.where(is_image, image_tokens, 1)
+    length = int(widths.sum())
+    if max_length is not None and length > max_length:
+        kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
+        widths = widths[:kept]
+    input_ids = np.repeat(encoded.input_ids[: len(widths)], widths)
+    loss_mask = np.repeat(encoded.loss_mask[: len(widths)], widths)
+    if encoded.loss_mask.any() and not loss_mask.any():
+        raise SampleError(
+            f"its {length} tokens are cut to {max_length}, and no answer is left to learn from; "
+            "raise data.max_length"
+        )
+    return Encoded(input_ids, loss_mask)
+
+
+def count_placeholders(turns: Sequence[Turn]) -> int:
+    """Counts the images that the human turns ask for."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+
+
+def _render(
+    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
+) -> list[_Piece]:
+    turns = _alternating(turns)
+    pieces = _parse(template.system, tokenizer)
+    for turn in turns:
+        if turn.role == "human":
+            pieces += _parse(template.human_prefix, tokenizer)
+            pieces += _render_question(turn.text, template, tokenizer, image_id)
+        else:
+            prefix = template.answer_prefix.rstrip(" ")
+            space = template.answer_prefix[len(prefix) :]
+            pieces += _parse(prefix, tokenizer)
+            pieces.append(_Piece(space + turn.text, None, learned=True))
+            pieces += _parse(template.answer_suffix, tokenizer, learned=True)
+    return pieces
+
+
+def _render_question(
+    text: str, template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
+) -> list[_Piece]:
+    images = text.count(IMAGE_PLACEHOLDER)
+    if images:
+        text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    if not template.keeps_questions:
+        text = ""
+    suffix = _parse(template.image_suffix, tokenizer) if text else []
+    image = [_Piece("", image_id, learned=False), *suffix]
+    return image * images + [_Piece(text, None, learned=False)]
+
+
+def _alternating(turns: Sequence[Turn]) -> Sequence[Turn]:
+    if turns and turns[0].role == "gpt":
+        turns = turns[1:]
+    for index, turn in enumerate(turns):
+        expected = ("human", "gpt")[index % 2]
+        if turn.role != expected:
+            raise SampleError(
+                f"human and gpt do not speak in turn: expected {expected}, found {turn.role} "
+                f"saying {turn.text[:40]!r}"
+            )
+    return turns
+
+
+def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False) -> list[_Piece]:
+    """Splits the text of a template at its control tokens."""
+    pieces = []
+    for index, part in enumerate(re.split(r"\{([^{}]+)\}", text)):
+        if index % 2 == 0:
+            pieces.append(_Piece(part, None, learned))
+        elif (token := _control_token(part, tokenizer)) is not None:
+            pieces.append(_Piece("", token, learned))
+    return [piece for piece in pieces if piece.text or piece.token is not None]
+
+
+def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if name == "bos":
+        return cast("int | None", tokenizer.bos_token_id)
+    if name == "eos":
+        token = tokenizer.eos_token_id
+    else:
+        token = tokenizer.convert_tokens_to_ids(name)
+        token = None if token == tokenizer.unk_token_id else token
+    if token is None:
+        raise ConfigError(
+            f"data.template needs the control token {name!r}, which the tokenizer lacks; "
+            f"choose another of {', '.join(TEMPLATES)}"
+        )
+    return cast("int", token)
+
+
+def _tokenize(
+    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, image_id: int
+) -> Encoded:
+    ids: list[int] = []
+    mask: list[bool] = []
+    for is_text, group in itertools.groupby(pieces, key=lambda piece: piece.token is None):
+        if is_text:
+            run_ids, run_mask = _tokenize_run(list(group), tokenizer)
+            if image_id in run_ids:
+                raise SampleError(f"text other than a placeholder gives the image token {image_id}")
+            ids += run_ids
+            mask += run_mask
+        else:
+            for piece in group:
+                ids.append(cast("int", piece.token))
+                mask.append(piece.learned)
+    return Encoded(np.array(ids, np.int32), np.array(mask, bool))
+
+
+def _tokenize_run(
+    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Tokenises pieces of text as one string; a token with a learned character is learned."""
+    text = "".join(piece.text for piece in pieces)
+    if not text:
+        return [], []
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    learned = np.repeat([piece.learned for piece in pieces], [len(piece.text) for piece in pieces])
+    learned_before = np.concatenate([[0], np.cumsum(learned)])
+    starts, ends = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+    # A token may cover no character (a leading-space token, for one): it goes with the next.
+    ends = np.minimum(np.maximum(ends, starts + 1), len(text))
+    mask = learned_before[ends] > learned_before[starts]
+    return cast("list[int]", encoding["input_ids"]), mask.tolist()

@@ -1,0 +1,151 @@
+"""The easy-VQA benchmark, read from its PyPI package: coloured shapes and questions about them.
+
+https://github.com/vzhou842/easy-VQA (MIT): 4000 + 1000 images of 64 x 64 pixels, one shape each.
+"""
+
+import difflib
+import importlib.resources
+import json
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.resources.abc import Traversable
+from typing import Any, Literal
+
+from llava_jax.config import ConfigError
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
+from llava_jax.data.records import Record
+
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+CAPTION_QUESTION = "What is in the image?"
+
+Split = Literal["train", "test"]
+Question = tuple[str, str, int]
+"""Question, answer, number of the image."""
+
+
+def easy_vqa_records(
+    split: Split,
+    *,
+    negated: bool = True,
+    captions: int = 0,
+    dialogues: int = 0,
+    turns: int = 4,
+    seed: int = 0,
+) -> list[Record]:
+    """Makes records of one split: a conversation for each question, in the file's order, then more.
+
+    Args:
+        split: "train" or "test".
+        negated: Whether to keep the questions with "not" or "no", in every kind of conversation.
+        captions: How often each image also comes with its caption, "a red circle". Images of which
+            the kept questions do not tell both colour and shape have none.
+        dialogues: How many conversations of several questions each image also comes with.
+        turns: Questions in such a conversation, drawn without order; fewer where there are fewer.
+        seed: Of those draws.
+
+    Raises:
+        ConfigError: The package easy_vqa is not installed.
+    """
+    images = str(_folder(split) / "images")
+    records = []
+    by_image: dict[int, list[Question]] = defaultdict(list)
+    for index, question in enumerate(read_questions(split)):
+        family = question_family(question[0])
+        if negated or family != "negated":
+            by_image[question[2]].append(question)
+            records.append(_record(f"{split}-{index}", images, [question], family))
+    for copy in range(captions):
+        for image, asked in by_image.items():
+            colour, shape = image_truth(asked)
+            if colour and shape:
+                caption = (CAPTION_QUESTION, f"a {colour} {shape}", image)
+                name = f"{split}-{image}-caption-{copy}"
+                records.append(_record(name, images, [caption], "caption"))
+    rng = random.Random(seed)
+    for copy in range(dialogues):
+        for image, asked in by_image.items():
+            drawn = rng.sample(asked, min(turns, len(asked)))
+            records.append(_record(f"{split}-{image}-dialogue-{copy}", images, drawn, "dialogue"))
+    return records
+
+
+FORMS = ("without_negation", "captions", "dialogues", "turns", "seed")
+
+
+def parse_source(source: str) -> list[Record]:
+    """Makes the records that a source such as "easy_vqa:train:without_negation:captions=2" names.
+
+    After the split come any of `without_negation`, `captions=N`, `dialogues=N`, `turns=N` and
+    `seed=N`, in any order: the arguments of `easy_vqa_records`.
+
+    Raises:
+        ConfigError: The source is none of these, or the package easy_vqa is not installed.
+    """
+    _, split, *forms = source.split(":")
+    if split not in ("train", "test"):
+        raise ConfigError(f"{source}: the split must be train or test, found {split!r}")
+    options: dict[str, Any] = {}
+    for form in forms:
+        name, _, value = form.partition("=")
+        if name not in FORMS:
+            nearest = difflib.get_close_matches(name, FORMS, n=1) or FORMS
+            raise ConfigError(f"{source}: no form {name!r}; did you mean {nearest[0]!r}?")
+        if name == "without_negation" and not value:
+            options["negated"] = False
+        elif name != "without_negation" and value.isdecimal():
+            options[name] = int(value)
+        else:
+            raise ConfigError(f"{source}: write without_negation alone, the others as captions=2")
+    return easy_vqa_records(split, **options)
+
+
+def read_questions(split: Split) -> list[Question]:
+    """Reads the question-answer pairs of a split, in the file's order."""
+    text = (_folder(split) / "questions.json").read_text(encoding="utf-8")
+    return [(question, answer, image) for question, answer, image in json.loads(text)]
+
+
+def question_family(question: str) -> Literal["colour", "shape", "yes/no", "negated"]:
+    """Tells the kind of a question from its words."""
+    if re.search(r"\b(not|no)\b", question):
+        return "negated"
+    if re.match(r"what color is |what is the color ", question):
+        return "colour"
+    if re.match(r"what shape |what is the \w+ shape", question):
+        return "shape"
+    return "yes/no"
+
+
+def image_truth(questions: Sequence[Question]) -> tuple[str | None, str | None]:
+    """Tells the colour and the shape of an image as far as its questions and answers give them."""
+    colour = shape = None
+    for question, answer, _ in questions:
+        family = question_family(question)
+        if (family, answer) in (("yes/no", "no"), ("negated", "yes")):
+            continue  # All others name what is there: "what color is the circle?", "red".
+        words = [*re.findall(r"\w+", question), answer]
+        colour = next((word for word in words if word in COLOURS), colour)
+        shape = next((word for word in words if word in SHAPES), shape)
+    return colour, shape
+
+
+def _record(name: str, images: str, questions: Sequence[Question], category: str) -> Record:
+    turns = []
+    for index, (question, answer, _) in enumerate(questions):
+        lead = f"{IMAGE_PLACEHOLDER}\n" if index == 0 else ""
+        turns += [Turn("human", lead + question), Turn("gpt", answer)]
+    path = os.path.join(images, f"{questions[0][2]}.png")
+    return Record(f"easy_vqa-{name}", (path,), tuple(turns), category)
+
+
+def _folder(split: Split) -> Traversable:
+    try:
+        return importlib.resources.files("easy_vqa") / "data" / split
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "easy_vqa:... needs the package easy_vqa; pip install 'llava_jax[demo]'"
+        ) from None

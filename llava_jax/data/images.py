@@ -1,0 +1,100 @@
+"""Images as pixels, the way CLIP's processor makes them."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from llava_jax.data.conversation import SampleError
+
+# OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """Resizes, crops and normalises an image.
+
+    Attributes:
+        shortest_edge: The image is resized until its shorter side has so many pixels.
+        crop_height: Height of the centre that is kept; a smaller image is filled with black.
+        crop_width: Width of the centre that is kept.
+        mean: Mean of each channel, of values from 0 to 1.
+        std: Standard deviation of each channel.
+        rescale: Factor that takes a pixel's 0..255 to 0..1.
+        aspect: "pad" first centres the image on a square of the mean colour, so that the crop
+            loses nothing. "crop" keeps the centre.
+    """
+
+    shortest_edge: int = 336
+    crop_height: int = 336
+    crop_width: int = 336
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    rescale: float = 1 / 255
+    aspect: Literal["pad", "crop"] = "pad"
+
+    def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
+        """Returns the normalised pixels, channels first, H = crop_height and W = crop_width."""
+        image = _to_rgb(image)
+        if self.aspect == "pad":
+            image = _pad_to_square(image, self.mean)
+        image = _resize_shortest_edge(image, self.shortest_edge)
+        image = _center_crop(image, self.crop_height, self.crop_width)
+        # Each level once, in double precision and back as Hugging Face's processor does.
+        levels = (np.arange(256) * self.rescale).astype(np.float32)
+        mean, std = np.array([self.mean, self.std], np.float32)
+        table = (levels - mean[:, None]) / std[:, None]
+        pixels = np.asarray(image)
+        return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+
+
+def open_image(path: str) -> Image.Image:
+    """Reads an image file whole.
+
+    Raises:
+        SampleError: There is no such file, or it is not an image that Pillow reads.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise SampleError(f"image not found: {path}") from None
+    # Pillow's decoders raise errors of many kinds for broken files.
+    except Exception as error:
+        raise SampleError(f"cannot read image {path}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Lays what is transparent on white, as Hugging Face's processor does (LLaVA dropped it)."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    red, green, blue = (int(channel * 255) for channel in mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _resize_shortest_edge(image: Image.Image, edge: int) -> Image.Image:
+    short, long = sorted(image.size)
+    long = int(edge * long / short)  # rounded down, as Hugging Face's processor does
+    size = (edge, long) if image.width <= image.height else (long, edge)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

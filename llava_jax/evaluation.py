@@ -1,0 +1,182 @@
+"""Measuring a model on held-out data."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.data.batching import Batch
+from llava_jax.data.records import Record
+from llava_jax.inputs import Inputs
+from llava_jax.models.layers import Params
+from llava_jax.step import EvalResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One held-out question as the model answered it."""
+
+    question: str
+    expected: str
+    given: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        loss: Mean over supervised tokens, nats.
+        exact: Samples by category that greedy decoding answers to the letter.
+        samples: Samples by category.
+        examples: Some questions and answers.
+    """
+
+    loss: float
+    exact: dict[str, int]
+    samples: dict[str, int]
+    examples: list[Example]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples that greedy decoding answers to the letter."""
+        return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
+
+
+def evaluate(
+    eval_step: Callable[[Batch], EvalResult],
+    batches: Iterable[tuple[Batch, Sequence[int]]],
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Collection[int] = (),
+) -> Evaluation:
+    """Runs held-out batches through the model.
+
+    Args:
+        eval_step: The compiled step, parameters bound.
+        batches: Host batches with the record index of each real row.
+        records: What the indices refer to.
+        tokenizer: To show answers.
+        shown: Record indices to return as examples.
+    """
+    nll, tokens = 0.0, 0
+    exact, samples = Counter(), Counter()
+    examples = []
+    for batch, indices in batches:
+        result = jax.device_get(eval_step(batch))
+        for row, index in enumerate(indices):
+            if not result.tokens[row]:  # could not be read, or fills up the last batch
+                continue
+            category = records[index].category or "all"
+            samples[category] += 1
+            exact[category] += bool(result.exact[row])
+            nll += float(result.nll[row])
+            tokens += int(result.tokens[row])
+            if index in shown:
+                examples.append(_example(batch, result, row, records[index], tokenizer))
+    return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples)
+
+
+def _example(
+    batch: Batch,
+    result: EvalResult,
+    row: int,
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Example:
+    """The last answer, up to its first wrong token: what follows would not be greedy decoding."""
+    given = _last_run(np.asarray(batch.loss_mask[row]))
+    expected = np.asarray(batch.input_ids[row])[given]
+    predicted = np.asarray(result.predicted[row])[given - 1]
+    wrong = np.flatnonzero(predicted != expected)
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Example(
+        question=record.turns[-2].text.replace("<image>", "").strip(),
+        expected=decode(expected),
+        given=decode(predicted[: wrong[0] + 1] if len(wrong) else predicted),
+    )
+
+
+def _last_run(mask: np.ndarray) -> np.ndarray:
+    """Positions of the last unbroken run of True."""
+    positions = np.flatnonzero(mask)
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    return positions[breaks[-1] + 1 if len(breaks) else 0 :]
+
+
+class HeldOut:
+    """A run's measurements on held-out data, a line each in evaluations.jsonl.
+
+    Args:
+        path: evaluations.jsonl.
+        eval_step: (trainable, host batch) -> result.
+        inputs: The run's data; without held-out records nothing is measured.
+    """
+
+    def __init__(
+        self, path: Path, eval_step: Callable[[Params, Batch], EvalResult], inputs: Inputs
+    ):
+        self._path, self._eval_step, self._inputs = path, eval_step, inputs
+        count, wanted = len(inputs.eval_records), inputs.config.eval.examples
+        self._shown = {i * count // wanted for i in range(wanted)} if count else set()
+
+    def measure(self, step: int, trainable: Params) -> str:
+        """Evaluates after `step` steps; returns a line that says what came out."""
+        inputs = self._inputs
+        if not inputs.eval_records:
+            return "no held-out data (data.eval_path)"
+        result = evaluate(
+            lambda batch: self._eval_step(trainable, batch),
+            inputs.eval_batches(),
+            inputs.eval_records,
+            inputs.tokenizer,
+            self._shown,
+        )
+        row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
+        if jax.process_index() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return (
+            f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
+        )
+
+    def tables(self) -> list[Table]:
+        """The first measurement beside the last, as tables to print."""
+        if not self._path.exists():
+            return []
+        rows = [_from_row(json.loads(line)) for line in self._path.read_text().splitlines()]
+        return [comparison_table(rows[0], rows[-1]), examples_table(rows[0], rows[-1])]
+
+
+def _from_row(row: dict[str, Any]) -> Evaluation:
+    examples = [Example(**example) for example in row["examples"]]
+    return Evaluation(row["loss"], row["exact"], row["samples"], examples)
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> Table:
+    """Accuracy by category, before and after."""
+    table = Table("category", "samples", "before", "after", title="held-out answers, exact match")
+    share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
+    for category, count in sorted(after.samples.items()):
+        right = [evaluation.exact.get(category, 0) for evaluation in (before, after)]
+        table.add_row(category, str(count), *(share(n, count) for n in right))
+    table.add_section()
+    total = sum(after.samples.values())
+    table.add_row("all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after)))
+    table.add_row("loss", "", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    return table
+
+
+def examples_table(before: Evaluation, after: Evaluation) -> Table:
+    """The same questions, before and after."""
+    table = Table("question", "expected", "before", "after", title="sample answers")
+    for old, new in zip(before.examples, after.examples, strict=False):
+        table.add_row(new.question, new.expected, old.given, new.given)
+    return table

@@ -1,0 +1,75 @@
+"""What a run leaves behind: a PEFT adapter, or a whole Hugging Face model."""
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from llava_jax.config import Parts, TrainConfig
+from llava_jax.data.conversation import TEMPLATES
+from llava_jax.hf.model_config import write_model_config
+from llava_jax.hf.peft import save_adapter
+from llava_jax.hf.processor import save_processor
+from llava_jax.hf.weights import save_params
+from llava_jax.models.layers import Params
+from llava_jax.program import Program
+
+
+def export_dir(config: TrainConfig) -> Path:
+    """`adapter/` where adapters train, `model/` where they do not."""
+    has_adapters = "lora" in (config.tune.llm, config.tune.vision)
+    return config.run_dir / ("adapter" if has_adapters else "model")
+
+
+def export(
+    config: TrainConfig,
+    program: Program,
+    processor: Path | Parts,
+    base: Path | Parts | None,
+    fingerprint: str | None,
+    trainable: Params,
+    frozen: Params,
+) -> Path:
+    """Writes what a run has trained, whole or not at all, and returns the directory.
+
+    Args:
+        config: The run.
+        program: Its compiled form.
+        processor: Where its tokenizer and image processor lie.
+        base: Where its weights came from.
+        fingerprint: Of `base`.
+        trainable: What it trains.
+        frozen: The rest.
+    """
+    final = export_dir(config)
+    unfinished = final.with_name(final.name + ".unfinished")
+    if jax.process_index() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    if program.adapters:
+        # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
+        beside = ("vision.",) if config.tune.vision == "full" else ()
+        trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
+        save_adapter(
+            unfinished,
+            trained,
+            program.adapters,
+            program.model_config,
+            base_name=None if base is None else str(base),
+            fingerprint=fingerprint,
+        )
+    else:
+        save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+    if jax.process_index() == 0:
+        if not program.adapters:
+            write_model_config(program.model_config, unfinished, config.dtype)
+        save_processor(
+            processor,
+            unfinished,
+            program.model_config,
+            template=TEMPLATES[config.data.template],
+            aspect=config.data.image_aspect,
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+    return final

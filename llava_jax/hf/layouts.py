@@ -1,0 +1,187 @@
+"""How checkpoints name their tensors.
+
+Our parameters carry Hugging Face's own names, so a layout is no more than a table of prefixes.
+Two things differ inside a name: ours leave the layer index out (blocks are stacked), and the vision
+blocks that never reach the feature are in a stack of their own, `vision.encoder.tail`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable
+
+from llava_jax.config import ModelConfig
+
+
+class LayoutError(Exception):
+    """Tensor names that no known layout explains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way of naming tensors.
+
+    Attributes:
+        name: What it is called in messages.
+        prefixes: From the start of our name to the start of the file's; the longest match counts.
+    """
+
+    name: str
+    prefixes: dict[str, str]
+
+    def holds(self, path: str) -> bool:
+        """Whether files of this layout have a tensor for our parameter `path`."""
+        return any(path.startswith(ours) for ours in self.prefixes)
+
+    def file_name(self, parameter: str) -> str:
+        """The tensor's name in a file.
+
+        Args:
+            parameter: Our name with the layer index in it, as `unstacked` gives it.
+        """
+        ours = max((p for p in self.prefixes if parameter.startswith(p)), key=len)
+        return self.prefixes[ours] + parameter.removeprefix(ours)
+
+    def parameter(self, file_name: str) -> str | None:
+        """The inverse of `file_name`; None for a tensor that is not of this layout."""
+        matches = [p for p in self.prefixes.items() if file_name.startswith(p[1])]
+        if not matches:
+            return None
+        ours, theirs = max(matches, key=lambda match: len(match[1]))
+        return ours + file_name.removeprefix(theirs)
+
+
+def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> Layout:
+    prefixes = {"llm.": llm, "llm.lm_head.": lm_head, "vision.": vision, "projector.": projector}
+    return Layout(name, prefixes)
+
+
+A = _llava(
+    "A (Hugging Face LLaVA, transformers 4.36 to 4.51)",
+    "language_model.model.",
+    "language_model.lm_head.",
+    "vision_tower.vision_model.",
+    "multi_modal_projector.",
+)
+B = _llava(
+    "B (in memory, transformers 4.52 and later)",
+    "model.language_model.",
+    "lm_head.",
+    "model.vision_tower.vision_model.",
+    "model.multi_modal_projector.",
+)
+C = _llava(
+    "C (in memory, transformers 5)",
+    "model.language_model.",
+    "lm_head.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+D = _llava(
+    "D (Hugging Face LLaVA, transformers 5)",
+    "language_model.model.",
+    "language_model.lm_head.",
+    "vision_tower.",
+    "multi_modal_projector.",
+)
+
+# Layout J: every part in a place of its own.
+LLAMA = Layout("LlamaForCausalLM", {"llm.": "model.", "llm.lm_head.": "lm_head."})
+CLIP = Layout("CLIPVisionModel", {"vision.": "vision_model."})
+CLIP_BARE = Layout("CLIPVisionModel without prefix", {"vision.": ""})
+
+_OFFICIAL = {"projector.linear_1.": "0.", "projector.linear_2.": "2."}
+PROJECTOR = Layout("projector alone", {"projector.": ""})
+PROJECTOR_A = Layout("projector, Hugging Face", {"projector.": "multi_modal_projector."})
+PROJECTOR_B = Layout("projector, in memory", {"projector.": "model.multi_modal_projector."})
+PROJECTOR_LLAVA = Layout(
+    "projector, LLaVA",
+    {ours: f"model.mm_projector.{theirs}" for ours, theirs in _OFFICIAL.items()},
+)
+PROJECTOR_LLAVA_SHORT = Layout(
+    "projector, LLaVA", {ours: f"mm_projector.{theirs}" for ours, theirs in _OFFICIAL.items()}
+)
+PROJECTOR_XTUNER = Layout(
+    "projector, XTuner", {ours: f"model.{theirs}" for ours, theirs in _OFFICIAL.items()}
+)
+
+# In each list a layout stands before those whose prefixes begin its own: of two that explain a file
+# equally well the first is meant.
+LLAVA_LAYOUTS = (A, B, C, D)
+LLM_LAYOUTS = (LLAMA,)
+VISION_LAYOUTS = (CLIP, CLIP_BARE)
+PROJECTOR_LAYOUTS = (
+    PROJECTOR_A,
+    PROJECTOR_B,
+    PROJECTOR_LLAVA,
+    PROJECTOR_LLAVA_SHORT,
+    PROJECTOR_XTUNER,
+    PROJECTOR,
+)
+
+IGNORED = (
+    r"(^|\.)position_ids$",  # buffers that old transformers versions saved
+    r"\.rotary_emb\.inv_freq$",
+    r"^text_model\.",  # the half of a CLIPModel that LLaVA does not use
+    r"^logit_scale$",
+    r"^(visual|text)_projection\.weight$",
+)
+_IGNORED = re.compile("|".join(IGNORED))
+
+
+def is_ignored(file_name: str) -> bool:
+    """Whether a tensor is none of a LLaVA's parameters, but nothing to complain about."""
+    return _IGNORED.search(file_name) is not None
+
+
+def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS) -> Layout:
+    """The layout that explains most of a checkpoint's tensor names.
+
+    Only contents count, never what files or directories are called. A damaged checkpoint is
+    recognised all the same, so that its missing and foreign tensors can be named.
+
+    Raises:
+        LayoutError: None of `layouts` explains at least half of the names.
+    """
+    names = [name for name in names if not is_ignored(name)]
+    explained = lambda layout: sum(layout.parameter(name) is not None for name in names)
+    best = max(layouts, key=explained)
+    if not names or 2 * explained(best) < len(names):
+        sample = ", ".join(sorted(names)[:5]) or "none at all"
+        known = "; ".join(layout.name for layout in layouts)
+        raise LayoutError(
+            f"the names of {len(names)} tensors fit none of the known layouts ({known}); "
+            f"they begin with: {sample}"
+        )
+    return best
+
+
+def is_stacked(path: str) -> bool:
+    """Whether our parameter `path` has a leading layer axis."""
+    return re.search(r"\.(layers|tail)\.", path) is not None
+
+
+def unstacked(path: str, layer: int, config: ModelConfig) -> str:
+    """Our name of one layer of a stacked parameter.
+
+    For example `llm.layers.mlp.up_proj.weight`, 3 -> `llm.layers.3.mlp.up_proj.weight`; the vision
+    tail counts on from where the layers before it stop.
+    """
+    stack = "tail" if ".tail." in path else "layers"
+    if stack == "tail":
+        layer += used_vision_layers(config)
+    return path.replace(f".{stack}.", f".layers.{layer}.", 1)
+
+
+def stacked(parameter: str, config: ModelConfig) -> str:
+    """The path of the parameter that `unstacked` took this layer from."""
+    match = re.search(r"\.layers\.(\d+)\.", parameter)
+    if match is None:
+        return parameter
+    is_tail = parameter.startswith("vision.") and int(match[1]) >= used_vision_layers(config)
+    return parameter.replace(match[0], ".tail." if is_tail else ".layers.", 1)
+
+
+def used_vision_layers(config: ModelConfig) -> int:
+    """How many vision blocks the feature has passed through."""
+    layer = config.vision_feature_layer
+    return layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer

@@ -1,0 +1,370 @@
+"""Parameters from safetensors files and back, one tensor at a time.
+
+A stacked parameter is made on its devices and filled layer by layer, each layer cast where it
+lands. So the host never holds more of a checkpoint than one tensor of a file (on the CPU backend,
+whose devices are the host, a second copy of it).
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float
+
+from llava_jax.config import ModelConfig, Parts
+from llava_jax.hf import layouts
+from llava_jax.hf.layouts import Layout
+from llava_jax.hf.tensorfile import (
+    SHARD_BYTES,
+    CheckpointError,
+    Specs,
+    Tensor,
+    natural,
+    open_tensors,
+    write_sharded,
+)
+from llava_jax.models.layers import Params
+
+Abstract = Mapping[str, jax.ShapeDtypeStruct]
+"""Shape and final dtype of parameters, by our names."""
+
+Shardings = Mapping[str, Sharding]
+
+Source = tuple[dict[str, Tensor], Layout]
+"""The tensors of one file or directory, and how they are named."""
+
+VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
+
+
+def load_params(
+    directory: str | Path,
+    config: ModelConfig,
+    abstract: Abstract,
+    shardings: Shardings | None = None,
+    wanted: Collection[str] | None = None,
+) -> Params:
+    """Reads a LLaVA checkpoint in any of `layouts.LLAVA_LAYOUTS`.
+
+    Args:
+        directory: With safetensors inside.
+        config: The model that `abstract` belongs to.
+        abstract: All parameters of the model; adapters are not part of a checkpoint.
+        shardings: Where each parameter goes; None puts all on the default device.
+        wanted: Only these are read, though all are checked; None reads all.
+
+    Returns:
+        The wanted parameters, in the dtypes of `abstract`.
+
+    Raises:
+        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+    """
+    sources = [_open(directory, layouts.LLAVA_LAYOUTS)]
+    return _load(str(directory), sources, config, abstract, shardings, wanted, may_grow=False)
+
+
+def load_parts(
+    parts: Parts,
+    config: ModelConfig,
+    abstract: Abstract,
+    shardings: Shardings | None = None,
+    wanted: Collection[str] | None = None,
+) -> Params:
+    """Reads a decoder, a vision tower and, where given, a projector from their own places.
+
+    A vocabulary smaller than the config's is filled up with its mean row: a new token's logit is
+    then the mean logit, and never the largest.
+
+    Args:
+        parts: A LlamaForCausalLM directory; a CLIPVisionModel or CLIPModel directory; a projector's
+            safetensors file or directory in Hugging Face's, LLaVA's or XTuner's names.
+        config: The model that `abstract` belongs to, as `model_config.read_parts_config` gives it.
+        abstract: As for `load_params`.
+        shardings: As for `load_params`.
+        wanted: As for `load_params`.
+
+    Returns:
+        The wanted parameters; without the projector's when `parts` has none.
+
+    Raises:
+        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+    """
+    sources = [
+        _open(parts.llm, layouts.LLM_LAYOUTS),
+        _open(parts.vision, layouts.VISION_LAYOUTS),
+    ]
+    where = f"{parts.llm} + {parts.vision}"
+    if parts.projector is None:
+        abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
+    else:
+        sources.append(_open(parts.projector, layouts.PROJECTOR_LAYOUTS))
+        where += f" + {parts.projector}"
+    return _load(where, sources, config, abstract, shardings, wanted, may_grow=True)
+
+
+def _open(path: str | Path, known: tuple[Layout, ...]) -> Source:
+    tensors = open_tensors(path)
+    try:
+        return tensors, layouts.recognise(tensors, known)
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _load(
+    where: str,
+    sources: list[Source],
+    config: ModelConfig,
+    abstract: Abstract,
+    shardings: Shardings | None,
+    wanted: Collection[str] | None,
+    *,
+    may_grow: bool,
+) -> Params:
+    found = find_tensors(where, sources, config, abstract, may_grow=may_grow)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        path: assemble(path, found[path], spec, shardings[path] if shardings else device)
+        for path, spec in abstract.items()
+        if wanted is None or path in wanted
+    }
+
+
+def find_tensors(
+    where: str,
+    sources: list[Source],
+    config: ModelConfig,
+    abstract: Abstract,
+    *,
+    may_grow: bool = False,
+) -> dict[str, list[Tensor]]:
+    """The tensors of each parameter, one a layer if it is stacked.
+
+    Args:
+        where: What the sources are, for messages.
+        sources: A parameter comes from the first whose layout has it.
+        config: The model that `abstract` belongs to.
+        abstract: The parameters wanted. Every tensor must belong to one of them.
+        may_grow: Whether a vocabulary may be smaller than wanted.
+
+    Raises:
+        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+    """
+    found: dict[str, list[Tensor]] = {path: [] for path in abstract}
+    missing, misshapen, used = [], [], set()
+    for path, spec in abstract.items():
+        tensors, layout = next(source for source in sources if source[1].holds(path))
+        for parameter, shape in _layers(path, spec.shape, config):
+            name = layout.file_name(parameter)
+            used.add(name)
+            tensor = tensors.get(name)
+            if tensor is None:
+                missing.append(f"{name} {list(shape)}")
+            elif not _fits(tensor.shape, shape, may_grow and path in VOCABULARY):
+                misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+            else:
+                found[path].append(tensor)
+    left_over = [
+        f"{name} {list(tensor.shape)}"
+        for tensors, layout in sources
+        for name, tensor in tensors.items()
+        if name not in used and not _is_spare(layout, name, config)
+    ]
+    problems = {"missing": missing, "left over": left_over, "of the wrong shape": misshapen}
+    if any(problems.values()):
+        names = "; ".join(source[1].name for source in sources)
+        lines = [
+            f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
+            for what, items in problems.items()
+            if items
+        ]
+        raise CheckpointError(
+            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
+        )
+    return found
+
+
+def _layers(
+    path: str, shape: tuple[int, ...], config: ModelConfig
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
+    if not layouts.is_stacked(path):
+        return [(path, shape)]
+    return [(layouts.unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_grow: bool) -> bool:
+    return shape == wanted or (may_grow and shape[1:] == wanted[1:] and 0 < shape[0] < wanted[0])
+
+
+def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint may hold this tensor although no parameter takes it."""
+    tied_head = config.llm.tie_word_embeddings and layout.parameter(name) == "llm.lm_head.weight"
+    return tied_head or layouts.is_ignored(name)
+
+
+def assemble(
+    path: str, tensors: list[Tensor], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> Array:
+    """A parameter, read from its tensors (one a layer if it is stacked) into its place."""
+    if not layouts.is_stacked(path):
+        return _cast(_place(_read(tensors[0], spec.shape), sharding), spec.dtype)
+    layer_sharding = _layer_sharding(sharding)
+    array = jnp.zeros(spec.shape, spec.dtype, device=sharding)
+    for index, tensor in enumerate(tensors):
+        layer = _place(_read(tensor, spec.shape[1:]), layer_sharding)
+        # Waiting keeps the host from running ahead with many tensors in flight.
+        array = jax.block_until_ready(_insert(array, layer, np.int32(index)))
+    return array
+
+
+def _read(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    if tensor.shape == shape:
+        return tensor.read()
+    values = tensor.read(rows=shape[0])
+    rows = tensor.shape[0]
+    values[rows:] = values[:rows].mean(axis=0, dtype=np.float32).astype(values.dtype)
+    return values
+
+
+def _place(values: np.ndarray, sharding: Sharding) -> Array:
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _layer_sharding(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stack."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = PartitionSpec(*sharding.spec[1:])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(
+    stack: Float[Array, "L *rest"], layer: Float[Array, "*rest"], index: Array
+) -> Float[Array, "L *rest"]:
+    # As integers, because XLA:CPU takes a bfloat16 update as reason to rewrite the whole stack.
+    bits = f"uint{8 * stack.dtype.itemsize}"
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)
+    filled = jax.lax.dynamic_update_index_in_dim(
+        as_bits(stack), as_bits(layer.astype(stack.dtype)), index, 0
+    )
+    return jax.lax.bitcast_convert_type(filled, stack.dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast(x: Float[Array, "*rest"], dtype: jnp.dtype) -> Float[Array, "*rest"]:
+    return x.astype(dtype)
+
+
+def save_params(
+    params: Params,
+    directory: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes layout A: model.safetensors, or shards of at most 5 GB with their index.
+
+    Every process of a run must call it (tensors are gathered one at a time); the first one writes.
+
+    Args:
+        params: A whole model; adapters must be merged first.
+        directory: Made if it does not exist; an earlier save in it is replaced.
+        config: The model that `params` belong to.
+        dtype: "bfloat16", "float16" or "float32" for all tensors; None keeps each as it is.
+        shard_bytes: Largest size of a file.
+
+    Raises:
+        ValueError: There are adapters among the parameters.
+    """
+    adapters = [path for path in params if path.endswith((".lora_a", ".lora_b"))]
+    if adapters:
+        raise ValueError(f"merge the adapters before saving a model: {', '.join(adapters)}")
+    write = lambda specs, fetch: write_sharded(Path(directory), specs, fetch, shard_bytes)
+    save_tensors(params, config, layouts.A.file_name, write, dtype)
+
+
+def save_tensors(
+    params: Params,
+    config: ModelConfig,
+    naming: Callable[[str], str],
+    write: Callable[[Specs, Callable[[str], np.ndarray]], None],
+    dtype: str | None = None,
+) -> None:
+    """Gathers parameters layer by layer, all processes in one order, and writes on the first.
+
+    Args:
+        params: What to write.
+        config: The model that `params` belong to.
+        naming: From our name of one layer to the tensor's name in the file.
+        write: Takes the tensors' shapes and dtypes, and a function that fetches one by its name;
+            must fetch them in that order.
+        dtype: As in `save_params`.
+    """
+    origins, specs = {}, {}
+    for path, param in params.items():
+        for index, (parameter, shape) in enumerate(_layers(path, param.shape, config)):
+            name = naming(parameter)
+            origins[name] = path, index
+            specs[name] = shape, jnp.dtype(dtype or param.dtype)
+    # Wide dtypes first: then every tensor in a file is aligned to its item size.
+    specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
+    fetch = lambda name: _fetch(params, *origins[name]).astype(specs[name][1], copy=False)
+    if jax.process_index() == 0:
+        write(specs, fetch)
+    else:
+        for name in specs:
+            fetch(name)
+
+
+def _fetch(params: Params, path: str, index: int) -> np.ndarray:
+    """One layer of a parameter (or all of one that is not stacked), on the host."""
+    param = params[path]
+    if layouts.is_stacked(path):
+        param = _take(param, np.int32(index))
+    if not param.is_fully_addressable:
+        mesh = cast(NamedSharding, param.sharding).mesh  # only meshes span processes
+        replicated = NamedSharding(mesh, PartitionSpec())
+        param = jax.jit(lambda x: x, out_shardings=replicated)(param).addressable_data(0)
+    return np.asarray(param)
+
+
+@jax.jit
+def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]:
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+
+def fingerprint(checkpoint: str | Path | Parts) -> str:
+    """Identifies the weights of a checkpoint without reading them all.
+
+    A hash of every tensor's name, dtype and shape and of 192 of its bytes (start, middle, end).
+    It sees another model, another training state (which moves practically every value), another
+    dtype, a resized vocabulary. It does not see how files are cut into shards, where they lie, or
+    which of the known layouts names the tensors; nor a change of a few single values.
+
+    Raises:
+        CheckpointError: There is nothing to read.
+    """
+    if isinstance(checkpoint, Parts):
+        places = [
+            (checkpoint.llm, layouts.LLM_LAYOUTS),
+            (checkpoint.vision, layouts.VISION_LAYOUTS),
+        ]
+        if checkpoint.projector is not None:
+            places.append((checkpoint.projector, layouts.PROJECTOR_LAYOUTS))
+    else:
+        places = [(checkpoint, layouts.LLAVA_LAYOUTS)]
+    lines = []
+    for place, known in places:
+        tensors, layout = _open(place, known)
+        for name, tensor in tensors.items():
+            if not layouts.is_ignored(name):
+                label = f"{layout.parameter(name) or name} {tensor.dtype} {tensor.shape} "
+                lines.append(label.encode() + tensor.sample())
+    return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()

@@ -1,0 +1,83 @@
+"""LoRA (Hu et al., 2021) with PEFT's meaning, and the split into what trains and what does not."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.config import ConfigError, LoraConfig, TuneConfig
+from llava_jax.models.layers import Linear, Params, parameter
+
+VISION, LLM = "vision.encoder.layers.", "llm.layers."
+"""The stacks that adapters go into. Vision layers behind the feature get none."""
+
+
+def adapter_configs(
+    tune: TuneConfig, lora: LoraConfig, vision_lora: LoraConfig
+) -> dict[str, LoraConfig]:
+    """The stacks that get adapters, and which."""
+    wanted = {LLM: (tune.llm, lora), VISION: (tune.vision, vision_lora)}
+    return {stack: config for stack, (tuning, config) in wanted.items() if tuning == "lora"}
+
+
+def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
+    """Gives the targeted linears of `model` adapters, as shapes.
+
+    Raises:
+        ConfigError: A target that no linear of the stack is called.
+    """
+    for stack, config in adapters.items():
+        linears = {
+            path: module
+            for keys, module in nnx.iter_modules(model)
+            if isinstance(module, Linear) and (path := ".".join(keys)).startswith(stack)
+        }
+        names = sorted({path.rsplit(".", 1)[-1] for path in linears})
+        if unknown := sorted(set(config.targets) - set(names)):
+            raise ConfigError(
+                f"lora.targets names {', '.join(unknown)}, which {stack}* does not have; "
+                f"it has {', '.join(names)}"
+            )
+        for path, linear in linears.items():
+            if (name := path.rsplit(".", 1)[-1]) in config.targets:
+                _add_adapter(linear, config, names.index(name))
+
+
+def _add_adapter(linear: Linear, config: LoraConfig, index: int) -> None:
+    layers, outputs, inputs = linear.weight.get_value().shape
+    linear.lora_a = parameter(layers, config.rank, inputs)
+    linear.lora_b = parameter(layers, outputs, config.rank)
+    linear.lora_scale = config.alpha / config.rank
+    linear.lora_dropout = config.dropout
+    linear.lora_index = index
+
+
+def is_adapter(path: str) -> bool:
+    return path.endswith((".lora_a", ".lora_b"))
+
+
+def is_trainable(path: str, tune: TuneConfig) -> bool:
+    """Whether a parameter trains. Vision layers behind the feature never do: no loss sees them."""
+    if is_adapter(path):
+        return True
+    if path.startswith(("vision.encoder.tail.", "vision.post_layernorm.")):
+        return False
+    return getattr(tune, path.split(".", 1)[0]) == "full"
+
+
+def split_trainable(params: Params, tune: TuneConfig) -> tuple[Params, Params]:
+    """(trainable, frozen). `trainable | frozen` is the whole again."""
+    trainable = {path: leaf for path, leaf in params.items() if is_trainable(path, tune)}
+    return trainable, {path: leaf for path, leaf in params.items() if path not in trainable}
+
+
+def merge_adapters(params: Params, adapters: dict[str, LoraConfig]) -> Params:
+    """Parameters without adapters that compute the same: W + (alpha / rank) B A, in float32."""
+    merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
+    for stack, config in adapters.items():
+        for path in [p for p in params if p.startswith(stack) and p.endswith(".lora_a")]:
+            weight = path.removesuffix("lora_a") + "weight"
+            a, b = params[path], params[path.removesuffix("a") + "b"]
+            delta = config.alpha / config.rank * jnp.einsum("LFR,LRD->LFD", b, a)
+            merged[weight] = (merged[weight].astype(jnp.float32) + delta).astype(
+                merged[weight].dtype
+            )
+    return merged

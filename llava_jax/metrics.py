@@ -1,0 +1,120 @@
+"""What a run says while it runs: a progress display, and metrics.jsonl."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, a line of progress at most this often."""
+
+
+class Reporter:
+    """Writes a row a step to metrics.jsonl, and shows it.
+
+    On a terminal it is a live bar, elsewhere a plain line from time to time.
+
+    Args:
+        path: metrics.jsonl; rows after `first_step` are cut off, since those steps come again.
+        first_step: Steps done before.
+        total_steps: Steps of the whole run.
+        quiet: Neither write nor show: for all processes but one.
+    """
+
+    def __init__(self, path: Path, first_step: int, total_steps: int, *, quiet: bool = False):
+        self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
+        self._total = total_steps
+        self._last_plain = -math.inf
+        self._last_time = time.monotonic()
+        self._started = (self._last_time, first_step)
+        self._file = None if quiet else _open_after(path, first_step)
+        self._bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._file:
+            self._file.close()
+
+    def log(self, row: dict[str, Any], device_bytes: int | None = None) -> None:
+        """Records one optimizer step.
+
+        Args:
+            row: At least step, loss, learning_rate and tokens; `seconds` since the last row is added.
+            device_bytes: Peak memory of a device, if it is known.
+        """
+        now = time.monotonic()
+        row = row | {"seconds": round(now - self._last_time, 4)}
+        self._last_time = now
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
+        text = (
+            f"loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}  "
+            f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s{memory}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], description=text)
+        elif now - self._last_plain > PLAIN_SECONDS or row["step"] == self._total:
+            self._last_plain = now
+            self.console.print(f"step {row['step']}/{self._total}  {text}  {self._left(row, now)}")
+
+    def skip_time(self) -> None:
+        """Leaves out the time since the last row: it went into something other than a step."""
+        self._last_time = time.monotonic()
+
+    def say(self, text: str | Table) -> None:
+        """Prints a line or a table above the bar."""
+        self.console.print(text, markup=False)
+
+    def _left(self, row: dict[str, Any], now: float) -> str:
+        started, first_step = self._started
+        rate = (now - started) / max(row["step"] - first_step, 1)
+        seconds = round(rate * (self._total - row["step"]))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def _open_after(path: Path, step: int) -> Any:
+    """Opens a metrics file to go on after `step`, without rows that will be written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = [row for row in rows if _step_of(row) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(row + "\n" for row in kept))
+    temporary.replace(path)
+    return path.open("a")
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (ValueError, KeyError, TypeError):  # cut short by a kill
+        return math.inf

@@ -1,0 +1,124 @@
+"""CLIP's vision transformer, up to the layer whose output LLaVA uses."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llava_jax.config import VisionConfig
+from llava_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    SampleKeys,
+    attention,
+    parameter,
+    scan_blocks,
+    stack_blocks,
+)
+from llava_jax.sharding import constrain
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel size, as one matrix product."""
+
+    def __init__(self, config: VisionConfig):
+        self.weight = parameter(config.hidden_size, 3, config.patch_size, config.patch_size)
+
+    def __call__(self, pixels: Float[Array, "I C Y X"]) -> Float[Array, "I P D"]:
+        weight = self.weight[...].astype(pixels.dtype)
+        size = weight.shape[-1]
+        patches = rearrange(pixels, "i c (y p) (x q) -> i (y x) (c p q)", p=size, q=size)
+        return jnp.einsum("IPC,DC->IPD", patches, weight.reshape(weight.shape[0], -1))
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: VisionConfig):
+        self.class_embedding = parameter(config.hidden_size)
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = Embedding(config.num_patches + 1, config.hidden_size)
+
+    def __call__(self, pixels: Float[Array, "I C Y X"]) -> Float[Array, "I Q D"]:
+        patches = self.patch_embedding(pixels)
+        first = self.class_embedding[...].astype(patches.dtype)
+        first = jnp.broadcast_to(first, (patches.shape[0], 1, patches.shape[2]))
+        positions = self.position_embedding.weight[...].astype(patches.dtype)
+        return jnp.concatenate([first, patches], axis=1) + positions[None]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: VisionConfig):
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = Linear(width, width, bias=True)
+        self.k_proj = Linear(width, width, bias=True)
+        self.v_proj = Linear(width, width, bias=True)
+        self.out_proj = Linear(width, width, bias=True)
+
+    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+        heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
+        q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v), keys)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: VisionConfig):
+        self.act = config.hidden_act
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+        return self.fc2(ACTIVATIONS[self.act](self.fc1(x, keys)), keys)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: VisionConfig):
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+        x += self.self_attn(self.layer_norm1(x), keys)
+        x += self.mlp(self.layer_norm2(x), keys)
+        return constrain(x, "batch", "patches", "activations")
+
+
+class Encoder(nnx.Module):
+    """`layers` reach the feature. `tail` are those after it: never computed, kept for saving."""
+
+    def __init__(self, config: VisionConfig, used: int):
+        self.layers = stack_blocks(Block(config), used)
+        unused = config.num_hidden_layers - used
+        self.tail = stack_blocks(Block(config), unused) if unused else nnx.data(None)
+
+
+class ClipVision(nnx.Module):
+    """CLIP's image encoder; its output is hidden_states[feature_layer] of Hugging Face's CLIP.
+
+    Args:
+        config: Sizes.
+        feature_layer: Which hidden state is the feature: -1 the last block's output, -2 the one
+            before it (LLaVA's), or k >= 0 the output of the first k blocks.
+    """
+
+    def __init__(self, config: VisionConfig, feature_layer: int, *, remat: bool):
+        depth = config.num_hidden_layers
+        used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+        if not 0 < used <= depth:
+            raise ValueError(f"vision_feature_layer {feature_layer} of a tower with {depth} layers")
+        self.remat = remat
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's spelling
+        self.encoder = Encoder(config, used)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(
+        self, pixels: Float[Array, "I C Y X"], keys: SampleKeys = None
+    ) -> Float[Array, "I Q D"]:
+        """Features of the class token and all patches, no post-norm."""
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = constrain(x, "batch", "patches", "activations")
+        return scan_blocks(self.encoder.layers, x, Block.__call__, keys, remat=self.remat)

@@ -1,0 +1,180 @@
+"""The layers that the vision tower and the decoder share, and the way from modules to parameters.
+
+Shapes are written with one capital letter a dimension, here and in every einsum of the package:
+
+    B batch            T tokens (queries)   S key positions     D model width
+    F feed-forward     N heads              K key/value heads   H head size
+    V vocabulary       P patches            L layers            R LoRA rank
+    M images a sample  I images             C colour channels   Q class token and patches
+    E half a head
+
+Weights keep PyTorch's layout, [out, in], so checkpoints are copied, never transposed. Blocks are
+stacked on axis 0 and scanned.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Params = dict[str, jax.Array]
+"""Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
+
+SampleKeys = Key[Array, "B"] | None
+"""One dropout key a sample, so that a sample's mask does not depend on its neighbours; None: off."""
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Takes a model apart into its structure and its parameters (arrays or ShapeDtypeStructs)."""
+    graph, state = nnx.split(model)
+    return graph, {".".join(path): param.get_value() for path, param in nnx.to_flat_state(state)}
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
+    """The inverse of `split`."""
+    flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def parameter(*shape: int) -> nnx.Param:
+    """A parameter without a value: models are built as shapes, weights come from elsewhere."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T.
+
+    `lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool):
+        self.weight = parameter(outputs, inputs)
+        self.bias = parameter(outputs) if bias else nnx.data(None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 1.0
+        self.lora_dropout = 0.0
+        self.lora_index = 0  # tells apart the dropout of the linears in one block
+
+    def __call__(self, x: Float[Array, "B T in"], keys: SampleKeys = None) -> Float[Array, "B T out"]:
+        y = jnp.einsum("BTD,FD->BTF", x, self.weight[...].astype(x.dtype))
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)[None, None]
+        if self.lora_a is not None:
+            if keys is not None and self.lora_dropout > 0:
+                x = dropout(x, self.lora_dropout, fold_in(keys, self.lora_index))
+            low = jnp.einsum("BTD,RD->BTR", x, self.lora_a[...].astype(x.dtype))
+            y += self.lora_scale * jnp.einsum("BTR,FR->BTF", low, self.lora_b[...].astype(x.dtype))
+        return y
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, [entries, D]."""
+
+    def __init__(self, entries: int, width: int):
+        self.weight = parameter(entries, width)
+
+    def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return self.weight[...][ids].astype(dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        self.weight = parameter(width)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.weight[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.weight = parameter(width)
+        self.bias = parameter(width)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        weight, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.weight, self.bias))
+        return (x32 * weight + bias).astype(x.dtype)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """CLIP's x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def stack_blocks(block: Block, count: int) -> Block:
+    """`count` blocks like this one, as one module whose parameters have a leading layer axis."""
+    graph, state = nnx.split(block)
+    stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+    return nnx.merge(graph, jax.tree.map(stack, state))
+
+
+def scan_blocks(
+    stacked: nnx.Module,
+    x: Float[Array, "B T D"],
+    apply: Callable[..., jax.Array],
+    keys: SampleKeys,
+    *,
+    remat: bool,
+) -> Float[Array, "B T D"]:
+    """Runs x through stacked blocks, `x = apply(block, x, keys)`, one compiled body for all layers.
+
+    With `remat` only the block inputs are kept for the backward pass, which computes the rest again.
+    """
+    graph, layers = nnx.split(stacked)
+    depth = jax.tree.leaves(layers)[0].shape[0]
+
+    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+        state, index = layer
+        layer_keys = None if keys is None else fold_in(keys, index)
+        return apply(nnx.merge(graph, state), x, layer_keys), None
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)  # scan already prevents it
+    return jax.lax.scan(body, x, (layers, jnp.arange(depth)))[0]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 T S"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Grouped-query attention with a float32 softmax; heads are merged in the result."""
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return out.reshape(*out.shape[:2], -1)
+
+
+def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def dropout(
+    x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"]
+) -> Float[Array, "B T D"]:
+    """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
+    threshold = round((1 - rate) * 2**16)
+    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    return jnp.where(bits < threshold, x / (1 - rate), 0)

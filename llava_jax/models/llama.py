@@ -1,0 +1,149 @@
+"""The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from llava_jax.config import LlmConfig
+from llava_jax.models.layers import (
+    Embedding,
+    Linear,
+    RmsNorm,
+    SampleKeys,
+    attention,
+    parameter,
+    scan_blocks,
+    stack_blocks,
+)
+from llava_jax.sharding import constrain
+
+
+def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
+    """Radians per position of each pair of dimensions (Su et al., 2021), with Llama-3's scaling."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T E"], sin: Float[Array, "B T E"]
+) -> Float[Array, "B T N H"]:
+    """Turns the pairs (i, i + H/2), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each token's distance from the start of its segment."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    starts = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """Who sees whom: earlier tokens of the same segment, and oneself."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = segment_ids.shape[1]
+    return (same & jnp.tri(length, dtype=bool)[None])[:, None]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlmConfig):
+        width, size = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+        self.head_dim = size
+        self.q_proj = Linear(width, queries, bias=False)
+        self.k_proj = Linear(width, keys, bias=False)
+        self.v_proj = Linear(width, keys, bias=False)
+        self.o_proj = Linear(queries, width, bias=False)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float[Array, "B T E"], Float[Array, "B T E"]],
+        mask: Bool[Array, "B 1 T T"],
+        keys: SampleKeys,
+    ) -> Float[Array, "B T D"]:
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
+        q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        out = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
+        return self.o_proj(out, keys)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: LlmConfig):
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlmConfig):
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+
+class LmHead(nnx.Module):
+    def __init__(self, config: LlmConfig):
+        self.weight = parameter(config.vocab_size, config.hidden_size)
+
+
+class Llama(nnx.Module):
+    """A decoder from embeddings to final hidden states; the head is a matrix the loss multiplies."""
+
+    def __init__(self, config: LlmConfig, *, remat: bool):
+        self.config = config
+        self.remat = remat
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = stack_blocks(Block(config), config.num_hidden_layers)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nnx.data(None) if config.tie_word_embeddings else LmHead(config)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output matrix; the embeddings' own where they are tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        keys: SampleKeys = None,
+    ) -> Float[Array, "B T D"]:
+        """Normed final hidden states of embeddings x.
+
+        Args:
+            x: Token (and image) embeddings.
+            segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
+            keys: Dropout of adapters; None is off.
+        """
+        positions = positions_in_segments(segment_ids).astype(jnp.float32)
+        angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
+        rope = jnp.cos(angles), jnp.sin(angles)
+        mask = causal_mask(segment_ids)
+
+        def apply(block: Block, x: jax.Array, keys: SampleKeys) -> jax.Array:
+            x += block.self_attn(block.input_layernorm(x), rope, mask, keys)
+            x += block.mlp(block.post_attention_layernorm(x), keys)
+            return constrain(x, "batch", "tokens", "activations")
+
+        x = constrain(x, "batch", "tokens", "activations")
+        return self.norm(scan_blocks(self.layers, x, apply, keys, remat=self.remat))

@@ -1,0 +1,124 @@
+"""LLaVA-1.5 (Liu et al., 2023): image features projected into the decoder's token sequence."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llava_jax.config import ModelConfig
+from llava_jax.models.clip import ClipVision
+from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
+from llava_jax.models.llama import Llama
+
+
+class Projector(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        width = config.llm.hidden_size
+        self.act = config.projector_hidden_act
+        self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
+        self.linear_2 = Linear(width, width, bias=True)
+
+    def __call__(self, x: Float[Array, "I Q Dv"]) -> Float[Array, "I Q D"]:
+        return self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
+
+
+class Llava(nnx.Module):
+    """Vision tower, projector and decoder.
+
+    Args:
+        config: Sizes and token ids.
+        dtype: What activations are computed in; parameters are cast where they are used.
+        remat: Whether the backward pass computes each block again instead of keeping its inside.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str = "float32",
+        remat: bool = True,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.vision = ClipVision(config.vision, config.vision_feature_layer, remat=remat)
+        self.projector = Projector(config)
+        self.llm = Llama(config.llm, remat=remat)
+
+    def image_features(
+        self, pixel_values: Float[Array, "I C Y X"], keys: SampleKeys = None
+    ) -> Float[Array, "I Q D"]:
+        """What the decoder sees of each image."""
+        features = self.vision(pixel_values.astype(self.dtype), keys)
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # without the class token
+        return self.projector(features)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        pixel_values: Float[Array, "B M C Y X"],
+        keys: SampleKeys = None,
+    ) -> Float[Array, "B T D"]:
+        """Normed final hidden states of a batch whose samples have up to M images each.
+
+        The n-th image token of a sample takes the n-th feature of its images; images that no token
+        asks for change nothing.
+        """
+        embeds = self.llm.embed_tokens(input_ids, self.dtype)
+        batch, images = pixel_values.shape[:2]
+        if images:
+            flat = pixel_values.reshape(batch * images, *pixel_values.shape[2:])
+            features = self.image_features(flat, _image_keys(keys, images))
+            features = features.reshape(batch, -1, features.shape[-1])
+            embeds = self._place_images(input_ids, embeds, features)
+        return self.llm(embeds, segment_ids, keys)
+
+    def _place_images(
+        self,
+        input_ids: Int[Array, "B T"],
+        embeds: Float[Array, "B T D"],
+        features: Float[Array, "B S D"],
+    ) -> Float[Array, "B T D"]:
+        is_image = input_ids == self.config.image_token_id
+        slots = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
+        placed = jnp.take_along_axis(features, slots[:, :, None], axis=1, mode="clip")
+        return jnp.where(is_image[:, :, None], placed, embeds)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        pixel_values: Float[Array, "I C Y X"] | None = None,
+        attention_mask: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits, in float32.
+
+        Args:
+            input_ids: Token ids in which every image is `config.image_tokens` image tokens.
+            pixel_values: The images in the order in which the batch's rows mention them.
+            attention_mask: 1 for tokens, 0 for padding; None means no padding.
+        """
+        embeds = self.llm.embed_tokens(input_ids, self.dtype)
+        if pixel_values is not None:
+            features = self.image_features(pixel_values)
+            features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
+            row = lambda x: x.reshape(1, -1, *x.shape[2:])
+            embeds = self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids)
+        hidden = self.llm(embeds, attention_mask.astype(jnp.int32))
+        return head_logits(hidden, self.llm.head)
+
+
+def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Logits with a float32 result, whatever the operands' dtype."""
+    return jnp.einsum(
+        "BTD,VD->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _image_keys(keys: SampleKeys, images: int) -> Key[Array, "I"] | None:
+    """A key for each of a sample's images, in the order [B, M] flattened."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda m: fold_in(keys, m), out_axes=1)(jnp.arange(images)).reshape(-1)

@@ -1,0 +1,75 @@
+"""AdamW over parameter groups, each with its own learning rate."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llava_jax.config import OptimizerConfig
+from llava_jax.lora import is_adapter
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+GROUPS = ("lora", "llm", "vision", "projector")
+
+
+def group_of(path: str) -> str:
+    """The parameter group that decides a parameter's learning rate: one of GROUPS."""
+    return "lora" if is_adapter(path) else path.split(".", 1)[0]
+
+
+def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Schedule]:
+    """Each group's learning rate as a function of the number of steps done."""
+    peaks = dict.fromkeys(GROUPS, config.learning_rate)
+    if config.projector_learning_rate is not None:
+        peaks["projector"] = config.projector_learning_rate
+    if config.vision_learning_rate is not None:
+        peaks["vision"] = config.vision_learning_rate
+    return {group: _schedule(config, peak, total_steps) for group, peak in peaks.items()}
+
+
+def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedule:
+    """Linear warm-up from 0 over ceil(ratio * steps), then decay to 0 at the last step.
+
+    As in Hugging Face's `get_cosine_schedule_with_warmup`, with which LLaVA was trained: the very
+    first step has rate 0.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    shapes = {
+        "cosine": lambda progress: 0.5 * (1 + jnp.cos(math.pi * progress)),
+        "linear": lambda progress: 1 - progress,
+        "constant": lambda progress: jnp.ones_like(progress),
+    }
+
+    def schedule(count: jax.Array) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        progress = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        decayed = shapes[config.schedule](progress)
+        return peak * jnp.where(count < warmup, count / max(warmup, 1), decayed)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, trainable: Iterable[str]
+) -> optax.GradientTransformation:
+    """AdamW with one learning rate a group, after an optional clip over all that trains.
+
+    Biases and norms do not decay, as in Hugging Face's Trainer.
+    """
+    decays = lambda params: {
+        path: not (path.endswith(".bias") or "norm" in path.rsplit(".", 2)[-2]) for path in params
+    }
+
+    def adamw(schedule: Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+        )
+
+    groups = {group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()}
+    tx = optax.multi_transform(groups, {path: group_of(path) for path in trainable})
+    if config.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return tx

@@ -1,0 +1,167 @@
+"""What a config compiles to: structure, shapes, shardings and the jitted steps. No weights yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax import lora, pretrained
+from llava_jax.config import LoraConfig, ModelConfig, TrainConfig
+from llava_jax.data.batching import Batch
+from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
+from llava_jax.sharding import batch_sharding, parameter_shardings
+from llava_jax.step import (
+    TrainState,
+    accumulation_steps,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's compiled form.
+
+    Attributes:
+        model_config: The model's sizes.
+        adapters: The stacks that have LoRA.
+        mesh: The devices.
+        abstract: Shape and dtype of every parameter: float32 where it trains.
+        shardings: Where each lies.
+        state: Shapes of the train state.
+        state_shardings: Where its arrays lie.
+        accumulation: Micro-batches in a step.
+        train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
+        eval_step: (trainable, frozen, batch) -> EvalResult.
+        tx: The optimizer.
+    """
+
+    model_config: ModelConfig
+    adapters: dict[str, LoraConfig]
+    mesh: Mesh
+    graph: nnx.GraphDef
+    abstract: pretrained.Abstract
+    shardings: dict[str, NamedSharding]
+    state: TrainState
+    state_shardings: TrainState
+    accumulation: int
+    train_step: Any
+    eval_step: Any
+    tx: optax.GradientTransformation
+
+    @property
+    def trainable(self) -> list[str]:
+        return list(self.state.trainable)
+
+    @property
+    def frozen(self) -> list[str]:
+        return [path for path in self.abstract if path not in self.state.trainable]
+
+    def place(self, batch: Batch) -> Batch:
+        """A host batch, spread over the devices."""
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
+
+    def abstract_batch(self, size: int, length: int, images: int) -> Batch:
+        """Shapes of a batch, for compiling without data."""
+        blank = lambda kind, *shape: np.broadcast_to(np.zeros((), kind), (size, *shape))
+        pixels = self.model_config.vision.image_size
+        batch = Batch(
+            input_ids=blank(np.int32, length),
+            loss_mask=blank(np.bool_, length),
+            segment_ids=blank(np.int32, length),
+            pixel_values=blank(np.float32, images, 3, pixels, pixels),
+            skipped=blank(np.int32),
+        )
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+        )
+
+    def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
+        """Traces and lowers the train step from shapes alone."""
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        )
+        state = jax.tree.map(place, self.state, self.state_shardings)
+        frozen = {p: place(self.abstract[p], self.shardings[p]) for p in self.frozen}
+        with jax.set_mesh(self.mesh):
+            return self.train_step.lower(state, frozen, batch)
+
+
+def build_program(
+    config: TrainConfig, model_config: ModelConfig, total_steps: int, mesh: Mesh
+) -> Program:
+    """Builds everything that needs no weights and no data.
+
+    Args:
+        config: The run.
+        model_config: The model's sizes.
+        total_steps: Length of the learning rates' schedules.
+        mesh: The devices; its axes are those of `sharding.make_mesh`.
+
+    Raises:
+        ConfigError: The parts of the config do not fit together.
+    """
+    adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
+    graph, shapes = pretrained.build(
+        model_config, adapters, dtype=config.dtype, remat=config.memory.remat
+    )
+    trains = lambda path: lora.is_trainable(path, config.tune)
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
+        for path, leaf in shapes.items()
+    }
+    shardings = parameter_shardings(abstract, mesh)
+    trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
+    tx = make_optimizer(config.optimizer, total_steps, trainable)
+    state = jax.eval_shape(lambda t: init_state(t, tx, config.seed), trainable)
+    placed = state_shardings(state, shardings, mesh)
+    accumulation = accumulation_steps(config.batch, mesh)
+    step = make_train_step(
+        graph,
+        tx,
+        _shown_rate(config, total_steps, trainable),
+        config.batch,
+        accumulation,
+        {path: shardings[path] for path in trainable},
+    )
+    return Program(
+        model_config=model_config,
+        adapters=adapters,
+        mesh=mesh,
+        graph=graph,
+        abstract=abstract,
+        shardings=shardings,
+        state=state,
+        state_shardings=placed,
+        accumulation=accumulation,
+        train_step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
+        ),
+        eval_step=jax.jit(
+            make_eval_step(graph), out_shardings=NamedSharding(mesh, PartitionSpec())
+        ),
+        tx=tx,
+    )
+
+
+def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:
+    """The learning rate to report: that of the first group, in the order of GROUPS, that trains."""
+    groups = {group_of(path) for path in trainable}
+    shown = next(group for group in GROUPS if group in groups)
+    return learning_rates(config.optimizer, total_steps)[shown]

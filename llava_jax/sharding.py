@@ -1,0 +1,157 @@
+"""Where arrays lie: a mesh, and two tables from parameter paths to mesh axes.
+
+`PARAMETER_RULES` maps a parameter's path to logical axes, `MESH_AXES` maps logical axes to mesh
+axes. Models know logical names only. Every parameter matches exactly one rule, and every parameter
+has one dimension on `fsdp`, so parameters, gradients and moments are all sharded as in ZeRO-3.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.config import ConfigError, MeshConfig
+
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "model": ("fsdp",),
+    "heads": ("tensor",),
+    "ff": ("tensor",),
+    "vocab": ("tensor",),
+    "rank": ("fsdp",),  # where the other side of an adapter is on `tensor`
+    "layers": (),
+    "tokens": (),
+    "patches": (),
+    "activations": (),
+    "whole": (),
+}
+
+BLOCKS = r"(llm\.layers|vision\.encoder\.(layers|tail))\..*"
+INTO_HEADS, INTO_FF = r"[qkv]_proj", r"(gate_proj|up_proj|fc1)"
+FROM_HEADS, FROM_FF = r"(o_proj|out_proj)", r"(down_proj|fc2)"
+
+PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (rf"{BLOCKS}{INTO_HEADS}\.weight", ("layers", "heads", "model")),
+    (rf"{BLOCKS}{INTO_HEADS}\.lora_b", ("layers", "heads", "rank")),
+    (rf"{BLOCKS}{INTO_FF}\.weight", ("layers", "ff", "model")),
+    (rf"{BLOCKS}{INTO_FF}\.lora_b", ("layers", "ff", "rank")),
+    (rf"{BLOCKS}({INTO_HEADS}|{INTO_FF})\.lora_a", ("layers", "whole", "model")),
+    (rf"{BLOCKS}{FROM_HEADS}\.weight", ("layers", "model", "heads")),
+    (rf"{BLOCKS}{FROM_HEADS}\.lora_a", ("layers", "rank", "heads")),
+    (rf"{BLOCKS}{FROM_FF}\.weight", ("layers", "model", "ff")),
+    (rf"{BLOCKS}{FROM_FF}\.lora_a", ("layers", "rank", "ff")),
+    (rf"{BLOCKS}({FROM_HEADS}|{FROM_FF})\.lora_b", ("layers", "model", "whole")),
+    (rf"{BLOCKS}norm\d?\.(weight|bias)", ("layers", "model")),
+    (rf"{BLOCKS}(_proj|fc1|fc2)\.bias", ("layers", "model")),
+    (r"llm\.(embed_tokens|lm_head)\.weight", ("vocab", "model")),
+    (r"llm\.norm\.weight", ("model",)),
+    (r"projector\.linear_1\.weight", ("ff", "model")),
+    (r"projector\.linear_2\.weight", ("model", "ff")),
+    (r"projector\.linear_[12]\.bias", ("model",)),
+    (r"vision\.(pre_layrnorm|post_layernorm)\.(weight|bias)", ("model",)),
+    (r"vision\.embeddings\.class_embedding", ("model",)),
+    (r"vision\.embeddings\.patch_embedding\.weight", ("model", "whole", "whole", "whole")),
+    (r"vision\.embeddings\.position_embedding\.weight", ("whole", "model")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor.
+
+    Raises:
+        ConfigError: The axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ConfigError(f"mesh: at most one axis may be -1, the others at least 1; got {config}")
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} is "
+            f"{math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def logical_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of a parameter.
+
+    Raises:
+        LookupError: None or several rules match; the table is wrong.
+    """
+    found = [axes for pattern, axes in PARAMETER_RULES if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} rules of PARAMETER_RULES match {path}; exactly one must")
+    return found[0]
+
+
+def to_spec(
+    axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Mesh axes for each dimension; one that a dimension does not divide into is left out.
+
+    Raises:
+        ValueError: Two dimensions want one mesh axis, or there are more axes than dimensions.
+    """
+    mapped = [MESH_AXES[axis] for axis in axes]
+    used = [name for names in mapped for name in names]
+    if len(used) != len(set(used)) or len(axes) != len(shape):
+        raise ValueError(f"logical axes {axes} do not fit shape {shape}: mesh axes {mapped}")
+    fits = lambda names, size: names and size % math.prod(mesh_shape[n] for n in names) == 0
+    return PartitionSpec(
+        *(names if fits(names, n) else None for names, n in zip(mapped, shape, strict=True))
+    )
+
+
+def parameter_shardings(
+    abstract: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """A sharding for every parameter."""
+    return {
+        path: NamedSharding(mesh, to_spec(logical_axes(path), leaf.shape, mesh.shape))
+        for path, leaf in abstract.items()
+    }
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples spread over all data-parallel devices."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
+
+
+def data_parallel_size(mesh: Mesh) -> int:
+    """Devices among which the samples of a batch are divided."""
+    return math.prod(mesh.shape[name] for name in MESH_AXES["batch"])
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation's layout under `jax.set_mesh`; without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
+
+
+def layout_table(
+    abstract: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
+) -> str:
+    """What lies where, one line a parameter, and the sum a device holds."""
+    lines = [f"{'parameter':56} {'dtype':9} {'shape':22} {'sharded over':34} MiB/device"]
+    total = 0.0
+    for path, leaf in abstract.items():
+        shard = shardings[path].shard_shape(leaf.shape)
+        mebibytes = math.prod(shard) * np.dtype(leaf.dtype).itemsize / 2**20
+        spec = ", ".join(
+            "+".join((names,) if isinstance(names, str) else names or "-")
+            for names in shardings[path].spec
+        )
+        shape = " x ".join(map(str, leaf.shape))
+        lines.append(f"{path:56} {leaf.dtype!s:9} {shape:22} {spec:34} {mebibytes:10.3f}")
+        total += mebibytes
+    return "\n".join([*lines, f"{'sum':124} {total:10.3f}"])

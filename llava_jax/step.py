@@ -1,0 +1,188 @@
+"""One optimizer step, compiled whole: accumulation, gradients, update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key
+
+from llava_jax.config import BatchConfig, ConfigError
+from llava_jax.data.batching import Batch, Leaf
+from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
+from llava_jax.models.layers import Params, fold_in, merge
+from llava_jax.optim import Schedule
+from llava_jax.sharding import data_parallel_size
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes while training; with the data's position, all that a checkpoint holds.
+
+    Attributes:
+        step: int32 []. Steps done.
+        trainable: What trains, float32.
+        opt_state: The optimizer's.
+        key: uint32 [2]. Where dropout's randomness comes from.
+    """
+
+    step: Leaf
+    trainable: dict[str, Leaf]
+    opt_state: optax.OptState
+    key: Leaf
+
+
+def init_state(trainable: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step; trace it with `jax.eval_shape` for shapes alone."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
+
+
+def state_shardings(
+    abstract: TrainState, parameters: dict[str, NamedSharding], mesh: Mesh
+) -> TrainState:
+    """Moments lie as their parameters do; counters are everywhere."""
+
+    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return parameters.get(keys[-1] if keys else "", NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
+    """Micro-batches in a step; without `micro_size`, the whole batch is one.
+
+    Raises:
+        ConfigError: The devices or micro-batches do not divide the global batch.
+    """
+    devices = data_parallel_size(mesh)
+    micro = batch.micro_size or max(batch.global_size // devices, 1)
+    if batch.global_size % (micro * devices):
+        raise ConfigError(
+            f"batch.global_size {batch.global_size} is not a multiple of batch.micro_size {micro} "
+            f"x {devices} data-parallel devices; change one of them"
+        )
+    return batch.global_size // (micro * devices)
+
+
+def split_batch(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...], sample i in micro-batch i % count.
+
+    A batch sharded over its samples stays where it is: each micro-batch takes an equal share of
+    every device's own samples.
+    """
+    split = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+    return jax.tree.map(split, batch)
+
+
+def forward(
+    graph: nnx.GraphDef, params: Params, batch: Batch, keys: Key[Array, "B"] | None
+) -> TokenLosses:
+    """Loss and greedy choice at every position, of the token that follows it."""
+    model = merge(graph, params)
+    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, keys)
+    targets, _ = next_tokens(batch.input_ids, batch.loss_mask)
+    return token_losses(hidden, model.llm.head, targets)
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    learning_rate: Schedule,
+    batch_config: BatchConfig,
+    accumulation: int,
+    shardings: dict[str, NamedSharding],
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
+
+    Only the trainable tree is differentiated; `frozen` is an argument, never copied. A sample's
+    dropout depends on the seed, the step and its place in the global batch, so neither
+    accumulation nor the number of devices changes it.
+
+    Args:
+        graph: The model's structure, see `models.layers.split`.
+        tx: The optimizer.
+        learning_rate: Reported with the metrics.
+        batch_config: How tokens are weighted.
+        accumulation: Micro-batches a step.
+        shardings: Where the trainable parameters lie; their gradients lie there too.
+    """
+
+    def loss_fn(trainable: Params, frozen: Params, micro: tuple) -> Float[Array, ""]:
+        batch, weights, keys = micro
+        return jnp.sum(forward(graph, frozen | trainable, batch, keys).nll * weights)
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        samples = batch.input_ids.shape[0]
+        _, supervised = next_tokens(batch.input_ids, batch.loss_mask)
+        weights = loss_weights(supervised, batch_config.loss_weighting, batch_config.loss_group)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(samples))
+
+        def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
+            new = jax.value_and_grad(loss_fn)(state.trainable, frozen, micro)
+            loss, grads = jax.tree.map(jnp.add, total, new)
+            return (loss, jax.lax.with_sharding_constraint(grads, shardings)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
+        micros = split_batch((batch, weights, keys), accumulation)
+        (loss, grads), _ = jax.lax.scan(accumulate, zeros, micros)
+
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": loss,
+            "learning_rate": learning_rate(state.step),
+            "grad_norm": optax.global_norm(grads),
+            "tokens": jnp.sum(batch.segment_ids > 0),
+            "supervised_tokens": jnp.sum(supervised),
+            "samples": samples - jnp.sum(batch.skipped),
+            "skipped": jnp.sum(batch.skipped),
+        }
+        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+
+    return train_step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """What the model makes of a batch, without dropout.
+
+    Attributes:
+        nll: float32 [B]. Summed over a sample's supervised tokens, nats.
+        tokens: int32 [B]. Supervised tokens.
+        exact: bool [B]. Whether every supervised token is the greedy choice given those before it,
+            which is exactly when greedy decoding would give the whole answer.
+        predicted: int32 [B, T]. The greedy choice after each position.
+    """
+
+    nll: Leaf
+    tokens: Leaf
+    exact: Leaf
+    predicted: Leaf
+
+
+def make_eval_step(graph: nnx.GraphDef) -> Callable[[Params, Params, Batch], EvalResult]:
+    """The evaluation step, to be jitted: (trainable, frozen, batch) -> EvalResult."""
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
+        losses = forward(graph, frozen | trainable, batch, None)
+        targets, supervised = next_tokens(batch.input_ids, batch.loss_mask)
+        return EvalResult(
+            nll=jnp.sum(losses.nll * supervised.astype(jnp.float32), axis=1),
+            tokens=jnp.sum(supervised, axis=1),
+            exact=jnp.all((losses.predicted == targets) | ~supervised, axis=1),
+            predicted=losses.predicted,
+        )
+
+    return eval_step

@@ -1,0 +1,247 @@
+"""Trains a LLaVA: `python -m llava_jax.train --config configs/7b_lora.py`."""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import jax
+
+from llava_jax import pretrained
+from llava_jax.checkpoint import Checkpoints
+from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config, to_json
+from llava_jax.data.batching import Batches
+from llava_jax.evaluation import HeldOut
+from llava_jax.export import export, export_dir
+from llava_jax.hf.peft import load_adapter
+from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.weights import fingerprint
+from llava_jax.inputs import Inputs, open_inputs
+from llava_jax.metrics import Reporter
+from llava_jax.models.layers import Params
+from llava_jax.program import Program, build_program
+from llava_jax.sharding import layout_table, make_mesh
+from llava_jax.step import TrainState, init_state
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return run(parse_config(argv))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(config: TrainConfig) -> int:
+    """One run, from its config to the adapter or model it leaves; continues one that was stopped.
+
+    Returns:
+        The exit status: 0 when the run is finished, 128 + N when signal N stopped it.
+
+    Raises:
+        ConfigError: The config, its data or its devices do not fit together.
+        CheckpointError: The weights to start from cannot be used.
+    """
+    cache = Path(config.output_dir).absolute() / ".compilation_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    source = None if config.init_from is None else pretrained.resolve(config.init_from)
+    model_config, processor = _describe(config, source)
+    inputs = open_inputs(config, model_config, processor)
+    total = config.total_steps(len(inputs.records))
+    mesh = make_mesh(config.mesh)
+    saved = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    if saved.latest == total and export_dir(config).is_dir():
+        print(f"{config.run_dir} is finished: {total} steps, {export_dir(config)}")
+        return 0
+    with jax.set_mesh(mesh):
+        program = build_program(config, model_config, total, mesh)
+        if config.mesh.show:
+            print(layout_table(program.abstract, program.shardings))
+        base = None if source is None else fingerprint(source)
+        finish = functools.partial(export, config, program, processor, source, base)
+        batches = inputs.train_batches()
+        if saved.latest is None:
+            state, frozen = _start(config, program, source, base)
+            _write_description(config, base)
+            shutil.rmtree(finish(state.trainable, frozen))  # better now than after ten hours
+            saved.save(state, batches.state())
+            saved.wait()
+        else:
+            _check_base(config, base)
+            frozen = _load(config, program, source, program.frozen)
+            state, position = saved.restore(program.state, program.state_shardings)
+            batches.restore(position)
+        with StopRequest() as stop:
+            state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
+        saved.wait()
+        if stop.signal is not None:
+            print(f"stopped after step {int(state.step)}; the same command continues")
+            return 128 + stop.signal
+        print(f"wrote {finish(state.trainable, frozen)}")
+    return 0
+
+
+class StopRequest:
+    """Lets SIGTERM and Ctrl-C end the run in order; a second Ctrl-C ends it at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _train(
+    config: TrainConfig,
+    program: Program,
+    inputs: Inputs,
+    batches: Batches,
+    saved: Checkpoints,
+    state: TrainState,
+    frozen: Params,
+    stop: StopRequest,
+    total: int,
+) -> TrainState:
+    """The loop. Metrics are read one step late, so that the device never waits for the host."""
+    first = int(state.step)
+    held_out = HeldOut(
+        config.run_dir / "evaluations.jsonl",
+        lambda trainable, batch: program.eval_step(trainable, frozen, program.place(batch)),
+        inputs,
+    )
+    with Reporter(config.run_dir / "metrics.jsonl", first, total) as reporter:
+        if first == 0:
+            reporter.say(held_out.measure(0, state.trainable))
+            reporter.skip_time()
+        waiting: dict[str, jax.Array] | None = None
+        for step in range(first + 1, total + 1):
+            batch = program.place(next(batches))
+            state, metrics = program.train_step(state, frozen, batch)
+            if waiting:
+                reporter.log(_row(waiting, step - 1), _device_bytes())
+            waiting = metrics
+            measure = step == total or (config.eval.every and step % config.eval.every == 0)
+            if measure or stop.signal is not None or step % config.checkpoint.every == 0:
+                reporter.log(_row(waiting, step), _device_bytes())
+                waiting = None
+                saved.save(state, batches.state())
+                reporter.skip_time()
+            if stop.signal is not None:
+                break
+            if measure:
+                reporter.say(held_out.measure(step, state.trainable))
+                reporter.skip_time()
+        batches.close()
+        if int(state.step) == total:
+            for table in held_out.tables():
+                reporter.say(table)
+    return state
+
+
+def _start(
+    config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
+) -> tuple[TrainState, Params]:
+    """The state before the first step, and the frozen parameters."""
+    params = _load(config, program, source, program.abstract)
+    if config.init_adapter is not None:
+        params |= load_adapter(
+            config.init_adapter,
+            program.adapters,
+            program.model_config,
+            program.abstract,
+            program.trainable,
+            base,
+            program.shardings,
+        )
+    trainable = {path: params.pop(path) for path in program.trainable}
+    init = jax.jit(
+        lambda trainable: init_state(trainable, program.tx, config.seed),
+        donate_argnums=0,
+        out_shardings=program.state_shardings,
+    )
+    return init(trainable), params
+
+
+def _load(
+    config: TrainConfig, program: Program, source: Path | Parts | None, wanted: Collection[str]
+) -> Params:
+    return pretrained.load(
+        source,
+        program.model_config,
+        program.abstract,
+        program.shardings,
+        seed=config.seed,
+        wanted=wanted,
+    )
+
+
+def _describe(
+    config: TrainConfig, source: Path | Parts | None
+) -> tuple[ModelConfig, Path | Parts]:
+    """The model's sizes, and where its tokenizer and image processor lie."""
+    processor = source if config.processor is None else Path(config.processor)
+    if source is None and config.model is None:
+        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
+    if processor is None:
+        raise ConfigError("set processor: a model from scratch brings no tokenizer")
+    if config.model is not None:
+        return config.model, processor
+    return pretrained.read_config(source), processor
+
+
+def _row(metrics: dict[str, jax.Array], step: int) -> dict[str, float | int]:
+    """One line of metrics.jsonl, in the order in which people read it."""
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples", "skipped")
+    return {"step": step} | {name: values[name] for name in order}
+
+
+def _device_bytes() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def _write_description(config: TrainConfig, base: str | None) -> None:
+    """config.json: the resolved recipe and plan, versions, and what the frozen weights are."""
+    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    description = {
+        "config": to_json(config),
+        "base_fingerprint": base,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+    if jax.process_index() == 0:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _check_base(config: TrainConfig, base: str | None) -> None:
+    """Refuses to continue on other frozen weights than those the run began with."""
+    file = config.run_dir / "config.json"
+    began = json.loads(file.read_text())["base_fingerprint"]
+    if began != base:
+        raise ConfigError(
+            f"{file} says that this run began with a base of fingerprint {began}, but init_from "
+            f"{config.init_from} now has {base}; restore that base, or give the run a new name"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Tiny random models of Hugging Face's, float32, and the batches they are compared on."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_jax.config import ModelConfig
+from llava_jax.hf.model_config import read_model_config
+from llava_jax.hf.weights import load_params
+from llava_jax.models.layers import Params, merge
+from llava_jax.pretrained import build
+
+IMAGE, PAD, VOCABULARY = 60, 61, 64
+IMAGE_TOKENS = 4  # 28 x 28 pixels in patches of 14
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS: dict[str, dict] = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "wide_heads": {"head_dim": 16, "num_key_value_heads": 2},
+    "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+}
+
+
+@functools.cache
+def hf_llava(variant: str) -> LlavaForConditionalGeneration:
+    """A Hugging Face LLaVA whose every weight is random, norms and biases included."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    vision = {
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    text_config = LlamaConfig(**text | VARIANTS[variant])
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=text_config,
+        image_token_index=IMAGE,
+        pad_token_id=PAD,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+            if parameter.ndim == 1:
+                parameter.add_(0.5)
+    return model
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_hf() -> Callable[[str], LlavaForConditionalGeneration]:
+    """Variant -> the model, made once. Tests must not change it."""
+    return hf_llava
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Variant -> a directory that `save_pretrained` wrote."""
+    root = tmp_path_factory.mktemp("hf")
+
+    @functools.cache
+    def save(variant: str) -> Path:
+        hf_llava(variant).save_pretrained(root / variant)
+        return root / variant
+
+    return save
+
+
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    return build(config, {}, dtype="float32", remat=False)
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[Path], tuple[nnx.GraphDef, Params, ModelConfig]]:
+    """Directory -> our model of it, as (structure, parameters, config)."""
+
+    def load(directory: Path) -> tuple[nnx.GraphDef, Params, ModelConfig]:
+        config = read_model_config(directory)
+        graph, abstract = _abstract(config)
+        return graph, load_params(directory, config, abstract), config
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def abstract_params() -> Callable[[ModelConfig], dict[str, jax.ShapeDtypeStruct]]:
+    return lambda config: _abstract(config)[1]
+
+
+_jitted = jax.jit(lambda graph, params, *batch: merge(graph, params)(*batch), static_argnums=0)
+
+
+@pytest.fixture(scope="session")
+def our_logits() -> Callable[..., np.ndarray]:
+    """(structure, parameters, batch) -> logits of our model."""
+
+    def logits(graph: nnx.GraphDef, params: Params, batch: dict) -> np.ndarray:
+        args = [batch[name] for name in ("input_ids", "pixel_values", "attention_mask")]
+        return np.asarray(_jitted(graph, params, *args))
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def hf_logits() -> Callable[..., np.ndarray]:
+    """(torch model, batch) -> its logits."""
+
+    def logits(model: torch.nn.Module, batch: dict) -> np.ndarray:
+        tensors = {
+            name: torch.from_numpy(np.array(x)).to(
+                torch.float32 if x.dtype.kind == "f" else torch.int64
+            )
+            for name, x in batch.items()
+            if x is not None
+        }
+        with torch.no_grad():
+            return model(**tensors).logits.numpy()
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def batches() -> dict[str, dict[str, np.ndarray | None]]:
+    """One image, two images in one sample, no image, and a right-padded mixture of these."""
+    rng = np.random.default_rng(0)
+    words = lambda count: rng.integers(3, IMAGE, count).tolist()
+    image = [IMAGE] * IMAGE_TOKENS
+    rows = {
+        "one_image": [words(3) + image + words(9)],
+        "two_images": [words(2) + image + words(3) + image + words(4)],
+        "text_only": [words(17)],
+        "padded": [words(1) + image + words(2) + image + words(4), words(7), image + words(3)],
+    }
+    return {name: _batch(rows, rng) for name, rows in rows.items()}
+
+
+def _batch(rows: list[list[int]], rng: np.random.Generator) -> dict[str, np.ndarray | None]:
+    length = max(map(len, rows))
+    ids = np.array([row + [PAD] * (length - len(row)) for row in rows], np.int32)
+    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int32)
+    images = int((ids == IMAGE).sum()) // IMAGE_TOKENS
+    pixels = rng.normal(size=(images, 3, 28, 28)).astype(np.float32) if images else None
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[[np.ndarray, np.ndarray, dict], None]:
+    """Logits of real tokens agree to 2e-5 of the largest."""
+
+    def check(ours: np.ndarray, theirs: np.ndarray, batch: dict) -> None:
+        real = batch["attention_mask"].astype(bool)
+        ours, theirs = ours[real], theirs[real]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+    return check

@@ -1,0 +1,248 @@
+"""What we write beside a model makes transformers see what the model was trained on."""
+
+import dataclasses
+import importlib.resources
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
+from llava_jax.data.conversation import TEMPLATES, Turn, encode, encode_prompt, expand_images
+from llava_jax.hf.model_config import read_parts_config, write_model_config
+from llava_jax.hf.processor import load_image_transform, save_processor
+from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.tokenizer import load_tokenizer
+
+TEXTS = (
+    "Hello world",
+    "a  b    c",
+    "  two",
+    "x\n\nyz",
+    "def f():\n        if x:\n            y   =  1",
+    "日本語 🦙 ünï",
+)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> sentencepiece.SentencePieceProcessor:
+    file = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    return sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def vicuna_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder's directory with nothing but a tokenizer.model, as Vicuna's is."""
+    directory = tmp_path_factory.mktemp("vicuna")
+    file = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    (directory / "tokenizer.model").write_bytes(file.read_bytes())
+    settings = {"tokenizer_class": "LlamaTokenizer", "model_max_length": 4096}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaVA's directory with a byte-level tokenizer that adds no first token."""
+    directory = tmp_path_factory.mktemp("bytes")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = ["<s>", "</s>", "<pad>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=names,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["USER: what colour is it? ASSISTANT: red"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=["<image>"],
+    )
+    tokenizer.save_pretrained(directory)
+    images = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
+    return directory
+
+
+VISION = VisionConfig(28, 14, 16, 16, 2, 2)
+LLM = LlmConfig(320, 16, 16, 1, 2, 2, 8, 128)
+CONFIG = ModelConfig(VISION, LLM, image_token_id=3, pad_token_id=2)
+
+
+def test_a_tokenizer_model_is_read_as_sentencepiece_reads_it(vicuna_like, pieces):
+    tokenizer = load_tokenizer(vicuna_like)
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == [1, *pieces.encode(text)], text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_written_tokenizer_stays_the_same_in_transformers(vicuna_like, pieces, tmp_path):
+    parts = Parts(str(vicuna_like), str(_vision(tmp_path / "vision")))
+    config = read_parts_config(parts)
+    assert (config.image_token_id, config.pad_token_id) == (32000, 32001)
+    assert config.llm.vocab_size == 32064
+    out = tmp_path / "out"
+    out.mkdir()
+    write_model_config(config, out)
+    save_processor(parts, out, config, template=TEMPLATES["vicuna_v1"], aspect="pad")
+    for tokenizer in (load_tokenizer(out), AutoTokenizer.from_pretrained(out)):
+        for text in TEXTS:
+            assert tokenizer(text).input_ids == [1, *pieces.encode(text)], text
+        assert tokenizer.pad_token_id == 32001
+        assert tokenizer("<image>", add_special_tokens=False).input_ids == [32000]
+
+
+def _vision(directory: Path) -> Path:
+    directory.mkdir()
+    settings = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def written(byte_level: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Aspect -> a directory with a processor of ours and a random model."""
+    done: dict[str, Path] = {}
+
+    def write(aspect: str) -> Path:
+        if aspect not in done:
+            done[aspect] = out = tmp_path_factory.mktemp(aspect)
+            template = TEMPLATES["vicuna_v1"]
+            save_processor(byte_level, out, CONFIG, template=template, aspect=aspect)
+            write_model_config(CONFIG, out, "float32")
+        return done[aspect]
+
+    return write
+
+
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same colour?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    {"role": "user", "content": [{"type": "text", "text": "why?"}]},
+]
+TURNS = [
+    Turn("human", "<image>\n<image>\nsame colour?"),
+    Turn("gpt", "no"),
+    Turn("human", "why?"),
+]
+
+
+@pytest.mark.parametrize("form", ["one call", "two calls"])
+def test_prompts_are_those_of_training(form, written):
+    out = written("pad")
+    processor = AutoProcessor.from_pretrained(out)
+    tokenizer = load_tokenizer(out)
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    if form == "two calls":
+        theirs = processor(images=pictures, text=text, return_tensors="np").input_ids[0]
+    else:
+        messages = json.loads(json.dumps(MESSAGES))
+        for part, picture in zip(messages[0]["content"], pictures, strict=False):
+            part["image"] = picture
+        theirs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="np",
+        ).input_ids[0]  # fmt: skip
+    ours = encode_prompt(TURNS, TEMPLATES["vicuna_v1"], tokenizer, CONFIG.image_token_id)
+    ours = expand_images(ours, CONFIG.image_token_id, CONFIG.image_tokens)
+    np.testing.assert_array_equal(theirs, ours.input_ids)
+
+
+def test_a_whole_conversation_ends_its_answers(written):
+    processor = AutoProcessor.from_pretrained(written("pad"))
+    text = processor.apply_chat_template(MESSAGES[:2], tokenize=False)
+    assert text.startswith("<s>A chat between a curious user")
+    assert text.endswith("ASSISTANT: no</s>")
+    tokenizer = load_tokenizer(written("pad"))
+    ours = encode(TURNS[:2], TEMPLATES["vicuna_v1"], tokenizer, CONFIG.image_token_id)
+    assert tokenizer(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_pixels_are_those_of_training(aspect, written):
+    out = written(aspect)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (45, 70, 3), dtype=np.uint8))
+    transform = load_image_transform(out)
+    assert transform.aspect == aspect
+    theirs = AutoProcessor.from_pretrained(out).image_processor(image, return_tensors="np")
+    # Within one step of a pixel: libraries round differently.
+    step = 1 / 255 / min(transform.std)
+    np.testing.assert_allclose(transform(image), theirs.pixel_values[0], rtol=0, atol=step)
+
+
+def test_transformers_generates(written, tmp_path):
+    out = shutil.copytree(written("pad"), tmp_path / "model")
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(out)).eval()
+    save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
+    model = LlavaForConditionalGeneration.from_pretrained(out)
+    processor = AutoProcessor.from_pretrained(out)
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    pictures = [Image.new("RGB", (40, 30)), Image.new("RGB", (20, 30))]
+    inputs = processor(images=pictures, text=text, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=3)
+    assert tokens.shape[1] > inputs.input_ids.shape[1]
+
+
+def test_a_tokenizer_of_another_model_is_refused(byte_level, tmp_path):
+    other = dataclasses.replace(CONFIG, image_token_id=310)
+    with pytest.raises(CheckpointError, match="no token 310"):
+        save_processor(byte_level, tmp_path, other, template=TEMPLATES["vicuna_v1"], aspect="pad")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_center_crop": False}, "do_center_crop false"),
+        ({"resample": 2}, "resample 2"),
+        ({"size": {"height": 28, "width": 28}}, "supported: a shortest_edge"),
+    ],
+)
+def test_other_image_processors_are_refused(change, message, byte_level, tmp_path):
+    settings = json.loads((byte_level / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_image_transform(tmp_path)
+
+
+def test_forms_of_the_image_settings(byte_level, tmp_path):
+    """Bare numbers (transformers 4.2x), and nested in processor_config.json (transformers 5)."""
+    expected = load_image_transform(byte_level)
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    (old / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28}))
+    settings = json.loads((byte_level / "preprocessor_config.json").read_text())
+    (new / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert load_image_transform(old) == load_image_transform(new) == expected
+    shutil.rmtree(old)
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):
+        load_image_transform(old)

@@ -1,0 +1,86 @@
+"""Pixels against Hugging Face's CLIP processor."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava_jax.data.conversation import SampleError
+from llava_jax.data.images import CLIP_MEAN, CLIP_STD, ImageTransform, open_image
+
+SIZES = [(64, 64), (500, 300), (301, 499), (1000, 37), (23, 640), (1, 1), (3, 2), (337, 335)]
+
+
+def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    """Noise over a gradient, so that both resampling and its rounding show."""
+    rng = np.random.default_rng(size[0] * 1000 + size[1])
+    ramp = np.linspace(0, 200, size[0], dtype=np.float32)[None, :, None]
+    pixels = ramp + rng.uniform(0, 55, (size[1], size[0], 4))
+    return Image.fromarray(pixels.astype(np.uint8), "RGBA").convert(mode)
+
+
+def reference(image: Image.Image, edge: int, crop: tuple[int, int]) -> np.ndarray:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": edge},
+        crop_size={"height": crop[0], "width": crop[1]},
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )
+    return processor(image, return_tensors="np")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("edge", "crop"), [(336, (336, 336)), (65, (65, 33)), (50, (61, 64))])
+def test_crop_is_clips(size, edge, crop):
+    transform = ImageTransform(edge, *crop, aspect="crop")
+    pixels = transform(picture(size))
+    assert pixels.shape == (3, *crop)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, reference(picture(size), edge, crop))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_every_mode_is_clips(mode):
+    image = picture((90, 64), mode)
+    pixels = ImageTransform(aspect="crop")(image)
+    np.testing.assert_array_equal(pixels, reference(image, 336, (336, 336)))
+
+
+def test_palette_with_transparency_is_clips():
+    image = picture((80, 60), "P")
+    image.info["transparency"] = 3
+    pixels = ImageTransform(aspect="crop")(image)
+    np.testing.assert_array_equal(pixels, reference(image, 336, (336, 336)))
+
+
+def test_pad_keeps_its_colour_where_an_image_is_transparent():
+    image = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
+    pixels = ImageTransform(shortest_edge=200, crop_height=200, crop_width=200)(image)
+    values = (pixels * np.array(CLIP_STD)[:, None, None] + np.array(CLIP_MEAN)[:, None, None]) * 255
+    np.testing.assert_allclose(values[:, 100, 100], 255, atol=1e-3)
+    np.testing.assert_allclose(values[:, 10, 100], (122, 116, 104), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_is_the_recipe(size):
+    """A square of colour (122, 116, 104), the image in its middle, then CLIP's way."""
+    image = picture(size)
+    side, (left, top) = max(size), ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = (122, 116, 104)
+    square[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    expected = reference(Image.fromarray(square), 336, (336, 336))
+    np.testing.assert_array_equal(ImageTransform()(image), expected)
+
+
+def test_unreadable_images_are_sample_errors(tmp_path):
+    with pytest.raises(SampleError, match=r"not found: .*nothing\.png"):
+        open_image(str(tmp_path / "nothing.png"))
+    whole = tmp_path / "whole.png"
+    picture((64, 64)).save(whole)
+    assert open_image(str(whole)).size == (64, 64)
+    for name, content in [("text.jpg", b"not an image"), ("cut.png", whole.read_bytes()[:900])]:
+        broken = tmp_path / name
+        broken.write_bytes(content)
+        with pytest.raises(SampleError, match=f"cannot read image .*{name}"):
+            open_image(str(broken))

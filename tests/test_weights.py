@@ -1,0 +1,314 @@
+"""Files that are damaged, large, sharded or not quite right; parity/ has the models."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, VisionConfig
+from llava_jax.hf.tensorfile import CheckpointError, open_tensors, read_metadata
+from llava_jax.hf.weights import fingerprint, load_params, save_params
+from llava_jax.models.layers import Params
+from llava_jax.pretrained import build
+from llava_jax.sharding import make_mesh, parameter_shardings
+
+CONFIG = ModelConfig(
+    vision=VisionConfig(28, 14, 16, 32, 3, 2),
+    llm=LlmConfig(64, 16, 32, 2, 2, 2, 8, 128),
+    image_token_id=60,
+    pad_token_id=61,
+)
+EMBED = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+
+
+def abstract_params(config: ModelConfig = CONFIG) -> dict[str, jax.ShapeDtypeStruct]:
+    return build(config, {}, dtype="float32")[1]
+
+
+def random_params(config: ModelConfig = CONFIG, dtype: str = "float32") -> Params:
+    rng = np.random.default_rng(0)
+    draw = lambda spec: jnp.asarray(rng.normal(size=spec.shape), dtype)
+    return {path: draw(spec) for path, spec in abstract_params(config).items()}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_params(random_params(), tmp_path / "checkpoint", CONFIG)
+    return tmp_path / "checkpoint"
+
+
+def assert_equal(ours: Params, expected: Params) -> None:
+    assert ours.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 8_000])
+def test_written_weights_read_back(dtype, shard_bytes, tmp_path):
+    params = random_params(dtype=dtype)
+    save_params(params, tmp_path, CONFIG, shard_bytes=shard_bytes)
+    files = sorted(file.name for file in tmp_path.iterdir())
+    if shard_bytes == 10**9:
+        assert files == ["model.safetensors"]
+    else:
+        assert files[-1] == "model.safetensors.index.json"
+        assert len(files) > 3
+        assert files[0] == f"model-00001-of-{len(files) - 1:05}.safetensors"
+    abstract = {p: jax.ShapeDtypeStruct(s.shape, dtype) for p, s in abstract_params().items()}
+    assert_equal(load_params(tmp_path, CONFIG, abstract), params)
+
+
+def test_the_safetensors_library_agrees(tmp_path):
+    """Mixed dtypes in one file: all tensors are where the library expects them."""
+    params = random_params()
+    params["llm.norm.weight"] = params["llm.norm.weight"].astype(jnp.bfloat16)
+    save_params(params, tmp_path, CONFIG)
+    theirs = load_file(tmp_path / "model.safetensors")
+    ours = open_tensors(tmp_path)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.read(), theirs[name], err_msg=name)
+    assert theirs["language_model.model.norm.weight"].dtype == ml_dtypes.bfloat16
+    assert read_metadata(tmp_path / "model.safetensors") == {"format": "pt"}
+
+
+def test_values_are_cast_where_they_land(checkpoint):
+    abstract = {p: jax.ShapeDtypeStruct(s.shape, "bfloat16") for p, s in abstract_params().items()}
+    expected = {path: value.astype(jnp.bfloat16) for path, value in random_params().items()}
+    assert_equal(load_params(checkpoint, CONFIG, abstract), expected)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)])
+def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
+    abstract = abstract_params()
+    shardings = parameter_shardings(abstract, make_mesh(mesh))
+    params = load_params(checkpoint, CONFIG, abstract, shardings)
+    assert_equal(params, random_params())
+    for path, value in params.items():
+        assert value.sharding == shardings[path], path
+    wide = params["llm.layers.mlp.down_proj.weight"]
+    assert wide.addressable_shards[0].data.size < wide.size
+    save_params(params, tmp_path / "again", CONFIG)
+    assert_equal(load_params(tmp_path / "again", CONFIG, abstract), random_params())
+
+
+def test_only_what_is_wanted_is_read(checkpoint):
+    wanted = ("llm.norm.weight", "llm.layers.mlp.up_proj.weight")
+    params = load_params(checkpoint, CONFIG, abstract_params(), wanted=wanted)
+    assert_equal(params, {path: random_params()[path] for path in wanted})
+
+
+def test_everything_amiss_is_one_error(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+    del tensors["vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"]  # in the tail
+    tensors["multi_modal_projector.linear_3.weight"] = np.zeros(2, np.float32)
+    tensors[EMBED] = tensors[EMBED][:-1]
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(5)  # old buffer
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_params(checkpoint, CONFIG, abstract_params())
+    for part in (
+        "2 tensors missing:\n  ",
+        "language_model.model.layers.1.mlp.up_proj.weight [32, 16]",
+        "vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias [32]",
+        "1 tensors left over:\n  multi_modal_projector.linear_3.weight [2]",
+        f"1 tensors of the wrong shape:\n  {EMBED} is [63, 16], expected [64, 16]",
+        str(checkpoint),
+    ):
+        assert part in str(error.value)
+    assert "position_ids" not in str(error.value)
+
+
+def test_a_head_may_be_there_or_not_when_it_is_tied(checkpoint):
+    tied = dataclasses.replace(
+        CONFIG, llm=dataclasses.replace(CONFIG.llm, tie_word_embeddings=True)
+    )
+    abstract = abstract_params(tied)
+    assert "llm.lm_head.weight" not in abstract
+    params = load_params(checkpoint, tied, abstract)
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[HEAD]
+    save_file(tensors, checkpoint / "model.safetensors")
+    assert_equal(load_params(checkpoint, tied, abstract), params)
+    with pytest.raises(CheckpointError, match="missing"):
+        load_params(checkpoint, CONFIG, abstract_params())
+
+
+def test_adapters_are_not_saved_as_a_model(tmp_path):
+    params = random_params() | {"llm.layers.mlp.up_proj.lora_a": jnp.zeros((2, 1, 16))}
+    with pytest.raises(ValueError, match=r"merge the adapters .*up_proj\.lora_a"):
+        save_params(params, tmp_path, CONFIG)
+
+
+def test_a_smaller_save_leaves_nothing_of_a_larger_one(tmp_path):
+    save_params(random_params(), tmp_path, CONFIG, shard_bytes=8_000)
+    save_params(random_params(), tmp_path, CONFIG)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_one(checkpoint, monkeypatch):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    broken = random_params()
+    broken["llm.norm.weight"].delete()  # reading it fails in the middle of the file
+    with pytest.raises(RuntimeError):
+        save_params(broken, checkpoint, CONFIG)
+    assert [file.name for file in checkpoint.iterdir()] == ["model.safetensors"]
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+def header_of(file: Path) -> tuple[dict, bytes]:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_header(file: Path, header: dict, data: bytes) -> None:
+    table = json.dumps(header).encode()
+    file.write_bytes(len(table).to_bytes(8, "little") + table + data)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"data_offsets": [0, 10**9]}, "lies outside the file"),
+        ({"data_offsets": [8, 4]}, "lies outside the file"),
+        ({"data_offsets": [-8, 4088]}, "lies outside the file"),
+        ({"shape": [64, 17]}, r"is F32 \[64, 17\] but has 4096 bytes"),
+        ({"shape": "all"}, "damaged entry"),
+        ({"dtype": "F99"}, "has dtype F99; weights are F32, F16, BF16"),
+        ({"dtype": "I32"}, "has dtype I32; weights are F32, F16, BF16"),
+    ],
+)
+def test_a_damaged_table_names_file_and_tensor(entry, message, checkpoint):
+    file = checkpoint / "model.safetensors"
+    header, data = header_of(file)
+    header[EMBED] |= entry
+    write_header(file, header, data)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_params(checkpoint, CONFIG, abstract_params())
+    assert str(file) in str(error.value)
+    assert EMBED in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"\xff" * 64,
+        (9).to_bytes(8, "little") + b"not json!",
+        b"\2" + b"\0" * 7 + b"[]",
+    ],
+)
+def test_a_file_of_another_kind_is_refused(content, checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_tensors(checkpoint)
+
+
+def test_a_file_cut_short_is_refused(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        open_tensors(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not an index"),
+        ("[]", "is not an index"),
+        ('{"weight_map": {"x": "model-9.safetensors"}}', "not beside it: model-9"),
+        ('{"weight_map": {"x": "../up.safetensors"}}', "not beside it"),
+        ('{"weight_map": {"x": "model.safetensors"}}', "names tensors its files lack: x"),
+    ],
+)
+def test_a_damaged_index_is_refused(index, message, checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        open_tensors(checkpoint)
+
+
+def test_a_directory_without_safetensors_tells_what_it_has(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"found: pytorch_model\.bin"):
+        open_tensors(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        open_tensors(tmp_path / "nowhere")
+
+
+def test_a_fingerprint_is_of_the_weights_and_nothing_else(checkpoint, tmp_path):
+    first = fingerprint(checkpoint)
+    save_params(random_params(), tmp_path / "shards", CONFIG, shard_bytes=8_000)
+    assert fingerprint(tmp_path / "shards") == first
+    tensors = load_file(checkpoint / "model.safetensors")
+    renamed = {name.replace("vision_model.", ""): x for name, x in tensors.items()}
+    (tmp_path / "d").mkdir()
+    save_file(renamed, tmp_path / "d" / "model.safetensors")
+    assert fingerprint(tmp_path / "d") == first
+    changed = random_params()
+    changed["llm.norm.weight"] = changed["llm.norm.weight"] + 1
+    save_params(changed, tmp_path / "changed", CONFIG)
+    assert fingerprint(tmp_path / "changed") != first
+    save_params(random_params(), tmp_path / "half", CONFIG, dtype="float16")
+    assert fingerprint(tmp_path / "half") != first
+
+
+MEASURE = """
+import resource, sys
+import jax
+from llava_jax.config import *
+from llava_jax.hf.weights import load_params, save_params
+from llava_jax.pretrained import build
+
+config = ModelConfig(
+    vision=VisionConfig(28, 14, 16, 16, 2, 2),
+    llm=LlmConfig(4096, 512, 2048, 32, 4, 4, 128),
+)
+abstract = {
+    path: jax.ShapeDtypeStruct(spec.shape, sys.argv[3])
+    for path, spec in build(config, {}, dtype="float32")[1].items()
+}
+size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if sys.argv[1] == "save":
+    params = {path: jax.numpy.ones(spec.shape, spec.dtype) for path, spec in abstract.items()}
+    before = peak()
+    save_params(params, sys.argv[2], config)
+    print(peak() - before, size(params))
+else:
+    jax.block_until_ready(jax.numpy.zeros(8))
+    before = peak()
+    params = load_params(sys.argv[2], config, abstract)
+    print(peak() - before - size(params), size(params))
+"""
+
+
+def test_host_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """269 MB on disk, stacks of 67 MB, no tensor in it above 4 MB."""
+
+    def measure(*args: str) -> tuple[int, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *args], capture_output=True, text=True, check=True
+        )
+        beyond, total = map(int, done.stdout.split())
+        return beyond, total
+
+    beyond, total = measure("save", str(tmp_path), "bfloat16")
+    assert total > 260e6
+    assert beyond < 48e6
+    beyond, _ = measure("load", str(tmp_path), "bfloat16")
+    assert beyond < 48e6
+    beyond, _ = measure("load", str(tmp_path), "float32")
+    assert beyond < 48e6

@@ -1,0 +1,116 @@
+"""A tiny model and random batches for tests of the training step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from llava_jax import pretrained
+from llava_jax.config import (
+    VISION_LINEARS,
+    BatchConfig,
+    LlmConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TuneConfig,
+    VisionConfig,
+)
+from llava_jax.data.batching import Batch
+from llava_jax.program import Program, build_program
+from llava_jax.sharding import make_mesh
+from llava_jax.step import TrainState, init_state
+
+MODEL = ModelConfig(
+    VisionConfig(
+        image_size=28,
+        patch_size=14,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    ),
+    LlmConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+    image_token_id=60,
+    pad_token_id=61,
+)
+
+CONFIG = TrainConfig(
+    name="tiny",
+    model=MODEL,
+    dtype="float32",
+    tune=TuneConfig(llm="lora", vision="lora", projector="full"),
+    lora=LoraConfig(rank=8, alpha=16.0, dropout=0.1),
+    vision_lora=LoraConfig(rank=8, alpha=8.0, dropout=0.1, targets=VISION_LINEARS),
+    batch=BatchConfig(global_size=16),
+    optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
+)
+
+
+def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -> Batch:
+    """Samples with none, one or two images and different lengths."""
+    rng = np.random.default_rng(seed)
+    input_ids = rng.integers(3, 60, (size, length), dtype=np.int32)
+    segment_ids = np.ones((size, length), np.int32)
+    for row in range(size):
+        for image in range(row % (images + 1)):
+            start = 1 + image * 6
+            input_ids[row, start : start + MODEL.image_tokens] = MODEL.image_token_id
+        cut = length - row % 5
+        input_ids[row, cut:], segment_ids[row, cut:] = MODEL.pad_token_id, 0
+    loss_mask = (segment_ids > 0) & (input_ids != MODEL.image_token_id)
+    loss_mask[:, : length // 2] = False
+    pixels = rng.normal(size=(size, images, 3, 28, 28)).astype(np.float32)
+    return Batch(input_ids, loss_mask, segment_ids, pixels, np.zeros(size, np.int32))
+
+
+def start(
+    config: TrainConfig, devices: int, steps: int
+) -> tuple[Program, TrainState, dict[str, jax.Array]]:
+    """A program on so many devices, its first state and its frozen parameters, from the seed."""
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    program = build_program(config, config.model or MODEL, steps, mesh)
+    params = pretrained.initialise(program.abstract, program.shardings, config.seed)
+    trainable = {path: params.pop(path) for path in program.trainable}
+    init = jax.jit(
+        lambda t: init_state(t, program.tx, config.seed), out_shardings=program.state_shardings
+    )
+    return program, init(trainable), params
+
+
+def run(
+    config: TrainConfig, devices: int = 1, steps: int = 3
+) -> tuple[list[dict[str, float]], Program, TrainState]:
+    """Trains on random batches; returns the metrics of each step."""
+    program, state, frozen = start(config, devices, steps)
+    rows = []
+    with jax.set_mesh(program.mesh):
+        for step in range(steps):
+            batch = program.place(random_batch(step))
+            state, metrics = program.train_step(state, frozen, batch)
+            rows.append({name: value.item() for name, value in metrics.items()})
+    return rows, program, state
+
+
+def change(config: TrainConfig, **fields: dict[str, object]) -> TrainConfig:
+    """A config with fields of its groups replaced: change(c, batch={"micro_size": 4})."""
+    return dataclasses.replace(
+        config,
+        **{
+            group: dataclasses.replace(getattr(config, group), **values)
+            for group, values in fields.items()
+        },
+    )
+
+
+__all__ = ["CONFIG", "MODEL", "MeshConfig", "change", "random_batch", "run", "start"]

@@ -1,0 +1,95 @@
+"""Learns the tokenizer of the embedded tiny LLaVA, and writes it with its image processor.
+
+    python tools/tiny_processor.py DIRECTORY
+
+A byte-pair vocabulary of LLaMA's kind (pieces with a leading-space mark, bytes for all the rest),
+learnt from the questions and answers of easy-VQA's training split and the template around them.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.easy_vqa import COLOURS, SHAPES, read_questions
+from llava_jax.data.images import CLIP_MEAN, CLIP_STD
+
+VOCABULARY = 512
+IMAGE_SIZE = 64
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+CONTROL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+def learn_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer in which every word of the data is one token."""
+    template = TEMPLATES["vicuna_v1"]
+    around = template.system.replace("{bos}", "") + template.human_prefix + template.answer_prefix
+    captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    questions = [f"{question} {answer}" for question, answer, _ in read_questions("train")]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[*CONTROL, *BYTES], show_progress=False
+    )
+    # Word by word, so that no piece runs across words.
+    words = " ".join([*questions, *captions * 100, *[around] * 100]).split()
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    plain_bytes = json.loads(tokenizer.to_str())
+    plain_bytes["added_tokens"] = [
+        token for token in plain_bytes["added_tokens"] if token["content"] in CONTROL
+    ]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(plain_bytes)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def image_settings() -> dict[str, object]:
+    """CLIP's image processing at the tiny model's size."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": 3,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = learn_tokenizer()
+    tokenizer.save_pretrained(directory)
+    settings = json.dumps(image_settings(), indent=2)
+    (directory / "preprocessor_config.json").write_text(settings + "\n")
+    print(f"wrote {len(tokenizer)} tokens to {directory}")
+
+
+if __name__ == "__main__":
+    main()
