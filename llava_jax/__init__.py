@@ -1,0 +1,18 @@
+"""LLaVA-1.5 fine-tuning in JAX, on the accelerators you have."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_jax.pretrained import LlavaModel as LlavaModel
+
+_HOMES = {"LlavaModel": "llava_jax.pretrained"}
+
+__all__ = ["LlavaModel"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: config files and data workers need no JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -40,9 +40,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=args)
 
     def wait(self) -> None:

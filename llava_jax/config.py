@@ -278,7 +278,7 @@ class TrainConfig:
             directory, or `Parts`. None makes new ones, for `model`.
         init_adapter: A PEFT adapter directory to continue from.
         model: Sizes of a model trained from scratch; None takes those of `init_from`.
-        processor: Directory with the tokenizer and image processor; None takes those of `init_from`.
+        processor: Directory with the tokenizer and image processor; None takes `init_from`'s.
         tune: What trains.
         lora: Adapters of the decoder.
         vision_lora: Adapters of the vision tower.
@@ -312,7 +312,7 @@ class TrainConfig:
         return Path(self.output_dir) / self.name
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of the run over a data set of `samples` samples; the last may wrap round."""
+        """Optimizer steps of a run over so many samples; the last batch may wrap round."""
         return self.steps or math.ceil(self.epochs * samples / self.batch.global_size)
 
 

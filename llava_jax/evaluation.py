@@ -52,7 +52,7 @@ class Evaluation:
 
 def evaluate(
     eval_step: Callable[[Batch], EvalResult],
-    batches: Iterable[tuple[Batch, Sequence[int]]],
+    batches: Iterable[tuple[Batch, np.ndarray]],
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     shown: Collection[int] = (),
@@ -96,7 +96,7 @@ def _example(
     expected = np.asarray(batch.input_ids[row])[given]
     predicted = np.asarray(result.predicted[row])[given - 1]
     wrong = np.flatnonzero(predicted != expected)
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Example(
         question=record.turns[-2].text.replace("<image>", "").strip(),
         expected=decode(expected),
@@ -169,7 +169,9 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
         table.add_row(category, str(count), *(share(n, count) for n in right))
     table.add_section()
     total = sum(after.samples.values())
-    table.add_row("all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after)))
+    table.add_row(
+        "all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after))
+    )
     table.add_row("loss", "", f"{before.loss:.3f}", f"{after.loss:.3f}")
     return table
 

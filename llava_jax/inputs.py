@@ -56,9 +56,7 @@ class Inputs:
         """All held-out samples in order, with their indices."""
         size = self.config.eval.batch_size or self.config.batch.global_size
         spec = dataclasses.replace(self.spec, size=size)
-        return eval_batches(
-            self.eval_records, self.encoder, spec, workers=self.config.data.workers
-        )
+        return eval_batches(self.eval_records, self.encoder, spec, workers=self.config.data.workers)
 
 
 def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:

@@ -28,7 +28,7 @@ def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
         linears = {
             path: module
             for keys, module in nnx.iter_modules(model)
-            if isinstance(module, Linear) and (path := ".".join(keys)).startswith(stack)
+            if isinstance(module, Linear) and (path := ".".join(map(str, keys))).startswith(stack)
         }
         names = sorted({path.rsplit(".", 1)[-1] for path in linears})
         if unknown := sorted(set(config.targets) - set(names)):
@@ -69,15 +69,12 @@ def split_trainable(params: Params, tune: TuneConfig) -> tuple[Params, Params]:
     return trainable, {path: leaf for path, leaf in params.items() if path not in trainable}
 
 
-def merge_adapters(params: Params, adapters: dict[str, LoraConfig]) -> Params:
-    """Parameters without adapters that compute the same: W + (alpha / rank) B A, in float32."""
-    merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
-    for stack, config in adapters.items():
-        for path in [p for p in params if p.startswith(stack) and p.endswith(".lora_a")]:
-            weight = path.removesuffix("lora_a") + "weight"
-            a, b = params[path], params[path.removesuffix("a") + "b"]
-            delta = config.alpha / config.rank * jnp.einsum("LFR,LRD->LFD", b, a)
-            merged[weight] = (merged[weight].astype(jnp.float32) + delta).astype(
-                merged[weight].dtype
-            )
-    return merged
+def merge_adapters(model: nnx.Module) -> None:
+    """Folds each adapter into its weight, W + scale B A in float32, and removes it."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
+            weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
+            low_rank = jnp.einsum("LFR,LRD->LFD", b, a, precision="highest")
+            merged = weight.astype(jnp.float32) + module.lora_scale * low_rank
+            module.weight = nnx.Param(merged.astype(weight.dtype))
+            module.lora_a = module.lora_b = nnx.data(None)

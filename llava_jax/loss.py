@@ -57,9 +57,7 @@ def next_tokens(
     return following(input_ids), following(loss_mask)
 
 
-def loss_weights(
-    supervised: Bool[Array, "B T"], weighting: str, group: int
-) -> Float[Array, "B T"]:
+def loss_weights(supervised: Bool[Array, "B T"], weighting: str, group: int) -> Float[Array, "B T"]:
     """The weight of each token's loss in the loss of the global batch; they sum to 1.
 
     Args:

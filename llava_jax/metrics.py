@@ -67,7 +67,8 @@ class Reporter:
         """Records one optimizer step.
 
         Args:
-            row: At least step, loss, learning_rate and tokens; `seconds` since the last row is added.
+            row: At least step, loss, learning_rate and tokens; the seconds since the last row are
+                added.
             device_bytes: Peak memory of a device, if it is known.
         """
         now = time.monotonic()

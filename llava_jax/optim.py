@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from llava_jax.config import OptimizerConfig
 from llava_jax.lora import is_adapter
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], Any]
+"""Number of steps done -> learning rate."""
 
 GROUPS = ("lora", "llm", "vision", "projector")
 
@@ -43,7 +45,7 @@ def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedul
         "constant": lambda progress: jnp.ones_like(progress),
     }
 
-    def schedule(count: jax.Array) -> jax.Array:
+    def schedule(count: Int[ArrayLike, ""]) -> Float[Array, ""]:
         count = jnp.asarray(count, jnp.float32)
         progress = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
         decayed = shapes[config.schedule](progress)
@@ -63,12 +65,19 @@ def make_optimizer(
         path: not (path.endswith(".bias") or "norm" in path.rsplit(".", 2)[-2]) for path in params
     }
 
-    def adamw(schedule: Schedule) -> optax.GradientTransformation:
+    def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.adamw(
-            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+            rate,
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=decays,
         )
 
-    groups = {group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()}
+    groups: dict[Any, Any] = {
+        group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()
+    }
     tx = optax.multi_transform(groups, {path: group_of(path) for path in trainable})
     if config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)

@@ -6,20 +6,24 @@ import math
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 
 from llava_jax import lora
-from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
-from llava_jax.hf import model_config as hf_config
-from llava_jax.hf import weights
-from llava_jax.hf.tokenizer import IMAGE_TOKEN, load_tokenizer
-from llava_jax.models.layers import Params, split
+from llava_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, Parts
+from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
+from llava_jax.hf.peft import open_adapter
+from llava_jax.hf.processor import save_processor
+from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from llava_jax.hf.weights import fingerprint, load_params, load_parts, save_params
+from llava_jax.models.layers import Params, merge, split
 from llava_jax.models.llava import Llava
+from llava_jax.sharding import make_mesh, parameter_shardings
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
 
@@ -63,9 +67,9 @@ def read_config(source: Path | Parts) -> ModelConfig:
     """The model that a checkpoint's own files describe."""
     if isinstance(source, Parts):
         tokenizer = load_tokenizer(source)
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        return hf_config.read_parts_config(source, image_id, tokenizer.pad_token_id)
-    return hf_config.read_model_config(source)
+        image_id = cast("int", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        return read_parts_config(source, image_id, cast("int", tokenizer.pad_token_id))
+    return read_model_config(source)
 
 
 def build(
@@ -128,8 +132,104 @@ def load(
     if source is None:
         params = {}
     elif isinstance(source, Parts):
-        params = weights.load_parts(source, config, base, shardings, wanted=wanted)
+        params = load_parts(source, config, base, shardings, wanted=wanted)
     else:
-        params = weights.load_params(source, config, base, shardings, wanted=wanted)
+        params = load_params(source, config, base, shardings, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
     return params | initialise(fresh, shardings, seed)
+
+
+class LlavaModel(Llava):
+    """A LLaVA with its weights; call it for logits, see `models.llava.Llava.__call__`."""
+
+    source: Path | Parts | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+    ) -> "LlavaModel":
+        """Reads a checkpoint.
+
+        Args:
+            path: A directory in a layout of `hf.layouts`, a run's directory, or a hub id.
+            dtype: Of the weights and the computation, "float32" or "bfloat16".
+            mesh: From `sharding.make_mesh`; the weights are sharded over it. None is one device.
+
+        Raises:
+            ConfigError: There is no such checkpoint.
+            CheckpointError: It is not a LLaVA of a known kind, or not whole.
+        """
+        return cls._load(resolve(str(path)), dtype, mesh, seed=0)
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: str | Path,
+        vision: str | Path,
+        projector: str | Path | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        mesh: Mesh | None = None,
+    ) -> "LlavaModel":
+        """Puts a LLaVA together from separate parts.
+
+        Args:
+            llm: A LlamaForCausalLM directory.
+            vision: A CLIPVisionModel or CLIPModel directory.
+            projector: Its safetensors file or directory; None makes a new one from the seed.
+            dtype: Of the weights and the computation.
+            seed: Of a new projector.
+            mesh: As for `from_pretrained`.
+
+        Raises:
+            CheckpointError: A part cannot be used.
+        """
+        parts = Parts(str(llm), str(vision), None if projector is None else str(projector))
+        return cls._load(parts, dtype, mesh, seed)
+
+    @classmethod
+    def _load(cls, source: Path | Parts, dtype: str, mesh: Mesh | None, seed: int) -> "LlavaModel":
+        config = read_config(source)
+        graph, shapes = split(cls(config, dtype=dtype))
+        abstract = {p: jax.ShapeDtypeStruct(leaf.shape, dtype) for p, leaf in shapes.items()}
+        mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+        shardings = parameter_shardings(abstract, mesh)
+        params = load(source, config, abstract, shardings, seed=seed)
+        model = cast("LlavaModel", merge(graph, params))
+        model.source = source
+        return model
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Adds a PEFT adapter, and replaces what was trained in full beside it.
+
+        Raises:
+            CheckpointError: It is not a LoRA adapter, or not one of this model.
+        """
+        _, params = split(self)
+        adapter = open_adapter(path, self.config, params)
+        if adapter.fingerprint and self.source and adapter.fingerprint != fingerprint(self.source):
+            raise CheckpointError(
+                f"{path} was trained on {adapter.base_name}, whose weights are not those of "
+                f"{self.source}; load that base"
+            )
+        lora.add_adapters(self, adapter.adapters)
+        mesh = params["llm.norm.weight"].sharding.mesh
+        loaded = adapter.load(parameter_shardings(adapter.abstract, mesh))
+        flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
+        nnx.update(self, nnx.from_flat_state(flat))
+
+    def merge_adapter(self) -> None:
+        """Folds the adapters into the weights."""
+        lora.merge_adapters(self)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a directory that transformers reads, in layout A, with what the source brought.
+
+        Raises:
+            ValueError: There are adapters; merge them first.
+        """
+        _, params = split(self)
+        save_params(params, path, self.config)
+        write_model_config(self.config, path, str(params["llm.norm.weight"].dtype))
+        if self.source and has_tokenizer(self.source):
+            save_processor(self.source, path, self.config)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Key
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
 from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
-from llava_jax.models.layers import Params, fold_in, merge
+from llava_jax.models.layers import Params, merge
+from llava_jax.models.llava import Llava
 from llava_jax.optim import Schedule
 from llava_jax.sharding import data_parallel_size
 
@@ -87,7 +88,7 @@ def forward(
     graph: nnx.GraphDef, params: Params, batch: Batch, keys: Key[Array, "B"] | None
 ) -> TokenLosses:
     """Loss and greedy choice at every position, of the token that follows it."""
-    model = merge(graph, params)
+    model = cast("Llava", merge(graph, params))
     hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, keys)
     targets, _ = next_tokens(batch.input_ids, batch.loss_mask)
     return token_losses(hidden, model.llm.head, targets)
@@ -138,7 +139,7 @@ def make_train_step(
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast("Params", optax.apply_updates(state.trainable, updates))
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),

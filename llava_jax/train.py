@@ -139,7 +139,7 @@ def _train(
             waiting = metrics
             measure = step == total or (config.eval.every and step % config.eval.every == 0)
             if measure or stop.signal is not None or step % config.checkpoint.every == 0:
-                reporter.log(_row(waiting, step), _device_bytes())
+                reporter.log(_row(metrics, step), _device_bytes())
                 waiting = None
                 saved.save(state, batches.state())
                 reporter.skip_time()
@@ -192,24 +192,30 @@ def _load(
     )
 
 
-def _describe(
-    config: TrainConfig, source: Path | Parts | None
-) -> tuple[ModelConfig, Path | Parts]:
+def _describe(config: TrainConfig, source: Path | Parts | None) -> tuple[ModelConfig, Path | Parts]:
     """The model's sizes, and where its tokenizer and image processor lie."""
     processor = source if config.processor is None else Path(config.processor)
-    if source is None and config.model is None:
-        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
     if processor is None:
         raise ConfigError("set processor: a model from scratch brings no tokenizer")
     if config.model is not None:
         return config.model, processor
+    if source is None:
+        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
     return pretrained.read_config(source), processor
 
 
 def _row(metrics: dict[str, jax.Array], step: int) -> dict[str, float | int]:
     """One line of metrics.jsonl, in the order in which people read it."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples", "skipped")
+    order = (
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "samples",
+        "skipped",
+    )
     return {"step": step} | {name: values[name] for name in order}
 
 

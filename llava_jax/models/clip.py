@@ -1,6 +1,5 @@
 """CLIP's vision transformer, up to the layer whose output LLaVA uses."""
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx

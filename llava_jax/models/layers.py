@@ -24,14 +24,17 @@ Params = dict[str, jax.Array]
 """Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
 
 SampleKeys = Key[Array, "B"] | None
-"""One dropout key a sample, so that a sample's mask does not depend on its neighbours; None: off."""
+"""One dropout key a sample, so that its mask does not depend on its neighbours; None is off."""
 
 Block = TypeVar("Block", bound=nnx.Module)
+
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Takes a model apart into its structure and its parameters (arrays or ShapeDtypeStructs)."""
     graph, state = nnx.split(model)
-    return graph, {".".join(path): param.get_value() for path, param in nnx.to_flat_state(state)}
+    return graph, {
+        ".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)
+    }
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
@@ -54,17 +57,19 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else nnx.data(None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
         self.lora_index = 0  # tells apart the dropout of the linears in one block
 
-    def __call__(self, x: Float[Array, "B T in"], keys: SampleKeys = None) -> Float[Array, "B T out"]:
+    def __call__(
+        self, x: Float[Array, "B T in"], keys: SampleKeys = None
+    ) -> Float[Array, "B T out"]:
         y = jnp.einsum("BTD,FD->BTF", x, self.weight[...].astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             if keys is not None and self.lora_dropout > 0:
                 x = dropout(x, self.lora_dropout, fold_in(keys, self.lora_index))
             low = jnp.einsum("BTD,RD->BTR", x, self.lora_a[...].astype(x.dtype))
@@ -139,9 +144,10 @@ def scan_blocks(
     *,
     remat: bool,
 ) -> Float[Array, "B T D"]:
-    """Runs x through stacked blocks, `x = apply(block, x, keys)`, one compiled body for all layers.
+    """Runs x through stacked blocks, `x = apply(block, x, keys)`, in one compiled body.
 
-    With `remat` only the block inputs are kept for the backward pass, which computes the rest again.
+    With `remat` only the blocks' inputs are kept for the backward pass, which computes the rest
+    again.
     """
     graph, layers = nnx.split(stacked)
     depth = jax.tree.leaves(layers)[0].shape[0]
@@ -171,9 +177,7 @@ def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
-def dropout(
-    x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"]
-) -> Float[Array, "B T D"]:
+def dropout(x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"]) -> Float[Array, "B T D"]:
     """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
     threshold = round((1 - rate) * 2**16)
     bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)

@@ -107,7 +107,7 @@ class LmHead(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A decoder from embeddings to final hidden states; the head is a matrix the loss multiplies."""
+    """A decoder from embeddings to final hidden states; the loss multiplies them by `head`."""
 
     def __init__(self, config: LlmConfig, *, remat: bool):
         self.config = config
