@@ -1,7 +1,5 @@
 """From a checkpoint to a model: shapes first, then shardings, then weights straight into place."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -19,7 +17,7 @@ from llava_jax.hf.model_config import read_model_config, read_parts_config, writ
 from llava_jax.hf.peft import open_adapter
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.weights import fingerprint, load_params, load_parts, save_params
 from llava_jax.models.layers import Params, merge, split
 from llava_jax.models.llava import Llava
@@ -66,9 +64,7 @@ def _download(hub_id: str) -> Path:
 def read_config(source: Path | Parts) -> ModelConfig:
     """The model that a checkpoint's own files describe."""
     if isinstance(source, Parts):
-        tokenizer = load_tokenizer(source)
-        image_id = cast("int", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-        return read_parts_config(source, image_id, cast("int", tokenizer.pad_token_id))
+        return read_parts_config(source)
     return read_model_config(source)
 
 

@@ -1,7 +1,5 @@
 """What a config compiles to: structure, shapes, shardings and the jitted steps. No weights yet."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from typing import Any

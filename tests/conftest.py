@@ -13,6 +13,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-import jaxtyping
+import jaxtyping  # noqa: E402 - JAX must be configured before anything imports it
 
 jaxtyping.install_import_hook("llava_jax", "beartype.beartype")

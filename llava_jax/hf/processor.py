@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -89,8 +90,8 @@ def save_processor(
     directory: str | Path,
     config: ModelConfig,
     *,
-    template: Template,
-    aspect: Aspect,
+    template: Template | None = None,
+    aspect: Aspect | None = None,
 ) -> None:
     """Writes tokenizer, image processor, chat template and generation settings for transformers.
 
@@ -100,8 +101,8 @@ def save_processor(
         source: The checkpoint to take the tokenizer and the image processor from.
         directory: Must exist.
         config: Of the model.
-        template: What conversations look like.
-        aspect: What happens to images that are not square.
+        template: What conversations look like; None keeps the source's own chat template.
+        aspect: What happens to images that are not square; None keeps what the source says.
 
     Raises:
         CheckpointError: `source` cannot be read, or its tokenizer is not the model's.
@@ -130,8 +131,12 @@ def save_processor(
     }
     _write(directory / _PROCESSOR, processor)
     _write(directory / "generation_config.json", _generation_settings(source, tokenizer, config))
-    template_text = chat_template(template, tokenizer, image_token)
-    (directory / "chat_template.jinja").write_text(template_text)
+    if template is not None:
+        text = chat_template(template, tokenizer, image_token)
+        (directory / "chat_template.jinja").write_text(text)
+    elif not isinstance(source, Parts):
+        for file in Path(source).glob("chat_template.j*"):  # .jinja, and .json before it
+            shutil.copy(file, directory)
 
 
 def _write(file: Path, settings: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ def scan_blocks(
     graph, layers = nnx.split(stacked)
     depth = jax.tree.leaves(layers)[0].shape[0]
 
-    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
         state, index = layer
         layer_keys = None if keys is None else fold_in(keys, index)
         return apply(nnx.merge(graph, state), x, layer_keys), None
