@@ -1,6 +1,7 @@
-"""LLaVA-1.5 7B, stage 2, every weight of the decoder and projector: the published recipe.
+"""LLaVA-1.5 7B, stage 2: the decoder and the projector train in full.
 
-665,298 conversations, 5198 steps. Starts from the projector of stage 1 (7b_pretrain.py).
+The published recipe: 665,298 conversations, global batch 128 (16 on each of 8 GPUs), 5198 steps,
+rate 2e-5. Starts from what 7b_pretrain.py left.
 """
 
 from llava_jax.config import (
@@ -22,7 +23,13 @@ config = TrainConfig(
         image_aspect="pad",
         max_length=2048,
     ),
-    # LLaVA's runs take the token mean of each GPU's 16 samples, then the mean over GPUs.
+    # The published runs average the tokens of each GPU's 16 samples, then the 8 GPUs.
     batch=BatchConfig(global_size=128, loss_weighting="sample_mean", loss_group=16),
-    optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", warmup_ratio=0.03),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-5,
+        schedule="cosine",
+        warmup_ratio=0.03,
+        weight_decay=0.0,
+        clip_norm=None,
+    ),
 )

@@ -143,7 +143,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.segment_ids > 0),
             "supervised_tokens": jnp.sum(supervised),
             "samples": samples - jnp.sum(batch.skipped),

@@ -6,7 +6,7 @@ Shapes are written with one capital letter a dimension, here and in every einsum
     F feed-forward     N heads              K key/value heads   H head size
     V vocabulary       P patches            L layers            R LoRA rank
     M images a sample  I images             C colour channels   Q class token and patches
-    E half a head
+    E half a head      G query heads that share a key head
 
 Weights keep PyTorch's layout, [out, in], so checkpoints are copied, never transposed. Blocks are
 stacked on axis 0 and scanned.
@@ -166,11 +166,21 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"] | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Grouped-query attention with a float32 softmax; heads are merged in the result."""
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
-    return out.reshape(*out.shape[:2], -1)
+    """Grouped-query attention with a float32 softmax; heads are merged in the result.
+
+    Written out, because `jax.nn.dot_product_attention` does not lower in bfloat16 under strict
+    dtype promotion (jax 0.10).
+    """
+    batch, length, heads, size = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, size)  # G query heads a key head
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    logits *= size**-0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(batch, length, heads * size)
 
 
 def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:

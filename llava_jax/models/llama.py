@@ -52,11 +52,11 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Who sees whom: earlier tokens of the same segment, and oneself."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     length = segment_ids.shape[1]
-    return (same & jnp.tri(length, dtype=bool)[None])[:, None]
+    return same & jnp.tri(length, dtype=bool)[None]
 
 
 class Attention(nnx.Module):
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T E"], Float[Array, "B T E"]],
-        mask: Bool[Array, "B 1 T T"],
+        mask: Bool[Array, "B T T"],
         keys: SampleKeys,
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)

@@ -1,0 +1,12 @@
+"""The recipe of 7b_full.py for LLaVA-1.5 13B: another decoder, nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+from llava_jax.config import load_config
+
+config = dataclasses.replace(
+    load_config(Path(__file__).with_name("7b_full.py")),
+    name="13b_full",
+    init_from="runs/13b_pretrain",
+)

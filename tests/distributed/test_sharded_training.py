@@ -1,0 +1,81 @@
+"""Eight fake devices against one: the same losses, and really sharded state."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from training import CONFIG, change, run
+
+from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.sharding import PARAMETER_RULES, logical_axes, make_mesh, to_spec
+from llava_jax.step import accumulation_steps
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def one_device() -> list[dict[str, float]]:
+    return run(CONFIG, devices=1, steps=STEPS)[0]
+
+
+def losses(rows: list[dict[str, float]]) -> np.ndarray:
+    return np.array([row["loss"] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp8", "data2-fsdp2-tensor2"]
+)
+def test_eight_devices_train_as_one(one_device: list[dict[str, float]], mesh: MeshConfig):
+    rows, program, state = run(dataclasses.replace(CONFIG, mesh=mesh), devices=8, steps=STEPS)
+    np.testing.assert_allclose(losses(rows), losses(one_device), rtol=1e-5)
+    leaves = jax.tree.leaves((state.trainable, state.opt_state))
+    arrays = [leaf for leaf in leaves if leaf.ndim]
+    assert len(arrays) == 3 * len(program.trainable)
+    for array in arrays:
+        shard = math.prod(array.addressable_shards[0].data.shape)
+        assert shard * mesh.fsdp <= array.size, array.sharding
+
+
+def test_accumulation_equals_the_larger_batch(one_device: list[dict[str, float]]):
+    """With dropout, too: a sample's mask does not depend on its micro-batch."""
+    rows, program, _ = run(change(CONFIG, batch={"micro_size": 8}), devices=1, steps=STEPS)
+    assert program.accumulation == 2
+    np.testing.assert_allclose(losses(rows), losses(one_device), rtol=1e-6)
+
+
+def test_sharded_accumulation_equals_the_larger_batch(one_device: list[dict[str, float]]):
+    config = change(CONFIG, batch={"micro_size": 1}, mesh={"fsdp": 8})
+    rows, program, _ = run(config, devices=8, steps=4)
+    assert program.accumulation == 2
+    # Adam's first steps divide by the gradient's size, so rounding shows more than in the loss.
+    np.testing.assert_allclose(losses(rows)[:1], losses(one_device)[:1], rtol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = change(CONFIG, batch={"micro_size": 3})
+    with pytest.raises(ConfigError, match=r"global_size 16 is not a multiple .* 3 x 8"):
+        accumulation_steps(config.batch, make_mesh(config.mesh))
+
+
+def test_a_mesh_of_another_size_than_the_machine_is_refused():
+    with pytest.raises(ConfigError, match="12 devices, but there are 8"):
+        make_mesh(MeshConfig(3, 4, 1))
+
+
+def test_every_rule_puts_a_dimension_on_fsdp():
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    for pattern, axes in PARAMETER_RULES:
+        spec = to_spec(axes, (4,) * len(axes), mesh)
+        assert ("fsdp",) in spec or "fsdp" in spec, pattern
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(LookupError, match=r"0 rules .* match llm\.layers\.surprise"):
+        logical_axes("llm.layers.surprise")
+
+
+def test_two_dimensions_on_one_mesh_axis_are_an_error():
+    with pytest.raises(ValueError, match="do not fit"):
+        to_spec(("model", "rank"), (8, 8), {"data": 1, "fsdp": 2, "tensor": 1})
