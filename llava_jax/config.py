@@ -335,13 +335,16 @@ def load_config(path: str | Path) -> TrainConfig:
 
 def _suggest_field(message: str) -> str:
     """Adds the nearest field's name to Python's message about an unknown one."""
-    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    cls = globals().get(found[1]) if found else None
-    if not (found and dataclasses.is_dataclass(cls)):
+    found = re.search(
+        r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
+    )
+    if not found:
         return message
-    names = [field.name for field in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(found[2], names, n=1, cutoff=0.0)[0]
-    return f"{found[1]} has no field '{found[2]}'; did you mean '{near}'? It has {', '.join(names)}"
+    classes = [c for c in globals().values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    meant = [c for c in classes if c.__name__ == found[1]] or classes
+    fields = {field.name: c.__name__ for c in meant for field in dataclasses.fields(c)}
+    near = difflib.get_close_matches(found[2], fields, n=1, cutoff=0.0)[0]
+    return f"no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from llava_jax.config import ModelConfig
 from llava_jax.models.clip import ClipVision
@@ -87,9 +87,9 @@ class Llava(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
-        pixel_values: Float[Array, "I C Y X"] | None = None,
-        attention_mask: Int[Array, "B T"] | None = None,
+        input_ids: Int[ArrayLike, "B T"],
+        pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, in float32.
 
@@ -98,15 +98,15 @@ class Llava(nnx.Module):
             pixel_values: The images in the order in which the batch's rows mention them.
             attention_mask: 1 for tokens, 0 for padding; None means no padding.
         """
+        input_ids = jnp.asarray(input_ids, jnp.int32)
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
         if pixel_values is not None:
-            features = self.image_features(pixel_values)
+            features = self.image_features(jnp.asarray(pixel_values))
             features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
             row = lambda x: x.reshape(1, -1, *x.shape[2:])
             embeds = self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
-        if attention_mask is None:
-            attention_mask = jnp.ones_like(input_ids)
-        hidden = self.llm(embeds, attention_mask.astype(jnp.int32))
+        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = self.llm(embeds, jnp.asarray(mask, jnp.int32))
         return head_logits(hidden, self.llm.head)
 
 

@@ -1,0 +1,94 @@
+"""Config files, overrides, and what a user's mistake is answered with."""
+
+from pathlib import Path
+
+import pytest
+
+from llava_jax.config import ConfigError, Parts, load_config, parse_config, to_json
+
+FILE = """
+from llava_jax.config import *
+config = TrainConfig(name="mine", init_from="base", optimizer=OptimizerConfig({}))
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(FILE.format("learning_rate=1e-3"))
+    return path
+
+
+def test_a_config_file_is_python(file: Path):
+    assert load_config(file).optimizer.learning_rate == 1e-3
+
+
+def test_every_field_can_be_overridden(file: Path):
+    arguments = "--optimizer.learning-rate 1e-4 --data.buckets 64 128 --lora.targets q_proj v_proj"
+    config = parse_config(["--config", str(file), *arguments.split(), "--optimizer.clip-norm", "1"])
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.clip_norm == 1.0
+    assert config.data.buckets == (64, 128)
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "source"),
+    [
+        ("somewhere", "somewhere"),
+        ("None", None),
+        ("llm=a,vision=b", Parts("a", "b")),
+        ("llm=a,vision=b,projector=c", Parts("a", "b", "c")),
+    ],
+)
+def test_a_source_is_a_path_or_parts(file: Path, argument: str, source: object):
+    config = parse_config(["--config", str(file), "--init-from", argument])
+    assert config.init_from == source
+
+
+def test_parts_survive_other_overrides(tmp_path: Path):
+    path = tmp_path / "parts.py"
+    path.write_text(
+        "from llava_jax.config import *\n"
+        "config = TrainConfig(name='x', init_from=Parts('a', 'b', 'c'))"
+    )
+    assert parse_config(["--config", str(path), "--seed", "3"]).init_from == Parts("a", "b", "c")
+
+
+def test_a_misspelt_field_in_the_file_names_the_nearest(tmp_path: Path):
+    path = tmp_path / "typo.py"
+    path.write_text(FILE.format("lerning_rate=1e-3"))
+    with pytest.raises(ConfigError, match=r"typo\.py.*no field 'lerning_rate'.*'learning_rate'"):
+        load_config(path)
+
+
+def test_a_misspelt_override_names_the_nearest(file: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--config", str(file), "--optimizer.lerning-rate", "1e-3"])
+    assert stopped.value.code == 2
+    assert "--optimizer.learning-rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file"), ("x = 1", "must set `config`"), ("config = 3", "must set `config`")],
+)
+def test_a_file_without_a_config_is_refused(tmp_path: Path, text: str | None, message: str):
+    path = tmp_path / "wrong.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_config_is_plain_json(file: Path):
+    values = to_json(load_config(file))
+    assert values["optimizer"]["learning_rate"] == 1e-3
+    assert values["data"]["buckets"] == []
+
+
+def test_steps_come_from_epochs_and_round_up(file: Path):
+    config = parse_config(["--config", str(file), "--batch.global-size", "128"])
+    assert config.total_steps(665_298) == 5198
+    assert parse_config(["--config", str(file), "--steps", "7"]).total_steps(665_298) == 7

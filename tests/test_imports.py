@@ -1,0 +1,60 @@
+"""Who may import whom: a lower level never imports a higher one, and importing runs no JAX."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "llava_jax"
+
+# The picture of docs/architecture.md. A module may import its own level and those below.
+LEVELS = (
+    ("config", "metrics", "data.conversation", "data.images", "hf.layouts", "hf.tensorfile"),
+    ("sharding", "models.layers", "data.records", "data.easy_vqa"),
+    ("models.clip", "models.llama", "data.batching"),
+    ("models.llava",),
+    ("lora", "loss"),
+    ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
+    ("step", "inputs", "pretrained"),
+    ("program", "evaluation"),
+    ("export", "checkpoint"),
+    ("train",),
+)
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+
+
+def imported(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_jax"):
+            inside = (node.module or "").removeprefix("llava_jax").removeprefix(".")
+            parts = [f"{inside}.{alias.name}".strip(".") for alias in node.names]
+            names |= {part for part in parts if part in LEVEL} or {inside}
+    return names
+
+
+def test_every_module_has_a_level():
+    files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py"]
+    modules = {".".join(f.relative_to(PACKAGE).with_suffix("").parts) for f in files}
+    assert modules == set(LEVEL)
+
+
+def test_no_module_imports_a_higher_one():
+    wrong = [
+        f"{module} imports {other}"
+        for module in LEVEL
+        for other in imported(module)
+        if LEVEL[other] > LEVEL[module]
+    ]
+    assert wrong == []
+
+
+def test_only_the_public_model_needs_jax_and_no_import_runs_it():
+    code = (
+        "import sys, llava_jax, llava_jax.config; assert 'jax' not in sys.modules\n"
+        "import llava_jax.train, jax; assert not jax._src.xla_bridge.backends_are_initialized()\n"
+        "assert 'torch' not in sys.modules or not hasattr(sys.modules['torch'], 'nn')"
+    )
+    subprocess.run([sys.executable, "-c", code.splitlines()[0]], check=True)
+    subprocess.run([sys.executable, "-c", code.splitlines()[1]], check=True)
