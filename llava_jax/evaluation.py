@@ -71,7 +71,7 @@ def evaluate(
     examples = []
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
-        for row, index in enumerate(indices):
+        for row, index in enumerate(indices.tolist()):
             if not result.tokens[row]:  # could not be read, or fills up the last batch
                 continue
             category = records[index].category or "all"

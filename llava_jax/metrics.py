@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -47,7 +47,7 @@ class Reporter:
             )
             self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         if self._bar:
             self._bar.start()
         return self
@@ -114,7 +114,7 @@ def _open_after(path: Path, step: int) -> Any:
     return path.open("a")
 
 
-def _step_of(row: str) -> float:
+def _step_of(row: str) -> int | float:
     try:
         return json.loads(row)["step"]
     except (ValueError, KeyError, TypeError):  # cut short by a kill

@@ -202,7 +202,8 @@ class LlavaModel(Llava):
             CheckpointError: It is not a LoRA adapter, or not one of this model.
         """
         _, params = split(self)
-        adapter = open_adapter(path, self.config, params)
+        abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
+        adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source and adapter.fingerprint != fingerprint(self.source):
             raise CheckpointError(
                 f"{path} was trained on {adapter.base_name}, whose weights are not those of "

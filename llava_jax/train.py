@@ -10,7 +10,6 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Self
 
 import jax
 
@@ -95,7 +94,7 @@ class StopRequest:
 
     signal: int | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -1,0 +1,261 @@
+"""Whole runs of the program on a tiny checkpoint and a LLaVA JSON file of a dozen pictures."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+from PIL import Image
+from training import MODEL
+from transformers import LlavaForConditionalGeneration
+
+from llava_jax import LlavaModel, pretrained, train
+from llava_jax.checkpoint import Checkpoints
+from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
+from llava_jax.hf.model_config import write_model_config
+from llava_jax.hf.processor import save_processor
+from llava_jax.hf.weights import save_params
+from llava_jax.metrics import Reporter
+from llava_jax.sharding import make_mesh, parameter_shardings
+
+ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
+
+CONFIG = """
+from llava_jax.config import *
+config = TrainConfig(
+    name="run", output_dir={output!r}, init_from={base!r}, steps=4, dtype="float32",
+    tune=TuneConfig(llm="lora", vision="frozen", projector="full"),
+    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
+    data=DataConfig(path={data!r}, image_root={root!r}, eval_path={data!r}, max_length=96,
+                    buckets=(64,), workers=0),
+    batch=BatchConfig(global_size=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
+    checkpoint=CheckpointConfig(every=2),
+)
+"""
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21 with transformers 5
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of random weights in layout A, with the embedded tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    config = ModelConfig(
+        VisionConfig(
+            image_size=64,
+            patch_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+        MODEL.llm.__class__(**{**vars(MODEL.llm), "vocab_size": 512}),
+        image_token_id=3,
+        pad_token_id=4,
+    )
+    _, abstract = pretrained.build(config, {}, dtype="float32")
+    shardings = parameter_shardings(abstract, make_mesh(MeshConfig(), jax.devices()[:1]))
+    save_params(pretrained.initialise(abstract, shardings, seed=0), directory, config)
+    write_model_config(config, directory, "float32")
+    save_processor(ASSETS, directory, config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten conversations: one picture, two, or none; one of them names a picture that is missing."""
+    root = tmp_path_factory.mktemp("data")
+    records = []
+    for index in range(10):
+        count = (1, 2, 0)[index % 3]
+        images = [f"{index}-{image}.png" for image in range(count)]
+        for name in images[: None if index != 9 else 0]:
+            pixels = np.random.default_rng(index).integers(0, 256, (48, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name)
+        record = {
+            "id": str(index),
+            "conversations": [
+                {"from": "human", "value": "<image>\n" * count + "what color is the shape?"},
+                {"from": "gpt", "value": ("red", "teal", "blue")[index % 3]},
+            ],
+        }
+        records.append(record | ({"image": images} if images else {}))
+    (root / "data.json").write_text(json.dumps(records))
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Starts the program for a run of some name; returns its exit status and directory."""
+    output = tmp_path_factory.mktemp("runs")
+    file = output / "config.py"
+    text = CONFIG.format(
+        output=str(output), base=str(base), data=str(data / "data.json"), root=str(data)
+    )
+    file.write_text(text)
+
+    def start(name: str, *arguments: str) -> tuple[int, Path]:
+        status = train.main(["--config", str(file), "--name", name, *arguments])
+        return status, output / name
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start) -> Path:
+    status, directory = start("undisturbed")
+    assert status == 0
+    return directory
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    name = "adapter/adapter_model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path):
+    rows = metrics(undisturbed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    names = {"loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"}
+    names |= {"step", "samples", "skipped"}
+    assert all(row.keys() == names for row in rows)
+    assert all(row["samples"] + row["skipped"] == 8 for row in rows)
+    assert sum(row["skipped"] for row in rows) >= 3  # the missing picture, once an epoch
+    described = json.loads((undisturbed / "config.json").read_text())
+    assert described["config"]["lora"]["rank"] == 4
+    assert described["base_fingerprint"]
+    assert described["versions"]["jax"] == jax.__version__
+    evaluations = (undisturbed / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in evaluations] == [0, 4]
+    assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"2", "4"}
+
+
+def test_peft_loads_the_adapter_and_computes_the_same(undisturbed: Path, base: Path):
+    model = LlavaModel.from_pretrained(base)
+    model.load_adapter(undisturbed / "adapter")
+    ids = np.array([[1, *[3] * 4, 300, 301, 302, 303]], np.int32)
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 64, 64)).astype(np.float32)
+    ours = np.asarray(model(ids, pixels))
+    hf = LlavaForConditionalGeneration.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(hf, undisturbed / "adapter").eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(ids).long(), torch.tensor(pixels)).logits.numpy()
+    np.testing.assert_allclose(ours, logits, atol=2e-5 * np.abs(logits).max())
+    model.merge_adapter()
+    merged = np.asarray(model(ids, pixels))
+    np.testing.assert_allclose(merged, logits, atol=2e-5 * np.abs(logits).max())
+
+
+def test_a_merged_model_is_saved_for_transformers(undisturbed: Path, base: Path, tmp_path: Path):
+    model = LlavaModel.from_pretrained(base)
+    model.load_adapter(undisturbed / "adapter")
+    with pytest.raises(ValueError, match="merge the adapters"):
+        model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    hf = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ids = np.array([[1, 300, 301, 302]], np.int32)
+    with torch.no_grad():
+        logits = hf(torch.tensor(ids).long()).logits.numpy()
+    ours = np.asarray(model(ids))
+    np.testing.assert_allclose(ours, logits, atol=2e-5 * np.abs(logits).max())
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    start, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    status, _ = start("undisturbed")
+    assert status == 0
+    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
+    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log = Reporter.log
+
+    def log_and_stop(self: Reporter, row: dict, device_bytes: int | None = None) -> None:
+        log(self, row, device_bytes)
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "log", log_and_stop)
+    status, directory = start("stopped", "--checkpoint.every", "100")
+    assert status == 128 + signal.SIGTERM
+    assert [row["step"] for row in metrics(directory)] == [1, 2, 3]
+    assert not (directory / "adapter").exists()
+    monkeypatch.undo()
+    status, _ = start("stopped", "--checkpoint.every", "100")
+    assert status == 0
+    assert_same_run(directory, undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the program catches it."""
+
+
+def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(
+    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save, log = Checkpoints.save, Reporter.log
+
+    def save_whole(self: Checkpoints, *args: object) -> None:
+        save(self, *args)
+        self.wait()
+
+    def log_and_die(self: Reporter, row: dict, device_bytes: int | None = None) -> None:
+        log(self, row, device_bytes)
+        if row["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", save_whole)
+    monkeypatch.setattr(Reporter, "log", log_and_die)
+    with pytest.raises(Killed):
+        start("killed")
+    monkeypatch.undo()
+    status, directory = start("killed")
+    assert status == 0
+    assert_same_run(directory, undisturbed)
+
+
+def test_a_run_can_start_from_an_adapter(start, undisturbed: Path):
+    adapter = undisturbed / "adapter"
+    status, directory = start("further", "--init-adapter", str(adapter), "--steps", "1")
+    assert status == 0
+    first, last = metrics(directory)[0]["loss"], metrics(undisturbed)[0]["loss"]
+    assert first < last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--init-from", "nowhere"], "init_from 'nowhere': no such directory"),
+        (["--data.path", "nothing.json"], "check data.path"),
+        (["--data.template", "nonsense"], "data.template 'nonsense'; there are vicuna_v1"),
+        (["--batch.micro-size", "3"], "is not a multiple of batch.micro_size 3"),
+        (["--mesh.tensor", "3"], "devices, but there are 8"),
+        (["--lora.targets", "q_prj"], "lora.targets names q_prj"),
+        (["--init-adapter", "nowhere"], "nowhere has no adapter_config.json"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(
+    start, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    status, _ = start("mistaken", *arguments)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
