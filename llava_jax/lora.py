@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
-from llava_jax.models.layers import Linear, Params, parameter
+from llava_jax.models.layers import Linear, parameter
 
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
 """The stacks that adapters go into. Vision layers behind the feature get none."""
@@ -61,12 +61,6 @@ def is_trainable(path: str, tune: TuneConfig) -> bool:
     if path.startswith(("vision.encoder.tail.", "vision.post_layernorm.")):
         return False
     return getattr(tune, path.split(".", 1)[0]) == "full"
-
-
-def split_trainable(params: Params, tune: TuneConfig) -> tuple[Params, Params]:
-    """(trainable, frozen). `trainable | frozen` is the whole again."""
-    trainable = {path: leaf for path, leaf in params.items() if is_trainable(path, tune)}
-    return trainable, {path: leaf for path, leaf in params.items() if path not in trainable}
 
 
 def merge_adapters(model: nnx.Module) -> None:

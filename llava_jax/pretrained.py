@@ -13,6 +13,7 @@ from jax.sharding import Mesh, Sharding
 
 from llava_jax import lora
 from llava_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, Parts
+from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
 from llava_jax.hf.peft import open_adapter
 from llava_jax.hf.processor import save_processor
@@ -25,7 +26,7 @@ from llava_jax.sharding import make_mesh, parameter_shardings
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
 
-INIT_STDDEV = 0.02  # `initializer_range` of LlamaConfig and CLIPVisionConfig
+EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
 
 
 def resolve(source: str | Parts) -> Path | Parts:
@@ -82,7 +83,11 @@ def build(
 
 
 def initialise(abstract: Abstract, shardings: Mapping[str, Sharding], seed: int) -> Params:
-    """Fresh parameters, the same on any devices: each depends on the seed and its path alone."""
+    """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
+
+    Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
+    LLaVA's.
+    """
 
     def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         value = _initial_value(path, leaf.shape, seed).astype(leaf.dtype)
@@ -98,10 +103,13 @@ def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
     if "norm" in module:
         return np.ones(shape, np.float32)
-    if name == "lora_a":  # as PEFT: Kaiming uniform with a = sqrt(5)
-        bound = 1 / math.sqrt(shape[-1])
-        return rng.uniform(-bound, bound, shape).astype(np.float32)
-    return INIT_STDDEV * rng.standard_normal(shape, np.float32)
+    if module == "embed_tokens":
+        return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
+    inputs = math.prod(shape[2 if is_stacked(path) else 1 :]) if len(shape) > 1 else shape[0]
+    if name == "lora_a" or path.startswith("projector."):
+        # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
+        return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
+    return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)
 
 
 def load(

@@ -1,0 +1,87 @@
+"""Learning rates and the optimizer, against torch's and Hugging Face's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llava_jax.config import OptimizerConfig
+from llava_jax.optim import group_of, learning_rates, make_optimizer
+
+TOTAL = 40
+SCHEDULES = {
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "linear": transformers.get_linear_schedule_with_warmup,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_hugging_faces(name: str):
+    config = OptimizerConfig(learning_rate=0.5, schedule=name, warmup_ratio=0.06)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.5)
+    theirs = SCHEDULES[name](optimizer, num_warmup_steps=3, num_training_steps=TOTAL)
+    ours = learning_rates(config, TOTAL)["lora"]
+    for step in range(TOTAL):
+        assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], abs=1e-7)
+        optimizer.step()
+        theirs.step()
+
+
+def test_each_group_has_its_rate():
+    config = OptimizerConfig(
+        learning_rate=1.0, projector_learning_rate=0.1, schedule="constant", warmup_ratio=0.0
+    )
+    rates = {name: float(rate(5)) for name, rate in learning_rates(config, TOTAL).items()}
+    assert rates == pytest.approx({"lora": 1.0, "llm": 1.0, "vision": 1.0, "projector": 0.1})
+    assert group_of("vision.encoder.layers.mlp.fc1.lora_a") == "lora"
+    assert group_of("vision.encoder.layers.mlp.fc1.weight") == "vision"
+    assert group_of("projector.linear_1.bias") == "projector"
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_updates_are_torchs_adamw(clip: float | None):
+    names = {
+        "llm.layers.mlp.up_proj.lora_a": (3, 4),
+        "projector.linear_1.weight": (4, 2),
+        "projector.linear_1.bias": (4,),
+        "llm.norm.weight": (4,),
+    }
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        projector_learning_rate=0.01,
+        schedule="linear",
+        weight_decay=0.2,
+        warmup_ratio=0.1,
+        clip_norm=clip,
+    )
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+    tensors = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in values.items()}
+    groups = [
+        {
+            "params": [tensor],
+            "lr": 0.01 if name.startswith("projector") else 0.1,
+            "weight_decay": 0.0 if name.endswith("bias") or "norm" in name else 0.2,
+        }
+        for name, tensor in tensors.items()
+    ]
+    theirs = torch.optim.AdamW(groups)
+    schedule = transformers.get_linear_schedule_with_warmup(theirs, 1, 10)
+    params = {name: jnp.asarray(value) for name, value in values.items()}
+    tx = make_optimizer(config, 10, params)
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params)
+        for _ in range(10):
+            grads = {n: rng.normal(size=s).astype(np.float32) for n, s in names.items()}
+            updates, state = tx.update(grads, state, params)
+            params = {name: params[name] + updates[name] for name in names}
+            for name, tensor in tensors.items():
+                tensor.grad = torch.tensor(grads[name])
+            if clip:
+                torch.nn.utils.clip_grad_norm_(tensors.values(), clip)
+            theirs.step()
+            schedule.step()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(params[name], tensor.detach().numpy(), rtol=2e-5, atol=1e-6)
