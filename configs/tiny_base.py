@@ -26,7 +26,7 @@ TINY_LLAVA = Path(__file__).resolve().parent.parent / "assets" / "tiny-llava"
 
 config = TrainConfig(
     name="tiny_base",
-    steps=3500,
+    steps=3000,
     model=ModelConfig(
         vision=VisionConfig(
             image_size=64,
@@ -40,7 +40,7 @@ config = TrainConfig(
             vocab_size=512,
             hidden_size=64,
             intermediate_size=192,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=16,
@@ -55,7 +55,7 @@ config = TrainConfig(
         path="easy_vqa:train:without_negation:captions=10:dialogues=3:turns=3",
         eval_path="easy_vqa:test",
         max_length=192,
-        buckets=(112, 136),
+        buckets=(104, 132),
         workers=0,
     ),
     batch=BatchConfig(global_size=32),

@@ -7,7 +7,10 @@ from llava_jax.config import ConfigError, LoraConfig, TuneConfig
 from llava_jax.models.layers import Linear, parameter
 
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
-"""The stacks that adapters go into. Vision layers behind the feature get none."""
+"""The stacks that adapters go into."""
+
+BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.")
+"""What no output depends on, and so never trains."""
 
 
 def adapter_configs(
@@ -55,10 +58,10 @@ def is_adapter(path: str) -> bool:
 
 
 def is_trainable(path: str, tune: TuneConfig) -> bool:
-    """Whether a parameter trains. Vision layers behind the feature never do: no loss sees them."""
+    """Whether a parameter trains."""
     if is_adapter(path):
         return True
-    if path.startswith(("vision.encoder.tail.", "vision.post_layernorm.")):
+    if path.startswith(BEHIND_FEATURE):
         return False
     return getattr(tune, path.split(".", 1)[0]) == "full"
 

@@ -105,7 +105,7 @@ def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.ones(shape, np.float32)
     if module == "embed_tokens":
         return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
-    inputs = math.prod(shape[2 if is_stacked(path) else 1 :]) if len(shape) > 1 else shape[0]
+    inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
     if name == "lora_a" or path.startswith("projector."):
         # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
         return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)

@@ -240,7 +240,13 @@ def _write_description(config: TrainConfig, base: str | None) -> None:
 def _check_base(config: TrainConfig, base: str | None) -> None:
     """Refuses to continue on other frozen weights than those the run began with."""
     file = config.run_dir / "config.json"
-    began = json.loads(file.read_text())["base_fingerprint"]
+    try:
+        began = json.loads(file.read_text())["base_fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}), but there are checkpoints beside it; put it back, "
+            "remove the checkpoints, or give the run a new name"
+        ) from error
     if began != base:
         raise ConfigError(
             f"{file} says that this run began with a base of fingerprint {began}, but init_from "

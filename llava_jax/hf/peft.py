@@ -24,13 +24,11 @@ from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfi
 from llava_jax.hf import layouts
 from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, write_tensors
 from llava_jax.hf.weights import Abstract, Shardings, assemble, find_tensors, save_tensors
+from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
-
-LLM, VISION = "llm.layers.", "vision.encoder.layers."
-"""The stacks that have adapters, as in `lora.py`."""
 
 _PREFIX = "base_model.model."
 _NAMES = layouts.C
@@ -42,8 +40,6 @@ _BLOCKS = {
 _VISION_PATTERN = r"vision_tower\..*"
 # What is trained in full beside adapters, as PEFT's modules_to_save names it.
 _MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
-# What never trains in a vision tower: the feature has not passed through it.
-_UNTRAINED = ("vision.encoder.tail.", "vision.post_layernorm.")
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
@@ -115,12 +111,12 @@ def save_adapter(
         ValueError: `params` has something that a PEFT adapter cannot hold.
     """
     directory = Path(directory)
-    whole = [path for path in params if not _is_adapter(path)]
+    whole = [path for path in params if not is_adapter(path)]
     foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
     if foreign:
         raise ValueError(f"a PEFT adapter has no room for {', '.join(foreign)}")
     modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
-    if "vision_tower" in modules and not any(path.startswith(_UNTRAINED) for path in whole):
+    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
         raise ValueError("PEFT takes a vision tower only whole, with the layers behind the feature")
     base = {"base": base_name, "fingerprint": fingerprint}
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": base_name}
@@ -202,7 +198,7 @@ def open_adapter(directory: str | Path, config: ModelConfig, abstract: Abstract)
     except layouts.LayoutError as error:
         raise CheckpointError(f"{directory} has nothing for this model: {error}") from error
     paths = {name: layouts.stacked(layout.parameter(name) or "", config) for name in tensors}
-    behind = [n for n, path in paths.items() if ".tail." in path and _is_adapter(path)]
+    behind = [n for n, path in paths.items() if ".tail." in path and is_adapter(path)]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in behind}
     modules = {stack: [n for n in tensors if _is_adapter_of(paths[n], stack)] for stack in _BLOCKS}
     adapters = {
@@ -250,8 +246,8 @@ def load_adapter(
         has, wants = meaning(adapter.adapters.get(stack)), meaning(adapters.get(stack))
         if has != wants:
             problems.append(f"{stack}* has (rank, alpha, targets) {has}, the run {wants}")
-    trained = [path for path in adapter.abstract if not path.startswith(_UNTRAINED)]
-    frozen = [path for path in trained if not _is_adapter(path) and path not in trainable]
+    trained = [path for path in adapter.abstract if not path.startswith(BEHIND_FEATURE)]
+    frozen = [path for path in trained if not is_adapter(path) and path not in trainable]
     if frozen:
         problems.append(f"it holds {', '.join(frozen)}, which the run keeps frozen")
     if None not in (fingerprint, adapter.fingerprint) and fingerprint != adapter.fingerprint:
@@ -295,12 +291,8 @@ def _plain_name(name: str) -> str:
     )
 
 
-def _is_adapter(path: str) -> bool:
-    return path.endswith((".lora_a", ".lora_b"))
-
-
 def _is_adapter_of(path: str, stack: str) -> bool:
-    return path.startswith(stack) and _is_adapter(path)
+    return path.startswith(stack) and is_adapter(path)
 
 
 def _stack_settings(
@@ -351,8 +343,8 @@ def _expected(
                 layers, outputs, inputs = weight.shape
                 shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
                 shapes[f"{linear}.lora_b"] = layers, outputs, lora.rank
-    whole = {path for path in paths if path in abstract and not _is_adapter(path)}
+    whole = {path for path in paths if path in abstract and not is_adapter(path)}
     for part in [part for part in _MODULES if any(path.startswith(part) for path in whole)]:
-        needed = [path for path in abstract if path.startswith(part) and not _is_adapter(path)]
+        needed = [path for path in abstract if path.startswith(part) and not is_adapter(path)]
         shapes |= {path: abstract[path].shape for path in needed}
     return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
