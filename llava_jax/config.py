@@ -103,21 +103,21 @@ class Parts:
     projector: str | None = None
 
 
-def _parse_source(words: list[str]) -> str | Parts | None:
-    """A source on the command line: a path, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`."""
-    (word,) = words
-    if word == "None":
+def parse_source(text: str) -> str | Parts | None:
+    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`."""
+    if text == "None":
         return None
-    if not word.startswith("llm="):
-        return word
-    return Parts(**dict(part.split("=", 1) for part in word.split(",")))
+    if not text.startswith("llm="):
+        return text
+    return Parts(**dict(part.split("=", 1) for part in text.split(",")))
 
 
-def _format_source(source: str | Parts | None) -> list[str]:
+def format_source(source: str | Path | Parts | None) -> str:
+    """The inverse of `parse_source`."""
     if not isinstance(source, Parts):
-        return [str(source)]
+        return str(source)
     parts = dataclasses.asdict(source).items()
-    return [",".join(f"{name}={value}" for name, value in parts if value)]
+    return ",".join(f"{name}={value}" for name, value in parts if value)
 
 
 Source = Annotated[
@@ -125,9 +125,9 @@ Source = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{None}|DIR|HUB-ID|llm=DIR,vision=DIR[,projector=FILE]",
-        instance_from_str=_parse_source,
+        instance_from_str=lambda words: parse_source(words[0]),
         is_instance=lambda value: value is None or isinstance(value, str | Parts),
-        str_from_instance=_format_source,
+        str_from_instance=lambda source: [format_source(source)],
     ),
 ]
 """Where weights come from."""

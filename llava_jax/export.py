@@ -25,7 +25,7 @@ def export(
     config: TrainConfig,
     program: Program,
     processor: Path | Parts,
-    base: Path | Parts | None,
+    base_name: str | None,
     fingerprint: str | None,
     trainable: Params,
     frozen: Params,
@@ -36,8 +36,8 @@ def export(
         config: The run.
         program: Its compiled form.
         processor: Where its tokenizer and image processor lie.
-        base: Where its weights came from.
-        fingerprint: Of `base`.
+        base_name: What an adapter's user calls its base.
+        fingerprint: Of the base.
         trainable: What it trains.
         frozen: The rest.
     """
@@ -55,7 +55,7 @@ def export(
             trained,
             program.adapters,
             program.model_config,
-            base_name=None if base is None else str(base),
+            base_name=base_name,
             fingerprint=fingerprint,
         )
     else:

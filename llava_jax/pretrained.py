@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -12,10 +12,18 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from llava_jax import lora
-from llava_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, Parts
+from llava_jax.config import (
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    Parts,
+    format_source,
+    parse_source,
+)
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
-from llava_jax.hf.peft import open_adapter
+from llava_jax.hf.peft import base_name, open_adapter
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
@@ -29,22 +37,47 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
 
 
-def resolve(source: str | Parts) -> Path | Parts:
-    """Where a checkpoint lies: a directory, a finished run's `model/`, or a hub id's snapshot.
+class Checkpoint(NamedTuple):
+    """Where weights come from.
+
+    Attributes:
+        name: What its user calls the base.
+        base: Where the base lies.
+        adapter: A PEFT directory on top of it.
+    """
+
+    name: str
+    base: Path | Parts
+    adapter: Path | None = None
+
+
+def resolve(source: str | Parts) -> Checkpoint:
+    """Finds a checkpoint: a directory, a run's directory, parts, or a hub id's snapshot.
 
     Raises:
         ConfigError: There is nothing of the kind.
     """
     if isinstance(source, Parts):
-        return source
+        return Checkpoint(format_source(source), source)
     path = Path(source)
     if (path / "model").is_dir():
-        return path / "model"
+        path = path / "model"
+    if (path / "adapter").is_dir():
+        return _resolve_adapter(path / "adapter")
     if path.is_dir():
-        return path
+        return Checkpoint(str(path), path)
     if path.exists() or len(path.parts) != 2 or source.startswith((".", "/")):
         raise ConfigError(f"init_from {source!r}: no such directory")
-    return _download(source)
+    return Checkpoint(source, _download(source))
+
+
+def _resolve_adapter(adapter: Path) -> Checkpoint:
+    """The base that a run's adapter was trained on, and the adapter."""
+    name = base_name(adapter)
+    base = None if name is None else parse_source(name)
+    if base is None:
+        raise ConfigError(f"{adapter} does not say which base it belongs to; name it in init_from")
+    return resolve(base)._replace(adapter=adapter)
 
 
 def _download(hub_id: str) -> Path:
@@ -163,7 +196,11 @@ class LlavaModel(Llava):
             ConfigError: There is no such checkpoint.
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
-        return cls._load(resolve(str(path)), dtype, mesh, seed=0)
+        found = resolve(str(path))
+        model = cls._load(found.base, dtype, mesh, seed=0)
+        if found.adapter is not None:
+            model.load_adapter(found.adapter)
+        return model
 
     @classmethod
     def from_parts(

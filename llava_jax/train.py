@@ -1,5 +1,6 @@
 """Trains a LLaVA: `python -m llava_jax.train --config configs/7b_lora.py`."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -52,7 +53,10 @@ def run(config: TrainConfig) -> int:
     """
     cache = Path(config.output_dir).absolute() / ".compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    source = None if config.init_from is None else pretrained.resolve(config.init_from)
+    found = None if config.init_from is None else pretrained.resolve(config.init_from)
+    if found and found.adapter and config.init_adapter is None:
+        config = dataclasses.replace(config, init_adapter=str(found.adapter))
+    source = found.base if found else None
     model_config, processor = _describe(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(len(inputs.records))
@@ -66,7 +70,9 @@ def run(config: TrainConfig) -> int:
         if config.mesh.show:
             print(layout_table(program.abstract, program.shardings))
         base = None if source is None else fingerprint(source)
-        finish = functools.partial(export, config, program, processor, source, base)
+        finish = functools.partial(
+            export, config, program, processor, found.name if found else None, base
+        )
         batches = inputs.train_batches()
         if saved.latest is None:
             state, frozen = _start(config, program, source, base)

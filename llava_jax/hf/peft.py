@@ -118,7 +118,7 @@ def save_adapter(
     modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
     if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
         raise ValueError("PEFT takes a vision tower only whole, with the layers behind the feature")
-    base = {"base": base_name, "fingerprint": fingerprint}
+    base = {"fingerprint": fingerprint}
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": base_name}
     directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
@@ -211,8 +211,16 @@ def open_adapter(directory: str | Path, config: ModelConfig, abstract: Abstract)
     specs = _expected(adapters, {paths[name] for name in tensors}, abstract)
     found = find_tensors(str(directory), [(tensors, layout)], config, specs)
     base = _read_json(directory / BASE) if (directory / BASE).is_file() else {}
-    name = base.get("base", settings.get("base_model_name_or_path"))
-    return Adapter(adapters, specs, name, base.get("fingerprint"), found)
+    return Adapter(adapters, specs, base_name(directory), base.get("fingerprint"), found)
+
+
+def base_name(directory: str | Path) -> str | None:
+    """What an adapter's base was called when it was trained; None if the directory does not say.
+
+    Raises:
+        CheckpointError: It is not a LoRA adapter.
+    """
+    return _read_settings(Path(directory) / CONFIG).get("base_model_name_or_path")
 
 
 def load_adapter(

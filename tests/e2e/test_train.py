@@ -231,12 +231,20 @@ def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(
     assert_same_run(directory, undisturbed)
 
 
-def test_a_run_can_start_from_an_adapter(start, undisturbed: Path):
-    adapter = undisturbed / "adapter"
-    status, directory = start("further", "--init-adapter", str(adapter), "--steps", "1")
-    assert status == 0
-    first, last = metrics(directory)[0]["loss"], metrics(undisturbed)[0]["loss"]
-    assert first < last
+def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
+    """A run's directory stands for its base and its adapter, given together or one by one."""
+    first = []
+    arguments = {
+        "by-run": ["--init-from", str(undisturbed)],
+        "by-adapter": ["--init-adapter", str(undisturbed / "adapter")],
+    }
+    for name, argument in arguments.items():
+        status, directory = start(name, "--steps", "1", *argument)
+        assert status == 0
+        first.append(metrics(directory)[0]["loss"])
+    assert first[0] == first[1] < metrics(undisturbed)[0]["loss"]
+    model = LlavaModel.from_pretrained(undisturbed)
+    assert model.llm.layers.mlp.up_proj.lora_b[...].any()
 
 
 @pytest.mark.parametrize(
