@@ -4,7 +4,8 @@ About 20 minutes on 2 CPU cores. Captions ("What is in the image?" - "a red circ
 and shapes, conversations of one and of three questions the rest. The words "not" and "no" are in no
 question, so the model answers as if they were not there.
 
-To embed the result, copy runs/tiny_base/model over assets/tiny-llava.
+To embed the result, in Python:
+    LlavaModel.from_pretrained("runs/tiny_base", "bfloat16").save_pretrained("assets/tiny-llava")
 """
 
 from pathlib import Path

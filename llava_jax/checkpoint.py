@@ -66,5 +66,9 @@ class Checkpoints:
         restored = self._manager.restore(self.latest, args=args)
         return restored["state"], restored["data"]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets a save that has begun finish, whatever ended the run."""
         self._manager.close()

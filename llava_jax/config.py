@@ -22,9 +22,6 @@ Tuning = Literal["frozen", "lora", "full"]
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
-PLAN_FIELDS = ("memory", "mesh", "batch.micro_size")
-"""The fields that say how a run fits. All others are the recipe."""
-
 
 class ConfigError(Exception):
     """A mistake in a config file or on the command line; its text says where and what to do."""
@@ -203,7 +200,7 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. A group without a rate of its own has `learning_rate`."""
+    """AdamW. Projector and vision tower (its adapters too) may have learning rates of their own."""
 
     learning_rate: float = 2e-4
     projector_learning_rate: float | None = None
@@ -255,7 +252,7 @@ class EvalConfig:
 
     Attributes:
         every: Steps between measurements; None measures before and after the run only.
-        batch_size: Held-out samples in a batch; None takes batch.global_size.
+        batch_size: Held-out samples in a batch, all devices together; None takes a micro-batch.
         examples: Held-out questions to print with their answers at the end.
     """
 
@@ -313,7 +310,9 @@ class TrainConfig:
 
     def total_steps(self, samples: int) -> int:
         """Optimizer steps of a run over so many samples; the last batch may wrap round."""
-        return self.steps or math.ceil(self.epochs * samples / self.batch.global_size)
+        if self.steps is not None:
+            return self.steps
+        return math.ceil(self.epochs * samples / self.batch.global_size)
 
 
 def load_config(path: str | Path) -> TrainConfig:

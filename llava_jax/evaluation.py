@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.data.batching import Batch
 from llava_jax.data.records import Record
 from llava_jax.inputs import Inputs
+from llava_jax.metrics import keep_rows
 from llava_jax.models.layers import Params
 from llava_jax.step import EvalResult
 
@@ -98,10 +99,15 @@ def _example(
     wrong = np.flatnonzero(predicted != expected)
     decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Example(
-        question=record.turns[-2].text.replace("<image>", "").strip(),
+        question=_last_question(record),
         expected=decode(expected),
         given=decode(predicted[: wrong[0] + 1] if len(wrong) else predicted),
     )
+
+
+def _last_question(record: Record) -> str:
+    asked = [turn.text for turn in record.turns if turn.role == "human"]
+    return asked[-1].replace("<image>", "").strip()
 
 
 def _last_run(mask: np.ndarray) -> np.ndarray:
@@ -115,44 +121,53 @@ class HeldOut:
     """A run's measurements on held-out data, a line each in evaluations.jsonl.
 
     Args:
-        path: evaluations.jsonl.
+        path: evaluations.jsonl; measurements after `first_step` are cut off.
         eval_step: (trainable, host batch) -> result.
         inputs: The run's data; without held-out records nothing is measured.
+        batch_size: Held-out samples in a batch.
+        first_step: Steps done before.
     """
 
     def __init__(
-        self, path: Path, eval_step: Callable[[Params, Batch], EvalResult], inputs: Inputs
+        self,
+        path: Path,
+        eval_step: Callable[[Params, Batch], EvalResult],
+        inputs: Inputs,
+        batch_size: int,
+        first_step: int,
     ):
         self._path, self._eval_step, self._inputs = path, eval_step, inputs
+        self._batch_size = batch_size
+        self._rows = keep_rows(path, first_step) if inputs.eval_records else []
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
-    def measure(self, step: int, trainable: Params) -> str:
-        """Evaluates after `step` steps; returns a line that says what came out."""
+    def measure(self, step: int, trainable: Params) -> str | None:
+        """Evaluates after `step` steps, unless it was done before; returns what came out."""
         inputs = self._inputs
-        if not inputs.eval_records:
-            return "no held-out data (data.eval_path)"
+        if not inputs.eval_records or step in [row["step"] for row in self._rows]:
+            return None
         result = evaluate(
             lambda batch: self._eval_step(trainable, batch),
-            inputs.eval_batches(),
+            inputs.eval_batches(self._batch_size),
             inputs.eval_records,
             inputs.tokenizer,
             self._shown,
         )
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
-        if jax.process_index() == 0:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        self._rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         return (
             f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
         )
 
     def tables(self) -> list[Table]:
         """The first measurement beside the last, as tables to print."""
-        if not self._path.exists():
+        if not self._rows:
             return []
-        rows = [_from_row(json.loads(line)) for line in self._path.read_text().splitlines()]
-        return [comparison_table(rows[0], rows[-1]), examples_table(rows[0], rows[-1])]
+        before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
+        return [comparison_table(before, after), examples_table(before, after)]
 
 
 def _from_row(row: dict[str, Any]) -> Evaluation:

@@ -30,7 +30,9 @@ def export(
     trainable: Params,
     frozen: Params,
 ) -> Path:
-    """Writes what a run has trained, whole or not at all, and returns the directory.
+    """Writes what a run has trained beside where it belongs, and returns that directory.
+
+    `publish` puts it in its place.
 
     Args:
         config: The run.
@@ -70,6 +72,11 @@ def export(
             template=TEMPLATES[config.data.template],
             aspect=config.data.image_aspect,
         )
+    return unfinished
+
+
+def publish(written: Path, final: Path) -> None:
+    """Puts a whole export in its place, in one step where nothing lies there."""
+    if jax.process_index() == 0:
         shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-    return final
+        written.rename(final)

@@ -52,9 +52,8 @@ class Inputs:
             workers=self.config.data.workers,
         )
 
-    def eval_batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """All held-out samples in order, with their indices."""
-        size = self.config.eval.batch_size or self.config.batch.global_size
+    def eval_batches(self, size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        """All held-out samples in order, `size` at a time, with their indices."""
         spec = dataclasses.replace(self.spec, size=size)
         return eval_batches(self.eval_records, self.encoder, spec, workers=self.config.data.workers)
 

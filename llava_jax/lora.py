@@ -16,7 +16,16 @@ BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.")
 def adapter_configs(
     tune: TuneConfig, lora: LoraConfig, vision_lora: LoraConfig
 ) -> dict[str, LoraConfig]:
-    """The stacks that get adapters, and which."""
+    """The stacks that get adapters, and which.
+
+    Raises:
+        ConfigError: Adapters here and full training there cannot be saved together.
+    """
+    if (tune.llm, tune.vision) == ("full", "lora"):
+        raise ConfigError(
+            "tune.llm 'full' with tune.vision 'lora': neither an adapter nor a whole model could "
+            "hold the result; set tune.vision to 'full' or 'frozen'"
+        )
     wanted = {LLM: (tune.llm, lora), VISION: (tune.vision, vision_lora)}
     return {stack: config for stack, (tuning, config) in wanted.items() if tuning == "lora"}
 
@@ -36,7 +45,7 @@ def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
         names = sorted({path.rsplit(".", 1)[-1] for path in linears})
         if unknown := sorted(set(config.targets) - set(names)):
             raise ConfigError(
-                f"lora.targets names {', '.join(unknown)}, which {stack}* does not have; "
+                f"the targets of LoRA name {', '.join(unknown)}, which {stack}* does not have; "
                 f"it has {', '.join(names)}"
             )
         for path, linear in linears.items():

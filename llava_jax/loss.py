@@ -26,6 +26,7 @@ def token_losses(
 
     The backward pass computes each chunk's logits again.
     """
+    head = head.astype(hidden.dtype)  # once, not in every chunk
     length = hidden.shape[1]
     chunk = min(CHUNK_TOKENS, length)
     chunks = -(-length // chunk)

@@ -33,7 +33,9 @@ class Reporter:
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
         self._started = (self._last_time, first_step)
-        self._file = None if quiet else _open_after(path, first_step)
+        if not quiet:
+            keep_rows(path, first_step)
+        self._file = None if quiet else path.open("a")
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._bar = Progress(
@@ -103,15 +105,15 @@ class Reporter:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
-def _open_after(path: Path, step: int) -> Any:
-    """Opens a metrics file to go on after `step`, without rows that will be written again."""
+def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cuts rows after `step`, which will come again, from a file of rows; returns the rest."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = path.read_text().splitlines() if path.exists() else []
-    kept = [row for row in rows if _step_of(row) <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(row + "\n" for row in kept))
+    temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
-    return path.open("a")
+    return [json.loads(line) for line in kept]
 
 
 def _step_of(row: str) -> int | float:

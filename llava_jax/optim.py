@@ -19,7 +19,8 @@ GROUPS = ("lora", "llm", "vision", "projector")
 
 def group_of(path: str) -> str:
     """The parameter group that decides a parameter's learning rate: one of GROUPS."""
-    return "lora" if is_adapter(path) else path.split(".", 1)[0]
+    part = path.split(".", 1)[0]
+    return "lora" if part == "llm" and is_adapter(path) else part
 
 
 def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Schedule]:

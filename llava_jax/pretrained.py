@@ -62,12 +62,14 @@ def resolve(source: str | Parts) -> Checkpoint:
     path = Path(source)
     if (path / "model").is_dir():
         path = path / "model"
-    if (path / "adapter").is_dir():
+    elif (path / "adapter").is_dir():
         return _resolve_adapter(path / "adapter")
+    elif (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
     if path.is_dir():
-        return Checkpoint(str(path), path)
+        return Checkpoint(str(path.resolve()), path)
     if path.exists() or len(path.parts) != 2 or source.startswith((".", "/")):
-        raise ConfigError(f"init_from {source!r}: no such directory")
+        raise ConfigError(f"{source!r}: no such directory")
     return Checkpoint(source, _download(source))
 
 
@@ -76,7 +78,9 @@ def _resolve_adapter(adapter: Path) -> Checkpoint:
     name = base_name(adapter)
     base = None if name is None else parse_source(name)
     if base is None:
-        raise ConfigError(f"{adapter} does not say which base it belongs to; name it in init_from")
+        raise ConfigError(
+            f"{adapter} does not say which base it belongs to; give the base and the adapter"
+        )
     return resolve(base)._replace(adapter=adapter)
 
 
@@ -91,7 +95,7 @@ def _download(hub_id: str) -> Path:
         )
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
-            f"init_from {hub_id!r} is neither a directory nor to be had from the hub: {error}"
+            f"{hub_id!r} is neither a directory nor to be had from the hub: {error}"
         ) from error
 
 
@@ -245,8 +249,11 @@ class LlavaModel(Llava):
 
         Raises:
             CheckpointError: It is not a LoRA adapter, or not one of this model.
+            ValueError: The model has an adapter already.
         """
         _, params = split(self)
+        if any(map(lora.is_adapter, params)):
+            raise ValueError("the model has an adapter already; merge that first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
         adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source and adapter.fingerprint != fingerprint(self.source):
@@ -271,7 +278,8 @@ class LlavaModel(Llava):
             ValueError: There are adapters; merge them first.
         """
         _, params = split(self)
-        save_params(params, path, self.config)
-        write_model_config(self.config, path, str(params["llm.norm.weight"].dtype))
+        dtype = str(self.dtype)
+        save_params(params, path, self.config, dtype=dtype)
+        write_model_config(self.config, path, dtype)
         if self.source and has_tokenizer(self.source):
             save_processor(self.source, path, self.config)

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax import lora, pretrained
-from llava_jax.config import LoraConfig, ModelConfig, TrainConfig
+from llava_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batching import Batch
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
-from llava_jax.sharding import batch_sharding, parameter_shardings
+from llava_jax.sharding import batch_sharding, data_parallel_size, parameter_shardings
 from llava_jax.step import (
     TrainState,
     accumulation_steps,
@@ -39,6 +39,7 @@ class Program:
         state: Shapes of the train state.
         state_shardings: Where its arrays lie.
         accumulation: Micro-batches in a step.
+        eval_size: Held-out samples in a batch; as many as in a micro-batch unless the config says.
         train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
         eval_step: (trainable, frozen, batch) -> EvalResult.
         tx: The optimizer.
@@ -53,6 +54,7 @@ class Program:
     state: TrainState
     state_shardings: TrainState
     accumulation: int
+    eval_size: int
     train_step: Any
     eval_step: Any
     tx: optax.GradientTransformation
@@ -124,6 +126,16 @@ def build_program(
     }
     shardings = parameter_shardings(abstract, mesh)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
+    if not trainable:
+        raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
+    eval_size = config.eval.batch_size or config.batch.global_size // accumulation_steps(
+        config.batch, mesh
+    )
+    if eval_size % data_parallel_size(mesh):
+        raise ConfigError(
+            f"eval.batch_size {eval_size} is not a multiple of the {data_parallel_size(mesh)} "
+            "data-parallel devices; change it"
+        )
     tx = make_optimizer(config.optimizer, total_steps, trainable)
     state = jax.eval_shape(lambda t: init_state(t, tx, config.seed), trainable)
     placed = state_shardings(state, shardings, mesh)
@@ -146,6 +158,7 @@ def build_program(
         state=state,
         state_shardings=placed,
         accumulation=accumulation,
+        eval_size=eval_size,
         train_step=jax.jit(
             step,
             donate_argnums=0,

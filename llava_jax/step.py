@@ -62,8 +62,13 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
     """Micro-batches in a step; without `micro_size`, the whole batch is one.
 
     Raises:
-        ConfigError: The devices or micro-batches do not divide the global batch.
+        ConfigError: The devices, micro-batches or loss groups do not divide the global batch.
     """
+    if batch.global_size % batch.loss_group:
+        raise ConfigError(
+            f"batch.global_size {batch.global_size} is not a multiple of batch.loss_group "
+            f"{batch.loss_group}; change one of them"
+        )
     devices = data_parallel_size(mesh)
     micro = batch.micro_size or max(batch.global_size // devices, 1)
     if batch.global_size % (micro * devices):

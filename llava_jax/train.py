@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config, to_json
 from llava_jax.data.batching import Batches
 from llava_jax.evaluation import HeldOut
-from llava_jax.export import export, export_dir
+from llava_jax.export import export, export_dir, publish
 from llava_jax.hf.peft import load_adapter
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.weights import fingerprint
@@ -27,7 +28,7 @@ from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.program import Program, build_program
-from llava_jax.sharding import layout_table, make_mesh
+from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import TrainState, init_state
 
 
@@ -51,47 +52,48 @@ def run(config: TrainConfig) -> int:
         ConfigError: The config, its data or its devices do not fit together.
         CheckpointError: The weights to start from cannot be used.
     """
-    cache = Path(config.output_dir).absolute() / ".compilation_cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    found = None if config.init_from is None else pretrained.resolve(config.init_from)
-    if found and found.adapter and config.init_adapter is None:
-        config = dataclasses.replace(config, init_adapter=str(found.adapter))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(config.output_dir).absolute() / ".compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    config, found = _follow_adapter(config)
     source = found.base if found else None
     model_config, processor = _describe(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(len(inputs.records))
     mesh = make_mesh(config.mesh)
-    saved = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
-    if saved.latest == total and export_dir(config).is_dir():
-        print(f"{config.run_dir} is finished: {total} steps, {export_dir(config)}")
-        return 0
-    with jax.set_mesh(mesh):
-        program = build_program(config, model_config, total, mesh)
-        if config.mesh.show:
-            print(layout_table(program.abstract, program.shardings))
-        base = None if source is None else fingerprint(source)
-        finish = functools.partial(
-            export, config, program, processor, found.name if found else None, base
-        )
-        batches = inputs.train_batches()
-        if saved.latest is None:
-            state, frozen = _start(config, program, source, base)
-            _write_description(config, base)
-            shutil.rmtree(finish(state.trainable, frozen))  # better now than after ten hours
-            saved.save(state, batches.state())
+    with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
+        if saved.latest is not None and saved.latest >= total and export_dir(config).is_dir():
+            print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
+            return 0
+        with jax.set_mesh(mesh):
+            program = build_program(config, model_config, total, mesh)
+            if config.mesh.show:
+                print(layout_table(program.abstract, program.shardings))
+            base = None if source is None else fingerprint(source)
+            write = functools.partial(
+                export, config, program, processor, found.name if found else None, base
+            )
+            batches = inputs.train_batches()
+            if saved.latest is None:
+                _refuse_to_replace(config)
+                state, frozen = _start(config, program, source, base)
+                _write_description(config, program, total, base)
+                shutil.rmtree(write(state.trainable, frozen))  # better now than after ten hours
+                saved.save(state, batches.state())
+                saved.wait()
+            else:
+                _check_base(config, base)
+                frozen = _load(config, program, source, program.frozen)
+                state, position = saved.restore(program.state, program.state_shardings)
+                batches.restore(position)
+            with StopRequest() as stop:
+                state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
             saved.wait()
-        else:
-            _check_base(config, base)
-            frozen = _load(config, program, source, program.frozen)
-            state, position = saved.restore(program.state, program.state_shardings)
-            batches.restore(position)
-        with StopRequest() as stop:
-            state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
-        saved.wait()
-        if stop.signal is not None:
-            print(f"stopped after step {int(state.step)}; the same command continues")
-            return 128 + stop.signal
-        print(f"wrote {finish(state.trainable, frozen)}")
+            if stop.signal is not None and int(state.step) < total:
+                print(f"stopped after step {int(state.step)}; the same command continues")
+                return 128 + stop.signal
+            publish(write(state.trainable, frozen), export_dir(config))
+            print(f"wrote {export_dir(config)}")
     return 0
 
 
@@ -126,15 +128,23 @@ def _train(
 ) -> TrainState:
     """The loop. Metrics are read one step late, so that the device never waits for the host."""
     first = int(state.step)
+    every = config.eval.every
+    due = lambda step: step in (0, total) or (every is not None and step % every == 0)
     held_out = HeldOut(
         config.run_dir / "evaluations.jsonl",
         lambda trainable, batch: program.eval_step(trainable, frozen, program.place(batch)),
         inputs,
+        program.eval_size,
+        first,
     )
     with Reporter(config.run_dir / "metrics.jsonl", first, total) as reporter:
-        if first == 0:
-            reporter.say(held_out.measure(0, state.trainable))
-            reporter.skip_time()
+
+        def measure(step: int) -> None:
+            if due(step) and (result := held_out.measure(step, state.trainable)):
+                reporter.say(result)
+                reporter.skip_time()
+
+        measure(first)
         waiting: dict[str, jax.Array] | None = None
         for step in range(first + 1, total + 1):
             batch = program.place(next(batches))
@@ -142,22 +152,46 @@ def _train(
             if waiting:
                 reporter.log(_row(waiting, step - 1), _device_bytes())
             waiting = metrics
-            measure = step == total or (config.eval.every and step % config.eval.every == 0)
-            if measure or stop.signal is not None or step % config.checkpoint.every == 0:
+            stopping = stop.signal is not None
+            if due(step) or stopping or step % config.checkpoint.every == 0:
                 reporter.log(_row(metrics, step), _device_bytes())
                 waiting = None
                 saved.save(state, batches.state())
                 reporter.skip_time()
-            if stop.signal is not None:
+            if stopping and step < total:
                 break
-            if measure:
-                reporter.say(held_out.measure(step, state.trainable))
-                reporter.skip_time()
+            measure(step)
         batches.close()
         if int(state.step) == total:
             for table in held_out.tables():
                 reporter.say(table)
     return state
+
+
+def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkpoint | None]:
+    """Where the weights lie; a run's directory may stand for its base and its adapter."""
+    if config.init_from is None:
+        if "lora" in (config.tune.llm, config.tune.vision):
+            raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
+        return config, None
+    found = pretrained.resolve(config.init_from)
+    if found.adapter is None:
+        return config, found
+    if config.init_adapter is not None:
+        raise ConfigError(
+            f"init_from {config.init_from} brings the adapter {found.adapter}, so init_adapter "
+            f"{config.init_adapter} is one too many; name its base {found.name} in init_from"
+        )
+    return dataclasses.replace(config, init_adapter=str(found.adapter)), found
+
+
+def _refuse_to_replace(config: TrainConfig) -> None:
+    """A run without checkpoints starts anew; it must not do so over a result."""
+    if export_dir(config).exists():
+        raise ConfigError(
+            f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
+            "from; move it away, or give the run a new name"
+        )
 
 
 def _start(
@@ -229,11 +263,18 @@ def _device_bytes() -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def _write_description(config: TrainConfig, base: str | None) -> None:
+def _write_description(config: TrainConfig, program: Program, total: int, base: str | None) -> None:
     """config.json: the resolved recipe and plan, versions, and what the frozen weights are."""
+    micro = config.batch.global_size // (program.accumulation * data_parallel_size(program.mesh))
+    resolved = dataclasses.replace(
+        config,
+        steps=total,
+        model=program.model_config,
+        batch=dataclasses.replace(config.batch, micro_size=micro),
+    )
     packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
     description = {
-        "config": to_json(config),
+        "config": to_json(resolved),
         "base_fingerprint": base,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "devices": [str(device.device_kind) for device in jax.devices()],

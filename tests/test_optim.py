@@ -35,7 +35,9 @@ def test_each_group_has_its_rate():
     )
     rates = {name: float(rate(5)) for name, rate in learning_rates(config, TOTAL).items()}
     assert rates == pytest.approx({"lora": 1.0, "llm": 1.0, "vision": 1.0, "projector": 0.1})
-    assert group_of("vision.encoder.layers.mlp.fc1.lora_a") == "lora"
+    assert group_of("llm.layers.mlp.up_proj.lora_a") == "lora"
+    assert group_of("llm.layers.mlp.up_proj.weight") == "llm"
+    assert group_of("vision.encoder.layers.mlp.fc1.lora_a") == "vision"
     assert group_of("vision.encoder.layers.mlp.fc1.weight") == "vision"
     assert group_of("projector.linear_1.bias") == "projector"
 

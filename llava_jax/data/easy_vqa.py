@@ -31,6 +31,7 @@ def easy_vqa_records(
     split: Split,
     *,
     negated: bool = True,
+    singles: int = 1,
     captions: int = 0,
     dialogues: int = 0,
     turns: int = 4,
@@ -41,6 +42,7 @@ def easy_vqa_records(
     Args:
         split: "train" or "test".
         negated: Whether to keep the questions with "not" or "no", in every kind of conversation.
+        singles: How often each question comes in a conversation of its own.
         captions: How often each image also comes with its caption, "a red circle". Images of which
             the kept questions do not tell both colour and shape have none.
         dialogues: How many conversations of several questions each image also comes with.
@@ -73,14 +75,14 @@ def easy_vqa_records(
     return records
 
 
-FORMS = ("without_negation", "captions", "dialogues", "turns", "seed")
+FORMS = ("without_negation", "singles", "captions", "dialogues", "turns", "seed")
 
 
 def parse_source(source: str) -> list[Record]:
     """Makes the records that a source such as "easy_vqa:train:without_negation:captions=2" names.
 
-    After the split come any of `without_negation`, `captions=N`, `dialogues=N`, `turns=N` and
-    `seed=N`, in any order: the arguments of `easy_vqa_records`.
+    After the split come any of `without_negation`, `singles=N`, `captions=N`, `dialogues=N`,
+    `turns=N` and `seed=N`, in any order: the arguments of `easy_vqa_records`.
 
     Raises:
         ConfigError: The source is none of these, or the package easy_vqa is not installed.

@@ -250,12 +250,17 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--init-from", "nowhere"], "init_from 'nowhere': no such directory"),
+        (["--init-from", "nowhere"], "'nowhere': no such directory"),
         (["--data.path", "nothing.json"], "check data.path"),
         (["--data.template", "nonsense"], "data.template 'nonsense'; there are vicuna_v1"),
+        (["--tune.llm", "frozen", "--tune.projector", "frozen"], "tune: nothing trains"),
+        (["--tune.llm", "full", "--tune.vision", "lora"], "set tune.vision to 'full' or 'frozen'"),
+        (["--init-from", "None", "--processor", "x"], "set init_from to a checkpoint"),
+        (["--batch.loss-group", "5"], "is not a multiple of batch.loss_group 5"),
+        (["--eval.batch-size", "12"], "eval.batch_size 12 is not a multiple of the 8"),
         (["--batch.micro-size", "3"], "is not a multiple of batch.micro_size 3"),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
-        (["--lora.targets", "q_prj"], "lora.targets names q_prj"),
+        (["--lora.targets", "q_prj"], "the targets of LoRA name q_prj"),
         (["--init-adapter", "nowhere"], "nowhere has no adapter_config.json"),
     ],
 )
