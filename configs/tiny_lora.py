@@ -21,7 +21,7 @@ TINY_LLAVA = Path(__file__).resolve().parent.parent / "assets" / "tiny-llava"
 
 config = TrainConfig(
     name="tiny_lora",
-    steps=250,
+    steps=400,
     init_from=str(TINY_LLAVA),
     tune=TuneConfig(llm="lora", vision="frozen", projector="full"),
     lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0),
