@@ -13,7 +13,7 @@ from llava_jax.data import easy_vqa
 from llava_jax.data.conversation import SampleError, Turn
 from llava_jax.data.records import LlavaJson, Record, load_records, max_images
 
-EVERY_FORM = "easy_vqa:train:captions=2:dialogues=2:turns=6"
+EVERY_FORM = "easy_vqa:train:balanced:captions=2:dialogues=2:turns=6"
 
 
 def turns(question: str = "what?", answer: str = "that"):
@@ -166,6 +166,21 @@ def test_no_test_image_or_question_is_trained_on():
     assert train_folders.pop().parent.name == "train"
 
 
+def test_balanced_answers():
+    def count(source):
+        answers = {"yes/no": Counter(), "negated": Counter()}
+        for record in load_records(source, ""):
+            if record.category in answers:
+                answers[record.category][record.turns[1].text] += 1
+        return answers
+
+    as_asked, balanced = count("easy_vqa:train"), count("easy_vqa:train:balanced")
+    for family, answers in balanced.items():
+        assert max(as_asked[family].values()) > 1.5 * min(as_asked[family].values())
+        assert answers.keys() == as_asked[family].keys()
+        assert max(answers.values()) < 1.2 * min(answers.values())
+
+
 def test_captions_tell_the_truth():
     records = load_records("easy_vqa:train:without_negation:captions=1", "")
     captions = [record for record in records if record.category == "caption"]
@@ -214,7 +229,7 @@ def test_dialogues():
         ("easy_vqa:train:caption=2", "did you mean 'captions'"),
         ("easy_vqa:train:captions", "as captions=2"),
         ("easy_vqa:train:captions=x", "as captions=2"),
-        ("easy_vqa:train:without_negation=1", "as captions=2"),
+        ("easy_vqa:train:without_negation=1", "write without_negation and balanced alone"),
     ],
 )
 def test_a_misspelt_source(source, message):

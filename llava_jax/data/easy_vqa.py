@@ -9,7 +9,7 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
@@ -31,7 +31,7 @@ def easy_vqa_records(
     split: Split,
     *,
     negated: bool = True,
-    singles: int = 1,
+    balanced: bool = False,
     captions: int = 0,
     dialogues: int = 0,
     turns: int = 4,
@@ -42,7 +42,8 @@ def easy_vqa_records(
     Args:
         split: "train" or "test".
         negated: Whether to keep the questions with "not" or "no", in every kind of conversation.
-        singles: How often each question comes in a conversation of its own.
+        balanced: Whether to repeat questions of the rarer answer, so that "yes" and "no" come about
+            equally often among the negated and among the plain yes/no questions.
         captions: How often each image also comes with its caption, "a red circle". Images of which
             the kept questions do not tell both colour and shape have none.
         dialogues: How many conversations of several questions each image also comes with.
@@ -53,13 +54,20 @@ def easy_vqa_records(
         ConfigError: The package easy_vqa is not installed.
     """
     images = str(_folder(split) / "images")
+    families = [(question, question_family(question[0])) for question in read_questions(split)]
+    counts = Counter((family, question[1]) for question, family in families)
     records = []
     by_image: dict[int, list[Question]] = defaultdict(list)
-    for index, question in enumerate(read_questions(split)):
-        family = question_family(question[0])
-        if negated or family != "negated":
-            by_image[question[2]].append(question)
-            records.append(_record(f"{split}-{index}", images, [question], family))
+    for index, (question, family) in enumerate(families):
+        if family == "negated" and not negated:
+            continue
+        copies = 1
+        if balanced and question[1] in ("yes", "no"):
+            copies = round(
+                max(counts[family, a] for a in ("yes", "no")) / counts[family, question[1]]
+            )
+        by_image[question[2]] += [question] * copies
+        records += [_record(f"{split}-{index}", images, [question], family)] * copies
     for copy in range(captions):
         for image, asked in by_image.items():
             colour, shape = image_truth(asked)
@@ -70,18 +78,19 @@ def easy_vqa_records(
     rng = random.Random(seed)
     for copy in range(dialogues):
         for image, asked in by_image.items():
-            drawn = rng.sample(asked, min(turns, len(asked)))
+            drawn = list(dict.fromkeys(rng.sample(asked, min(turns, len(asked)))))
             records.append(_record(f"{split}-{image}-dialogue-{copy}", images, drawn, "dialogue"))
     return records
 
 
-FORMS = ("without_negation", "singles", "captions", "dialogues", "turns", "seed")
+FLAGS = {"without_negation": ("negated", False), "balanced": ("balanced", True)}
+FORMS = (*FLAGS, "captions", "dialogues", "turns", "seed")
 
 
 def parse_source(source: str) -> list[Record]:
     """Makes the records that a source such as "easy_vqa:train:without_negation:captions=2" names.
 
-    After the split come any of `without_negation`, `singles=N`, `captions=N`, `dialogues=N`,
+    After the split come any of `without_negation`, `balanced`, `captions=N`, `dialogues=N`,
     `turns=N` and `seed=N`, in any order: the arguments of `easy_vqa_records`.
 
     Raises:
@@ -96,12 +105,13 @@ def parse_source(source: str) -> list[Record]:
         if name not in FORMS:
             nearest = difflib.get_close_matches(name, FORMS, n=1) or FORMS
             raise ConfigError(f"{source}: no form {name!r}; did you mean {nearest[0]!r}?")
-        if name == "without_negation" and not value:
-            options["negated"] = False
-        elif name != "without_negation" and value.isdecimal():
+        if name in FLAGS and not value:
+            option, setting = FLAGS[name]
+            options[option] = setting
+        elif name not in FLAGS and value.isdecimal():
             options[name] = int(value)
         else:
-            raise ConfigError(f"{source}: write without_negation alone, the others as captions=2")
+            raise ConfigError(f"{source}: write {' and '.join(FLAGS)} alone, others as captions=2")
     return easy_vqa_records(split, **options)
 
 
