@@ -1,7 +1,8 @@
 """LLaVA-1.5 7B, stage 2: the decoder and the projector train in full.
 
 The published recipe: 665,298 conversations, global batch 128 (16 on each of 8 GPUs), 5198 steps,
-rate 2e-5. Starts from what 7b_pretrain.py left.
+rate 2e-5. Starts from what 7b_pretrain.py left. Samples come in random order; the published runs
+group those with and without images, of like length (`group_by_modality_length`).
 """
 
 from llava_jax.config import (
@@ -22,6 +23,7 @@ config = TrainConfig(
         template="vicuna_v1",
         image_aspect="pad",
         max_length=2048,
+        buckets=(768, 1024, 1536),
     ),
     # The published runs average the tokens of each GPU's 16 samples, then the 8 GPUs.
     batch=BatchConfig(global_size=128, loss_weighting="sample_mean", loss_group=16),

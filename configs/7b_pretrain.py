@@ -24,6 +24,7 @@ config = dataclasses.replace(
         image_root="data/images",
         template="plain",
         image_aspect="crop",
+        buckets=(640, 768),
     ),
     batch=dataclasses.replace(base.batch, global_size=256, loss_group=32),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),

@@ -6,7 +6,6 @@ The frozen base is not copied: the run's config.json names it and holds its fing
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from llava_jax.config import CheckpointConfig
@@ -47,21 +46,14 @@ class Checkpoints:
         """Returns when everything is on disk; raises what went wrong with it."""
         self._manager.wait_until_finished()
 
-    def restore(
-        self, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest checkpoint, onto any number of devices.
 
         Args:
-            abstract: Shapes and dtypes, from `jax.eval_shape`.
-            shardings: Where each array goes.
+            abstract: Shapes, dtypes and shardings.
         """
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        )
-        wanted = jax.tree.map(place, abstract, shardings)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(self.latest, args=args)
         return restored["state"], restored["data"]

@@ -13,9 +13,11 @@ import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 
 Tuning = Literal["frozen", "lora", "full"]
 
@@ -84,6 +86,19 @@ class ModelConfig:
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_hidden_act: str = "gelu"
+
+    @property
+    def used_vision_layers(self) -> int:
+        """Vision blocks before the feature, which is hidden_states[vision_feature_layer].
+
+        Raises:
+            ConfigError: The tower has no such hidden state.
+        """
+        layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
+        used = layer if layer >= 0 else depth + 1 + layer
+        if not 0 < used <= depth:
+            raise ConfigError(f"vision_feature_layer {layer} of a vision tower with {depth} layers")
+        return used
 
     @property
     def image_tokens(self) -> int:
@@ -304,6 +319,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
+    def __post_init__(self):
+        _check(self, "")
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
@@ -313,6 +331,34 @@ class TrainConfig:
         if self.steps is not None:
             return self.steps
         return math.ceil(self.epochs * samples / self.batch.global_size)
+
+
+_AT_LEAST_ONE = (
+    *("steps", "lora.rank", "vision_lora.rank", "data.max_length", "batch.global_size"),
+    *("batch.micro_size", "batch.loss_group", "checkpoint.every", "checkpoint.keep"),
+    *("eval.every", "eval.batch_size", "data.eval_samples"),
+)
+
+
+def _check(config: Any, prefix: str) -> None:
+    """Holds every field, those of nested dataclasses too, against its annotation.
+
+    Raises:
+        ConfigError: One has a value that its type or meaning does not allow.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        path, value = prefix + name, getattr(config, name)
+        if not is_bearable(value, kind, conf=BeartypeConf(is_pep484_tower=True)):
+            allowed = (
+                " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else kind
+            )
+            raise ConfigError(f"{path} = {value!r}: it must be {allowed}")
+        if path in _AT_LEAST_ONE and value is not None and value < 1:
+            raise ConfigError(f"{path} = {value!r}: it must be at least 1")
+        if isinstance(value, LoraConfig) and not 0 <= value.dropout < 1:
+            raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{path}.")
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -1,7 +1,11 @@
 """LoRA (Hu et al., 2021) with PEFT's meaning, and the split into what trains and what does not."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
 from llava_jax.models.layers import Linear, parameter
@@ -75,12 +79,22 @@ def is_trainable(path: str, tune: TuneConfig) -> bool:
     return getattr(tune, path.split(".", 1)[0]) == "full"
 
 
+@partial(jax.jit, static_argnames="scale")
+def _merge(
+    weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
+) -> Float[Array, "L F D"]:
+    def layer(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        weight, a, b = parts
+        low_rank = jnp.einsum("FR,RD->FD", b, a, precision="highest")
+        return (weight.astype(jnp.float32) + scale * low_rank).astype(weight.dtype)
+
+    return jax.lax.map(layer, (weight, a, b))  # one layer in float32 at a time
+
+
 def merge_adapters(model: nnx.Module) -> None:
     """Folds each adapter into its weight, W + scale B A in float32, and removes it."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
             weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
-            low_rank = jnp.einsum("LFR,LRD->LFD", b, a, precision="highest")
-            merged = weight.astype(jnp.float32) + module.lora_scale * low_rank
-            module.weight = nnx.Param(merged.astype(weight.dtype))
+            module.weight = nnx.Param(_merge(weight, a, b, module.lora_scale))
             module.lora_a = module.lora_b = nnx.data(None)

@@ -3,13 +3,15 @@
 import math
 import zlib
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from llava_jax import lora
 from llava_jax.config import (
@@ -28,11 +30,9 @@ from llava_jax.hf.processor import save_processor
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.weights import fingerprint, load_params, load_parts, save_params
-from llava_jax.models.layers import Params, merge, split
+from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
-from llava_jax.sharding import make_mesh, parameter_shardings
-
-Abstract = dict[str, jax.ShapeDtypeStruct]
+from llava_jax.sharding import make_mesh, place
 
 EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
 
@@ -119,7 +119,7 @@ def build(
     return split(model)
 
 
-def initialise(abstract: Abstract, shardings: Mapping[str, Sharding], seed: int) -> Params:
+def initialise(abstract: Abstract, seed: int) -> Params:
     """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
 
     Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
@@ -128,7 +128,7 @@ def initialise(abstract: Abstract, shardings: Mapping[str, Sharding], seed: int)
 
     def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         value = _initial_value(path, leaf.shape, seed).astype(leaf.dtype)
-        return jax.make_array_from_callback(leaf.shape, shardings[path], lambda i: value[i])
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: value[i])
 
     return {path: make(path, leaf) for path, leaf in abstract.items()}
 
@@ -153,7 +153,6 @@ def load(
     source: Path | Parts | None,
     config: ModelConfig,
     abstract: Abstract,
-    shardings: Mapping[str, Sharding],
     *,
     seed: int,
     wanted: Collection[str] | None = None,
@@ -163,8 +162,7 @@ def load(
     Args:
         source: From `resolve`; None makes everything fresh.
         config: The model.
-        abstract: Shapes and dtypes of all parameters, adapters included.
-        shardings: Where each goes.
+        abstract: Shapes, dtypes and shardings of all parameters, adapters included.
         seed: For fresh ones: adapters, and a projector that `source` lacks.
         wanted: Only these are loaded or made; the checkpoint is checked in full all the same.
     """
@@ -173,17 +171,31 @@ def load(
     if source is None:
         params = {}
     elif isinstance(source, Parts):
-        params = load_parts(source, config, base, shardings, wanted=wanted)
+        params = load_parts(source, config, base, wanted=wanted)
     else:
-        params = load_params(source, config, base, shardings, wanted=wanted)
+        params = load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
-    return params | initialise(fresh, shardings, seed)
+    return params | initialise(fresh, seed)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
+    return Llava.__call__(cast("Llava", merge(graph, params)), *inputs)
 
 
 class LlavaModel(Llava):
     """A LLaVA with its weights; call it for logits, see `models.llava.Llava.__call__`."""
 
     source: Path | Parts | None = None
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """As `models.llava.Llava.__call__`; compiled once for each shape."""
+        return _logits(*split(self), input_ids, pixel_values, attention_mask)
 
     @classmethod
     def from_pretrained(
@@ -236,10 +248,9 @@ class LlavaModel(Llava):
     def _load(cls, source: Path | Parts, dtype: str, mesh: Mesh | None, seed: int) -> "LlavaModel":
         config = read_config(source)
         graph, shapes = split(cls(config, dtype=dtype))
-        abstract = {p: jax.ShapeDtypeStruct(leaf.shape, dtype) for p, leaf in shapes.items()}
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        shardings = parameter_shardings(abstract, mesh)
-        params = load(source, config, abstract, shardings, seed=seed)
+        params = load(source, config, place(shapes, mesh), seed=seed)
         model = cast("LlavaModel", merge(graph, params))
         model.source = source
         return model
@@ -263,7 +274,7 @@ class LlavaModel(Llava):
             )
         lora.add_adapters(self, adapter.adapters)
         mesh = params["llm.norm.weight"].sharding.mesh
-        loaded = adapter.load(parameter_shardings(adapter.abstract, mesh))
+        loaded = adapter.load(place(adapter.abstract, mesh))
         flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
         nnx.update(self, nnx.from_flat_state(flat))
 

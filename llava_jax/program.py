@@ -14,15 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_jax import lora, pretrained
 from llava_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batching import Batch
+from llava_jax.models.layers import Abstract
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
-from llava_jax.sharding import batch_sharding, data_parallel_size, parameter_shardings
+from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
 from llava_jax.step import (
     TrainState,
     accumulation_steps,
     init_state,
     make_eval_step,
     make_train_step,
-    state_shardings,
+    place_state,
 )
 
 
@@ -34,10 +35,8 @@ class Program:
         model_config: The model's sizes.
         adapters: The stacks that have LoRA.
         mesh: The devices.
-        abstract: Shape and dtype of every parameter: float32 where it trains.
-        shardings: Where each lies.
-        state: Shapes of the train state.
-        state_shardings: Where its arrays lie.
+        abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
+        state: The same of the train state.
         accumulation: Micro-batches in a step.
         eval_size: Held-out samples in a batch; as many as in a micro-batch unless the config says.
         train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
@@ -49,10 +48,8 @@ class Program:
     adapters: dict[str, LoraConfig]
     mesh: Mesh
     graph: nnx.GraphDef
-    abstract: pretrained.Abstract
-    shardings: dict[str, NamedSharding]
+    abstract: Abstract
     state: TrainState
-    state_shardings: TrainState
     accumulation: int
     eval_size: int
     train_step: Any
@@ -92,13 +89,9 @@ class Program:
 
     def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
         """Traces and lowers the train step from shapes alone."""
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        )
-        state = jax.tree.map(place, self.state, self.state_shardings)
-        frozen = {p: place(self.abstract[p], self.shardings[p]) for p in self.frozen}
+        frozen = {path: self.abstract[path] for path in self.frozen}
         with jax.set_mesh(self.mesh):
-            return self.train_step.lower(state, frozen, batch)
+            return self.train_step.lower(self.state, frozen, batch)
 
 
 def build_program(
@@ -120,11 +113,11 @@ def build_program(
         model_config, adapters, dtype=config.dtype, remat=config.memory.remat
     )
     trains = lambda path: lora.is_trainable(path, config.tune)
-    abstract = {
+    shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
-    shardings = parameter_shardings(abstract, mesh)
+    abstract = place(shapes, mesh)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
@@ -138,7 +131,7 @@ def build_program(
         )
     tx = make_optimizer(config.optimizer, total_steps, trainable)
     state = jax.eval_shape(lambda t: init_state(t, tx, config.seed), trainable)
-    placed = state_shardings(state, shardings, mesh)
+    state = place_state(state, abstract, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
     step = make_train_step(
         graph,
@@ -146,7 +139,7 @@ def build_program(
         _shown_rate(config, total_steps, trainable),
         config.batch,
         accumulation,
-        {path: shardings[path] for path in trainable},
+        trainable,
     )
     return Program(
         model_config=model_config,
@@ -154,15 +147,13 @@ def build_program(
         mesh=mesh,
         graph=graph,
         abstract=abstract,
-        shardings=shardings,
         state=state,
-        state_shardings=placed,
         accumulation=accumulation,
         eval_size=eval_size,
         train_step=jax.jit(
             step,
             donate_argnums=0,
-            out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
         ),
         eval_step=jax.jit(
             make_eval_step(graph), out_shardings=NamedSharding(mesh, PartitionSpec())

@@ -8,6 +8,7 @@ has one dimension on `fsdp`, so parameters, gradients and moments are all sharde
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,14 +111,21 @@ def to_spec(
     )
 
 
-def parameter_shardings(
-    abstract: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
-) -> dict[str, NamedSharding]:
-    """A sharding for every parameter."""
-    return {
-        path: NamedSharding(mesh, to_spec(logical_axes(path), leaf.shape, mesh.shape))
-        for path, leaf in abstract.items()
-    }
+def place(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Gives every parameter its sharding."""
+
+    def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = to_spec(logical_axes(path), leaf.shape, mesh.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return {path: placed(path, leaf) for path, leaf in shapes.items()}
+
+
+def shardings(placed: Any) -> Any:
+    """The shardings in a tree of placed shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -138,18 +146,19 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
-def layout_table(
-    abstract: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
-) -> str:
-    """What lies where, one line a parameter, and the sum a device holds."""
+def layout_table(placed: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """What lies where, one line a parameter, and the sum a device holds.
+
+    "-" is a dimension that lies on no mesh axis, or that its axes do not divide.
+    """
     lines = [f"{'parameter':56} {'dtype':9} {'shape':22} {'sharded over':34} MiB/device"]
     total = 0.0
-    for path, leaf in abstract.items():
-        shard = shardings[path].shard_shape(leaf.shape)
+    for path, leaf in placed.items():
+        shard = leaf.sharding.shard_shape(leaf.shape)
         mebibytes = math.prod(shard) * np.dtype(leaf.dtype).itemsize / 2**20
         spec = ", ".join(
             "+".join((names,) if isinstance(names, str) else names or "-")
-            for names in shardings[path].spec
+            for names in leaf.sharding.spec
         )
         shape = " x ".join(map(str, leaf.shape))
         lines.append(f"{path:56} {leaf.dtype!s:9} {shape:22} {spec:34} {mebibytes:10.3f}")

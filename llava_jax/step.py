@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Key
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
 from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
-from llava_jax.models.layers import Params, merge
+from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
 from llava_jax.optim import Schedule
-from llava_jax.sharding import data_parallel_size
+from llava_jax.sharding import data_parallel_size, shardings
 
 Metrics = dict[str, jax.Array]
 
@@ -46,16 +46,17 @@ def init_state(trainable: Params, tx: optax.GradientTransformation, seed: int) -
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
 
 
-def state_shardings(
-    abstract: TrainState, parameters: dict[str, NamedSharding], mesh: Mesh
-) -> TrainState:
-    """Moments lie as their parameters do; counters are everywhere."""
+def place_state(shapes: TrainState, parameters: Abstract, mesh: Mesh) -> TrainState:
+    """Gives every array its sharding: moments lie as their parameters do, counters everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        return parameters.get(keys[-1] if keys else "", NamedSharding(mesh, PartitionSpec()))
+        parameter = parameters.get(keys[-1]) if keys else None
+        sharding = everywhere if parameter is None else parameter.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(sharding, abstract)
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
@@ -105,7 +106,7 @@ def make_train_step(
     learning_rate: Schedule,
     batch_config: BatchConfig,
     accumulation: int,
-    shardings: dict[str, NamedSharding],
+    trainable: Abstract,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
 
@@ -119,7 +120,7 @@ def make_train_step(
         learning_rate: Reported with the metrics.
         batch_config: How tokens are weighted.
         accumulation: Micro-batches a step.
-        shardings: Where the trainable parameters lie; their gradients lie there too.
+        trainable: Where the trainable parameters lie; their gradients lie there too.
     """
 
     def loss_fn(trainable: Params, frozen: Params, micro: tuple) -> Float[Array, ""]:
@@ -136,7 +137,7 @@ def make_train_step(
         def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
             new = jax.value_and_grad(loss_fn)(state.trainable, frozen, micro)
             loss, grads = jax.tree.map(jnp.add, total, new)
-            return (loss, jax.lax.with_sharding_constraint(grads, shardings)), None
+            return (loss, jax.lax.with_sharding_constraint(grads, shardings(trainable))), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
         micros = split_batch((batch, weights, keys), accumulation)
@@ -144,7 +145,7 @@ def make_train_step(
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = cast("Params", optax.apply_updates(state.trainable, updates))
+        updated = cast("Params", optax.apply_updates(state.trainable, updates))
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
@@ -154,7 +155,7 @@ def make_train_step(
             "samples": samples - jnp.sum(batch.skipped),
             "skipped": jnp.sum(batch.skipped),
         }
-        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+        return TrainState(state.step + 1, updated, opt_state, state.key), metrics
 
     return train_step
 

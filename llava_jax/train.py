@@ -28,7 +28,7 @@ from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.program import Program, build_program
-from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
+from llava_jax.sharding import data_parallel_size, layout_table, make_mesh, shardings
 from llava_jax.step import TrainState, init_state
 
 
@@ -68,7 +68,7 @@ def run(config: TrainConfig) -> int:
         with jax.set_mesh(mesh):
             program = build_program(config, model_config, total, mesh)
             if config.mesh.show:
-                print(layout_table(program.abstract, program.shardings))
+                print(layout_table(program.abstract))
             base = None if source is None else fingerprint(source)
             write = functools.partial(
                 export, config, program, processor, found.name if found else None, base
@@ -84,7 +84,7 @@ def run(config: TrainConfig) -> int:
             else:
                 _check_base(config, base)
                 frozen = _load(config, program, source, program.frozen)
-                state, position = saved.restore(program.state, program.state_shardings)
+                state, position = saved.restore(program.state)
                 batches.restore(position)
             with StopRequest() as stop:
                 state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
@@ -182,6 +182,11 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkp
             f"init_from {config.init_from} brings the adapter {found.adapter}, so init_adapter "
             f"{config.init_adapter} is one too many; name its base {found.name} in init_from"
         )
+    if "lora" not in (config.tune.llm, config.tune.vision):
+        raise ConfigError(
+            f"init_from {config.init_from} brings the adapter {found.adapter}, but this run trains "
+            "none; merge it first (LlavaModel: merge_adapter, save_pretrained), start from that"
+        )
     return dataclasses.replace(config, init_adapter=str(found.adapter)), found
 
 
@@ -207,13 +212,12 @@ def _start(
             program.abstract,
             program.trainable,
             base,
-            program.shardings,
         )
     trainable = {path: params.pop(path) for path in program.trainable}
     init = jax.jit(
         lambda trainable: init_state(trainable, program.tx, config.seed),
         donate_argnums=0,
-        out_shardings=program.state_shardings,
+        out_shardings=shardings(program.state),
     )
     return init(trainable), params
 
@@ -225,7 +229,6 @@ def _load(
         source,
         program.model_config,
         program.abstract,
-        program.shardings,
         seed=config.seed,
         wanted=wanted,
     )

@@ -1,10 +1,19 @@
 """Config files, overrides, and what a user's mistake is answered with."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llava_jax.config import ConfigError, Parts, load_config, parse_config, to_json
+from llava_jax.config import (
+    ConfigError,
+    Parts,
+    TrainConfig,
+    load_config,
+    parse_config,
+    to_json,
+)
 
 FILE = """
 from llava_jax.config import *
@@ -92,3 +101,33 @@ def test_steps_come_from_epochs_and_round_up(file: Path):
     config = parse_config(["--config", str(file), "--batch.global-size", "128"])
     assert config.total_steps(665_298) == 5198
     assert parse_config(["--config", str(file), "--steps", "7"]).total_steps(665_298) == 7
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.image_aspect", "padding", "data.image_aspect = 'padding'.*'pad'"),
+        ("batch.loss_weighting", "tokens", "batch.loss_weighting = 'tokens'"),
+        ("batch.micro_size", 0, "batch.micro_size = 0.*at least 1"),
+        ("lora.rank", 0, "lora.rank = 0.*at least 1"),
+        ("lora.dropout", 1.0, "lora.dropout = 1.0.*below 1"),
+        ("steps", "7", "steps = '7'.*int"),
+        ("data", None, "data = None"),
+    ],
+)
+def test_a_value_out_of_place_is_named(field: str, value: Any, message: str):
+    config = TrainConfig(name="x")
+    *groups, name = field.split(".")
+    # Past the constructor, where the tests' own type checks would be first.
+    owner = dataclasses.replace(getattr(config, groups[0])) if groups else config
+    object.__setattr__(owner, name, value)
+    if groups:
+        object.__setattr__(config, groups[0], owner)
+    with pytest.raises(ConfigError, match=message):
+        config.__post_init__()
+
+
+def test_whole_numbers_may_stand_for_real_ones():
+    config = TrainConfig(name="x")
+    object.__setattr__(config, "epochs", 2)
+    config.__post_init__()

@@ -106,4 +106,4 @@ def test_what_is_not_a_layer_is_not_stacked():
 @pytest.mark.parametrize(("layer", "used"), [(-1, 4), (-2, 3), (2, 2)])
 def test_how_many_vision_layers_count(layer, used):
     config = ModelConfig(vision=CONFIG.vision, vision_feature_layer=layer)
-    assert layouts.used_vision_layers(config) == used
+    assert config.used_vision_layers == used

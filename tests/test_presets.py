@@ -99,7 +99,7 @@ def test_the_real_step_lowers_and_every_parameter_is_sharded(
     config = dataclasses.replace(preset(size, recipe), mesh=mesh)
     program = build_program(config, SIZES[size], 100, make_mesh(mesh))
     for path, leaf in program.abstract.items():
-        shard = math.prod(program.shardings[path].shard_shape(leaf.shape))
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
         assert shard * mesh.fsdp <= math.prod(leaf.shape), path
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
     text = program.lower_train_step(batch).as_text()
@@ -111,9 +111,9 @@ def test_moments_lie_as_their_parameters_do():
     config = preset("7b", "lora")
     program = build_program(config, SIZES["7b"], 100, make_mesh(config.mesh))
     moments = [
-        (path[-1].key, sharding)
-        for path, sharding in jax.tree_util.tree_leaves_with_path(program.state_shardings.opt_state)
+        (path[-1].key, leaf.sharding)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.opt_state)
         if isinstance(path[-1], jax.tree_util.DictKey)
     ]
     assert len(moments) == 2 * len(program.trainable)
-    assert all(sharding == program.shardings[path] for path, sharding in moments)
+    assert all(sharding == program.abstract[path].sharding for path, sharding in moments)

@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, VisionConfig
-from llava_jax.hf.tensorfile import CheckpointError, open_tensors, read_metadata
+from llava_jax.hf.tensorfile import CheckpointError, open_tensors
 from llava_jax.hf.weights import fingerprint, load_params, save_params
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
-from llava_jax.sharding import make_mesh, parameter_shardings
+from llava_jax.sharding import make_mesh, place
 
 CONFIG = ModelConfig(
     vision=VisionConfig(28, 14, 16, 32, 3, 2),
@@ -79,7 +79,6 @@ def test_the_safetensors_library_agrees(tmp_path):
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.read(), theirs[name], err_msg=name)
     assert theirs["language_model.model.norm.weight"].dtype == ml_dtypes.bfloat16
-    assert read_metadata(tmp_path / "model.safetensors") == {"format": "pt"}
 
 
 def test_values_are_cast_where_they_land(checkpoint):
@@ -90,12 +89,11 @@ def test_values_are_cast_where_they_land(checkpoint):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)])
 def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
-    abstract = abstract_params()
-    shardings = parameter_shardings(abstract, make_mesh(mesh))
-    params = load_params(checkpoint, CONFIG, abstract, shardings)
+    abstract = place(abstract_params(), make_mesh(mesh))
+    params = load_params(checkpoint, CONFIG, abstract)
     assert_equal(params, random_params())
     for path, value in params.items():
-        assert value.sharding == shardings[path], path
+        assert value.sharding == abstract[path].sharding, path
     wide = params["llm.layers.mlp.down_proj.weight"]
     assert wide.addressable_shards[0].data.size < wide.size
     save_params(params, tmp_path / "again", CONFIG)

@@ -20,7 +20,7 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch
 from llava_jax.program import Program, build_program
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding import make_mesh, shardings
 from llava_jax.step import TrainState, init_state
 
 MODEL = ModelConfig(
@@ -80,10 +80,10 @@ def start(
     """A program on so many devices, its first state and its frozen parameters, from the seed."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     program = build_program(config, config.model or MODEL, steps, mesh)
-    params = pretrained.initialise(program.abstract, program.shardings, config.seed)
+    params = pretrained.initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
     init = jax.jit(
-        lambda t: init_state(t, program.tx, config.seed), out_shardings=program.state_shardings
+        lambda t: init_state(t, program.tx, config.seed), out_shardings=shardings(program.state)
     )
     return program, init(trainable), params
 

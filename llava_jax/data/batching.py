@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -371,8 +372,14 @@ def _iterate(dataset: grain.MapDataset, start: int, workers: int, batch_bytes: i
         # A container's 64 MB of shared memory would end the run with a bus error: use pipes.
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         iterable = grain.experimental.WithOptionsIterDataset(iterable, options)
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     return iter(iterable.map(_own))
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process of a terminal's job, but only the main one may act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _own(element: tuple[Batch, tuple[Skip, ...]]) -> tuple[Batch, tuple[Skip, ...]]:

@@ -168,7 +168,7 @@ def unstacked(path: str, layer: int, config: ModelConfig) -> str:
     """
     stack = "tail" if ".tail." in path else "layers"
     if stack == "tail":
-        layer += used_vision_layers(config)
+        layer += config.used_vision_layers
     return path.replace(f".{stack}.", f".layers.{layer}.", 1)
 
 
@@ -177,11 +177,5 @@ def stacked(parameter: str, config: ModelConfig) -> str:
     match = re.search(r"\.layers\.(\d+)\.", parameter)
     if match is None:
         return parameter
-    is_tail = parameter.startswith("vision.") and int(match[1]) >= used_vision_layers(config)
+    is_tail = parameter.startswith("vision.") and int(match[1]) >= config.used_vision_layers
     return parameter.replace(match[0], ".tail." if is_tail else ".layers.", 1)
-
-
-def used_vision_layers(config: ModelConfig) -> int:
-    """How many vision blocks the feature has passed through."""
-    layer = config.vision_feature_layer
-    return layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
-from llava_jax.hf.layouts import used_vision_layers
+from llava_jax.config import ConfigError, LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
@@ -98,11 +97,10 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         vision_feature_select_strategy=strategy,
         projector_hidden_act=values["projector_hidden_act"],
     )
-    if not 0 < used_vision_layers(config) <= config.vision.num_hidden_layers:
-        raise CheckpointError(
-            f"{file}: vision_feature_layer {config.vision_feature_layer} of a vision tower with "
-            f"{config.vision.num_hidden_layers} layers"
-        )
+    try:
+        _ = config.used_vision_layers
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     return config
 
 

@@ -23,9 +23,9 @@ import numpy as np
 from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.hf import layouts
 from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, write_tensors
-from llava_jax.hf.weights import Abstract, Shardings, assemble, find_tensors, save_tensors
+from llava_jax.hf.weights import assemble, find_tensors, save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.models.layers import Params
+from llava_jax.models.layers import Abstract, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
@@ -63,26 +63,15 @@ class Adapter:
     """
 
     adapters: dict[str, LoraConfig]
-    abstract: dict[str, jax.ShapeDtypeStruct]
+    abstract: Abstract
     base_name: str | None
     fingerprint: str | None
     tensors: Mapping[str, list[Tensor]]
 
-    def load(
-        self, shardings: Shardings | None = None, wanted: Collection[str] | None = None
-    ) -> Params:
-        """Reads the parameters, or only those wanted, as float32."""
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return {
-            path: assemble(
-                path,
-                self.tensors[path],
-                spec,
-                shardings[path] if shardings else device,
-            )
-            for path, spec in self.abstract.items()
-            if wanted is None or path in wanted
-        }
+    def load(self, abstract: Abstract | None = None) -> Params:
+        """Reads the parameters that `abstract` names, as it says; None is `self.abstract`."""
+        abstract = self.abstract if abstract is None else abstract
+        return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
 def save_adapter(
@@ -171,7 +160,7 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
     """A regular expression for the linears with adapters; unused vision layers do not match."""
     layers = r"\d+"
     if stack == VISION:
-        layers = f"({'|'.join(map(str, range(layouts.used_vision_layers(config))))})"
+        layers = f"({'|'.join(map(str, range(config.used_vision_layers)))})"
     return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
 
 
@@ -230,7 +219,6 @@ def load_adapter(
     abstract: Abstract,
     trainable: Collection[str],
     fingerprint: str | None,
-    shardings: Shardings | None = None,
 ) -> Params:
     """Reads an adapter that a run is to go on with; it must be of the run's own kind.
 
@@ -238,10 +226,9 @@ def load_adapter(
         directory: A PEFT directory.
         adapters: The run's LoRA settings by stack; dropout may differ.
         config: Of the base model.
-        abstract: The model's parameters, with adapters or without.
+        abstract: The run's parameters with their dtypes and shardings.
         trainable: The parameters that the run trains.
         fingerprint: Of the run's base; None is not compared.
-        shardings: Where each parameter goes; None puts all on the default device.
 
     Raises:
         CheckpointError: As `open_adapter`; or it has other settings than the run, holds parameters
@@ -266,7 +253,7 @@ def load_adapter(
     if problems:
         what = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"{directory} does not fit this run\n{what}")
-    return adapter.load(shardings, wanted=trained)
+    return adapter.load({path: abstract[path] for path in trained})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -339,9 +326,7 @@ def _of_module(settings: dict[str, Any], name: str, pattern_name: str, module: s
     return settings[name]
 
 
-def _expected(
-    adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract
-) -> dict[str, jax.ShapeDtypeStruct]:
+def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
     """What an adapter with tensors of `paths` must hold, all of it."""
     shapes = {}
     for stack, lora in adapters.items():

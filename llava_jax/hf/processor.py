@@ -134,7 +134,7 @@ def save_processor(
     if template is not None:
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
-    elif not isinstance(source, Parts):
+    elif not isinstance(source, Parts) and not directory.samefile(source):
         for file in Path(source).glob("chat_template.j*"):  # .jinja, and .json before it
             shutil.copy(file, directory)
 

@@ -121,11 +121,6 @@ def _open_sharded(directory: Path) -> dict[str, Tensor]:
     return {name: tables[file][name] for name, file in placed.items()}
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free text that a safetensors file carries beside its tensors."""
-    return _read_header(path)[0].get("__metadata__", {})
-
-
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A file's JSON table, and where its data begin."""
     if path.suffix != ".safetensors":
@@ -172,17 +167,12 @@ Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and dtype of tensors by name."""
 
 
-def write_tensors(
-    path: Path,
-    specs: Specs,
-    values: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_tensors(path: Path, specs: Specs, values: Callable[[str], np.ndarray]) -> None:
     """Writes a safetensors file, asking for the tensors' values one after the other, in order.
 
     The file has its name only when it is complete.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in specs.items():
         start, end = end, end + _size(specs[name])

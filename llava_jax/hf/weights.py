@@ -6,7 +6,7 @@ whose devices are the host, a second copy of it).
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from llava_jax.config import ModelConfig, Parts
@@ -29,12 +29,7 @@ from llava_jax.hf.tensorfile import (
     open_tensors,
     write_sharded,
 )
-from llava_jax.models.layers import Params
-
-Abstract = Mapping[str, jax.ShapeDtypeStruct]
-"""Shape and final dtype of parameters, by our names."""
-
-Shardings = Mapping[str, Sharding]
+from llava_jax.models.layers import Abstract, Params
 
 Source = tuple[dict[str, Tensor], Layout]
 """The tensors of one file or directory, and how they are named."""
@@ -46,7 +41,6 @@ def load_params(
     directory: str | Path,
     config: ModelConfig,
     abstract: Abstract,
-    shardings: Shardings | None = None,
     wanted: Collection[str] | None = None,
 ) -> Params:
     """Reads a LLaVA checkpoint in any of `layouts.LLAVA_LAYOUTS`.
@@ -54,8 +48,8 @@ def load_params(
     Args:
         directory: With safetensors inside.
         config: The model that `abstract` belongs to.
-        abstract: All parameters of the model; adapters are not part of a checkpoint.
-        shardings: Where each parameter goes; None puts all on the default device.
+        abstract: All parameters of the model, in their final dtypes, each where its sharding says
+            or on the default device; adapters are not part of a checkpoint.
         wanted: Only these are read, though all are checked; None reads all.
 
     Returns:
@@ -65,14 +59,13 @@ def load_params(
         CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
     """
     sources = [_open(directory, layouts.LLAVA_LAYOUTS)]
-    return _load(str(directory), sources, config, abstract, shardings, wanted, may_grow=False)
+    return _load(str(directory), sources, config, abstract, wanted, may_grow=False)
 
 
 def load_parts(
     parts: Parts,
     config: ModelConfig,
     abstract: Abstract,
-    shardings: Shardings | None = None,
     wanted: Collection[str] | None = None,
 ) -> Params:
     """Reads a decoder, a vision tower and, where given, a projector from their own places.
@@ -85,7 +78,6 @@ def load_parts(
             safetensors file or directory in Hugging Face's, LLaVA's or XTuner's names.
         config: The model that `abstract` belongs to, as `model_config.read_parts_config` gives it.
         abstract: As for `load_params`.
-        shardings: As for `load_params`.
         wanted: As for `load_params`.
 
     Returns:
@@ -104,7 +96,7 @@ def load_parts(
     else:
         sources.append(_open(parts.projector, layouts.PROJECTOR_LAYOUTS))
         where += f" + {parts.projector}"
-    return _load(where, sources, config, abstract, shardings, wanted, may_grow=True)
+    return _load(where, sources, config, abstract, wanted, may_grow=True)
 
 
 def _open(path: str | Path, known: tuple[Layout, ...]) -> Source:
@@ -120,15 +112,13 @@ def _load(
     sources: list[Source],
     config: ModelConfig,
     abstract: Abstract,
-    shardings: Shardings | None,
     wanted: Collection[str] | None,
     *,
     may_grow: bool,
 ) -> Params:
     found = find_tensors(where, sources, config, abstract, may_grow=may_grow)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
-        path: assemble(path, found[path], spec, shardings[path] if shardings else device)
+        path: assemble(path, found[path], spec)
         for path, spec in abstract.items()
         if wanted is None or path in wanted
     }
@@ -207,10 +197,9 @@ def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
     return tied_head or layouts.is_ignored(name)
 
 
-def assemble(
-    path: str, tensors: list[Tensor], spec: jax.ShapeDtypeStruct, sharding: Sharding
-) -> Array:
+def assemble(path: str, tensors: list[Tensor], spec: jax.ShapeDtypeStruct) -> Array:
     """A parameter, read from its tensors (one a layer if it is stacked) into its place."""
+    sharding = spec.sharding or SingleDeviceSharding(jax.local_devices()[0])
     if not layouts.is_stacked(path):
         return _cast(_place(_read(tensors[0], spec.shape), sharding), spec.dtype)
     layer_sharding = _layer_sharding(sharding)

@@ -95,19 +95,14 @@ class Encoder(nnx.Module):
 
 
 class ClipVision(nnx.Module):
-    """CLIP's image encoder; its output is hidden_states[feature_layer] of Hugging Face's CLIP.
+    """CLIP's image encoder; its output is hidden_states[used] of Hugging Face's CLIP.
 
     Args:
         config: Sizes.
-        feature_layer: Which hidden state is the feature: -1 the last block's output, -2 the one
-            before it (LLaVA's), or k >= 0 the output of the first k blocks.
+        used: Blocks before the feature.
     """
 
-    def __init__(self, config: VisionConfig, feature_layer: int, *, remat: bool):
-        depth = config.num_hidden_layers
-        used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
-        if not 0 < used <= depth:
-            raise ValueError(f"vision_feature_layer {feature_layer} of a tower with {depth} layers")
+    def __init__(self, config: VisionConfig, used: int, *, remat: bool):
         self.remat = remat
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's spelling

@@ -23,6 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 Params = dict[str, jax.Array]
 """Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
 
+Abstract = dict[str, jax.ShapeDtypeStruct]
+"""What stands for `Params` before there are any: shapes, dtypes and, once placed, shardings."""
+
 SampleKeys = Key[Array, "B"] | None
 """One dropout key a sample, so that its mask does not depend on its neighbours; None is off."""
 

@@ -40,7 +40,7 @@ class Llava(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.vision = ClipVision(config.vision, config.vision_feature_layer, remat=remat)
+        self.vision = ClipVision(config.vision, config.used_vision_layers, remat=remat)
         self.projector = Projector(config)
         self.llm = Llama(config.llm, remat=remat)
 

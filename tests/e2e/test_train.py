@@ -20,7 +20,7 @@ from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.weights import save_params
 from llava_jax.metrics import Reporter
-from llava_jax.sharding import make_mesh, parameter_shardings
+from llava_jax.sharding import make_mesh, place
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -58,9 +58,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_id=3,
         pad_token_id=4,
     )
-    _, abstract = pretrained.build(config, {}, dtype="float32")
-    shardings = parameter_shardings(abstract, make_mesh(MeshConfig(), jax.devices()[:1]))
-    save_params(pretrained.initialise(abstract, shardings, seed=0), directory, config)
+    _, shapes = pretrained.build(config, {}, dtype="float32")
+    abstract = place(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
+    save_params(pretrained.initialise(abstract, seed=0), directory, config)
     write_model_config(config, directory, "float32")
     save_processor(ASSETS, directory, config)
     return directory

@@ -212,14 +212,14 @@ def test_unsupported_settings_are_refused(
 
 
 @pytest.fixture
-def ours(trained: Callable, abstract_params: Callable, tmp_path: Path) -> tuple:
+def ours(trained: Callable, tmp_path: Path) -> tuple:
     """An adapter directory of ours, and the arguments that a run of its kind reads it with."""
     _, _, trainable, config = trained("both")
     save_adapter(tmp_path, trainable, SETTINGS["both"], config, **BASE)
     run = {
         "adapters": SETTINGS["both"],
         "config": config,
-        "abstract": abstract_params(config),
+        "abstract": build(config, SETTINGS["both"], dtype="float32")[1],
         "trainable": set(trainable),
         "fingerprint": "0123",
     }
@@ -257,7 +257,7 @@ def test_what_an_adapter_cannot_hold_is_refused(trained, tmp_path):
 
 
 def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
-    trained, abstract_params, make_hf, our_logits, hf_logits, batches, assert_close, tmp_path
+    trained, make_hf, our_logits, hf_logits, batches, assert_close, tmp_path
 ):
     graph, params, trainable, config = trained("llm")
     tower = {path: x + 0.1 for path, x in params.items() if path.startswith("vision.")}
@@ -271,6 +271,6 @@ def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     ours = our_logits(graph, params | trainable | tower, batch)
     assert_close(ours, hf_logits(model, batch), batch)
     trainable |= trained_tower
-    abstract = abstract_params(config)
+    abstract = build(config, SETTINGS["llm"], dtype="float32")[1]
     loaded = load_adapter(tmp_path, SETTINGS["llm"], config, abstract, set(trainable), "0123")
     assert loaded.keys() == trainable.keys()

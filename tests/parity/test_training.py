@@ -75,7 +75,7 @@ def ours(
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, model_config, STEPS, mesh)
-    params = pretrained.load(base, model_config, program.abstract, program.shardings, seed=3)
+    params = pretrained.load(base, model_config, program.abstract, seed=3)
     trainable = {path: params.pop(path) for path in program.trainable}
     save_adapter(
         adapter, trainable, program.adapters, model_config, base_name=None, fingerprint=None
