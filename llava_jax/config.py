@@ -20,6 +20,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 Tuning = Literal["frozen", "lora", "full"]
+Remat = Literal["full", "dots", "none"]
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -231,9 +232,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """The plan: where things lie and what is recomputed. Never changes a result."""
+    """The plan: where things lie and what is recomputed. Never changes a result.
 
-    remat: bool = True
+    Attributes:
+        remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
+            its matrix products, "none" everything.
+        offload_optimizer: Keep the optimizer's moments of the blocks in host memory.
+        stream_weights: Keep the blocks' weights, adapters and gradients in host memory; a layer at
+            a time is on the device. Needs remat "full".
+        offload_activations: Keep the blocks' inputs in host memory until the backward pass needs
+            them. Needs remat "full".
+    """
+
+    remat: Remat = "full"
+    offload_optimizer: bool = False
+    stream_weights: bool = False
+    offload_activations: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

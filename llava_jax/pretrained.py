@@ -20,6 +20,7 @@ from llava_jax.config import (
     MeshConfig,
     ModelConfig,
     Parts,
+    Remat,
     format_source,
     parse_source,
 )
@@ -111,10 +112,11 @@ def build(
     adapters: Mapping[str, LoraConfig],
     *,
     dtype: str,
-    remat: bool = True,
+    remat: Remat = "full",
+    offload: bool = False,
 ) -> tuple[nnx.GraphDef, Abstract]:
     """A model's structure and its parameters' shapes, in float32; no memory is taken."""
-    model = Llava(config, dtype=dtype, remat=remat)
+    model = Llava(config, dtype=dtype, remat=remat, offload=offload)
     lora.add_adapters(model, dict(adapters))
     return split(model)
 

@@ -110,7 +110,11 @@ def build_program(
     """
     adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
     graph, shapes = pretrained.build(
-        model_config, adapters, dtype=config.dtype, remat=config.memory.remat
+        model_config,
+        adapters,
+        dtype=config.dtype,
+        remat=config.memory.remat,
+        offload=config.memory.offload_activations,
     )
     trains = lambda path: lora.is_trainable(path, config.tune)
     shapes = {

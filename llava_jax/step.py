@@ -1,7 +1,7 @@
 """One optimizer step, compiled whole: accumulation, gradients, update."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
+from llava_jax.hf.layouts import is_stacked
 from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
+from llava_jax.models.stack import Accumulated, attach
 from llava_jax.optim import Schedule
 from llava_jax.sharding import data_parallel_size, shardings
 
@@ -91,7 +93,7 @@ def split_batch(batch: Any, count: int) -> Any:
 
 
 def forward(
-    graph: nnx.GraphDef, params: Params, batch: Batch, keys: Key[Array, "B"] | None
+    graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, keys: Key[Array, "B"] | None
 ) -> TokenLosses:
     """Loss and greedy choice at every position, of the token that follows it."""
     model = cast("Llava", merge(graph, params))
@@ -123,9 +125,13 @@ def make_train_step(
         trainable: Where the trainable parameters lie; their gradients lie there too.
     """
 
-    def loss_fn(trainable: Params, frozen: Params, micro: tuple) -> Float[Array, ""]:
+    placed = shardings(trainable)
+
+    def loss_fn(totals: Params, trainable: Params, frozen: Params, micro: tuple) -> Any:
         batch, weights, keys = micro
-        return jnp.sum(forward(graph, frozen | trainable, batch, keys).nll * weights)
+        pair = lambda path: Accumulated if is_stacked(path) else attach
+        params = {path: pair(path)(trainable[path], totals[path]) for path in totals}
+        return jnp.sum(forward(graph, frozen | params, batch, keys).nll * weights)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         samples = batch.input_ids.shape[0]
@@ -134,10 +140,10 @@ def make_train_step(
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(samples))
 
-        def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
-            new = jax.value_and_grad(loss_fn)(state.trainable, frozen, micro)
-            loss, grads = jax.tree.map(jnp.add, total, new)
-            return (loss, jax.lax.with_sharding_constraint(grads, shardings(trainable))), None
+        def accumulate(done: tuple, micro: tuple) -> tuple[tuple, None]:
+            loss, totals = done
+            new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro)
+            return (loss + new, jax.lax.with_sharding_constraint(totals, placed)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
         micros = split_batch((batch, weights, keys), accumulation)

@@ -5,7 +5,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llava_jax.config import VisionConfig
+from llava_jax.config import Remat, VisionConfig
 from llava_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -14,9 +14,8 @@ from llava_jax.models.layers import (
     SampleKeys,
     attention,
     parameter,
-    scan_blocks,
-    stack_blocks,
 )
+from llava_jax.models.stack import scan_blocks, stack_blocks
 from llava_jax.sharding import constrain
 
 
@@ -79,7 +78,9 @@ class Block(nnx.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
 
-    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+    def __call__(
+        self, x: Float[Array, "I Q D"], context: None, keys: SampleKeys
+    ) -> Float[Array, "I Q D"]:
         x += self.self_attn(self.layer_norm1(x), keys)
         x += self.mlp(self.layer_norm2(x), keys)
         return constrain(x, "batch", "patches", "activations")
@@ -102,8 +103,9 @@ class ClipVision(nnx.Module):
         used: Blocks before the feature.
     """
 
-    def __init__(self, config: VisionConfig, used: int, *, remat: bool):
-        self.remat = remat
+    def __init__(self, config: VisionConfig, used: int, *, remat: Remat, offload: bool):
+        self.remat: Remat = remat
+        self.offload = offload
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's spelling
         self.encoder = Encoder(config, used)
@@ -115,4 +117,12 @@ class ClipVision(nnx.Module):
         """Features of the class token and all patches, no post-norm."""
         x = self.pre_layrnorm(self.embeddings(pixels))
         x = constrain(x, "batch", "patches", "activations")
-        return scan_blocks(self.encoder.layers, x, Block.__call__, keys, remat=self.remat)
+        return scan_blocks(
+            self.encoder.layers,
+            x,
+            Block.__call__,
+            None,
+            keys,
+            remat=self.remat,
+            offload=self.offload,
+        )

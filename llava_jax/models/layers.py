@@ -12,8 +12,8 @@ Weights keep PyTorch's layout, [out, in], so checkpoints are copied, never trans
 stacked on axis 0 and scanned.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,6 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 SampleKeys = Key[Array, "B"] | None
 """One dropout key a sample, so that its mask does not depend on its neighbours; None is off."""
 
-Block = TypeVar("Block", bound=nnx.Module)
-
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Takes a model apart into its structure and its parameters (arrays or ShapeDtypeStructs)."""
@@ -40,7 +38,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     }
 
 
-def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
+def merge(graph: nnx.GraphDef, params: Mapping[str, Any]) -> nnx.Module:
     """The inverse of `split`."""
     flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -130,39 +128,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
-
-
-def stack_blocks(block: Block, count: int) -> Block:
-    """`count` blocks like this one, as one module whose parameters have a leading layer axis."""
-    graph, state = nnx.split(block)
-    stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-    return nnx.merge(graph, jax.tree.map(stack, state))
-
-
-def scan_blocks(
-    stacked: nnx.Module,
-    x: Float[Array, "B T D"],
-    apply: Callable[..., jax.Array],
-    keys: SampleKeys,
-    *,
-    remat: bool,
-) -> Float[Array, "B T D"]:
-    """Runs x through stacked blocks, `x = apply(block, x, keys)`, in one compiled body.
-
-    With `remat` only the blocks' inputs are kept for the backward pass, which computes the rest
-    again.
-    """
-    graph, layers = nnx.split(stacked)
-    depth = jax.tree.leaves(layers)[0].shape[0]
-
-    def body(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-        state, index = layer
-        layer_keys = None if keys is None else fold_in(keys, index)
-        return apply(nnx.merge(graph, state), x, layer_keys), None
-
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)  # scan already prevents it
-    return jax.lax.scan(body, x, (layers, jnp.arange(depth)))[0]
 
 
 def attention(

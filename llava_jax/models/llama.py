@@ -1,13 +1,14 @@
 """The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llava_jax.config import LlmConfig
+from llava_jax.config import LlmConfig, Remat
 from llava_jax.models.layers import (
     Embedding,
     Linear,
@@ -15,9 +16,8 @@ from llava_jax.models.layers import (
     SampleKeys,
     attention,
     parameter,
-    scan_blocks,
-    stack_blocks,
 )
+from llava_jax.models.stack import scan_blocks, stack_blocks
 from llava_jax.sharding import constrain
 
 
@@ -109,9 +109,10 @@ class LmHead(nnx.Module):
 class Llama(nnx.Module):
     """A decoder from embeddings to final hidden states; the loss multiplies them by `head`."""
 
-    def __init__(self, config: LlmConfig, *, remat: bool):
+    def __init__(self, config: LlmConfig, *, remat: Remat, offload: bool):
         self.config = config
-        self.remat = remat
+        self.remat: Remat = remat
+        self.offload = offload
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = stack_blocks(Block(config), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -137,13 +138,16 @@ class Llama(nnx.Module):
         """
         positions = positions_in_segments(segment_ids).astype(jnp.float32)
         angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
-        rope = jnp.cos(angles), jnp.sin(angles)
-        mask = causal_mask(segment_ids)
+        context = (jnp.cos(angles), jnp.sin(angles)), causal_mask(segment_ids)
 
-        def apply(block: Block, x: jax.Array, keys: SampleKeys) -> jax.Array:
+        def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
+            rope, mask = context
             x += block.self_attn(block.input_layernorm(x), rope, mask, keys)
             x += block.mlp(block.post_attention_layernorm(x), keys)
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")
-        return self.norm(scan_blocks(self.layers, x, apply, keys, remat=self.remat))
+        x = scan_blocks(
+            self.layers, x, apply, context, keys, remat=self.remat, offload=self.offload
+        )
+        return self.norm(x)

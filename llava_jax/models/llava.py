@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from llava_jax.config import ModelConfig
+from llava_jax.config import ModelConfig, Remat
 from llava_jax.models.clip import ClipVision
 from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
 from llava_jax.models.llama import Llama
@@ -28,7 +28,8 @@ class Llava(nnx.Module):
     Args:
         config: Sizes and token ids.
         dtype: What activations are computed in; parameters are cast where they are used.
-        remat: Whether the backward pass computes each block again instead of keeping its inside.
+        remat: What the backward pass computes again.
+        offload: Whether the blocks' inputs wait for it in host memory.
     """
 
     def __init__(
@@ -36,13 +37,16 @@ class Llava(nnx.Module):
         config: ModelConfig,
         *,
         dtype: str = "float32",
-        remat: bool = True,
+        remat: Remat = "full",
+        offload: bool = False,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.vision = ClipVision(config.vision, config.used_vision_layers, remat=remat)
+        self.vision = ClipVision(
+            config.vision, config.used_vision_layers, remat=remat, offload=offload
+        )
         self.projector = Projector(config)
-        self.llm = Llama(config.llm, remat=remat)
+        self.llm = Llama(config.llm, remat=remat, offload=offload)
 
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: SampleKeys = None

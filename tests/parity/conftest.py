@@ -100,7 +100,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    return build(config, {}, dtype="float32", remat=False)
+    return build(config, {}, dtype="float32")
 
 
 @pytest.fixture(scope="session")

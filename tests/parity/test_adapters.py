@@ -46,7 +46,7 @@ def trained(load: Callable, saved: Callable) -> Callable:
 
     def make(name: str) -> tuple[nnx.GraphDef, Params, Params, ModelConfig]:
         _, params, config = load(saved("gqa"))
-        graph, abstract = build(config, SETTINGS[name], dtype="float32", remat=False)
+        graph, abstract = build(config, SETTINGS[name], dtype="float32")
         trains = lambda path: "lora" in path or path.startswith("projector.")
         trainable = random_like({path: spec for path, spec in abstract.items() if trains(path)})
         return graph, params, trainable, config
@@ -118,7 +118,7 @@ def test_we_load_what_peft_wrote(
     adapter = open_adapter(directory, config, abstract_params(config))
     assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
     assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
-    graph, _ = build(config, adapter.adapters, dtype="float32", remat=False)
+    graph, _ = build(config, adapter.adapters, dtype="float32")
     batch = batches["padded"]
     ours = our_logits(graph, params | adapter.load(), batch)
     assert_close(ours, hf_logits(model, batch), batch)

@@ -1,0 +1,172 @@
+"""Blocks stacked on a layer axis, run in one compiled loop forwards and in one backwards.
+
+The backward loop is written out, because automatic differentiation of a scan cannot do what fitting
+a model needs: it takes one layer at a time to the device, computes that block again from its input,
+and adds the gradients into the sums of earlier micro-batches, in place, wherever these lie. So a
+stack's weights, its blocks' inputs and the sums may all live in host memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llava_jax.config import Remat
+from llava_jax.models.layers import SampleKeys, fold_in
+
+Block = TypeVar("Block", bound=nnx.Module)
+Leaves = dict[tuple[Any, ...], jax.Array]
+"""Arrays of a block, or of a stack, by their path in it."""
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+class Accumulated(NamedTuple):
+    """A parameter that trains, with the sum of its gradients over earlier micro-batches.
+
+    Differentiate with respect to `total`: what comes out is `total` + d loss / d value.
+    """
+
+    value: jax.Array
+    total: jax.Array
+
+
+def is_accumulated(leaf: Any) -> bool:
+    return isinstance(leaf, Accumulated)
+
+
+@jax.custom_vjp
+def attach(value: Array, total: Array) -> Array:
+    """A parameter outside the stacks, as an array that keeps to the contract of `Accumulated`."""
+    return value
+
+
+attach.defvjp(lambda value, total: (value, total), lambda total, grad: (None, total + grad))
+
+
+def stack_blocks(block: Block, count: int) -> Block:
+    """`count` blocks like this one, as one module whose parameters have a leading layer axis."""
+    graph, state = nnx.split(block)
+    stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+    return nnx.merge(graph, jax.tree.map(stack, state))
+
+
+def scan_blocks(
+    stacked: nnx.Module,
+    x: Float[Array, "B T D"],
+    apply: Callable[..., jax.Array],
+    context: Any,
+    keys: SampleKeys,
+    *,
+    remat: Remat,
+    offload: bool = False,
+) -> Float[Array, "B T D"]:
+    """Runs x through stacked blocks: `x = apply(block, x, context, keys)`.
+
+    Args:
+        stacked: From `stack_blocks`. Parameters are arrays or `Accumulated`, in any memory.
+        x: What the first block takes.
+        apply: One block.
+        context: Arrays that every block sees; no gradient flows to them.
+        keys: Dropout of adapters; None is off.
+        remat: What the backward pass computes again.
+        offload: Keep the blocks' inputs in host memory until the backward pass; with remat "full".
+    """
+    graph, state = nnx.split(stacked)
+    flat = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
+
+    def step(block: Leaves, x: jax.Array, index: Int[Array, ""], rest: tuple) -> jax.Array:
+        context, keys = rest
+        params = [(path, nnx.Param(leaf)) for path, leaf in block.items()]
+        module = nnx.merge(graph, nnx.from_flat_state(params))
+        return apply(module, x, context, None if keys is None else fold_in(keys, index))
+
+    if remat == "full":
+        totals = {path: leaf.total for path, leaf in flat.items() if is_accumulated(leaf)}
+        values = {path: leaf.value if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
+        return _recomputing(step, offload)(values, totals, x, (context, keys))
+
+    values = {path: attach(*leaf) if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
+
+    def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, None]:
+        block, index = layer
+        return step(fetch(block), x, index, (context, keys)), None
+
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan already prevents it
+    return jax.lax.scan(body, x, (values, _indices(values)))[0]
+
+
+def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[..., jax.Array]:
+    """The stack as one differentiable function of (values, totals, x, rest)."""
+
+    def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, Any]:
+        def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, Any]:
+            block, index = layer
+            kept = move(x, HOST if offload else DEVICE) if keep else None
+            return step(fetch(block), x, index, rest), kept
+
+        return jax.lax.scan(body, x, (values, _indices(values)))
+
+    @jax.custom_vjp
+    def run(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> jax.Array:
+        return scan(values, x, rest, keep=False)[0]
+
+    def forward(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> tuple:
+        y, inputs = scan(values, x, rest, keep=True)
+        return y, (values, totals, inputs, rest)
+
+    def backward(residuals: tuple, grad: jax.Array) -> tuple:
+        values, totals, inputs, rest = residuals
+        depth = inputs.shape[0]
+
+        def body(done: jax.Array, carry: tuple[jax.Array, Leaves]) -> tuple[jax.Array, Leaves]:
+            grad, totals = carry
+            index = depth - 1 - done
+            block, x = fetch(layer_at((values, inputs), index))
+            frozen = {path: leaf for path, leaf in block.items() if path not in totals}
+            trained = {path: leaf for path, leaf in block.items() if path in totals}
+            _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
+            grads, grad = pull(grad)
+            here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
+            return grad, write_layer(totals, here, index)
+
+        grad, totals = jax.lax.fori_loop(0, depth, body, (grad, totals))
+        return None, totals, grad, None
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _indices(values: Leaves) -> Int[Array, "L"]:
+    return jnp.arange(next(iter(values.values())).shape[0])
+
+
+def move(x: jax.Array, space: jax.memory.Space) -> jax.Array:
+    """Takes an array to another memory; nothing else may be done with one in host memory."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+
+def fetch(tree: Any) -> Any:
+    """Takes what lies in host memory to the device."""
+    return jax.tree.map(lambda x: move(x, DEVICE), tree)
+
+
+def layer_at(stacks: Any, index: Int[Array, ""]) -> Any:
+    """One layer of stacked arrays, where they lie."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return jax.tree.map(take, stacks)
+
+
+def write_layer(stacks: Any, layer: Any, index: Int[Array, ""]) -> Any:
+    """Puts one layer back into stacked arrays, where they lie."""
+
+    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
+        x = move(x, jax.typeof(stack).memory_space)
+        return jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
+
+    return jax.tree.map(put, stacks, layer)
