@@ -352,6 +352,10 @@ _AT_LEAST_ONE = (
     *("batch.micro_size", "batch.loss_group", "checkpoint.every", "checkpoint.keep"),
     *("eval.every", "eval.batch_size", "data.eval_samples"),
 )
+_AT_LEAST_ZERO = (
+    *("data.workers", "epochs", "optimizer.learning_rate", "optimizer.projector_learning_rate"),
+    *("optimizer.vision_learning_rate", "optimizer.weight_decay", "optimizer.warmup_ratio"),
+)
 
 
 def _check(config: Any, prefix: str) -> None:
@@ -367,8 +371,9 @@ def _check(config: Any, prefix: str) -> None:
                 " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else kind
             )
             raise ConfigError(f"{path} = {value!r}: it must be {allowed}")
-        if path in _AT_LEAST_ONE and value is not None and value < 1:
-            raise ConfigError(f"{path} = {value!r}: it must be at least 1")
+        for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+            if path in paths and value is not None and value < least:
+                raise ConfigError(f"{path} = {value!r}: it must be at least {least}")
         if isinstance(value, LoraConfig) and not 0 <= value.dropout < 1:
             raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
         if dataclasses.is_dataclass(value):
@@ -413,9 +418,16 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         ConfigError: The file is missing or wrong.
         SystemExit: The command line is wrong (2), or asked for help (0).
     """
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config", required=True)
+    first = argparse.ArgumentParser(
+        prog="python -m llava_jax.train",
+        description="Trains a LLaVA. With a config, --help lists every field and its value there.",
+        add_help=False,
+    )
+    first.add_argument("--config", metavar="FILE", help="for example configs/7b_lora.py")
     found, rest = first.parse_known_args(argv)
+    if found.config is None:
+        first.print_help()
+        raise SystemExit(0 if {"-h", "--help"} & set(rest) else 2)
     return tyro.cli(
         TrainConfig,
         default=load_config(found.config),

@@ -1,6 +1,7 @@
 """Measuring a model on held-out data."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -12,12 +13,16 @@ import numpy as np
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from llava_jax.config import ConfigError
 from llava_jax.data.batching import Batch
 from llava_jax.data.records import Record
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import keep_rows
 from llava_jax.models.layers import Params
 from llava_jax.step import EvalResult
+
+UNNAMED = "all"
+"""Category of samples without one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ def evaluate(
         for row, index in enumerate(indices.tolist()):
             if not result.tokens[row]:  # could not be read, or fills up the last batch
                 continue
-            category = records[index].category or "all"
+            category = records[index].category or UNNAMED
             samples[category] += 1
             exact[category] += bool(result.exact[row])
             nll += float(result.nll[row])
@@ -142,18 +147,34 @@ class HeldOut:
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
-    def measure(self, step: int, trainable: Params) -> str | None:
-        """Evaluates after `step` steps, unless it was done before; returns what came out."""
+    def measure(
+        self, step: int, trainable: Params, halted: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Evaluates after `step` steps, unless it was done before; returns what came out.
+
+        Args:
+            step: Steps done.
+            trainable: What trains.
+            halted: Asked after each batch; True gives this measurement up.
+
+        Raises:
+            ConfigError: None of the held-out samples can be read.
+        """
         inputs = self._inputs
         if not inputs.eval_records or step in [row["step"] for row in self._rows]:
             return None
+        batches = itertools.takewhile(lambda _: not halted(), inputs.eval_batches(self._batch_size))
         result = evaluate(
             lambda batch: self._eval_step(trainable, batch),
-            inputs.eval_batches(self._batch_size),
+            batches,
             inputs.eval_records,
             inputs.tokenizer,
             self._shown,
         )
+        if halted():
+            return None
+        if not result.samples:
+            raise ConfigError("none of the held-out samples can be read; check data.eval_path")
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
         with self._path.open("a") as file:
@@ -179,7 +200,8 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
     """Accuracy by category, before and after."""
     table = Table("category", "samples", "before", "after", title="held-out answers, exact match")
     share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
-    for category, count in sorted(after.samples.items()):
+    categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
+    for category, count in categories:
         right = [evaluation.exact.get(category, 0) for evaluation in (before, after)]
         table.add_row(category, str(count), *(share(n, count) for n in right))
     table.add_section()

@@ -65,12 +65,17 @@ def resolve(source: str | Parts) -> Checkpoint:
         path = path / "model"
     elif (path / "adapter").is_dir():
         return _resolve_adapter(path / "adapter")
+    elif (path / "adapter_config.json").is_file():
+        return _resolve_adapter(path)
     elif (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} is a run that is not finished; run its command again first")
     if path.is_dir():
         return Checkpoint(str(path.resolve()), path)
     if path.exists() or len(path.parts) != 2 or source.startswith((".", "/")):
-        raise ConfigError(f"{source!r}: no such directory")
+        raise ConfigError(
+            f"{source!r}: no such directory; a checkpoint is a directory, that of a run included, "
+            "or a hub id"
+        )
     return Checkpoint(source, _download(source))
 
 
@@ -96,7 +101,8 @@ def _download(hub_id: str) -> Path:
         )
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
-            f"{hub_id!r} is neither a directory nor to be had from the hub: {error}"
+            f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
+            f"not give it: {error}"
         ) from error
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -14,11 +12,13 @@ from pathlib import Path
 from types import FrameType
 
 import jax
+from jax.sharding import Mesh
 
 from llava_jax import pretrained
 from llava_jax.checkpoint import Checkpoints
-from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config, to_json
+from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
 from llava_jax.data.batching import Batches
+from llava_jax.description import check_description, describe, write_description
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
 from llava_jax.hf.peft import load_adapter
@@ -29,7 +29,7 @@ from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh, shardings
-from llava_jax.step import TrainState, init_state
+from llava_jax.step import TrainState, accumulation_steps, init_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,19 +57,23 @@ def run(config: TrainConfig) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     config, found = _follow_adapter(config)
     source = found.base if found else None
+    base = None if source is None else fingerprint(source)
     model_config, processor = _describe(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(len(inputs.records))
     mesh = make_mesh(config.mesh)
+    config = _resolve_micro_size(config, mesh)
+    description = describe(config, model_config, total, base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
-        if saved.latest is not None and saved.latest >= total and export_dir(config).is_dir():
+        if saved.latest is not None:
+            check_description(config.run_dir, description)
+        if saved.latest == total and export_dir(config).is_dir():
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
         with jax.set_mesh(mesh):
             program = build_program(config, model_config, total, mesh)
             if config.mesh.show:
                 print(layout_table(program.abstract))
-            base = None if source is None else fingerprint(source)
             write = functools.partial(
                 export, config, program, processor, found.name if found else None, base
             )
@@ -77,19 +81,18 @@ def run(config: TrainConfig) -> int:
             if saved.latest is None:
                 _refuse_to_replace(config)
                 state, frozen = _start(config, program, source, base)
-                _write_description(config, program, total, base)
+                write_description(config.run_dir, description)
                 shutil.rmtree(write(state.trainable, frozen))  # better now than after ten hours
                 saved.save(state, batches.state())
                 saved.wait()
             else:
-                _check_base(config, base)
                 frozen = _load(config, program, source, program.frozen)
                 state, position = saved.restore(program.state)
                 batches.restore(position)
             with StopRequest() as stop:
                 state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
             saved.wait()
-            if stop.signal is not None and int(state.step) < total:
+            if stop.signal is not None:
                 print(f"stopped after step {int(state.step)}; the same command continues")
                 return 128 + stop.signal
             publish(write(state.trainable, frozen), export_dir(config))
@@ -112,6 +115,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        print("stopping: this step is finished and saved; Ctrl-C again ends at once", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -140,27 +144,30 @@ def _train(
     with Reporter(config.run_dir / "metrics.jsonl", first, total) as reporter:
 
         def measure(step: int) -> None:
-            if due(step) and (result := held_out.measure(step, state.trainable)):
+            halted = lambda: stop.signal is not None
+            if due(step) and (result := held_out.measure(step, state.trainable, halted)):
                 reporter.say(result)
                 reporter.skip_time()
 
         measure(first)
         waiting: dict[str, jax.Array] | None = None
         for step in range(first + 1, total + 1):
+            if stop.signal is not None:
+                break
             batch = program.place(next(batches))
             state, metrics = program.train_step(state, frozen, batch)
             if waiting:
                 reporter.log(_row(waiting, step - 1), _device_bytes())
             waiting = metrics
-            stopping = stop.signal is not None
-            if due(step) or stopping or step % config.checkpoint.every == 0:
+            if due(step) or step % config.checkpoint.every == 0:
                 reporter.log(_row(metrics, step), _device_bytes())
                 waiting = None
                 saved.save(state, batches.state())
                 reporter.skip_time()
-            if stopping and step < total:
-                break
             measure(step)
+        if waiting:
+            reporter.log(_row(waiting, int(state.step)), _device_bytes())
+        saved.save(state, batches.state())
         batches.close()
         if int(state.step) == total:
             for table in held_out.tables():
@@ -170,11 +177,13 @@ def _train(
 
 def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkpoint | None]:
     """Where the weights lie; a run's directory may stand for its base and its adapter."""
-    if config.init_from is None:
+    if (source := config.init_from) is None:
         if "lora" in (config.tune.llm, config.tune.vision):
             raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
         return config, None
-    found = pretrained.resolve(config.init_from)
+    if config.init_adapter is not None and (Path(config.init_adapter) / "adapter").is_dir():
+        config = dataclasses.replace(config, init_adapter=f"{config.init_adapter}/adapter")
+    found = pretrained.resolve(source)
     if found.adapter is None:
         return config, found
     if config.init_adapter is not None:
@@ -188,6 +197,12 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkp
             "none; merge it first (LlavaModel: merge_adapter, save_pretrained), start from that"
         )
     return dataclasses.replace(config, init_adapter=str(found.adapter)), found
+
+
+def _resolve_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    micro = config.batch.global_size // accumulation_steps(config.batch, mesh)
+    batch = dataclasses.replace(config.batch, micro_size=micro // data_parallel_size(mesh))
+    return dataclasses.replace(config, batch=batch)
 
 
 def _refuse_to_replace(config: TrainConfig) -> None:
@@ -264,44 +279,6 @@ def _row(metrics: dict[str, jax.Array], step: int) -> dict[str, float | int]:
 def _device_bytes() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
-
-
-def _write_description(config: TrainConfig, program: Program, total: int, base: str | None) -> None:
-    """config.json: the resolved recipe and plan, versions, and what the frozen weights are."""
-    micro = config.batch.global_size // (program.accumulation * data_parallel_size(program.mesh))
-    resolved = dataclasses.replace(
-        config,
-        steps=total,
-        model=program.model_config,
-        batch=dataclasses.replace(config.batch, micro_size=micro),
-    )
-    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-    description = {
-        "config": to_json(resolved),
-        "base_fingerprint": base,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "devices": [str(device.device_kind) for device in jax.devices()],
-    }
-    if jax.process_index() == 0:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-
-
-def _check_base(config: TrainConfig, base: str | None) -> None:
-    """Refuses to continue on other frozen weights than those the run began with."""
-    file = config.run_dir / "config.json"
-    try:
-        began = json.loads(file.read_text())["base_fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}), but there are checkpoints beside it; put it back, "
-            "remove the checkpoints, or give the run a new name"
-        ) from error
-    if began != base:
-        raise ConfigError(
-            f"{file} says that this run began with a base of fingerprint {began}, but init_from "
-            f"{config.init_from} now has {base}; restore that base, or give the run a new name"
-        )
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_a_bad_sample_is_a_row_of_padding_logged_once(make, caplog):
     with caplog.at_level(logging.WARNING):
         batch = take(batches, 3)[-1]
     assert [record.message for record in caplog.records] == [
-        "sample 1 is left out: image not found: nothing.png"
+        "sample 1 is left out: r1: image not found: nothing.png"
     ]
     assert batch.skipped.tolist() == [0, 1, 0]
     assert numbers(batch) == [0, -1, 2]
@@ -249,9 +249,8 @@ def test_a_bad_sample_is_a_row_of_padding_logged_once(make, caplog):
 
 
 def test_a_batch_of_bad_samples_only(make):
-    batch = next(make([record(0, ("nothing.png",))], size=2))
-    assert batch.input_ids.shape == (2, 16)
-    assert batch.skipped.tolist() == [1, 1]
+    with pytest.raises(ConfigError, match=r"none of the 2 samples.*r0: image not found"):
+        next(make([record(0, ("nothing.png",))], size=2))
 
 
 def test_a_bug_is_no_bad_sample(make):
@@ -296,7 +295,7 @@ def test_eval_batches_have_every_record_in_order(tokenizer, caplog):
     assert [batch.skipped.tolist() for batch, _ in found] == [[0, 1, 0, 0], [0, 0, 0, 0]]
     assert not found[1][0].loss_mask[2:].any()
     assert found[1][0].input_ids.shape == (4, 16)
-    assert "held-out sample 1 is left out: image not found" in caplog.text
+    assert "held-out sample 1 is left out: r1: image not found" in caplog.text
 
 
 def test_eval_batches_of_nothing(tokenizer):

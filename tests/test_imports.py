@@ -16,7 +16,7 @@ LEVELS = (
     ("models.llava",),
     ("lora", "loss"),
     ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
-    ("step", "inputs", "pretrained"),
+    ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation"),
     ("export", "checkpoint"),
     ("train",),

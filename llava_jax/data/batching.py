@@ -31,6 +31,8 @@ from llava_jax.data.records import Record
 
 logger = logging.getLogger(__name__)
 
+MOST_WARNINGS = 50
+
 Leaf = Any
 """An array, or what stands for one in a tree of shapes or shardings."""
 
@@ -200,6 +202,11 @@ class Batches(Iterator[Batch]):
         self._next += 1
         for skip in skips:
             self._report(skip)
+        if len(skips) == len(batch.skipped):
+            raise ConfigError(
+                f"none of the {len(skips)} samples of a batch can be read; the last, number "
+                f"{skips[-1].number}: {skips[-1].reason}"
+            )
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -228,9 +235,11 @@ class Batches(Iterator[Batch]):
             self._iterator = None
 
     def _report(self, skip: Skip) -> None:
-        if skip.number not in self._reported:
+        if skip.number not in self._reported and len(self._reported) < MOST_WARNINGS:
             self._reported.add(skip.number)
             logger.warning("sample %d is left out: %s", skip.number, skip.reason)
+            if len(self._reported) == MOST_WARNINGS:
+                logger.warning("more are counted in metrics.jsonl, but not named here")
 
 
 def make_dataset(
@@ -327,10 +336,13 @@ class _Load:
     def __call__(self, index: int) -> Sample | Skip | None:
         if index >= len(self.records):
             return None
+        name = ""
         try:
-            return self.encode_fn(self.records[index])
+            record = self.records[index]
+            name = f"{record.id}: "
+            return self.encode_fn(record)
         except SampleError as error:
-            return Skip(int(index), str(error))
+            return Skip(int(index), f"{name}{error}")
 
 
 @dataclasses.dataclass(frozen=True)

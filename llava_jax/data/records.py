@@ -120,7 +120,9 @@ def _scan(path: str) -> tuple[np.ndarray, int]:
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"data file {path}: {error.strerror}; check data.path") from None
+        raise ConfigError(
+            f"data file {path}: {error.strerror}; check data.path (or eval_path)"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"data file {path} is not UTF-8: byte {error.start}") from None
     start = _skip_space(text, 0)

@@ -145,7 +145,8 @@ def _write(file: Path, settings: dict[str, Any]) -> None:
 
 def _tokenizer_settings(directory: Path) -> dict[str, Any]:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
-    settings.pop("backend", None)
+    for own in ("backend", "local_files_only"):  # how it was opened here, not what it is
+        settings.pop(own, None)
     # The name that all versions of transformers have for "as tokenizer.json says".
     return settings | {
         "tokenizer_class": "PreTrainedTokenizerFast",

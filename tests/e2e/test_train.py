@@ -182,6 +182,25 @@ def test_a_finished_run_says_so_and_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
+@pytest.mark.parametrize("arguments", [["--optimizer.learning-rate", "0.5"], ["--steps", "9"]])
+def test_another_recipe_is_refused_and_shown(
+    start, undisturbed: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert start("undisturbed", *arguments)[0] == 1
+    error = capsys.readouterr().err
+    field = arguments[0].removeprefix("--").replace("-", "_")
+    assert "another recipe" in error
+    assert f"{field}: " in error
+    assert f", {arguments[1]} here" in error
+
+
+def test_another_plan_and_other_measurements_are_no_other_recipe(start, undisturbed: Path):
+    status, _ = start(
+        "undisturbed", "--mesh.tensor", "2", "--eval.every", "3", "--data.workers", "1"
+    )
+    assert status == 0
+
+
 def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
     start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ):

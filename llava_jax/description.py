@@ -1,0 +1,90 @@
+"""config.json: what a run is, written when it begins and compared when it goes on."""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
+
+NOT_RECIPE = (
+    # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
+    *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval"),
+    *("data.image_root", "data.eval_path", "data.eval_samples", "data.workers"),
+    *("memory", "mesh", "batch.micro_size"),  # the plan
+)
+"""Fields that may change while a run goes on: none of them decides what is learned."""
+
+
+def describe(
+    config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None
+) -> dict[str, Any]:
+    """A run's resolved recipe and plan, versions, and what its frozen weights are.
+
+    Args:
+        config: The run.
+        model: The model's sizes.
+        steps: Optimizer steps of the whole run.
+        fingerprint: Of the base; None without one.
+    """
+    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    return {
+        "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
+        "base_fingerprint": fingerprint,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+
+
+def write_description(run_dir: Path, description: dict[str, Any]) -> None:
+    """Writes config.json, from the first process."""
+    if jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def check_description(run_dir: Path, description: dict[str, Any]) -> None:
+    """Refuses to go on with another recipe, or on another base, than the run began with.
+
+    Raises:
+        ConfigError: Names every field that differs.
+    """
+    file = run_dir / "config.json"
+    try:
+        began = json.loads(file.read_text())
+        before = _recipe(began["config"])
+        base = began["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}), but there are checkpoints beside it; put it back, "
+            "remove the checkpoints, or give the run a new --name"
+        ) from error
+    now = _recipe(description["config"])
+    differences = [
+        f"  {field}: {before.get(field)!r} there, {now.get(field)!r} here"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+    if base != description["base_fingerprint"]:
+        differences.append(
+            f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
+        )
+    if differences:
+        raise ConfigError(
+            f"{run_dir} holds a run with another recipe; give this one a --name of its own\n"
+            + "\n".join(differences)
+        )
+
+
+def _recipe(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields that decide what is learned, by dotted name."""
+    fields = {}
+    for name, value in config.items():
+        path = prefix + name
+        if path in NOT_RECIPE:
+            continue
+        fields |= _recipe(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return fields
