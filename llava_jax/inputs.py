@@ -17,7 +17,8 @@ from llava_jax.data.batching import (
     make_dataset,
 )
 from llava_jax.data.conversation import TEMPLATES
-from llava_jax.data.records import Record, load_records, max_images
+from llava_jax.data.records import Record, max_images
+from llava_jax.data.sources import load_records
 from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.tokenizer import load_tokenizer
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "llava_jax"
 LEVELS = (
     ("config", "metrics", "data.conversation", "data.images", "hf.layouts", "hf.tensorfile"),
     ("sharding", "models.layers", "data.records", "data.easy_vqa"),
-    ("models.stack",),
+    ("models.stack", "data.sources"),
     ("models.clip", "models.llama", "data.batching"),
     ("models.llava",),
     ("lora", "loss"),

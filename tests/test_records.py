@@ -11,7 +11,8 @@ import pytest
 from llava_jax.config import ConfigError
 from llava_jax.data import easy_vqa
 from llava_jax.data.conversation import SampleError, Turn
-from llava_jax.data.records import LlavaJson, Record, load_records, max_images
+from llava_jax.data.records import LlavaJson, Record, max_images
+from llava_jax.data.sources import load_records
 
 EVERY_FORM = "easy_vqa:train:balanced:captions=2:dialogues=2:turns=6"
 

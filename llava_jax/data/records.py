@@ -1,4 +1,4 @@
-"""Where samples come from: LLaVA's JSON files, and easy-VQA inside its PyPI package."""
+"""Samples before they are encoded, and the files of LLaVA's JSON form that they come from."""
 
 import copy
 import dataclasses
@@ -88,24 +88,6 @@ class LlavaJson(Sequence[Record]):
             turns=tuple(Turn(turn["from"], turn["value"]) for turn in raw["conversations"]),
             category=raw.get("category"),
         )
-
-
-def load_records(path: str, image_root: str) -> Sequence[Record]:
-    """Opens a source of records.
-
-    Args:
-        path: A LLaVA JSON file (see `LlavaJson`), or "easy_vqa:SPLIT[:FORM...]" (see
-            `easy_vqa.parse_source`).
-        image_root: Folder that a file's image paths are relative to; easy-VQA has its own.
-
-    Raises:
-        ConfigError: The source is missing or malformed.
-    """
-    if path.startswith("easy_vqa:"):
-        from llava_jax.data import easy_vqa
-
-        return easy_vqa.parse_source(path)
-    return LlavaJson(path, image_root)
 
 
 def max_images(records: Sequence[Record]) -> int:
