@@ -1,7 +1,7 @@
 """AdamW over parameter groups, each with its own learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from llava_jax.lora import is_adapter
 
 Schedule = Callable[[Any], Any]
 """Number of steps done -> learning rate."""
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 GROUPS = ("lora", "llm", "vision", "projector")
 
@@ -55,10 +57,8 @@ def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedul
     return schedule
 
 
-def make_optimizer(
-    config: OptimizerConfig, total_steps: int, trainable: Iterable[str]
-) -> optax.GradientTransformation:
-    """AdamW with one learning rate a group, after an optional clip over all that trains.
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with one learning rate a group; it takes any selection of the parameters.
 
     Biases and norms do not decay, as in Hugging Face's Trainer.
     """
@@ -79,7 +79,9 @@ def make_optimizer(
     groups: dict[Any, Any] = {
         group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()
     }
-    tx = optax.multi_transform(groups, {path: group_of(path) for path in trainable})
-    if config.clip_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-    return tx
+    return optax.multi_transform(groups, lambda params: {path: group_of(path) for path in params})
+
+
+def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""]:
+    """What gradients of a global norm are multiplied by, so that it is at most `limit`."""
+    return jnp.ones(()) if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))

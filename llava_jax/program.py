@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_jax import lora, pretrained
 from llava_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batching import Batch
+from llava_jax.hf.layouts import is_stacked
 from llava_jax.models.layers import Abstract
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
-from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
+from llava_jax.sharding import HOST, batch_sharding, data_parallel_size, place, shardings
 from llava_jax.step import (
     TrainState,
     accumulation_steps,
@@ -121,7 +122,8 @@ def build_program(
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
-    abstract = place(shapes, mesh)
+    streams = lambda path: config.memory.stream_weights and is_stacked(path)
+    abstract = place(shapes, mesh, streams)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
@@ -133,18 +135,20 @@ def build_program(
             f"eval.batch_size {eval_size} is not a multiple of the {data_parallel_size(mesh)} "
             "data-parallel devices; change it"
         )
-    tx = make_optimizer(config.optimizer, total_steps, trainable)
+    tx = make_optimizer(config.optimizer, total_steps)
     state = jax.eval_shape(lambda t: init_state(t, tx, config.seed), trainable)
-    state = place_state(state, abstract, mesh)
+    state = place_state(state, abstract, mesh, offload=config.memory.offload_optimizer)
     accumulation = accumulation_steps(config.batch, mesh)
     step = make_train_step(
         graph,
         tx,
         _shown_rate(config, total_steps, trainable),
+        config.optimizer.clip_norm,
         config.batch,
         accumulation,
         trainable,
     )
+    on_host = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves((state, abstract)))
     return Program(
         model_config=model_config,
         adapters=adapters,
@@ -156,7 +160,8 @@ def build_program(
         eval_size=eval_size,
         train_step=jax.jit(
             step,
-            donate_argnums=0,
+            # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
+            donate_argnums=() if on_host and mesh.devices.flat[0].platform == "cpu" else 0,
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
         ),
         eval_step=jax.jit(

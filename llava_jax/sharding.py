@@ -7,7 +7,7 @@ has one dimension on `fsdp`, so parameters, gradients and moments are all sharde
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -111,14 +111,47 @@ def to_spec(
     )
 
 
+HOST = "pinned_host"
+"""The memory kind of what waits outside the devices, in pages that they reach themselves."""
+
+MOST_SLICES, LEAST_SLICE = 64, 2**16
+"""Arrays in host memory move in at most so many slices, each of at least so many elements."""
+
+
+def slice_size(shape: tuple[int, ...]) -> int:
+    """Length along axis 0 of the slices in which an array goes to the device and back."""
+    fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MOST_SLICES
+    return next(filter(fits, range(1, shape[0] + 1)))
+
+
+def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
+    """Whether an array may lie in host memory: not if it is small, or cut along its axis 0.
+
+    TPUs do not copy less than a tile, and slices are taken along axis 0.
+    """
+    if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < LEAST_SLICE:
+        return False
+    return sharding.shard_shape(shape)[0] == shape[0]
+
+
 def place(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    streams: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives every parameter its sharding."""
+    """Gives every parameter its sharding.
+
+    Args:
+        shapes: Parameters by path.
+        mesh: The devices.
+        streams: Which parameters lie in host memory, if they may (`fits_host`).
+    """
 
     def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = to_spec(logical_axes(path), leaf.shape, mesh.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, to_spec(logical_axes(path), leaf.shape, mesh.shape))
+        if streams(path) and fits_host(leaf.shape, sharding):
+            sharding = sharding.with_memory_kind(HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return {path: placed(path, leaf) for path, leaf in shapes.items()}
 

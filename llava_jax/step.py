@@ -17,9 +17,10 @@ from llava_jax.hf.layouts import is_stacked
 from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
-from llava_jax.models.stack import Accumulated, attach
-from llava_jax.optim import Schedule
-from llava_jax.sharding import data_parallel_size, shardings
+from llava_jax.models.stack import Accumulated, attach, zeros_like
+from llava_jax.optim import Schedule, clip_scale
+from llava_jax.sharding import HOST, data_parallel_size, fits_host, shardings
+from llava_jax.update import apply_gradients, global_norm
 
 Metrics = dict[str, jax.Array]
 
@@ -48,14 +49,26 @@ def init_state(trainable: Params, tx: optax.GradientTransformation, seed: int) -
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
 
 
-def place_state(shapes: TrainState, parameters: Abstract, mesh: Mesh) -> TrainState:
-    """Gives every array its sharding: moments lie as their parameters do, counters everywhere."""
+def place_state(
+    shapes: TrainState, parameters: Abstract, mesh: Mesh, *, offload: bool
+) -> TrainState:
+    """Gives every array its sharding: moments lie as their parameters do, counters everywhere.
+
+    Args:
+        shapes: From `jax.eval_shape`.
+        parameters: Placed.
+        mesh: The devices.
+        offload: Whether the moments of matrices lie in host memory wherever their parameters do.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         parameter = parameters.get(keys[-1]) if keys else None
         sharding = everywhere if parameter is None else parameter.sharding
+        is_moment = isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name == "opt_state"
+        if offload and is_moment and fits_host(leaf.shape, sharding):
+            sharding = sharding.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
@@ -106,6 +119,7 @@ def make_train_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     learning_rate: Schedule,
+    clip_norm: float | None,
     batch_config: BatchConfig,
     accumulation: int,
     trainable: Abstract,
@@ -120,6 +134,7 @@ def make_train_step(
         graph: The model's structure, see `models.layers.split`.
         tx: The optimizer.
         learning_rate: Reported with the metrics.
+        clip_norm: Largest global norm of the gradients; None is off.
         batch_config: How tokens are weighted.
         accumulation: Micro-batches a step.
         trainable: Where the trainable parameters lie; their gradients lie there too.
@@ -145,17 +160,17 @@ def make_train_step(
             new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro)
             return (loss + new, jax.lax.with_sharding_constraint(totals, placed)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
+        zeros = jnp.zeros(()), jax.tree.map(zeros_like, state.trainable)
         micros = split_batch((batch, weights, keys), accumulation)
         (loss, grads), _ = jax.lax.scan(accumulate, zeros, micros)
 
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
-            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        updated = cast("Params", optax.apply_updates(state.trainable, updates))
+        norm = global_norm(grads)
+        scale = clip_scale(norm, clip_norm)
+        updated, opt_state = apply_gradients(tx, grads, scale, state.opt_state, state.trainable)
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "tokens": jnp.sum(batch.segment_ids > 0),
             "supervised_tokens": jnp.sum(supervised),
             "samples": samples - jnp.sum(batch.skipped),

@@ -16,6 +16,7 @@ LEVELS = (
     ("models.llava",),
     ("lora", "loss"),
     ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
+    ("update",),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation"),
     ("export", "checkpoint"),

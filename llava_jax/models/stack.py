@@ -156,6 +156,14 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(lambda x: move(x, DEVICE), tree)
 
 
+def zeros_like(stack: jax.Array) -> jax.Array:
+    """Zeros where a stack lies; in host memory, they come from the device layer by layer."""
+    if jax.typeof(stack).memory_space != HOST:
+        return jnp.zeros_like(stack)
+    layer = lambda _: move(jnp.zeros(stack.shape[1:], stack.dtype), HOST)
+    return jax.lax.map(layer, jnp.arange(stack.shape[0]))
+
+
 def layer_at(stacks: Any, index: Int[Array, ""]) -> Any:
     """One layer of stacked arrays, where they lie."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)

@@ -1,0 +1,106 @@
+"""One optimizer update, also of what lies in host memory.
+
+What lies there is updated in place, a slice at a time: a layer of a stack, some rows of a matrix.
+AdamW treats every element by itself, so slices give what the whole would.
+"""
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from llava_jax.models.layers import Params
+from llava_jax.models.stack import HOST, fetch, move
+from llava_jax.sharding import slice_size
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    grads: Params,
+    scale: Float[Array, ""],
+    state: optax.OptState,
+    params: Params,
+) -> tuple[Params, optax.OptState]:
+    """Updates parameters and the optimizer's state; each array stays in its memory.
+
+    Args:
+        tx: Treats every element by itself, and takes any selection of the parameters.
+        grads: Gradients.
+        scale: What they are multiplied by.
+        state: The optimizer's.
+        params: What trains.
+    """
+    trees = grads, state, params
+    pick = partial(_pick, trees, params.keys())
+    hosted = [path for path in params if any(map(_is_hosted, jax.tree.leaves(pick({path}))))]
+    parts = [_update(tx, scale, *pick(params.keys() - set(hosted)))]
+    parts += [_update_slices(tx, scale, *pick({path})) for path in hosted]
+    is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
+    unite = lambda first, *others: (
+        {path: x for part in (first, *others) for path, x in part.items()}
+        if is_selection(first)
+        else first  # a counter, the same in all
+    )
+    return jax.tree.map(unite, *parts, is_leaf=is_selection)
+
+
+def _update(
+    tx: optax.GradientTransformation, scale: Array, grads: Params, state: Any, params: Params
+) -> tuple[Params, Any]:
+    grads = jax.tree.map(lambda grad: grad * scale, grads)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
+        updates, state = tx.update(grads, state, params)
+    return cast("Params", optax.apply_updates(params, updates)), state
+
+
+def _update_slices(
+    tx: optax.GradientTransformation, scale: Array, grads: Params, state: Any, params: Params
+) -> tuple[Params, Any]:
+    """The update of one parameter, by slices along its first axis."""
+    (param,) = params.values()
+    size = slice_size(param.shape)
+
+    def body(index: Int[Array, ""], carry: tuple[Params, Any]) -> tuple[Params, Any]:
+        at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
+        here = jax.tree.map(at, (grads, *carry))
+        new = _update(tx, scale, here[0], here[2], here[1])
+        return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
+
+    return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))
+
+
+def _pick(trees: Any, names: Collection[str], wanted: Collection[str]) -> Any:
+    """The entries of `wanted` parameters in every dict of parameters of the trees."""
+    is_whole = lambda x: isinstance(x, dict) and x.keys() == names
+    some = lambda x: {path: x[path] for path in x if path in wanted} if is_whole(x) else x
+    return jax.tree.map(some, trees, is_leaf=is_whole)
+
+
+def _is_hosted(x: Array) -> bool:
+    return jax.typeof(x).memory_space == HOST
+
+
+def global_norm(grads: Params) -> Float[Array, ""]:
+    """The Euclidean norm over all gradients."""
+
+    def squares(grad: Array) -> Array:
+        if not _is_hosted(grad):
+            return jnp.sum(grad**2)
+        size = slice_size(grad.shape)
+        add = lambda i, total: total + jnp.sum(fetch(slice_at(grad, i, size)) ** 2)
+        return jax.lax.fori_loop(0, grad.shape[0] // size, add, jnp.zeros(()))
+
+    return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))
+
+
+def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+
+def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
+    new = move(new, jax.typeof(x).memory_space)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)

@@ -1,0 +1,77 @@
+"""Whatever a plan puts into host memory or computes again, the recipe gives the same numbers."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from training import CONFIG, change, run
+
+from llava_jax import sharding
+from llava_jax.config import MemoryConfig, TuneConfig
+
+STEPS = 20
+RESIDENT = MemoryConfig()
+PLANS = {
+    "offload_optimizer": MemoryConfig(offload_optimizer=True),
+    "stream_weights": MemoryConfig(stream_weights=True),
+    "offload_activations": MemoryConfig(offload_activations=True),
+    "all": MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True),
+    "remat-dots": MemoryConfig(remat="dots"),
+    "remat-none": MemoryConfig(remat="none"),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {"optimizer": {"clip_norm": 0.5}, "batch": {"micro_size": 8}},
+    "full": {"optimizer": {"weight_decay": 0.1, "learning_rate": 1e-3}},
+}
+
+
+def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
+    config = change(CONFIG, **RECIPES[name], mesh={"fsdp": fsdp})
+    if name == "full":
+        config = dataclasses.replace(config, tune=TuneConfig("full", "frozen", "full"))
+    if fsdp > 1:
+        config = change(config, batch={"micro_size": 1})
+    return dataclasses.replace(config, memory=memory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_arrays_may_lie_on_the_host():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sharding, "LEAST_SLICE", 100)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def resident() -> Callable[[str, int], list[dict[str, float]]]:
+    return functools.cache(
+        lambda name, fsdp: run(recipe(name, fsdp=fsdp), devices=fsdp, steps=STEPS)[0]
+    )
+
+
+def in_host_memory(tree: Any) -> int:
+    return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
+
+
+SHORT = [(plan, "lora", 1) for plan in PLANS] + [("all", "full", 8), ("stream_weights", "full", 1)]
+LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "fsdp"),
+    [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)],
+)
+def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Callable):
+    rows, program, state = run(recipe(name, PLANS[plan], fsdp), devices=fsdp, steps=STEPS)
+    expected = resident(name, fsdp)
+    for column in ("loss", "grad_norm", "learning_rate"):
+        values = [np.array([row[column] for row in table]) for table in (rows, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-6)
+    memory = PLANS[plan]
+    assert bool(in_host_memory(state.opt_state)) == memory.offload_optimizer | memory.stream_weights
+    assert bool(in_host_memory(program.abstract)) == memory.stream_weights
