@@ -82,6 +82,6 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return optax.multi_transform(groups, lambda params: {path: group_of(path) for path in params})
 
 
-def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""]:
+def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""] | None:
     """What gradients of a global norm are multiplied by, so that it is at most `limit`."""
-    return jnp.ones(()) if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))
+    return None if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))

@@ -21,7 +21,7 @@ from llava_jax.sharding import slice_size
 def apply_gradients(
     tx: optax.GradientTransformation,
     grads: Params,
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | None,
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
@@ -30,7 +30,7 @@ def apply_gradients(
     Args:
         tx: Treats every element by itself, and takes any selection of the parameters.
         grads: Gradients.
-        scale: What they are multiplied by.
+        scale: What they are multiplied by; None leaves them as they are.
         state: The optimizer's.
         params: What trains.
     """
@@ -49,16 +49,17 @@ def apply_gradients(
 
 
 def _update(
-    tx: optax.GradientTransformation, scale: Array, grads: Params, state: Any, params: Params
+    tx: optax.GradientTransformation, scale: Array | None, grads: Params, state: Any, params: Params
 ) -> tuple[Params, Any]:
-    grads = jax.tree.map(lambda grad: grad * scale, grads)
+    if scale is not None:
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
         updates, state = tx.update(grads, state, params)
     return cast("Params", optax.apply_updates(params, updates)), state
 
 
 def _update_slices(
-    tx: optax.GradientTransformation, scale: Array, grads: Params, state: Any, params: Params
+    tx: optax.GradientTransformation, scale: Array | None, grads: Params, state: Any, params: Params
 ) -> tuple[Params, Any]:
     """The update of one parameter, by slices along its first axis."""
     (param,) = params.values()
