@@ -21,6 +21,7 @@ from beartype.door import is_bearable
 
 Tuning = Literal["frozen", "lora", "full"]
 Remat = Literal["full", "dots", "none"]
+AttentionKind = Literal["plain", "cudnn"]
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -235,6 +236,8 @@ class MemoryConfig:
     """The plan: where things lie and what is recomputed. Never changes a result.
 
     Attributes:
+        plan: "auto" finds the cheapest plan that fits the devices before anything is loaded;
+            "manual" takes the fields as they are.
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
             its matrix products, "none" everything.
         offload_optimizer: Keep the optimizer's moments of the blocks in host memory.
@@ -244,6 +247,7 @@ class MemoryConfig:
             them. Needs remat "full".
     """
 
+    plan: Literal["auto", "manual"] = "manual"
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False

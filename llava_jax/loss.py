@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.models.llava import head_logits
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 64
 """Tokens of each sample whose logits exist at one time."""
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from llava_jax import lora
 from llava_jax.config import (
+    AttentionKind,
     ConfigError,
     LoraConfig,
     MeshConfig,
@@ -118,11 +119,12 @@ def build(
     adapters: Mapping[str, LoraConfig],
     *,
     dtype: str,
+    kind: AttentionKind = "plain",
     remat: Remat = "full",
     offload: bool = False,
 ) -> tuple[nnx.GraphDef, Abstract]:
     """A model's structure and its parameters' shapes, in float32; no memory is taken."""
-    model = Llava(config, dtype=dtype, remat=remat, offload=offload)
+    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload)
     lora.add_adapters(model, dict(adapters))
     return split(model)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax import lora, pretrained
-from llava_jax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig
+from llava_jax.config import AttentionKind, ConfigError, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.models.layers import Abstract
@@ -36,6 +36,7 @@ class Program:
         model_config: The model's sizes.
         adapters: The stacks that have LoRA.
         mesh: The devices.
+        dtype: What is computed in.
         abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
         state: The same of the train state.
         accumulation: Micro-batches in a step.
@@ -48,6 +49,7 @@ class Program:
     model_config: ModelConfig
     adapters: dict[str, LoraConfig]
     mesh: Mesh
+    dtype: jnp.dtype
     graph: nnx.GraphDef
     abstract: Abstract
     state: TrainState
@@ -66,10 +68,12 @@ class Program:
         return [path for path in self.abstract if path not in self.state.trainable]
 
     def place(self, batch: Batch) -> Batch:
-        """A host batch, spread over the devices."""
+        """A host batch, spread over the devices; pixels in the dtype they are computed in."""
         sharding = batch_sharding(self.mesh)
+        pixels = np.asarray(batch.pixel_values).astype(self.dtype)
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            dataclasses.replace(batch, pixel_values=pixels),
         )
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
@@ -80,7 +84,7 @@ class Program:
             input_ids=blank(np.int32, length),
             loss_mask=blank(np.bool_, length),
             segment_ids=blank(np.int32, length),
-            pixel_values=blank(np.float32, images, 3, pixels, pixels),
+            pixel_values=blank(self.dtype, images, 3, pixels, pixels),
             skipped=blank(np.int32),
         )
         sharding = batch_sharding(self.mesh)
@@ -88,15 +92,21 @@ class Program:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
         )
 
-    def lower_train_step(self, batch: Batch) -> jax.stages.Lowered:
-        """Traces and lowers the train step from shapes alone."""
+    def trace_train_step(self, batch: Batch) -> jax.stages.Traced:
+        """Traces the train step from shapes alone."""
         frozen = {path: self.abstract[path] for path in self.frozen}
         with jax.set_mesh(self.mesh):
-            return self.train_step.lower(self.state, frozen, batch)
+            return self.train_step.trace(self.state, frozen, batch)
 
 
 def build_program(
-    config: TrainConfig, model_config: ModelConfig, total_steps: int, mesh: Mesh
+    config: TrainConfig,
+    model_config: ModelConfig,
+    total_steps: int,
+    mesh: Mesh,
+    *,
+    kind: AttentionKind = "plain",
+    donate: bool = False,
 ) -> Program:
     """Builds everything that needs no weights and no data.
 
@@ -105,6 +115,8 @@ def build_program(
         model_config: The model's sizes.
         total_steps: Length of the learning rates' schedules.
         mesh: The devices; its axes are those of `sharding.make_mesh`.
+        kind: How attention is computed; see `attention_kind`.
+        donate: Donate the state even where the devices of `mesh`, that stand for others, cannot.
 
     Raises:
         ConfigError: The parts of the config do not fit together.
@@ -114,6 +126,7 @@ def build_program(
         model_config,
         adapters,
         dtype=config.dtype,
+        kind=kind,
         remat=config.memory.remat,
         offload=config.memory.offload_activations,
     )
@@ -122,7 +135,10 @@ def build_program(
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
-    streams = lambda path: config.memory.stream_weights and is_stacked(path)
+    # Adapters are small, and used in every micro-batch.
+    streams = lambda path: (
+        config.memory.stream_weights and is_stacked(path) and not lora.is_adapter(path)
+    )
     abstract = place(shapes, mesh, streams)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
     if not trainable:
@@ -149,10 +165,12 @@ def build_program(
         trainable,
     )
     on_host = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves((state, abstract)))
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
     return Program(
         model_config=model_config,
         adapters=adapters,
         mesh=mesh,
+        dtype=jnp.dtype(config.dtype),
         graph=graph,
         abstract=abstract,
         state=state,
@@ -161,7 +179,7 @@ def build_program(
         train_step=jax.jit(
             step,
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
-            donate_argnums=() if on_host and mesh.devices.flat[0].platform == "cpu" else 0,
+            donate_argnums=0 if donate or not (on_host and is_cpu) else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
         ),
         eval_step=jax.jit(
@@ -169,6 +187,14 @@ def build_program(
         ),
         tx=tx,
     )
+
+
+def attention_kind(config: TrainConfig, model: ModelConfig, capability: str) -> AttentionKind:
+    """How attention is best computed on a GPU of a compute capability; "" is no GPU."""
+    sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
+    fits = all(size <= 128 and size % 8 == 0 for size in sizes)
+    newer = capability and float(capability) >= 8.0
+    return "cudnn" if newer and fits and config.dtype == "bfloat16" else "plain"
 
 
 def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:

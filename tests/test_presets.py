@@ -102,7 +102,7 @@ def test_the_real_step_lowers_and_every_parameter_is_sharded(
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
         assert shard * mesh.fsdp <= math.prod(leaf.shape), path
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
-    text = program.lower_train_step(batch).as_text()
+    text = program.trace_train_step(batch).lower().as_text()
     # No array has the full logits' shape, or even one sample's.
     assert f"{config.data.max_length}x{SIZES[size].llm.vocab_size}x" not in text
 

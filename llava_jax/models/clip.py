@@ -5,7 +5,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llava_jax.config import Remat, VisionConfig
+from llava_jax.config import AttentionKind, Remat, VisionConfig
 from llava_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -13,6 +13,7 @@ from llava_jax.models.layers import (
     Linear,
     SampleKeys,
     attention,
+    fused_attention,
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
@@ -47,9 +48,10 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, kind: AttentionKind):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
+        self.attend = fused_attention if kind == "cudnn" else attention
         self.q_proj = Linear(width, width, bias=True)
         self.k_proj = Linear(width, width, bias=True)
         self.v_proj = Linear(width, width, bias=True)
@@ -58,7 +60,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v), keys)
+        return self.out_proj(self.attend(q, k, v), keys)
 
 
 class Mlp(nnx.Module):
@@ -72,9 +74,9 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, kind: AttentionKind):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kind)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
 
@@ -89,10 +91,10 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """`layers` reach the feature. `tail` are those after it: never computed, kept for saving."""
 
-    def __init__(self, config: VisionConfig, used: int):
-        self.layers = stack_blocks(Block(config), used)
+    def __init__(self, config: VisionConfig, used: int, kind: AttentionKind):
+        self.layers = stack_blocks(Block(config, kind), used)
         unused = config.num_hidden_layers - used
-        self.tail = stack_blocks(Block(config), unused) if unused else nnx.data(None)
+        self.tail = stack_blocks(Block(config, kind), unused) if unused else nnx.data(None)
 
 
 class ClipVision(nnx.Module):
@@ -103,12 +105,12 @@ class ClipVision(nnx.Module):
         used: Blocks before the feature.
     """
 
-    def __init__(self, config: VisionConfig, used: int, *, remat: Remat, offload: bool):
+    def __init__(self, config: VisionConfig, used: int, *, kind: AttentionKind, remat: Remat, offload: bool):
         self.remat: Remat = remat
         self.offload = offload
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's spelling
-        self.encoder = Encoder(config, used)
+        self.encoder = Encoder(config, used, kind)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llava_jax.config import LlmConfig, Remat
+from llava_jax.config import AttentionKind, LlmConfig, Remat
 from llava_jax.models.layers import (
     Embedding,
     Linear,
     RmsNorm,
     SampleKeys,
     attention,
+    fused_attention,
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
@@ -73,12 +74,14 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T E"], Float[Array, "B T E"]],
-        mask: Bool[Array, "B T T"],
+        seen: Bool[Array, "B T T"] | Int[Array, "B"],
         keys: SampleKeys,
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        # Whom a token sees: as a mask, or as the lengths of rows that are one segment each.
+        out = fused_attention(q, k, v, seen) if seen.ndim == 1 else attention(q, k, v, seen)
         return self.o_proj(out, keys)
 
 
@@ -109,8 +112,9 @@ class LmHead(nnx.Module):
 class Llama(nnx.Module):
     """A decoder from embeddings to final hidden states; the loss multiplies them by `head`."""
 
-    def __init__(self, config: LlmConfig, *, remat: Remat, offload: bool):
+    def __init__(self, config: LlmConfig, *, kind: AttentionKind, remat: Remat, offload: bool):
         self.config = config
+        self.kind: AttentionKind = kind
         self.remat: Remat = remat
         self.offload = offload
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -138,11 +142,15 @@ class Llama(nnx.Module):
         """
         positions = positions_in_segments(segment_ids).astype(jnp.float32)
         angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
-        context = (jnp.cos(angles), jnp.sin(angles)), causal_mask(segment_ids)
+        if self.kind == "cudnn":
+            seen = jnp.maximum(jnp.sum(segment_ids > 0, axis=1), 1)  # no row may be empty
+        else:
+            seen = causal_mask(segment_ids)
+        context = (jnp.cos(angles), jnp.sin(angles)), seen
 
         def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
-            rope, mask = context
-            x += block.self_attn(block.input_layernorm(x), rope, mask, keys)
+            rope, seen = context
+            x += block.self_attn(block.input_layernorm(x), rope, seen, keys)
             x += block.mlp(block.post_attention_layernorm(x), keys)
             return constrain(x, "batch", "tokens", "activations")
 

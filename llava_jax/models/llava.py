@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from llava_jax.config import ModelConfig, Remat
+from llava_jax.config import AttentionKind, ModelConfig, Remat
 from llava_jax.models.clip import ClipVision
 from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
 from llava_jax.models.llama import Llama
@@ -28,6 +28,7 @@ class Llava(nnx.Module):
     Args:
         config: Sizes and token ids.
         dtype: What activations are computed in; parameters are cast where they are used.
+        kind: How attention is computed.
         remat: What the backward pass computes again.
         offload: Whether the blocks' inputs wait for it in host memory.
     """
@@ -37,16 +38,17 @@ class Llava(nnx.Module):
         config: ModelConfig,
         *,
         dtype: str = "float32",
+        kind: AttentionKind = "plain",
         remat: Remat = "full",
         offload: bool = False,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.vision = ClipVision(
-            config.vision, config.used_vision_layers, remat=remat, offload=offload
+            config.vision, config.used_vision_layers, kind=kind, remat=remat, offload=offload
         )
         self.projector = Projector(config)
-        self.llm = Llama(config.llm, remat=remat, offload=offload)
+        self.llm = Llama(config.llm, kind=kind, remat=remat, offload=offload)
 
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: SampleKeys = None
