@@ -6,8 +6,10 @@ group those with and without images, of like length (`group_by_modality_length`)
 """
 
 from llava_jax.config import (
+    LLAVA_7B,
     BatchConfig,
     DataConfig,
+    MemoryConfig,
     OptimizerConfig,
     TrainConfig,
     TuneConfig,
@@ -16,6 +18,7 @@ from llava_jax.config import (
 config = TrainConfig(
     name="7b_full",
     init_from="runs/7b_pretrain",
+    model=LLAVA_7B,
     tune=TuneConfig(llm="full", vision="frozen", projector="full"),
     data=DataConfig(
         path="data/llava_v1_5_mix665k.json",
@@ -34,4 +37,5 @@ config = TrainConfig(
         weight_decay=0.0,
         clip_norm=None,
     ),
+    memory=MemoryConfig(plan="auto"),
 )

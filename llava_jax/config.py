@@ -108,6 +108,18 @@ class ModelConfig:
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
 
 
+LLAVA_7B = ModelConfig()
+LLAVA_13B = ModelConfig(
+    llm=LlmConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    )
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """Where the separate parts of a LLaVA lie: a decoder, a CLIP, perhaps a projector."""
@@ -238,6 +250,7 @@ class MemoryConfig:
     Attributes:
         plan: "auto" finds the cheapest plan that fits the devices before anything is loaded;
             "manual" takes the fields as they are.
+        limit_gib: Memory of one device, for "auto"; None asks the device.
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
             its matrix products, "none" everything.
         offload_optimizer: Keep the optimizer's moments of the blocks in host memory.
@@ -248,6 +261,7 @@ class MemoryConfig:
     """
 
     plan: Literal["auto", "manual"] = "manual"
+    limit_gib: float | None = None
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
@@ -307,7 +321,8 @@ class TrainConfig:
         init_from: Where the weights come from: a Hugging Face directory or hub id, an earlier run's
             directory, or `Parts`. None makes new ones, for `model`.
         init_adapter: A PEFT adapter directory to continue from.
-        model: Sizes of a model trained from scratch; None takes those of `init_from`.
+        model: Sizes of a model trained from scratch; with `init_from`, they stand in for those of
+            a checkpoint that is not there yet, so that a run can be planned.
         processor: Directory with the tokenizer and image processor; None takes `init_from`'s.
         tune: What trains.
         lora: Adapters of the decoder.

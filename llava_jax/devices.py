@@ -139,4 +139,4 @@ TPUS = {
 }
 
 RESERVE = GIB // 2
-"""Bytes of a device that plans leave to the driver, cuDNN and cuBLAS, and the compiler's own code."""
+"""Bytes of a device that plans leave to the driver, its libraries and the programs themselves."""

@@ -2,43 +2,26 @@
 
 The real train step is lowered and compiled from shapes alone; nothing is loaded or executed. A GPU
 is described to the compiler by `devices.GPUS`; a TPU by the topology that libtpu knows. The process
-must have been prepared by `prepare_environment` before JAX was imported.
+must have been prepared by `environment.prepare_for_planning` before JAX was imported.
 """
 
 import dataclasses
 import importlib.util
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from llava_jax.config import BatchConfig, ConfigError, MemoryConfig, ModelConfig, TrainConfig
-from llava_jax.devices import GPUS, RESERVE, TPUS, Gpu, Tpu
+from llava_jax.config import ConfigError, MemoryConfig, ModelConfig, TrainConfig
+from llava_jax.devices import GIB, GPUS, RESERVE, TPUS, Gpu, Tpu
+from llava_jax.pretrained import read_config, resolve
 from llava_jax.program import Program, attention_kind, build_program
-from llava_jax.sharding import HOST, data_parallel_size, make_mesh
+from llava_jax.sharding import HOST, make_mesh
 
-STREAMING_FLAG = "--xla_disable_hlo_passes=dynamic-slice-annotator"
-"""XLA:GPU may compute wrong gradients where a loop slices host memory backwards (openxla/xla
-#46231, seen with jaxlib 0.11.0): the pass that it switches off annotates such slices wrongly."""
-
-PLANNING_FLAGS = (
-    # Without a GPU nothing can be tuned, and some products then find no Triton tiling.
-    "--xla_gpu_enable_triton_gemm=false",
-    STREAMING_FLAG,
-)
 TOTAL_STEPS = 1000  # a schedule's length, which decides nothing about memory
-
-
-def prepare_environment() -> None:
-    """Lets this process compile for devices that are not here; call it before importing JAX."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *PLANNING_FLAGS])
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +56,6 @@ class Usage:
         total: The compiler's peak on the device: arguments, results and temporaries.
         host_total: The same in host memory.
         pcie: Bytes over PCIe in an optimizer step, both ways together.
-        flops: The compiler's count of an optimizer step's operations.
         capacity: The device's memory.
     """
 
@@ -82,7 +64,6 @@ class Usage:
     total: int
     host_total: int
     pcie: int
-    flops: float
     capacity: int
 
     @property
@@ -126,10 +107,26 @@ def measure(
     target = find_device(device)
     capacity = target.memory if capacity is None else capacity
     if isinstance(target, Gpu):
-        program, stats, flops = _compile_for_gpus(config, model, target, count)
+        program, stats = _compile_for_gpus(config, model, target, count)
     else:
-        program, stats, flops = _compile_for_tpus(config, model, target, count)
-    return _usage(program, config, stats, flops, capacity)
+        program, stats = _compile_for_tpus(config, model, target, count)
+    return _usage(program, config, stats, capacity)
+
+
+def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
+    """Compiles a run's train step for the attached devices and reads its memory.
+
+    Args:
+        config: The run, its plan resolved.
+        model: The model's sizes.
+        images: Image slots of a sample.
+        capacity: Bytes of one device.
+    """
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
+    devices = jax.devices()
+    program, batch = _program(config, model, devices, capability(devices[0]))
+    stats = program.trace_train_step(batch).lower().compile().memory_analysis()
+    return _usage(program, config, stats, capacity)
 
 
 def _program(
@@ -145,12 +142,12 @@ def _program(
 
 def _compile_for_gpus(
     config: TrainConfig, model: ModelConfig, target: Gpu, count: int
-) -> tuple[Program, Any, float]:
+) -> tuple[Program, Any]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
     from jax._src import compiler  # no public way takes a module and a topology
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     if len(jax.devices("cpu")) < count:
         raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
@@ -171,13 +168,12 @@ def _compile_for_gpus(
         executable_devices=xla_client.DeviceList(tuple(topology.devices)),
         compile_options=options,
     )
-    flops = sum(_module_flops(m) for m in executable.hlo_modules())
-    return program, executable.get_compiled_memory_stats(), flops
+    return program, executable.get_compiled_memory_stats()
 
 
 def _compile_for_tpus(
     config: TrainConfig, model: ModelConfig, target: Tpu, count: int
-) -> tuple[Program, Any, float]:
+) -> tuple[Program, Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
     if count not in target.chips:
@@ -188,23 +184,16 @@ def _compile_for_tpus(
     )
     program, batch = _program(config, model, list(topology.devices)[:count], "")
     compiled = program.trace_train_step(batch).lower().compile()
-    return program, compiled.memory_analysis(), _flops(compiled.cost_analysis())
+    return program, compiled.memory_analysis()
 
 
-def _flops(analysis: Any) -> float:
-    first = analysis[0] if isinstance(analysis, list) else analysis
-    return float((first or {}).get("flops", 0.0))
-
-
-def _usage(
-    program: Program, config: TrainConfig, stats: Any, flops: float, capacity: int
-) -> Usage:
+def _usage(program: Program, config: TrainConfig, stats: Any, capacity: int) -> Usage:
     state, abstract = program.state, program.abstract
     trainable = {path: abstract[path] for path in program.trainable}
     terms = {
         "frozen weights": {path: abstract[path] for path in program.frozen},
         "trainables": trainable,
-        "optimizer": [x for x in jax.tree.leaves(state.opt_state)],
+        "optimizer": jax.tree.leaves(state.opt_state),
         "gradients": trainable,
     }
     device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
@@ -223,9 +212,7 @@ def _usage(
     )
     device["activations and temporaries"] = total - sum(device.values())
     host["activations and temporaries"] = max(host_total - sum(host.values()), 0)
-    return Usage(
-        device, host, total, host_total, _pcie_bytes(program, host, config), flops, capacity
-    )
+    return Usage(device, host, total, host_total, _pcie_bytes(program, host, config), capacity)
 
 
 def _bytes(tree: Any, *, on_host: bool) -> int:
@@ -249,54 +236,105 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
     return moved
 
 
-def candidates(config: TrainConfig, devices: int) -> Iterator[Plan]:
-    """Plans for a recipe, the cheapest first.
+def sizes(config: TrainConfig) -> ModelConfig:
+    """The sizes of a run's model: its checkpoint's, or the config's where there is none yet."""
+    try:
+        if config.init_from is not None:
+            return read_config(resolve(config.init_from).base)
+    except ConfigError:
+        if config.model is None:
+            raise
+    if config.model is None:
+        raise ConfigError("set init_from to a checkpoint, or model")
+    return config.model
 
-    Each level (nothing given up; optimizer on host; weights streamed; activations on host) is tried
-    with ever smaller micro-batches; less is computed again only where nothing has been given up.
+
+def usage_table(usage: Usage) -> str:
+    """Device and host bytes by term, and what they come to."""
+    lines = [f"{'':32}{'device GiB':>11}{'host GiB':>11}"]
+    for term in usage.device:
+        device, host = usage.device[term] / GIB, usage.host[term] / GIB
+        lines.append(f"{term:32}{device:11.2f}{host:11.2f}")
+    lines.append(f"{'sum':32}{usage.total / GIB:11.2f}{usage.host_total / GIB:11.2f}")
+    lines.append(f"{'memory of the device':32}{usage.capacity / GIB:11.2f}")
+    lines.append(f"{'reserve for the runtime':32}{RESERVE / GIB:11.2f}")
+    lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}")
+    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
+    return "\n".join([*lines, "fits" if usage.fits else "does not fit"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A plan and what it takes."""
+
+    plan: Plan
+    usage: Usage
+
+
+def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
+    """What a plan may give up, the cheapest first."""
+    host: dict[str, bool] = dict.fromkeys(
+        ("offload_optimizer", "stream_weights", "offload_activations"), False
+    )
+    for remat in ("none", "dots", "full"):
+        yield dataclasses.replace(memory, remat=remat, **host)
+    for name in host:
+        host[name] = True
+        yield dataclasses.replace(memory, remat="full", **host)
+
+
+def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
+    """Micro-batches to try, the smallest first; one that the config sets is kept."""
+    if config.batch.micro_size is not None:
+        return [config.batch.micro_size]
+    share = max(config.batch.global_size // data_parallel, 1)
+    return [size for size in range(1, min(share, MOST_SAMPLES) + 1) if share % size == 0]
+
+
+MOST_SAMPLES = 16
+"""Largest micro-batch that is tried: beyond it, a step of a 7B gains nothing."""
+
+
+def find_plan(
+    config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
+) -> Iterator[Trial]:
+    """Tries plans until one fits, which is then the last; the order is that of their cost.
+
+    A level is given up where its smallest micro-batch does not fit; else the largest that fits is
+    taken.
 
     Args:
-        config: The recipe; a `micro_size` that it sets is kept.
-        devices: Data-parallel devices.
+        config: The recipe.
+        data_parallel: Devices that the samples are divided among.
+        measure_plan: Compiles a plan.
     """
-    per_device = max(config.batch.global_size // devices, 1)
-    sizes = [size for size in range(per_device, 0, -1) if per_device % size == 0 and size <= 16]
-    sizes = [config.batch.micro_size] if config.batch.micro_size else sizes[:1] + sizes[1:]
-    base = dataclasses.replace(
-        config.memory,
-        offload_optimizer=False,
-        stream_weights=False,
-        offload_activations=False,
-        remat="full",
+    sizes = micro_sizes(config, data_parallel)
+    for memory in levels(config.memory):
+        smallest = Plan(sizes[0], memory)
+        trial = Trial(smallest, measure_plan(smallest))
+        if not trial.usage.fits:
+            yield trial
+            continue
+        for size in reversed(sizes[1:]):
+            larger = Plan(size, memory)
+            tried = Trial(larger, measure_plan(larger))
+            yield tried
+            if tried.usage.fits:
+                return
+        yield trial
+        return
+
+
+def capability(device: jax.Device) -> str:
+    """The compute capability of a GPU; "" of anything else."""
+    return str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
+
+
+def describe_trial(trial: Trial) -> str:
+    """One line: what was tried, what it takes, whether it fits."""
+    usage = trial.usage
+    verdict = "fits" if usage.fits else f"{-usage.headroom / GIB:.2f} GiB too much"
+    return (
+        f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB a device, host "
+        f"{usage.host_total / GIB:.2f} GiB, PCIe {usage.pcie / GIB:.0f} GiB a step: {verdict}"
     )
-    for remat in ("none", "dots"):
-        yield Plan(sizes[-1], dataclasses.replace(base, remat=remat))
-    levels = [
-        {},
-        {"offload_optimizer": True},
-        {"offload_optimizer": True, "stream_weights": True},
-        {"offload_optimizer": True, "stream_weights": True, "offload_activations": True},
-    ]
-    for level in levels:
-        for size in sizes:
-            yield Plan(size, dataclasses.replace(base, **level))
-
-
-def devices_of(config: TrainConfig, count: int) -> int:
-    """Data-parallel devices of a config on so many devices."""
-    tensor = config.mesh.tensor
-    return count // tensor if tensor > 0 else 1
-
-
-__all__ = ["BatchConfig", "Plan", "Usage", "candidates", "data_parallel_size", "measure"]
-
-
-def _module_flops(m):
-    from jax._src.lib import xla_client
-    try:
-        cpu = jax.devices("cpu")[0].client
-        a = xla_client._xla.hlo_module_cost_analysis(cpu, m)
-        return a.get("flops", 0.0)
-    except Exception as e:
-        print("cost:", type(e), str(e)[:200])
-        return 0.0

@@ -27,6 +27,10 @@ from llava_jax.step import (
     place_state,
 )
 
+STREAMING_OPTIONS = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
+"""XLA:GPU may compute wrong gradients where a loop slices host memory backwards (openxla/xla
+#46231, seen with jaxlib 0.11.0): the pass that this switches off annotates such slices wrongly."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -165,7 +169,7 @@ def build_program(
         trainable,
     )
     on_host = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves((state, abstract)))
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
     return Program(
         model_config=model_config,
         adapters=adapters,
@@ -179,8 +183,9 @@ def build_program(
         train_step=jax.jit(
             step,
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
-            donate_argnums=0 if donate or not (on_host and is_cpu) else (),
+            donate_argnums=0 if donate or not (on_host and platform == "cpu") else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
+            compiler_options=STREAMING_OPTIONS if on_host and platform == "gpu" else None,
         ),
         eval_step=jax.jit(
             make_eval_step(graph), out_shardings=NamedSharding(mesh, PartitionSpec())

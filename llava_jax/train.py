@@ -19,6 +19,7 @@ from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
 from llava_jax.data.batching import Batches
 from llava_jax.description import check_description, describe, write_description
+from llava_jax.devices import RESERVE
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
 from llava_jax.hf.peft import load_adapter
@@ -27,7 +28,8 @@ from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.program import Program, build_program
+from llava_jax.plan import capability, describe_trial, find_plan, measure_here
+from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh, shardings
 from llava_jax.step import TrainState, accumulation_steps, init_state
 
@@ -62,6 +64,8 @@ def run(config: TrainConfig) -> int:
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(len(inputs.records))
     mesh = make_mesh(config.mesh)
+    if config.memory.plan == "auto":
+        config = _choose_plan(config, model_config, mesh, inputs.spec.max_images)
     config = _resolve_micro_size(config, mesh)
     description = describe(config, model_config, total, base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
@@ -71,7 +75,8 @@ def run(config: TrainConfig) -> int:
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
         with jax.set_mesh(mesh):
-            program = build_program(config, model_config, total, mesh)
+            kind = attention_kind(config, model_config, capability(jax.devices()[0]))
+            program = build_program(config, model_config, total, mesh, kind=kind)
             if config.mesh.show:
                 print(layout_table(program.abstract))
             write = functools.partial(
@@ -199,6 +204,32 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkp
     return dataclasses.replace(config, init_adapter=str(found.adapter)), found
 
 
+def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: int) -> TrainConfig:
+    """The cheapest plan that fits the attached devices, before a weight is loaded.
+
+    Raises:
+        ConfigError: None fits; names the closest.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = config.memory.limit_gib
+    capacity = stats.get("bytes_limit") if limit is None else int(limit * 2**30)
+    if capacity is None:  # a CPU without a declared limit
+        return config
+    measure = lambda plan: measure_here(plan.apply(config), model, images, capacity)
+    trials = []
+    for trial in find_plan(config, data_parallel_size(mesh), measure):
+        print(describe_trial(trial))
+        trials.append(trial)
+    if not trials[-1].usage.fits:
+        closest = min(trials, key=lambda trial: trial.usage.total)
+        raise ConfigError(
+            f"no plan fits {capacity / 2**30:.1f} GiB a device; the closest is {closest.plan}: "
+            f"{closest.usage.total / 2**30:.2f} GiB and a reserve of {RESERVE / 2**30:.1f}; take "
+            "more devices, or a smaller model, data.max_length or lora.rank"
+        )
+    return trials[-1].plan.apply(config)
+
+
 def _resolve_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     micro = config.batch.global_size // accumulation_steps(config.batch, mesh)
     batch = dataclasses.replace(config.batch, micro_size=micro // data_parallel_size(mesh))
@@ -254,11 +285,11 @@ def _describe(config: TrainConfig, source: Path | Parts | None) -> tuple[ModelCo
     processor = source if config.processor is None else Path(config.processor)
     if processor is None:
         raise ConfigError("set processor: a model from scratch brings no tokenizer")
-    if config.model is not None:
-        return config.model, processor
-    if source is None:
+    if source is not None:
+        return pretrained.read_config(source), processor
+    if config.model is None:
         raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
-    return pretrained.read_config(source), processor
+    return config.model, processor
 
 
 def _row(metrics: dict[str, jax.Array], step: int) -> dict[str, float | int]:

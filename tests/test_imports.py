@@ -9,7 +9,15 @@ PACKAGE = Path(__file__).parent.parent / "llava_jax"
 
 # The picture of docs/architecture.md. A module may import its own level and those below.
 LEVELS = (
-    ("config", "metrics", "data.conversation", "data.images", "hf.layouts", "hf.tensorfile"),
+    (
+        "config",
+        "devices",
+        "metrics",
+        "data.conversation",
+        "data.images",
+        "hf.layouts",
+        "hf.tensorfile",
+    ),
     ("sharding", "models.layers", "data.records", "data.easy_vqa"),
     ("models.stack", "data.sources"),
     ("models.clip", "models.llama", "data.batching"),
@@ -19,7 +27,7 @@ LEVELS = (
     ("update",),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation"),
-    ("export", "checkpoint"),
+    ("export", "checkpoint", "plan"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -7,25 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, TrainConfig, load_config
+from llava_jax.config import LLAVA_7B, LLAVA_13B, MeshConfig, TrainConfig, load_config
 from llava_jax.optim import learning_rates
 from llava_jax.program import build_program
 from llava_jax.sharding import make_mesh
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-SIZES = {
-    "7b": ModelConfig(),
-    "13b": ModelConfig(
-        llm=LlmConfig(
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            num_key_value_heads=40,
-        )
-    ),
-}
+SIZES = {"7b": LLAVA_7B, "13b": LLAVA_13B}
 WHOLE = {"7b": 7_063_427_072, "13b": 13_351_494_656}
 PROJECTOR = {"7b": 20_979_712, "13b": 31_467_520}
 VISION = 303_507_456
@@ -81,7 +70,10 @@ def test_recipes_are_the_published_ones(recipe: str):
 @pytest.mark.parametrize("recipe", SAMPLES)
 def test_both_sizes_have_one_recipe(recipe: str):
     small, large = preset("7b", recipe), preset("13b", recipe)
-    assert dataclasses.replace(large, name=small.name, init_from=small.init_from) == small
+    assert (
+        dataclasses.replace(large, name=small.name, init_from=small.init_from, model=small.model)
+        == small
+    )
 
 
 @pytest.mark.parametrize(

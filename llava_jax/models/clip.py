@@ -105,7 +105,9 @@ class ClipVision(nnx.Module):
         used: Blocks before the feature.
     """
 
-    def __init__(self, config: VisionConfig, used: int, *, kind: AttentionKind, remat: Remat, offload: bool):
+    def __init__(
+        self, config: VisionConfig, used: int, *, kind: AttentionKind, remat: Remat, offload: bool
+    ):
         self.remat: Remat = remat
         self.offload = offload
         self.embeddings = Embeddings(config)

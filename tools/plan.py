@@ -1,0 +1,126 @@
+"""Tells whether a run fits a device that need not be here: `python tools/plan.py --help`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_jax.environment import prepare_for_planning
+
+GIB = 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0 if the run fits, 3 if it does not, 1 for a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/plan.py",
+        description="Compiles a run's train step for a device and prints the memory it takes. "
+        "Any field of the config can be overridden, as in training.",
+    )
+    parser.add_argument("--config", required=True, help="a config file")
+    parser.add_argument("--device", default="rtx3090", help="a name in llava_jax/devices.py")
+    parser.add_argument("--count", type=int, default=1, help="devices")
+    parser.add_argument("--memory", type=float, help="GiB of one device, if not the table's")
+    parser.add_argument("--fit", action="store_true", help="find the cheapest plan that fits")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
+    given, rest = parser.parse_known_args(argv)
+    prepare_for_planning()
+
+    import jax  # not before the environment is prepared
+
+    from llava_jax.config import ConfigError, parse_config
+    from llava_jax.hf.tensorfile import CheckpointError
+
+    jax.config.update("jax_num_cpu_devices", given.count)
+    try:
+        return plan(given, parse_config(["--config", given.config, *rest]))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def plan(given: argparse.Namespace, config: Any) -> int:
+    """Plans, prints, writes."""
+    from llava_jax import plan as planning
+
+    model = planning.sizes(config)
+    capacity = None if given.memory is None else int(given.memory * GIB)
+    measure = lambda plan, count=given.count: planning.measure(
+        plan.apply(config), model, given.device, count, capacity
+    )
+    parallel = given.count // max(config.mesh.tensor, 1)
+    if given.fit:
+        trials = []
+        for trial in planning.find_plan(config, parallel, measure):
+            print(planning.describe_trial(trial), flush=True)
+            trials.append(trial)
+    else:
+        whole = max(config.batch.global_size // parallel, 1)
+        wanted = planning.Plan(config.batch.micro_size or whole, config.memory)
+        trials = [planning.Trial(wanted, measure(wanted))]
+    chosen = trials[-1]
+    if not chosen.usage.fits:
+        chosen = min(trials, key=lambda trial: trial.usage.total)
+    print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
+    print(planning.usage_table(chosen.usage))
+    if given.fit and not chosen.usage.fits:
+        print(devices_that_would(chosen.plan, measure, given.count))
+    figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
+    figures["fits"] = chosen.usage.fits
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if given.chart:
+        draw(given.chart, [(str(chosen.plan), chosen.usage)])
+    return 0 if chosen.usage.fits else 3
+
+
+def devices_that_would(plan: Any, measure: Any, count: int) -> str:
+    """The number of such devices on which the closest plan fits."""
+    import jax
+
+    more = 2 * count
+    while more <= min(64, len(jax.devices("cpu"))):
+        if measure(plan, more).fits:
+            return f"it would fit {more} of them"
+        more *= 2
+    return "start again with a larger --count to see how many devices would do"
+
+
+def draw(path: Path, bars: list[tuple[str, Any]]) -> None:
+    """Stacked bars of device and host bytes."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise SystemExit("--chart needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 1.2 + 1.1 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    names = [name for name, _ in bars]
+    colours = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
+    for side, offset in (("device", -0.2), ("host", 0.2)):
+        left = [0.0] * len(bars)
+        for term, colour in zip(getattr(bars[0][1], side), colours, strict=True):
+            width = [getattr(usage, side)[term] / GIB for _, usage in bars]
+            axes.barh(
+                [i + offset for i in range(len(bars))],
+                width,
+                0.35,
+                left,
+                color=colour,
+                label=term if side == "device" else None,
+            )
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        for i, end in enumerate(left):
+            axes.text(end, i + offset, f" {side} {end:.1f} GiB", va="center", fontsize=8)
+    axes.axvline(bars[0][1].capacity / GIB, color="black", linestyle=":")
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    axes.set_xlabel("GiB a device; dotted: its memory")
+    axes.invert_yaxis()
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
