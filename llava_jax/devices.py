@@ -87,14 +87,14 @@ class Tpu:
 def _gpu(
     name: str,
     capability: str,
-    gib: float,
-    bandwidth: float,
-    clock: float,
+    gib: float | int,
+    bandwidth: float | int,
+    clock: float | int,
     cores: int,
     fpus: int,
     threads: int,
     shared_kib: int,
-    l2_mib: float,
+    l2_mib: float | int,
     pcie: float = 25e9,
 ) -> Gpu:
     memory, l2 = int(gib * GIB), int(l2_mib * 2**20)

@@ -12,6 +12,7 @@ LEVELS = (
     (
         "config",
         "devices",
+        "environment",
         "metrics",
         "data.conversation",
         "data.images",

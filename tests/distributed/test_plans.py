@@ -73,5 +73,6 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
         np.testing.assert_allclose(*values, rtol=1e-6)
     memory = PLANS[plan]
-    assert bool(in_host_memory(state.opt_state)) == memory.offload_optimizer | memory.stream_weights
+    moments = memory.offload_optimizer or (memory.stream_weights and name == "full")
+    assert bool(in_host_memory(state.opt_state)) == moments  # adapters are never streamed
     assert bool(in_host_memory(program.abstract)) == memory.stream_weights
