@@ -14,6 +14,7 @@ LEVELS = (
         "devices",
         "environment",
         "metrics",
+        "quant",
         "data.conversation",
         "data.images",
         "hf.layouts",
