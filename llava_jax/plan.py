@@ -17,9 +17,10 @@ from jax.experimental import topologies
 
 from llava_jax.config import ConfigError, MemoryConfig, ModelConfig, TrainConfig
 from llava_jax.devices import GIB, GPUS, RESERVE, TPUS, Gpu, Tpu
+from llava_jax.host import is_for_host
 from llava_jax.pretrained import read_config, resolve
 from llava_jax.program import Program, attention_kind, build_program
-from llava_jax.sharding import HOST, make_mesh
+from llava_jax.sharding import make_mesh
 
 TOTAL_STEPS = 1000  # a schedule's length, which decides nothing about memory
 
@@ -217,7 +218,7 @@ def _usage(program: Program, config: TrainConfig, stats: Any, capacity: int) -> 
 
 def _bytes(tree: Any, *, on_host: bool) -> int:
     """Bytes on one device (or its share of host memory) of placed shapes."""
-    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == on_host]
+    leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
     return sum(map(size, leaves))
 

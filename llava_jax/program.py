@@ -15,16 +15,16 @@ from llava_jax import lora, pretrained
 from llava_jax.config import AttentionKind, ConfigError, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
+from llava_jax.host import is_for_host
 from llava_jax.models.layers import Abstract
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
-from llava_jax.sharding import HOST, batch_sharding, data_parallel_size, place, shardings
+from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
 from llava_jax.step import (
     TrainState,
+    abstract_state,
     accumulation_steps,
-    init_state,
     make_eval_step,
     make_train_step,
-    place_state,
 )
 
 STREAMING_OPTIONS = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
@@ -156,8 +156,7 @@ def build_program(
             "data-parallel devices; change it"
         )
     tx = make_optimizer(config.optimizer, total_steps)
-    state = jax.eval_shape(lambda t: init_state(t, tx, config.seed), trainable)
-    state = place_state(state, abstract, mesh, offload=config.memory.offload_optimizer)
+    state = abstract_state(trainable, tx, mesh, offload=config.memory.offload_optimizer)
     accumulation = accumulation_steps(config.batch, mesh)
     step = make_train_step(
         graph,
@@ -168,7 +167,7 @@ def build_program(
         accumulation,
         trainable,
     )
-    on_host = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves((state, abstract)))
+    on_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
     platform = mesh.devices.flat[0].platform
     return Program(
         model_config=model_config,

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.host import PINNED_HOST, fits_host
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -111,29 +112,6 @@ def to_spec(
     )
 
 
-HOST = "pinned_host"
-"""The memory kind of what waits outside the devices, in pages that they reach themselves."""
-
-MOST_SLICES, LEAST_SLICE = 64, 2**16
-"""Arrays in host memory move in at most so many slices, each of at least so many elements."""
-
-
-def slice_size(shape: tuple[int, ...]) -> int:
-    """Length along axis 0 of the slices in which an array goes to the device and back."""
-    fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MOST_SLICES
-    return next(filter(fits, range(1, shape[0] + 1)))
-
-
-def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
-    """Whether an array may lie in host memory: not if it is small, or cut along its axis 0.
-
-    TPUs do not copy less than a tile, and slices are taken along axis 0.
-    """
-    if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < LEAST_SLICE:
-        return False
-    return sharding.shard_shape(shape)[0] == shape[0]
-
-
 def place(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
@@ -150,7 +128,7 @@ def place(
     def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, to_spec(logical_axes(path), leaf.shape, mesh.shape))
         if streams(path) and fits_host(leaf.shape, sharding):
-            sharding = sharding.with_memory_kind(HOST)
+            sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return {path: placed(path, leaf) for path, leaf in shapes.items()}

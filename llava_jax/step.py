@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,12 +15,13 @@ from jaxtyping import Array, Key
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
 from llava_jax.hf.layouts import is_stacked
+from llava_jax.host import PINNED_HOST, fits_host, zeros_like
 from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
-from llava_jax.models.stack import Accumulated, attach, zeros_like
+from llava_jax.models.stack import Accumulated, attach
 from llava_jax.optim import Schedule, clip_scale
-from llava_jax.sharding import HOST, data_parallel_size, fits_host, shardings
+from llava_jax.sharding import data_parallel_size, shardings
 from llava_jax.update import apply_gradients, global_norm
 
 Metrics = dict[str, jax.Array]
@@ -43,35 +45,52 @@ class TrainState:
     key: Leaf
 
 
-def init_state(trainable: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step; trace it with `jax.eval_shape` for shapes alone."""
-    key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
-
-
-def place_state(
-    shapes: TrainState, parameters: Abstract, mesh: Mesh, *, offload: bool
+def abstract_state(
+    trainable: Abstract, tx: optax.GradientTransformation, mesh: Mesh, *, offload: bool
 ) -> TrainState:
-    """Gives every array its sharding: moments lie as their parameters do, counters everywhere.
+    """Shapes and shardings of the state: moments lie as their parameters do, counters everywhere.
 
     Args:
-        shapes: From `jax.eval_shape`.
-        parameters: Placed.
+        trainable: What trains, placed.
+        tx: The optimizer.
         mesh: The devices.
-        offload: Whether the moments of matrices lie in host memory wherever their parameters do.
+        offload: Whether the moments lie in host memory, where they may, wherever their parameters
+            do.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
+    struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        parameter = parameters.get(keys[-1]) if keys else None
-        sharding = everywhere if parameter is None else parameter.sharding
-        is_moment = isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name == "opt_state"
-        if offload and is_moment and fits_host(leaf.shape, sharding):
-            sharding = sharding.with_memory_kind(HOST)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if leaf.ndim == 0:
+            return struct(leaf, everywhere)
+        sharding = trainable[path[-1].key].sharding
+        hosted = offload and fits_host(leaf.shape, sharding)
+        return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
-    return jax.tree_util.tree_map_with_path(placed, shapes)
+    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, trainable))
+    step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), _key(0)))
+    return TrainState(struct(step, everywhere), trainable, opt_state, struct(key, everywhere))
+
+
+def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState:
+    """The state before the first step. AdamW's begins with zeros, made where they lie.
+
+    Args:
+        abstract: From `abstract_state`.
+        trainable: What trains, in its place.
+        seed: Of dropout.
+    """
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        shard = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda _: shard)
+
+    key = jax.device_put(_key(seed), abstract.key.sharding)
+    return TrainState(zeros(abstract.step), trainable, jax.tree.map(zeros, abstract.opt_state), key)
+
+
+def _key(seed: int) -> Array:
+    return jax.random.key_data(jax.random.key(seed))
 
 
 def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:

@@ -30,7 +30,7 @@ from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.plan import capability, describe_trial, find_plan, measure_here
 from llava_jax.program import Program, attention_kind, build_program
-from llava_jax.sharding import data_parallel_size, layout_table, make_mesh, shardings
+from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import TrainState, accumulation_steps, init_state
 
 
@@ -260,12 +260,7 @@ def _start(
             base,
         )
     trainable = {path: params.pop(path) for path in program.trainable}
-    init = jax.jit(
-        lambda trainable: init_state(trainable, program.tx, config.seed),
-        donate_argnums=0,
-        out_shardings=shardings(program.state),
-    )
-    return init(trainable), params
+    return init_state(program.state, trainable, config.seed), params
 
 
 def _load(

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from llava_jax.host import fetch, is_hosted, slice_at, slice_size, write_slice
 from llava_jax.models.layers import Params
-from llava_jax.models.stack import HOST, fetch, move
-from llava_jax.sharding import slice_size
 
 
 def apply_gradients(
@@ -36,7 +35,7 @@ def apply_gradients(
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
-    hosted = [path for path in params if any(map(_is_hosted, jax.tree.leaves(pick({path}))))]
+    hosted = [path for path in params if any(map(is_hosted, jax.tree.leaves(pick({path}))))]
     parts = [_update(tx, scale, *pick(params.keys() - set(hosted)))]
     parts += [_update_slices(tx, scale, *pick({path})) for path in hosted]
     is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
@@ -81,27 +80,14 @@ def _pick(trees: Any, names: Collection[str], wanted: Collection[str]) -> Any:
     return jax.tree.map(some, trees, is_leaf=is_whole)
 
 
-def _is_hosted(x: Array) -> bool:
-    return jax.typeof(x).memory_space == HOST
-
-
 def global_norm(grads: Params) -> Float[Array, ""]:
     """The Euclidean norm over all gradients."""
 
     def squares(grad: Array) -> Array:
-        if not _is_hosted(grad):
+        if not is_hosted(grad):
             return jnp.sum(grad**2)
         size = slice_size(grad.shape)
         add = lambda i, total: total + jnp.sum(fetch(slice_at(grad, i, size)) ** 2)
         return jax.lax.fori_loop(0, grad.shape[0] // size, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))
-
-
-def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
-
-
-def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
-    new = move(new, jax.typeof(x).memory_space)
-    return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)

@@ -120,3 +120,11 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
     for path in names:
         rtol = 0 if exact else 1e-6
         np.testing.assert_allclose(params[path], their_params[path], rtol=rtol)
+
+
+def test_the_state_begins_with_zeros():
+    """As `step.init_state` makes it."""
+    tx = make_optimizer(OptimizerConfig(weight_decay=0.1), 10)
+    state = tx.init({"llm.norm.weight": jnp.ones(3), "projector.linear_1.weight": jnp.ones((2, 3))})
+    assert len(jax.tree.leaves(state)) > 4
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state))

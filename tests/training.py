@@ -20,7 +20,7 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch
 from llava_jax.program import Program, build_program
-from llava_jax.sharding import make_mesh, shardings
+from llava_jax.sharding import make_mesh
 from llava_jax.step import TrainState, init_state
 
 MODEL = ModelConfig(
@@ -82,10 +82,7 @@ def start(
     program = build_program(config, config.model or MODEL, steps, mesh)
     params = pretrained.initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
-    init = jax.jit(
-        lambda t: init_state(t, program.tx, config.seed), out_shardings=shardings(program.state)
-    )
-    return program, init(trainable), params
+    return program, init_state(program.state, trainable, config.seed), params
 
 
 def run(

@@ -29,6 +29,7 @@ from llava_jax.hf.tensorfile import (
     open_tensors,
     write_sharded,
 )
+from llava_jax.host import PINNED_HOST, fetch, layer_at
 from llava_jax.models.layers import Abstract, Params
 
 Source = tuple[dict[str, Tensor], Layout]
@@ -198,10 +199,18 @@ def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
 
 
 def assemble(path: str, tensors: list[Tensor], spec: jax.ShapeDtypeStruct) -> Array:
-    """A parameter, read from its tensors (one a layer if it is stacked) into its place."""
+    """A parameter, read from its tensors (one a layer if it is stacked) into its place.
+
+    A stack that goes to host memory is first put together there, so it is there twice for a moment.
+    """
     sharding = spec.sharding or SingleDeviceSharding(jax.local_devices()[0])
     if not layouts.is_stacked(path):
         return _cast(_place(_read(tensors[0], spec.shape), sharding), spec.dtype)
+    if sharding.memory_kind == PINNED_HOST:
+        stack = np.empty(spec.shape, spec.dtype)
+        for index, tensor in enumerate(tensors):
+            stack[index] = _read(tensor, spec.shape[1:])
+        return _place(stack, sharding)
     layer_sharding = _layer_sharding(sharding)
     array = jnp.zeros(spec.shape, spec.dtype, device=sharding)
     for index, tensor in enumerate(tensors):
@@ -326,7 +335,7 @@ def _fetch(params: Params, path: str, index: int) -> np.ndarray:
 
 @jax.jit
 def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]:
-    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    return fetch(layer_at(stack, index))
 
 
 def fingerprint(checkpoint: str | Path | Parts) -> str:

@@ -15,13 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llava_jax.config import Remat
+from llava_jax.host import DEVICE, HOST, fetch, layer_at, move, write_layer
 from llava_jax.models.layers import SampleKeys, fold_in
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
 """Arrays of a block, or of a stack, by their path in it."""
-
-HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 class Accumulated(NamedTuple):
@@ -144,37 +143,3 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
 
 def _indices(values: Leaves) -> Int[Array, "L"]:
     return jnp.arange(next(iter(values.values())).shape[0])
-
-
-def move(x: jax.Array, space: jax.memory.Space) -> jax.Array:
-    """Takes an array to another memory; nothing else may be done with one in host memory."""
-    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
-
-
-def fetch(tree: Any) -> Any:
-    """Takes what lies in host memory to the device."""
-    return jax.tree.map(lambda x: move(x, DEVICE), tree)
-
-
-def zeros_like(stack: jax.Array) -> jax.Array:
-    """Zeros where a stack lies; in host memory, they come from the device layer by layer."""
-    if jax.typeof(stack).memory_space != HOST:
-        return jnp.zeros_like(stack)
-    layer = lambda _: move(jnp.zeros(stack.shape[1:], stack.dtype), HOST)
-    return jax.lax.map(layer, jnp.arange(stack.shape[0]))
-
-
-def layer_at(stacks: Any, index: Int[Array, ""]) -> Any:
-    """One layer of stacked arrays, where they lie."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-    return jax.tree.map(take, stacks)
-
-
-def write_layer(stacks: Any, layer: Any, index: Int[Array, ""]) -> Any:
-    """Puts one layer back into stacked arrays, where they lie."""
-
-    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
-        x = move(x, jax.typeof(stack).memory_space)
-        return jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
-
-    return jax.tree.map(put, stacks, layer)

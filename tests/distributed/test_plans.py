@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from training import CONFIG, change, run
 
-from llava_jax import sharding
+from llava_jax import host
 from llava_jax.config import MemoryConfig, TuneConfig
 
 STEPS = 20
@@ -42,7 +42,7 @@ def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def small_arrays_may_lie_on_the_host():
     patch = pytest.MonkeyPatch()
-    patch.setattr(sharding, "LEAST_SLICE", 100)
+    patch.setattr(host, "LEAST_SLICE", 100)
     yield
     patch.undo()
 

@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from training import MODEL
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax import LlavaModel, pretrained, train
+from llava_jax import LlavaModel, host, pretrained, train
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.hf.model_config import write_model_config
@@ -220,6 +221,27 @@ def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
     status, _ = start("stopped", "--checkpoint.every", "100")
     assert status == 0
     assert_same_run(directory, undisturbed)
+
+
+def test_a_run_by_another_plan_learns_the_same(
+    start, undisturbed: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights go to host memory when they are loaded, and come back from there when saved."""
+    monkeypatch.setattr(host, "LEAST_SLICE", 100)
+    flags = ("offload-optimizer", "stream-weights", "offload-activations")
+    for name, tuning in (("lora", []), ("full", ["--tune.llm", "full"])):
+        results = []
+        for plan in ([], [f"--memory.{flag}" for flag in flags]):
+            status, directory = start(f"plan-{name}-{len(plan)}", *tuning, *plan)
+            assert status == 0
+            left = directory / ("adapter" if name == "lora" else "model")
+            (file,) = left.glob("*.safetensors")
+            results.append(([row["loss"] for row in metrics(directory)], load_file(file)))
+        (losses, tensors), (planned_losses, planned) = results
+        np.testing.assert_allclose(planned_losses, losses, rtol=1e-6)
+        assert planned.keys() == tensors.keys()
+        for tensor, value in tensors.items():
+            np.testing.assert_allclose(planned[tensor], value, atol=1e-4, err_msg=tensor)
 
 
 class Killed(BaseException):

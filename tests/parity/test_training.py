@@ -80,7 +80,7 @@ def ours(
     save_adapter(
         adapter, trainable, program.adapters, model_config, base_name=None, fingerprint=None
     )
-    state = init_state(trainable, program.tx, seed=3)
+    state = init_state(program.state, trainable, seed=3)
     losses = []
     with jax.set_mesh(mesh):
         for step in range(STEPS):

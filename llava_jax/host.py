@@ -1,0 +1,87 @@
+"""Arrays in host memory: which may lie there, and the only things that may be done with them.
+
+XLA moves slices of such an array to the device and back; any other operation on it would become
+slow work on the host, or stop the compiler (openxla/xla #47362, #47380, #34565).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int
+
+PINNED_HOST = "pinned_host"
+"""The memory kind of what waits outside the devices, in pages that they reach themselves."""
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+MOST_SLICES, LEAST_SLICE = 64, 2**16
+"""Arrays in host memory move in at most so many slices, each of at least so many elements."""
+
+
+def slice_size(shape: tuple[int, ...]) -> int:
+    """Length along axis 0 of the slices in which an array goes to the device and back."""
+    fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MOST_SLICES
+    return next(filter(fits, range(1, shape[0] + 1)))
+
+
+def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
+    """Whether an array may lie in host memory: not if it is small, or cut along its axis 0.
+
+    TPUs do not copy less than a tile, and slices are taken along axis 0.
+    """
+    if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < LEAST_SLICE:
+        return False
+    return sharding.shard_shape(shape)[0] == shape[0]
+
+
+def is_for_host(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether a placed shape is that of an array in host memory."""
+    return leaf.sharding.memory_kind == PINNED_HOST
+
+
+def is_hosted(x: Array) -> bool:
+    """Whether an array of a traced function lies in host memory."""
+    return jax.typeof(x).memory_space == HOST
+
+
+def move(x: Array, space: jax.memory.Space) -> Array:
+    """Takes an array to another memory."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+
+def fetch(tree: Any) -> Any:
+    """Takes what lies in host memory to the device."""
+    return jax.tree.map(lambda x: move(x, DEVICE), tree)
+
+
+def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
+    """The slice number `index` of those of `size` along axis 0, where x lies."""
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+
+def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
+    """Puts a slice back into x, where that lies."""
+    new = move(new, jax.typeof(x).memory_space)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
+
+
+def layer_at(stacks: Any, index: Int[Array, ""]) -> Any:
+    """One layer of stacked arrays, where they lie."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return jax.tree.map(take, stacks)
+
+
+def write_layer(stacks: Any, layer: Any, index: Int[Array, ""]) -> Any:
+    """Puts one layer, from the device, back into stacked arrays."""
+    return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros where x lies; in host memory, they come from the device row by row."""
+    if not is_hosted(x):
+        return jnp.zeros_like(x)
+    row = lambda _: move(jnp.zeros(x.shape[1:], x.dtype), HOST)
+    return jax.lax.map(row, jnp.arange(x.shape[0]))
