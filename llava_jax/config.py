@@ -254,8 +254,8 @@ class MemoryConfig:
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
             its matrix products, "none" everything.
         offload_optimizer: Keep the optimizer's moments of the blocks in host memory.
-        stream_weights: Keep the blocks' weights, adapters and gradients in host memory; a layer at
-            a time is on the device. Needs remat "full".
+        stream_weights: Keep the blocks' weights, and their gradients where they train, in host
+            memory; a layer at a time is on the device. Needs remat "full".
         offload_activations: Keep the blocks' inputs in host memory until the backward pass needs
             them. Needs remat "full".
     """

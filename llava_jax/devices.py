@@ -12,28 +12,31 @@ class Gpu:
     Attributes:
         name: As its driver calls it.
         capability: Compute capability, "8.6".
-        memory: Bytes that the driver reports.
-        bandwidth: Of its memory, bytes a second.
+        gib: GiB of memory that the driver reports.
+        bandwidth: Of that memory, 10^9 bytes a second.
         clock: GHz.
         cores: Streaming multiprocessors.
         fpus: Float32 units of each.
         threads: Most threads resident on each.
-        shared: Bytes of shared memory of each.
-        l2: Bytes of its level-2 cache.
-        pcie: Bytes a second to host memory, one way.
+        shared_kib: KiB of shared memory of each.
+        l2_mib: MiB of its level-2 cache.
     """
 
     name: str
     capability: str
-    memory: int
-    bandwidth: float
-    clock: float
+    gib: float | int
+    bandwidth: int
+    clock: float | int
     cores: int
     fpus: int
     threads: int
-    shared: int
-    l2: int
-    pcie: float
+    shared_kib: int
+    l2_mib: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return int(self.gib * GIB)
 
     @property
     def target_config(self) -> str:
@@ -43,17 +46,17 @@ class Gpu:
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   device_memory_size: {self.memory}
-  memory_bandwidth: {int(self.bandwidth)}
+  memory_bandwidth: {self.bandwidth * 10**9}
   clock_rate_ghz: {self.clock}
-  l2_cache_size: {self.l2}
+  l2_cache_size: {self.l2_mib * 2**20}
   core_count: {self.cores}
   fpus_per_core: {self.fpus}
   threads_per_core_limit: {self.threads}
   threads_per_block_limit: 1024
   threads_per_warp: 32
-  shared_memory_per_core: {self.shared}
+  shared_memory_per_core: {self.shared_kib * 1024}
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {self.shared - 1024}
+  shared_memory_per_block_optin: {(self.shared_kib - 1) * 1024}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647
@@ -75,67 +78,33 @@ class Tpu:
         topology: XLA's name of it.
         memory: Bytes of one chip's HBM.
         chips: Chips of a slice by their number, as XLA writes its shape.
-        pcie: Bytes a second between a chip and its host, one way.
     """
 
     topology: str
     memory: int
     chips: dict[int, str]
-    pcie: float
-
-
-def _gpu(
-    name: str,
-    capability: str,
-    gib: float | int,
-    bandwidth: float | int,
-    clock: float | int,
-    cores: int,
-    fpus: int,
-    threads: int,
-    shared_kib: int,
-    l2_mib: float | int,
-    pcie: float = 25e9,
-) -> Gpu:
-    memory, l2 = int(gib * GIB), int(l2_mib * 2**20)
-    shared = shared_kib * 1024
-    return Gpu(
-        name,
-        capability,
-        memory,
-        bandwidth * 1e9,
-        clock,
-        cores,
-        fpus,
-        threads,
-        shared,
-        l2,
-        pcie,
-    )
 
 
 GPUS = {
-    "rtx3090": _gpu("NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6),
-    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72),
-    "rtx4060": _gpu(
-        "NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24, 12e9
-    ),
-    "a10": _gpu("NVIDIA A10", "8.6", 22.06, 600, 1.695, 72, 128, 1536, 100, 6),
-    "l4": _gpu("NVIDIA L4", "8.9", 22.17, 300, 2.04, 58, 128, 1536, 100, 48),
-    "t4": _gpu("Tesla T4", "7.5", 14.56, 320, 1.59, 40, 64, 1024, 64, 4, 12e9),
-    "v100-32g": _gpu("Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6, 12e9),
-    "a100-40g": _gpu("NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40),
-    "a100-80g": _gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40),
-    "h100": _gpu("NVIDIA H100 80GB HBM3", "9.0", 79.11, 3352, 1.98, 132, 128, 2048, 228, 50, 50e9),
-    "h200": _gpu("NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50, 50e9),
-    "b200": _gpu("NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126, 50e9),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72),
+    "rtx4060": Gpu("NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24),
+    "a10": Gpu("NVIDIA A10", "8.6", 22.06, 600, 1.695, 72, 128, 1536, 100, 6),
+    "l4": Gpu("NVIDIA L4", "8.9", 22.17, 300, 2.04, 58, 128, 1536, 100, 48),
+    "t4": Gpu("Tesla T4", "7.5", 14.56, 320, 1.59, 40, 64, 1024, 64, 4),
+    "v100-32g": Gpu("Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6),
+    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40),
+    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 79.11, 3352, 1.98, 132, 128, 2048, 228, 50),
+    "h200": Gpu("NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50),
+    "b200": Gpu("NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126),
 }
 
 TPUS = {
-    "v5e": Tpu("v5e", 16 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}, 16e9),
-    "v6e": Tpu("v6e", 32 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}, 16e9),
-    "v5p": Tpu("v5p", 95 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}, 16e9),
-    "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}, 16e9),
+    "v5e": Tpu("v5e", 16 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}),
+    "v6e": Tpu("v6e", 32 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}),
+    "v5p": Tpu("v5p", 95 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
+    "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
 }
 
 RESERVE = GIB // 2

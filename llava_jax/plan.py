@@ -8,7 +8,7 @@ must have been prepared by `environment.prepare_for_planning` before JAX was imp
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import make_mesh
 
 TOTAL_STEPS = 1000  # a schedule's length, which decides nothing about memory
+MOST_SAMPLES = 16  # largest micro-batch that is tried: beyond it, a step of a 7B gains nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,10 +293,6 @@ def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
     return [size for size in range(1, min(share, MOST_SAMPLES) + 1) if share % size == 0]
 
 
-MOST_SAMPLES = 16
-"""Largest micro-batch that is tried: beyond it, a step of a 7B gains nothing."""
-
-
 def find_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Iterator[Trial]:
@@ -324,6 +321,11 @@ def find_plan(
                 return
         yield trial
         return
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """What `find_plan` ended with: the plan that fits, or else the closest."""
+    return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: t.usage.total)
 
 
 def capability(device: jax.Device) -> str:

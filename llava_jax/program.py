@@ -125,14 +125,20 @@ def build_program(
     Raises:
         ConfigError: The parts of the config do not fit together.
     """
+    memory = config.memory
+    if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
+        raise ConfigError(
+            f"memory.remat {memory.remat!r} keeps what a block computes on the device; "
+            'stream_weights and offload_activations need "full"'
+        )
     adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
     graph, shapes = pretrained.build(
         model_config,
         adapters,
         dtype=config.dtype,
         kind=kind,
-        remat=config.memory.remat,
-        offload=config.memory.offload_activations,
+        remat=memory.remat,
+        offload=memory.offload_activations,
     )
     trains = lambda path: lora.is_trainable(path, config.tune)
     shapes = {
@@ -140,24 +146,20 @@ def build_program(
         for path, leaf in shapes.items()
     }
     # Adapters are small, and used in every micro-batch.
-    streams = lambda path: (
-        config.memory.stream_weights and is_stacked(path) and not lora.is_adapter(path)
-    )
+    streams = lambda path: memory.stream_weights and is_stacked(path) and not lora.is_adapter(path)
     abstract = place(shapes, mesh, streams)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
-    eval_size = config.eval.batch_size or config.batch.global_size // accumulation_steps(
-        config.batch, mesh
-    )
+    accumulation = accumulation_steps(config.batch, mesh)
+    eval_size = config.eval.batch_size or config.batch.global_size // accumulation
     if eval_size % data_parallel_size(mesh):
         raise ConfigError(
             f"eval.batch_size {eval_size} is not a multiple of the {data_parallel_size(mesh)} "
             "data-parallel devices; change it"
         )
     tx = make_optimizer(config.optimizer, total_steps)
-    state = abstract_state(trainable, tx, mesh, offload=config.memory.offload_optimizer)
-    accumulation = accumulation_steps(config.batch, mesh)
+    state = abstract_state(trainable, tx, mesh, offload=memory.offload_optimizer)
     step = make_train_step(
         graph,
         tx,

@@ -93,8 +93,13 @@ def _key(seed: int) -> Array:
     return jax.random.key_data(jax.random.key(seed))
 
 
+def micro_size(batch: BatchConfig, mesh: Mesh) -> int:
+    """Samples of a micro-batch on each device; without `batch.micro_size`, their whole share."""
+    return batch.micro_size or max(batch.global_size // data_parallel_size(mesh), 1)
+
+
 def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
-    """Micro-batches in a step; without `micro_size`, the whole batch is one.
+    """Micro-batches in a step.
 
     Raises:
         ConfigError: The devices, micro-batches or loss groups do not divide the global batch.
@@ -104,8 +109,7 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
             f"batch.global_size {batch.global_size} is not a multiple of batch.loss_group "
             f"{batch.loss_group}; change one of them"
         )
-    devices = data_parallel_size(mesh)
-    micro = batch.micro_size or max(batch.global_size // devices, 1)
+    devices, micro = data_parallel_size(mesh), micro_size(batch, mesh)
     if batch.global_size % (micro * devices):
         raise ConfigError(
             f"batch.global_size {batch.global_size} is not a multiple of batch.micro_size {micro} "

@@ -19,7 +19,7 @@ from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
 from llava_jax.data.batching import Batches
 from llava_jax.description import check_description, describe, write_description
-from llava_jax.devices import RESERVE
+from llava_jax.devices import GIB, RESERVE
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
 from llava_jax.hf.peft import load_adapter
@@ -28,10 +28,10 @@ from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.plan import capability, describe_trial, find_plan, measure_here
+from llava_jax.plan import best, capability, describe_trial, find_plan, measure_here
 from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
-from llava_jax.step import TrainState, accumulation_steps, init_state
+from llava_jax.step import TrainState, init_state, micro_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,16 +64,15 @@ def run(config: TrainConfig) -> int:
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(len(inputs.records))
     mesh = make_mesh(config.mesh)
-    if config.memory.plan == "auto":
-        config = _choose_plan(config, model_config, mesh, inputs.spec.max_images)
-    config = _resolve_micro_size(config, mesh)
-    description = describe(config, model_config, total, base)
+    describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         if saved.latest is not None:
-            check_description(config.run_dir, description)
+            check_description(config.run_dir, describe_run(config))
         if saved.latest == total and export_dir(config).is_dir():
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
+        if config.memory.plan == "auto":
+            config = _choose_plan(config, model_config, mesh, inputs.spec.max_images)
         with jax.set_mesh(mesh):
             kind = attention_kind(config, model_config, capability(jax.devices()[0]))
             program = build_program(config, model_config, total, mesh, kind=kind)
@@ -86,7 +85,7 @@ def run(config: TrainConfig) -> int:
             if saved.latest is None:
                 _refuse_to_replace(config)
                 state, frozen = _start(config, program, source, base)
-                write_description(config.run_dir, description)
+                write_description(config.run_dir, describe_run(_with_micro_size(config, mesh)))
                 shutil.rmtree(write(state.trainable, frozen))  # better now than after ten hours
                 saved.save(state, batches.state())
                 saved.wait()
@@ -212,7 +211,7 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = config.memory.limit_gib
-    capacity = stats.get("bytes_limit") if limit is None else int(limit * 2**30)
+    capacity = stats.get("bytes_limit") if limit is None else int(limit * GIB)
     if capacity is None:  # a CPU without a declared limit
         return config
     measure = lambda plan: measure_here(plan.apply(config), model, images, capacity)
@@ -220,19 +219,18 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
     for trial in find_plan(config, data_parallel_size(mesh), measure):
         print(describe_trial(trial))
         trials.append(trial)
-    if not trials[-1].usage.fits:
-        closest = min(trials, key=lambda trial: trial.usage.total)
+    chosen = best(trials)
+    if not chosen.usage.fits:
         raise ConfigError(
-            f"no plan fits {capacity / 2**30:.1f} GiB a device; the closest is {closest.plan}: "
-            f"{closest.usage.total / 2**30:.2f} GiB and a reserve of {RESERVE / 2**30:.1f}; take "
+            f"no plan fits {capacity / GIB:.1f} GiB a device; the closest is {chosen.plan}: "
+            f"{chosen.usage.total / GIB:.2f} GiB and a reserve of {RESERVE / GIB:.1f}; take "
             "more devices, or a smaller model, data.max_length or lora.rank"
         )
-    return trials[-1].plan.apply(config)
+    return chosen.plan.apply(config)
 
 
-def _resolve_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    micro = config.batch.global_size // accumulation_steps(config.batch, mesh)
-    batch = dataclasses.replace(config.batch, micro_size=micro // data_parallel_size(mesh))
+def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    batch = dataclasses.replace(config.batch, micro_size=micro_size(config.batch, mesh))
     return dataclasses.replace(config, batch=batch)
 
 

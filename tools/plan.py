@@ -10,6 +10,7 @@ from typing import Any
 from llava_jax.environment import prepare_for_planning
 
 GIB = 2**30
+MOST_DEVICES = 64  # to look for a number of devices that would do
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_jax.config import ConfigError, parse_config
     from llava_jax.hf.tensorfile import CheckpointError
 
-    jax.config.update("jax_num_cpu_devices", given.count)
+    jax.config.update("jax_num_cpu_devices", max(given.count, MOST_DEVICES))
     try:
         return plan(given, parse_config(["--config", given.config, *rest]))
     except (ConfigError, CheckpointError) as error:
@@ -44,26 +45,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(given: argparse.Namespace, config: Any) -> int:
     """Plans, prints, writes."""
+    import jax
+
     from llava_jax import plan as planning
+    from llava_jax.sharding import data_parallel_size, make_mesh
+    from llava_jax.step import micro_size
 
     model = planning.sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
     measure = lambda plan, count=given.count: planning.measure(
         plan.apply(config), model, given.device, count, capacity
     )
-    parallel = given.count // max(config.mesh.tensor, 1)
+    mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     if given.fit:
         trials = []
-        for trial in planning.find_plan(config, parallel, measure):
+        for trial in planning.find_plan(config, data_parallel_size(mesh), measure):
             print(planning.describe_trial(trial), flush=True)
             trials.append(trial)
     else:
-        whole = max(config.batch.global_size // parallel, 1)
-        wanted = planning.Plan(config.batch.micro_size or whole, config.memory)
+        wanted = planning.Plan(micro_size(config.batch, mesh), config.memory)
         trials = [planning.Trial(wanted, measure(wanted))]
-    chosen = trials[-1]
-    if not chosen.usage.fits:
-        chosen = min(trials, key=lambda trial: trial.usage.total)
+    chosen = planning.best(trials)
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(planning.usage_table(chosen.usage))
     if given.fit and not chosen.usage.fits:
@@ -78,15 +80,16 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 
 
 def devices_that_would(plan: Any, measure: Any, count: int) -> str:
-    """The number of such devices on which the closest plan fits."""
-    import jax
+    """The number of such devices on which the closest plan fits, doubling them."""
+    from llava_jax.config import ConfigError
 
-    more = 2 * count
-    while more <= min(64, len(jax.devices("cpu"))):
-        if measure(plan, more).fits:
-            return f"it would fit {more} of them"
-        more *= 2
-    return "start again with a larger --count to see how many devices would do"
+    while (count := 2 * count) <= MOST_DEVICES:
+        try:
+            if measure(plan, count).fits:
+                return f"it would fit {count} of them"
+        except ConfigError:  # no slice of this size, or the batch does not divide
+            continue
+    return f"nor would it fit {MOST_DEVICES} of them"
 
 
 def draw(path: Path, bars: list[tuple[str, Any]]) -> None:

@@ -103,6 +103,9 @@ class ClipVision(nnx.Module):
     Args:
         config: Sizes.
         used: Blocks before the feature.
+        kind: How attention is computed.
+        remat: What the backward pass computes again.
+        offload: Whether the blocks' inputs wait for it in host memory.
     """
 
     def __init__(

@@ -300,6 +300,7 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
         (["--batch.loss-group", "5"], "is not a multiple of batch.loss_group 5"),
         (["--eval.batch-size", "12"], "eval.batch_size 12 is not a multiple of the 8"),
         (["--batch.micro-size", "3"], "is not a multiple of batch.micro_size 3"),
+        (["--memory.remat", "dots", "--memory.stream-weights"], 'offload_activations need "full"'),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
         (["--lora.targets", "q_prj"], "the targets of LoRA name q_prj"),
         (["--init-adapter", "nowhere"], "nowhere has no adapter_config.json"),
