@@ -20,6 +20,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 Tuning = Literal["frozen", "lora", "full"]
+Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionKind = Literal["plain", "cudnn"]
 
@@ -329,6 +330,9 @@ class TrainConfig:
         vision_lora: Adapters of the vision tower.
         dtype: What is computed in, and what frozen weights are kept in. What trains, its moments,
             norms, softmax and the loss are float32.
+        quantize: Bits of the decoder's frozen linears, as bitsandbytes has them: "nf4" (4.5 bits a
+            weight), "nf4_double" (its double quantisation, 4.13 bits) or "int8". Part of the
+            recipe: it changes results.
     """
 
     name: str
@@ -349,6 +353,7 @@ class TrainConfig:
     memory: MemoryConfig = MemoryConfig()
     mesh: MeshConfig = MeshConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Quantisation | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 

@@ -34,6 +34,7 @@ from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.weights import fingerprint, load_params, load_parts, save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
+from llava_jax.quant import Quantised, quantise
 from llava_jax.sharding import make_mesh, place
 
 EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
@@ -136,8 +137,15 @@ def initialise(abstract: Abstract, seed: int) -> Params:
     LLaVA's.
     """
 
-    def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        value = _initial_value(path, leaf.shape, seed).astype(leaf.dtype)
+    def make(path: str, leaf: Any) -> Any:
+        value: Any = _initial_value(path, leaf.shape, seed)
+        if isinstance(leaf, Quantised):
+            layers = [quantise(layer, leaf.kind) for layer in value]
+            value = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+        return jax.tree.map(place_value, leaf, value)
+
+    def place_value(leaf: jax.ShapeDtypeStruct, value: np.ndarray) -> jax.Array:
+        value = value.astype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: value[i])
 
     return {path: make(path, leaf) for path, leaf in abstract.items()}

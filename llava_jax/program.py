@@ -11,8 +11,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax import lora, pretrained
-from llava_jax.config import AttentionKind, ConfigError, LoraConfig, ModelConfig, TrainConfig
+from llava_jax import lora, pretrained, quant
+from llava_jax.config import (
+    AttentionKind,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    Quantisation,
+    TrainConfig,
+)
 from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.host import is_for_host
@@ -145,6 +152,8 @@ def build_program(
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
+    if config.quantize is not None:
+        shapes |= _quantised(config, config.quantize, shapes)
     # Adapters are small, and used in every micro-batch.
     streams = lambda path: memory.stream_weights and is_stacked(path) and not lora.is_adapter(path)
     abstract = place(shapes, mesh, streams)
@@ -193,6 +202,22 @@ def build_program(
         ),
         tx=tx,
     )
+
+
+def _quantised(config: TrainConfig, kind: Quantisation, shapes: Abstract) -> Abstract:
+    """The weights that are kept in fewer bits, as such."""
+    if config.tune.llm == "full" or "lora" not in (config.tune.llm, config.tune.vision):
+        raise ConfigError(
+            f"quantize {kind!r} needs a decoder that does not train, and adapters: without these, "
+            "a run writes a whole model; set tune.llm to 'lora', or quantize to None"
+        )
+    quantised = {}
+    for path in filter(quant.is_quantised, shapes):
+        try:
+            quantised[path] = quant.abstract(kind, shapes[path].shape)
+        except quant.QuantisationError as error:
+            raise ConfigError(f"quantize: {path}: {error}") from error
+    return quantised
 
 
 def attention_kind(config: TrainConfig, model: ModelConfig, capability: str) -> AttentionKind:

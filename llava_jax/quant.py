@@ -9,16 +9,15 @@ shards the weight shards them. Those of a stack have a layer axis before that.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from llava_jax.config import LLM_LINEARS
+from llava_jax.config import LLM_LINEARS, Quantisation
 
-Kind = Literal["nf4", "nf4_double", "int8"]  # 4.5, 4.127 and 8 bits a weight
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share an absmax; absmaxes that share theirs
 CHUNK = 2**16  # weights quantised at once: what is made of them stays in the processor's cache
 
@@ -69,6 +68,7 @@ class Nf4Weight:
     codes: Any
     absmax: Any
     shape = property(lambda self: (*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+    kind = property(lambda self: "nf4_double" if isinstance(self.absmax, NestedAbsmax) else "nf4")
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +84,7 @@ class Int8Weight:
     codes: Any
     scale: Any
     shape = property(lambda self: self.codes.shape)
+    kind = property(lambda self: "int8")
 
 
 Quantised = Nf4Weight | Int8Weight
@@ -95,7 +96,7 @@ def is_quantised(path: str) -> bool:
     return path.startswith("llm.layers.") and path.endswith(names)
 
 
-def abstract(kind: Kind, shape: tuple[int, ...]) -> Quantised:
+def abstract(kind: Quantisation, shape: tuple[int, ...]) -> Quantised:
     """A quantised weight without data: ShapeDtypeStructs.
 
     Args:
@@ -119,7 +120,7 @@ def abstract(kind: Kind, shape: tuple[int, ...]) -> Quantised:
     return Nf4Weight(array(jnp.uint8, rows, columns // 2), absmax)
 
 
-def quantise(weight: np.ndarray, kind: Kind) -> Quantised:
+def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
     """Quantises a matrix on the host, to NumPy arrays of the shapes and dtypes of `abstract`.
 
     Args:

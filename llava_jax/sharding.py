@@ -8,6 +8,7 @@ has one dimension on `fsdp`, so parameters, gradients and moments are all sharde
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,25 +114,32 @@ def to_spec(
 
 
 def place(
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: Mapping[str, Any],
     mesh: Mesh,
     streams: Callable[[str], bool] = lambda path: False,
-) -> dict[str, jax.ShapeDtypeStruct]:
+) -> dict[str, Any]:
     """Gives every parameter its sharding.
 
     Args:
-        shapes: Parameters by path.
+        shapes: Parameters by path; those of a quantised weight's arrays that have its rank are
+            sharded as it is.
         mesh: The devices.
         streams: Which parameters lie in host memory, if they may (`fits_host`).
     """
 
-    def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, to_spec(logical_axes(path), leaf.shape, mesh.shape))
+    def placed(path: str, rank: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = logical_axes(path)
+        if leaf.ndim != rank:  # a quantised weight's scales, in another form
+            axes = ("layers", *["whole"] * (leaf.ndim - 1))
+        sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
         if streams(path) and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return {path: placed(path, leaf) for path, leaf in shapes.items()}
+    return {
+        path: jax.tree.map(partial(placed, path, len(leaf.shape)), leaf)
+        for path, leaf in shapes.items()
+    }
 
 
 def shardings(placed: Any) -> Any:
@@ -157,14 +165,15 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
-def layout_table(placed: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+def layout_table(placed: Mapping[str, Any]) -> str:
     """What lies where, one line a parameter, and the sum a device holds.
 
     "-" is a dimension that lies on no mesh axis, or that its axes do not divide.
     """
     lines = [f"{'parameter':56} {'dtype':9} {'shape':22} {'sharded over':34} MiB/device"]
     total = 0.0
-    for path, leaf in placed.items():
+    for keys, leaf in jax.tree.leaves_with_path(dict(placed)):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
         shard = leaf.sharding.shard_shape(leaf.shape)
         mebibytes = math.prod(shard) * np.dtype(leaf.dtype).itemsize / 2**20
         spec = ", ".join(

@@ -7,7 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from llava_jax.config import LLAVA_7B, LLAVA_13B, MeshConfig, TrainConfig, load_config
+from llava_jax.config import (
+    LLAVA_7B,
+    LLAVA_13B,
+    ConfigError,
+    LlmConfig,
+    MeshConfig,
+    TrainConfig,
+    TuneConfig,
+    load_config,
+)
 from llava_jax.optim import learning_rates
 from llava_jax.program import build_program
 from llava_jax.sharding import make_mesh
@@ -65,6 +74,47 @@ def test_recipes_are_the_published_ones(recipe: str):
     assert config.batch.loss_group * 8 == config.batch.global_size
     assert config.data.image_aspect == ("crop" if recipe == "pretrain" else "pad")
     assert config.data.template == ("plain" if recipe == "pretrain" else "vicuna_v1")
+
+
+QUANTISED = {
+    # rank, adapters of the decoder, rate, clip
+    "7b_qlora": (64, 159_907_840, 2e-5, None),
+    "13b_qlora": (64, 250_347_520, 2e-5, None),
+    "13b_qlora_xtuner": (512, 2_002_780_160, 2e-4, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_recipes_are_the_published_ones(name: str):
+    config = load_config(CONFIGS / f"{name}.py")
+    rank, adapters, rate, clip = QUANTISED[name]
+    assert config.model is not None
+    program = build_program(config, config.model, 100, make_mesh(config.mesh))
+    of_decoder = [p for p in program.trainable if p.startswith("llm.")]
+    assert sum(math.prod(program.abstract[path].shape) for path in of_decoder) == adapters
+    assert (config.quantize, config.lora.rank) == ("nf4_double", rank)
+    assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (rate, clip)
+    kinds = {path: leaf.kind for path, leaf in program.abstract.items() if hasattr(leaf, "kind")}
+    assert set(kinds.values()) == {"nf4_double"}
+    assert len(kinds) == 7
+    in_tower = [path for path in program.trainable if path.startswith("vision.")]
+    assert len(in_tower) == (2 * 6 if "xtuner" in name else 0)
+
+
+@pytest.mark.parametrize(
+    "tune", [TuneConfig(llm="full"), TuneConfig(llm="frozen", vision="frozen")]
+)
+def test_only_a_frozen_decoder_with_adapters_is_quantised(tune: TuneConfig):
+    config = dataclasses.replace(preset("7b", "lora"), tune=tune, quantize="nf4")
+    with pytest.raises(ConfigError, match="quantize 'nf4' needs a decoder that does not train"):
+        build_program(config, LLAVA_7B, 100, make_mesh(config.mesh))
+
+
+def test_inputs_that_are_no_whole_blocks_are_named():
+    model = dataclasses.replace(LLAVA_7B, llm=LlmConfig(hidden_size=100, intermediate_size=128))
+    config = dataclasses.replace(preset("7b", "lora"), quantize="nf4")
+    with pytest.raises(ConfigError, match=r"quantize: llm\.layers.*64 inputs a block"):
+        build_program(config, model, 100, make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("recipe", SAMPLES)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llava_jax.config import MeshConfig, ModelConfig
+from llava_jax.config import MeshConfig, ModelConfig, Quantisation
 from llava_jax.pretrained import build
 from llava_jax.quant import (
     BLOCK,
@@ -16,7 +16,6 @@ from llava_jax.quant import (
     DYNAMIC,
     NF4,
     Int8Weight,
-    Kind,
     NestedAbsmax,
     Nf4Weight,
     QuantisationError,
@@ -28,7 +27,7 @@ from llava_jax.quant import (
 )
 from llava_jax.sharding import make_mesh
 
-KINDS = get_args(Kind)
+KINDS = get_args(Quantisation)
 DTYPES = ("float32", "bfloat16", "float16")
 jitted = jax.jit(dequantise, static_argnums=1)
 
@@ -124,7 +123,7 @@ def test_int8_is_within_half_a_step(dtype: str):
 @pytest.mark.parametrize(
     "scale", [0.0, 1e-42, 1e-38, 1e-30, 1e30, 1e38], ids=lambda scale: f"{scale:.0e}"
 )
-def test_extremes_stay_finite_and_near(kind: Kind, scale: float):
+def test_extremes_stay_finite_and_near(kind: Quantisation, scale: float):
     shape = np.random.default_rng(0).uniform(-1, 1, (5, 2 * BLOCK))
     weight = (scale * shape).astype(np.float32)
     got = np.asarray(jitted(quantise(weight, kind), "float32")).astype(np.float64)
@@ -134,7 +133,7 @@ def test_extremes_stay_finite_and_near(kind: Kind, scale: float):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_among_others_stay_zeros(kind: Kind):
+def test_zeros_among_others_stay_zeros(kind: Quantisation):
     weight = normal(4, 4 * BLOCK)
     weight[1] = 0
     weight[2, BLOCK : 2 * BLOCK] = -0.0
@@ -144,7 +143,7 @@ def test_zeros_among_others_stay_zeros(kind: Kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_do_not_show(kind: Kind, dtype: str):
+def test_chunks_do_not_show(kind: Quantisation, dtype: str):
     weight = normal(2 * CHUNK // 192 + 3, 192, dtype=dtype)
     whole = quantise(weight, kind)
     start = CHUNK // 192 - 1
@@ -155,7 +154,7 @@ def test_chunks_do_not_show(kind: Kind, dtype: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_rounded_once(kind: Kind):
+def test_the_result_is_rounded_once(kind: Quantisation):
     quantised = quantise(normal(8, 2 * BLOCK), kind)
     for dtype in ("bfloat16", "float16"):
         got = jitted(quantised, dtype)
@@ -165,7 +164,7 @@ def test_the_result_is_rounded_once(kind: Kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 64), (5, 192), (300, 64), (300, 128)])
-def test_planned_shapes_are_the_real_ones(kind: Kind, shape: tuple[int, int]):
+def test_planned_shapes_are_the_real_ones(kind: Quantisation, shape: tuple[int, int]):
     quantised = quantise(normal(*shape), kind)
     assert leaves(quantised) == leaves(abstract(kind, shape))
     stacked = jax.tree.map(lambda *layers: np.stack(layers), *[quantised] * 3)
@@ -263,7 +262,7 @@ def test_only_the_decoders_linears_are_quantised():
         (np.full((4, 64), np.inf, np.float16), "int8", "infinity"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(weight: np.ndarray, kind: Kind, message: str):
+def test_what_cannot_be_quantised_is_refused(weight: np.ndarray, kind: Quantisation, message: str):
     with pytest.raises(QuantisationError, match=message):
         quantise(weight, kind)
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, VisionConfig
+from llava_jax import host
+from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Quantisation, VisionConfig
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
 from llava_jax.hf.weights import fingerprint, load_params, save_params
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
-from llava_jax.sharding import make_mesh, place
+from llava_jax.quant import abstract, quantise
+from llava_jax.sharding import make_mesh, place, shardings
 
 CONFIG = ModelConfig(
     vision=VisionConfig(28, 14, 16, 32, 3, 2),
@@ -98,6 +101,38 @@ def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
     assert wide.addressable_shards[0].data.size < wide.size
     save_params(params, tmp_path / "again", CONFIG)
     assert_equal(load_params(tmp_path / "again", CONFIG, abstract), random_params())
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+@pytest.mark.parametrize("kind", get_args(Quantisation))
+def test_weights_are_quantised_as_they_come(kind, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "LEAST_SLICE", 8)
+    config = dataclasses.replace(CONFIG, llm=LlmConfig(64, 64, 128, 3, 2, 2, 32, 128))
+    values = random_params(config)
+    save_params(values, tmp_path, config)
+    path = "llm.layers.mlp.gate_proj.weight"
+    shapes = abstract_params(config)
+    shapes[path] = abstract(kind, shapes[path].shape)
+    placed = place(shapes, make_mesh(MeshConfig(1, 4, 2)), lambda _: memory == "pinned_host")
+    loaded = load_params(tmp_path, config, placed)[path]
+    layers = [quantise(np.asarray(layer), kind) for layer in values[path]]
+    expected = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert jax.tree.map(lambda x: x.sharding, loaded) == shardings(placed[path])
+    assert loaded.codes.sharding.memory_kind == memory
+    assert loaded.codes.addressable_shards[0].data.size == loaded.codes.size // 8
+
+
+def test_a_weight_that_cannot_be_quantised_is_named(tmp_path):
+    config = dataclasses.replace(CONFIG, llm=LlmConfig(64, 64, 128, 3, 2, 2, 32, 128))
+    path = "llm.layers.mlp.gate_proj.weight"
+    values = random_params(config)
+    values[path] = values[path].at[1, 2, 3].set(jnp.inf)
+    save_params(values, tmp_path, config)
+    shapes = abstract_params(config)
+    shapes[path] = abstract("nf4", shapes[path].shape)
+    with pytest.raises(CheckpointError, match=rf"{path}, layer 1: found infinity"):
+        load_params(tmp_path, config, shapes)
 
 
 def test_only_what_is_wanted_is_read(checkpoint):

@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from llava_jax.config import ModelConfig, Parts
 from llava_jax.hf import layouts
@@ -31,6 +31,7 @@ from llava_jax.hf.tensorfile import (
 )
 from llava_jax.host import PINNED_HOST, fetch, layer_at
 from llava_jax.models.layers import Abstract, Params
+from llava_jax.quant import QuantisationError, Quantised, quantise
 
 Source = tuple[dict[str, Tensor], Layout]
 """The tensors of one file or directory, and how they are named."""
@@ -198,26 +199,48 @@ def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
     return tied_head or layouts.is_ignored(name)
 
 
-def assemble(path: str, tensors: list[Tensor], spec: jax.ShapeDtypeStruct) -> Array:
+def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
     """A parameter, read from its tensors (one a layer if it is stacked) into its place.
 
     A stack that goes to host memory is first put together there, so it is there twice for a moment.
+
+    Raises:
+        CheckpointError: A weight to quantise cannot be.
     """
-    sharding = spec.sharding or SingleDeviceSharding(jax.local_devices()[0])
     if not layouts.is_stacked(path):
-        return _cast(_place(_read(tensors[0], spec.shape), sharding), spec.dtype)
-    if sharding.memory_kind == PINNED_HOST:
-        stack = np.empty(spec.shape, spec.dtype)
-        for index, tensor in enumerate(tensors):
-            stack[index] = _read(tensor, spec.shape[1:])
-        return _place(stack, sharding)
-    layer_sharding = _layer_sharding(sharding)
-    array = jnp.zeros(spec.shape, spec.dtype, device=sharding)
+        return _cast(_place(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
+    stack = jax.tree.map(_open_stack, spec)
     for index, tensor in enumerate(tensors):
-        layer = _place(_read(tensor, spec.shape[1:]), layer_sharding)
-        # Waiting keeps the host from running ahead with many tensors in flight.
-        array = jax.block_until_ready(_insert(array, layer, np.int32(index)))
-    return array
+        layer: Any = _read(tensor, spec.shape[1:])
+        if isinstance(spec, Quantised):
+            try:
+                layer = quantise(layer, spec.kind)
+            except QuantisationError as error:
+                raise CheckpointError(f"{path}, layer {index}: {error}") from error
+        stack = jax.tree.map(partial(_put, index), stack, layer)
+    return jax.tree.map(
+        lambda x, leaf: _place(x, leaf.sharding) if isinstance(x, np.ndarray) else x, stack, spec
+    )
+
+
+def _open_stack(spec: jax.ShapeDtypeStruct) -> np.ndarray | Array:
+    sharding = _sharding(spec)
+    if sharding.memory_kind == PINNED_HOST:
+        return np.empty(spec.shape, spec.dtype)
+    return jnp.zeros(spec.shape, spec.dtype, device=sharding)
+
+
+def _put(index: int, stack: np.ndarray | Array, layer: np.ndarray) -> np.ndarray | Array:
+    if isinstance(stack, np.ndarray):
+        stack[index] = layer
+        return stack
+    placed = _place(layer, _layer_sharding(stack.sharding))
+    # Waiting keeps the host from running ahead with many tensors in flight.
+    return jax.block_until_ready(_insert(stack, placed, np.int32(index)))
+
+
+def _sharding(spec: jax.ShapeDtypeStruct) -> Sharding:
+    return spec.sharding or SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _read(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -243,8 +266,8 @@ def _layer_sharding(sharding: Sharding) -> Sharding:
 
 @partial(jax.jit, donate_argnums=0)
 def _insert(
-    stack: Float[Array, "L *rest"], layer: Float[Array, "*rest"], index: Array
-) -> Float[Array, "L *rest"]:
+    stack: Shaped[Array, "L *rest"], layer: Shaped[Array, "*rest"], index: Array
+) -> Shaped[Array, "L *rest"]:
     # As integers, because XLA:CPU takes a bfloat16 update as reason to rewrite the whole stack.
     bits = f"uint{8 * stack.dtype.itemsize}"
     as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)

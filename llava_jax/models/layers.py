@@ -20,11 +20,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llava_jax.quant import Quantised, dequantise
+
 Params = dict[str, jax.Array]
 """Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
 
-Abstract = dict[str, jax.ShapeDtypeStruct]
-"""What stands for `Params` before there are any: shapes, dtypes and, once placed, shardings."""
+Abstract = dict[str, Any]
+"""What stands for `Params` before there are any: ShapeDtypeStructs, once placed with shardings; of
+a quantised weight (`quant.Quantised`) too, of which `Params` then holds the arrays."""
 
 SampleKeys = Key[Array, "B"] | None
 """One dropout key a sample, so that its mask does not depend on its neighbours; None is off."""
@@ -50,7 +53,7 @@ def parameter(*shape: int) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T.
+    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `quant.Quantised`.
 
     `lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
     """
@@ -67,7 +70,11 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T in"], keys: SampleKeys = None
     ) -> Float[Array, "B T out"]:
-        y = jnp.einsum("BTD,FD->BTF", x, self.weight[...].astype(x.dtype))
+        weight = self.weight.get_value()
+        if isinstance(weight, Quantised):
+            y = _quantised_product(x, weight)
+        else:
+            y = jnp.einsum("BTD,FD->BTF", x, weight.astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
@@ -76,6 +83,11 @@ class Linear(nnx.Module):
             low = jnp.einsum("BTD,RD->BTR", x, self.lora_a[...].astype(x.dtype))
             y += self.lora_scale * jnp.einsum("BTR,FR->BTF", low, self.lora_b[...].astype(x.dtype))
         return y
+
+
+@jax.checkpoint  # the backward pass dequantises again: the weight is never kept in full
+def _quantised_product(x: Float[Array, "B T D"], weight: Quantised) -> Float[Array, "B T F"]:
+    return jnp.einsum("BTD,FD->BTF", x, dequantise(weight, x.dtype))
 
 
 class Embedding(nnx.Module):

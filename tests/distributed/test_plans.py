@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training import CONFIG, change, run
+from training import CONFIG, MODEL, change, run
 
 from llava_jax import host
 from llava_jax.config import MemoryConfig, TuneConfig
@@ -27,13 +27,20 @@ PLANS = {
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"optimizer": {"clip_norm": 0.5}, "batch": {"micro_size": 8}},
     "full": {"optimizer": {"weight_decay": 0.1, "learning_rate": 1e-3}},
+    "qlora": {"batch": {"micro_size": 8}},
 }
+# NF4 takes inputs by 64.
+WIDE = dataclasses.replace(
+    MODEL, llm=dataclasses.replace(MODEL.llm, hidden_size=64, intermediate_size=128)
+)
 
 
 def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
     config = change(CONFIG, **RECIPES[name], mesh={"fsdp": fsdp})
     if name == "full":
         config = dataclasses.replace(config, tune=TuneConfig("full", "frozen", "full"))
+    if name == "qlora":
+        config = dataclasses.replace(config, model=WIDE, quantize="nf4_double")
     if fsdp > 1:
         config = change(config, batch={"micro_size": 1})
     return dataclasses.replace(config, memory=memory)
@@ -59,6 +66,7 @@ def in_host_memory(tree: Any) -> int:
 
 
 SHORT = [(plan, "lora", 1) for plan in PLANS] + [("all", "full", 8), ("stream_weights", "full", 1)]
+SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 

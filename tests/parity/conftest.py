@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict] = {
     "wide_heads": {"head_dim": 16, "num_key_value_heads": 2},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
 }
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64 inputs, for NF4
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def hf_llava(variant: str) -> LlavaForConditionalGeneration:
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
     }
-    text_config = LlamaConfig(**text | VARIANTS[variant])
+    text_config = LlamaConfig(**text | (VARIANTS | {"wide": WIDE})[variant])
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=text_config,
