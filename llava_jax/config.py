@@ -254,7 +254,8 @@ class MemoryConfig:
         limit_gib: Memory of one device, for "auto"; None asks the device.
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
             its matrix products, "none" everything.
-        offload_optimizer: Keep the optimizer's moments of the blocks in host memory.
+        offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" the
+            float32 weights of blocks that train in full; a layer at a time is on the device.
         stream_weights: Keep the blocks' weights, and their gradients where they train, in host
             memory; a layer at a time is on the device. Needs remat "full".
         offload_activations: Keep the blocks' inputs in host memory until the backward pass needs

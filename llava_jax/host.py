@@ -79,9 +79,9 @@ def write_layer(stacks: Any, layer: Any, index: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
 
 
-def zeros_like(x: Array) -> Array:
-    """Zeros where x lies; in host memory, they come from the device row by row."""
-    if not is_hosted(x):
-        return jnp.zeros_like(x)
-    row = lambda _: move(jnp.zeros(x.shape[1:], x.dtype), HOST)
-    return jax.lax.map(row, jnp.arange(x.shape[0]))
+def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
+    """Zeros where a placed shape lies; in host memory, they come from the device row by row."""
+    if not is_for_host(leaf):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    row = lambda _: move(jnp.zeros(leaf.shape[1:], leaf.dtype), HOST)
+    return jax.lax.map(row, jnp.arange(leaf.shape[0]))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_jax.models.llava import head_logits
 
@@ -22,32 +22,80 @@ class TokenLosses(NamedTuple):
 def token_losses(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"]
 ) -> TokenLosses:
-    """Negative log-likelihood of `targets` in nats, float32, and the greedy choice.
+    """Negative log-likelihood of `targets` in nats, float32, and the greedy choice."""
+    narrow = head.astype(hidden.dtype)  # once, not in every chunk
 
-    The backward pass computes each chunk's logits again.
-    """
-    head = head.astype(hidden.dtype)  # once, not in every chunk
-    length = hidden.shape[1]
-    chunk = min(CHUNK_TOKENS, length)
-    chunks = -(-length // chunk)
-
-    def to_chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
-
-    def from_chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], chunks * chunk)[:, :length]
-
-    @jax.checkpoint
-    def one_chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, TokenLosses]:
+    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> TokenLosses:
         hidden, targets = inputs
-        logits = head_logits(hidden, head)
-        chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return None, TokenLosses(nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        logits = head_logits(hidden, narrow)
+        return TokenLosses(_nll(logits, targets), jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
-    _, losses = jax.lax.scan(one_chunk, None, (to_chunks(hidden), to_chunks(targets)))
-    return TokenLosses(*map(from_chunks, losses))
+    losses = jax.lax.map(one_chunk, (_to_chunks(hidden), _to_chunks(targets)))
+    return TokenLosses(*(_from_chunks(x, hidden.shape[1]) for x in losses))
+
+
+@jax.custom_vjp
+def weighted_loss(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """The sum of weights x negative log-likelihood of `targets`, float32.
+
+    Its gradients are computed together with it, as the logits come by: products in the dtype of
+    `hidden`, the head's added up in float32.
+    """
+    return jnp.sum(token_losses(hidden, head, targets).nll * weights)
+
+
+def _with_gradients(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    narrow = head.astype(hidden.dtype)
+
+    def one_chunk(
+        totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        loss, head_grad = totals
+        hidden, targets, weights = inputs
+        logits = head_logits(hidden, narrow)
+        loss += jnp.sum(_nll(logits, targets) * weights)
+        shares = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(targets, head.shape[0])
+        grad = (weights[:, :, None] * shares).astype(hidden.dtype)
+        wide = {"preferred_element_type": jnp.float32}
+        head_grad += jnp.einsum("BTV,BTD->VD", grad, hidden, **wide)
+        return (loss, head_grad), jnp.einsum("BTV,VD->BTD", grad, narrow)
+
+    zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+    chunks = tuple(map(_to_chunks, (hidden, targets, weights)))
+    (loss, head_grad), hidden_grad = jax.lax.scan(one_chunk, zeros, chunks)
+    return loss, (_from_chunks(hidden_grad, hidden.shape[1]), head_grad.astype(head.dtype))
+
+
+def _scaled(grads: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple:
+    return *(grad * scale.astype(grad.dtype) for grad in grads), None, None
+
+
+weighted_loss.defvjp(_with_gradients, _scaled)
+
+
+def _nll(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _to_chunks(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "chunks B chunk *rest"]:
+    chunk = min(CHUNK_TOKENS, x.shape[1])
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _from_chunks(
+    x: Shaped[Array, "chunks B chunk *rest"], length: int
+) -> Shaped[Array, "B T *rest"]:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def next_tokens(

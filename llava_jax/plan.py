@@ -191,12 +191,11 @@ def _compile_for_tpus(
 
 def _usage(program: Program, config: TrainConfig, stats: Any, capacity: int) -> Usage:
     state, abstract = program.state, program.abstract
-    trainable = {path: abstract[path] for path in program.trainable}
     terms = {
         "frozen weights": {path: abstract[path] for path in program.frozen},
-        "trainables": trainable,
+        "trainables": {path: abstract[path] for path in program.trainable},
         "optimizer": jax.tree.leaves(state.opt_state),
-        "gradients": trainable,
+        "gradients": program.gradients,
     }
     device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
     host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}

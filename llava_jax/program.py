@@ -50,6 +50,7 @@ class Program:
         dtype: What is computed in.
         abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
         state: The same of the train state.
+        gradients: The same of the sums of gradients over micro-batches.
         accumulation: Micro-batches in a step.
         eval_size: Held-out samples in a batch; as many as in a micro-batch unless the config says.
         train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
@@ -64,6 +65,7 @@ class Program:
     graph: nnx.GraphDef
     abstract: Abstract
     state: TrainState
+    gradients: Abstract
     accumulation: int
     eval_size: int
     train_step: Any
@@ -155,9 +157,14 @@ def build_program(
     if config.quantize is not None:
         shapes |= _quantised(config, config.quantize, shapes)
     # Adapters are small, and used in every micro-batch.
-    streams = lambda path: memory.stream_weights and is_stacked(path) and not lora.is_adapter(path)
-    abstract = place(shapes, mesh, streams)
+    may_stream = lambda path: is_stacked(path) and not lora.is_adapter(path)
+    streams = lambda path: memory.stream_weights and may_stream(path)
+    # The float32 weights go with the optimizer where a layer at a time is all that is needed.
+    with_moments = memory.offload_optimizer and memory.remat == "full"
+    on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
+    abstract = place(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
+    gradients = place({path: shapes[path] for path in trainable}, mesh, streams)
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
     accumulation = accumulation_steps(config.batch, mesh)
@@ -176,9 +183,9 @@ def build_program(
         config.optimizer.clip_norm,
         config.batch,
         accumulation,
-        trainable,
+        gradients,
     )
-    on_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
+    uses_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
     platform = mesh.devices.flat[0].platform
     return Program(
         model_config=model_config,
@@ -188,14 +195,15 @@ def build_program(
         graph=graph,
         abstract=abstract,
         state=state,
+        gradients=gradients,
         accumulation=accumulation,
         eval_size=eval_size,
         train_step=jax.jit(
             step,
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
-            donate_argnums=0 if donate or not (on_host and platform == "cpu") else (),
+            donate_argnums=0 if donate or not (uses_host and platform == "cpu") else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
-            compiler_options=STREAMING_OPTIONS if on_host and platform == "gpu" else None,
+            compiler_options=STREAMING_OPTIONS if uses_host and platform == "gpu" else None,
         ),
         eval_step=jax.jit(
             make_eval_step(graph), out_shardings=NamedSharding(mesh, PartitionSpec())

@@ -20,11 +20,15 @@ from llava_jax.host import PINNED_HOST, fits_host
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    # A weight's outputs, where `tensor` divides these or where it does not; its inputs, likewise.
+    # What is on `fsdp` is the slower axis of the two: before gathering along the other, XLA:GPU
+    # would keep a transposed copy of the whole stack.
+    "split_outputs": ("tensor", "fsdp"),
+    "outputs": ("fsdp",),
+    "split_inputs": ("tensor",),
     "model": ("fsdp",),
-    "heads": ("tensor",),
-    "ff": ("tensor",),
+    "rank": ("fsdp",),
     "vocab": ("tensor",),
-    "rank": ("fsdp",),  # where the other side of an adapter is on `tensor`
     "layers": (),
     "tokens": (),
     "patches": (),
@@ -33,30 +37,25 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 }
 
 BLOCKS = r"(llm\.layers|vision\.encoder\.(layers|tail))\..*"
-INTO_HEADS, INTO_FF = r"[qkv]_proj", r"(gate_proj|up_proj|fc1)"
-FROM_HEADS, FROM_FF = r"(o_proj|out_proj)", r"(down_proj|fc2)"
+INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # into heads or the feed-forward width
+FROM = r"(o_proj|out_proj|down_proj|fc2)"
 
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (rf"{BLOCKS}{INTO_HEADS}\.weight", ("layers", "heads", "model")),
-    (rf"{BLOCKS}{INTO_HEADS}\.lora_b", ("layers", "heads", "rank")),
-    (rf"{BLOCKS}{INTO_FF}\.weight", ("layers", "ff", "model")),
-    (rf"{BLOCKS}{INTO_FF}\.lora_b", ("layers", "ff", "rank")),
-    (rf"{BLOCKS}({INTO_HEADS}|{INTO_FF})\.lora_a", ("layers", "whole", "model")),
-    (rf"{BLOCKS}{FROM_HEADS}\.weight", ("layers", "model", "heads")),
-    (rf"{BLOCKS}{FROM_HEADS}\.lora_a", ("layers", "rank", "heads")),
-    (rf"{BLOCKS}{FROM_FF}\.weight", ("layers", "model", "ff")),
-    (rf"{BLOCKS}{FROM_FF}\.lora_a", ("layers", "rank", "ff")),
-    (rf"{BLOCKS}({FROM_HEADS}|{FROM_FF})\.lora_b", ("layers", "model", "whole")),
+    (rf"{BLOCKS}{INTO}\.(weight|lora_b)", ("layers", "split_outputs", "whole")),
+    (rf"{BLOCKS}{INTO}\.lora_a", ("layers", "rank", "whole")),
+    (rf"{BLOCKS}{FROM}\.weight", ("layers", "outputs", "split_inputs")),
+    (rf"{BLOCKS}{FROM}\.lora_a", ("layers", "rank", "split_inputs")),
+    (rf"{BLOCKS}{FROM}\.lora_b", ("layers", "outputs", "whole")),
     (rf"{BLOCKS}norm\d?\.(weight|bias)", ("layers", "model")),
     (rf"{BLOCKS}(_proj|fc1|fc2)\.bias", ("layers", "model")),
     (r"llm\.(embed_tokens|lm_head)\.weight", ("vocab", "model")),
     (r"llm\.norm\.weight", ("model",)),
-    (r"projector\.linear_1\.weight", ("ff", "model")),
-    (r"projector\.linear_2\.weight", ("model", "ff")),
+    (r"projector\.linear_1\.weight", ("split_outputs", "whole")),
+    (r"projector\.linear_2\.weight", ("outputs", "split_inputs")),
     (r"projector\.linear_[12]\.bias", ("model",)),
     (r"vision\.(pre_layrnorm|post_layernorm)\.(weight|bias)", ("model",)),
     (r"vision\.embeddings\.class_embedding", ("model",)),
-    (r"vision\.embeddings\.patch_embedding\.weight", ("model", "whole", "whole", "whole")),
+    (r"vision\.embeddings\.patch_embedding\.weight", ("outputs", "whole", "whole", "whole")),
     (r"vision\.embeddings\.position_embedding\.weight", ("whole", "model")),
 )
 
@@ -98,7 +97,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
 def to_spec(
     axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
-    """Mesh axes for each dimension; one that a dimension does not divide into is left out.
+    """Mesh axes for each dimension, of its own as many as divide it, from the first on.
 
     Raises:
         ValueError: Two dimensions want one mesh axis, or there are more axes than dimensions.
@@ -107,10 +106,13 @@ def to_spec(
     used = [name for names in mapped for name in names]
     if len(used) != len(set(used)) or len(axes) != len(shape):
         raise ValueError(f"logical axes {axes} do not fit shape {shape}: mesh axes {mapped}")
-    fits = lambda names, size: names and size % math.prod(mesh_shape[n] for n in names) == 0
-    return PartitionSpec(
-        *(names if fits(names, n) else None for names, n in zip(mapped, shape, strict=True))
-    )
+
+    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        while names and size % math.prod(mesh_shape[name] for name in names):
+            names = names[:-1]
+        return names or None
+
+    return PartitionSpec(*map(dividing, mapped, shape))
 
 
 def place(

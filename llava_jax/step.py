@@ -10,21 +10,23 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 
+from llava_jax import host
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
 from llava_jax.hf.layouts import is_stacked
-from llava_jax.host import PINNED_HOST, fits_host, zeros_like
-from llava_jax.loss import TokenLosses, loss_weights, next_tokens, token_losses
+from llava_jax.host import PINNED_HOST, fits_host
+from llava_jax.loss import loss_weights, next_tokens, token_losses, weighted_loss
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
-from llava_jax.models.stack import Accumulated, attach
+from llava_jax.models.stack import Accumulated, attach, attach_beside
 from llava_jax.optim import Schedule, clip_scale
 from llava_jax.sharding import data_parallel_size, shardings
 from llava_jax.update import apply_gradients, global_norm
 
 Metrics = dict[str, jax.Array]
+HEAD = "llm.lm_head.weight"
 
 
 @jax.tree_util.register_dataclass
@@ -118,24 +120,24 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
     return batch.global_size // (micro * devices)
 
 
-def split_batch(batch: Any, count: int) -> Any:
-    """[B, ...] -> [count, B / count, ...], sample i in micro-batch i % count.
+def micro_batch(batch: Any, index: Int[Array, ""], count: int) -> Any:
+    """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...], the samples i % count == index.
 
     A batch sharded over its samples stays where it is: each micro-batch takes an equal share of
     every device's own samples.
     """
-    split = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-    return jax.tree.map(split, batch)
+    split = lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    take = lambda x: jax.lax.dynamic_index_in_dim(split(x), index, axis=1, keepdims=False)
+    return jax.tree.map(take, batch)
 
 
 def forward(
     graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, keys: Key[Array, "B"] | None
-) -> TokenLosses:
-    """Loss and greedy choice at every position, of the token that follows it."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+    """Final hidden states, and the head that they are multiplied by."""
     model = cast("Llava", merge(graph, params))
     hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, keys)
-    targets, _ = next_tokens(batch.input_ids, batch.loss_mask)
-    return token_losses(hidden, model.llm.head, targets)
+    return attach_beside(hidden, model.llm.head)
 
 
 def make_train_step(
@@ -145,7 +147,7 @@ def make_train_step(
     clip_norm: float | None,
     batch_config: BatchConfig,
     accumulation: int,
-    trainable: Abstract,
+    gradients: Abstract,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
 
@@ -160,16 +162,15 @@ def make_train_step(
         clip_norm: Largest global norm of the gradients; None is off.
         batch_config: How tokens are weighted.
         accumulation: Micro-batches a step.
-        trainable: Where the trainable parameters lie; their gradients lie there too.
+        gradients: Where their sums lie.
     """
-
-    placed = shardings(trainable)
 
     def loss_fn(totals: Params, trainable: Params, frozen: Params, micro: tuple) -> Any:
         batch, weights, keys = micro
-        pair = lambda path: Accumulated if is_stacked(path) else attach
+        pair = lambda path: Accumulated if is_stacked(path) or path == HEAD else attach
         params = {path: pair(path)(trainable[path], totals[path]) for path in totals}
-        return jnp.sum(forward(graph, frozen | params, batch, keys).nll * weights)
+        targets, _ = next_tokens(batch.input_ids, batch.loss_mask)
+        return weighted_loss(*forward(graph, frozen | params, batch, keys), targets, weights)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         samples = batch.input_ids.shape[0]
@@ -178,14 +179,14 @@ def make_train_step(
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(samples))
 
-        def accumulate(done: tuple, micro: tuple) -> tuple[tuple, None]:
+        def accumulate(index: Int[Array, ""], done: tuple) -> tuple:
             loss, totals = done
+            micro = micro_batch((batch, weights, keys), index, accumulation)
             new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro)
-            return (loss + new, jax.lax.with_sharding_constraint(totals, placed)), None
+            return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
 
-        zeros = jnp.zeros(()), jax.tree.map(zeros_like, state.trainable)
-        micros = split_batch((batch, weights, keys), accumulation)
-        (loss, grads), _ = jax.lax.scan(accumulate, zeros, micros)
+        zeros = jnp.zeros(()), jax.tree.map(host.zeros, gradients)
+        loss, grads = jax.lax.fori_loop(0, accumulation, accumulate, zeros)
 
         norm = global_norm(grads)
         scale = clip_scale(norm, clip_norm)
@@ -227,8 +228,8 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable[[Params, Params, Batch], Eva
     """The evaluation step, to be jitted: (trainable, frozen, batch) -> EvalResult."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
-        losses = forward(graph, frozen | trainable, batch, None)
         targets, supervised = next_tokens(batch.input_ids, batch.loss_mask)
+        losses = token_losses(*forward(graph, frozen | trainable, batch, None), targets)
         return EvalResult(
             nll=jnp.sum(losses.nll * supervised.astype(jnp.float32), axis=1),
             tokens=jnp.sum(supervised, axis=1),

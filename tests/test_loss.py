@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.loss import CHUNK_TOKENS, loss_weights, next_tokens, token_losses
+from llava_jax.loss import CHUNK_TOKENS, loss_weights, next_tokens, token_losses, weighted_loss
 
 
 def plain(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
@@ -21,7 +21,7 @@ def test_chunks_change_neither_loss_nor_gradient(length: int):
     head = jax.random.normal(keys[1], (32, 16))
     targets = jax.random.randint(keys[2], (2, length), 0, 32)
     weights = jax.random.uniform(keys[3], (2, length))
-    chunked = lambda h, w: jnp.sum(token_losses(h, w, targets).nll * weights)
+    chunked = lambda h, w: weighted_loss(h, w, targets, weights)
     whole = lambda h, w: jnp.sum(plain(h, w, targets) * weights)
     ours, theirs = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (chunked, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), ours, theirs)
@@ -34,7 +34,7 @@ def test_the_full_logits_never_exist():
     vocabulary = 5000
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return jnp.sum(token_losses(hidden, head, jnp.zeros(shape[:2], jnp.int32)).nll)
+        return weighted_loss(hidden, head, jnp.zeros(shape[:2], jnp.int32), jnp.ones(shape[:2]))
 
     sizes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (vocabulary, 8))]
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*sizes).compile()

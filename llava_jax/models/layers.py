@@ -13,6 +13,7 @@ stacked on axis 0 and scanned.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,15 +75,29 @@ class Linear(nnx.Module):
         if isinstance(weight, Quantised):
             y = _quantised_product(x, weight)
         else:
-            y = jnp.einsum("BTD,FD->BTF", x, weight.astype(x.dtype))
+            y = jnp.einsum("BTD,FD->BTF", *gradients_together(x, weight.astype(x.dtype)))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
-            if keys is not None and self.lora_dropout > 0:
-                x = dropout(x, self.lora_dropout, fold_in(keys, self.lora_index))
-            low = jnp.einsum("BTD,RD->BTR", x, self.lora_a[...].astype(x.dtype))
-            y += self.lora_scale * jnp.einsum("BTR,FR->BTF", low, self.lora_b[...].astype(x.dtype))
+            keys = None if keys is None else fold_in(keys, self.lora_index)
+            arrays = x, self.lora_a[...], self.lora_b[...], keys
+            y += self.lora_scale * _low_rank_product(*arrays, self.lora_dropout)
         return y
+
+
+@partial(jax.checkpoint, static_argnums=4)  # little to compute again, and dropout(x) is large
+def _low_rank_product(
+    x: Float[Array, "B T in"],
+    a: Float[Array, "R in"],
+    b: Float[Array, "out R"],
+    keys: SampleKeys,
+    rate: float,
+) -> Float[Array, "B T out"]:
+    x, a, b = gradients_together(x, a, b)
+    if keys is not None and rate > 0:
+        x = dropout(x, rate, keys)
+    low = jnp.einsum("BTD,RD->BTR", x, a.astype(x.dtype))
+    return jnp.einsum("BTR,FR->BTF", low, b.astype(x.dtype))
 
 
 @jax.checkpoint  # the backward pass dequantises again: the weight is never kept in full
@@ -127,6 +142,28 @@ class LayerNorm(nnx.Module):
         x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
         weight, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.weight, self.bias))
         return (x32 * weight + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def gradients_together(*args: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns its arguments, whose gradients will be computed at one time.
+
+    Else the compiler may put off a weight's gradient to the end of the backward pass, and keep all
+    that it is computed from until then.
+    """
+    return args
+
+
+def _together_forward(*args: Any) -> tuple[tuple[jax.Array, ...], tuple]:
+    return tuple(arg.value for arg in args), tuple(() if arg.perturbed else None for arg in args)
+
+
+def _together_backward(perturbed: tuple, grads: tuple[jax.Array, ...]) -> tuple:
+    wanted = [None if p is None else g for p, g in zip(perturbed, grads, strict=True)]
+    return tuple(jax.lax.optimization_barrier(wanted))
+
+
+gradients_together.defvjp(_together_forward, _together_backward, symbolic_zeros=True)
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -179,17 +216,22 @@ def fused_attention(
         v: Values.
         lengths: Attention is causal over so many tokens of each row; None is all to all.
     """
+    batch, length = q.shape[:2]
+    is_causal = lengths is not None
+    if length % 2:  # cuDNN's backward pass takes even lengths only
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
             q,
             k,
             v,
-            is_causal=lengths is not None,
+            is_causal=is_causal,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-    return out.reshape(*out.shape[:2], -1)
+    return out[:, :length].reshape(batch, length, -1)
 
 
 def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:

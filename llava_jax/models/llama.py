@@ -93,7 +93,9 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
+        down = lambda gate, up: self.down_proj(jax.nn.silu(gate) * up, keys)
+        # Of three arrays that are so wide, the backward pass finds two.
+        return jax.checkpoint(down)(self.gate_proj(x, keys), self.up_proj(x, keys))
 
 
 class Block(nnx.Module):
@@ -123,9 +125,9 @@ class Llama(nnx.Module):
         self.lm_head = nnx.data(None) if config.tie_word_embeddings else LmHead(config)
 
     @property
-    def head(self) -> Float[Array, "V D"]:
-        """The output matrix; the embeddings' own where they are tied."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+    def head(self) -> Any:
+        """The output matrix [V, D]; the embeddings' own where they are tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
 
     def __call__(
         self,

@@ -19,7 +19,8 @@ class Projector(nnx.Module):
         self.linear_2 = Linear(width, width, bias=True)
 
     def __call__(self, x: Float[Array, "I Q Dv"]) -> Float[Array, "I Q D"]:
-        return self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
+        widen = lambda x: self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
+        return jax.checkpoint(widen)(x)  # little to compute again
 
 
 class Llava(nnx.Module):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.config import Remat
 from llava_jax.host import DEVICE, HOST, fetch, layer_at, move, write_layer
-from llava_jax.models.layers import SampleKeys, fold_in
+from llava_jax.models.layers import SampleKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
@@ -44,6 +44,16 @@ def attach(value: Array, total: Array) -> Array:
 
 
 attach.defvjp(lambda value, total: (value, total), lambda total, grad: (None, total + grad))
+
+
+def attach_beside(x: Array, leaf: Any) -> tuple[Array, Array]:
+    """x, and a parameter as an array; if it is `Accumulated`, before the gradient of x goes on, its
+    own is added, and not kept.
+    """
+    if not is_accumulated(leaf):
+        return x, leaf
+    x, total = gradients_together(x, leaf.total)
+    return x, attach(leaf.value, total)
 
 
 def stack_blocks(block: Block, count: int) -> Block:

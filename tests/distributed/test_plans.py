@@ -83,4 +83,6 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
     memory = PLANS[plan]
     moments = memory.offload_optimizer or (memory.stream_weights and name == "full")
     assert bool(in_host_memory(state.opt_state)) == moments  # adapters are never streamed
-    assert bool(in_host_memory(program.abstract)) == memory.stream_weights
+    weights = memory.stream_weights or (memory.offload_optimizer and name == "full")
+    assert bool(in_host_memory(program.abstract)) == weights
+    assert bool(in_host_memory(program.gradients)) == (memory.stream_weights and name == "full")

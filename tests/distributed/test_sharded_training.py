@@ -68,7 +68,13 @@ def test_every_rule_puts_a_dimension_on_fsdp():
     mesh = {"data": 1, "fsdp": 2, "tensor": 2}
     for pattern, axes in PARAMETER_RULES:
         spec = to_spec(axes, (4,) * len(axes), mesh)
-        assert ("fsdp",) in spec or "fsdp" in spec, pattern
+        assert "fsdp" in str(spec), pattern
+
+
+def test_what_the_axes_do_not_divide_is_on_fewer():
+    mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+    specs = [to_spec(("split_outputs", "whole"), (size, 3), mesh)[0] for size in (16, 6, 5)]
+    assert specs == [("tensor", "fsdp"), "tensor", None]
 
 
 def test_a_parameter_without_a_rule_is_an_error():
