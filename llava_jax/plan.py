@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from llava_jax.config import ConfigError, MemoryConfig, ModelConfig, TrainConfig
 from llava_jax.devices import GIB, GPUS, RESERVE, TPUS, Gpu, Tpu
+from llava_jax.flops import matmul_flops
 from llava_jax.host import is_for_host
 from llava_jax.pretrained import read_config, resolve
 from llava_jax.program import Program, attention_kind, build_program
@@ -50,7 +51,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a plan takes, in bytes for each device.
+    """What a plan takes, for each device; bytes but for `flops`.
 
     Attributes:
         device: On the device by term; they add up to the compiler's total.
@@ -59,6 +60,7 @@ class Usage:
         host_total: The same in host memory.
         pcie: Bytes over PCIe in an optimizer step, both ways together.
         capacity: The device's memory.
+        flops: Floating-point operations of an optimizer step's matrix products, as compiled.
     """
 
     device: dict[str, int]
@@ -67,6 +69,7 @@ class Usage:
     host_total: int
     pcie: int
     capacity: int
+    flops: int
 
     @property
     def fits(self) -> bool:
@@ -109,10 +112,10 @@ def measure(
     target = find_device(device)
     capacity = target.memory if capacity is None else capacity
     if isinstance(target, Gpu):
-        program, stats = _compile_for_gpus(config, model, target, count)
+        program, stats, text = _compile_for_gpus(config, model, target, count)
     else:
-        program, stats = _compile_for_tpus(config, model, target, count)
-    return _usage(program, config, stats, capacity)
+        program, stats, text = _compile_for_tpus(config, model, target, count)
+    return _usage(program, config, stats, text, capacity)
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
@@ -127,8 +130,8 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     devices = jax.devices()
     program, batch = _program(config, model, devices, capability(devices[0]))
-    stats = program.trace_train_step(batch).lower().compile().memory_analysis()
-    return _usage(program, config, stats, capacity)
+    compiled = program.trace_train_step(batch).lower().compile()
+    return _usage(program, config, compiled.memory_analysis(), compiled.as_text() or "", capacity)
 
 
 def _program(
@@ -144,7 +147,7 @@ def _program(
 
 def _compile_for_gpus(
     config: TrainConfig, model: ModelConfig, target: Gpu, count: int
-) -> tuple[Program, Any]:
+) -> tuple[Program, Any, str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
@@ -170,12 +173,13 @@ def _compile_for_gpus(
         executable_devices=xla_client.DeviceList(tuple(topology.devices)),
         compile_options=options,
     )
-    return program, executable.get_compiled_memory_stats()
+    text = executable.hlo_modules()[0].to_string()
+    return program, executable.get_compiled_memory_stats(), text
 
 
 def _compile_for_tpus(
     config: TrainConfig, model: ModelConfig, target: Tpu, count: int
-) -> tuple[Program, Any]:
+) -> tuple[Program, Any, str]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
     if count not in target.chips:
@@ -186,10 +190,10 @@ def _compile_for_tpus(
     )
     program, batch = _program(config, model, list(topology.devices)[:count], "")
     compiled = program.trace_train_step(batch).lower().compile()
-    return program, compiled.memory_analysis()
+    return program, compiled.memory_analysis(), compiled.as_text() or ""
 
 
-def _usage(program: Program, config: TrainConfig, stats: Any, capacity: int) -> Usage:
+def _usage(program: Program, config: TrainConfig, stats: Any, text: str, capacity: int) -> Usage:
     state, abstract = program.state, program.abstract
     terms = {
         "frozen weights": {path: abstract[path] for path in program.frozen},
@@ -213,7 +217,8 @@ def _usage(program: Program, config: TrainConfig, stats: Any, capacity: int) -> 
     )
     device["activations and temporaries"] = total - sum(device.values())
     host["activations and temporaries"] = max(host_total - sum(host.values()), 0)
-    return Usage(device, host, total, host_total, _pcie_bytes(program, host, config), capacity)
+    pcie = _pcie_bytes(program, host, config)
+    return Usage(device, host, total, host_total, pcie, capacity, matmul_flops(text))
 
 
 def _bytes(tree: Any, *, on_host: bool) -> int:
@@ -251,7 +256,7 @@ def sizes(config: TrainConfig) -> ModelConfig:
 
 
 def usage_table(usage: Usage) -> str:
-    """Device and host bytes by term, and what they come to."""
+    """Device and host bytes by term, what they come to, and what a step costs."""
     lines = [f"{'':32}{'device GiB':>11}{'host GiB':>11}"]
     for term in usage.device:
         device, host = usage.device[term] / GIB, usage.host[term] / GIB
@@ -261,6 +266,7 @@ def usage_table(usage: Usage) -> str:
     lines.append(f"{'reserve for the runtime':32}{RESERVE / GIB:11.2f}")
     lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}")
     lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
+    lines.append(f"FLOPs: {usage.flops:.3e} a device and optimizer step, of matrix products")
     return "\n".join([*lines, "fits" if usage.fits else "does not fit"])
 
 

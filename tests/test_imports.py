@@ -13,6 +13,7 @@ LEVELS = (
         "config",
         "devices",
         "environment",
+        "flops",
         "metrics",
         "quant",
         "data.conversation",

@@ -1,0 +1,173 @@
+"""Counts the operations of a compiled module's matrix products.
+
+XLA's own analysis counts a loop's body once, whatever its length, and GPU library calls not at all.
+So this reads the module's text: its dots, what they become (convolutions on TPUs, calls of cuBLAS
+and cuDNN on GPUs), and how often the loops around them turn.
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
+CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
+NAME = re.compile(r"%[\w.-]+")
+TARGET = re.compile(r'custom_call_target="([^"]*)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+LIBRARIES = ("__cublas", "__cudnn", "__onednn")
+"""Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
+
+
+class Instruction(NamedTuple):
+    """A line of a module's text: `%name = shape opcode(operands), attributes`."""
+
+    shape: str
+    opcode: str
+    operands: str
+    attributes: str
+
+
+Computation = dict[str, Instruction]
+
+
+def matmul_flops(text: str) -> int:
+    """Floating-point operations of matrix products when a compiled module runs, on one device.
+
+    A multiplication and an addition are two. Attention counts whole, masked or not. Of a
+    conditional's branches the dearest counts.
+
+    Args:
+        text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
+
+    Raises:
+        ValueError: A loop with products has no fixed length, a library call is not known, or the
+            text is none.
+    """
+    module, entry = _parse(text)
+
+    @functools.cache
+    def total(name: str) -> int:
+        return sum(cost(instruction, module[name]) for instruction in module[name].values())
+
+    def cost(instruction: Instruction, scope: Computation) -> int:
+        called = CALLED.findall(instruction.attributes)
+        inner = [total(name) for names in called for name in NAME.findall(names)]
+        if instruction.opcode == "while":
+            return sum(inner) and sum(inner) * _trips(instruction, module)
+        if instruction.opcode == "conditional":
+            return max(inner)
+        return _products(instruction, scope) + sum(inner)
+
+    return total(entry)
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The module's computations by name, and which of them is its entry."""
+    module: dict[str, Computation] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if found := INSTRUCTION.match(line):
+            key, *fields = found.groups()
+            module[name][key] = Instruction(*fields)
+        elif found := COMPUTATION.match(line):
+            name = found[2]
+            module[name] = {}
+            entry = name if found[1] else entry
+    if not entry:
+        raise ValueError(f"not the text of a compiled module: {text[:100]!r}")
+    return module, entry
+
+
+def _trips(loop: Instruction, module: dict[str, Computation]) -> int:
+    if known := TRIPS.search(loop.attributes):
+        return int(known[1])
+    # The TPU's compiler does not say. JAX's loops of fixed length run while a count from 0 is < n.
+    condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
+    for test in condition.values():
+        if test.opcode == "compare" and "direction=LT" in test.attributes:
+            limit = condition[NAME.findall(test.operands)[1]]
+            if limit.opcode == "constant":
+                return int(limit.operands)
+    raise ValueError(f"a loop of unknown length multiplies matrices: {loop.attributes[:300]}")
+
+
+def _products(instruction: Instruction, scope: Computation) -> int:
+    """Operations of an instruction itself, without the computations that it calls."""
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "dot":
+        return _dot(instruction, scope)
+    if opcode == "convolution":
+        return _convolution(instruction, scope)
+    if opcode != "custom-call":
+        return 0
+    target = TARGET.findall(instruction.attributes)[0]
+    if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
+        return _dot(instruction, scope)
+    if target.startswith("__cudnn$fmha"):
+        return _attention(instruction, scope, 5 if "Backward" in target else 2)
+    if target.startswith(LIBRARIES):
+        raise ValueError(f"cannot count the operations of {target}; teach flops.py")
+    return 0
+
+
+def _dot(product: Instruction, scope: Computation) -> int:
+    """From the operands alone: a library's result has a workspace beside it."""
+    left, right = _operands(product, scope)[:2]
+    shared = [left[i] for kind in ("batch", "contracting") for i in _left_dims(product, kind)]
+    return 2 * math.prod(left) * math.prod(right) // math.prod(shared)
+
+
+def _left_dims(product: Instruction, kind: str) -> list[int]:
+    """Dimensions of the left operand, from a dot's `{1}` or a library's JSON `["1"]`."""
+    found = re.search(rf'lhs_{kind}_dim\w+"?[=:] ?[\[{{]([\d," ]*)', product.attributes)
+    return [int(i) for i in re.findall(r"\d+", found[1])] if found else []
+
+
+def _attention(call: Instruction, scope: Computation, products: int) -> int:
+    """cuDNN's attention: QK and PV; backwards QK again and a gradient for each operand of both."""
+    found = re.search(r'"intermediate_tensor_shape".*?"dimensions": ?\[(.*?)\]', call.attributes)
+    if found is None:
+        raise ValueError(f"cannot find the size of attention in {call.attributes[:300]}")
+    logits = math.prod(int(size) for size in re.findall(r"\d+", found[1]))
+    return products * 2 * logits * _operands(call, scope)[0][-1]
+
+
+def _convolution(product: Instruction, scope: Computation) -> int:
+    """Products with elements, not with the zeros around and between them.
+
+    Batch dimensions of a dot become spatial ones on TPUs, nearly all of whose positions are zeros.
+    """
+    labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes)[0]
+    shapes = [*_operands(product, scope), _sizes(product.shape)]
+    image, kernel, out = (
+        dict(zip(*pair, strict=True)) for pair in zip(labels, shapes, strict=True)
+    )
+    window = product.attributes.partition("window={")[2].partition("}")[0]
+    count = 2 * out["b"] * out["f"] * kernel["i"]
+    for axis in range(len(image) - 2):
+        size, taps, results = (lengths[str(axis)] for lengths in (image, kernel, out))
+        fields = re.findall(r"(\w+)=(\S+)", window)
+        along = {name: value.split("x")[axis] for name, value in fields}
+        count *= _meetings(size, taps, results, along)
+    return count
+
+
+def _meetings(size: int, taps: int, results: int, window: dict[str, str]) -> int:
+    """How often an element of a window, along one axis, meets an element of the input."""
+    stride, spread, step = (
+        int(window.get(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(window.get("pad", "0_0").split("_")[0])
+    places = (i * stride + k * step - before for i in range(results) for k in range(taps))
+    return sum(at % spread == 0 and 0 <= at // spread < size for at in places)
+
+
+def _operands(instruction: Instruction, scope: Computation) -> list[list[int]]:
+    return [_sizes(scope[name].shape) for name in NAME.findall(instruction.operands)]
+
+
+def _sizes(shape: str) -> list[int]:
+    """[8, 128] of "bf16[8,128]{1,0}", of a tuple its first array's."""
+    return [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[0])]
