@@ -30,13 +30,18 @@ def describe(
         steps: Optimizer steps of the whole run.
         fingerprint: Of the base; None without one.
     """
-    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
         "base_fingerprint": fingerprint,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(),
         "devices": [str(device.device_kind) for device in jax.devices()],
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import make_mesh
 
 TOTAL_STEPS = 1000  # a schedule's length, which decides nothing about memory
+REST = "activations and temporaries"  # what no other term of a Usage names
 MOST_SAMPLES = 16  # largest micro-batch that is tried: beyond it, a step of a 7B gains nothing
 
 
@@ -127,11 +128,19 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
         images: Image slots of a sample.
         capacity: Bytes of one device.
     """
+    return compile_here(config, model, images, capacity)[2]
+
+
+def compile_here(
+    config: TrainConfig, model: ModelConfig, images: int, capacity: int
+) -> tuple[Program, jax.stages.Compiled, Usage]:
+    """As `measure_here`, with the program and its train step, ready to run."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     devices = jax.devices()
     program, batch = _program(config, model, devices, capability(devices[0]))
     compiled = program.trace_train_step(batch).lower().compile()
-    return _usage(program, config, compiled.memory_analysis(), compiled.as_text() or "", capacity)
+    text = compiled.as_text() or ""
+    return program, compiled, _usage(program, config, compiled.memory_analysis(), text, capacity)
 
 
 def _program(
@@ -149,7 +158,7 @@ def _compile_for_gpus(
     config: TrainConfig, model: ModelConfig, target: Gpu, count: int
 ) -> tuple[Program, Any, str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
     from jax._src import compiler  # no public way takes a module and a topology
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
@@ -215,8 +224,11 @@ def _usage(program: Program, config: TrainConfig, stats: Any, text: str, capacit
         - stats.host_alias_size_in_bytes
         + stats.host_temp_size_in_bytes
     )
-    device["activations and temporaries"] = total - sum(device.values())
-    host["activations and temporaries"] = max(host_total - sum(host.values()), 0)
+    if host_total == 0:  # XLA's CPU backend counts host memory as the device's
+        host_total = sum(host.values())
+        total -= host_total
+    device[REST] = total - sum(device.values())
+    host[REST] = max(host_total - sum(host.values()), 0)
     pcie = _pcie_bytes(program, host, config)
     return Usage(device, host, total, host_total, pcie, capacity, matmul_flops(text))
 
@@ -238,7 +250,7 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
     moved = micros * (2 * weights + 2 * gradients) + 2 * gradients
     moved += 2 * (host["trainables"] + host["optimizer"])
     if config.memory.offload_activations:
-        moved += 2 * micros * host["activations and temporaries"]
+        moved += 2 * micros * host[REST]
     return moved
 
 
@@ -331,6 +343,15 @@ def find_plan(
 def best(trials: Sequence[Trial]) -> Trial:
     """What `find_plan` ended with: the plan that fits, or else the closest."""
     return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: t.usage.total)
+
+
+def least_devices(usage: Usage, count: int) -> int | None:
+    """At least so many devices would take a plan that `count` do not; None if no number would.
+
+    They share weights, gradients and moments, and each has its own activations.
+    """
+    left = usage.capacity - RESERVE - usage.device[REST]
+    return math.ceil(count * (usage.total - usage.device[REST]) / left) if left > 0 else None
 
 
 def capability(device: jax.Device) -> str:

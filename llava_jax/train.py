@@ -28,7 +28,8 @@ from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.plan import best, capability, describe_trial, find_plan, measure_here
+from llava_jax.plan import best, capability, describe_trial, find_plan, least_devices
+from llava_jax.plan_cache import measure_once
 from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import TrainState, init_state, micro_size
@@ -214,17 +215,20 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
     capacity = stats.get("bytes_limit") if limit is None else int(limit * GIB)
     if capacity is None:  # a CPU without a declared limit
         return config
-    measure = lambda plan: measure_here(plan.apply(config), model, images, capacity)
+    known = Path(config.output_dir) / ".plans"
+    measure = lambda plan: measure_once(known, plan.apply(config), model, images, capacity)
     trials = []
     for trial in find_plan(config, data_parallel_size(mesh), measure):
         print(describe_trial(trial))
         trials.append(trial)
     chosen = best(trials)
     if not chosen.usage.fits:
+        devices = least_devices(chosen.usage, mesh.size)
         raise ConfigError(
             f"no plan fits {capacity / GIB:.1f} GiB a device; the closest is {chosen.plan}: "
             f"{chosen.usage.total / GIB:.2f} GiB and a reserve of {RESERVE / GIB:.1f}; take "
-            "more devices, or a smaller model, data.max_length or lora.rank"
+            + (f"at least {devices} such devices, or " if devices else "")
+            + "a smaller model, data.max_length or lora.rank"
         )
     return chosen.plan.apply(config)
 

@@ -29,7 +29,7 @@ LEVELS = (
     ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation"),
-    ("export", "checkpoint", "plan"),
+    ("export", "checkpoint", "plan", "plan_cache"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -1,0 +1,69 @@
+"""What plans take, kept between starts of a run, so that planning again costs nothing."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.description import versions
+from llava_jax.plan import Usage, measure_here
+
+UNRELATED = (
+    *("name", "output_dir", "seed", "steps", "epochs", "init_from", "init_adapter", "processor"),
+    *("checkpoint", "eval"),
+)
+"""Fields of a config that decide nothing about the memory of its train step."""
+
+
+def measure_once(
+    directory: Path, config: TrainConfig, model: ModelConfig, images: int, capacity: int
+) -> Usage:
+    """What `plan.measure_here` gives, or gave before.
+
+    Args:
+        directory: Where figures are kept, a file each; made when needed.
+        config: The run, its plan resolved.
+        model: The model's sizes.
+        images: Image slots of a sample.
+        capacity: Bytes of one device.
+    """
+    if jax.process_count() > 1:  # processes compile together, so all must or none
+        return measure_here(config, model, images, capacity)
+    file = directory / f"{_key(config, model, images)}.json"
+    if file.is_file():
+        return dataclasses.replace(Usage(**json.loads(file.read_text())), capacity=capacity)
+    usage = measure_here(config, model, images, capacity)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
+    unfinished.replace(file)
+    return usage
+
+
+def _key(config: TrainConfig, model: ModelConfig, images: int) -> str:
+    """A hash of all that decides what a plan takes: recipe, plan, code, compiler and devices."""
+    memory = dataclasses.replace(config.memory, limit_gib=None)  # decides what fits, later
+    fields = to_json(dataclasses.replace(config, model=model, memory=memory))
+    devices = jax.devices()
+    decisive = {
+        "config": {name: value for name, value in fields.items() if name not in UNRELATED},
+        "images": images,
+        "code": _code(),
+        "versions": versions(),
+        "flags": [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "compiler": devices[0].client.platform_version,
+        "devices": [device.device_kind for device in devices],
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> str:
+    """A hash of this package's source."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

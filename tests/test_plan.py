@@ -1,0 +1,282 @@
+"""Finding a plan, by figures made up, by those of the CPU's compiler, and by a GPU's."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from training import CONFIG, MODEL, change
+
+from llava_jax import host, plan, plan_cache, train
+from llava_jax.config import ConfigError, MemoryConfig, TrainConfig, TuneConfig
+from llava_jax.devices import GIB, RESERVE
+from llava_jax.plan import REST, Plan, Trial, Usage, best, find_plan, levels, micro_sizes
+from llava_jax.sharding import make_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+def used(total: int, capacity: int = 10 * GIB) -> Usage:
+    terms = {"frozen weights": total // 2, REST: total - total // 2}
+    return Usage(terms, dict.fromkeys(terms, 0), total, 0, 0, capacity)
+
+
+def figures(base: float, sample: float) -> Callable[[Plan], Usage]:
+    """Each thing given up saves 1 GiB of `base`; each sample of a micro-batch takes `sample`."""
+
+    def measure(tried: Plan) -> Usage:
+        memory = tried.memory
+        saved = ("none", "dots", "full").index(memory.remat)
+        saved += memory.offload_optimizer + memory.stream_weights + memory.offload_activations
+        return used(int((base - saved + sample * tried.micro_size) * GIB))
+
+    return measure
+
+
+def test_levels_give_up_one_thing_after_another():
+    names = ("offload_optimizer", "stream_weights", "offload_activations")
+    given_up = [(m.remat, *(getattr(m, name) for name in names)) for m in levels(MemoryConfig())]
+    assert given_up == [
+        ("none", False, False, False),
+        ("dots", False, False, False),
+        ("full", False, False, False),
+        ("full", True, False, False),
+        ("full", True, True, False),
+        ("full", True, True, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "devices", "expected"),
+    [
+        (128, None, 1, [1, 2, 4, 8, 16]),
+        (128, None, 8, [1, 2, 4, 8, 16]),
+        (128, None, 32, [1, 2, 4]),
+        (12, None, 1, [1, 2, 3, 4, 6, 12]),
+        (128, 4, 1, [4]),
+    ],
+)
+def test_micro_batches_divide_a_devices_share(
+    global_size: int, micro_size: int | None, devices: int, expected: list[int]
+):
+    config = change(CONFIG, batch={"global_size": global_size, "micro_size": micro_size})
+    assert micro_sizes(config, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "sample", "expected"),
+    [
+        (1, 0.1, "micro-batch 16, remat none"),
+        (8, 1, "micro-batch 1, remat none"),
+        (8, 0.5, "micro-batch 2, remat none"),
+        (10, 0.5, "micro-batch 1, remat dots"),
+        (11.5, 0.5, "micro-batch 2, remat full, optimizer on host"),
+        (14, 0.25, "micro-batch 2, remat full, optimizer on host, weights streamed, "
+         "activations on host"),
+    ],
+)  # fmt: skip
+def test_the_cheapest_level_with_the_largest_micro_batch_is_taken(
+    base: float, sample: float, expected: str
+):
+    trials = list(find_plan(CONFIG, 1, figures(base, sample)))
+    chosen = best(trials)
+    assert chosen == trials[-1]
+    assert str(chosen.plan) == expected
+    assert chosen.usage.fits
+
+
+def test_without_a_plan_that_fits_the_closest_is_named():
+    trials = list(find_plan(CONFIG, 1, figures(99, 1)))
+    assert len(trials) == 6
+    assert best(trials) == trials[-1]
+    assert best(trials).plan.memory.offload_activations
+
+
+def test_a_plan_changes_nothing_but_how_a_run_fits():
+    config = change(CONFIG, memory={"plan": "auto", "limit_gib": 8.0})
+    applied = Plan(2, MemoryConfig(stream_weights=True)).apply(config)
+    assert applied.batch.micro_size == 2
+    assert applied.memory == MemoryConfig(stream_weights=True)
+    same = {"batch": CONFIG.batch, "memory": CONFIG.memory}
+    assert dataclasses.replace(applied, **same) == CONFIG
+
+
+def test_devices_share_what_is_no_activation():
+    usage = Usage({"frozen weights": 9 * GIB, REST: GIB}, {}, 10 * GIB, 0, 0, 4 * GIB)
+    assert plan.least_devices(usage, 1) == 4  # 9 GiB over 4 - 0.5 - 1
+    assert plan.least_devices(usage, 8) == 29
+    assert plan.least_devices(dataclasses.replace(usage, capacity=GIB), 1) is None
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A model of which everything may lie in host memory, planned for by itself."""
+    changed = change(
+        dataclasses.replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("runs"))),
+        batch={"micro_size": 1},
+        data={"max_length": 96},
+        memory={"plan": "auto"},
+    )
+    return dataclasses.replace(changed, tune=TuneConfig("full", "frozen", "full"))
+
+
+@pytest.fixture(scope="module")
+def measured(config: TrainConfig) -> list[Trial]:
+    """What each level takes by the CPU's compiler, which knows no activations on the host."""
+    known = Path(config.output_dir) / ".plans"
+    plans = [Plan(1, memory) for memory in levels(config.memory)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "LEAST_SLICE", 100)
+        measure = lambda p: plan_cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
+        return [Trial(p, measure(p)) for p in plans]
+
+
+def choose(config: TrainConfig, limit: float, images: int = 1) -> TrainConfig:
+    config = change(config, memory={"limit_gib": limit / GIB})
+    return train._choose_plan(config, MODEL, make_mesh(config.mesh), images)
+
+
+def never(*_: object) -> Any:
+    raise AssertionError("must not be called")
+
+
+def test_terms_add_up_and_none_is_negative(measured: list[Trial]):
+    for trial in measured:
+        usage = trial.usage
+        assert sum(usage.device.values()) == pytest.approx(usage.total, rel=0.02)
+        assert sum(usage.host.values()) == pytest.approx(usage.host_total, rel=0.02)
+        assert min(*usage.device.values(), *usage.host.values(), usage.pcie) >= 0
+    totals = [trial.usage.total for trial in measured]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
+    config = Plan(1, MemoryConfig()).apply(config)
+    model = dataclasses.replace(MODEL, vision_feature_layer=-1)  # a step lacks unused weights
+    program, compiled, usage = plan.compile_here(config, model, 1, GIB)
+    batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
+    named = usage.total - usage.device[REST] - usage.device["gradients"]
+    arguments = named + plan._bytes(batch, on_host=False)
+    stats = compiled.memory_analysis()
+    assert stats is not None
+    assert arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_a_declared_limit_decides_what_is_given_up(
+    config: TrainConfig, measured: list[Trial], level: int, monkeypatch: pytest.MonkeyPatch
+):
+    """All figures are known by now, so that choosing compiles nothing."""
+    monkeypatch.setattr(plan_cache, "measure_here", never)
+    chosen = choose(config, measured[level].usage.total + RESERVE)
+    assert str(Plan(1, chosen.memory)) == str(measured[level].plan)
+    assert chosen.memory.plan == "manual"
+
+
+def test_too_small_a_limit_names_the_closest_plan(
+    config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan_cache, "measure_here", never)
+    smallest = measured[4].usage
+    with pytest.raises(ConfigError, match="no plan fits") as error:
+        choose(config, smallest.total + RESERVE - 1)
+    assert f"the closest is {measured[4].plan}: " in str(error.value)
+    assert "take at least 9 such devices, or a smaller model" in str(error.value)
+    with pytest.raises(ConfigError, match=r"reserve of 0\.5; take a smaller model"):
+        choose(config, smallest.device[REST] + RESERVE - 1)
+
+
+def test_figures_are_kept_by_what_decides_them(
+    config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
+):
+    known = Path(config.output_dir) / ".plans"
+    assert len(list(known.iterdir())) == len(measured)
+    monkeypatch.setattr(plan_cache, "measure_here", never)
+    one = measured[0].plan.apply(config)
+    again = plan_cache.measure_once(known, one, MODEL, 1, 2 * GIB)
+    assert again == dataclasses.replace(measured[0].usage, capacity=2 * GIB)
+    plan_cache.measure_once(known, dataclasses.replace(one, name="other", seed=7), MODEL, 1, GIB)
+    smaller = dataclasses.replace(MODEL, vision_feature_layer=-1)
+    for other, model, images in (
+        (change(one, data={"max_length": 64}), MODEL, 1),
+        (change(one, memory={"remat": "dots", "offload_optimizer": True}), MODEL, 1),
+        (one, smaller, 1),
+        (one, MODEL, 2),
+    ):
+        with pytest.raises(AssertionError, match="must not be called"):
+            plan_cache.measure_once(known, other, model, images, GIB)
+    for name, value in (("_code", lambda: "changed"), ("versions", lambda: {"jax": "9"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan_cache, name, value)
+            with pytest.raises(AssertionError, match="must not be called"):
+                plan_cache.measure_once(known, one, MODEL, 1, GIB)
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(AssertionError, match="must not be called"):
+        plan_cache.measure_once(known, one, MODEL, 1, GIB)
+
+
+def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """tools/plan.py, in a process of its own: JAX must start with its flags."""
+    command = [sys.executable, "tools/plan.py", "--config", "configs/7b_lora.py", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True)
+
+
+has_compiler = importlib.util.find_spec("jax_cuda12_plugin") is not None
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs the extra cuda12")
+
+
+@pytest.mark.skipif(has_compiler, reason="the extra cuda12 is installed")
+def test_without_the_compiler_the_message_says_how_to_install_it():
+    result = run_tool()
+    assert result.returncode == 1
+    assert "pip install 'llava_jax[cuda12]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_device_is_one_clear_message():
+    result = run_tool("--device", "abacus")
+    assert result.returncode == 1
+    assert "device 'abacus'; there are rtx3090" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gib", "arguments"),
+    [
+        (24, ["--batch.micro-size", "1"]),
+        *(pytest.param(gib, [], marks=pytest.mark.slow) for gib in (24, 16, 12, 8)),
+    ],
+)
+def test_7b_lora_fits_a_gpu(gib: int, arguments: list[str], tmp_path: Path):
+    file = tmp_path / "figures.json"
+    result = run_tool("--fit", "--memory", str(gib), "--json", str(file), *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    assert found["fits"]
+    assert found["total"] + RESERVE <= gib * GIB
+    assert sum(found["device"].values()) == pytest.approx(found["total"], rel=0.02)
+    assert sum(found["host"].values()) == pytest.approx(found["host_total"], rel=0.02)
+    assert min(*found["device"].values(), *found["host"].values()) >= 0
+    memory = found["plan"]["memory"]
+    assert memory["remat"] == "full"
+    assert memory["stream_weights"] == (gib < 16)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_7b_lora_does_not_fit_2_gib():
+    result = run_tool("--fit", "--memory", "2")
+    assert result.returncode == 3
+    assert "weights streamed, activations on host" in result.stdout
+    assert re.search(r"it would fit \d+ of them", result.stdout)
