@@ -82,13 +82,19 @@ def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState
         trainable: What trains, in its place.
         seed: Of dropout.
     """
+    key = jax.device_put(_key(seed), abstract.key.sharding)
+    step, opt_state = placed_zeros((abstract.step, abstract.opt_state))
+    return TrainState(step, trainable, opt_state, key)
+
+
+def placed_zeros(abstract: Any) -> Any:
+    """Zeros for a tree of placed shapes, each made where it lies."""
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         shard = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda _: shard)
 
-    key = jax.device_put(_key(seed), abstract.key.sharding)
-    return TrainState(zeros(abstract.step), trainable, jax.tree.map(zeros, abstract.opt_state), key)
+    return jax.tree.map(zeros, abstract)
 
 
 def _key(seed: int) -> Array:

@@ -14,13 +14,15 @@ from safetensors.numpy import load_file
 from training import MODEL
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax import LlavaModel, host, pretrained, train
+from llava_jax import LlavaModel, host, plan_cache, pretrained, train
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
+from llava_jax.devices import GIB
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.weights import save_params
 from llava_jax.metrics import Reporter
+from llava_jax.plan import REST, Usage
 from llava_jax.sharding import make_mesh, place
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
@@ -242,6 +244,39 @@ def test_a_run_by_another_plan_learns_the_same(
         assert planned.keys() == tensors.keys()
         for tensor, value in tensors.items():
             np.testing.assert_allclose(planned[tensor], value, atol=1e-4, err_msg=tensor)
+
+
+def test_a_planned_run_learns_the_same_and_need_not_be_planned_twice(
+    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    auto = ["--memory.plan", "auto", "--memory.limit-gib", "1"]
+    runs = []
+    for name in ("planned", "planned-again"):
+        status, directory = start(name, *auto)
+        assert status == 0
+        assert "micro-batch 1, remat none: " in capsys.readouterr().out
+        runs.append(directory)
+        monkeypatch.setattr(plan_cache, "measure_here", None)  # the figures are known by now
+    assert_same_run(*runs)
+    losses = [[row["loss"] for row in metrics(directory)] for directory in (*runs, undisturbed)]
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-6)
+    assert len(list((runs[0].parent / ".plans").glob("*.json"))) == 1
+
+
+def test_what_fits_no_device_stops_before_anything_is_loaded(
+    start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    terms = {"frozen weights": 9 * GIB, REST: GIB}
+    usage = Usage(terms, dict.fromkeys(terms, 0), 10 * GIB, 0, 0, 2 * GIB)
+    monkeypatch.setattr(plan_cache, "measure_here", lambda *_: usage)
+    monkeypatch.setattr(train, "_load", None)
+    arguments = ["--lora.rank", "5", "--memory.plan", "auto", "--memory.limit-gib", "2"]
+    status, directory = start("too-large", *arguments)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "no plan fits 2.0 GiB a device; the closest is micro-batch 1, " in error
+    assert "take at least 144 such devices, or a smaller model" in error
+    assert not (directory / "config.json").exists()
 
 
 class Killed(BaseException):

@@ -1,0 +1,203 @@
+"""Checks on a GPU what is only compiled elsewhere: `python tools/gpu_check.py`; 0 if all is well.
+
+1. Gradients with everything in host memory equal those with everything on the device. XLA:GPU may
+   silently compute wrong ones (openxla/xla #46231; see `program.STREAMING_OPTIONS`).
+2. The memory that plans foretell is what their train steps take.
+
+Without a GPU, or with --small, only the first is done. Weights are made up; nothing is read.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from llava_jax import plan
+from llava_jax.config import (
+    LLAVA_7B,
+    BatchConfig,
+    DataConfig,
+    LlmConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TuneConfig,
+    VisionConfig,
+)
+from llava_jax.data.batching import Batch
+from llava_jax.devices import GIB
+from llava_jax.pretrained import initialise
+from llava_jax.program import attention_kind, build_program
+from llava_jax.sharding import make_mesh
+from llava_jax.step import init_state, placed_zeros
+
+STEPS = 2  # the second starts from what the first left, in its place
+LENGTH = 1024  # tokens of a sample whose step is measured
+MOST_ERROR = 0.05  # of a planned peak
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Largest difference of one array, relative to its norm: some roundings of TF32 (2^-11) and of
+bfloat16 (2^-9) fall otherwise where XLA fuses otherwise. A wrong layer's weights give about 1."""
+
+RESIDENT = MemoryConfig()
+HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
+
+# The smallest whose layers may all lie in host memory, see `host.LEAST_SLICE`.
+SMALL = ModelConfig(
+    VisionConfig(56, 14, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                 num_attention_heads=4),
+    LlmConfig(512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
+              num_attention_heads=4, num_key_value_heads=4, head_dim=64),
+    image_token_id=500,
+    pad_token_id=501,
+)  # fmt: skip
+LLAVA_1B = dataclasses.replace(
+    LLAVA_7B,
+    llm=LlmConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16,
+                  num_attention_heads=16, num_key_value_heads=16),
+)  # fmt: skip
+FULL, LORA = TuneConfig("full", "frozen", "full"), TuneConfig("lora", "frozen", "full")
+MEASURED = {"1B full": (LLAVA_1B, FULL), "7B LoRA": (LLAVA_7B, LORA)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0 if all is well, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python tools/gpu_check.py", description=__doc__)
+    parser.add_argument("--small", action="store_true", help="check gradients only")
+    parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
+    given = parser.parse_args(argv)
+    if given.measure:
+        print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
+        return 0
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to what is measured
+    well = [check_gradients(tune, dtype) for tune in (FULL, LORA) for dtype in TOLERANCE]
+    if jax.default_backend() == "cpu" or given.small:
+        print("peaks of memory: not measured")
+    else:
+        well += check_peaks()
+    print("all is well" if all(well) else "NOT all is well")
+    return 0 if all(well) else 1
+
+
+def check_gradients(tune: TuneConfig, dtype: Any) -> bool:
+    """Whether moments and parameters after a step agree, in host memory or out of it."""
+    config = TrainConfig(
+        "check",
+        tune=tune,
+        lora=LoraConfig(rank=16),
+        batch=BatchConfig(global_size=4, micro_size=2),
+        optimizer=OptimizerConfig(schedule="constant", warmup_ratio=0.0),
+        dtype=dtype,
+    )
+    there, here = (state_after_a_step(config, memory) for memory in (HOSTED, RESIDENT))
+    differences = {path: difference(there[path], here[path]) for path in here}
+    path, worst = max(differences.items(), key=lambda item: item[1])
+    passed = worst <= TOLERANCE[dtype]
+    shown = f"at most {worst:.1e}, in {path}" if worst else "none, bit for bit"
+    print(f"gradients, llm {tune.llm}, {dtype}: {'pass' if passed else 'FAIL'}; difference {shown}")
+    return passed
+
+
+def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, np.ndarray]:
+    """Parameters, and moments: after the first step these are multiples of the gradients."""
+    config = dataclasses.replace(config, memory=memory)
+    device = jax.devices()[0]
+    kind = attention_kind(config, SMALL, plan.capability(device))
+    program = build_program(config, SMALL, STEPS, make_mesh(config.mesh, [device]), kind=kind)
+    params = initialise(program.abstract, config.seed)
+    trainable = {path: params.pop(path) for path in program.trainable}
+    state = init_state(program.state, trainable, config.seed)
+    with jax.set_mesh(program.mesh):
+        state, _ = program.train_step(state, params, program.place(make_batch(4, 64)))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def make_batch(size: int, length: int) -> Batch:
+    """Samples of an image and random words, of which the second half is learned."""
+    rng, image = np.random.default_rng(0), (SMALL.vision.image_size,) * 2
+    input_ids = rng.integers(3, SMALL.image_token_id, (size, length), np.int32)
+    input_ids[:, 1 : 1 + SMALL.image_tokens] = SMALL.image_token_id
+    loss_mask = np.broadcast_to(np.arange(length) >= length // 2, (size, length))
+    pixels = rng.standard_normal((size, 1, 3, *image), np.float32)
+    one_segment, skipped = np.ones((size, length), np.int32), np.zeros(size, np.int32)
+    return Batch(input_ids, loss_mask, one_segment, pixels, skipped)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Relative to the norm of `other`; infinite where something is not finite."""
+    apart = np.linalg.norm(one - other)
+    relative = apart / max(np.linalg.norm(other), np.finfo(np.float32).tiny)
+    return float(relative) if np.isfinite(relative) else np.inf
+
+
+def check_peaks() -> list[bool]:
+    """Whether each plan takes what was planned. A peak is never reset: a process for each."""
+    well = []
+    print(f"{'run':8} {'planned':>11} {'measured':>12} {'error':>7}  plan")
+    for name in MEASURED:
+        for level in range(len(list(plan.levels(RESIDENT)))):
+            child = subprocess.run(
+                [sys.executable, __file__, "--measure", name, str(level)],
+                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            line, passed = judge(child.stdout if child.returncode == 0 else "")
+            print(f"{name:8} {line}", flush=True)
+            well.append(passed)
+    return well
+
+
+def judge(output: str) -> tuple[str, bool]:
+    """A line of the table, and whether the plan may be believed."""
+    if not output:
+        return "FAIL: stopped, see above", False
+    found = json.loads(output.splitlines()[-1])
+    planned, measured = found["planned"], found["measured"]
+    if measured is None:
+        return f"{planned / GIB:7.2f} GiB  does not fit, not run   {found['plan']}", True
+    error = measured / planned - 1
+    passed = abs(error) <= MOST_ERROR
+    line = f"{planned / GIB:7.2f} GiB {measured / GIB:8.2f} GiB {error:+7.1%}  {found['plan']}"
+    return line if passed else f"{line}: FAIL", passed
+
+
+def measure_peak(name: str, level: int) -> dict[str, Any]:
+    """Compiles a plan and, if it fits, runs it; bytes planned and bytes taken."""
+    model, tune = MEASURED[name]
+    config = TrainConfig(
+        "check",
+        tune=tune,
+        data=DataConfig(max_length=LENGTH),
+        batch=BatchConfig(global_size=2 * jax.device_count()),
+    )
+    chosen = plan.Plan(1, list(plan.levels(RESIDENT))[level])
+    capacity = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
+    config = chosen.apply(config)
+    program, step, usage = plan.compile_here(config, model, 1, capacity)
+    found = {"plan": str(chosen), "planned": usage.total, "measured": None}
+    if usage.fits:
+        batch = program.abstract_batch(config.batch.global_size, LENGTH, 1)
+        frozen = {path: program.abstract[path] for path in program.frozen}
+        state, frozen, batch = placed_zeros((program.state, frozen, batch))
+        for _ in range(STEPS):
+            state, _ = jax.block_until_ready(step(state, frozen, batch))
+        found["measured"] = peak_bytes()
+    return found
+
+
+def peak_bytes() -> int:
+    """Most bytes that were ever in use on the first device."""
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
