@@ -36,14 +36,18 @@ def test_gradients_agree(tool: ModuleType, capsys: pytest.CaptureFixture[str]):
     assert "peaks of memory: not measured" in printed
 
 
+@pytest.mark.parametrize("tuning", ["FULL", "LORA"])
 def test_the_wrong_layer_from_host_memory_is_noticed(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType,
+    tuning: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     """The mistake of openxla/xla #46231: the backward loop always gets a stack's first layer."""
     first = lambda x, index: layer_at(x, 0 * index if is_hosted(x) else index)
     broken = lambda stacks, index: jax.tree.map(lambda x: first(x, index), stacks)
     monkeypatch.setattr(stack, "layer_at", broken)
-    assert not tool.check_gradients(tool.FULL, "float32")
+    assert not tool.check_gradients(getattr(tool, tuning), "float32")
     assert "FAIL; difference at most" in capsys.readouterr().out
 
 
