@@ -1,5 +1,6 @@
 """tools/gpu_check.py as far as it goes without a GPU."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -28,18 +29,21 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_gradients_agree(tool: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_gradients_agree(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(tool, "RECIPES", (tool.FULL, tool.QLORA))
     assert tool.main([]) == 0
     printed = capsys.readouterr().out
-    assert "gradients, llm full, float32: pass" in printed
-    assert "gradients, llm lora, float32: pass" in printed
+    for recipe in ("full", "QLoRA"):
+        assert f"gradients, {recipe}, float32: pass" in printed
     assert "peaks of memory: not measured" in printed
 
 
-@pytest.mark.parametrize("tuning", ["FULL", "LORA"])
+@pytest.mark.parametrize("recipe", ["FULL", pytest.param("QLORA", marks=pytest.mark.slow)])
 def test_the_wrong_layer_from_host_memory_is_noticed(
     tool: ModuleType,
-    tuning: str,
+    recipe: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
@@ -47,7 +51,7 @@ def test_the_wrong_layer_from_host_memory_is_noticed(
     first = lambda x, index: layer_at(x, 0 * index if is_hosted(x) else index)
     broken = lambda stacks, index: jax.tree.map(lambda x: first(x, index), stacks)
     monkeypatch.setattr(stack, "layer_at", broken)
-    assert not tool.check_gradients(getattr(tool, tuning), "float32")
+    assert not tool.check_gradients(getattr(tool, recipe), "float32")
     assert "FAIL; difference at most" in capsys.readouterr().out
 
 
@@ -55,17 +59,17 @@ def test_the_wrong_layer_from_host_memory_is_noticed(
 def test_the_exit_status_tells(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, well: list[bool], status: int
 ):
-    monkeypatch.setattr(tool, "check_gradients", lambda tune, dtype: True)
+    monkeypatch.setattr(tool, "check_gradients", lambda recipe, dtype: True)
     monkeypatch.setattr(tool, "check_peaks", lambda: well)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert tool.main([]) == status
     assert tool.main(["--small"]) == 0
-    monkeypatch.setattr(tool, "check_gradients", lambda tune, dtype: False)
+    monkeypatch.setattr(tool, "check_gradients", lambda recipe, dtype: False)
     assert tool.main(["--small"]) == 1
 
 
 def test_the_compared_plan_has_everything_in_host_memory(tool: ModuleType):
-    config = tool.TrainConfig("check", tune=tool.FULL, memory=tool.HOSTED)
+    config = dataclasses.replace(tool.FULL, memory=tool.HOSTED)
     program = build_program(config, tool.SMALL, 1, make_mesh(config.mesh, jax.devices()[:1]))
     weights = [leaf for path, leaf in program.abstract.items() if path.endswith("_proj.weight")]
     moments = [leaf for leaf in jax.tree.leaves(program.state.opt_state) if leaf.ndim == 3]

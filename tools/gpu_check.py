@@ -63,8 +63,11 @@ LLAVA_1B = dataclasses.replace(
     llm=LlmConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16,
                   num_attention_heads=16, num_key_value_heads=16),
 )  # fmt: skip
-FULL, LORA = TuneConfig("full", "frozen", "full"), TuneConfig("lora", "frozen", "full")
-MEASURED = {"1B full": (LLAVA_1B, FULL), "7B LoRA": (LLAVA_7B, LORA)}
+FULL = TrainConfig("full", tune=TuneConfig("full", "frozen", "full"))
+LORA = TrainConfig("LoRA", tune=TuneConfig("lora", "frozen", "full"))
+QLORA = dataclasses.replace(LORA, name="QLoRA", quantize="nf4_double")
+RECIPES = (FULL, LORA, QLORA)
+MEASURED = {"1B full": (LLAVA_1B, FULL), "7B LoRA": (LLAVA_7B, LORA), "7B QLoRA": (LLAVA_7B, QLORA)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to what is measured
-    well = [check_gradients(tune, dtype) for tune in (FULL, LORA) for dtype in TOLERANCE]
+    well = [check_gradients(recipe, dtype) for recipe in RECIPES for dtype in TOLERANCE]
     if jax.default_backend() == "cpu" or given.small:
         print("peaks of memory: not measured")
     else:
@@ -86,11 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(well) else 1
 
 
-def check_gradients(tune: TuneConfig, dtype: Any) -> bool:
+def check_gradients(recipe: TrainConfig, dtype: Any) -> bool:
     """Whether moments and parameters after a step agree, in host memory or out of it."""
-    config = TrainConfig(
-        "check",
-        tune=tune,
+    config = dataclasses.replace(
+        recipe,
         lora=LoraConfig(rank=16),
         batch=BatchConfig(global_size=4, micro_size=2),
         optimizer=OptimizerConfig(schedule="constant", warmup_ratio=0.0),
@@ -101,7 +103,7 @@ def check_gradients(tune: TuneConfig, dtype: Any) -> bool:
     path, worst = max(differences.items(), key=lambda item: item[1])
     passed = worst <= TOLERANCE[dtype]
     shown = f"at most {worst:.1e}, in {path}" if worst else "none, bit for bit"
-    print(f"gradients, llm {tune.llm}, {dtype}: {'pass' if passed else 'FAIL'}; difference {shown}")
+    print(f"gradients, {recipe.name}, {dtype}: {'pass' if passed else 'FAIL'}; difference {shown}")
     return passed
 
 
@@ -172,10 +174,9 @@ def judge(output: str) -> tuple[str, bool]:
 
 def measure_peak(name: str, level: int) -> dict[str, Any]:
     """Compiles a plan and, if it fits, runs it; bytes planned and bytes taken."""
-    model, tune = MEASURED[name]
-    config = TrainConfig(
-        "check",
-        tune=tune,
+    model, recipe = MEASURED[name]
+    config = dataclasses.replace(
+        recipe,
         data=DataConfig(max_length=LENGTH),
         batch=BatchConfig(global_size=2 * jax.device_count()),
     )
