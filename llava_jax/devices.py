@@ -107,5 +107,5 @@ TPUS = {
     "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
 }
 
-RESERVE = GIB // 2
-"""Bytes of a device that plans leave to the driver, its libraries and the programs themselves."""
+RESERVE_SHARE = 0.06
+"""The share of a device's memory that plans leave to the driver, its libraries and programs."""

@@ -2,12 +2,27 @@
 
 import os
 
+from llava_jax.devices import RESERVE_SHARE
+
 PLANNING_FLAGS = (
     # Without a GPU nothing can be tuned, and some products then find no Triton tiling.
     "--xla_gpu_enable_triton_gemm=false",
     # See program.STREAMING_OPTIONS; a compile-only client takes no options of a jit.
     "--xla_disable_hlo_passes=dynamic-slice-annotator",
 )
+
+
+def prepare_for_training() -> None:
+    """Lets XLA:GPU have all of the memory that plans count on; what the user has set stays."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(1 - RESERVE_SHARE)  # XLA's own is 0.75
+    gigabytes = str(host_memory() // 10**9)  # of pinned memory, taken when needed; XLA's own is 64
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", gigabytes)
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def prepare_for_planning() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.config import ConfigError, MemoryConfig, ModelConfig, TrainConfig
-from llava_jax.devices import GIB, GPUS, RESERVE, TPUS, Gpu, Tpu
+from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
 from llava_jax.flops import matmul_flops
 from llava_jax.host import is_for_host
 from llava_jax.pretrained import read_config, resolve
@@ -62,6 +62,7 @@ class Usage:
         pcie: Bytes over PCIe in an optimizer step, both ways together.
         capacity: The device's memory.
         flops: Floating-point operations of an optimizer step's matrix products, as compiled.
+        host_capacity: The host's memory that may be pinned for a device, where it is known.
     """
 
     device: dict[str, int]
@@ -71,15 +72,26 @@ class Usage:
     pcie: int
     capacity: int
     flops: int
+    host_capacity: int | None = None
 
     @property
     def fits(self) -> bool:
-        return self.headroom >= 0
+        return self.headroom >= 0 and self.host_headroom >= 0
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of the device that are left to the runtime."""
+        return int(RESERVE_SHARE * self.capacity)
 
     @property
     def headroom(self) -> int:
-        """Bytes left, after what is reserved for the runtime."""
-        return self.capacity - RESERVE - self.total
+        """Bytes left on the device."""
+        return self.capacity - self.reserve - self.total
+
+    @property
+    def host_headroom(self) -> int:
+        """Bytes left in host memory, where its size is known; else 0."""
+        return 0 if self.host_capacity is None else self.host_capacity - self.host_total
 
 
 def find_device(name: str) -> Gpu | Tpu:
@@ -275,7 +287,7 @@ def usage_table(usage: Usage) -> str:
         lines.append(f"{term:32}{device:11.2f}{host:11.2f}")
     lines.append(f"{'sum':32}{usage.total / GIB:11.2f}{usage.host_total / GIB:11.2f}")
     lines.append(f"{'memory of the device':32}{usage.capacity / GIB:11.2f}")
-    lines.append(f"{'reserve for the runtime':32}{RESERVE / GIB:11.2f}")
+    lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
     lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}")
     lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
     lines.append(f"FLOPs: {usage.flops:.3e} a device and optimizer step, of matrix products")
@@ -350,7 +362,7 @@ def least_devices(usage: Usage, count: int) -> int | None:
 
     They share weights, gradients and moments, and each has its own activations.
     """
-    left = usage.capacity - RESERVE - usage.device[REST]
+    left = usage.capacity - usage.reserve - usage.device[REST]
     return math.ceil(count * (usage.total - usage.device[REST]) / left) if left > 0 else None
 
 
@@ -363,6 +375,8 @@ def describe_trial(trial: Trial) -> str:
     """One line: what was tried, what it takes, whether it fits."""
     usage = trial.usage
     verdict = "fits" if usage.fits else f"{-usage.headroom / GIB:.2f} GiB too much"
+    if usage.host_headroom < 0:
+        verdict = f"{-usage.host_headroom / GIB:.2f} GiB too much for the host"
     return (
         f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB a device, host "
         f"{usage.host_total / GIB:.2f} GiB, PCIe {usage.pcie / GIB:.0f} GiB a step: {verdict}"

@@ -19,7 +19,8 @@ from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
 from llava_jax.data.batching import Batches
 from llava_jax.description import check_description, describe, write_description
-from llava_jax.devices import GIB, RESERVE
+from llava_jax.devices import GIB, RESERVE_SHARE
+from llava_jax.environment import host_memory, prepare_for_training
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
 from llava_jax.hf.peft import load_adapter
@@ -55,6 +56,7 @@ def run(config: TrainConfig) -> int:
         ConfigError: The config, its data or its devices do not fit together.
         CheckpointError: The weights to start from cannot be used.
     """
+    prepare_for_training()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(config.output_dir).absolute() / ".compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -210,27 +212,38 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
     Raises:
         ConfigError: None fits; names the closest.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = config.memory.limit_gib
-    capacity = stats.get("bytes_limit") if limit is None else int(limit * GIB)
+    capacity = _device_memory(config)
     if capacity is None:  # a CPU without a declared limit
         return config
     known = Path(config.output_dir) / ".plans"
-    measure = lambda plan: measure_once(known, plan.apply(config), model, images, capacity)
+    for_host = int(0.9 * host_memory()) // jax.local_device_count()
+    measure = lambda plan: dataclasses.replace(
+        measure_once(known, plan.apply(config), model, images, capacity), host_capacity=for_host
+    )
     trials = []
     for trial in find_plan(config, data_parallel_size(mesh), measure):
         print(describe_trial(trial))
         trials.append(trial)
     chosen = best(trials)
     if not chosen.usage.fits:
-        devices = least_devices(chosen.usage, mesh.size)
+        usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
         raise ConfigError(
-            f"no plan fits {capacity / GIB:.1f} GiB a device; the closest is {chosen.plan}: "
-            f"{chosen.usage.total / GIB:.2f} GiB and a reserve of {RESERVE / GIB:.1f}; take "
+            f"no plan fits {capacity / GIB:.1f} GiB a device, of which {usage.reserve / GIB:.1f} "
+            f"are left to the runtime, and {for_host / GIB:.1f} GiB of host memory a device; the "
+            f"closest is {chosen.plan}: {usage.total / GIB:.2f} and {usage.host_total / GIB:.2f}; "
+            "take "
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, data.max_length or lora.rank"
         )
     return chosen.plan.apply(config)
+
+
+def _device_memory(config: TrainConfig) -> int | None:
+    """Bytes of one device, as declared or found."""
+    if config.memory.limit_gib is not None:
+        return int(config.memory.limit_gib * GIB)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit / (1 - RESERVE_SHARE))
 
 
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:

@@ -155,17 +155,20 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
 
     once = weights + adapters + logits
     backward = weights + 2 * adapters + 2 * logits + (weights if tune.llm == "full" else 0)
-    # A block's result is not needed again: neither its last product nor its adapter's.
-    again = once - hidden * width - (rank * width if adapters else 0) if remat == "full" else 0
+    # A block's result is not needed again: neither its last product nor its adapter's two.
+    last_adapter = rank * (hidden + width) if adapters else 0
+    again = once - hidden * width - last_adapter if remat == "full" else 0
+    # Each adapter's first product is made again by itself.
+    again += sum(rank * inputs for inputs, _ in linears.values()) if adapters else 0
     blocks = llm.num_hidden_layers * (once + backward + again)
-    head = (4 if tune.llm == "full" else 3) * llm.vocab_size * width  # logits twice
+    head = (3 if tune.llm == "full" else 2) * llm.vocab_size * width
 
     patches, tokens = vision.num_patches, vision.num_patches + 1
     size = vision.hidden_size
     attend = 2 * tokens * size
     tower = tokens * (4 * size**2 + 2 * size * vision.intermediate_size + attend)
     tower = MODEL.used_vision_layers * tower + patches * 3 * vision.patch_size**2 * size
-    projector = patches * (2 * size * width + 3 * width**2)
+    projector = patches * (3 * size * width + 3 * width**2)  # linear_1 forwards, again, backwards
     return 2 * samples * (length * (blocks + head) + images * (tower + projector))
 
 

@@ -33,7 +33,8 @@ from llava_jax.config import (
     VisionConfig,
 )
 from llava_jax.data.batching import Batch
-from llava_jax.devices import GIB
+from llava_jax.devices import GIB, RESERVE_SHARE
+from llava_jax.environment import prepare_for_training
 from llava_jax.pretrained import initialise
 from llava_jax.program import attention_kind, build_program
 from llava_jax.sharding import make_mesh
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="check gradients only")
     parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
     given = parser.parse_args(argv)
+    prepare_for_training()
     if given.measure:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
@@ -181,9 +183,9 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
         batch=BatchConfig(global_size=2 * jax.device_count()),
     )
     chosen = plan.Plan(1, list(plan.levels(RESIDENT))[level])
-    capacity = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
     config = chosen.apply(config)
-    program, step, usage = plan.compile_here(config, model, 1, capacity)
+    program, step, usage = plan.compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
     found = {"plan": str(chosen), "planned": usage.total, "measured": None}
     if usage.fits:
         batch = program.abstract_batch(config.batch.global_size, LENGTH, 1)

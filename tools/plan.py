@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="rtx3090", help="a name in llava_jax/devices.py")
     parser.add_argument("--count", type=int, default=1, help="devices")
     parser.add_argument("--memory", type=float, help="GiB of one device, if not the table's")
+    parser.add_argument("--host-memory", type=float, help="GiB of the host, all devices together")
     parser.add_argument("--fit", action="store_true", help="find the cheapest plan that fits")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
@@ -53,8 +54,10 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 
     model = planning.sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
-    measure = lambda plan, count=given.count: planning.measure(
-        plan.apply(config), model, given.device, count, capacity
+    for_host = given.host_memory
+    measure = lambda plan, count=given.count: dataclasses.replace(
+        planning.measure(plan.apply(config), model, given.device, count, capacity),
+        host_capacity=None if for_host is None else int(for_host * GIB) // count,
     )
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     if given.fit:
