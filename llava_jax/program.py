@@ -22,7 +22,7 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
-from llava_jax.host import is_for_host
+from llava_jax.host import PINNED_HOST, is_for_host
 from llava_jax.models.layers import Abstract
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
 from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
@@ -51,6 +51,7 @@ class Program:
         abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
         state: The same of the train state.
         gradients: The same of the sums of gradients over micro-batches.
+        pixels_on_host: Whether a step's pixels wait in host memory for their micro-batch.
         accumulation: Micro-batches in a step.
         eval_size: Held-out samples in a batch; as many as in a micro-batch unless the config says.
         train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
@@ -66,6 +67,7 @@ class Program:
     abstract: Abstract
     state: TrainState
     gradients: Abstract
+    pixels_on_host: bool
     accumulation: int
     eval_size: int
     train_step: Any
@@ -80,14 +82,24 @@ class Program:
     def frozen(self) -> list[str]:
         return [path for path in self.abstract if path not in self.state.trainable]
 
-    def place(self, batch: Batch) -> Batch:
-        """A host batch, spread over the devices; pixels in the dtype they are computed in."""
-        sharding = batch_sharding(self.mesh)
+    def place(self, batch: Batch, *, to_train: bool = True) -> Batch:
+        """A host batch, spread over the devices; pixels in the dtype they are computed in.
+
+        Args:
+            batch: From the input pipeline.
+            to_train: For the train step, whose pixels lie where the plan has them; else on devices.
+        """
         pixels = np.asarray(batch.pixel_values).astype(self.dtype)
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
             dataclasses.replace(batch, pixel_values=pixels),
+            self._batch_shardings(self.pixels_on_host and to_train),
         )
+
+    def _batch_shardings(self, pixels_on_host: bool) -> Batch:
+        sharding = batch_sharding(self.mesh)
+        of_pixels = sharding.with_memory_kind(PINNED_HOST) if pixels_on_host else sharding
+        return Batch(sharding, sharding, sharding, of_pixels, sharding)
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
         """Shapes of a batch, for compiling without data."""
@@ -100,9 +112,10 @@ class Program:
             pixel_values=blank(self.dtype, images, 3, pixels, pixels),
             skipped=blank(np.int32),
         )
-        sharding = batch_sharding(self.mesh)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            batch,
+            self._batch_shardings(self.pixels_on_host),
         )
 
     def trace_train_step(self, batch: Batch) -> jax.stages.Traced:
@@ -183,6 +196,7 @@ def build_program(
         config.optimizer.clip_norm,
         config.batch,
         accumulation,
+        data_parallel_size(mesh),
         gradients,
     )
     uses_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
@@ -196,6 +210,8 @@ def build_program(
         abstract=abstract,
         state=state,
         gradients=gradients,
+        # Among several devices each has but a few of the samples.
+        pixels_on_host=memory.offload_optimizer and data_parallel_size(mesh) == 1,
         accumulation=accumulation,
         eval_size=eval_size,
         train_step=jax.jit(

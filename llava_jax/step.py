@@ -126,14 +126,20 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
     return batch.global_size // (micro * devices)
 
 
-def micro_batch(batch: Any, index: Int[Array, ""], count: int) -> Any:
-    """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...], the samples i % count == index.
+def micro_batch(batch: Any, index: Int[Array, ""], count: int, devices: int) -> Any:
+    """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...].
 
-    A batch sharded over its samples stays where it is: each micro-batch takes an equal share of
-    every device's own samples.
+    A batch sharded over its samples stays where it is: each micro-batch takes the next few of every
+    device's own samples. What lies in host memory, beside one device, comes from there.
     """
-    split = lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:])
-    take = lambda x: jax.lax.dynamic_index_in_dim(split(x), index, axis=1, keepdims=False)
+
+    def take(x: jax.Array) -> jax.Array:
+        if host.is_hosted(x):
+            return host.fetch(host.slice_at(x, index, x.shape[0] // count))
+        shares = x.reshape(devices, count, -1, *x.shape[1:])
+        micro = jax.lax.dynamic_index_in_dim(shares, index, axis=1, keepdims=False)
+        return micro.reshape(-1, *x.shape[1:])
+
     return jax.tree.map(take, batch)
 
 
@@ -153,6 +159,7 @@ def make_train_step(
     clip_norm: float | None,
     batch_config: BatchConfig,
     accumulation: int,
+    devices: int,
     gradients: Abstract,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
@@ -168,6 +175,7 @@ def make_train_step(
         clip_norm: Largest global norm of the gradients; None is off.
         batch_config: How tokens are weighted.
         accumulation: Micro-batches a step.
+        devices: Those that the samples are divided among.
         gradients: Where their sums lie.
     """
 
@@ -187,7 +195,7 @@ def make_train_step(
 
         def accumulate(index: Int[Array, ""], done: tuple) -> tuple:
             loss, totals = done
-            micro = micro_batch((batch, weights, keys), index, accumulation)
+            micro = micro_batch((batch, weights, keys), index, accumulation, devices)
             new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro)
             return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
 

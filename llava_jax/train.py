@@ -143,7 +143,9 @@ def _train(
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
     held_out = HeldOut(
         config.run_dir / "evaluations.jsonl",
-        lambda trainable, batch: program.eval_step(trainable, frozen, program.place(batch)),
+        lambda trainable, batch: program.eval_step(
+            trainable, frozen, program.place(batch, to_train=False)
+        ),
         inputs,
         program.eval_size,
         first,

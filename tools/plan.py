@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Compiles a run's train step for a device and prints the memory it takes. "
         "Any field of the config can be overridden, as in training.",
     )
-    parser.add_argument("--config", required=True, help="a config file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="a config file")
+    what.add_argument("--table", action="store_true", help="the published recipes, as in README")
     parser.add_argument("--device", default="rtx3090", help="a name in llava_jax/devices.py")
     parser.add_argument("--count", type=int, default=1, help="devices")
     parser.add_argument("--memory", type=float, help="GiB of one device, if not the table's")
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
     jax.config.update("jax_num_cpu_devices", max(given.count, MOST_DEVICES))
     try:
+        if given.table:
+            return table(given)
         return plan(given, parse_config(["--config", given.config, *rest]))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +82,30 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
     if given.chart:
+        from plan_chart import draw
+
         draw(given.chart, [(str(chosen.plan), chosen.usage)])
     return 0 if chosen.usage.fits else 3
+
+
+def table(given: argparse.Namespace) -> int:
+    """Prints README's table as the code stands; says which rows take more than they may."""
+    from plan_table import HEADER, ROWS, describe, measure
+
+    print(HEADER)
+    found = []
+    for row in ROWS:
+        usage, flops = measure(row)
+        print(describe(row, usage, flops), flush=True)
+        found.append((row, usage))
+    if given.json:
+        rows = [dataclasses.asdict(row) | dataclasses.asdict(usage) for row, usage in found]
+        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if given.chart:
+        from plan_chart import draw
+
+        draw(given.chart, [(str(row), usage) for row, usage in found])
+    return 0 if all(row.holds(usage) for row, usage in found) else 3
 
 
 def devices_that_would(plan: Any, measure: Any, count: int) -> str:
@@ -93,39 +119,6 @@ def devices_that_would(plan: Any, measure: Any, count: int) -> str:
         except ConfigError:  # no slice of this size, or the batch does not divide
             continue
     return f"nor would it fit {MOST_DEVICES} of them"
-
-
-def draw(path: Path, bars: list[tuple[str, Any]]) -> None:
-    """Stacked bars of device and host bytes."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 1.2 + 1.1 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    names = [name for name, _ in bars]
-    colours = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
-    for side, offset in (("device", -0.2), ("host", 0.2)):
-        left = [0.0] * len(bars)
-        for term, colour in zip(getattr(bars[0][1], side), colours, strict=True):
-            width = [getattr(usage, side)[term] / GIB for _, usage in bars]
-            axes.barh(
-                [i + offset for i in range(len(bars))],
-                width,
-                0.35,
-                left,
-                color=colour,
-                label=term if side == "device" else None,
-            )
-            left = [a + b for a, b in zip(left, width, strict=True)]
-        for i, end in enumerate(left):
-            axes.text(end, i + offset, f" {side} {end:.1f} GiB", va="center", fontsize=8)
-    axes.axvline(bars[0][1].capacity / GIB, color="black", linestyle=":")
-    axes.set_yticks(range(len(bars)), names, fontsize=8)
-    axes.set_xlabel("GiB a device; dotted: its memory")
-    axes.invert_yaxis()
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

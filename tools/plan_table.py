@@ -1,6 +1,14 @@
 """The memory that published recipes take by plan: the rows of `tools/plan.py --table`."""
 
 import dataclasses
+import functools
+from pathlib import Path
+
+from llava_jax import plan
+from llava_jax.config import TrainConfig, load_config
+
+GIB = 2**30
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +35,17 @@ class Row:
     device_gib: float
     host_gib: float
 
+    def __str__(self) -> str:
+        return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
+
+    def holds(self, usage: plan.Usage) -> bool:
+        """Whether it takes no more than it may."""
+        device, host = usage.total / GIB, usage.host_total / GIB
+        return device <= self.device_gib and host <= self.host_gib
+
 
 OPTIMIZER = ("offload_optimizer",)
 STREAMED = ("offload_optimizer", "stream_weights")
-ALL = (*STREAMED, "offload_activations")
 
 ROWS = (
     Row("7B LoRA, nothing offloaded", "7b_lora", "rtx3090", 1, 4, (), 22.5, 0.5),
@@ -50,3 +65,37 @@ ROWS = (
     Row("7B LoRA, optimizer on host", "7b_lora", "v5e", 4, 1, OPTIMIZER, 6.5, 1.0),
     Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
 )  # fmt: skip
+
+HEADER = """\
+| run | devices | micro-batch | device GiB (at most) | host GiB a device (at most) | FLOPs |
+|---|---|---|---|---|---|"""
+
+
+def measure(row: Row) -> tuple[plan.Usage, float]:
+    """What a row takes, and its FLOPs as a multiple of the resident plan's."""
+    config = load_config(CONFIGS / f"{row.config}.py")
+    usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
+    resident = _measure(config, (), row.micro_size, row.device, row.count)
+    return usage, usage.flops / resident.flops
+
+
+@functools.cache
+def _measure(
+    config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
+) -> plan.Usage:
+    memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
+    planned = plan.Plan(micro_size, memory).apply(config)
+    return plan.measure(planned, plan.sizes(config), device, count)
+
+
+def describe(row: Row, usage: plan.Usage, flops: float) -> str:
+    """A line of the table."""
+    cells = (
+        row.run,
+        f"{row.count} x {row.device}",
+        str(row.micro_size),
+        f"{usage.total / GIB:.2f} ({row.device_gib})",
+        f"{usage.host_total / GIB:.2f} ({row.host_gib})",
+        f"{flops:.2f} x",
+    )
+    return f"| {' | '.join(cells)} |" + ("" if row.holds(usage) else " SHORT")

@@ -100,9 +100,17 @@ def _low_rank_product(
     return jnp.einsum("BTR,FR->BTF", low, b.astype(x.dtype))
 
 
-@jax.checkpoint  # the backward pass dequantises again: the weight is never kept in full
+@jax.custom_vjp
 def _quantised_product(x: Float[Array, "B T D"], weight: Quantised) -> Float[Array, "B T F"]:
     return jnp.einsum("BTD,FD->BTF", x, dequantise(weight, x.dtype))
+
+
+def _dequantise_again(weight: Quantised, grad: Float[Array, "B T F"]) -> tuple:
+    weight, grad = jax.lax.optimization_barrier((weight, grad))  # not before it is needed
+    return jnp.einsum("BTF,FD->BTD", grad, dequantise(weight, grad.dtype)), None
+
+
+_quantised_product.defvjp(lambda x, w: (_quantised_product(x, w), w), _dequantise_again)
 
 
 class Embedding(nnx.Module):

@@ -1,6 +1,7 @@
 """The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from llava_jax.models.layers import (
     RmsNorm,
     SampleKeys,
     attention,
+    fold_in,
     fused_attention,
     parameter,
 )
@@ -93,9 +95,40 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys) -> Float[Array, "B T D"]:
-        down = lambda gate, up: self.down_proj(jax.nn.silu(gate) * up, keys)
-        # Of three arrays that are so wide, the backward pass finds two.
-        return jax.checkpoint(down)(self.gate_proj(x, keys), self.up_proj(x, keys))
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
+
+
+CHUNK_TOKENS = 512
+"""Most tokens of each sample that an MLP takes at one time."""
+
+
+def in_chunks(
+    f: Callable[[jax.Array, SampleKeys], jax.Array],
+    x: Float[Array, "B T D"],
+    keys: SampleKeys,
+    *,
+    again: bool,
+) -> Float[Array, "B T D"]:
+    """f(x, keys), some tokens at a time.
+
+    Args:
+        f: Treats every token by itself.
+        x: Its argument.
+        keys: Dropout, folded for every chunk.
+        again: Compute each chunk again in the backward pass, so that wide arrays are never kept.
+    """
+    batch, length, width = x.shape
+    count = -(-length // CHUNK_TOKENS)
+    padded = jnp.pad(x, ((0, 0), (0, -length % count), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, count, -1, width), 1, 0)
+
+    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, index = inputs
+        return f(x, None if keys is None else fold_in(keys, index))
+
+    step = jax.checkpoint(one_chunk) if again else one_chunk
+    y = jax.lax.map(step, (chunks, jnp.arange(count)))
+    return jnp.moveaxis(y, 0, 1).reshape(padded.shape)[:, :length]
 
 
 class Block(nnx.Module):
@@ -153,7 +186,8 @@ class Llama(nnx.Module):
         def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
             rope, seen = context
             x += block.self_attn(block.input_layernorm(x), rope, seen, keys)
-            x += block.mlp(block.post_attention_layernorm(x), keys)
+            mlp = lambda x, keys: block.mlp(block.post_attention_layernorm(x), keys)
+            x += in_chunks(mlp, x, keys, again=self.remat == "full")
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")

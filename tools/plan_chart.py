@@ -1,0 +1,41 @@
+"""Draws what plans take."""
+
+from pathlib import Path
+
+from llava_jax.plan import Usage
+
+GIB = 2**30
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
+
+
+def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
+    """Stacked bars of device and host bytes.
+
+    Args:
+        path: A PNG.
+        bars: A label and what it takes; dotted lines are the memory of the devices.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise SystemExit("--chart needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for side, axes in zip(("device", "host"), sides, strict=True):
+        left = [0.0] * len(bars)
+        for term, colour in zip(bars[0][1].device, COLOURS, strict=True):
+            width = [getattr(usage, side)[term] / GIB for _, usage in bars]
+            axes.barh(range(len(bars)), width, 0.7, left, color=colour, label=term)
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        for row, end in enumerate(left):
+            axes.text(end, row, f" {end:.1f}", va="center", fontsize=8)
+        axes.set_xlabel(f"GiB of {'each device' if side == 'device' else 'host memory, a device'}")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    for capacity in {usage.capacity / GIB for _, usage in bars}:
+        sides[0].axvline(capacity, color="black", linestyle=":")
+    sides[0].set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    sides[0].invert_yaxis()
+    figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  fontsize=8)  # fmt: skip
+    figure.savefig(path, dpi=110)
