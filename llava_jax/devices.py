@@ -1,6 +1,7 @@
 """The accelerators that a run can be planned for without having one. Add a line to add one."""
 
 import dataclasses
+from typing import Any
 
 GIB = 2**30
 
@@ -78,11 +79,19 @@ class Tpu:
         topology: XLA's name of it.
         memory: Bytes of one chip's HBM.
         chips: Chips of a slice by their number, as XLA writes its shape.
+        cores: How XLA sees the cores of a chip: v4's two are one device only as a "megacore".
     """
 
     topology: str
     memory: int
     chips: dict[int, str]
+    cores: str = "default"
+
+    def slice_of(self, count: int) -> dict[str, Any]:
+        """What `jax.experimental.topologies.get_topology_desc` takes for `count` chips."""
+        name = f"{self.topology}:{self.chips[count]}"
+        host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # else a host has four
+        return {"topology_name": name, "platform": "tpu", "chip_config_name": self.cores, **host}
 
 
 GPUS = {
@@ -104,7 +113,7 @@ TPUS = {
     "v5e": Tpu("v5e", 16 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}),
     "v6e": Tpu("v6e", 32 * GIB, {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}),
     "v5p": Tpu("v5p", 95 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
-    "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
+    "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}, "megacore"),
 }
 
 RESERVE_SHARE = 0.06

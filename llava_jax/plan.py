@@ -206,10 +206,8 @@ def _compile_for_tpus(
     if count not in target.chips:
         known = ", ".join(map(str, target.chips))
         raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
-    topology = topologies.get_topology_desc(
-        f"{target.topology}:{target.chips[count]}", platform="tpu"
-    )
-    program, batch = _program(config, model, list(topology.devices)[:count], "")
+    topology = topologies.get_topology_desc(**target.slice_of(count))
+    program, batch = _program(config, model, list(topology.devices), "")
     compiled = program.trace_train_step(batch).lower().compile()
     return program, compiled.memory_analysis(), compiled.as_text() or ""
 
