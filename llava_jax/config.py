@@ -22,7 +22,7 @@ from beartype.door import is_bearable
 Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
-AttentionKind = Literal["plain", "cudnn"]
+AttentionKind = Literal["plain", "cudnn", "splash"]
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

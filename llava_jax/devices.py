@@ -1,7 +1,7 @@
 """The accelerators that a run can be planned for without having one. Add a line to add one."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 GIB = 2**30
 
@@ -23,6 +23,7 @@ class Gpu:
         l2_mib: MiB of its level-2 cache.
     """
 
+    platform: ClassVar = "gpu"
     name: str
     capability: str
     gib: float | int
@@ -82,6 +83,7 @@ class Tpu:
         cores: How XLA sees the cores of a chip: v4's two are one device only as a "megacore".
     """
 
+    platform: ClassVar = "tpu"
     topology: str
     memory: int
     chips: dict[int, str]

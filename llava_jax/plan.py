@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from llava_jax.config import ConfigError, MemoryConfig, ModelConfig, TrainConfig
+from llava_jax.config import AttentionKind, ConfigError, MemoryConfig, ModelConfig, TrainConfig
 from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
 from llava_jax.flops import matmul_flops
 from llava_jax.host import is_for_host
@@ -124,11 +124,25 @@ def measure(
     """
     target = find_device(device)
     capacity = target.memory if capacity is None else capacity
+    kind = attention_for(config, model, target)
     if isinstance(target, Gpu):
-        program, stats, text = _compile_for_gpus(config, model, target, count)
+        program, stats, text = _compile_for_gpus(config, model, target, count, kind)
     else:
-        program, stats, text = _compile_for_tpus(config, model, target, count)
+        program, stats, text = _compile_for_tpus(config, model, target, count, kind)
     return _usage(program, config, stats, text, capacity)
+
+
+def attention_for(config: TrainConfig, model: ModelConfig, target: Gpu | Tpu) -> AttentionKind:
+    """How a device of the table would compute attention."""
+    capability = target.capability if isinstance(target, Gpu) else ""
+    return attention_kind(config, model, target.platform, capability)
+
+
+def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionKind:
+    """How the attached devices compute attention."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return attention_kind(config, model, device.platform, capability)
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
@@ -148,18 +162,17 @@ def compile_here(
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
     """As `measure_here`, with the program and its train step, ready to run."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
-    devices = jax.devices()
-    program, batch = _program(config, model, devices, capability(devices[0]))
+    kind = attention_here(config, model)
+    program, batch = _program(config, model, jax.devices(), kind)
     compiled = program.trace_train_step(batch).lower().compile()
     text = compiled.as_text() or ""
     return program, compiled, _usage(program, config, compiled.memory_analysis(), text, capacity)
 
 
 def _program(
-    config: TrainConfig, model: ModelConfig, devices: list[Any], capability: str
+    config: TrainConfig, model: ModelConfig, devices: list[Any], kind: AttentionKind
 ) -> tuple[Program, Any]:
     mesh = make_mesh(config.mesh, devices)
-    kind = attention_kind(config, model, capability)
     program = build_program(config, model, TOTAL_STEPS, mesh, kind=kind, donate=True)
     images = 1 if config.data.max_images is None else config.data.max_images
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
@@ -167,7 +180,7 @@ def _program(
 
 
 def _compile_for_gpus(
-    config: TrainConfig, model: ModelConfig, target: Gpu, count: int
+    config: TrainConfig, model: ModelConfig, target: Gpu, count: int, kind: AttentionKind
 ) -> tuple[Program, Any, str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
@@ -177,7 +190,7 @@ def _compile_for_gpus(
 
     if len(jax.devices("cpu")) < count:
         raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
-    program, batch = _program(config, model, jax.devices("cpu")[:count], target.capability)
+    program, batch = _program(config, model, jax.devices("cpu")[:count], kind)
     module = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -199,7 +212,7 @@ def _compile_for_gpus(
 
 
 def _compile_for_tpus(
-    config: TrainConfig, model: ModelConfig, target: Tpu, count: int
+    config: TrainConfig, model: ModelConfig, target: Tpu, count: int, kind: AttentionKind
 ) -> tuple[Program, Any, str]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
@@ -207,7 +220,7 @@ def _compile_for_tpus(
         known = ", ".join(map(str, target.chips))
         raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
     topology = topologies.get_topology_desc(**target.slice_of(count))
-    program, batch = _program(config, model, list(topology.devices), "")
+    program, batch = _program(config, model, list(topology.devices), kind)
     compiled = program.trace_train_step(batch).lower().compile()
     return program, compiled.memory_analysis(), compiled.as_text() or ""
 
@@ -362,11 +375,6 @@ def least_devices(usage: Usage, count: int) -> int | None:
     """
     left = usage.capacity - usage.reserve - usage.device[REST]
     return math.ceil(count * (usage.total - usage.device[REST]) / left) if left > 0 else None
-
-
-def capability(device: jax.Device) -> str:
-    """The compute capability of a GPU; "" of anything else."""
-    return str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
 
 
 def describe_trial(trial: Trial) -> str:

@@ -244,12 +244,24 @@ def _quantised(config: TrainConfig, kind: Quantisation, shapes: Abstract) -> Abs
     return quantised
 
 
-def attention_kind(config: TrainConfig, model: ModelConfig, capability: str) -> AttentionKind:
-    """How attention is best computed on a GPU of a compute capability; "" is no GPU."""
+def attention_kind(
+    config: TrainConfig, model: ModelConfig, platform: str, capability: str
+) -> AttentionKind:
+    """How attention is best computed.
+
+    Args:
+        config: The run.
+        model: The model's sizes.
+        platform: "gpu", "tpu" or "cpu".
+        capability: A GPU's compute capability, "8.6"; "" elsewhere.
+    """
     sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
-    fits = all(size <= 128 and size % 8 == 0 for size in sizes)
-    newer = capability and float(capability) >= 8.0
-    return "cudnn" if newer and fits and config.dtype == "bfloat16" else "plain"
+    if config.dtype != "bfloat16":
+        return "plain"
+    if platform == "tpu" and all(size % 64 == 0 for size in sizes):
+        return "splash"
+    newer = platform == "gpu" and float(capability) >= 8.0
+    return "cudnn" if newer and all(size <= 128 and size % 8 == 0 for size in sizes) else "plain"
 
 
 def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:

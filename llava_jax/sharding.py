@@ -7,7 +7,7 @@ has one dimension on `fsdp`, so parameters, gradients and moments are all sharde
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "model": ("fsdp",),
     "rank": ("fsdp",),
     "vocab": ("tensor",),
+    "heads": ("tensor",),
     "layers": (),
     "tokens": (),
     "patches": (),
@@ -165,6 +166,31 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
+
+
+def on_shards(
+    function: Callable[..., jax.Array],
+    arguments: Sequence[tuple[str, ...]],
+    result: tuple[str, ...],
+) -> Callable[..., jax.Array]:
+    """Lets every device compute a function of its own part: XLA cannot divide a custom kernel.
+
+    Args:
+        function: Gives a result of the shape of its first argument.
+        arguments: Logical axes of each argument.
+        result: Those of the result.
+    """
+
+    def run(*args: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(*args)
+        spec = lambda axes, x: to_spec(axes, x.shape, mesh.shape)
+        inputs = tuple(map(spec, arguments, args))
+        outputs = spec(result, args[0])
+        return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)(*args)
+
+    return run
 
 
 def layout_table(placed: Mapping[str, Any]) -> str:

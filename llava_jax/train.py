@@ -29,9 +29,9 @@ from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.plan import best, capability, describe_trial, find_plan, least_devices
+from llava_jax.plan import attention_here, best, describe_trial, find_plan, least_devices
 from llava_jax.plan_cache import measure_once
-from llava_jax.program import Program, attention_kind, build_program
+from llava_jax.program import Program, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import TrainState, init_state, micro_size
 
@@ -77,7 +77,8 @@ def run(config: TrainConfig) -> int:
         if config.memory.plan == "auto":
             config = _choose_plan(config, model_config, mesh, inputs.spec.max_images)
         with jax.set_mesh(mesh):
-            kind = attention_kind(config, model_config, capability(jax.devices()[0]))
+            kind = attention_here(config, model_config)
+            print(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
             if config.mesh.show:
                 print(layout_table(program.abstract))

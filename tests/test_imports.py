@@ -22,7 +22,7 @@ LEVELS = (
         "hf.tensorfile",
     ),
     ("host", "models.layers", "data.records", "data.easy_vqa"),
-    ("sharding", "update", "models.stack", "data.sources"),
+    ("sharding", "update", "models.attention", "models.stack", "data.sources"),
     ("models.clip", "models.llama", "data.batching"),
     ("models.llava",),
     ("lora", "loss"),

@@ -36,7 +36,7 @@ from llava_jax.data.batching import Batch
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import prepare_for_training
 from llava_jax.pretrained import initialise
-from llava_jax.program import attention_kind, build_program
+from llava_jax.program import build_program
 from llava_jax.sharding import make_mesh
 from llava_jax.step import init_state, placed_zeros
 
@@ -113,7 +113,7 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
     """Parameters, and moments: after the first step these are multiples of the gradients."""
     config = dataclasses.replace(config, memory=memory)
     device = jax.devices()[0]
-    kind = attention_kind(config, SMALL, plan.capability(device))
+    kind = plan.attention_here(config, SMALL)
     program = build_program(config, SMALL, STEPS, make_mesh(config.mesh, [device]), kind=kind)
     params = initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}

@@ -63,6 +63,8 @@ def plan(given: argparse.Namespace, config: Any) -> int:
         planning.measure(plan.apply(config), model, given.device, count, capacity),
         host_capacity=None if for_host is None else int(for_host * GIB) // count,
     )
+    kind = planning.attention_for(config, model, planning.find_device(given.device))
+    print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     if given.fit:
         trials = []

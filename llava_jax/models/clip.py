@@ -6,14 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llava_jax.config import AttentionKind, Remat, VisionConfig
+from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
     SampleKeys,
-    attention,
-    fused_attention,
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
@@ -51,7 +50,7 @@ class Attention(nnx.Module):
     def __init__(self, config: VisionConfig, kind: AttentionKind):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.attend = fused_attention if kind == "cudnn" else attention
+        self.attend = ATTENTION[kind]
         self.q_proj = Linear(width, width, bias=True)
         self.k_proj = Linear(width, width, bias=True)
         self.v_proj = Linear(width, width, bias=True)

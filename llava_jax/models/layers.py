@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from llava_jax.quant import Quantised, dequantise
 
@@ -185,61 +185,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
-
-
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None = None,
-) -> Float[Array, "B T D"]:
-    """Grouped-query attention with a float32 softmax; heads are merged in the result.
-
-    All logits exist at once; `fused_attention` never holds them.
-
-    Written out, because `jax.nn.dot_product_attention` does not lower in bfloat16 under strict
-    dtype promotion (jax 0.10).
-    """
-    batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)  # G query heads a key head
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    logits *= size**-0.5
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(batch, length, heads * size)
-
-
-def fused_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    lengths: Int[Array, "B"] | None = None,
-) -> Float[Array, "B T D"]:
-    """The same by cuDNN's flash attention: for bfloat16 on GPUs of compute capability 8.0 and up.
-
-    Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        lengths: Attention is causal over so many tokens of each row; None is all to all.
-    """
-    batch, length = q.shape[:2]
-    is_causal = lengths is not None
-    if length % 2:  # cuDNN's backward pass takes even lengths only
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
-    with jax.numpy_dtype_promotion("standard"):
-        out = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=is_causal,
-            query_seq_lengths=lengths,
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )
-    return out[:, :length].reshape(batch, length, -1)
 
 
 def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:

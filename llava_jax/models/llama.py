@@ -7,17 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llava_jax.config import AttentionKind, LlmConfig, Remat
+from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
     Embedding,
     Linear,
     RmsNorm,
     SampleKeys,
-    attention,
     fold_in,
-    fused_attention,
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
@@ -55,18 +54,12 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Who sees whom: earlier tokens of the same segment, and oneself."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    return same & jnp.tri(length, dtype=bool)[None]
-
-
 class Attention(nnx.Module):
-    def __init__(self, config: LlmConfig):
+    def __init__(self, config: LlmConfig, kind: AttentionKind):
         width, size = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
         self.head_dim = size
+        self.attend = ATTENTION[kind]
         self.q_proj = Linear(width, queries, bias=False)
         self.k_proj = Linear(width, keys, bias=False)
         self.v_proj = Linear(width, keys, bias=False)
@@ -76,15 +69,13 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T E"], Float[Array, "B T E"]],
-        seen: Bool[Array, "B T T"] | Int[Array, "B"],
+        segment_ids: Int[Array, "B T"],
         keys: SampleKeys,
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
-        # Whom a token sees: as a mask, or as the lengths of rows that are one segment each.
-        out = fused_attention(q, k, v, seen) if seen.ndim == 1 else attention(q, k, v, seen)
-        return self.o_proj(out, keys)
+        return self.o_proj(self.attend(q, k, v, segment_ids), keys)
 
 
 class Mlp(nnx.Module):
@@ -132,9 +123,9 @@ def in_chunks(
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlmConfig):
+    def __init__(self, config: LlmConfig, kind: AttentionKind):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kind)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
@@ -149,11 +140,10 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlmConfig, *, kind: AttentionKind, remat: Remat, offload: bool):
         self.config = config
-        self.kind: AttentionKind = kind
         self.remat: Remat = remat
         self.offload = offload
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = stack_blocks(Block(config), config.num_hidden_layers)
+        self.layers = stack_blocks(Block(config, kind), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.data(None) if config.tie_word_embeddings else LmHead(config)
 
@@ -177,15 +167,11 @@ class Llama(nnx.Module):
         """
         positions = positions_in_segments(segment_ids).astype(jnp.float32)
         angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
-        if self.kind == "cudnn":
-            seen = jnp.maximum(jnp.sum(segment_ids > 0, axis=1), 1)  # no row may be empty
-        else:
-            seen = causal_mask(segment_ids)
-        context = (jnp.cos(angles), jnp.sin(angles)), seen
+        context = (jnp.cos(angles), jnp.sin(angles)), segment_ids
 
         def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
-            rope, seen = context
-            x += block.self_attn(block.input_layernorm(x), rope, seen, keys)
+            rope, segment_ids = context
+            x += block.self_attn(block.input_layernorm(x), rope, segment_ids, keys)
             mlp = lambda x, keys: block.mlp(block.post_attention_layernorm(x), keys)
             x += in_chunks(mlp, x, keys, again=self.remat == "full")
             return constrain(x, "batch", "tokens", "activations")

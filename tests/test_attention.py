@@ -1,0 +1,80 @@
+"""The kernels for accelerators compute what attention written out computes."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from llava_jax.config import MeshConfig
+from llava_jax.models.attention import plain_attention, splash_attention
+from llava_jax.sharding import make_mesh
+
+HEAD = 64
+LENGTH = 300
+ROWS = {  # lengths of each row's segments; what is left of it is padding
+    "padded": [(200,), (1,), (256,), (LENGTH,)],
+    "packed": [(100, 200), (7, 283), (128, 128), (299, 1)],
+}
+
+
+@pytest.fixture(autouse=True)
+def splash_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    make = splash.make_splash_mha_single_device
+    interpreted = functools.partial(make, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+
+
+def segments(name: str) -> jax.Array:
+    ids = np.zeros((4, LENGTH), np.int32)
+    for row, lengths in zip(ids, ROWS[name], strict=True):
+        filled = np.repeat(np.arange(len(lengths)) + 1, lengths)
+        row[: len(filled)] = filled
+    return jnp.asarray(ids)
+
+
+def operands(length: int, heads: int, key_heads: int) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = [(4, length, n, HEAD) for n in (heads, key_heads, key_heads)]
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def results(attend: Callable, qkv: list[jax.Array], ids: jax.Array | None) -> list[jax.Array]:
+    """What attention gives, and its gradients, where there are tokens."""
+    real = jnp.ones(qkv[0].shape[:2]) if ids is None else (ids > 0).astype(jnp.float32)
+
+    def loss(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(*qkv, ids) * real[:, :, None]
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return [out, *grads]
+
+
+def assert_alike(found: list[jax.Array], expected: list[jax.Array]):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("rows", ROWS)
+def test_splash_is_plain_attention(rows: str, key_heads: int):
+    qkv, ids = operands(LENGTH, 4, key_heads), segments(rows)
+    assert_alike(results(splash_attention, qkv, ids), results(plain_attention, qkv, ids))
+
+
+def test_without_segments_all_tokens_see_all():
+    qkv = operands(37, 2, 2)
+    assert_alike(results(splash_attention, qkv, None), results(plain_attention, qkv, None))
+
+
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_devices_share_rows_and_heads(key_heads: int):
+    """A single key head cannot be shared: each device of `tensor` then computes all heads."""
+    qkv, ids = operands(LENGTH, 4, key_heads), segments("packed")
+    expected = results(plain_attention, qkv, ids)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert_alike(results(splash_attention, qkv, ids), expected)
