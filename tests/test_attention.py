@@ -1,5 +1,6 @@
 """The kernels for accelerators compute what attention written out computes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from training import CONFIG
 
-from llava_jax.config import MeshConfig
+from llava_jax.config import LLAVA_7B, MeshConfig
 from llava_jax.models.attention import plain_attention, splash_attention
+from llava_jax.program import attention_kind
 from llava_jax.sharding import make_mesh
 
 HEAD = 64
@@ -78,3 +81,23 @@ def test_devices_share_rows_and_heads(key_heads: int):
     expected = results(plain_attention, qkv, ids)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         assert_alike(results(splash_attention, qkv, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "change", "kind"),
+    [
+        ("tpu", "", {}, "splash"),
+        ("tpu", "", {"head_dim": 32}, "plain"),
+        ("gpu", "8.0", {}, "cudnn"),
+        ("gpu", "10.0", {}, "cudnn"),
+        ("gpu", "7.5", {}, "plain"),
+        ("gpu", "8.6", {"head_dim": 256}, "plain"),
+        ("cpu", "", {}, "plain"),
+    ],
+)
+def test_the_device_decides_the_kind(platform: str, capability: str, change: dict, kind: str):
+    run = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model = dataclasses.replace(LLAVA_7B, llm=dataclasses.replace(LLAVA_7B.llm, **change))
+    assert attention_kind(run, model, platform, capability) == kind
+    exact = dataclasses.replace(run, dtype="float32")
+    assert attention_kind(exact, model, platform, capability) == "plain"
