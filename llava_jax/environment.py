@@ -30,6 +30,8 @@ def prepare_for_planning() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # Any will do, a topology overrules it; without one libtpu asks a metadata server and complains.
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is used, so none need be free
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *PLANNING_FLAGS])
