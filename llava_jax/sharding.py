@@ -135,7 +135,8 @@ def place(
         if leaf.ndim != rank:  # a quantised weight's scales, in another form
             axes = ("layers", *["whole"] * (leaf.ndim - 1))
         sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
-        if streams(path) and fits_host(leaf.shape, sharding):
+        is_vectors = leaf.ndim == 2  # a layer of these is less than a TPU copies
+        if streams(path) and not is_vectors and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
