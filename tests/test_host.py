@@ -1,0 +1,34 @@
+"""How arrays in host memory are sliced, so that TPUs can copy the slices."""
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llava_jax.config import MeshConfig
+from llava_jax.host import slice_size
+from llava_jax.sharding import make_mesh, place
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((32, 128, 4096), 1),  # a layer of a stack
+        ((4096, 4096), 64),
+        ((32064, 4096), 1336),  # not 501, of which 8 is no divisor
+        ((32001, 4096), 32001),  # has no slices of whole tiles
+    ],
+)
+def test_slices_are_layers_or_whole_tiles(shape: tuple[int, ...], size: int):
+    assert slice_size(shape) == size
+
+
+def test_matrices_of_a_stack_are_streamed_and_vectors_are_not():
+    paths = {
+        "llm.layers.self_attn.q_proj.weight": (32, 4096, 4096),
+        "llm.layers.input_layernorm.weight": (32, 16384),
+    }
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in paths.items()}
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    placed = place(shapes, mesh, streams=lambda path: True)
+    kinds = [leaf.sharding.memory_kind for leaf in placed.values()]
+    assert kinds == ["pinned_host", NamedSharding(mesh, PartitionSpec()).memory_kind]
