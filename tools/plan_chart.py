@@ -19,7 +19,7 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
-    figure = Figure(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1.4 + 0.36 * len(bars)), layout="constrained")
     sides = figure.subplots(1, 2, sharey=True)
     for side, axes in zip(("device", "host"), sides, strict=True):
         left = [0.0] * len(bars)
@@ -30,7 +30,7 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
         for row, end in enumerate(left):
             axes.text(end, row, f" {end:.1f}", va="center", fontsize=8)
         axes.set_xlabel(f"GiB of {'each device' if side == 'device' else 'host memory, a device'}")
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.02)
         axes.spines[["top", "right"]].set_visible(False)
     for capacity in {usage.capacity / GIB for _, usage in bars}:
         sides[0].axvline(capacity, color="black", linestyle=":")
@@ -38,4 +38,4 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
     sides[0].invert_yaxis()
     figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                   fontsize=8)  # fmt: skip
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
