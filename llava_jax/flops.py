@@ -16,13 +16,18 @@ CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(
 NAME = re.compile(r"%[\w.-]+")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-LIBRARIES = ("__cublas", "__cudnn", "__onednn")
+SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dkv|dq)_")
+SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+"""Products in each of the splash kernels: QK, which all of them compute, and those with it."""
+
+LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call")
 """Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
 
 
 class Instruction(NamedTuple):
     """A line of a module's text: `%name = shape opcode(operands), attributes`."""
 
+    name: str
     shape: str
     opcode: str
     operands: str
@@ -69,8 +74,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
     entry = name = ""
     for line in text.splitlines():
         if found := INSTRUCTION.match(line):
-            key, *fields = found.groups()
-            module[name][key] = Instruction(*fields)
+            module[name][found[1]] = Instruction(*found.groups())
         elif found := COMPUTATION.match(line):
             name = found[2]
             module[name] = {}
@@ -107,6 +111,9 @@ def _products(instruction: Instruction, scope: Computation) -> int:
         return _dot(instruction, scope)
     if target.startswith("__cudnn$fmha"):
         return _attention(instruction, scope, 5 if "Backward" in target else 2)
+    if kernel := SPLASH.match(instruction.name):
+        query, key = _operands(instruction, scope)[2:4]  # after what tells which blocks to compute
+        return SPLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * key[-2]
     if target.startswith(LIBRARIES):
         raise ValueError(f"cannot count the operations of {target}; teach flops.py")
     return 0

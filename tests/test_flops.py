@@ -181,3 +181,25 @@ def test_the_train_step(llm: Any, remat: Remat):
     )
     usage = plan.measure_here(config, MODEL, images=2, capacity=2**30)
     assert usage.flops == train_step_flops(tune, remat)
+
+
+SPLASH_CALLS = """HloModule step, is_scheduled=true
+
+ENTRY %main (b: s8[1,4,4], q: bf16[6,16,8], k: bf16[2,24,8]) -> bf16[6,16,8] {
+  %b = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[6,16,8]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %k = bf16[2,24,8]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %splash_mha_fwd_segmented_no_residuals.2 = (f32[16,128]{1,0}, bf16[6,16,8]{2,1,0}) custom-call(%b, %b, %q, %k, %k, /*index=5*/%b), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+  %splash_mha_dkv_segmented_no_residuals.1 = (f32[24,8]{1,0}, bf16[2,24,8]{2,1,0}) custom-call(%b, %b, %q, %k, %k, /*index=5*/%b), custom_call_target="tpu_custom_call"
+  %splash_mha_dq_segmented_no_residuals.1 = (f32[16,8]{1,0}, bf16[6,16,8]{2,1,0}) custom-call(%b, %b, %q, %k, %k, /*index=5*/%b), custom_call_target="tpu_custom_call"
+  ROOT %out = bf16[6,16,8]{2,1,0} get-tuple-element(%splash_mha_fwd_segmented_no_residuals.2), index=1
+}
+"""  # noqa: E501
+
+
+def test_splash_attention_of_tpus():
+    assert matmul_flops(SPLASH_CALLS) == (2 + 4 + 3) * 2 * 6 * 16 * 24 * 8
+    with pytest.raises(ValueError, match="tpu_custom_call"):
+        matmul_flops(SPLASH_CALLS.replace("splash_mha_dq", "another"))
