@@ -231,12 +231,13 @@ def test_a_run_by_another_plan_learns_the_same(
     """Weights go to host memory when they are loaded, and come back from there when saved."""
     monkeypatch.setattr(host, "LEAST_SLICE", 100)
     flags = ("offload-optimizer", "stream-weights", "offload-activations")
-    for name, tuning in (("lora", []), ("full", ["--tune.llm", "full"])):
+    recipes = {"lora": [], "int8": ["--quantize", "int8"], "full": ["--tune.llm", "full"]}
+    for name, tuning in recipes.items():
         results = []
         for plan in ([], [f"--memory.{flag}" for flag in flags]):
             status, directory = start(f"plan-{name}-{len(plan)}", *tuning, *plan)
             assert status == 0
-            left = directory / ("adapter" if name == "lora" else "model")
+            left = directory / ("model" if name == "full" else "adapter")
             (file,) = left.glob("*.safetensors")
             results.append(([row["loss"] for row in metrics(directory)], load_file(file)))
         (losses, tensors), (planned_losses, planned) = results
