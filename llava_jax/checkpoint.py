@@ -6,9 +6,11 @@ The frozen base is not copied: the run's config.json names it and holds its fing
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from llava_jax.config import CheckpointConfig
+from llava_jax.host import PINNED_HOST
 from llava_jax.step import TrainState
 
 
@@ -30,7 +32,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts saving; `state` may be donated to the next step at once.
+        """Starts saving, and if `state` lies in host memory finishes; then it may be donated.
 
         Args:
             state: What the next step starts from.
@@ -41,6 +43,8 @@ class Checkpoints:
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=args)
+        if any(leaf.sharding.memory_kind == PINNED_HOST for leaf in jax.tree.leaves(state)):
+            self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong with it."""

@@ -1,6 +1,7 @@
 """What must be set before JAX is imported."""
 
 import os
+from pathlib import Path
 
 from llava_jax.devices import RESERVE_SHARE
 
@@ -21,8 +22,11 @@ def prepare_for_training() -> None:
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of this machine's memory, or of its container's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # "max" where there is none
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(text)) if text.isdigit() else machine
 
 
 def prepare_for_planning() -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_jax.models.llava import head_logits
+from llava_jax.sharding import constrain
 
 CHUNK_TOKENS = 64
 """Tokens of each sample whose logits exist at one time."""
@@ -52,7 +53,7 @@ def weighted_loss(
 def _with_gradients(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    narrow = head.astype(hidden.dtype)
+    narrow = constrain(head.astype(hidden.dtype), "vocab", "whole")  # gathered once too
 
     def one_chunk(
         totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]

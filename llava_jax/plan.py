@@ -7,15 +7,24 @@ must have been prepared by `environment.prepare_for_planning` before JAX was imp
 
 import dataclasses
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from llava_jax.config import AttentionKind, ConfigError, MemoryConfig, ModelConfig, TrainConfig
+from llava_jax.config import (
+    AttentionKind,
+    ConfigError,
+    MemoryConfig,
+    ModelConfig,
+    Parts,
+    TrainConfig,
+)
 from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
 from llava_jax.flops import matmul_flops
 from llava_jax.host import is_for_host
@@ -71,7 +80,7 @@ class Usage:
     host_total: int
     pcie: int
     capacity: int
-    flops: int
+    flops: int | None
     host_capacity: int | None = None
 
     @property
@@ -173,7 +182,9 @@ def _program(
     config: TrainConfig, model: ModelConfig, devices: list[Any], kind: AttentionKind
 ) -> tuple[Program, Any]:
     mesh = make_mesh(config.mesh, devices)
-    program = build_program(config, model, TOTAL_STEPS, mesh, kind=kind, donate=True)
+    program = build_program(
+        config, model, config.steps or TOTAL_STEPS, mesh, kind=kind, donate=True
+    )
     images = 1 if config.data.max_images is None else config.data.max_images
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
     return program, batch
@@ -253,7 +264,15 @@ def _usage(program: Program, config: TrainConfig, stats: Any, text: str, capacit
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
     pcie = _pcie_bytes(program, host, config)
-    return Usage(device, host, total, host_total, pcie, capacity, matmul_flops(text))
+    return Usage(device, host, total, host_total, pcie, capacity, _flops(text))
+
+
+def _flops(text: str) -> int | None:
+    try:
+        return matmul_flops(text)
+    except ValueError as error:  # decides nothing about a run
+        logging.getLogger(__name__).warning("%s", error)
+        return None
 
 
 def _bytes(tree: Any, *, on_host: bool) -> int:
@@ -278,13 +297,15 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
 
 
 def sizes(config: TrainConfig) -> ModelConfig:
-    """The sizes of a run's model: its checkpoint's, or the config's where there is none yet."""
-    try:
-        if config.init_from is not None:
-            return read_config(resolve(config.init_from).base)
-    except ConfigError:
-        if config.model is None:
-            raise
+    """The sizes of a run's model: its checkpoint's, or the config's where there is none yet.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    source = config.init_from
+    place = source.llm if isinstance(source, Parts) else source
+    if source is not None and (config.model is None or Path(str(place)).exists()):
+        return read_config(resolve(source).base)
     if config.model is None:
         raise ConfigError("set init_from to a checkpoint, or model")
     return config.model
@@ -301,7 +322,8 @@ def usage_table(usage: Usage) -> str:
     lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
     lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}")
     lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
-    lines.append(f"FLOPs: {usage.flops:.3e} a device and optimizer step, of matrix products")
+    flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
+    lines.append(f"FLOPs: {flops} a device and optimizer step, of matrix products")
     return "\n".join([*lines, "fits" if usage.fits else "does not fit"])
 
 
@@ -365,14 +387,18 @@ def find_plan(
 
 def best(trials: Sequence[Trial]) -> Trial:
     """What `find_plan` ended with: the plan that fits, or else the closest."""
-    return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: t.usage.total)
+    missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)
+    return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: missing(t.usage))
 
 
 def least_devices(usage: Usage, count: int) -> int | None:
     """At least so many devices would take a plan that `count` do not; None if no number would.
 
-    They share weights, gradients and moments, and each has its own activations.
+    They share weights, gradients and moments, and each has its own activations. They do not help a
+    host that has too little memory.
     """
+    if usage.host_headroom < 0:
+        return None
     left = usage.capacity - usage.reserve - usage.device[REST]
     return math.ceil(count * (usage.total - usage.device[REST]) / left) if left > 0 else None
 

@@ -123,9 +123,10 @@ def build(
     kind: AttentionKind = "plain",
     remat: Remat = "full",
     offload: bool = False,
+    gather: bool = True,
 ) -> tuple[nnx.GraphDef, Abstract]:
     """A model's structure and its parameters' shapes, in float32; no memory is taken."""
-    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload)
+    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
     lora.add_adapters(model, dict(adapters))
     return split(model)
 

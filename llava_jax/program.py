@@ -161,6 +161,7 @@ def build_program(
         kind=kind,
         remat=memory.remat,
         offload=memory.offload_activations,
+        gather=not memory.stream_weights,
     )
     trains = lambda path: lora.is_trainable(path, config.tune)
     shapes = {
@@ -199,7 +200,10 @@ def build_program(
         data_parallel_size(mesh),
         gradients,
     )
-    uses_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
+    # Of several devices, each has but a few of the samples.
+    pixels_on_host = memory.offload_optimizer and data_parallel_size(mesh) == 1
+    from_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
+    uses_host = from_host or pixels_on_host or memory.offload_activations
     platform = mesh.devices.flat[0].platform
     return Program(
         model_config=model_config,
@@ -210,14 +214,13 @@ def build_program(
         abstract=abstract,
         state=state,
         gradients=gradients,
-        # Among several devices each has but a few of the samples.
-        pixels_on_host=memory.offload_optimizer and data_parallel_size(mesh) == 1,
+        pixels_on_host=pixels_on_host,
         accumulation=accumulation,
         eval_size=eval_size,
         train_step=jax.jit(
             step,
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
-            donate_argnums=0 if donate or not (uses_host and platform == "cpu") else (),
+            donate_argnums=0 if donate or not (from_host and platform == "cpu") else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
             compiler_options=STREAMING_OPTIONS if uses_host and platform == "gpu" else None,
         ),
@@ -260,7 +263,7 @@ def attention_kind(
         return "plain"
     if platform == "tpu" and all(size % 64 == 0 for size in sizes):
         return "splash"
-    newer = platform == "gpu" and float(capability) >= 8.0
+    newer = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
     return "cudnn" if newer and all(size <= 128 and size % 8 == 0 for size in sizes) else "plain"
 
 

@@ -169,6 +169,34 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
+def gather(path: str, x: Any) -> Any:
+    """One layer of a stacked parameter, brought together from the `fsdp` axis.
+
+    For a loop whose every turn would do so. The gradient is divided among the devices again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    divided = to_spec(logical_axes(path)[1:], x.shape, mesh.shape)
+    names = lambda axes: () if axes is None else (axes,) if isinstance(axes, str) else axes
+    whole = PartitionSpec(*(tuple(n for n in names(axes) if n != "fsdp") for axes in divided))
+    if isinstance(x, jax.Array):
+        return _gather(x, whole, divided)
+    constrain = lambda part: jax.lax.with_sharding_constraint(part, whole)
+    return jax.tree.map(lambda part: constrain(part) if part.ndim == len(whole) else part, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, divided: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(
+    lambda x, whole, divided: (_gather(x, whole, divided), None),
+    lambda whole, divided, _, grad: (jax.lax.with_sharding_constraint(grad, divided),),
+)
+
+
 def on_shards(
     function: Callable[..., jax.Array],
     arguments: Sequence[tuple[str, ...]],

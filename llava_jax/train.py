@@ -75,7 +75,7 @@ def run(config: TrainConfig) -> int:
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
         if config.memory.plan == "auto":
-            config = _choose_plan(config, model_config, mesh, inputs.spec.max_images)
+            config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
         with jax.set_mesh(mesh):
             kind = attention_here(config, model_config)
             print(f"attention: {kind}")
@@ -209,7 +209,9 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkp
     return dataclasses.replace(config, init_adapter=str(found.adapter)), found
 
 
-def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: int) -> TrainConfig:
+def _choose_plan(
+    config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
+) -> TrainConfig:
     """The cheapest plan that fits the attached devices, before a weight is loaded.
 
     Raises:
@@ -220,8 +222,9 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
         return config
     known = Path(config.output_dir) / ".plans"
     for_host = int(0.9 * host_memory()) // jax.local_device_count()
+    as_run = dataclasses.replace(config, steps=steps)  # so that the step need not compile again
     measure = lambda plan: dataclasses.replace(
-        measure_once(known, plan.apply(config), model, images, capacity), host_capacity=for_host
+        measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
     trials = []
     for trial in find_plan(config, data_parallel_size(mesh), measure):
@@ -235,6 +238,7 @@ def _choose_plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, images: in
             f"are left to the runtime, and {for_host / GIB:.1f} GiB of host memory a device; the "
             f"closest is {chosen.plan}: {usage.total / GIB:.2f} and {usage.host_total / GIB:.2f}; "
             "take "
+            + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, data.max_length or lora.rank"
         )

@@ -142,7 +142,19 @@ def measured(config: TrainConfig) -> list[Trial]:
 
 def choose(config: TrainConfig, limit: float, images: int = 1) -> TrainConfig:
     config = change(config, memory={"limit_gib": limit / GIB})
-    return train._choose_plan(config, MODEL, make_mesh(config.mesh), images)
+    return train._choose_plan(config, MODEL, 9, make_mesh(config.mesh), images)
+
+
+def test_more_devices_do_not_help_a_host_that_is_too_small():
+    usage = dataclasses.replace(used(GIB), host_total=9 * GIB, host_capacity=8 * GIB)
+    assert not usage.fits
+    assert plan.least_devices(usage, 1) is None
+    assert "1.00 GiB too much for the host" in plan.describe_trial(
+        Trial(Plan(1, MemoryConfig()), usage)
+    )
+    larger = Trial(Plan(2, MemoryConfig()), used(12 * GIB))  # 2.5 GiB too much
+    closest = Trial(Plan(1, MemoryConfig()), usage)
+    assert best([closest, larger]) == best([larger, closest]) == closest
 
 
 def room_for(total: int) -> int:

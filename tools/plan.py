@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_jax.devices import GIB
 from llava_jax.environment import prepare_for_planning
 
-GIB = 2**30
 MOST_DEVICES = 64  # to look for a number of devices that would do
 
 
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1, help="devices")
     parser.add_argument("--memory", type=float, help="GiB of one device, if not the table's")
     parser.add_argument("--host-memory", type=float, help="GiB of the host, all devices together")
-    parser.add_argument("--fit", action="store_true", help="find the cheapest plan that fits")
+    fit = "find the cheapest plan that fits; so it is where the config's memory.plan is auto"
+    parser.add_argument("--fit", action="store_true", help=fit)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
     given, rest = parser.parse_known_args(argv)
@@ -66,7 +67,8 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     kind = planning.attention_for(config, model, planning.find_device(given.device))
     print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
-    if given.fit:
+    searches = given.fit or config.memory.plan == "auto"
+    if searches:
         trials = []
         for trial in planning.find_plan(config, data_parallel_size(mesh), measure):
             print(planning.describe_trial(trial), flush=True)
@@ -77,7 +79,7 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     chosen = planning.best(trials)
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(planning.usage_table(chosen.usage))
-    if given.fit and not chosen.usage.fits:
+    if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
     figures["fits"] = chosen.usage.fits

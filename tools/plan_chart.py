@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from llava_jax.devices import GIB
 from llava_jax.plan import Usage
 
-GIB = 2**30
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from llava_jax import plan
 from llava_jax.config import TrainConfig, load_config
+from llava_jax.devices import GIB
 
-GIB = 2**30
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -72,10 +73,12 @@ HEADER = """\
 
 
 def measure(row: Row) -> tuple[plan.Usage, float]:
-    """What a row takes, and its FLOPs as a multiple of the resident plan's."""
+    """What a row takes, and its FLOPs as a multiple of the resident plan's (NaN: not counted)."""
     config = load_config(CONFIGS / f"{row.config}.py")
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
     resident = _measure(config, (), row.micro_size, row.device, row.count)
+    if usage.flops is None or resident.flops is None:
+        return usage, math.nan
     return usage, usage.flops / resident.flops
 
 

@@ -75,7 +75,7 @@ class Linear(nnx.Module):
         if isinstance(weight, Quantised):
             y = _quantised_product(x, weight)
         else:
-            y = jnp.einsum("BTD,FD->BTF", *gradients_together(x, weight.astype(x.dtype)))
+            y = jnp.einsum("BTD,FD->BTF", x, weight.astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
@@ -154,7 +154,7 @@ class LayerNorm(nnx.Module):
 
 @jax.custom_vjp
 def gradients_together(*args: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns its arguments, whose gradients will be computed at one time.
+    """Returns its arguments, all to be used and trained, whose gradients come at one time.
 
     Else the compiler may put off a weight's gradient to the end of the backward pass, and keep all
     that it is computed from until then.
@@ -162,16 +162,9 @@ def gradients_together(*args: jax.Array) -> tuple[jax.Array, ...]:
     return args
 
 
-def _together_forward(*args: Any) -> tuple[tuple[jax.Array, ...], tuple]:
-    return tuple(arg.value for arg in args), tuple(() if arg.perturbed else None for arg in args)
-
-
-def _together_backward(perturbed: tuple, grads: tuple[jax.Array, ...]) -> tuple:
-    wanted = [None if p is None else g for p, g in zip(perturbed, grads, strict=True)]
-    return tuple(jax.lax.optimization_barrier(wanted))
-
-
-gradients_together.defvjp(_together_forward, _together_backward, symbolic_zeros=True)
+gradients_together.defvjp(
+    lambda *args: (args, None), lambda _, grads: jax.lax.optimization_barrier(grads)
+)
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -17,10 +17,12 @@ from llava_jax.models.layers import (
     RmsNorm,
     SampleKeys,
     fold_in,
+    merge,
     parameter,
+    split,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.sharding import constrain
+from llava_jax.sharding import constrain, gather
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
@@ -136,12 +138,30 @@ class LmHead(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A decoder from embeddings to final hidden states; the loss multiplies them by `head`."""
+    """A decoder from embeddings to final hidden states; the loss multiplies them by `head`.
 
-    def __init__(self, config: LlmConfig, *, kind: AttentionKind, remat: Remat, offload: bool):
+    Args:
+        config: Sizes.
+        kind: How attention is computed.
+        remat: What the backward pass computes again.
+        offload: Whether the blocks' inputs wait for it in host memory.
+        gather: Whether an MLP's weights are gathered once, for all of its chunks of tokens: it
+            takes memory for them, and saves traffic among devices.
+    """
+
+    def __init__(
+        self,
+        config: LlmConfig,
+        *,
+        kind: AttentionKind,
+        remat: Remat,
+        offload: bool,
+        gather: bool,
+    ):
         self.config = config
         self.remat: Remat = remat
         self.offload = offload
+        self.gather = gather
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = stack_blocks(Block(config, kind), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -172,8 +192,12 @@ class Llama(nnx.Module):
         def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
             rope, segment_ids = context
             x += block.self_attn(block.input_layernorm(x), rope, segment_ids, keys)
-            mlp = lambda x, keys: block.mlp(block.post_attention_layernorm(x), keys)
-            x += in_chunks(mlp, x, keys, again=self.remat == "full")
+            graph, params = split(block.mlp)
+            if self.gather:
+                params = {path: gather(f"llm.layers.mlp.{path}", x) for path, x in params.items()}
+            mlp = merge(graph, params)
+            feed = lambda x, keys: mlp(block.post_attention_layernorm(x), keys)
+            x += in_chunks(feed, x, keys, again=self.remat == "full")
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")

@@ -10,6 +10,9 @@ from llava_jax.models.clip import ClipVision
 from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
 from llava_jax.models.llama import Llama
 
+VISION_DROPOUT = 2**31 - 1
+"""Folded into keys, this gives others than any layer of the decoder."""
+
 
 class Projector(nnx.Module):
     def __init__(self, config: ModelConfig):
@@ -32,6 +35,7 @@ class Llava(nnx.Module):
         kind: How attention is computed.
         remat: What the backward pass computes again.
         offload: Whether the blocks' inputs wait for it in host memory.
+        gather: As for `llama.Llama`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Llava(nnx.Module):
         kind: AttentionKind = "plain",
         remat: Remat = "full",
         offload: bool = False,
+        gather: bool = True,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -49,7 +54,7 @@ class Llava(nnx.Module):
             config.vision, config.used_vision_layers, kind=kind, remat=remat, offload=offload
         )
         self.projector = Projector(config)
-        self.llm = Llama(config.llm, kind=kind, remat=remat, offload=offload)
+        self.llm = Llama(config.llm, kind=kind, remat=remat, offload=offload, gather=gather)
 
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: SampleKeys = None
@@ -128,4 +133,5 @@ def _image_keys(keys: SampleKeys, images: int) -> Key[Array, "I"] | None:
     """A key for each of a sample's images, in the order [B, M] flattened."""
     if keys is None:
         return None
+    keys = fold_in(keys, VISION_DROPOUT)
     return jax.vmap(lambda m: fold_in(keys, m), out_axes=1)(jnp.arange(images)).reshape(-1)

@@ -13,6 +13,7 @@ from training import CONFIG, MODEL, change, run
 
 from llava_jax import host
 from llava_jax.config import MemoryConfig, TuneConfig
+from llava_jax.models import llama
 
 STEPS = 20
 RESIDENT = MemoryConfig()
@@ -54,6 +55,7 @@ def recipe(
 def small_arrays_may_lie_on_the_host():
     patch = pytest.MonkeyPatch()
     patch.setattr(host, "LEAST_SLICE", 100)
+    patch.setattr(llama, "CHUNK_TOKENS", 8)  # three chunks, a token of padding
     yield
     patch.undo()
 
@@ -95,3 +97,12 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
     weights = memory.stream_weights or (memory.offload_optimizer and name == "full")
     assert bool(in_host_memory(program.abstract)) == weights
     assert bool(in_host_memory(program.gradients)) == (memory.stream_weights and name == "full")
+
+
+def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
+    config = change(recipe("lora", fsdp=8), lora={"dropout": 0.0}, optimizer={"eps": 1e-4})
+    losses = []
+    for tokens in (8, 100):
+        monkeypatch.setattr(llama, "CHUNK_TOKENS", tokens)
+        losses.append([row["loss"] for row in run(config, devices=8, steps=5)[0]])
+    np.testing.assert_allclose(*losses, rtol=1e-6)

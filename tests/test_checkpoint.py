@@ -1,0 +1,24 @@
+"""What Orbax still reads must not be donated."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from training import CONFIG, change, start
+
+from llava_jax import host
+from llava_jax.checkpoint import Checkpoints
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_saving_waits_for_what_lies_in_host_memory(
+    on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(host, "LEAST_SLICE", 100)
+    config = change(CONFIG, memory={"offload_optimizer": on_host})
+    program, state, _ = start(config, 1, 3)
+    waits = []
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: waits.append(self))
+    with Checkpoints(tmp_path, config.checkpoint) as saved, jax.set_mesh(program.mesh):
+        saved.save(state, {})
+        assert len(waits) == on_host
