@@ -268,15 +268,16 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     terms = {"frozen weights": 9 * GIB, REST: GIB}
-    usage = Usage(terms, dict.fromkeys(terms, 0), 10 * GIB, 0, 0, 2 * GIB)
+    usage = Usage(terms, dict.fromkeys(terms, 0), 10 * GIB, 0, 0, 2 * GIB, 0)
     monkeypatch.setattr(plan_cache, "measure_here", lambda *_: usage)
     monkeypatch.setattr(train, "_load", None)
     arguments = ["--lora.rank", "5", "--memory.plan", "auto", "--memory.limit-gib", "2"]
     status, directory = start("too-large", *arguments)
     assert status == 1
     error = capsys.readouterr().err
-    assert "no plan fits 2.0 GiB a device; the closest is micro-batch 1, " in error
-    assert "take at least 144 such devices, or a smaller model" in error
+    assert "no plan fits 2.0 GiB a device" in error
+    assert "the closest is micro-batch 1, " in error
+    assert "take at least 82 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
 
 
