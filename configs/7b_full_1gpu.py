@@ -1,7 +1,7 @@
 """The recipe of 7b_full.py on one GPU of 24 GB, beside 128 GB of host memory.
 
-The plan that fits there keeps the decoder's weights, gradients and moments in host memory. A
-checkpoint is 80 GB, so one is kept.
+The planner chooses one that keeps the decoder's weights, gradients and moments in host memory. All
+that differs here is that one checkpoint is kept: it is 80 GB.
 """
 
 import dataclasses

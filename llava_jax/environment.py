@@ -40,4 +40,4 @@ def prepare_for_planning() -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is used, so none need be free
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *PLANNING_FLAGS])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of what does not fit; so do we
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of what does not fit; so do we

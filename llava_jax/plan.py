@@ -318,13 +318,17 @@ def usage_table(usage: Usage) -> str:
         device, host = usage.device[term] / GIB, usage.host[term] / GIB
         lines.append(f"{term:32}{device:11.2f}{host:11.2f}")
     lines.append(f"{'sum':32}{usage.total / GIB:11.2f}{usage.host_total / GIB:11.2f}")
-    lines.append(f"{'memory of the device':32}{usage.capacity / GIB:11.2f}")
+    known = usage.host_capacity is not None
+    host = f"{(usage.host_capacity or 0) / GIB:11.2f}" if known else f"{'not given':>11}"
+    left = f"{usage.host_headroom / GIB:11.2f}" if known else ""
+    lines.append(f"{'memory':32}{usage.capacity / GIB:11.2f}{host}")
     lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
-    lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}")
+    lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}{left}")
     lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
     flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
     lines.append(f"FLOPs: {flops} a device and optimizer step, of matrix products")
-    return "\n".join([*lines, "fits" if usage.fits else "does not fit"])
+    verdict = "fits" if usage.fits else "does not fit"
+    return "\n".join([*lines, verdict if known else f"{verdict}; the host's memory is not given"])
 
 
 @dataclasses.dataclass(frozen=True)

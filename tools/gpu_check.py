@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to what is measured
     well = [check_gradients(recipe, dtype) for recipe in RECIPES for dtype in TOLERANCE]
-    well.append(check_gradients(LORA, "bfloat16", INPUTS_HOSTED))
+    well += [check_gradients(LORA, dtype, INPUTS_HOSTED) for dtype in TOLERANCE]
     if jax.default_backend() == "cpu" or given.small:
         print("peaks of memory: not measured")
     else:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.devices import GIB
+from llava_jax.devices import GIB, GPUS, TPUS
 from llava_jax.environment import prepare_for_planning
 
 MOST_DEVICES = 64  # to look for a number of devices that would do
@@ -18,16 +18,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python tools/plan.py",
         description="Compiles a run's train step for a device and prints the memory it takes. "
-        "Any field of the config can be overridden, as in training.",
+        "Any field of the config can be overridden, as in training. Exit status: 0 it fits, 3 it "
+        "does not, 1 a mistake.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a config file")
     what.add_argument("--table", action="store_true", help="the published recipes, as in README")
-    parser.add_argument("--device", default="rtx3090", help="a name in llava_jax/devices.py")
+    names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
+    parser.add_argument("--device", default="rtx3090", help=names)
     parser.add_argument("--count", type=int, default=1, help="devices")
-    parser.add_argument("--memory", type=float, help="GiB of one device, if not the table's")
+    parser.add_argument("--memory", type=float, help="GiB of one device, if other than its own")
     parser.add_argument("--host-memory", type=float, help="GiB of the host, all devices together")
-    fit = "find the cheapest plan that fits; so it is where the config's memory.plan is auto"
+    fit = "find the cheapest plan that fits; always on where the config's memory.plan is auto"
     parser.add_argument("--fit", action="store_true", help=fit)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
