@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.host import PINNED_HOST
+from llava_jax.host import is_for_host
 from llava_jax.step import TrainState
 
 
@@ -43,7 +43,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=args)
-        if any(leaf.sharding.memory_kind == PINNED_HOST for leaf in jax.tree.leaves(state)):
+        if any(map(is_for_host, jax.tree.leaves(state))):
             self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
 
     def wait(self) -> None:

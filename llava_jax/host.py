@@ -41,8 +41,8 @@ def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
     return sharding.shard_shape(shape)[0] == shape[0]
 
 
-def is_for_host(leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether a placed shape is that of an array in host memory."""
+def is_for_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, or a placed shape, is in host memory by its sharding."""
     return leaf.sharding.memory_kind == PINNED_HOST
 
 

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
+from llava_jax.models.layers import from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
 from llava_jax.sharding import constrain
 
@@ -31,8 +32,10 @@ def token_losses(
         logits = head_logits(hidden, narrow)
         return TokenLosses(_nll(logits, targets), jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
-    losses = jax.lax.map(one_chunk, (_to_chunks(hidden), _to_chunks(targets)))
-    return TokenLosses(*(_from_chunks(x, hidden.shape[1]) for x in losses))
+    losses = jax.lax.map(
+        one_chunk, (to_chunks(hidden, CHUNK_TOKENS), to_chunks(targets, CHUNK_TOKENS))
+    )
+    return TokenLosses(*(from_chunks(x, hidden.shape[1]) for x in losses))
 
 
 @jax.custom_vjp
@@ -69,9 +72,9 @@ def _with_gradients(
         return (loss, head_grad), jnp.einsum("BTV,VD->BTD", grad, narrow)
 
     zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
-    chunks = tuple(map(_to_chunks, (hidden, targets, weights)))
+    chunks = tuple(to_chunks(x, CHUNK_TOKENS) for x in (hidden, targets, weights))
     (loss, head_grad), hidden_grad = jax.lax.scan(one_chunk, zeros, chunks)
-    return loss, (_from_chunks(hidden_grad, hidden.shape[1]), head_grad.astype(head.dtype))
+    return loss, (from_chunks(hidden_grad, hidden.shape[1]), head_grad.astype(head.dtype))
 
 
 def _scaled(grads: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple:
@@ -84,19 +87,6 @@ weighted_loss.defvjp(_with_gradients, _scaled)
 def _nll(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
-def _to_chunks(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "chunks B chunk *rest"]:
-    chunk = min(CHUNK_TOKENS, x.shape[1])
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-
-def _from_chunks(
-    x: Shaped[Array, "chunks B chunk *rest"], length: int
-) -> Shaped[Array, "B T *rest"]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def next_tokens(

@@ -389,6 +389,17 @@ def find_plan(
         return
 
 
+def choose_plan(
+    config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
+) -> Trial:
+    """What `find_plan` ends with, or else the closest; prints a line for each trial."""
+    trials = []
+    for trial in find_plan(config, data_parallel, measure_plan):
+        print(describe_trial(trial), flush=True)
+        trials.append(trial)
+    return best(trials)
+
+
 def best(trials: Sequence[Trial]) -> Trial:
     """What `find_plan` ended with: the plan that fits, or else the closest."""
     missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)

@@ -29,7 +29,7 @@ from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.plan import attention_here, best, describe_trial, find_plan, least_devices
+from llava_jax.plan import attention_here, choose_plan, least_devices
 from llava_jax.plan_cache import measure_once
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
@@ -226,11 +226,7 @@ def _choose_plan(
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
-    trials = []
-    for trial in find_plan(config, data_parallel_size(mesh), measure):
-        print(describe_trial(trial))
-        trials.append(trial)
-    chosen = best(trials)
+    chosen = choose_plan(config, data_parallel_size(mesh), measure)
     if not chosen.usage.fits:
         usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
         raise ConfigError(

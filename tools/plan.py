@@ -71,26 +71,17 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     searches = given.fit or config.memory.plan == "auto"
     if searches:
-        trials = []
-        for trial in planning.find_plan(config, data_parallel_size(mesh), measure):
-            print(planning.describe_trial(trial), flush=True)
-            trials.append(trial)
+        chosen = planning.choose_plan(config, data_parallel_size(mesh), measure)
     else:
         wanted = planning.Plan(micro_size(config.batch, mesh), config.memory)
-        trials = [planning.Trial(wanted, measure(wanted))]
-    chosen = planning.best(trials)
+        chosen = planning.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(planning.usage_table(chosen.usage))
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
     figures["fits"] = chosen.usage.fits
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if given.chart:
-        from plan_chart import draw
-
-        draw(given.chart, [(str(chosen.plan), chosen.usage)])
+    write(given, figures, [(str(chosen.plan), chosen.usage)])
     return 0 if chosen.usage.fits else 3
 
 
@@ -104,14 +95,19 @@ def table(given: argparse.Namespace) -> int:
         usage, flops = measure(row)
         print(describe(row, usage, flops), flush=True)
         found.append((row, usage))
+    figures = [dataclasses.asdict(row) | dataclasses.asdict(usage) for row, usage in found]
+    write(given, figures, [(str(row), usage) for row, usage in found])
+    return 0 if all(row.holds(usage) for row, usage in found) else 3
+
+
+def write(given: argparse.Namespace, figures: Any, bars: list[tuple[str, Any]]) -> None:
+    """The figures as JSON and as a chart, where they are asked for."""
     if given.json:
-        rows = [dataclasses.asdict(row) | dataclasses.asdict(usage) for row, usage in found]
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
     if given.chart:
         from plan_chart import draw
 
-        draw(given.chart, [(str(row), usage) for row, usage in found])
-    return 0 if all(row.holds(usage) for row, usage in found) else 3
+        draw(given.chart, bars)
 
 
 def devices_that_would(plan: Any, measure: Any, count: int) -> str:

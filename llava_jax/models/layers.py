@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from llava_jax.quant import Quantised, dequantise
 
@@ -189,3 +189,18 @@ def dropout(x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"]) -> Flo
     threshold = round((1 - rate) * 2**16)
     bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
     return jnp.where(bits < threshold, x / (1 - rate), 0)
+
+
+def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks B chunk *rest"]:
+    """Rows cut into equal pieces of at most `most` tokens, as few as do, the last one padded."""
+    count = -(-x.shape[1] // most)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % count), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def from_chunks(
+    x: Shaped[Array, "chunks B chunk *rest"], length: int
+) -> Shaped[Array, "B T *rest"]:
+    """The inverse, for rows of `length` tokens."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -17,9 +17,11 @@ from llava_jax.models.layers import (
     RmsNorm,
     SampleKeys,
     fold_in,
+    from_chunks,
     merge,
     parameter,
     split,
+    to_chunks,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
 from llava_jax.sharding import constrain, gather
@@ -110,18 +112,14 @@ def in_chunks(
         keys: Dropout, folded for every chunk.
         again: Compute each chunk again in the backward pass, so that wide arrays are never kept.
     """
-    batch, length, width = x.shape
-    count = -(-length // CHUNK_TOKENS)
-    padded = jnp.pad(x, ((0, 0), (0, -length % count), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, count, -1, width), 1, 0)
+    chunks = to_chunks(x, CHUNK_TOKENS)
 
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, index = inputs
         return f(x, None if keys is None else fold_in(keys, index))
 
     step = jax.checkpoint(one_chunk) if again else one_chunk
-    y = jax.lax.map(step, (chunks, jnp.arange(count)))
-    return jnp.moveaxis(y, 0, 1).reshape(padded.shape)[:, :length]
+    return from_chunks(jax.lax.map(step, (chunks, jnp.arange(len(chunks)))), x.shape[1])
 
 
 class Block(nnx.Module):
