@@ -27,8 +27,9 @@ from llava_jax.config import (
 )
 from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
 from llava_jax.flops import matmul_flops
+from llava_jax.hf.resolve import resolve
 from llava_jax.host import is_for_host
-from llava_jax.pretrained import read_config, resolve
+from llava_jax.pretrained import read_config
 from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import make_mesh
 

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,96 +16,25 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from llava_jax import lora
 from llava_jax.config import (
     AttentionKind,
-    ConfigError,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     Parts,
     Remat,
-    format_source,
-    parse_source,
 )
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
-from llava_jax.hf.peft import base_name, open_adapter
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
-from llava_jax.hf.weights import fingerprint, load_params, load_parts, save_params
+from llava_jax.hf.trained import open_trained
+from llava_jax.hf.weights import fingerprint, load_params, save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.quant import Quantised, quantise
 from llava_jax.sharding import make_mesh, place
 
 EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
-
-
-class Checkpoint(NamedTuple):
-    """Where weights come from.
-
-    Attributes:
-        name: What its user calls the base.
-        base: Where the base lies.
-        adapter: A PEFT directory on top of it.
-    """
-
-    name: str
-    base: Path | Parts
-    adapter: Path | None = None
-
-
-def resolve(source: str | Parts) -> Checkpoint:
-    """Finds a checkpoint: a directory, a run's directory, parts, or a hub id's snapshot.
-
-    Raises:
-        ConfigError: There is nothing of the kind.
-    """
-    if isinstance(source, Parts):
-        return Checkpoint(format_source(source), source)
-    path = Path(source)
-    if (path / "model").is_dir():
-        path = path / "model"
-    elif (path / "adapter").is_dir():
-        return _resolve_adapter(path / "adapter")
-    elif (path / "adapter_config.json").is_file():
-        return _resolve_adapter(path)
-    elif (path / "checkpoints").is_dir():
-        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
-    if path.is_dir():
-        return Checkpoint(str(path.resolve()), path)
-    if path.exists() or len(path.parts) != 2 or source.startswith((".", "/")):
-        raise ConfigError(
-            f"{source!r}: no such directory; a checkpoint is a directory, that of a run included, "
-            "or a hub id"
-        )
-    return Checkpoint(source, _download(source))
-
-
-def _resolve_adapter(adapter: Path) -> Checkpoint:
-    """The base that a run's adapter was trained on, and the adapter."""
-    name = base_name(adapter)
-    base = None if name is None else parse_source(name)
-    if base is None:
-        raise ConfigError(
-            f"{adapter} does not say which base it belongs to; give the base and the adapter"
-        )
-    return resolve(base)._replace(adapter=adapter)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download  # only for those who name a hub id
-
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-            )
-        )
-    except Exception as error:  # the hub's client has many, and no common base
-        raise ConfigError(
-            f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
-            f"not give it: {error}"
-        ) from error
 
 
 def read_config(source: Path | Parts) -> ModelConfig:
@@ -187,12 +116,7 @@ def load(
     """
     wanted = abstract.keys() if wanted is None else wanted
     base = {path: leaf for path, leaf in abstract.items() if not lora.is_adapter(path)}
-    if source is None:
-        params = {}
-    elif isinstance(source, Parts):
-        params = load_parts(source, config, base, wanted=wanted)
-    else:
-        params = load_params(source, config, base, wanted=wanted)
+    params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
     return params | initialise(fresh, seed)
 
@@ -261,7 +185,7 @@ class LlavaModel(Llava):
             CheckpointError: A part cannot be used.
         """
         parts = Parts(str(llm), str(vision), None if projector is None else str(projector))
-        return cls._load(parts, dtype, mesh, seed)
+        return cls._load(resolve(parts).base, dtype, mesh, seed)
 
     @classmethod
     def _load(cls, source: Path | Parts, dtype: str, mesh: Mesh | None, seed: int) -> "LlavaModel":
@@ -285,7 +209,7 @@ class LlavaModel(Llava):
         if any(map(lora.is_adapter, params)):
             raise ValueError("the model has an adapter already; merge that first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
-        adapter = open_adapter(path, self.config, abstract)
+        adapter = open_trained(path, self.config, abstract)
         if adapter.fingerprint and self.source and adapter.fingerprint != fingerprint(self.source):
             raise CheckpointError(
                 f"{path} was trained on {adapter.base_name}, whose weights are not those of "

@@ -23,8 +23,9 @@ from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
-from llava_jax.hf.peft import load_adapter
+from llava_jax.hf.resolve import Checkpoint, resolve
 from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, open_inputs
 from llava_jax.metrics import Reporter
@@ -185,7 +186,7 @@ def _train(
     return state
 
 
-def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkpoint | None]:
+def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     """Where the weights lie; a run's directory may stand for its base and its adapter."""
     if (source := config.init_from) is None:
         if "lora" in (config.tune.llm, config.tune.vision):
@@ -193,7 +194,7 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, pretrained.Checkp
         return config, None
     if config.init_adapter is not None and (Path(config.init_adapter) / "adapter").is_dir():
         config = dataclasses.replace(config, init_adapter=f"{config.init_adapter}/adapter")
-    found = pretrained.resolve(source)
+    found = resolve(source)
     if found.adapter is None:
         return config, found
     if config.init_adapter is not None:

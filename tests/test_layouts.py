@@ -12,24 +12,32 @@ EXAMPLES = {
         "B": "model.language_model.layers.1.self_attn.q_proj.weight",
         "C": "model.language_model.layers.1.self_attn.q_proj.weight",
         "D": "language_model.model.layers.1.self_attn.q_proj.weight",
+        "E": "model.layers.1.self_attn.q_proj.weight",
+        "H": "llm.model.layers.1.self_attn.q_proj.weight",
     },
     "llm.lm_head.weight": {
         "A": "language_model.lm_head.weight",
         "B": "lm_head.weight",
         "C": "lm_head.weight",
         "D": "language_model.lm_head.weight",
+        "E": "lm_head.weight",
+        "H": "llm.lm_head.weight",
     },
     "vision.pre_layrnorm.bias": {
         "A": "vision_tower.vision_model.pre_layrnorm.bias",
         "B": "model.vision_tower.vision_model.pre_layrnorm.bias",
         "C": "model.vision_tower.pre_layrnorm.bias",
         "D": "vision_tower.pre_layrnorm.bias",
+        "E": "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
+        "H": "visual_encoder.vision_model.pre_layrnorm.bias",
     },
     "projector.linear_2.bias": {
         "A": "multi_modal_projector.linear_2.bias",
         "B": "model.multi_modal_projector.linear_2.bias",
         "C": "model.multi_modal_projector.linear_2.bias",
         "D": "multi_modal_projector.linear_2.bias",
+        "E": "model.mm_projector.2.bias",
+        "H": "projector.model.2.bias",
     },
 }
 LLAVA = {layout.name[0]: layout for layout in layouts.LLAVA_LAYOUTS}
@@ -46,9 +54,9 @@ def test_names_go_there_and_back(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_layout_is_recognised_by_its_names(name, tied):
     names = [LLAVA[name].file_name(p) for p in EXAMPLES if not (tied and "lm_head" in p)]
-    assert layouts.recognise(names) is LLAVA[name]
-    assert layouts.recognise([*names, "something.else"]) is LLAVA[name]
-    assert layouts.recognise(reversed(names)) is LLAVA[name]
+    assert layouts.recognise(names) == LLAVA[name]
+    assert layouts.recognise([*names, "something.else"]) == LLAVA[name]
+    assert layouts.recognise(reversed(names)) == LLAVA[name]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,7 @@ def test_a_layout_is_recognised_by_its_names(name, tied):
     ],
 )
 def test_vision_towers(names, expected):
-    assert layouts.recognise(names, layouts.VISION_LAYOUTS) is expected
+    assert layouts.recognise(names, layouts.VISION_LAYOUTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,14 @@ def test_vision_towers(names, expected):
 def test_projectors(name):
     layout = layouts.recognise([name], layouts.PROJECTOR_LAYOUTS)
     assert layout.parameter(name) == "projector.linear_1.weight"
+
+
+def test_a_layout_has_the_parts_that_are_there():
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.mm_projector.0.weight"]
+    layout = layouts.recognise(names)
+    assert (layout.name, layout.parts(names)) == (layouts.E.name, {"llm", "projector"})
+    assert not layout.holds("vision.pre_layrnorm.bias")
+    assert layouts.recognise(names[:2], layouts.LLM_LAYOUTS) == layouts.LLAMA
 
 
 @pytest.mark.parametrize("names", [[], ["encoder.block.0.weight"], ["logit_scale"]])

@@ -47,7 +47,28 @@ class Layout:
         if not matches:
             return None
         ours, theirs = max(matches, key=lambda match: len(match[1]))
-        return ours + file_name.removeprefix(theirs)
+        parameter = ours + file_name.removeprefix(theirs)
+        return parameter if _PARAMETER.match(parameter) else None
+
+    def parts(self, file_names: Iterable[str]) -> set[str]:
+        """Which of "llm", "vision" and "projector" some tensors belong to."""
+        parameters = map(self.parameter, file_names)
+        return {_part(name) for name in parameters if name}
+
+    def limited_to(self, parts: Collection[str]) -> "Layout":
+        """The same names, of some parts alone."""
+        kept = {ours: theirs for ours, theirs in self.prefixes.items() if _part(ours) in parts}
+        return Layout(self.name, kept)
+
+
+_PARAMETER = re.compile(
+    r"llm\.(embed_tokens|layers|norm|lm_head)\.|projector\.linear_[12]\."
+    r"|vision\.(embeddings|pre_layrnorm|encoder|post_layernorm|head)\."
+)
+
+
+def _part(path: str) -> str:
+    return path.split(".", 1)[0]
 
 
 def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> Layout:
@@ -84,43 +105,63 @@ D = _llava(
     "multi_modal_projector.",
 )
 
+_MLP = {"projector.linear_1.": "0.", "projector.linear_2.": "2."}  # an nn.Sequential's names
+
+
+def _mlp(prefix: str) -> dict[str, str]:
+    return {ours: prefix + theirs for ours, theirs in _MLP.items()}
+
+
+E = Layout(
+    "E (LLaVA's own code)",
+    {
+        "llm.": "model.",
+        "llm.lm_head.": "lm_head.",
+        "vision.": "model.vision_tower.vision_tower.vision_model.",
+        **_mlp("model.mm_projector."),
+    },
+)
+H = Layout(
+    "H (XTuner)",
+    {
+        "llm.": "llm.model.",
+        "llm.lm_head.": "llm.lm_head.",
+        "vision.": "visual_encoder.vision_model.",
+        **_mlp("projector.model."),
+    },
+)
+
 # Layout J: every part in a place of its own.
 LLAMA = Layout("LlamaForCausalLM", {"llm.": "model.", "llm.lm_head.": "lm_head."})
 CLIP = Layout("CLIPVisionModel", {"vision.": "vision_model."})
 CLIP_BARE = Layout("CLIPVisionModel without prefix", {"vision.": ""})
 
-_OFFICIAL = {"projector.linear_1.": "0.", "projector.linear_2.": "2."}
 PROJECTOR = Layout("projector alone", {"projector.": ""})
 PROJECTOR_A = Layout("projector, Hugging Face", {"projector.": "multi_modal_projector."})
 PROJECTOR_B = Layout("projector, in memory", {"projector.": "model.multi_modal_projector."})
-PROJECTOR_LLAVA = Layout(
-    "projector, LLaVA",
-    {ours: f"model.mm_projector.{theirs}" for ours, theirs in _OFFICIAL.items()},
-)
-PROJECTOR_LLAVA_SHORT = Layout(
-    "projector, LLaVA", {ours: f"mm_projector.{theirs}" for ours, theirs in _OFFICIAL.items()}
-)
-PROJECTOR_XTUNER = Layout(
-    "projector, XTuner", {ours: f"model.{theirs}" for ours, theirs in _OFFICIAL.items()}
-)
+PROJECTOR_LLAVA = Layout("projector, LLaVA", _mlp("model.mm_projector."))
+PROJECTOR_LLAVA_SHORT = Layout("projector, LLaVA", _mlp("mm_projector."))
+PROJECTOR_XTUNER = Layout("projector, XTuner", _mlp("model."))
+PROJECTOR_XTUNER_LONG = Layout("projector, XTuner", _mlp("projector.model."))
 
-# In each list a layout stands before those whose prefixes begin its own: of two that explain a file
-# equally well the first is meant.
-LLAVA_LAYOUTS = (A, B, C, D)
-LLM_LAYOUTS = (LLAMA,)
-VISION_LAYOUTS = (CLIP, CLIP_BARE)
+# Of two layouts that explain a file equally well the first is meant.
+LLAVA_LAYOUTS = (A, B, C, D, E, H)
+LLM_LAYOUTS = (LLAMA, E)
+VISION_LAYOUTS = (CLIP, CLIP_BARE, E)
 PROJECTOR_LAYOUTS = (
     PROJECTOR_A,
     PROJECTOR_B,
     PROJECTOR_LLAVA,
     PROJECTOR_LLAVA_SHORT,
     PROJECTOR_XTUNER,
+    PROJECTOR_XTUNER_LONG,
     PROJECTOR,
 )
 
 IGNORED = (
     r"(^|\.)position_ids$",  # buffers that old transformers versions saved
     r"\.rotary_emb\.inv_freq$",
+    r"\.original_module\.",  # PEFT's copy of a module as it was before training
     r"^text_model\.",  # the half of a CLIPModel that LLaVA does not use
     r"^logit_scale$",
     r"^(visual|text)_projection\.weight$",
@@ -134,7 +175,7 @@ def is_ignored(file_name: str) -> bool:
 
 
 def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS) -> Layout:
-    """The layout that explains most of a checkpoint's tensor names.
+    """The layout that explains most tensor names of a checkpoint, limited to the parts it has.
 
     Only contents count, never what files or directories are called. A damaged checkpoint is
     recognised all the same, so that its missing and foreign tensors can be named.
@@ -152,7 +193,7 @@ def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS)
             f"the names of {len(names)} tensors fit none of the known layouts ({known}); "
             f"they begin with: {sample}"
         )
-    return best
+    return best.limited_to(best.parts(names))
 
 
 def is_stacked(path: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llava_jax.config import ConfigError, LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.hf import official
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
@@ -71,7 +72,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     Raises:
         CheckpointError: No readable config.json, or a model that this package does not compute.
     """
-    file, raw = _read(directory)
+    file, raw = read_json_config(directory)
     if raw.get("model_type") != "llava":
         raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'")
     given = _given(raw)
@@ -110,8 +111,8 @@ def read_llm_config(directory: str | Path) -> LlmConfig:
     Raises:
         CheckpointError: No readable config.json, or a decoder that this package does not compute.
     """
-    file, raw = _read(directory)
-    return _llm_config(file, LLAMA_DEFAULTS | _given(raw))
+    file, raw = read_json_config(directory)
+    return _llm_config(file, LLAMA_DEFAULTS | _given(official.decoder_settings(raw)))
 
 
 def read_vision_config(directory: str | Path) -> VisionConfig:
@@ -120,7 +121,7 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
     Raises:
         CheckpointError: No readable config.json, or a tower that this package does not compute.
     """
-    file, raw = _read(directory)
+    file, raw = read_json_config(directory)
     if raw.get("model_type") == "clip":  # openai's configs say it twice; the second is meant
         raw = (raw.get("vision_config") or {}) | (raw.get("vision_config_dict") or {})
     return _vision_config(file, CLIP_DEFAULTS | _given(raw))
@@ -143,7 +144,10 @@ def read_parts_config(
     Raises:
         CheckpointError: A part that cannot be read or is not supported.
     """
-    llm, vision = read_llm_config(parts.llm), read_vision_config(parts.vision)
+    llm, vision, features = read_llm_config(parts.llm), _read_tower(parts), {}
+    file, raw = read_json_config(parts.llm)
+    if "mm_projector_type" in raw:
+        features = official.feature_settings(file, raw)
     if has_tokenizer(parts):
         tokenizer = load_tokenizer(parts)
         own_image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -156,10 +160,27 @@ def read_parts_config(
     if needed > llm.vocab_size:
         rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         llm = dataclasses.replace(llm, vocab_size=rounded)
-    return ModelConfig(vision=vision, llm=llm, image_token_id=image, pad_token_id=pad)
+    return ModelConfig(vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features)
 
 
-def _read(directory: str | Path) -> tuple[Path, Json]:
+def _read_tower(parts: Parts) -> VisionConfig:
+    if parts.vision != parts.llm:
+        return read_vision_config(parts.vision)
+    tower = official.named_tower(*read_json_config(parts.llm))
+    if not isinstance(tower, VisionConfig):
+        raise CheckpointError(
+            f"{parts.llm} does not say what its vision tower is; name a directory that does: "
+            f"llm={parts.llm},vision=DIRECTORY"
+        )
+    return tower
+
+
+def read_json_config(directory: str | Path) -> tuple[Path, Json]:
+    """A directory's config.json, as it is.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
     file = Path(directory) / "config.json"
     try:
         raw = json.loads(file.read_text())

@@ -9,23 +9,21 @@ PEFT loads a file of the other era without a word and without effect. Here a fil
 all of it belongs to the model.
 """
 
-import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.hf import layouts
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, write_tensors
-from llava_jax.hf.weights import assemble, find_tensors, save_tensors
+from llava_jax.hf.tensorfile import CheckpointError, write_tensors
+from llava_jax.hf.weights import save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.models.layers import Abstract, Params
+from llava_jax.models.layers import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
@@ -48,30 +46,6 @@ _UNSUPPORTED = (
     "target_parameters",
     "trainable_token_indices",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """An adapter directory, checked against a model but not read yet.
-
-    Attributes:
-        adapters: LoRA settings by stack, `LLM` or `VISION`.
-        abstract: Shape and dtype of every parameter in the file, by our names: `lora_a` and
-            `lora_b` of each target, and what was trained in full.
-        base_name: Where its base lay when it was trained; None if the directory does not say.
-        fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
-    """
-
-    adapters: dict[str, LoraConfig]
-    abstract: Abstract
-    base_name: str | None
-    fingerprint: str | None
-    tensors: Mapping[str, list[Tensor]]
-
-    def load(self, abstract: Abstract | None = None) -> Params:
-        """Reads the parameters that `abstract` names, as it says; None is `self.abstract`."""
-        abstract = self.abstract if abstract is None else abstract
-        return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
 def save_adapter(
@@ -164,109 +138,30 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
     return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
 
 
-def open_adapter(directory: str | Path, config: ModelConfig, abstract: Abstract) -> Adapter:
-    """Opens a PEFT directory, ours or one that PEFT wrote.
-
-    Adapters in vision layers behind the feature are passed over: no output depends on them.
-
-    Args:
-        directory: With adapter_config.json and adapter_model.safetensors.
-        config: Of the base model.
-        abstract: The model's parameters, with adapters or without.
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
 
     Raises:
-        CheckpointError: Not a LoRA adapter, one of a kind that is not supported, or one that does
-            not fit the model: an error that names every tensor that is missing, foreign or of
-            another rank or shape.
+        CheckpointError: No such file, or something else in it.
     """
-    directory = Path(directory)
-    settings = _read_settings(directory / CONFIG)
-    tensors = {_plain_name(name): t for name, t in open_tensors(directory / WEIGHTS).items()}
     try:
-        layout = layouts.recognise(tensors)
-    except layouts.LayoutError as error:
-        raise CheckpointError(f"{directory} has nothing for this model: {error}") from error
-    paths = {name: layouts.stacked(layout.parameter(name) or "", config) for name in tensors}
-    behind = [n for n, path in paths.items() if ".tail." in path and is_adapter(path)]
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in behind}
-    modules = {stack: [n for n in tensors if _is_adapter_of(paths[n], stack)] for stack in _BLOCKS}
-    adapters = {
-        stack: _stack_settings(directory, settings, stack, names)
-        for stack, names in modules.items()
-        if names
-    }
-    if not adapters:
-        raise CheckpointError(f"{directory} has no LoRA tensors for the decoder or vision tower")
-    specs = _expected(adapters, {paths[name] for name in tensors}, abstract)
-    found = find_tensors(str(directory), [(tensors, layout)], config, specs)
-    base = _read_json(directory / BASE) if (directory / BASE).is_file() else {}
-    return Adapter(adapters, specs, base_name(directory), base.get("fingerprint"), found)
-
-
-def base_name(directory: str | Path) -> str | None:
-    """What an adapter's base was called when it was trained; None if the directory does not say.
-
-    Raises:
-        CheckpointError: It is not a LoRA adapter.
-    """
-    return _read_settings(Path(directory) / CONFIG).get("base_model_name_or_path")
-
-
-def load_adapter(
-    directory: str | Path,
-    adapters: Mapping[str, LoraConfig],
-    config: ModelConfig,
-    abstract: Abstract,
-    trainable: Collection[str],
-    fingerprint: str | None,
-) -> Params:
-    """Reads an adapter that a run is to go on with; it must be of the run's own kind.
-
-    Args:
-        directory: A PEFT directory.
-        adapters: The run's LoRA settings by stack; dropout may differ.
-        config: Of the base model.
-        abstract: The run's parameters with their dtypes and shardings.
-        trainable: The parameters that the run trains.
-        fingerprint: Of the run's base; None is not compared.
-
-    Raises:
-        CheckpointError: As `open_adapter`; or it has other settings than the run, holds parameters
-            that the run keeps frozen, or was trained on another base.
-    """
-    adapter = open_adapter(directory, config, abstract)
-    problems = []
-    meaning = lambda lora: lora and (lora.rank, lora.alpha, sorted(lora.targets))
-    for stack in (LLM, VISION):
-        has, wants = meaning(adapter.adapters.get(stack)), meaning(adapters.get(stack))
-        if has != wants:
-            problems.append(f"{stack}* has (rank, alpha, targets) {has}, the run {wants}")
-    trained = [path for path in adapter.abstract if not path.startswith(BEHIND_FEATURE)]
-    frozen = [path for path in trained if not is_adapter(path) and path not in trainable]
-    if frozen:
-        problems.append(f"it holds {', '.join(frozen)}, which the run keeps frozen")
-    if None not in (fingerprint, adapter.fingerprint) and fingerprint != adapter.fingerprint:
-        problems.append(
-            f"it was trained on {adapter.base_name} with fingerprint {adapter.fingerprint}, but "
-            f"the run's base has {fingerprint}"
-        )
-    if problems:
-        what = "\n".join(f"  {problem}" for problem in problems)
-        raise CheckpointError(f"{directory} does not fit this run\n{what}")
-    return adapter.load({path: abstract[path] for path in trained})
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent} has no {file.name}") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return value
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    settings = _read_json(file)
+def read_settings(file: Path) -> dict[str, Any]:
+    """An adapter_config.json.
+
+    Raises:
+        CheckpointError: It is not LoRA's, or has settings that are not supported.
+    """
+    settings = read_json(file)
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
     odd = [f"{name} = {settings[name]!r}" for name in _UNSUPPORTED if settings.get(name)]
@@ -277,20 +172,16 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A file's tensor name without what PEFT put round it; adapters end as ours do."""
-    name = name.removeprefix(_PREFIX)
+    name = name.replace(_PREFIX, "", 1).replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
     return re.sub(
         r"\.lora_([AB])(\.default)?\.weight$", lambda match: f".lora_{match[1].lower()}", name
     )
 
 
-def _is_adapter_of(path: str, stack: str) -> bool:
-    return path.startswith(stack) and is_adapter(path)
-
-
-def _stack_settings(
+def stack_settings(
     directory: Path, settings: dict[str, Any], stack: str, names: list[str]
 ) -> LoraConfig:
     """The one setting of all of a stack's adapters.
@@ -324,20 +215,3 @@ def _of_module(settings: dict[str, Any], name: str, pattern_name: str, module: s
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return settings[name]
-
-
-def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
-    """What an adapter with tensors of `paths` must hold, all of it."""
-    shapes = {}
-    for stack, lora in adapters.items():
-        linears = {path.rsplit(".", 1)[0] for path in paths if _is_adapter_of(path, stack)}
-        for linear in sorted(linears):
-            if (weight := abstract.get(f"{linear}.weight")) is not None:
-                layers, outputs, inputs = weight.shape
-                shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
-                shapes[f"{linear}.lora_b"] = layers, outputs, lora.rank
-    whole = {path for path in paths if path in abstract and not is_adapter(path)}
-    for part in [part for part in _MODULES if any(path.startswith(part) for path in whole)]:
-        needed = [path for path in abstract if path.startswith(part) and not is_adapter(path)]
-        shapes |= {path: abstract[path].shape for path in needed}
-    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}

@@ -26,8 +26,11 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BUFFER_BYTES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _BUFFER_BYTES
+_BUFFER_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _BUFFER_BYTES
 _MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 _SAMPLE_BYTES = 64
 
@@ -54,7 +57,8 @@ class Tensor:
             rows: Length of the result's first axis, for room after the tensor's own rows.
 
         Raises:
-            CheckpointError: It has a dtype that no weight has, or the file is cut short.
+            CheckpointError: It has a dtype that no weight has, the file is cut short, or there is
+                a value that is no finite number.
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
@@ -62,15 +66,25 @@ class Tensor:
             )
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         values = np.empty(shape, DTYPES[self.dtype])
-        buffer = values.reshape(-1).view(np.uint8).data[: self.size]
+        own = values.reshape(-1)[: math.prod(self.shape)]
+        self._read_into(own)
+        if not is_finite(own):
+            raise CheckpointError(f"{self.file}: {self.name} has values that are NaN or infinite")
+        return values
+
+    def _read_into(self, values: np.ndarray) -> None:
+        """Fills a flat array."""
+        self._read_bytes(self.start, values)
+
+    def _read_bytes(self, start: int, values: np.ndarray) -> None:
+        buffer = values.view(np.uint8).data
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(start)
             while buffer:  # one read call stops at 2 GiB
                 count = file.readinto(buffer)
                 if not count:
                     raise CheckpointError(f"{self.file} ends inside {self.name}")
                 buffer = buffer[count:]
-        return values
 
     def sample(self) -> bytes:
         """A few bytes from its start, middle and end."""
@@ -80,6 +94,34 @@ class Tensor:
                 file.fileno(), min(_SAMPLE_BYTES, self.size - at), self.start + at
             )
             return b"".join(read(at) for at in starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided(Tensor):
+    """A tensor whose values are not one stretch of the file. `stride` is in items."""
+
+    stride: tuple[int, ...] = ()
+
+    def _read_into(self, values: np.ndarray) -> None:
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        stretch = np.empty(last + 1 if values.size else 0, values.dtype)
+        self._read_bytes(self.start, stretch)
+        steps = [step * values.itemsize for step in self.stride]
+        view = np.lib.stride_tricks.as_strided(stretch, self.shape, steps)
+        values.reshape(self.shape)[...] = view
+
+    def sample(self) -> bytes:
+        return self.read().reshape(-1)[:_SAMPLE_BYTES].tobytes()
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether a flat array of floats has neither NaN nor infinity; by its bits, which is fast."""
+    size = values.dtype.itemsize
+    infinity = np.array(np.inf, values.dtype).view(f"u{size}")
+    bits = values.view(f"u{size}")
+    step = 2**16  # stays in the processor's cache
+    parts = (bits[start : start + step] for start in range(0, bits.size, step))
+    return all(((part & infinity) != infinity).all() for part in parts)
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -92,75 +134,114 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     if path.is_file():
         return _read_table(path)
     if (path / INDEX).is_file():
-        return _open_sharded(path)
+        return open_indexed(path / INDEX, open_tensors)
     if (path / SINGLE).is_file():
         return _read_table(path / SINGLE)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory")
     found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
-    raise CheckpointError(
-        f"{path} has neither {SINGLE} nor {INDEX} (found: {found}). Pickles (.bin, .pth) are not "
-        "read here; save the checkpoint as safetensors first"
-    )
+    raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX} (found: {found}){_ADVICE}")
 
 
-def _open_sharded(directory: Path) -> dict[str, Tensor]:
-    index = directory / INDEX
+_ADVICE = (
+    ". Pickles (.bin, .pth) are read by tools/convert.py alone: make a Hugging Face directory of "
+    "them with `python tools/convert.py SOURCE DESTINATION --to hf`"
+)
+
+
+def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the files that an index has, each opened by `read`.
+
+    Raises:
+        CheckpointError: The index is malformed, or it names what is not there.
+    """
     try:
         placed = json.loads(index.read_text())["weight_map"]
         files = sorted(set(placed.values()))
+        absent = [
+            name for name in files if Path(name).name != name or not (index.parent / name).is_file()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index with a weight_map: {error!r}") from error
-    absent = [name for name in files if Path(name).name != name or not (directory / name).is_file()]
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
-    tables = {name: _read_table(directory / name) for name in files}
+    tables = {name: read(index.parent / name) for name in files}
     absent = [name for name, file in placed.items() if name not in tables[file]]
     if absent:
         raise CheckpointError(f"{index} names tensors its files lack: {', '.join(absent)}")
+    left_over = [
+        f"{name} in {file}" for file in files for name in tables[file] if placed.get(name) != file
+    ]
+    if left_over:
+        raise CheckpointError(f"{index} lacks tensors that its files have: {', '.join(left_over)}")
     return {name: tables[file][name] for name, file in placed.items()}
+
+
+_FORMATS = ("pt", "tf", "flax", "mlx", "np")  # what transformers takes
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A file's JSON table, and where its data begin."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is not a .safetensors file")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file, or is cut short")
+            raise CheckpointError(f"{path} is not a safetensors file, or is cut short{_ADVICE}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: no table of tensors")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and (
+        not isinstance(metadata, dict) or metadata.get("format") not in _FORMATS
+    ):
+        raise CheckpointError(
+            f"{path} has a damaged header: __metadata__ {metadata!r:.80}; its format must be one "
+            f"of {', '.join(_FORMATS)}"
+        )
     return header, 8 + length
 
 
 def _read_table(path: Path) -> dict[str, Tensor]:
     header, data = _read_header(path)
     end = path.stat().st_size - data
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-            first, last = (int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: {name} has a damaged entry: {entry}") from error
-        if not 0 <= first <= last <= end or min(shape, default=0) < 0:
+    tensors = {name: _read_entry(path, name, header[name], data, end) for name in header}
+    reached = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != data + reached:
             raise CheckpointError(
-                f"{path}: {name} lies outside the file (bytes {first} to {last} of {end}); "
-                "the file is damaged or cut short"
+                f"{path}: {tensor.name} begins at byte {tensor.start - data} of the data, but the "
+                f"tensors before it end at {reached}; the header is damaged"
             )
-        if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != last - first:
-            raise CheckpointError(
-                f"{path}: {name} is {dtype} {list(shape)} but has {last - first} bytes"
-            )
-        tensors[name] = Tensor(name, path, dtype, shape, data + first, last - first)
+        reached += tensor.size
+    if reached != end:
+        raise CheckpointError(f"{path} has {end - reached} bytes after its last tensor")
     return tensors
+
+
+def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tensor:
+    """One tensor of a table, held against the bytes it says it has."""
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        numbers = first, last, *shape
+        if len(entry) != 3 or not all(type(number) is int for number in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name} has a damaged entry: {entry!r:.200}") from error
+    if not 0 <= first <= last <= end or min(shape, default=0) < 0:
+        raise CheckpointError(
+            f"{path}: {name} lies outside the file (bytes {first} to {last} of {end}); "
+            "the file is damaged or cut short"
+        )
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r:.40}")
+    if math.prod(shape) * ITEM_BYTES[dtype] != last - first:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype} {list(shape)} but has {last - first} bytes"
+        )
+    return Tensor(name, path, dtype, shape, data + first, last - first)
 
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped
 
-from llava_jax.config import ModelConfig, Parts
+from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
 from llava_jax.hf.tensorfile import (
@@ -36,94 +36,79 @@ from llava_jax.quant import QuantisationError, Quantised, quantise
 Source = tuple[dict[str, Tensor], Layout]
 """The tensors of one file or directory, and how they are named."""
 
+Reader = Callable[[Path], dict[str, Tensor]]
+"""Finds the tensors of a file or directory."""
+
 VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
 
 def load_params(
-    directory: str | Path,
+    place: str | Path | Parts,
     config: ModelConfig,
     abstract: Abstract,
     wanted: Collection[str] | None = None,
 ) -> Params:
-    """Reads a LLaVA checkpoint in any of `layouts.LLAVA_LAYOUTS`.
+    """Reads a LLaVA checkpoint, or a decoder, a vision tower and perhaps a projector.
+
+    In separate parts a vocabulary smaller than the config's is filled up with its mean row: a new
+    token's logit is then the mean logit, and never the largest.
 
     Args:
-        directory: With safetensors inside.
-        config: The model that `abstract` belongs to.
+        place: A directory in one of `layouts.LLAVA_LAYOUTS`, or where the parts lie.
+        config: The model that `abstract` belongs to, as `model_config` reads it from `place`.
         abstract: All parameters of the model, in their final dtypes, each where its sharding says
             or on the default device; adapters are not part of a checkpoint.
         wanted: Only these are read, though all are checked; None reads all.
 
     Returns:
-        The wanted parameters, in the dtypes of `abstract`.
+        The wanted parameters, as `abstract` says; no projector's if parts have none.
 
     Raises:
         CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
     """
-    sources = [_open(directory, layouts.LLAVA_LAYOUTS)]
-    return _load(str(directory), sources, config, abstract, wanted, may_grow=False)
+    sources = open_sources(place)
+    found = find_base_tensors(place, sources, config, abstract)
+    return {
+        path: assemble(path, tensors, abstract[path])
+        for path, tensors in found.items()
+        if wanted is None or path in wanted
+    }
 
 
-def load_parts(
-    parts: Parts,
-    config: ModelConfig,
-    abstract: Abstract,
-    wanted: Collection[str] | None = None,
-) -> Params:
-    """Reads a decoder, a vision tower and, where given, a projector from their own places.
+def open_sources(place: str | Path | Parts, read: Reader = open_tensors) -> list[Source]:
+    """The files of a checkpoint or of separate parts, those first that come before others.
 
-    A vocabulary smaller than the config's is filled up with its mean row: a new token's logit is
-    then the mean logit, and never the largest.
-
-    Args:
-        parts: A LlamaForCausalLM directory; a CLIPVisionModel or CLIPModel directory; a projector's
-            safetensors file or directory in Hugging Face's, LLaVA's or XTuner's names.
-        config: The model that `abstract` belongs to, as `model_config.read_parts_config` gives it.
-        abstract: As for `load_params`.
-        wanted: As for `load_params`.
-
-    Returns:
-        The wanted parameters; without the projector's when `parts` has none.
+    An original LLaVA's own vision tower comes before the one given beside it, whose config it has.
 
     Raises:
-        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+        CheckpointError: One cannot be read, or holds something else.
     """
-    sources = [
-        _open(parts.llm, layouts.LLM_LAYOUTS),
-        _open(parts.vision, layouts.VISION_LAYOUTS),
-    ]
-    where = f"{parts.llm} + {parts.vision}"
-    if parts.projector is None:
-        abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
-    else:
-        sources.append(_open(parts.projector, layouts.PROJECTOR_LAYOUTS))
-        where += f" + {parts.projector}"
-    return _load(where, sources, config, abstract, wanted, may_grow=True)
+    if not isinstance(place, Parts):
+        return [_open(place, layouts.LLAVA_LAYOUTS, read)]
+    sources = [_open(place.llm, layouts.LLM_LAYOUTS, read)]
+    if place.vision != place.llm:
+        sources.append(_open(place.vision, layouts.VISION_LAYOUTS, read))
+    if place.projector is not None:
+        sources.insert(0, _open(place.projector, layouts.PROJECTOR_LAYOUTS, read))
+    return sources
 
 
-def _open(path: str | Path, known: tuple[Layout, ...]) -> Source:
-    tensors = open_tensors(path)
+def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
+    tensors = read(Path(path))
     try:
         return tensors, layouts.recognise(tensors, known)
     except layouts.LayoutError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load(
-    where: str,
-    sources: list[Source],
-    config: ModelConfig,
-    abstract: Abstract,
-    wanted: Collection[str] | None,
-    *,
-    may_grow: bool,
-) -> Params:
-    found = find_tensors(where, sources, config, abstract, may_grow=may_grow)
-    return {
-        path: assemble(path, found[path], spec)
-        for path, spec in abstract.items()
-        if wanted is None or path in wanted
-    }
+def find_base_tensors(
+    place: str | Path | Parts, sources: list[Source], config: ModelConfig, abstract: Abstract
+) -> dict[str, list[Tensor]]:
+    """`find_tensors` for a checkpoint or parts; a projector that no part has is left out."""
+    is_parts = isinstance(place, Parts)
+    if is_parts and not any(source[1].holds("projector.linear_1.weight") for source in sources):
+        abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
+    return find_tensors(format_source(place), sources, config, abstract, may_grow=is_parts)
 
 
 def find_tensors(
@@ -147,24 +132,26 @@ def find_tensors(
         CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
     """
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
-    missing, misshapen, used = [], [], set()
+    missing, misshapen, known = [], [], set()
     for path, spec in abstract.items():
-        tensors, layout = next(source for source in sources if source[1].holds(path))
+        tensors, layout = next((s for s in sources if s[1].holds(path)), ({}, None))
         for parameter, shape in _layers(path, spec.shape, config):
-            name = layout.file_name(parameter)
-            used.add(name)
+            known.add(parameter)
+            name = layout.file_name(parameter) if layout else parameter
             tensor = tensors.get(name)
             if tensor is None:
                 missing.append(f"{name} {list(shape)}")
             elif not _fits(tensor.shape, shape, may_grow and path in VOCABULARY):
-                misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+                misshapen.append(
+                    f"{name} is {list(tensor.shape)}, expected {list(shape)} ({tensor.file.name})"
+                )
             else:
                 found[path].append(tensor)
     left_over = [
-        f"{name} {list(tensor.shape)}"
+        f"{name} {list(tensor.shape)} ({tensor.file.name})"
         for tensors, layout in sources
         for name, tensor in tensors.items()
-        if name not in used and not _is_spare(layout, name, config)
+        if layout.parameter(name) not in known and not _is_spare(layout, name, config)
     ]
     problems = {"missing": missing, "left over": left_over, "of the wrong shape": misshapen}
     if any(problems.values()):
@@ -372,18 +359,8 @@ def fingerprint(checkpoint: str | Path | Parts) -> str:
     Raises:
         CheckpointError: There is nothing to read.
     """
-    if isinstance(checkpoint, Parts):
-        places = [
-            (checkpoint.llm, layouts.LLM_LAYOUTS),
-            (checkpoint.vision, layouts.VISION_LAYOUTS),
-        ]
-        if checkpoint.projector is not None:
-            places.append((checkpoint.projector, layouts.PROJECTOR_LAYOUTS))
-    else:
-        places = [(checkpoint, layouts.LLAVA_LAYOUTS)]
     lines = []
-    for place, known in places:
-        tensors, layout = _open(place, known)
+    for tensors, layout in open_sources(checkpoint):
         for name, tensor in tensors.items():
             if not layouts.is_ignored(name):
                 label = f"{layout.parameter(name) or name} {tensor.dtype} {tensor.shape} "

@@ -15,8 +15,10 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
-from llava_jax.hf.peft import LLM, VISION, load_adapter, open_adapter, save_adapter
+from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.trained import load_adapter, open_trained
+from llava_jax.lora import LLM, VISION
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
 
@@ -76,7 +78,7 @@ def test_peft_loads_what_we_wrote(
 def test_we_load_what_we_wrote(name, trained, abstract_params, tmp_path):
     _, _, trainable, config = trained(name)
     save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
-    adapter = open_adapter(tmp_path, config, abstract_params(config))
+    adapter = open_trained(tmp_path, config, abstract_params(config))
     assert set(adapter.adapters) == set(SETTINGS[name])
     for stack, expected in SETTINGS[name].items():
         got = adapter.adapters[stack]
@@ -115,7 +117,7 @@ def test_we_load_what_peft_wrote(
 ):
     model, directory = peft_made
     _, params, config = load(saved("gqa"))
-    adapter = open_adapter(directory, config, abstract_params(config))
+    adapter = open_trained(directory, config, abstract_params(config))
     assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
     assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
     graph, _ = build(config, adapter.adapters, dtype="float32")
@@ -147,8 +149,8 @@ def test_names_of_the_older_era_are_the_same_adapter(
     abstract = abstract_params(config)
     rename = lambda tensors: {old_era(name): x for name, x in tensors.items()}
     old = edited(peft_made[1], tmp_path / "old", rename)
-    expected = open_adapter(peft_made[1], config, abstract).load()
-    params = open_adapter(old, config, abstract).load()
+    expected = open_trained(peft_made[1], config, abstract).load()
+    params = open_trained(old, config, abstract).load()
     assert params.keys() == expected.keys()
     for path, value in expected.items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
@@ -171,7 +173,7 @@ def test_everything_amiss_is_one_error(peft_made, load, saved, abstract_params, 
 
     bad = edited(peft_made[1], tmp_path / "bad", damage)
     with pytest.raises(CheckpointError) as error:
-        open_adapter(bad, config, abstract_params(config))
+        open_trained(bad, config, abstract_params(config))
     for part in (
         r"1 tensors missing:\n  .*layers\.1\.self_attn\.q_proj",
         r"1 tensors left over:\n  .*linear_9",
@@ -188,7 +190,7 @@ def test_an_adapter_of_another_model_is_refused(peft_made, load, saved, abstract
     only_llm = lambda tensors: rename({n: x for n, x in tensors.items() if "language_model" in n})
     bad = edited(peft_made[1], tmp_path / "bad", only_llm)
     with pytest.raises(CheckpointError, match="fit none of the known layouts"):
-        open_adapter(bad, config, abstract_params(config))
+        open_trained(bad, config, abstract_params(config))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_unsupported_settings_are_refused(
     settings = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(CheckpointError, match=message):
-        open_adapter(bad, config, abstract_params(config))
+        open_trained(bad, config, abstract_params(config))
 
 
 @pytest.fixture

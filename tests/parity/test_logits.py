@@ -20,7 +20,7 @@ from transformers import (
 
 from llava_jax.config import Parts
 from llava_jax.hf.model_config import read_parts_config, write_model_config
-from llava_jax.hf.weights import load_parts, save_params
+from llava_jax.hf.weights import load_params, save_params
 
 BATCHES = ("one_image", "two_images", "text_only", "padded")
 
@@ -130,7 +130,7 @@ def test_parts_make_the_whole(parts, load, saved, abstract_params):
     config = read_parts_config(parts, image_token_id=60, pad_token_id=61)
     _, expected, whole = load(saved("gqa"))
     assert config == whole
-    params = load_parts(parts, config, abstract_params(config))
+    params = load_params(parts, config, abstract_params(config))
     for path, value in expected.items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
@@ -145,7 +145,7 @@ def test_vision_tower_out_of_a_clip_model(parts, make_hf, load, saved, abstract_
     clip.save_pretrained(tmp_path / "clip")
     parts = Parts(parts.llm, str(tmp_path / "clip"), parts.projector)
     config = read_parts_config(parts, image_token_id=60, pad_token_id=61)
-    params = load_parts(parts, config, abstract_params(config))
+    params = load_params(parts, config, abstract_params(config))
     for path, value in load(saved("gqa"))[1].items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
@@ -154,7 +154,7 @@ def test_a_grown_vocabulary_is_filled_with_its_mean(parts, abstract_params):
     parts = Parts(parts.llm, parts.vision)
     config = read_parts_config(parts)
     assert (config.image_token_id, config.pad_token_id, config.llm.vocab_size) == (64, 65, 128)
-    params = load_parts(parts, config, abstract_params(config))
+    params = load_params(parts, config, abstract_params(config))
     assert not any(path.startswith("projector.") for path in params)
     for path in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
         rows = np.asarray(params[path])

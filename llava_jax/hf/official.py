@@ -1,0 +1,125 @@
+"""LLaVA's own directories: a decoder's, with a projector; the vision tower is mostly elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_jax.config import ModelConfig, Parts, VisionConfig
+from llava_jax.hf.tensorfile import CheckpointError
+
+DECODERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
+"""From the `model_type` of LLaVA's code to that of the decoder in it."""
+
+_TOWERS = {
+    "clip-vit-large-patch14-336": VisionConfig(),
+    "clip-vit-large-patch14": VisionConfig(image_size=224),
+}
+"""OpenAI's towers, for checkpoints that have one inside but only name its config."""
+
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+
+
+def decoder_settings(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as its decoder's, if it is LLaVA's own."""
+    if "mm_vision_tower" not in raw and raw.get("model_type") not in list(DECODERS)[1:]:
+        return raw
+    return raw | {"model_type": DECODERS.get(raw["model_type"], raw["model_type"])}
+
+
+def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """What LLaVA's config.json says about image features, as fields of `ModelConfig`.
+
+    Raises:
+        CheckpointError: It asks for something that this package does not compute.
+    """
+    supported = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": tuple(_STRATEGIES),
+        "image_aspect_ratio": ("pad", "square", None),
+        "mm_use_im_start_end": (False, None),
+        "mm_use_im_patch_token": (False, None),
+    }
+    for name, values in supported.items():
+        if name in raw and raw[name] not in values:
+            raise CheckpointError(
+                f"{file}: {name} is {raw[name]!r}; supported: "
+                + " or ".join(repr(value) for value in values if value is not None)
+            )
+    return {
+        "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": _STRATEGIES[raw.get("mm_vision_select_feature", "patch")],
+    }
+
+
+def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
+    """The vision tower that LLaVA's config.json names.
+
+    Returns:
+        Its directory, where that is here; else its sizes, if the name is a known one; else None.
+    """
+    name = raw.get("mm_vision_tower")
+    if not isinstance(name, str):
+        return None
+    for place in (Path(name), file.parent / name):
+        if (place / "config.json").is_file():
+            return str(place)
+    return _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
+
+
+def write_official_config(config: ModelConfig, llm: dict[str, Any], directory: Path) -> None:
+    """Writes the config.json that LLaVA's own code reads.
+
+    Args:
+        config: The model.
+        llm: The decoder's own config.json.
+        directory: Must exist.
+    """
+    kinds = {decoder: own for own, decoder in DECODERS.items() if own != "llava"}
+    names = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
+    strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
+    kind = llm["model_type"]
+    size = config.vision.image_size
+    written = llm | {
+        "model_type": kinds[kind],
+        "architectures": [f"{names[kind]}ForCausalLM"],
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": f"openai/clip-vit-large-patch14-{size}",
+        "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": False,
+        "tokenizer_padding_side": "right",
+        "use_cache": True,
+    }
+    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text)
+
+
+def as_parts(path: Path, file: Path, raw: dict[str, Any], *, has_tower: bool) -> Parts:
+    """LLaVA's own directory as separate parts, of which it may be two.
+
+    Raises:
+        CheckpointError: Its vision tower is neither in it nor where it says.
+    """
+    tower = named_tower(file, raw)
+    if isinstance(tower, str):
+        return Parts(str(path), tower)
+    if has_tower and tower is not None:
+        return Parts(str(path), str(path))
+    lacks = "the config of its vision tower" if has_tower else "its vision tower"
+    raise CheckpointError(
+        f"{path} has a decoder{' and a projector' if raw.get('mm_projector_type') else ''}, but "
+        f"{lacks} ({raw.get('mm_vision_tower')!r}) is not here; name the tower's directory too: "
+        f"llm={path},vision=DIRECTORY"
+    )

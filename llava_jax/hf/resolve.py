@@ -1,0 +1,121 @@
+"""From what a user calls a checkpoint to where its files lie."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.config import ConfigError, Parts, format_source, parse_source
+from llava_jax.hf import layouts, official
+from llava_jax.hf.model_config import read_json_config
+from llava_jax.hf.tensorfile import open_tensors
+from llava_jax.hf.trained import is_trained, named_base
+from llava_jax.hf.weights import Reader
+
+
+class Checkpoint(NamedTuple):
+    """Where weights come from.
+
+    Attributes:
+        name: What its user calls the base.
+        base: Where the base lies.
+        adapter: What was trained on it, in a form of `hf.trained`.
+    """
+
+    name: str
+    base: Path | Parts
+    adapter: Path | None = None
+
+
+def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoint:
+    """Finds a checkpoint: a directory of any kind, a run's, parts, or a hub id's snapshot.
+
+    Args:
+        source: What it is called.
+        read: Opens a file or directory of tensors.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+        CheckpointError: What is there cannot be used.
+    """
+    if isinstance(source, Parts):
+        return Checkpoint(format_source(source), _resolve_parts(source))
+    path = Path(source)
+    if (path / "model").is_dir():
+        path = path / "model"
+    elif (path / "adapter").is_dir():
+        path = path / "adapter"
+    elif (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+    if path.exists() and is_trained(path):
+        return _resolve_trained(path, read)
+    if path.is_dir():
+        return Checkpoint(str(path.resolve()), _as_parts(path, read))
+    local = _local(str(source))
+    return Checkpoint(str(source), _as_parts(local, read))
+
+
+def _local(name: str) -> Path:
+    """A directory, or the snapshot of a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
+        raise ConfigError(
+            f"{name!r}: no such directory; a checkpoint is a directory, that of a run included, "
+            "or a hub id"
+        )
+    return _download(name)
+
+
+def _resolve_parts(parts: Parts) -> Parts:
+    llm = _local(parts.llm)
+    projector = parts.projector
+    if projector is None and (llm / "projector").is_dir():  # as XTuner exports
+        projector = str(llm / "projector")
+    return Parts(str(llm), str(_local(parts.vision)), projector)
+
+
+def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
+    """What was trained, and the base that it names."""
+    name = named_base(place)
+    base = None if name is None else parse_source(name)
+    if base is None:
+        raise ConfigError(
+            f"{place} does not say which base it belongs to; give the base and the adapter"
+        )
+    return resolve(base, read)._replace(adapter=place)
+
+
+def _as_parts(path: Path, read: Reader) -> Path | Parts:
+    """A directory of LLaVA's or XTuner's own as separate parts; others as they are."""
+    if (path / "projector").is_dir():
+        vision = path / "visual_encoder"
+        if not vision.is_dir():
+            raise ConfigError(
+                f"{path} has a decoder and a projector, as XTuner exports them, but no vision "
+                f"tower; name its directory too: llm={path},vision=DIRECTORY"
+            )
+        return Parts(str(path), str(vision), str(path / "projector"))
+    try:
+        layout = layouts.recognise(tensors := read(path))
+    except layouts.LayoutError:
+        return path  # reading it will say what is amiss
+    if layout.name != layouts.E.name:
+        return path
+    has_tower = "vision" in layout.parts(tensors)
+    return official.as_parts(path, *read_json_config(path), has_tower=has_tower)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # only for those who name a hub id
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except Exception as error:  # the hub's client has many, and no common base
+        raise ConfigError(
+            f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
+            f"not give it: {error}"
+        ) from error
