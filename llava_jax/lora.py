@@ -80,14 +80,19 @@ def is_trainable(path: str, tune: TuneConfig) -> bool:
 
 
 @partial(jax.jit, static_argnames="scale")
+def merge_layer(
+    weight: Float[Array, "F D"], a: Float[Array, "R D"], b: Float[Array, "F R"], scale: float
+) -> Float[Array, "F D"]:
+    """W + scale B A, computed in float32, in W's dtype."""
+    low_rank = jnp.einsum("FR,RD->FD", b, a, precision="highest")
+    return (jnp.asarray(weight, jnp.float32) + scale * low_rank).astype(weight.dtype)
+
+
+@partial(jax.jit, static_argnames="scale")
 def _merge(
     weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
 ) -> Float[Array, "L F D"]:
-    def layer(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        weight, a, b = parts
-        low_rank = jnp.einsum("FR,RD->FD", b, a, precision="highest")
-        return (weight.astype(jnp.float32) + scale * low_rank).astype(weight.dtype)
-
+    layer = lambda parts: merge_layer(*parts, scale)
     return jax.lax.map(layer, (weight, a, b))  # one layer in float32 at a time
 
 

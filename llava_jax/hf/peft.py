@@ -13,23 +13,24 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.hf import layouts
+from llava_jax.hf.layouts import Layout
 from llava_jax.hf.tensorfile import CheckpointError, write_tensors
-from llava_jax.hf.weights import save_tensors
+from llava_jax.hf.weights import Stored, save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.models.layers import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
 
 _PREFIX = "base_model.model."
-_NAMES = layouts.C
+_ERAS = {4: layouts.A, 5: layouts.C}
 # Where a stack's blocks are in the modules' names, in every version of transformers.
 _BLOCKS = {
     LLM: r"(model\.)?language_model\.(model\.)?layers",
@@ -50,12 +51,13 @@ _UNSUPPORTED = (
 
 def save_adapter(
     directory: str | Path,
-    params: Params,
+    params: Mapping[str, jax.Array | Stored],
     adapters: Mapping[str, LoraConfig],
     config: ModelConfig,
     *,
     base_name: str | None,
     fingerprint: str | None,
+    era: Literal[4, 5] = 5,
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads on the Hugging Face base.
 
@@ -69,6 +71,8 @@ def save_adapter(
         config: Of the model that was trained.
         base_name: Directory or hub id of the base, for those who load the adapter.
         fingerprint: Of the base, as `weights.fingerprint` gives it.
+        era: The version of transformers that names the modules: 5, which 4.52 to 4.57 share, or 4,
+            up to 4.51.
 
     Raises:
         ValueError: `params` has something that a PEFT adapter cannot hold.
@@ -85,14 +89,15 @@ def save_adapter(
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": base_name}
     directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
-    save_tensors(params, config, _peft_name, write)
+    save_tensors(params, config, partial(peft_name, _ERAS[era]), write)
     if jax.process_index() == 0:
         (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (directory / BASE).write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
 
 
-def _peft_name(parameter: str) -> str:
-    name = _NAMES.file_name(parameter)
+def peft_name(layout: Layout, parameter: str) -> str:
+    """The name of one layer of a parameter in an adapter's file, on a base that `layout` names."""
+    name = layout.file_name(parameter)
     name = re.sub(r"\.lora_([ab])$", lambda match: f".lora_{match[1].upper()}.weight", name)
     return _PREFIX + name
 

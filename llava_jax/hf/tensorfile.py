@@ -50,6 +50,19 @@ class Tensor:
     start: int
     size: int
 
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype that `read` gives.
+
+        Raises:
+            CheckpointError: No weight has it.
+        """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.file}: {self.name} has dtype {self.dtype}; weights are {', '.join(DTYPES)}"
+            )
+        return DTYPES[self.dtype]
+
     def read(self, rows: int | None = None) -> np.ndarray:
         """Its values in the file's dtype.
 
@@ -60,12 +73,8 @@ class Tensor:
             CheckpointError: It has a dtype that no weight has, the file is cut short, or there is
                 a value that is no finite number.
         """
-        if self.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{self.file}: {self.name} has dtype {self.dtype}; weights are {', '.join(DTYPES)}"
-            )
         shape = self.shape if rows is None else (rows, *self.shape[1:])
-        values = np.empty(shape, DTYPES[self.dtype])
+        values = np.empty(shape, self.numpy_dtype)
         own = values.reshape(-1)[: math.prod(self.shape)]
         self._read_into(own)
         if not is_finite(own):

@@ -5,8 +5,9 @@ lands. So the host never holds more of a checkpoint than one tensor of a file (o
 whose devices are the host, a second copy of it).
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from llava_jax.hf.tensorfile import (
     CheckpointError,
     Specs,
     Tensor,
+    is_finite,
     natural,
     open_tensors,
     write_sharded,
@@ -269,15 +271,38 @@ def _cast(x: Float[Array, "*rest"], dtype: jnp.dtype) -> Float[Array, "*rest"]:
     return x.astype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A parameter that is still in its files: what `save_params` takes in the place of an array.
+
+    Attributes:
+        shape: Of the whole parameter.
+        dtype: Of what `read` gives.
+        read: One layer of it, or all of one that is not stacked.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int], np.ndarray]
+
+
+def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
+    """A parameter in its files, in their dtype; a vocabulary grown as in `load_params`."""
+    shape = spec.shape[1:] if layouts.is_stacked(path) else spec.shape
+    dtype = tensors[0].numpy_dtype
+    return Stored(spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype))
+
+
 def save_params(
-    params: Params,
+    params: Mapping[str, jax.Array | Stored],
     directory: str | Path,
     config: ModelConfig,
     *,
+    layout: Layout = layouts.A,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes layout A: model.safetensors, or shards of at most 5 GB with their index.
+    """Writes model.safetensors, or shards of at most 5 GB with their index.
 
     Every process of a run must call it (tensors are gathered one at a time); the first one writes.
 
@@ -285,6 +310,7 @@ def save_params(
         params: A whole model; adapters must be merged first.
         directory: Made if it does not exist; an earlier save in it is replaced.
         config: The model that `params` belong to.
+        layout: How tensors are named.
         dtype: "bfloat16", "float16" or "float32" for all tensors; None keeps each as it is.
         shard_bytes: Largest size of a file.
 
@@ -295,11 +321,11 @@ def save_params(
     if adapters:
         raise ValueError(f"merge the adapters before saving a model: {', '.join(adapters)}")
     write = lambda specs, fetch: write_sharded(Path(directory), specs, fetch, shard_bytes)
-    save_tensors(params, config, layouts.A.file_name, write, dtype)
+    save_tensors(params, config, layout.file_name, write, dtype)
 
 
 def save_tensors(
-    params: Params,
+    params: Mapping[str, jax.Array | Stored],
     config: ModelConfig,
     naming: Callable[[str], str],
     write: Callable[[Specs, Callable[[str], np.ndarray]], None],
@@ -323,7 +349,7 @@ def save_tensors(
             specs[name] = shape, jnp.dtype(dtype or param.dtype)
     # Wide dtypes first: then every tensor in a file is aligned to its item size.
     specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
-    fetch = lambda name: _fetch(params, *origins[name]).astype(specs[name][1], copy=False)
+    fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
     if jax.process_index() == 0:
         write(specs, fetch)
     else:
@@ -331,9 +357,21 @@ def save_tensors(
             fetch(name)
 
 
-def _fetch(params: Params, path: str, index: int) -> np.ndarray:
+def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype)
+    if not is_finite(converted.reshape(-1)):
+        raise CheckpointError(f"{name} has values too large for {dtype}; choose another dtype")
+    return converted
+
+
+def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> np.ndarray:
     """One layer of a parameter (or all of one that is not stacked), on the host."""
     param = params[path]
+    if isinstance(param, Stored):
+        return param.read(index)
     if layouts.is_stacked(path):
         param = _take(param, np.int32(index))
     if not param.is_fully_addressable:
@@ -348,7 +386,7 @@ def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]
     return fetch(layer_at(stack, index))
 
 
-def fingerprint(checkpoint: str | Path | Parts) -> str:
+def fingerprint(checkpoint: str | Path | Parts, read: Reader = open_tensors) -> str:
     """Identifies the weights of a checkpoint without reading them all.
 
     A hash of every tensor's name, dtype and shape and of 192 of its bytes (start, middle, end).
@@ -356,11 +394,15 @@ def fingerprint(checkpoint: str | Path | Parts) -> str:
     dtype, a resized vocabulary. It does not see how files are cut into shards, where they lie, or
     which of the known layouts names the tensors; nor a change of a few single values.
 
+    Args:
+        checkpoint: A directory, or separate parts.
+        read: Opens a file or directory of tensors.
+
     Raises:
         CheckpointError: There is nothing to read.
     """
     lines = []
-    for tensors, layout in open_sources(checkpoint):
+    for tensors, layout in open_sources(checkpoint, read):
         for name, tensor in tensors.items():
             if not layouts.is_ignored(name):
                 label = f"{layout.parameter(name) or name} {tensor.dtype} {tensor.shape} "

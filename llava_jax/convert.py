@@ -1,0 +1,286 @@
+"""From any checkpoint to any other form, a tensor at a time; behind tools/convert.py.
+
+Nothing is ever whole in memory: what is written are `weights.Stored` parameters, that are read,
+merged and written layer by layer. A destination has its name only when it is complete.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.data.conversation import TEMPLATES, Template
+from llava_jax.hf import layouts
+from llava_jax.hf.layouts import is_stacked
+from llava_jax.hf.model_config import write_model_config
+from llava_jax.hf.peft import save_adapter
+from llava_jax.hf.pickles import open_any
+from llava_jax.hf.processor import save_processor
+from llava_jax.hf.resolve import resolve
+from llava_jax.hf.tensorfile import Tensor
+from llava_jax.hf.tokenizer import has_tokenizer
+from llava_jax.hf.trained import Trained, open_trained
+from llava_jax.hf.weights import (
+    Stored,
+    find_base_tensors,
+    fingerprint,
+    open_sources,
+    save_params,
+    stored,
+)
+from llava_jax.lora import LLM, is_adapter, merge_layer
+from llava_jax.models.layers import Abstract
+from llava_jax.official import save_official, save_official_adapter
+from llava_jax.pretrained import build, read_config
+
+Form = Literal["hf", "hf5", "peft", "llava"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A source, opened and checked, not read.
+
+    Attributes:
+        name: What its user calls the base.
+        place: Where the base lies.
+        config: Of the model.
+        abstract: Shapes of the model's parameters.
+        tensors: Where the parameters lie, those of the base with what was trained in full on it.
+        trained: What was trained on the base; None for a base alone.
+        inputs: Where the tokenizer and the image processor lie.
+    """
+
+    name: str
+    place: Path | Parts
+    config: ModelConfig
+    abstract: Abstract
+    tensors: Mapping[str, list[Tensor]]
+    trained: Trained | None
+    inputs: Path | Parts
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        return self.trained.adapters if self.trained else {}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.place, open_any)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the decoder, which the other parts follow."""
+        return self.tensors["llm.embed_tokens.weight"][0].numpy_dtype
+
+
+def open_source(
+    source: str | Parts,
+    base: str | Parts | None = None,
+    *,
+    alphas: Mapping[str, float] | None = None,
+    say: Callable[[str], None] = print,
+) -> Opened:
+    """Opens what is to be converted, and says what it is.
+
+    Args:
+        source: A whole model, or what was trained on one, in any form.
+        base: What `source` was trained on; None if it is whole or names its base.
+        alphas: LoRA's alpha by stack, for a file that does not say it.
+        say: Prints a line.
+
+    Raises:
+        ConfigError: The two do not go together.
+        CheckpointError: One cannot be read, or they do not fit.
+    """
+    found = resolve(source if base is None else base, open_any)
+    if base is not None:
+        if found.adapter is not None or isinstance(source, Parts):
+            raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
+        inner = Path(source) / "adapter"
+        found = found._replace(adapter=inner if inner.is_dir() else Path(source))
+    config = read_config(found.base)
+    _, abstract = build(config, {}, dtype="float32")
+    sources = open_sources(found.base, open_any)
+    tensors = find_base_tensors(found.base, sources, config, abstract)
+    for place, layout in sources:
+        say(f"{next(iter(place.values())).file.parent}: layout {layout.name}")
+    trained, inputs = None, found.base
+    if found.adapter is not None:
+        read = partial(open_trained, config=config, abstract=abstract, read=open_any)
+        trained = read(found.adapter, alphas=alphas)
+        say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
+        _check_base(trained, found.adapter, found.base)
+        tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
+        inputs = found.adapter if has_tokenizer(found.adapter) else found.base
+    if missing := [path for path in abstract if path not in tensors]:
+        raise ConfigError(
+            f"{source} has no {missing[0].split('.')[0]}; name one: llm=...,vision=...,projector=FILE"
+        )
+    return Opened(found.name, found.base, config, abstract, tensors, trained, inputs)
+
+
+def _summary(trained: Trained) -> str:
+    parts = [
+        f"adapters of rank {lora.rank}, alpha {lora.alpha:g} in {stack}*"
+        for stack, lora in trained.adapters.items()
+    ]
+    whole = sorted({path.split(".")[0] for path in trained.abstract if not is_adapter(path)})
+    return "; ".join([*parts, *(f"{part} in full" for part in whole)])
+
+
+def _check_base(trained: Trained, place: Path, base: Path | Parts) -> None:
+    if trained.fingerprint and trained.fingerprint != fingerprint(base, open_any):
+        raise ConfigError(
+            f"{place} was trained on {trained.base_name}, whose weights are not those of {base}; "
+            "give that base"
+        )
+
+
+def merged(opened: Opened) -> dict[str, Stored]:
+    """The whole model's parameters: the base's, what was trained in full, adapters folded in."""
+    params = {
+        path: stored(path, opened.tensors[path], spec) for path, spec in opened.abstract.items()
+    }
+    for stack, lora in opened.adapters.items():
+        assert opened.trained is not None
+        for path in opened.trained.tensors:
+            if path.startswith(stack) and path.endswith(".lora_a"):
+                weight = path.removesuffix("lora_a") + "weight"
+                params[weight] = _merge(params[weight], opened.trained.tensors, path, lora)
+    return params
+
+
+def _merge(
+    weight: Stored, tensors: Mapping[str, list[Tensor]], path: str, lora: LoraConfig
+) -> Stored:
+    a, b = tensors[path], tensors[path.removesuffix("a") + "b"]
+
+    def read(index: int) -> np.ndarray:
+        low_rank = (x[index].read().astype(np.float32) for x in (a, b))
+        return np.asarray(merge_layer(weight.read(index), *low_rank, lora.alpha / lora.rank))
+
+    return dataclasses.replace(weight, read=read)
+
+
+def convert(
+    opened: Opened,
+    destination: Path,
+    to: Form,
+    *,
+    merge: bool = False,
+    era: Literal[4, 5] = 5,
+    dtype: str | None = None,
+    template: Template | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes what was opened in another form.
+
+    Args:
+        opened: From `open_source`.
+        destination: Must not exist, or be empty.
+        to: "hf" is Hugging Face's (layout A), "hf5" the same in the names of transformers 5 (D),
+            "peft" an adapter, "llava" what LLaVA's own code reads (E; G for adapters).
+        merge: Whether adapters are folded in.
+        era: Of a PEFT adapter's names, see `peft.save_adapter`.
+        dtype: Of a whole model's weights; None takes the decoder's.
+        template: Conversations, for `apply_chat_template`; None keeps the source's own.
+        say: Prints a line.
+
+    Raises:
+        ConfigError: The form cannot hold it, or the destination is taken.
+    """
+    as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
+    if to == "peft" and not as_adapter:
+        raise ConfigError("there are no adapters to write: take --to hf, without --merge")
+    if opened.adapters and not as_adapter and not merge:
+        raise ConfigError(
+            "these are adapters on a base: take --to peft, or --merge to fold them into it"
+        )
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists; name a place that does not")
+    if template is None and has_tokenizer(opened.inputs):
+        template = _own_template(opened)
+    with _unfinished(destination) as directory:
+        if as_adapter and to == "peft":
+            _write_peft(opened, directory, era)
+        elif as_adapter:
+            save_official_adapter(directory, destination, opened, _trained_params(opened))
+        elif to == "llava":
+            save_official(directory, destination, opened, merged(opened), dtype)
+        else:
+            _write_hf(opened, directory, to, dtype)
+        if to != "llava":
+            _write_inputs(opened, directory, template, say)
+
+
+@contextmanager
+def _unfinished(destination: Path) -> Iterator[Path]:
+    """A directory that takes its name when all went well, and vanishes otherwise."""
+    directory = destination.with_name(f".{destination.name}.unfinished")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        yield directory
+        if destination.exists():
+            destination.rmdir()
+        directory.rename(destination)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_hf(opened: Opened, directory: Path, to: Form, dtype: str | None) -> None:
+    layout = layouts.A if to == "hf" else layouts.D
+    dtype = dtype or str(opened.dtype)
+    save_params(merged(opened), directory, opened.config, layout=layout, dtype=dtype)
+    write_model_config(opened.config, directory, dtype)
+
+
+def _trained_params(opened: Opened) -> dict[str, Stored]:
+    assert opened.trained is not None
+    specs = opened.trained.abstract
+    return {path: stored(path, t, specs[path]) for path, t in opened.trained.tensors.items()}
+
+
+def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
+    params = _trained_params(opened)
+    if foreign := {path.split(".")[0] for path in params if path.startswith("llm.")} and [
+        path for path in params if path.startswith("llm.") and not path.startswith(LLM)
+    ]:
+        raise ConfigError(
+            f"a PEFT adapter has no room for {', '.join(foreign)}; take --to hf --merge"
+        )
+    save_adapter(
+        directory,
+        params,
+        opened.adapters,
+        opened.config,
+        base_name=opened.name,
+        fingerprint=opened.fingerprint,
+        era=era,
+    )
+
+
+def _own_template(opened: Opened) -> Template | None:
+    """LLaVA's own checkpoints have no chat template: theirs is in its code."""
+    place = opened.place
+    if isinstance(place, Parts) and opened.inputs == place:
+        return TEMPLATES["vicuna_v1"]
+    return None
+
+
+def _write_inputs(
+    opened: Opened, directory: Path, template: Template | None, say: Callable[[str], None]
+) -> None:
+    if has_tokenizer(opened.inputs):
+        save_processor(opened.inputs, directory, opened.config, template=template)
+    else:
+        say(f"{opened.inputs} has no tokenizer, so none is written")
+
+
+def largest_stack(params: Mapping[str, Any]) -> int:
+    return max(sum(1 for p in params if is_stacked(p)), 0)

@@ -1,0 +1,131 @@
+"""Writes what LLaVA's own code reads: whole models (layout E) and LoRA directories (layout G)."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.hf import layouts
+from llava_jax.hf.model_config import decoder_settings
+from llava_jax.hf.official import official_settings
+from llava_jax.hf.peft import CONFIG, WEIGHTS, peft_name
+from llava_jax.hf.processor import generation_settings
+from llava_jax.hf.tensorfile import write_tensors
+from llava_jax.hf.tokenizer import SENTENCEPIECE, has_tokenizer, load_tokenizer
+from llava_jax.hf.weights import VOCABULARY, Stored, save_params, save_tensors
+from llava_jax.lora import LLM, is_adapter
+
+_TOWER = "vision_tower"
+
+
+def save_official(
+    directory: Path,
+    final: Path,
+    params: Mapping[str, Stored],
+    config: ModelConfig,
+    inputs: Path | Parts,
+    dtype: str,
+) -> None:
+    """Writes a model in layout E, its vision tower in it and once more as a directory beside.
+
+    LLaVA's code builds a tower from that directory, and fills it from the checkpoint.
+
+    Args:
+        directory: Must exist.
+        final: Where the directory will be: config.json names the tower's place in it.
+        params: The whole model.
+        config: Of it.
+        inputs: Where the tokenizer lies.
+        dtype: Of the weights.
+
+    Raises:
+        ConfigError: LLaVA's code has no such model.
+    """
+    rows = _own_rows(config, inputs)
+    cut = {path: _first_rows(params[path], rows) for path in VOCABULARY if path in params}
+    save_params({**params, **cut}, directory, config, layout=layouts.E, dtype=dtype)
+    own = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
+    tower = {path: x for path, x in params.items() if path.startswith("vision.")}
+    (directory / _TOWER).mkdir()
+    save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
+    _write(directory / _TOWER / "config.json", tower_settings(config, dtype))
+    _write(directory / _TOWER / "preprocessor_config.json", image_settings(config, inputs))
+    place = str(final.absolute() / _TOWER)
+    settings = official_settings(own, decoder_settings(own.llm, dtype), place)
+    _write(directory / "config.json", settings)
+    _write_tokenizer(directory, own, inputs)
+
+
+def save_official_adapter(
+    directory: Path,
+    params: Mapping[str, Stored],
+    adapters: Mapping[str, LoraConfig],
+    config: ModelConfig,
+    base: str,
+) -> None:
+    """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
+
+    Args:
+        directory: Must exist.
+        params: What was trained.
+        adapters: By stack.
+        config: Of the model.
+        base: The decoder that they belong on.
+
+    Raises:
+        ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
+    """
+    lora = {path: x for path, x in params.items() if path.startswith(LLM) and is_adapter(path)}
+    projector = {path: x for path, x in params.items() if path.startswith("projector.")}
+    if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
+        raise ConfigError(
+            f"LLaVA's LoRA directories have no room for {foreign[0]} and {len(foreign) - 1} others; "
+            "add --merge"
+        )
+    naming = partial(peft_name, layouts.E)
+    save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
+    _save_pickle({naming(p): x for p, x in projector.items()}, directory)
+    settings = adapters[LLM]
+    written = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": list(settings.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    _write(directory / CONFIG, written)
+
+
+def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(
+            "LLaVA's LoRA directories hold a pickle, which takes PyTorch (pip install torch)"
+        ) from error
+    values = {name: torch.from_numpy(x.read(0).astype(np.float32)) for name, x in params.items()}
+    torch.save(values, directory / "non_lora_trainables.bin")
+
+
+def _own_rows(config: ModelConfig, inputs: Path | Parts) -> int:
+    """The vocabulary without `<image>` and `<pad>`, which LLaVA's code does not have, if they end it."""
+    first = min(config.image_token_id, config.pad_token_id)
+    known = len(load_tokenizer(inputs)) if has_tokenizer(inputs) else first + 2
+    added = {config.image_token_id, config.pad_token_id}
+    return first if added == set(range(first, known)) else config.llm.vocab_size
+
+
+def _first_rows(param: Stored, rows: int) -> Stored:
+    return Stored((rows, *param.shape[1:]), param.dtype, lambda index: param.read(index)[:rows])
