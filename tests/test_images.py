@@ -55,7 +55,7 @@ def test_palette_with_transparency_is_clips():
 
 def test_pad_keeps_its_colour_where_an_image_is_transparent():
     image = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
-    pixels = ImageTransform(shortest_edge=200, crop_height=200, crop_width=200)(image)
+    pixels = ImageTransform(shortest_edge=200, height=200, width=200)(image)
     values = (pixels * np.array(CLIP_STD)[:, None, None] + np.array(CLIP_MEAN)[:, None, None]) * 255
     np.testing.assert_allclose(values[:, 100, 100], 255, atol=1e-3)
     np.testing.assert_allclose(values[:, 10, 100], (122, 116, 104), atol=1e-3)

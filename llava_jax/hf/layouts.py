@@ -122,7 +122,7 @@ IGNORED = (
     r"(^|\.)position_ids$",  # buffers that old transformers versions saved
     r"\.rotary_emb\.inv_freq$",
     r"^text_model\.",  # the half of a CLIPModel that LLaVA does not use
-    r"^logit_scale$",
+    r"^logit_(scale|bias)$",
     r"^(visual|text)_projection\.weight$",
 )
 _IGNORED = re.compile("|".join(IGNORED))
