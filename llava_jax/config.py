@@ -23,6 +23,7 @@ Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionKind = Literal["plain", "cudnn", "splash"]
+Aspect = Literal["pad", "crop", "squash"]
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -34,7 +35,11 @@ class ConfigError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision transformer. Field names are those of Hugging Face's CLIPVisionConfig."""
+    """A vision transformer, CLIP's or SigLIP's. Field names are those of Hugging Face's configs.
+
+    Attributes:
+        vision_use_head: Whether SigLIP's pooling head is there. It is kept, but never computed.
+    """
 
     image_size: int = 336
     patch_size: int = 14
@@ -44,10 +49,22 @@ class VisionConfig:
     num_attention_heads: int = 16
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    model_type: Literal["clip_vision_model", "siglip_vision_model"] = "clip_vision_model"
+    vision_use_head: bool = False
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model_type == "clip_vision_model"
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image; what is left at its right and its bottom belongs to none."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Patches, and the class token."""
+        return self.num_patches + self.has_class_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +79,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlmConfig:
-    """A LLaMA decoder. Field names are those of Hugging Face's LlamaConfig."""
+    """A LLaMA, Mistral or Qwen2 decoder. Field names are those of Hugging Face's configs.
+
+    Attributes:
+        sliding_window: Mistral's tokens see so many tokens, themselves included. Longer sequences
+            are not computed. None is no limit.
+    """
 
     vocab_size: int = 32064
     hidden_size: int = 4096
@@ -76,6 +98,12 @@ class LlmConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    model_type: Literal["llama", "mistral", "qwen2"] = "llama"
+    sliding_window: int | None = None
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +133,12 @@ class ModelConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens one image takes in the sequence."""
-        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+        """Tokens one image takes in the sequence.
+
+        "default" drops the first position, as Hugging Face does: CLIP's class token, but SigLIP's
+        first patch.
+        """
+        return self.vision.num_positions - (self.vision_feature_select_strategy == "default")
 
 
 LLAVA_7B = ModelConfig()
@@ -123,7 +155,7 @@ LLAVA_13B = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Where the separate parts of a LLaVA lie: a decoder, a CLIP, perhaps a projector."""
+    """Where the separate parts of a LLaVA lie: a decoder, a vision tower, perhaps a projector."""
 
     llm: str
     vision: str
@@ -187,7 +219,8 @@ class DataConfig:
         path: LLaVA JSON file, or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
         image_root: Folder that the records' image paths are relative to.
         template: Name of a template in data/conversation.py.
-        image_aspect: "pad" to a square of the mean colour, or "crop" the centre.
+        image_aspect: What becomes of images that are not square: "pad" to a square of the mean
+            colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
         max_length: Longest sequence in tokens, images expanded; longer ones are cut.
         buckets: Lengths that batches are padded to; empty means max_length alone.
         max_images: Most images in one sample; None counts them in the data.
@@ -199,7 +232,7 @@ class DataConfig:
     path: str = ""
     image_root: str = ""
     template: str = "vicuna_v1"
-    image_aspect: Literal["pad", "crop"] = "pad"
+    image_aspect: Aspect = "pad"
     max_length: int = 2048
     buckets: tuple[int, ...] = ()
     max_images: int | None = None

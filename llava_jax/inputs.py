@@ -81,7 +81,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     if images is None:
         images = max(max_images(records), max_images(eval_records))
     transform = load_image_transform(processor, data.image_aspect)
-    height, width = size = transform.crop_height, transform.crop_width
+    height, width = size = transform.height, transform.width
     if not height == width == model.vision.image_size:
         raise ConfigError(
             f"{processor}: the image processor gives {height} x {width} pixels, but the vision "

@@ -13,7 +13,7 @@ from llava_jax.models.layers import Linear, parameter
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
 """The stacks that adapters go into."""
 
-BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.")
+BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
 """What no output depends on, and so never trains."""
 
 

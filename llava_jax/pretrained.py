@@ -84,7 +84,7 @@ def initialise(abstract: Abstract, seed: int) -> Params:
 def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     module, name = path.rsplit(".", 2)[-2:]
-    if name in ("bias", "lora_b"):
+    if name.endswith("bias") or name == "lora_b":
         return np.zeros(shape, np.float32)
     if "norm" in module:
         return np.ones(shape, np.float32)

@@ -57,7 +57,12 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"vision\.(pre_layrnorm|post_layernorm)\.(weight|bias)", ("model",)),
     (r"vision\.embeddings\.class_embedding", ("model",)),
     (r"vision\.embeddings\.patch_embedding\.weight", ("outputs", "whole", "whole", "whole")),
+    (r"vision\.embeddings\.patch_embedding\.bias", ("model",)),
     (r"vision\.embeddings\.position_embedding\.weight", ("whole", "model")),
+    # SigLIP's pooling head, which is never computed.
+    (r"vision\.head\..*(in_proj_|out_proj\.|fc1\.|fc2\.)weight", ("outputs", "whole")),
+    (r"vision\.head\.(layernorm\.weight|.*bias)", ("model",)),
+    (r"vision\.head\.probe", ("whole", "whole", "model")),
 )
 
 

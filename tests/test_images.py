@@ -1,12 +1,20 @@
-"""Pixels against Hugging Face's CLIP processor."""
+"""Pixels against Hugging Face's CLIP and SigLIP processors."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.data.conversation import SampleError
-from llava_jax.data.images import CLIP_MEAN, CLIP_STD, ImageTransform, open_image
+from llava_jax.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    ImageTransform,
+    open_image,
+)
 
 SIZES = [(64, 64), (500, 300), (301, 499), (1000, 37), (23, 640), (1, 1), (3, 2), (337, 335)]
 
@@ -29,6 +37,17 @@ def reference(image: Image.Image, edge: int, crop: tuple[int, int]) -> np.ndarra
     return processor(image, return_tensors="np")["pixel_values"][0]
 
 
+def padded(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square."""
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = colour
+    square[top : top + height, left : left + width] = np.asarray(image)
+    return Image.fromarray(square)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("edge", "crop"), [(336, (336, 336)), (65, (65, 33)), (50, (61, 64))])
 def test_crop_is_clips(size, edge, crop):
@@ -37,6 +56,28 @@ def test_crop_is_clips(size, edge, crop):
     assert pixels.shape == (3, *crop)
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels, reference(picture(size), edge, crop))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("aspect", ["squash", "pad"])
+def test_squash_and_pad_are_siglips(size, aspect):
+    """Its processor resizes to a square; of an image that is padded to one before, too."""
+    siglip = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    image = picture(size)
+    transform = ImageTransform(384, 384, 384, SIGLIP_MEAN, SIGLIP_STD, aspect=aspect)
+    given = image if aspect == "squash" else padded(image, (127, 127, 127))
+    expected = siglip(given, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(transform(image), expected)
+
+
+def test_squash_takes_any_height_and_width():
+    siglip = SiglipImageProcessorPil(
+        size={"height": 30, "width": 50}, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
+    image = picture((90, 64), "LA")
+    expected = siglip(image, return_tensors="np")["pixel_values"][0]
+    transform = ImageTransform(height=30, width=50, aspect="squash")
+    np.testing.assert_array_equal(transform(image), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
@@ -55,7 +96,7 @@ def test_palette_with_transparency_is_clips():
 
 def test_pad_keeps_its_colour_where_an_image_is_transparent():
     image = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
-    pixels = ImageTransform(shortest_edge=200, crop_height=200, crop_width=200)(image)
+    pixels = ImageTransform(shortest_edge=200, height=200, width=200)(image)
     values = (pixels * np.array(CLIP_STD)[:, None, None] + np.array(CLIP_MEAN)[:, None, None]) * 255
     np.testing.assert_allclose(values[:, 100, 100], 255, atol=1e-3)
     np.testing.assert_allclose(values[:, 10, 100], (122, 116, 104), atol=1e-3)
@@ -65,11 +106,7 @@ def test_pad_keeps_its_colour_where_an_image_is_transparent():
 def test_pad_is_the_recipe(size):
     """A square of colour (122, 116, 104), the image in its middle, then CLIP's way."""
     image = picture(size)
-    side, (left, top) = max(size), ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = (122, 116, 104)
-    square[top : top + size[1], left : left + size[0]] = np.asarray(image)
-    expected = reference(Image.fromarray(square), 336, (336, 336))
+    expected = reference(padded(image, (122, 116, 104)), 336, (336, 336))
     np.testing.assert_array_equal(ImageTransform()(image), expected)
 
 

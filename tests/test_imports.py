@@ -23,7 +23,7 @@ LEVELS = (
     ),
     ("host", "models.layers", "data.records", "data.easy_vqa", "hf.official", "hf.pickles"),
     ("sharding", "update", "models.attention", "models.stack", "data.sources"),
-    ("models.clip", "models.llama", "data.batching"),
+    ("models.llama", "models.vision", "data.batching"),
     ("models.llava",),
     ("lora", "loss"),
     ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),

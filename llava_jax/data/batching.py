@@ -145,7 +145,7 @@ class SampleEncoder:
         # A cut may have left images out.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
         pixels = [self.transform(images.open_image(path)) for path in record.images[:kept]]
-        shape = (0, 3, self.transform.crop_height, self.transform.crop_width)
+        shape = (0, 3, self.transform.height, self.transform.width)
         return Sample(
             encoded.input_ids,
             encoded.loss_mask,

@@ -1,17 +1,19 @@
-"""Images as pixels, the way CLIP's processor makes them."""
+"""Images as pixels, the way CLIP's and SigLIP's processors make them."""
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+from llava_jax.config import Aspect
 from llava_jax.data.conversation import SampleError
 
 # OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's pixels go from -1 to 1.
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,31 +21,36 @@ class ImageTransform:
     """Resizes, crops and normalises an image.
 
     Attributes:
-        shortest_edge: The image is resized until its shorter side has so many pixels.
-        crop_height: Height of the centre that is kept; a smaller image is filled with black.
-        crop_width: Width of the centre that is kept.
+        shortest_edge: The image is resized until its shorter side has so many pixels; "squash"
+            does not use it.
+        height: Of the result: the centre is kept, and a smaller image is filled with black.
+        width: Of the result.
         mean: Mean of each channel, of values from 0 to 1.
         std: Standard deviation of each channel.
         rescale: Factor that takes a pixel's 0..255 to 0..1.
         aspect: "pad" first centres the image on a square of the mean colour, so that the crop
-            loses nothing. "crop" keeps the centre.
+            loses nothing. "crop" keeps the centre. "squash" resizes to height x width at once,
+            whatever becomes of the image's proportions.
     """
 
     shortest_edge: int = 336
-    crop_height: int = 336
-    crop_width: int = 336
+    height: int = 336
+    width: int = 336
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     rescale: float = 1 / 255
-    aspect: Literal["pad", "crop"] = "pad"
+    aspect: Aspect = "pad"
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
-        """Returns the normalised pixels, channels first, H = crop_height and W = crop_width."""
+        """Returns the normalised pixels, channels first."""
         image = _to_rgb(image)
         if self.aspect == "pad":
             image = _pad_to_square(image, self.mean)
-        image = _resize_shortest_edge(image, self.shortest_edge)
-        image = _center_crop(image, self.crop_height, self.crop_width)
+        if self.aspect == "squash":
+            image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        else:
+            image = _resize_shortest_edge(image, self.shortest_edge)
+            image = _center_crop(image, self.height, self.width)
         # Each level once, in double precision and back as Hugging Face's processor does.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)

@@ -163,7 +163,7 @@ IGNORED = (
     r"\.rotary_emb\.inv_freq$",
     r"\.original_module\.",  # PEFT's copy of a module as it was before training
     r"^text_model\.",  # the half of a CLIPModel that LLaVA does not use
-    r"^logit_scale$",
+    r"^logit_(scale|bias)$",
     r"^(visual|text)_projection\.weight$",
 )
 _IGNORED = re.compile("|".join(IGNORED))

@@ -17,9 +17,8 @@ from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
 Json = dict[str, Any]
 
-# Defaults of transformers' LlamaConfig, CLIPVisionConfig, LlavaConfig; the same in 4.36 and 5.23.
+# Defaults of transformers' configs, the same in 4.36 (Qwen2's and SigLIP's: 4.37) and in 5.23.
 LLAMA_DEFAULTS: Json = {
-    "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -33,9 +32,23 @@ LLAMA_DEFAULTS: Json = {
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+MISTRAL_DEFAULTS: Json = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+QWEN2_DEFAULTS: Json = LLAMA_DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "eos_token_id": None,
 }
 CLIP_DEFAULTS: Json = {
-    "model_type": "clip_vision_model",
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -45,8 +58,17 @@ CLIP_DEFAULTS: Json = {
     "patch_size": 32,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
+    "vision_use_head": False,
 }
-LLAVA_VISION_DEFAULTS: Json = CLIP_DEFAULTS | {
+SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+# Of a LlavaConfig without a vision_config; one that is there has its own type's defaults.
+LLAVA_VISION: Json = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -63,7 +85,20 @@ LLAVA_DEFAULTS: Json = {
 }
 ROPE_THETA = 10_000.0
 
+# The first is meant where a config has no model_type.
+DECODERS = {"llama": LLAMA_DEFAULTS, "mistral": MISTRAL_DEFAULTS, "qwen2": QWEN2_DEFAULTS}
+TOWERS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+
 VOCABULARY_MULTIPLE = 64  # what a grown vocabulary is rounded up to, as llava-hf's 32064 is
+
+
+# LLaVA-1.6 and what came of it.
+TILED = ("llava_next", "llava_next_video", "llava_onevision")
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
@@ -73,11 +108,19 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         CheckpointError: No readable config.json, or a model that this package does not compute.
     """
     file, raw = read_json_config(directory)
-    if raw.get("model_type") != "llava":
-        raise CheckpointError(f"{file}: model_type is {raw.get('model_type')!r}, expected 'llava'")
+    kind = raw.get("model_type")
+    if kind in TILED:
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r}, a LLaVA that cuts images into tiles, which is not "
+            "computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and a "
+            "vision tower in directories of their own: llm=DIR,vision=DIR"
+        )
+    if kind != "llava":
+        raise CheckpointError(f"{file}: model_type is {kind!r}, expected 'llava'")
     given = _given(raw)
     values = LLAVA_DEFAULTS | given
-    text, vision = _given(raw.get("text_config") or {}), _given(raw.get("vision_config") or {})
+    tower = raw.get("vision_config")
+    text, vision = _given(raw.get("text_config")), _given(LLAVA_VISION if tower is None else tower)
     _require(file, "multimodal_projector_bias", values["multimodal_projector_bias"], (True,))
     _require(file, "projector_hidden_act", values["projector_hidden_act"], _GELUS)
     strategy = values["vision_feature_select_strategy"]
@@ -90,10 +133,10 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     if given.get("tie_word_embeddings"):  # either place ties, as in transformers 5
         text["tie_word_embeddings"] = True
     config = ModelConfig(
-        vision=_vision_config(file, LLAVA_VISION_DEFAULTS | vision),
-        llm=_llm_config(file, LLAMA_DEFAULTS | text),
+        vision=_vision_config(file, vision),
+        llm=_llm_config(file, text),
         image_token_id=values.get("image_token_id", values["image_token_index"]),
-        pad_token_id=_pad_token_id(given, text),
+        pad_token_id=_pad_token_id(file, given, text),
         vision_feature_layer=values["vision_feature_layer"],
         vision_feature_select_strategy=strategy,
         projector_hidden_act=values["projector_hidden_act"],
@@ -106,25 +149,27 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 
 def read_llm_config(directory: str | Path) -> LlmConfig:
-    """The decoder that a LlamaForCausalLM directory's config.json describes.
+    """The decoder that a LlamaForCausalLM (or Mistral's, or Qwen2's) directory describes.
 
     Raises:
         CheckpointError: No readable config.json, or a decoder that this package does not compute.
     """
     file, raw = read_json_config(directory)
-    return _llm_config(file, LLAMA_DEFAULTS | _given(official.decoder_settings(raw)))
+    return _llm_config(file, _given(official.decoder_settings(raw)))
 
 
 def read_vision_config(directory: str | Path) -> VisionConfig:
-    """The vision tower of a CLIPVisionModel or CLIPModel directory's config.json.
+    """The vision tower of a directory of CLIPVisionModel, CLIPModel, or SigLIP's two.
 
     Raises:
         CheckpointError: No readable config.json, or a tower that this package does not compute.
     """
     file, raw = read_json_config(directory)
-    if raw.get("model_type") == "clip":  # openai's configs say it twice; the second is meant
-        raw = (raw.get("vision_config") or {}) | (raw.get("vision_config_dict") or {})
-    return _vision_config(file, CLIP_DEFAULTS | _given(raw))
+    kind = raw.get("model_type")
+    if kind in ("clip", "siglip"):  # openai's configs say it twice; the second is meant
+        tower = (raw.get("vision_config") or {}) | (raw.get("vision_config_dict") or {})
+        raw = {"model_type": f"{kind}_vision_model"} | tower
+    return _vision_config(file, _given(raw))
 
 
 def read_parts_config(
@@ -139,12 +184,16 @@ def read_parts_config(
         pad_token_id: The padding token; None takes it from the same place.
 
     Returns:
-        A config whose vocabulary is the decoder's, grown where it lacks one of the two tokens.
+        A config whose vocabulary is the decoder's, grown where it lacks one of the two tokens. All
+        patches are features: what "default" drops is a class token, and SigLIP has none.
 
     Raises:
         CheckpointError: A part that cannot be read or is not supported.
     """
-    llm, vision, features = read_llm_config(parts.llm), _read_tower(parts), {}
+    llm, vision = read_llm_config(parts.llm), _read_tower(parts)
+    features: Json = {
+        "vision_feature_select_strategy": "default" if vision.has_class_token else "full"
+    }
     file, raw = read_json_config(parts.llm)
     if "mm_projector_type" in raw:
         features = official.feature_settings(file, raw)
@@ -160,7 +209,9 @@ def read_parts_config(
     if needed > llm.vocab_size:
         rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         llm = dataclasses.replace(llm, vocab_size=rounded)
-    return ModelConfig(vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features)
+    return ModelConfig(
+        vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features
+    )
 
 
 def _read_tower(parts: Parts) -> VisionConfig:
@@ -193,9 +244,10 @@ def read_json_config(directory: str | Path) -> tuple[Path, Json]:
     return file, raw
 
 
-def _given(raw: Json) -> Json:
-    """What a config says; null means the default."""
-    return {name: value for name, value in raw.items() if value is not None}
+def _given(raw: Json | None) -> Json:
+    """What a config says; null means the default, or for some fields that there is none."""
+    none = ("sliding_window", "num_key_value_heads")
+    return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
 
 
 _GELUS = ("gelu", "gelu_pytorch_tanh")
@@ -207,11 +259,22 @@ def _require(file: Path, name: str, value: object, supported: tuple[object, ...]
         raise CheckpointError(f"{file}: {name} is {value!r}; supported: {known}")
 
 
-def _llm_config(file: Path, values: Json) -> LlmConfig:
-    _require(file, "the decoder's model_type", values["model_type"], ("llama",))
+def _complete(file: Path, part: str, given: Json, defaults: dict[str, Json]) -> Json:
+    """What a part's config says, with the defaults of its model_type."""
+    kind = given.get("model_type", next(iter(defaults)))
+    _require(file, f"{part}'s model_type", kind, tuple(defaults))
+    return defaults[kind] | {"model_type": kind} | given
+
+
+def _llm_config(file: Path, given: Json) -> LlmConfig:
+    values = _complete(file, "the decoder", given, DECODERS)
     _require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
     _require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
     _require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
+    # Qwen2's windows are of some layers only.
+    _require(
+        file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
+    )
     heads = values["num_attention_heads"]
     theta, scaling = _rope(file, values)
     return LlmConfig(
@@ -227,6 +290,8 @@ def _llm_config(file: Path, values: Json) -> LlmConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=values["tie_word_embeddings"],
+        model_type=values["model_type"],
+        sliding_window=values["sliding_window"] if values["model_type"] == "mistral" else None,
     )
 
 
@@ -247,25 +312,27 @@ def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling(**{name: rope[name] for name in names})
 
 
-def _vision_config(file: Path, values: Json) -> VisionConfig:
-    _require(file, "the vision tower's model_type", values["model_type"], ("clip_vision_model",))
+def _vision_config(file: Path, given: Json) -> VisionConfig:
+    values = _complete(file, "the vision tower", given, TOWERS)
     _require(file, "the vision tower's hidden_act", values["hidden_act"], ("quick_gelu", *_GELUS))
     _require(file, "the vision tower's num_channels", values["num_channels"], (3,))
     image, patch = values["image_size"], values["patch_size"]
-    if not isinstance(image, int) or not isinstance(patch, int) or image % patch:
+    if not isinstance(image, int) or not isinstance(patch, int) or not 0 < patch <= image:
         raise CheckpointError(
-            f"{file}: image_size {image} and patch_size {patch}; supported: square images of whole "
+            f"{file}: image_size {image} and patch_size {patch}; supported: square images and "
             "patches"
         )
     fields = dataclasses.fields(VisionConfig)
     return VisionConfig(**{field.name: values[field.name] for field in fields})
 
 
-def _pad_token_id(top: Json, text: Json) -> int:
+def _pad_token_id(file: Path, top: Json, text: Json) -> int:
     """The padding token; configs without one pad with the end token."""
-    end = text.get("eos_token_id", 2)
+    end = text.get("eos_token_id", DECODERS[text.get("model_type", "llama")]["eos_token_id"])
     choices = (top.get("pad_token_id", -1), text.get("pad_token_id", -1))
     given = [choice for choice in choices if choice >= 0]  # Llama's first configs say -1
+    if not given and end is None:
+        raise CheckpointError(f"{file} has neither pad_token_id nor the decoder's eos_token_id")
     return given[0] if given else end[0] if isinstance(end, list) else end
 
 
@@ -277,19 +344,6 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
         directory: Must exist.
         dtype: Of the weights beside it, "bfloat16" for example.
     """
-    llm = dataclasses.asdict(config.llm)
-    if config.llm.rope_scaling is not None:
-        llm["rope_scaling"] = {"rope_type": "llama3", **llm["rope_scaling"]}
-    llama = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
-    }
-    clip = {"model_type": "clip_vision_model", "num_channels": 3, "torch_dtype": dtype}
-    clip["projection_dim"] = 768  # of a head that LLaVA does not have; loaders ask for a number
     llava = {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -302,8 +356,32 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "tie_word_embeddings": config.llm.tie_word_embeddings,
         "torch_dtype": dtype,
-        "text_config": {**llama, **llm},
-        "vision_config": {**clip, **dataclasses.asdict(config.vision)},
+        "text_config": text_settings(config.llm) | {"torch_dtype": dtype},
+        "vision_config": tower_settings(config.vision) | {"torch_dtype": dtype},
     }
     text = json.dumps(llava, indent=2, sort_keys=True) + "\n"
     (Path(directory) / "config.json").write_text(text)
+
+
+def text_settings(llm: LlmConfig) -> Json:
+    """A decoder's own config.json."""
+    text = dataclasses.asdict(llm)
+    text |= {"architectures": [ARCHITECTURES[llm.model_type]], "hidden_act": "silu"}
+    if llm.rope_scaling is not None:
+        text["rope_scaling"] = {"rope_type": "llama3", **text["rope_scaling"]}
+    if llm.model_type == "llama":
+        text |= {"attention_bias": False, "mlp_bias": False}
+    if llm.model_type == "qwen2":
+        text["use_sliding_window"] = False
+    if llm.model_type != "mistral":
+        del text["sliding_window"]
+    return text
+
+
+def tower_settings(vision: VisionConfig) -> Json:
+    """A vision tower's own config.json."""
+    tower = dataclasses.asdict(vision) | {"num_channels": 3}
+    if vision.model_type == "clip_vision_model":
+        del tower["vision_use_head"]
+        tower["projection_dim"] = 768  # of a head that LLaVA does not have; loaders want a number
+    return tower

@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ModelConfig, Parts
+from llava_jax.config import Aspect, ModelConfig, Parts
 from llava_jax.data.conversation import Template
-from llava_jax.data.images import ImageTransform
+from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import load_tokenizer
@@ -18,15 +18,13 @@ from llava_jax.hf.tokenizer import load_tokenizer
 _BICUBIC = 3  # Pillow's number
 _PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
 
-Aspect = Literal["pad", "crop"]
-
 
 def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None) -> ImageTransform:
     """How a checkpoint's images become pixels.
 
     Args:
         place: A LLaVA's directory, or separate parts: then the vision tower's. A tower without an
-            image processor gets CLIP's own, at its image size.
+            image processor gets CLIP's or SigLIP's own, at its image size.
         aspect: What happens to images that are not square; None is what the checkpoint says.
 
     Raises:
@@ -35,37 +33,60 @@ def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None
     directory = Path(place.vision if isinstance(place, Parts) else place)
     found = _image_settings(directory)
     if found is None and isinstance(place, Parts):
-        size = read_vision_config(directory).image_size
-        return ImageTransform(size, size, size, aspect=aspect or "pad")
+        tower = read_vision_config(directory)
+        size, is_siglip = tower.image_size, tower.model_type == "siglip_vision_model"
+        return ImageTransform(size, size, size, *_statistics(is_siglip), aspect=aspect or "pad")
     if found is None:
         raise CheckpointError(f"{directory} has no {_IMAGES}")
     file, settings = found
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    skipped = [step for step in steps if not settings.get(step, True)]
-    if skipped or settings.get("resample", _BICUBIC) != _BICUBIC:
+    edge, height, width, own_aspect = _sizes(file, settings)
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    odd = [f"{step} false" for step in steps if not settings.get(step, True)]
+    resample = settings.get("resample", _BICUBIC)
+    if resample != _BICUBIC:
+        odd.append(f"resample {resample}")
+    if odd:
         raise CheckpointError(
-            f"{file}: images must be resized (bicubic, resample 3), cropped, rescaled and "
-            f"normalised; found {', '.join(f'{step} false' for step in skipped) or 'resample'} "
-            f"{settings.get('resample', _BICUBIC)}"
+            f"{file}: images must be resized (bicubic, resample 3), rescaled and normalised; found "
+            f"{', '.join(odd)}"
         )
-    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if edge is None or not {"height", "width"} <= crop.keys():
-        raise CheckpointError(
-            f"{file}: size {size} and crop_size {crop}; supported: a shortest_edge, and a height "
-            "and width"
-        )
-    default = ImageTransform()
+    is_siglip = settings.get("image_processor_type", "").startswith("Siglip")
+    mean, std = _statistics(is_siglip)
     return ImageTransform(
         shortest_edge=edge,
-        crop_height=crop["height"],
-        crop_width=crop["width"],
-        mean=tuple(settings.get("image_mean", default.mean)),
-        std=tuple(settings.get("image_std", default.std)),
-        rescale=settings.get("rescale_factor", default.rescale),
-        aspect=aspect or ("pad" if settings.get("do_pad") else "crop"),
+        height=height,
+        width=width,
+        mean=tuple(settings.get("image_mean", mean)),
+        std=tuple(settings.get("image_std", std)),
+        rescale=settings.get("rescale_factor", ImageTransform.rescale),
+        aspect=aspect or own_aspect,
     )
+
+
+def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of the channels."""
+    return (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
+
+
+def _sizes(file: Path, settings: dict[str, Any]) -> tuple[int, int, int, Aspect]:
+    """An image processor's shortest edge, height, width, and what it does with the aspect."""
+    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    is_exact = {"height", "width"} <= size.keys()
+    crops = settings.get("do_center_crop", not is_exact or "crop_size" in settings)
+    if is_exact and not crops:
+        crop = size
+    is_known = crop == size if is_exact else crops and "shortest_edge" in size
+    if not is_known or not {"height", "width"} <= crop.keys():
+        raise CheckpointError(
+            f"{file}: size {size}, do_center_crop {str(bool(crops)).lower()} and crop_size {crop}; "
+            "supported: a shortest_edge, of which a height and width are cropped; or a height and "
+            "width as size, not cropped"
+        )
+    height, width = crop["height"], crop["width"]
+    aspect = "pad" if settings.get("do_pad") else "squash" if is_exact else "crop"
+    return size.get("shortest_edge", max(height, width)), height, width, aspect
 
 
 def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -120,13 +141,13 @@ def save_processor(
         )
     tokenizer.save_pretrained(directory)
     _write(directory / "tokenizer_config.json", _tokenizer_settings(directory))
-    _write(directory / _IMAGES, _clip_settings(transform))
+    _write(directory / _IMAGES, _image_processor(transform))
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
         "patch_size": config.vision.patch_size,
-        # The class token; with 0 here transformers expects one image token too few.
-        "num_additional_image_tokens": 1,
+        # With 0 for CLIP, transformers expects one image token too few.
+        "num_additional_image_tokens": int(config.vision.has_class_token),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     _write(directory / _PROCESSOR, processor)
@@ -154,18 +175,24 @@ def _tokenizer_settings(directory: Path) -> dict[str, Any]:
     }
 
 
-def _clip_settings(transform: ImageTransform) -> dict[str, Any]:
-    pads = transform.aspect == "pad"
+_PROCESSORS: dict[Aspect, str] = {
+    "pad": "LlavaImageProcessor",
+    "crop": "CLIPImageProcessor",
+    "squash": "SiglipImageProcessor",
+}
+
+
+def _image_processor(transform: ImageTransform) -> dict[str, Any]:
+    sides = {"height": transform.height, "width": transform.width}
+    sizes = {"size": {"shortest_edge": transform.shortest_edge}, "crop_size": sides}
     return {
-        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        "image_processor_type": _PROCESSORS[transform.aspect],
         "processor_class": "LlavaProcessor",
-        **({"do_pad": True} if pads else {}),
+        **({"do_pad": True} if transform.aspect == "pad" else {}),
+        **({"size": sides} if transform.aspect == "squash" else sizes | {"do_center_crop": True}),
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": transform.shortest_edge},
         "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": transform.crop_height, "width": transform.crop_width},
         "do_rescale": True,
         "rescale_factor": transform.rescale,
         "do_normalize": True,

@@ -5,7 +5,7 @@ Shapes are written with one capital letter a dimension, here and in every einsum
     B batch            T tokens (queries)   S key positions     D model width
     F feed-forward     N heads              K key/value heads   H head size
     V vocabulary       P patches            L layers            R LoRA rank
-    M images a sample  I images             C colour channels   Q class token and patches
+    M images a sample  I images             C colour channels   Q positions of the tower
     E half a head      G query heads that share a key head
 
 Weights keep PyTorch's layout, [out, in], so checkpoints are copied, never transposed. Blocks are

@@ -1,4 +1,7 @@
-"""The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries."""
+"""The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+Mistral's is the same up to its sliding window; Qwen2's has biases in the attention's inputs.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionKind, LlmConfig, Remat
+from llava_jax.config import AttentionKind, ConfigError, LlmConfig, Remat
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
     Embedding,
@@ -64,9 +67,10 @@ class Attention(nnx.Module):
         queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
         self.head_dim = size
         self.attend = ATTENTION[kind]
-        self.q_proj = Linear(width, queries, bias=False)
-        self.k_proj = Linear(width, keys, bias=False)
-        self.v_proj = Linear(width, keys, bias=False)
+        bias = config.has_qkv_bias
+        self.q_proj = Linear(width, queries, bias=bias)
+        self.k_proj = Linear(width, keys, bias=bias)
+        self.v_proj = Linear(width, keys, bias=bias)
         self.o_proj = Linear(queries, width, bias=False)
 
     def __call__(
@@ -182,7 +186,17 @@ class Llama(nnx.Module):
             x: Token (and image) embeddings.
             segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
             keys: Dropout of adapters; None is off.
+
+        Raises:
+            ConfigError: The sequence is longer than the model's sliding window.
         """
+        window = self.config.sliding_window
+        if window is not None and x.shape[1] > window:
+            raise ConfigError(
+                f"a sequence of {x.shape[1]} tokens, but the decoder's sliding_window is {window}, "
+                f"and attention in a window is not computed; set data.max_length to {window} at "
+                "most"
+            )
         positions = positions_in_segments(segment_ids).astype(jnp.float32)
         angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
         context = (jnp.cos(angles), jnp.sin(angles)), segment_ids

@@ -6,9 +6,9 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from llava_jax.config import AttentionKind, ModelConfig, Remat
-from llava_jax.models.clip import ClipVision
 from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
 from llava_jax.models.llama import Llama
+from llava_jax.models.vision import VisionTower
 
 VISION_DROPOUT = 2**31 - 1
 """Folded into keys, this gives others than any layer of the decoder."""
@@ -50,7 +50,7 @@ class Llava(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.vision = ClipVision(
+        self.vision = VisionTower(
             config.vision, config.used_vision_layers, kind=kind, remat=remat, offload=offload
         )
         self.projector = Projector(config)
@@ -62,7 +62,7 @@ class Llava(nnx.Module):
         """What the decoder sees of each image."""
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # without the class token
+            features = features[:, 1:]  # without CLIP's class token (of SigLIP, a patch)
         return self.projector(features)
 
     def hidden_states(

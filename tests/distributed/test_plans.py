@@ -29,10 +29,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"optimizer": {"clip_norm": 0.5}, "batch": {"micro_size": 8}},
     "full": {"optimizer": {"weight_decay": 0.1, "learning_rate": 1e-3}},
     "qlora": {"batch": {"micro_size": 8}},
+    "family": {"optimizer": {"learning_rate": 1e-3}, "batch": {"micro_size": 8}},
 }
 # NF4 takes inputs by 64.
 WIDE = dataclasses.replace(
     MODEL, llm=dataclasses.replace(MODEL.llm, hidden_size=64, intermediate_size=128)
+)
+# With Qwen2's biases, and SigLIP's other tower.
+FAMILY = dataclasses.replace(
+    MODEL,
+    vision=dataclasses.replace(
+        MODEL.vision, model_type="siglip_vision_model", vision_use_head=True
+    ),
+    llm=dataclasses.replace(MODEL.llm, model_type="qwen2"),
+    vision_feature_select_strategy="full",
 )
 
 
@@ -42,6 +52,9 @@ def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
         config = dataclasses.replace(config, tune=TuneConfig("full", "frozen", "full"))
     if name == "qlora":
         config = dataclasses.replace(config, model=WIDE, quantize="nf4_double")
+    if name == "family":
+        tune = TuneConfig("full", "full", "full")
+        config = dataclasses.replace(config, model=FAMILY, tune=tune)
     if fsdp > 1:
         config = change(config, batch={"micro_size": 1})
     return dataclasses.replace(config, memory=memory)
@@ -68,7 +81,7 @@ def in_host_memory(tree: Any) -> int:
 
 
 SHORT = [(plan, "lora", 1) for plan in PLANS] + [("all", "full", 8), ("stream_weights", "full", 1)]
-SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1)]
+SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1), ("all", "family", 8)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
@@ -83,11 +96,12 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
         np.testing.assert_allclose(*values, rtol=1e-6)
     memory = PLANS[plan]
-    moments = memory.offload_optimizer or (memory.stream_weights and name == "full")
+    in_full = name in ("full", "family")
+    moments = memory.offload_optimizer or (memory.stream_weights and in_full)
     assert bool(in_host_memory(state.opt_state)) == moments  # adapters are never streamed
-    weights = memory.stream_weights or (memory.offload_optimizer and name == "full")
+    weights = memory.stream_weights or (memory.offload_optimizer and in_full)
     assert bool(in_host_memory(program.abstract)) == weights
-    assert bool(in_host_memory(program.gradients)) == (memory.stream_weights and name == "full")
+    assert bool(in_host_memory(program.gradients)) == (memory.stream_weights and in_full)
 
 
 def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import ModelConfig
 from llava_jax.hf.model_config import read_model_config
@@ -18,7 +18,7 @@ from llava_jax.models.layers import Params, merge
 from llava_jax.pretrained import build
 
 IMAGE, PAD, VOCABULARY = 60, 61, 64
-IMAGE_TOKENS = 4  # 28 x 28 pixels in patches of 14
+IMAGE_TOKENS, IMAGE_SIZE = 4, 28  # in patches of 14
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -34,14 +34,25 @@ VARIANTS: dict[str, dict] = {
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "wide_heads": {"head_dim": 16, "num_key_value_heads": 2},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen2_tied": {"model_type": "qwen2", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "siglip": {},
 }
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64 inputs, for NF4
+"""What a decoder differs in; "siglip" in the tower."""
+SPECIAL: dict[str, dict] = {
+    "wide": {"hidden_size": 64, "intermediate_size": 128},  # whole blocks of 64 inputs, for NF4
+    "qwen2_siglip": VARIANTS["qwen2"],
+    "siglip_full": {},  # these two have images of 30 x 30 pixels, of which 28 x 28 are patches
+    "siglip_default": {},
+}
 
 
 @functools.cache
 def hf_llava(variant: str) -> LlavaForConditionalGeneration:
     """A Hugging Face LLaVA whose every weight is random, norms and biases included."""
     text = {
+        "model_type": "llama",
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -49,22 +60,27 @@ def hf_llava(variant: str) -> LlavaForConditionalGeneration:
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     }
+    is_siglip = "siglip" in variant
+    is_uneven = variant in ("siglip_full", "siglip_default")
+    strategy = "full" if is_siglip and variant != "siglip_default" else "default"
     vision = {
-        "image_size": 28,
+        "model_type": "siglip_vision_model" if is_siglip else "clip_vision_model",
+        "image_size": IMAGE_SIZE + 2 * is_uneven,
         "patch_size": 14,
         "hidden_size": 24,
         "intermediate_size": 40,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
     }
-    text_config = LlamaConfig(**text | (VARIANTS | {"wide": WIDE})[variant])
+    text_config = AutoConfig.for_model(**text | (VARIANTS | SPECIAL)[variant])
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
+        vision_config=AutoConfig.for_model(**vision),
         text_config=text_config,
         image_token_index=IMAGE,
         pad_token_id=PAD,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=IMAGE_TOKENS - (variant == "siglip_default"),
         tie_word_embeddings=text_config.tie_word_embeddings,
+        vision_feature_select_strategy=strategy,
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
@@ -156,24 +172,36 @@ def hf_logits() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def batches() -> dict[str, dict[str, np.ndarray | None]]:
     """One image, two images in one sample, no image, and a right-padded mixture of these."""
+    return _batches(IMAGE_TOKENS, IMAGE_SIZE)
+
+
+@pytest.fixture(scope="session")
+def make_batches() -> Callable[[int, int], dict[str, dict[str, np.ndarray | None]]]:
+    """The same for so many tokens an image, of so many pixels a side."""
+    return _batches
+
+
+def _batches(image_tokens: int, size: int) -> dict[str, dict[str, np.ndarray | None]]:
     rng = np.random.default_rng(0)
     words = lambda count: rng.integers(3, IMAGE, count).tolist()
-    image = [IMAGE] * IMAGE_TOKENS
+    image = [IMAGE] * image_tokens
     rows = {
         "one_image": [words(3) + image + words(9)],
         "two_images": [words(2) + image + words(3) + image + words(4)],
         "text_only": [words(17)],
         "padded": [words(1) + image + words(2) + image + words(4), words(7), image + words(3)],
     }
-    return {name: _batch(rows, rng) for name, rows in rows.items()}
+    return {name: _batch(rows, rng, image_tokens, size) for name, rows in rows.items()}
 
 
-def _batch(rows: list[list[int]], rng: np.random.Generator) -> dict[str, np.ndarray | None]:
+def _batch(
+    rows: list[list[int]], rng: np.random.Generator, image_tokens: int, size: int
+) -> dict[str, np.ndarray | None]:
     length = max(map(len, rows))
     ids = np.array([row + [PAD] * (length - len(row)) for row in rows], np.int32)
     mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int32)
-    images = int((ids == IMAGE).sum()) // IMAGE_TOKENS
-    pixels = rng.normal(size=(images, 3, 28, 28)).astype(np.float32) if images else None
+    images = int((ids == IMAGE).sum()) // image_tokens
+    pixels = rng.normal(size=(images, 3, size, size)).astype(np.float32) if images else None
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
 
 

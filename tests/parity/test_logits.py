@@ -10,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionModel,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     LlavaForConditionalGeneration,
 )
 
-from llava_jax.config import Parts
+from llava_jax.config import ConfigError, Parts
 from llava_jax.hf.model_config import read_parts_config, write_model_config
 from llava_jax.hf.weights import load_params, save_params
 
@@ -71,8 +69,34 @@ def test_logits_are_those_of_transformers(
     assert_close(our_logits(graph, params, batch), theirs, batch)
 
 
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_siglip_leaves_out_what_is_no_whole_patch(
+    strategy, make_hf, saved, load, our_logits, hf_logits, make_batches, assert_close
+):
+    """And "default" drops its first patch, as transformers does."""
+    variant = f"siglip_{strategy}"
+    graph, params, config = load(saved(variant))
+    assert (config.vision.image_size, config.vision.num_patches) == (30, 4)
+    assert config.image_tokens == {"full": 4, "default": 3}[strategy]
+    batch = make_batches(config.image_tokens, 30)["padded"]
+    theirs = hf_logits(make_hf(variant), batch)
+    assert_close(our_logits(graph, params, batch), theirs, batch)
+
+
+def test_a_sequence_longer_than_the_window_is_refused(saved, load, our_logits, batches):
+    graph, params, config = load(saved("mistral"))
+    assert config.llm.sliding_window == 24
+    text = dict(batches["text_only"])
+    ids = np.resize(text["input_ids"], (1, 25))
+    long = text | {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with pytest.raises(ConfigError, match=r"25 tokens, .* sliding_window is 24.*max_length to 24"):
+        our_logits(graph, params, long)
+    fits = {name: x if x is None else x[:, :24] for name, x in long.items()}
+    assert our_logits(graph, params, fits).shape == (1, 24, 64)
+
+
 @pytest.mark.parametrize("layout", TO_LAYOUT)
-@pytest.mark.parametrize("variant", ["gqa", "tied"], scope="session")
+@pytest.mark.parametrize("variant", ["gqa", "tied", "siglip"], scope="session")
 def test_every_layout_gives_the_same_parameters(variant, layout, saved, load, tmp_path):
     _, expected, _ = load(saved(variant))
     _, params, _ = load(relaid(saved(variant), tmp_path / layout, layout))
@@ -111,47 +135,60 @@ def test_what_transformers_read_back_loads_again(variant, saved, load, tmp_path)
 
 
 @pytest.fixture
-def parts(make_hf: Callable, tmp_path: Path) -> Parts:
-    """The decoder, tower and projector of a LLaVA in places of their own."""
-    hf = make_hf("gqa")
-    llm = LlamaForCausalLM(hf.config.text_config)
-    llm.model.load_state_dict(hf.model.language_model.state_dict())
-    llm.lm_head.load_state_dict(hf.lm_head.state_dict())
-    llm.save_pretrained(tmp_path / "llm")
-    vision = CLIPVisionModel(hf.config.vision_config)
-    vision.load_state_dict(hf.model.vision_tower.state_dict())
-    vision.save_pretrained(tmp_path / "vision")
-    projector = hf.model.multi_modal_projector.state_dict()
-    save_file(projector, tmp_path / "projector.safetensors")
-    return Parts(*(str(tmp_path / name) for name in ("llm", "vision", "projector.safetensors")))
+def parts(make_hf: Callable, tmp_path: Path) -> Callable[[str], Parts]:
+    """Variant -> the decoder, tower and projector of a LLaVA in places of their own."""
+
+    def save(variant: str) -> Parts:
+        hf = make_hf(variant)
+        llm = AutoModelForCausalLM.from_config(hf.config.text_config)
+        llm.model.load_state_dict(hf.model.language_model.state_dict())
+        llm.lm_head.load_state_dict(hf.lm_head.state_dict())
+        llm.save_pretrained(tmp_path / "llm")
+        hf.model.vision_tower.save_pretrained(tmp_path / "vision")
+        projector = hf.model.multi_modal_projector.state_dict()
+        save_file(projector, tmp_path / "projector.safetensors")
+        return Parts(*(str(tmp_path / name) for name in ("llm", "vision", "projector.safetensors")))
+
+    return save
 
 
-def test_parts_make_the_whole(parts, load, saved, abstract_params):
-    config = read_parts_config(parts, image_token_id=60, pad_token_id=61)
-    _, expected, whole = load(saved("gqa"))
+@pytest.mark.parametrize("variant", ["gqa", "mistral", "qwen2_siglip"], scope="session")
+def test_parts_make_the_whole(variant, parts, load, saved, abstract_params):
+    separate = parts(variant)
+    config = read_parts_config(separate, image_token_id=60, pad_token_id=61)
+    _, expected, whole = load(saved(variant))
     assert config == whole
-    params = load_params(parts, config, abstract_params(config))
+    params = load_params(separate, config, abstract_params(config))
     for path, value in expected.items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
 
-def test_vision_tower_out_of_a_clip_model(parts, make_hf, load, saved, abstract_params, tmp_path):
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    hf = make_hf("gqa")
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=hf.config.vision_config))
-    clip.vision_model.load_state_dict(hf.model.vision_tower.state_dict())
-    clip.save_pretrained(tmp_path / "clip")
-    parts = Parts(parts.llm, str(tmp_path / "clip"), parts.projector)
-    config = read_parts_config(parts, image_token_id=60, pad_token_id=61)
-    params = load_params(parts, config, abstract_params(config))
-    for path, value in load(saved("gqa"))[1].items():
+TEXT_TOWER = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "projection_size": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "kind"), [("gqa", "clip"), ("siglip", "siglip")])
+def test_vision_tower_out_of_a_model_of_two_towers(
+    variant, kind, parts, make_hf, load, saved, abstract_params, tmp_path
+):
+    hf, separate = make_hf(variant), parts(variant)
+    vision = hf.config.vision_config.to_dict()
+    both = AutoConfig.for_model(kind, text_config=TEXT_TOWER, vision_config=vision)
+    model = AutoModel.from_config(both)
+    model.vision_model.load_state_dict(hf.model.vision_tower.state_dict())
+    model.save_pretrained(tmp_path / "both")
+    separate = Parts(separate.llm, str(tmp_path / "both"), separate.projector)
+    config = read_parts_config(separate, image_token_id=60, pad_token_id=61)
+    params = load_params(separate, config, abstract_params(config))
+    for path, value in load(saved(variant))[1].items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
 
 def test_a_grown_vocabulary_is_filled_with_its_mean(parts, abstract_params):
-    parts = Parts(parts.llm, parts.vision)
+    whole = parts("gqa")
+    parts = Parts(whole.llm, whole.vision)
     config = read_parts_config(parts)
     assert (config.image_token_id, config.pad_token_id, config.llm.vocab_size) == (64, 65, 128)
     params = load_params(parts, config, abstract_params(config))

@@ -21,9 +21,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
 from llava_jax.data.conversation import TEMPLATES, Turn, encode, encode_prompt, expand_images
+from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_parts_config, write_model_config
 from llava_jax.hf.processor import load_image_transform, save_processor
 from llava_jax.hf.tensorfile import CheckpointError
@@ -185,17 +187,76 @@ def test_a_whole_conversation_ends_its_answers(written):
     assert tokenizer(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
 def test_pixels_are_those_of_training(aspect, written):
     out = written(aspect)
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (45, 70, 3), dtype=np.uint8))
     transform = load_image_transform(out)
     assert transform.aspect == aspect
+    assert transform.mean == CLIP_MEAN
     theirs = AutoProcessor.from_pretrained(out).image_processor(image, return_tensors="np")
     # Within one step of a pixel: libraries round differently.
     step = 1 / 255 / min(transform.std)
     np.testing.assert_allclose(transform(image), theirs.pixel_values[0], rtol=0, atol=step)
+
+
+SIGLIP = dataclasses.replace(
+    CONFIG,
+    vision=VisionConfig(30, 14, 16, 16, 2, 2, model_type="siglip_vision_model"),
+    vision_feature_select_strategy="full",
+)
+
+
+@pytest.fixture
+def siglip_like(byte_level: Path, tmp_path: Path) -> Path:
+    """A LLaVA's directory with the image processor that SigLIP's own class writes."""
+    directory = Path(shutil.copytree(byte_level, tmp_path / "siglip"))
+    SiglipImageProcessorPil(size={"height": 30, "width": 30}).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("aspect", [None, "pad", "crop", "squash"])
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_a_siglips_processor(aspect, strategy, siglip_like, tmp_path):
+    """What we write gives transformers the pixels, and the count of image tokens, of training."""
+    config = dataclasses.replace(SIGLIP, vision_feature_select_strategy=strategy)
+    out = tmp_path / "out"
+    out.mkdir()
+    save_processor(siglip_like, out, config, template=TEMPLATES["plain"], aspect=aspect)
+    transform = load_image_transform(out)
+    assert transform == load_image_transform(siglip_like, aspect)
+    assert (transform.height, transform.width, transform.mean) == (30, 30, SIGLIP_MEAN)
+    assert transform.aspect == (aspect or "squash")
+    processor = AutoProcessor.from_pretrained(out)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (45, 70, 3), dtype=np.uint8))
+    theirs = processor(images=image, text="<image>", return_tensors="np")
+    np.testing.assert_allclose(
+        transform(image), theirs.pixel_values[0], rtol=0, atol=1 / 255 / SIGLIP_STD[0]
+    )
+    count = int((theirs.input_ids == config.image_token_id).sum())
+    assert count == config.image_tokens == {"full": 4, "default": 3}[strategy]
+
+
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_image_tokens_of_clip_are_counted(strategy, byte_level, tmp_path):
+    config = dataclasses.replace(CONFIG, vision_feature_select_strategy=strategy)
+    save_processor(byte_level, tmp_path, config, template=TEMPLATES["plain"], aspect="crop")
+    theirs = AutoProcessor.from_pretrained(tmp_path)(
+        images=Image.new("RGB", (40, 30)), text="<image>", return_tensors="np"
+    )
+    count = int((theirs.input_ids == config.image_token_id).sum())
+    assert count == config.image_tokens == {"full": 5, "default": 4}[strategy]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_tower_without_a_processor_gets_its_own_kinds(kind, tmp_path):
+    settings = {"model_type": f"{kind}_vision_model", "image_size": 30, "patch_size": 14}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    transform = load_image_transform(Parts("nowhere", str(tmp_path)))
+    mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (SIGLIP_MEAN, SIGLIP_STD)
+    assert transform == ImageTransform(30, 30, 30, mean, std)
 
 
 def test_transformers_generates(written, tmp_path):
@@ -223,7 +284,8 @@ def test_a_tokenizer_of_another_model_is_refused(byte_level, tmp_path):
     [
         ({"do_center_crop": False}, "do_center_crop false"),
         ({"resample": 2}, "resample 2"),
-        ({"size": {"height": 28, "width": 28}}, "supported: a shortest_edge"),
+        ({"size": {"longest_edge": 28}}, "supported: a shortest_edge"),
+        ({"size": {"height": 30, "width": 30}}, "do_center_crop true .* or a height and width as"),
     ],
 )
 def test_other_image_processors_are_refused(change, message, byte_level, tmp_path):

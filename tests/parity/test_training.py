@@ -1,6 +1,7 @@
 """Twenty LoRA steps beside transformers + peft + torch's AdamW: the same losses."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from training import MODEL, change, random_batch
 
 from llava_jax import pretrained
 from llava_jax.config import (
+    VISION_LINEARS,
     BatchConfig,
     LoraConfig,
     OptimizerConfig,
@@ -48,6 +50,11 @@ VARIANTS = {
         CONFIG,
         batch={"micro_size": GROUP, "loss_weighting": "sample_mean"},
         optimizer={"clip_norm": 0.1},
+    ),
+    "qwen2 and siglip": dataclasses.replace(
+        CONFIG,
+        tune=TuneConfig(llm="lora", vision="lora", projector="full"),
+        vision_lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=VISION_LINEARS),
     ),
 }
 
@@ -155,17 +162,17 @@ def theirs(config: TrainConfig, hf: torch.nn.Module, adapter: Path) -> list[floa
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_twenty_steps_beside_peft(name: str, make_hf: Callable, saved: Callable, tmp_path: Path):
-    config = VARIANTS[name]
-    losses, program, params = ours(config, saved("gqa"), tmp_path / "start")
-    expected = theirs(config, make_hf("gqa"), tmp_path / "start")
+    config, base = VARIANTS[name], "qwen2_siglip" if name == "qwen2 and siglip" else "gqa"
+    losses, program, params = ours(config, saved(base), tmp_path / "start")
+    expected = theirs(config, make_hf(base), tmp_path / "start")
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert len(set(losses)) == STEPS
 
     batch = random_batch(0, SIZE)
-    base = copy.deepcopy(make_hf("gqa"))
+    untrained = copy.deepcopy(make_hf(base))
     with torch.no_grad():
-        before = hf_logits(base, batch).numpy()
-        trained = peft.PeftModel.from_pretrained(base, tmp_path / "trained").eval()
+        before = hf_logits(untrained, batch).numpy()
+        trained = peft.PeftModel.from_pretrained(untrained, tmp_path / "trained").eval()
         exported = hf_logits(trained, batch).numpy()
     model = merge(program.graph, params)
     on_device = program.place(batch)

@@ -1,4 +1,8 @@
-"""CLIP's vision transformer, up to the layer whose output LLaVA uses."""
+"""CLIP's and SigLIP's vision transformer, up to the layer whose output LLaVA uses.
+
+SigLIP's (Zhai et al., 2023) has no class token, no norm before the blocks, a bias in the patch
+embedding, and a pooling head behind the feature.
+"""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -23,27 +27,35 @@ class PatchEmbedding(nnx.Module):
     """A convolution whose stride is its kernel size, as one matrix product."""
 
     def __init__(self, config: VisionConfig):
-        self.weight = parameter(config.hidden_size, 3, config.patch_size, config.patch_size)
+        width, size = config.hidden_size, config.patch_size
+        self.weight = parameter(width, 3, size, size)
+        self.bias = nnx.data(None) if config.has_class_token else parameter(width)
 
     def __call__(self, pixels: Float[Array, "I C Y X"]) -> Float[Array, "I P D"]:
         weight = self.weight[...].astype(pixels.dtype)
         size = weight.shape[-1]
-        patches = rearrange(pixels, "i c (y p) (x q) -> i (y x) (c p q)", p=size, q=size)
-        return jnp.einsum("IPC,DC->IPD", patches, weight.reshape(weight.shape[0], -1))
+        height, width = (side // size * size for side in pixels.shape[2:])
+        patches = rearrange(
+            pixels[:, :, :height, :width], "i c (y p) (x q) -> i (y x) (c p q)", p=size, q=size
+        )
+        x = jnp.einsum("IPC,DC->IPD", patches, weight.reshape(weight.shape[0], -1))
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)[None, None]
 
 
 class Embeddings(nnx.Module):
     def __init__(self, config: VisionConfig):
-        self.class_embedding = parameter(config.hidden_size)
+        width = config.hidden_size
+        self.class_embedding = parameter(width) if config.has_class_token else nnx.data(None)
         self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = Embedding(config.num_patches + 1, config.hidden_size)
+        self.position_embedding = Embedding(config.num_positions, width)
 
     def __call__(self, pixels: Float[Array, "I C Y X"]) -> Float[Array, "I Q D"]:
-        patches = self.patch_embedding(pixels)
-        first = self.class_embedding[...].astype(patches.dtype)
-        first = jnp.broadcast_to(first, (patches.shape[0], 1, patches.shape[2]))
-        positions = self.position_embedding.weight[...].astype(patches.dtype)
-        return jnp.concatenate([first, patches], axis=1) + positions[None]
+        x = self.patch_embedding(pixels)
+        if self.class_embedding is not None:
+            first = self.class_embedding[...].astype(x.dtype)
+            first = jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([first, x], axis=1)
+        return x + self.position_embedding.weight[...].astype(x.dtype)[None]
 
 
 class Attention(nnx.Module):
@@ -96,8 +108,27 @@ class Encoder(nnx.Module):
         self.tail = stack_blocks(Block(config, kind), unused) if unused else nnx.data(None)
 
 
-class ClipVision(nnx.Module):
-    """CLIP's image encoder; its output is hidden_states[used] of Hugging Face's CLIP.
+class PoolingAttention(nnx.Module):
+    """The parameters of PyTorch's MultiheadAttention, under its names."""
+
+    def __init__(self, width: int):
+        self.in_proj_weight = parameter(3 * width, width)
+        self.in_proj_bias = parameter(3 * width)
+        self.out_proj = Linear(width, width, bias=True)
+
+
+class PoolingHead(nnx.Module):
+    """SigLIP's attention pooling: behind the feature, so never computed; kept for saving."""
+
+    def __init__(self, config: VisionConfig):
+        self.probe = parameter(1, 1, config.hidden_size)
+        self.attention = PoolingAttention(config.hidden_size)
+        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+
+class VisionTower(nnx.Module):
+    """An image encoder; its output is hidden_states[used] of Hugging Face's.
 
     Args:
         config: Sizes.
@@ -112,16 +143,21 @@ class ClipVision(nnx.Module):
     ):
         self.remat: Remat = remat
         self.offload = offload
+        norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's spelling
+        # Hugging Face's spelling.
+        self.pre_layrnorm = norm() if config.has_class_token else nnx.data(None)
         self.encoder = Encoder(config, used, kind)
-        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_layernorm = norm()
+        self.head = PoolingHead(config) if config.vision_use_head else nnx.data(None)
 
     def __call__(
         self, pixels: Float[Array, "I C Y X"], keys: SampleKeys = None
     ) -> Float[Array, "I Q D"]:
-        """Features of the class token and all patches, no post-norm."""
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        """Features of all patches, and of the class token before them; no post-norm."""
+        x = self.embeddings(pixels)
+        if self.pre_layrnorm is not None:
+            x = self.pre_layrnorm(x)
         x = constrain(x, "batch", "patches", "activations")
         return scan_blocks(
             self.encoder.layers,
