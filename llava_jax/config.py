@@ -120,6 +120,19 @@ LLAVA_13B = ModelConfig(
     )
 )
 
+# The decoder of Llama-3-8B, its vocabulary grown by the image token and a padding token.
+LLAVA_LLAMA3_8B = ModelConfig(
+    llm=LlmConfig(
+        vocab_size=128_320,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+    ),
+    image_token_id=128_256,
+    pad_token_id=128_257,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
