@@ -152,6 +152,19 @@ LLAVA_13B = ModelConfig(
     )
 )
 
+# The decoder of Llama-3-8B, its vocabulary grown by the image token and a padding token.
+LLAVA_LLAMA3_8B = ModelConfig(
+    llm=LlmConfig(
+        vocab_size=128_320,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+    ),
+    image_token_id=128_256,
+    pad_token_id=128_257,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -216,12 +229,16 @@ class DataConfig:
     """What is learned from.
 
     Attributes:
-        path: LLaVA JSON file, or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
+        path: A data file, a folder of them or a pattern ("data/train-*.parquet"). JSON lists, JSON
+            lines and Parquet, of records in LLaVA's form or with "messages"; what a file is, is
+            seen from its contents. Or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
         image_root: Folder that the records' image paths are relative to.
         template: Name of a template in data/conversation.py.
         image_aspect: What becomes of images that are not square: "pad" to a square of the mean
             colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
         max_length: Longest sequence in tokens, images expanded; longer ones are cut.
+        max_text_length: Longest sequence in tokens where an image counts as one, which is XTuner's
+            limit; longer ones are cut. None leaves it to max_length.
         buckets: Lengths that batches are padded to; empty means max_length alone.
         max_images: Most images in one sample; None counts them in the data.
         workers: Processes that decode; 0 decodes in the main process.
@@ -234,6 +251,7 @@ class DataConfig:
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     max_length: int = 2048
+    max_text_length: int | None = None
     buckets: tuple[int, ...] = ()
     max_images: int | None = None
     shuffle: bool = True
@@ -407,6 +425,7 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     *("steps", "lora.rank", "vision_lora.rank", "data.max_length", "batch.global_size"),
+    "data.max_text_length",
     *("batch.micro_size", "batch.loss_group", "checkpoint.every", "checkpoint.keep"),
     *("eval.every", "eval.batch_size", "data.eval_samples"),
 )

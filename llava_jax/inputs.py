@@ -17,8 +17,8 @@ from llava_jax.data.batching import (
     make_dataset,
 )
 from llava_jax.data.conversation import TEMPLATES
-from llava_jax.data.records import Record, max_images
-from llava_jax.data.sources import load_records
+from llava_jax.data.records import Record
+from llava_jax.data.sources import load_records, max_images
 from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.tokenizer import load_tokenizer
 
@@ -96,6 +96,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         image_tokens=model.image_tokens,
         max_length=data.max_length,
         max_images=images,
+        max_text_length=data.max_text_length,
     )
     spec = BatchSpec(
         size=config.batch.global_size,

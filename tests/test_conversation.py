@@ -1,5 +1,6 @@
-"""Token ids and masks, against the original LLaVA code and by hand."""
+"""Token ids and masks, against the original code of LLaVA and XTuner and by hand."""
 
+import copy
 import importlib.resources
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -33,7 +35,9 @@ from llava_jax.data.conversation import (
 )
 
 IMAGE = 32000
-GOLDEN = json.loads((Path(__file__).parent / "official_masks.json").read_text())
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "official_masks.json").read_text())
+GOLDEN += json.loads((HERE / "template_masks.json").read_text())
 VICUNA = TEMPLATES["vicuna_v1"]
 PLAIN = TEMPLATES["plain"]
 
@@ -58,22 +62,31 @@ def llama():
 @pytest.fixture(scope="module")
 def byte_level():
     """A byte-level BPE tokenizer, which adds no leading space; it has no bos."""
+    return learn_bytes(["<pad>", "<|end|>", "<image>", "<|user|>"], eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def controlled():
+    """A byte-level tokenizer with the control tokens of every template."""
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = ["<pad>", "<s>", "</s>", "<image>", *headers, "<|im_start|>", "<|im_end|>"]
+    return learn_bytes(special, bos_token="<s>", eos_token="</s>")
+
+
+def learn_bytes(special: list[str], **roles: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<pad>", "<|end|>", "<image>", "<|user|>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     text = "USER: what is the red circle? ASSISTANT: a red circle, a blue triangle. "
     tokenizer.train_from_iterator([text] * 20, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        pad_token="<pad>",
-        extra_special_tokens=["<image>", "<|user|>"],
+        tokenizer_object=tokenizer, pad_token="<pad>", extra_special_tokens=special, **roles
     )
 
 
@@ -85,7 +98,16 @@ def learned(encoded: Encoded, tokenizer) -> str:
     return tokenizer.decode(encoded.input_ids[encoded.loss_mask])
 
 
-@pytest.mark.parametrize("sample", GOLDEN, ids=lambda sample: sample["name"])
+def marked(encoded: Encoded, tokenizer) -> str:
+    """The text, with what is learned between « and »."""
+    borders = np.flatnonzero(np.diff(encoded.loss_mask)) + 1
+    parts = np.split(encoded.input_ids, borders)
+    masks = np.split(encoded.loss_mask, borders)
+    texts = [tokenizer.decode(part) for part in parts]
+    return "".join(f"«{t}»" if m[0] else t for t, m in zip(texts, masks, strict=True))
+
+
+@pytest.mark.parametrize("sample", GOLDEN, ids=lambda s: f"{s['template']}, {s['name']}")
 def test_equals_the_original_code(sample, llama):
     turns = [Turn(turn["from"], turn["value"]) for turn in sample["conversations"]]
     template = TEMPLATES[{"v1": "vicuna_v1"}.get(sample["template"], sample["template"])]
@@ -100,9 +122,8 @@ def test_byte_level_text_and_mask(byte_level):
     turns = talk("<image>\nwhat is it?", "a red circle", "and é🐱?", "é🐱, a triangle")
     encoded = encode(turns, VICUNA, byte_level, image)
     assert byte_level.decode(encoded.input_ids) == (
-        VICUNA.system.removeprefix("{bos}")
-        + "USER: <image>\nwhat is it? ASSISTANT: a red circle<|end|>"
-        + "USER: and é🐱? ASSISTANT: é🐱, a triangle<|end|>"
+        f"{VICUNA.system} USER: <image>\nwhat is it? ASSISTANT: a red circle<|end|>"
+        "USER: and é🐱? ASSISTANT: é🐱, a triangle<|end|>"
     )
     assert learned(encoded, byte_level) == " a red circle<|end|> é🐱, a triangle<|end|>"
 
@@ -151,7 +172,7 @@ def test_an_image_token_out_of_text_is_refused(byte_level):
 
 
 def test_a_template_is_data(byte_level):
-    template = Template(system="{bos}", human_prefix="{<|user|>}\n", answer_prefix="{<|end|>}bot\n")
+    template = Template(human_prefix="{<|user|>}\n", answer_prefix="{<|end|>}bot\n")
     encoded = encode(talk("hi", "ho", "hi", "ho"), template, byte_level, 2)
     text = "<|user|>\nhi<|end|>bot\nho<|end|>"
     assert byte_level.decode(encoded.input_ids) == text * 2
@@ -160,16 +181,126 @@ def test_a_template_is_data(byte_level):
         encode(talk("hi", "ho"), Template(answer_suffix="{<|eot|>}"), byte_level, 2)
 
 
+META = TEMPLATES["llama_2"].system
+
+# What two rounds, the first with an image, look like: with the template's own system text, and with
+# "Be brief." from the data in its place.
+RENDERED = {
+    "vicuna_v1": (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhat? ASSISTANT:« A dog.</s>»USER: Why? ASSISTANT:« So.</s>»",
+        "<s>Be brief. USER: <image>\nWhat? ASSISTANT:« A dog.</s>»USER: Why? ASSISTANT:« So.</s>»",
+    ),
+    "plain": ("<s><image>«A dog.\nSo.\n»", "<s><image>«A dog.\nSo.\n»"),
+    "vicuna_xtuner": (
+        "<s>USER: <image>\nWhat? ASSISTANT:« A dog.</s>»\n<s>USER: Why? ASSISTANT:« So.</s>»\n",
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. Be brief.\n "
+        "USER: <image>\nWhat? ASSISTANT:« A dog.</s>»\n"
+        "<s>USER: Why? ASSISTANT:« So.</s>»\n",
+    ),
+    "llama_2": (
+        f"<s>[INST] <<SYS>>\n{META}\n<</SYS>>\n\n<image>\nWhat? [/INST]« A dog. </s>»"
+        "<s>[INST] Why? [/INST]« So. </s>»",
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat? [/INST]« A dog. </s>»"
+        "<s>[INST] Why? [/INST]« So. </s>»",
+    ),
+    "mistral_instruct": (
+        "<s>[INST] <image>\nWhat? [/INST]« A dog. </s>»[INST] Why? [/INST]« So. </s>»",
+        "<s>[INST] Be brief.\n\n<image>\nWhat? [/INST]« A dog. </s>»[INST] Why? [/INST]« So. </s>»",
+    ),
+    "llama_3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«A dog.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«A dog.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»",
+    ),
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A dog.<|im_end|>»\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A dog.<|im_end|>»\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»\n",
+    ),
+}
+
+
+def test_every_template_is_shown():
+    assert RENDERED.keys() == TEMPLATES.keys()
+
+
+@pytest.mark.parametrize("system", [False, True], ids=["own system", "the data's system"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rendered(name, system, controlled):
+    turns = talk("What? <image>", "A dog.", "Why?", "So.")
+    turns = [Turn("system", "Be brief."), *turns] if system else turns
+    image = controlled.convert_tokens_to_ids("<image>")
+    done = encode(turns, TEMPLATES[name], controlled, image)
+    assert marked(done, controlled) == RENDERED[name][system]
+    names = ("<s>", "</s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|end_header_id|>")
+    for control in names:  # as one token each, not as letters
+        count = np.count_nonzero(done.input_ids == controlled.convert_tokens_to_ids(control))
+        assert count == RENDERED[name][system].count(control), control
+
+
+def test_what_ends_a_turn_is_learned_once_a_round(controlled):
+    image = controlled.convert_tokens_to_ids("<image>")
+    for name, end in {"llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}.items():
+        done = encode(talk("a", "b", "c", "d"), TEMPLATES[name], controlled, image)
+        ends = done.input_ids == controlled.convert_tokens_to_ids(end)
+        assert np.count_nonzero(ends & done.loss_mask) == 2, name
+        assert np.count_nonzero(ends & ~done.loss_mask) >= 2, name
+
+
+def test_a_system_turn_speaks_first_or_not_at_all(llama):
+    with pytest.raises(SampleError, match="expected human, found system"):
+        encode([*talk("hi", "ho"), Turn("system", "Be brief.")], VICUNA, llama, IMAGE)
+    silent = encode([Turn("system", ""), *talk("hi", "ho")], VICUNA, llama, IMAGE)
+    assert llama.decode(silent.input_ids) == "<s> USER: hi ASSISTANT: ho</s>"
+
+
+def test_a_bos_that_the_tokenizer_adds(controlled):
+    """ChatML has none, but a tokenizer that puts one before every text does so when prompted."""
+    adding = copy.deepcopy(controlled)
+    single = [("<s>", adding.bos_token_id)]
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=single
+    )
+    chatml, turns = TEMPLATES["chatml"], talk("hi", "ho")
+    ids = encode(turns, chatml, controlled, 3).input_ids.tolist()
+    assert encode(turns, chatml, adding, 3).input_ids.tolist() == [adding.bos_token_id, *ids]
+
+
 @pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫", "\nx", ""])
-@pytest.mark.parametrize("name", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "plain", "vicuna_xtuner", "llama_2"])
 def test_a_prompt_is_the_start_of_its_sample(name, answer, llama):
-    turns = talk("<image>\nWhat is it?", "A dog.", "What colour?", answer)
-    whole = encode(turns, TEMPLATES[name], llama, IMAGE)
-    prompt = encode_prompt(turns[:-1], TEMPLATES[name], llama, IMAGE)
+    check_prompt(TEMPLATES[name], answer, llama, IMAGE)
+
+
+@pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫", ""])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_is_the_start_of_its_sample_in_bytes(name, answer, controlled):
+    check_prompt(TEMPLATES[name], answer, controlled, controlled.convert_tokens_to_ids("<image>"))
+
+
+def check_prompt(template, answer, tokenizer, image):
+    turns = [Turn("system", "Hm."), *talk("<image>\nWhat is it?", "A dog.", "What colour?", answer)]
+    whole = encode(turns, template, tokenizer, image)
+    prompt = encode_prompt(turns[:-1], template, tokenizer, image)
     length = len(prompt.input_ids)
     assert prompt.input_ids.tolist() == whole.input_ids[:length].tolist()
-    assert whole.loss_mask[length:].all()
     assert prompt.loss_mask.tolist() == whole.loss_mask[:length].tolist()
+    assert whole.loss_mask[length:].any()
+    # The answer, and what follows it without being learned.
+    rest = whole.loss_mask[length:].tolist()
+    assert rest == sorted(rest, reverse=True)
 
 
 def test_a_prompt_ends_with_a_question(llama):
@@ -203,6 +334,17 @@ def test_expansion():
         assert cut.loss_mask.tolist() == whole.loss_mask[:kept].tolist()
     with pytest.raises(SampleError, match=r"9 tokens are cut to 4.*data\.max_length"):
         expand_images(sample, 9, 3, 4)
+
+
+def test_a_cut_of_the_text_counts_an_image_as_one():
+    """As XTuner cuts: 1472 tokens before the image's 576 take its place."""
+    sample = encoded([1, 9, 2, 9, 3], [0, 0, 1, 0, 1])
+    cut = expand_images(sample, 9, 3, max_text_length=4)
+    assert cut.input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9]
+    assert expand_images(sample, 9, 3, 7, 4).input_ids.tolist() == [1, 9, 9, 9, 2]
+    assert expand_images(sample, 9, 3, 9, 5).input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9, 3]
+    with pytest.raises(SampleError, match=r"9 tokens are cut to 4.*data\.max_length or"):
+        expand_images(sample, 9, 3, 9, 2)
 
 
 def test_expansion_of_a_prompt_needs_nothing_to_learn():

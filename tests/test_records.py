@@ -1,4 +1,4 @@
-"""Sources of records: LLaVA's JSON files, and easy-VQA."""
+"""Sources of records: JSON files of every form, and easy-VQA."""
 
 import hashlib
 import json
@@ -11,8 +11,9 @@ import pytest
 from llava_jax.config import ConfigError
 from llava_jax.data import easy_vqa
 from llava_jax.data.conversation import SampleError, Turn
-from llava_jax.data.records import LlavaJson, Record, max_images
-from llava_jax.data.sources import load_records
+from llava_jax.data.json_file import JsonFile
+from llava_jax.data.records import Record
+from llava_jax.data.sources import FileRecords, load_records, max_images
 
 EVERY_FORM = "easy_vqa:train:balanced:captions=2:dialogues=2:turns=6"
 
@@ -25,22 +26,38 @@ RAW = [
     {"id": "one", "image": "a/b.jpg", "conversations": turns("<image>\nwhat?")},
     {"id": 2, "conversations": turns('é🐱 " [ } ,', "日本"), "category": "text"},
     {"image": ["x.png", "y.png"], "conversations": turns("<image> and <image>")},
+    {"id": "plural", "images": ["x.png"], "conversations": turns("<image>")},
     {"id": "none", "image": None, "conversations": turns()},
 ]
 
 
-def write(folder: Path, content: object) -> str:
-    path = folder / "data.json"
+def write(folder: Path, content: object, name: str = "data.json") -> str:
+    path = folder / name
     text = content if isinstance(content, str) else json.dumps(content)
     path.write_text(text, encoding="utf-8")
     return str(path)
 
 
-@pytest.mark.parametrize("options", [{}, {"ensure_ascii": False}, {"indent": 2}])
-def test_llava_json(tmp_path, options):
-    path = write(tmp_path, json.dumps(RAW, **options))
+def as_lines(records: list) -> str:
+    # With a blank line, and no end of line at the end.
+    return "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(RAW),
+        json.dumps(RAW, ensure_ascii=False),
+        " \n" + json.dumps(RAW, indent=2),
+        as_lines(RAW),
+        as_lines(RAW).replace("\n", "\r\n"),
+    ],
+    ids=["list", "list in UTF-8", "indented list", "lines", "lines of Windows"],
+)
+def test_json(tmp_path, text):
+    path = write(tmp_path, text, "a name that says nothing")
     records = load_records(path, "root")
-    assert len(records) == 4
+    assert len(records) == 5
     assert records[0] == Record(
         "one", ("root/a/b.jpg",), (Turn("human", "<image>\nwhat?"), Turn("gpt", "that"))
     )
@@ -48,12 +65,103 @@ def test_llava_json(tmp_path, options):
     assert records[1].turns[1].text == "日本"
     assert (records[1].id, records[1].category, records[1].images) == ("2", "text", ())
     assert (records[2].id, records[2].images) == ("2", ("root/x.png", "root/y.png"))
-    assert records[3].images == ()
+    assert records[3].images == ("root/x.png",)
+    assert records[4].images == ()
     assert records[-1].id == "none"
     assert [record.turns for record in records[1:3]] == [records[1].turns, records[2].turns]
+    assert [record.id for record in records[1:][2:]] == ["plural", "none"]
     assert max_images(records) == 2 == max_images(list(records))
     with pytest.raises(IndexError):
-        records[4]
+        records[5]
+
+
+def parts(*kinds: str | dict):
+    """Content in parts: texts as they are, and image parts."""
+    return [{"type": "text", "text": kind} if isinstance(kind, str) else kind for kind in kinds]
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "images"),
+    [
+        ({"images": ["a", "b"], "messages": [parts(IMAGE, IMAGE, "which?")]}, "ab"),
+        ({"images": ["a", "b"], "messages": ["<image><image>which?"]}, "ab"),
+        ({"image": "a", "messages": [parts("which? ", IMAGE)]}, "a"),
+        ({"messages": [parts({**IMAGE, "image": "a"}, {**IMAGE, "path": "b"}, "which?")]}, "ab"),
+        (
+            {
+                "images": ["a", "b", "c"],
+                "messages": [parts({**IMAGE, "index": 2}, {**IMAGE, "index": 0}, "which?")],
+            },
+            "ca",
+        ),
+        ({"messages": ["which?"]}, ""),
+        ({"conversations": ["which?"], "messages": None, "images": None}, ""),
+    ],
+    ids=["parts", "placeholders", "one", "in the parts", "by index", "none", "columns"],
+)
+def test_messages(tmp_path, raw, images):
+    key = "messages" if raw.get("messages") else "conversations"
+    said = [("system", "Be brief."), ("user", raw[key][0]), ("assistant", parts("this ", "one"))]
+    messages = [{"role": role, "content": content, "name": None} for role, content in said]
+    record = load_records(write(tmp_path, [raw | {key: messages}]), "root")[0]
+    assert record.images == tuple(f"root/{image}" for image in images)
+    system, question, answer = record.turns
+    assert (system, answer) == (Turn("system", "Be brief."), Turn("gpt", "this one"))
+    assert question.role == "human"
+    assert question.text.count("<image>") == len(images)
+    assert question.text.replace("<image>", "").strip() == "which?"
+
+
+def test_names_of_who_speaks(tmp_path):
+    names = ["system", "user", "assistant", "human", "gpt"]
+    raw = {"conversations": [{"from": name, "value": "x"} for name in names]}
+    record = load_records(write(tmp_path, [raw]), "")[0]
+    assert [turn.role for turn in record.turns] == ["system", "human", "gpt", "human", "gpt"]
+
+
+def test_a_folder_and_a_pattern_of_files(tmp_path):
+    for shard in range(3):
+        records = [{"id": f"{shard}.{n}", "conversations": turns()} for n in range(shard)]
+        if records:
+            write(tmp_path, as_lines(records), f"part-{shard}.jsonl")
+    write(tmp_path, [RAW[2]], "b.json")
+    write(tmp_path, "not data", "notes.md")
+    folder = load_records(str(tmp_path), "")
+    assert [record.id for record in folder] == ["1.0", "2.0", "2.1"]
+    pattern = load_records(str(tmp_path / "*[0-9b].json*"), "root")
+    assert [record.id for record in pattern] == ["0", "1.0", "2.0", "2.1"]
+    assert pattern.max_images == 2
+    assert [record.id for record in pattern[1::2]] == ["1.0", "2.1"]
+    assert [record.id for record in pickle.loads(pickle.dumps(pattern[::-1]))][:2] == ["2.1", "2.0"]
+    with pytest.raises(ConfigError, match="no file has such a name"):
+        load_records(str(tmp_path / "part-*.json"), "")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty has no \.parquet or \.jsonl files"):
+        load_records(str(tmp_path / "empty"), "")
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write(tmp_path, as_lines([RAW[0]]), f"{name}.jsonl")
+    with pytest.raises(ConfigError, match=r"several splits \(test, train\); choose one.*\*\.jsonl"):
+        load_records(str(tmp_path), "")
+    assert len(load_records(str(tmp_path / "train-*"), "")) == 2
+
+
+@pytest.mark.parametrize("marker", ["state.json", "dataset_dict.json"])
+def test_a_folder_saved_to_disk_is_refused(tmp_path, marker):
+    write(tmp_path, "{}", marker)
+    with pytest.raises(ConfigError, match=r"save_to_disk.*load_from_disk\(FOLDER\)\.to_parquet"):
+        load_records(str(tmp_path), "")
+
+
+def test_a_file_of_arrow_is_refused(tmp_path):
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff\x00\x00")
+    with pytest.raises(ConfigError, match=r"arrow is of a dataset written by save_to_disk"):
+        load_records(str(tmp_path / "data-00000-of-00001.arrow"), "")
 
 
 def test_llava_json_reaches_workers_small(tmp_path):
@@ -63,26 +171,43 @@ def test_llava_json_reaches_workers_small(tmp_path):
     assert pickle.loads(pickled)[99].turns[1].text == "that"
 
 
+def message(content: object, role: str = "user") -> dict:
+    return {"messages": [{"role": role, "content": content}]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "not a JSON list"),
-        ('{"id": 1}', "not a JSON list"),
+        ("", "not a JSON list, JSON lines or Parquet"),
+        ("id,question", "not a JSON list, JSON lines or Parquet"),
         ("[]", "has no records"),
+        ('{"id": 1}', 'line 1: "conversations" or "messages" must be'),
+        ('{\n"id": 1}', "line 1: not JSON.*a whole record on each line"),
+        (as_lines(RAW[:2]) + "\n[]", "line 4: expected an object, found []"),
+        (as_lines(RAW)[:-5], "line 9: not JSON"),
         ("[1]", "record 0: expected an object, found 1"),
-        (json.dumps(RAW)[:-1], "record 3: expected ',' or ']'"),
-        (json.dumps(RAW)[:-1] + ",]", "record 4: not JSON"),
-        (json.dumps(RAW)[:-30], "record 3: not JSON"),
+        (json.dumps(RAW)[:-1], "record 4: expected ',' or ']'"),
+        (json.dumps(RAW)[:-1] + ",]", "record 5: not JSON"),
+        (json.dumps(RAW)[:-30], "record 4: not JSON"),
         ("[" + json.dumps(RAW[0]) + "}", "record 0: expected ',' or ']'"),
-        ([RAW[0], {"id": 1}], 'record 1: "conversations" must be'),
-        ([{"conversations": []}], 'record 0: "conversations" must be'),
-        ([{"conversations": [{"from": "user", "value": ""}]}], "record 0, turn 0: expected"),
+        ([RAW[0], {"id": 1}], 'record 1: "conversations" or "messages" must be'),
+        ([{"conversations": []}], 'record 0: "conversations" or "messages" must be'),
+        ([{"conversations": [{"from": "tool", "value": ""}]}], "record 0, turn 0: expected"),
         ([{"conversations": [{"from": "gpt", "value": 3}]}], "record 0, turn 0: expected"),
         ([{"conversations": [{"value": "x"}]}], "record 0, turn 0: expected"),
-        ([{"conversations": ["x"]}], 'record 0: "conversations" must be'),
+        ([{"conversations": ["x"]}], 'record 0: "conversations" or "messages" must be'),
         ([RAW[0], {**RAW[0], "image": 3}], 'record 1: "image" must be'),
         ([RAW[0], {**RAW[0], "image": [3]}], 'record 1: "image" must be'),
         ([{**RAW[0], "category": 3}], 'record 0: "category" must be'),
+        ([{**RAW[0], "images": ["x"]}], 'record 0: there are both "image" and "images"'),
+        ([{**RAW[0], "image": {"file": "x"}}], 'record 0: "image" must be'),
+        ([message([{"type": "video"}])], "record 0, turn 0: expected parts"),
+        ([message([IMAGE], "assistant")], "record 0, turn 0: expected parts"),
+        ([message([{"type": "text", "text": None}])], "record 0, turn 0: expected parts"),
+        ([message([IMAGE, {**IMAGE, "path": "x"}])], "record 0: all image parts must bring"),
+        ([{**message([{**IMAGE, "path": "x"}]), "image": "y"}], "record 0: all image parts"),
+        ([message([{**IMAGE, "index": 0}])], "record 0: parts show images [0], and it has 0"),
+        ([message([{**IMAGE, "image": 1}])], "record 0: an image part must have a path"),
     ],
 )
 def test_a_malformed_file_is_one_message(tmp_path, content, message):
@@ -92,6 +217,9 @@ def test_a_malformed_file_is_one_message(tmp_path, content, message):
 
 
 def test_a_missing_or_binary_file(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\n{"\xff": 1}')
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: not UTF-8, byte 3"):
+        load_records(str(tmp_path / "x.jsonl"), "")
     with pytest.raises(ConfigError, match=r"nothing\.json.*data\.path"):
         load_records(str(tmp_path / "nothing.json"), "")
     (tmp_path / "x.json").write_bytes(b'["\xff"]')
@@ -100,7 +228,7 @@ def test_a_missing_or_binary_file(tmp_path):
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):
-    records = LlavaJson(write(tmp_path, RAW), "")
+    records = load_records(write(tmp_path, RAW), "")
     write(tmp_path, RAW[1:])
     with pytest.raises(ConfigError, match="changed while it was in use"):
         records[0]
@@ -108,7 +236,8 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("image", ["/etc/passwd", "../x.png", "a/../../x.png", ".."])
 def test_images_stay_in_their_folder(tmp_path, image):
-    records = LlavaJson(write(tmp_path, [{**RAW[0], "image": image}, RAW[0]]), "root")
+    file = JsonFile(write(tmp_path, [{**RAW[0], "image": image}, RAW[0]]), lines=False)
+    records = FileRecords([file], "root")
     with pytest.raises(SampleError, match=r"leads out of data\.image_root"):
         records[0]
     assert records[1].images == ("root/a/b.jpg",)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES
 from llava_jax.data.easy_vqa import COLOURS, SHAPES, read_questions
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD
 
@@ -27,7 +27,8 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def learn_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer in which every word of the data is one token."""
     template = TEMPLATES["vicuna_v1"]
-    around = template.system.replace("{bos}", "") + template.human_prefix + template.answer_prefix
+    asked = template.human_prefix.replace(SYSTEM_PLACE, f"{template.system} ")
+    around = asked + template.answer_prefix
     captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     questions = [f"{question} {answer}" for question, answer, _ in read_questions("train")]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -124,6 +124,7 @@ class SampleEncoder:
         image_tokens: Tokens of one image.
         max_length: Longer samples are cut to so many tokens.
         max_images: Most images in a sample.
+        max_text_length: Longer samples are cut to so many tokens, an image counting as one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -133,6 +134,7 @@ class SampleEncoder:
     image_tokens: int
     max_length: int
     max_images: int
+    max_text_length: int | None = None
 
     def __call__(self, record: Record) -> Sample:
         """Encodes a record.
@@ -144,7 +146,7 @@ class SampleEncoder:
         encoded = self._encode(record)
         # A cut may have left images out.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
-        pixels = [self.transform(images.open_image(path)) for path in record.images[:kept]]
+        pixels = [self.transform(images.open_image(image)) for image in record.images[:kept]]
         shape = (0, 3, self.transform.height, self.transform.width)
         return Sample(
             encoded.input_ids,
@@ -154,7 +156,9 @@ class SampleEncoder:
 
     def _encode(self, record: Record) -> Encoded:
         encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
-        return expand_images(encoded, self.image_token_id, self.image_tokens, self.max_length)
+        return expand_images(
+            encoded, self.image_token_id, self.image_tokens, self.max_length, self.max_text_length
+        )
 
     def _check_images(self, record: Record) -> None:
         count = len(record.images)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import ConfigError
 
 IMAGE_PLACEHOLDER = "<image>"
+SYSTEM_PLACE = "{system}"
 
 
 class SampleError(Exception):
@@ -26,9 +27,9 @@ class SampleError(Exception):
 
 
 class Turn(NamedTuple):
-    """What one side says."""
+    """What one side says; `system` may speak once, before all others."""
 
-    role: Literal["human", "gpt"]
+    role: Literal["system", "human", "gpt"]
     text: str
 
 
@@ -37,36 +38,102 @@ class Template:
     """The text around the turns of a conversation.
 
     A name in braces is one control token: `{bos}` and `{eos}` are the tokenizer's own (a tokenizer
-    without a `bos` starts without one), any other is looked up by its name, as `{<|eot_id|>}`.
+    without a `bos` starts without one), `{bos?}` is a `bos` if the tokenizer puts one before every
+    text, any other is looked up by its name, as `{<|eot_id|>}`.
 
     Attributes:
-        system: Before the first turn.
-        human_prefix: Before each human turn.
+        begin: Before all else.
+        system: What the system says, unless the conversation has a system turn of its own.
+        system_prefix: Before what the system says, if it says anything.
+        system_suffix: After it.
+        human_prefix: Before each human turn. The first one's has the system's text, and what is
+            around it, at `{system}`; a template without that place leaves system turns out.
         answer_prefix: Between a human turn and its answer. Spaces at its end are learned with the
             answer and left to it in prompts: tokenizers join a space to the word that follows.
         answer_suffix: After each answer, and learned with it.
+        separator: After that, and not learned.
         image_suffix: After each image, when text follows it in its turn.
         keeps_questions: Whether the text of human turns is kept, or only their images.
     """
 
-    system: str = "{bos}"
+    begin: str = "{bos}"
+    system: str = ""
+    system_prefix: str = ""
+    system_suffix: str = ""
     human_prefix: str = ""
     answer_prefix: str = ""
     answer_suffix: str = "{eos}"
+    separator: str = ""
     image_suffix: str = "\n"
     keeps_questions: bool = True
 
 
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAMA_2 = (  # Meta's
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
+    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
+    "and positive in nature.\n\nIf a question does not make any sense, or is not factually "
+    "coherent, explain why instead of answering something not correct. If you don't know the "
+    "answer to a question, please don't share false information."
+)
+
 TEMPLATES = {
     "vicuna_v1": Template(
-        system=(
-            "{bos}A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
-        human_prefix="USER: ",
+        system=_VICUNA,
+        system_suffix=" ",
+        human_prefix="{system}USER: ",
         answer_prefix=" ASSISTANT: ",
     ),
     "plain": Template(answer_suffix="\n", image_suffix="", keeps_questions=False),
+    # XTuner's PROMPT_TEMPLATE.vicuna: every round begins anew, and there is no system text unless
+    # the data has one, which then follows the usual one.
+    "vicuna_xtuner": Template(
+        begin="",
+        system_prefix=_VICUNA + " ",
+        system_suffix="\n ",
+        human_prefix="{bos}{system}USER: ",
+        answer_prefix=" ASSISTANT: ",
+        separator="\n",
+    ),
+    # LLaVA's llama_2 and mistral_instruct: a space before the end of an answer is learned too.
+    "llama_2": Template(
+        begin="",
+        system=_LLAMA_2,
+        system_prefix="<<SYS>>\n",
+        system_suffix="\n<</SYS>>\n\n",
+        human_prefix="{bos}[INST] {system}",
+        answer_prefix=" [/INST] ",
+        answer_suffix=" {eos}",
+    ),
+    "mistral_instruct": Template(
+        system_suffix="\n\n",  # as Mistral's tokenizer joins it to the first question
+        human_prefix="[INST] {system}",
+        answer_prefix=" [/INST] ",
+        answer_suffix=" {eos}",
+    ),
+    # Llama 3's own, and XTuner's llama3_chat.
+    "llama_3": Template(
+        system_prefix="{<|start_header_id|>}system{<|end_header_id|>}\n\n",
+        system_suffix="{<|eot_id|>}",
+        human_prefix="{system}{<|start_header_id|>}user{<|end_header_id|>}\n\n",
+        answer_prefix="{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
+        answer_suffix="{<|eot_id|>}",
+    ),
+    # As Qwen has it, and LLaVA-NeXT for Qwen.
+    "chatml": Template(
+        begin="{bos?}",
+        system="You are a helpful assistant.",
+        system_prefix="{<|im_start|>}system\n",
+        system_suffix="{<|im_end|>}\n",
+        human_prefix="{system}{<|im_start|>}user\n",
+        answer_prefix="{<|im_end|>}\n{<|im_start|>}assistant\n",
+        answer_suffix="{<|im_end|>}",
+        separator="\n",
+    ),
 }
 
 
@@ -104,7 +171,8 @@ def encode(
     Nothing else in the turns is read as a control token.
 
     Args:
-        turns: The conversation; human and gpt speak in turn.
+        turns: The conversation; human and gpt speak in turn, perhaps after a system turn, which
+            replaces the template's own system text.
         template: The text around the turns.
         tokenizer: A fast tokenizer.
         image_token_id: The token that stands for an image.
@@ -142,9 +210,13 @@ def encode_prompt(
 
 
 def expand_images(
-    encoded: Encoded, image_token_id: int, image_tokens: int, max_length: int | None = None
+    encoded: Encoded,
+    image_token_id: int,
+    image_tokens: int,
+    max_length: int | None = None,
+    max_text_length: int | None = None,
 ) -> Encoded:
-    """Repeats each image token as often as the image has features, then cuts to `max_length`.
+    """Repeats each image token as often as the image has features, and cuts what is too long.
 
     An image that would be cut in two is left out, with all that follows it.
 
@@ -153,24 +225,33 @@ def expand_images(
         image_token_id: The token that stands for an image.
         image_tokens: Features of an image.
         max_length: Most tokens to keep; None keeps all.
+        max_text_length: Most tokens to keep of those before the repetition, where an image is one;
+            None keeps all.
 
     Raises:
         SampleError: The cut leaves nothing to learn of what there was.
     """
     is_image = encoded.input_ids == image_token_id
     widths = np.where(is_image, image_tokens, 1)
+    ends = np.cumsum(widths)
     length = int(widths.sum())
-    if max_length is not None and length > max_length:
-        kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
-        widths = widths[:kept]
+    if max_length is not None:
+        widths = widths[: np.searchsorted(ends, max_length, side="right")]
+    widths = widths[:max_text_length]
     input_ids = np.repeat(encoded.input_ids[: len(widths)], widths)
     loss_mask = np.repeat(encoded.loss_mask[: len(widths)], widths)
     if encoded.loss_mask.any() and not loss_mask.any():
         raise SampleError(
-            f"its {length} tokens are cut to {max_length}, and no answer is left to learn from; "
-            "raise data.max_length"
+            f"its {length} tokens are cut to {len(input_ids)}, and no answer is left to learn "
+            f"from; raise data.max_length{'' if max_text_length is None else ' or max_text_length'}"
         )
     return Encoded(input_ids, loss_mask)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer by itself puts a `bos` before every text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and cast("list[int]", tokenizer("").input_ids)[:1] == [bos]
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:
@@ -181,11 +262,11 @@ def count_placeholders(turns: Sequence[Turn]) -> int:
 def _render(
     turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> list[_Piece]:
-    turns = _alternating(turns)
-    pieces = _parse(template.system, tokenizer)
-    for turn in turns:
+    system, turns = _split_system(turns, template)
+    pieces = _parse(template.begin, tokenizer)
+    for index, turn in enumerate(turns):
         if turn.role == "human":
-            pieces += _parse(template.human_prefix, tokenizer)
+            pieces += _render_human_prefix("" if index else system, template, tokenizer)
             pieces += _render_question(turn.text, template, tokenizer, image_id)
         else:
             prefix = template.answer_prefix.rstrip(" ")
@@ -193,7 +274,20 @@ def _render(
             pieces += _parse(prefix, tokenizer)
             pieces.append(_Piece(space + turn.text, None, learned=True))
             pieces += _parse(template.answer_suffix, tokenizer, learned=True)
+            pieces += _parse(template.separator, tokenizer)
     return pieces
+
+
+def _render_human_prefix(
+    system: str, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[_Piece]:
+    before, place, after = template.human_prefix.partition(SYSTEM_PLACE)
+    pieces = _parse(before, tokenizer)
+    if place and system:
+        pieces += _parse(template.system_prefix, tokenizer)
+        pieces.append(_Piece(system, None, learned=False))
+        pieces += _parse(template.system_suffix, tokenizer)
+    return pieces + _parse(after, tokenizer)
 
 
 def _render_question(
@@ -209,7 +303,11 @@ def _render_question(
     return image * images + [_Piece(text, None, learned=False)]
 
 
-def _alternating(turns: Sequence[Turn]) -> Sequence[Turn]:
+def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Sequence[Turn]]:
+    """What the system says, and the turns of human and gpt, which begin with a human's."""
+    system = template.system
+    if turns and turns[0].role == "system":
+        system, turns = turns[0].text, turns[1:]
     if turns and turns[0].role == "gpt":
         turns = turns[1:]
     for index, turn in enumerate(turns):
@@ -219,7 +317,7 @@ def _alternating(turns: Sequence[Turn]) -> Sequence[Turn]:
                 f"human and gpt do not speak in turn: expected {expected}, found {turn.role} "
                 f"saying {turn.text[:40]!r}"
             )
-    return turns
+    return system, turns
 
 
 def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False) -> list[_Piece]:
@@ -234,8 +332,9 @@ def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = Fal
 
 
 def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    if name == "bos":
-        return cast("int | None", tokenizer.bos_token_id)
+    if name in ("bos", "bos?"):
+        token = cast("int | None", tokenizer.bos_token_id)
+        return token if name == "bos" or adds_bos(tokenizer) else None
     if name == "eos":
         token = tokenizer.eos_token_id
     else:

@@ -1,6 +1,7 @@
 """Images as pixels, the way CLIP's and SigLIP's processors make them."""
 
 import dataclasses
+import io
 
 import numpy as np
 from jaxtyping import Float32
@@ -59,21 +60,26 @@ class ImageTransform:
         return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(image: str | bytes) -> Image.Image:
     """Reads an image file whole.
+
+    Args:
+        image: The file's path, or what is in it.
 
     Raises:
         SampleError: There is no such file, or it is not an image that Pillow reads.
     """
+    embedded = isinstance(image, bytes)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with Image.open(io.BytesIO(image) if embedded else image) as opened:
+            opened.load()
+            return opened
     except FileNotFoundError:
-        raise SampleError(f"image not found: {path}") from None
+        raise SampleError(f"image not found: {image}") from None
     # Pillow's decoders raise errors of many kinds for broken files.
     except Exception as error:
-        raise SampleError(f"cannot read image {path}: {error}") from error
+        name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
+        raise SampleError(f"cannot read {name}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

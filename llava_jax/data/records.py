@@ -1,18 +1,28 @@
-"""Samples before they are encoded, and the files of LLaVA's JSON form that they come from."""
+"""Records: samples before they are encoded, and the forms in which data files write them.
 
-import copy
+Two forms are known, and may be mixed. LLaVA's: `conversations` of `{"from", "value"}`, and `image`.
+And that of chat templates: `messages` of `{"role", "content"}`, whose content may be a list of text
+and image parts, and `images`.
+"""
+
 import dataclasses
-import json
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, overload
-
-import numpy as np
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from llava_jax.config import ConfigError
-from llava_jax.data.conversation import SampleError, Turn
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
+
+FIELDS = ("id", "image", "images", "conversations", "messages", "category")
+"""What is read of a record; all else in it is passed over."""
+
+_ROLES: dict[Any, Literal["system", "human", "gpt"]] = {
+    "system": "system",
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,172 +31,161 @@ class Record:
 
     Attributes:
         id: The data's own name for it.
-        images: Paths of its image files.
+        images: Its image files: their paths, or what is in them.
         turns: The conversation.
         category: Groups the results of an evaluation; None outside any group.
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
     category: str | None = None
 
 
-class LlavaJson(Sequence[Record]):
-    """The records of a LLaVA JSON file, read from disk one by one.
+def read_record(raw: Any, number: int, where: str, image_root: str) -> Record:
+    """Makes a record of what a data file holds.
 
-    Only the place of each record in the file is kept, so that hundreds of thousands of records
-    cost a few megabytes and reach worker processes at once.
+    Args:
+        raw: {"image" or "images" (optional; an image or a list of them), "conversations" or
+            "messages", "id" and "category" (optional)}. An image is a path, or {"bytes", "path"}
+            of which one may be None. A turn is {"from", "value"} or {"role", "content"}; the names
+            of who speaks are human or user, gpt or assistant, and system. Contents are texts, or
+            lists of {"type": "text", "text"} and {"type": "image"} parts; an image part may bring
+            its own image (as "image" or "path"), or say which of the record's it is ("index").
+        number: Names it, if it has no id.
+        where: For messages.
+        image_root: Folder that image paths are relative to.
 
-    Attributes:
-        max_images: Most images in one record of the file.
+    Raises:
+        ConfigError: It has another form.
+        SampleError: An image path leads out of image_root, or there is neither image nor path.
     """
-
-    def __init__(self, path: str, image_root: str):
-        """Reads through the file once.
-
-        Args:
-            path: A JSON list of {"id", "image" (optional; a path or a list of paths),
-                "conversations": [{"from": "human" | "gpt", "value": text}], "category" (optional)}.
-            image_root: Folder that the image paths are relative to.
-
-        Raises:
-            ConfigError: No such file, or its structure is another; names the file and the record.
-        """
-        self.path = path
-        self.image_root = image_root
-        self._spans, self.max_images = _scan(path)
-        self._size = os.path.getsize(path)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> "LlavaJson": ...
-    def __getitem__(self, index: int | slice) -> "Record | LlavaJson":
-        """Reads a record, or selects some without reading them.
-
-        Raises:
-            SampleError: An image path leads out of image_root.
-            ConfigError: The file changed since it was opened.
-        """
-        if isinstance(index, slice):
-            part = copy.copy(self)
-            part._spans = self._spans[index]
-            return part
-        start, stop = self._spans[index].tolist()
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != self._size:
-                raise ConfigError(f"{self.path} changed while it was in use; start again")
-            file.seek(start)
-            raw = json.loads(file.read(stop - start))
-        return Record(
-            id=str(raw.get("id", index)),
-            images=tuple(_image_path(self.image_root, image) for image in _images(raw)),
-            turns=tuple(Turn(turn["from"], turn["value"]) for turn in raw["conversations"]),
-            category=raw.get("category"),
-        )
+    images, turns = _parse(raw, where)
+    name = raw.get("id")
+    return Record(
+        id=str(number if name is None else name),
+        images=tuple(_locate(image, image_root) for image in images),
+        turns=tuple(turns),
+        category=raw.get("category"),
+    )
 
 
-def max_images(records: Sequence[Record]) -> int:
-    """Counts the images of the record that has most."""
-    if isinstance(records, LlavaJson):
-        return records.max_images
-    return max((len(record.images) for record in records), default=0)
+def count_images(raw: Any, where: str) -> int:
+    """Counts a record's images; their bytes need not be there.
+
+    Raises:
+        ConfigError: It has a form that `read_record` does not know.
+    """
+    return len(_parse(raw, where)[0])
 
 
-def _scan(path: str) -> tuple[np.ndarray, int]:
-    """Returns where each record lies, int64 [N, 2] in bytes, and the most images in one."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"data file {path}: {error.strerror}; check data.path (or eval_path)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data file {path} is not UTF-8: byte {error.start}") from None
-    start = _skip_space(text, 0)
-    if text[start : start + 1] != "[":
-        raise ConfigError(f"data file {path} is not a JSON list: it starts with {text[:20]!r}")
-    decoder = json.JSONDecoder()
-    spans: list[tuple[int, int]] = []
-    most = 0
-    position = _skip_space(text, start + 1)
-    while text[position : position + 1] != "]" or (spans and text[position - 1] == ","):
-        where = f"data file {path}, record {len(spans)}"
-        try:
-            raw, stop = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{where}: not JSON, {error.msg} at line {error.lineno} column {error.colno}"
-            ) from None
-        _check(raw, where)
-        most = max(most, len(_images(raw)))
-        spans.append((position, stop))
-        position = _skip_space(text, stop)
-        if text[position : position + 1] == ",":
-            position = _skip_space(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise ConfigError(f"{where}: expected ',' or ']' after it; is the file cut off?")
-    if not spans:
-        raise ConfigError(f"data file {path} has no records")
-    return _byte_spans(text, np.array(spans, np.int64)), most
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
-
-
-def _byte_spans(text: str, spans: np.ndarray) -> np.ndarray:
-    """Turns places counted in characters into places counted in bytes."""
-    if text.isascii():
-        return spans
-    places = spans.reshape(-1)
-    gaps = np.diff(places, prepend=0).tolist()
-    sizes = [
-        len(text[place - gap : place].encode("utf-8"))
-        for place, gap in zip(places.tolist(), gaps, strict=True)
-    ]
-    return np.cumsum(np.array(sizes, np.int64)).reshape(spans.shape)
-
-
-def _check(raw: Any, where: str) -> None:
+def _parse(raw: Any, where: str) -> tuple[list[Any], list[Turn]]:
+    """The images of a record, as it has them, and its turns."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: expected an object, found {raw!r:.60}")
-    images = raw.get("image", [])
-    if not isinstance(images, str) and not _is_list_of(images, str) and images is not None:
-        raise ConfigError(
-            f'{where}: "image" must be a path or a list of them, found {images!r:.60}'
-        )
-    turns = raw.get("conversations")
-    if not turns or not _is_list_of(turns, dict):
-        raise ConfigError(f'{where}: "conversations" must be a list of turns, found {turns!r:.60}')
-    for index, turn in enumerate(turns):
-        if turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise ConfigError(
-                f'{where}, turn {index}: expected {{"from": "human" or "gpt", "value": text}}, '
-                f"found {turn!r:.80}"
-            )
     if not isinstance(raw.get("category"), str | None):
         raise ConfigError(f'{where}: "category" must be text, found {raw["category"]!r:.60}')
+    found = raw.get("conversations") or raw.get("messages")
+    if not found or not _is_list_of(found, dict):
+        raise ConfigError(
+            f'{where}: "conversations" or "messages" must be a list of turns, found {found!r:.60}'
+        )
+    turns: list[Turn] = []
+    parts: list[dict[str, Any]] = []
+    for index, turn in enumerate(found):
+        role, said = _ROLES.get(turn.get("from") or turn.get("role")), turn.get("value")
+        if said is None:  # a table has all its columns, even where they are empty
+            said = turn.get("content")
+        if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
+            raise ConfigError(
+                f'{where}, turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
+                f'{{"role": "user" or "assistant", "content": text or parts}}, found {turn!r:.80}'
+            )
+        if not isinstance(said, str):
+            said, images = _join_parts(said, role, f"{where}, turn {index}")
+            parts += images
+        turns.append(Turn(role, said))
+    return _images_of_parts(parts, _images_beside(raw, where), where), turns
+
+
+def _join_parts(
+    content: list[dict[str, Any]], role: str, where: str
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a content in parts, and the image parts."""
+    texts, images = [], []
+    for part in content:
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif part.get("type") == "image" and role == "human":
+            texts.append(IMAGE_PLACEHOLDER)
+            images.append(part)
+        else:
+            raise ConfigError(
+                f'{where}: expected parts {{"type": "text", "text": text}} or, where the user '
+                f'speaks, {{"type": "image"}}, found {part!r:.80}'
+            )
+    return "".join(texts), images
+
+
+def _images_beside(raw: dict[str, Any], where: str) -> list[Any]:
+    named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
+    if len(named) > 1:
+        raise ConfigError(f'{where}: there are both "image" and "images"; keep one of them')
+    for name, value in named.items():
+        images = value if isinstance(value, list) else [value]
+        if not all(map(_is_image, images)):
+            raise ConfigError(
+                f'{where}: "{name}" must be a path, {{"bytes", "path"}}, or a list of them, found '
+                f"{value!r:.60}"
+            )
+        return images
+    return []
+
+
+def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any], where: str) -> list[Any]:
+    """The images in the order of the parts that show them, if these say which they show."""
+    if not parts:
+        return beside
+    keys = [
+        next((key for key in ("image", "path", "index") if part.get(key) is not None), None)
+        for part in parts
+    ]
+    if not any(keys):
+        return beside
+    of_record = all(key == "index" for key in keys)
+    if not all(keys) or (not of_record and ("index" in keys or beside)):
+        raise ConfigError(
+            f"{where}: all image parts must bring their own image, or all show one of the "
+            f"record's; found {parts!r:.80}"
+        )
+    images = [part[key] for part, key in zip(parts, keys, strict=True) if key]
+    if of_record:
+        if not all(isinstance(index, int) and 0 <= index < len(beside) for index in images):
+            raise ConfigError(f"{where}: parts show images {images}, and it has {len(beside)}")
+        return [beside[index] for index in images]
+    if not all(map(_is_image, images)):
+        raise ConfigError(
+            f'{where}: an image part must have a path or {{"bytes", "path"}}, found {images!r:.80}'
+        )
+    return images
+
+
+def _is_image(value: Any) -> bool:
+    known = isinstance(value, dict) and not value.keys().isdisjoint({"bytes", "path"})
+    return known or isinstance(value, str | bytes)
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _images(raw: dict[str, Any]) -> list[str]:
-    images = raw.get("image") or []
-    return [images] if isinstance(images, str) else images
-
-
-def _image_path(root: str, image: str) -> str:
+def _locate(image: Any, root: str) -> str | bytes:
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
     # By the letters alone: folders inside the root may well be links to elsewhere.
     path = PurePosixPath(image)
     if path.is_absolute() or ".." in path.parts:

@@ -209,9 +209,7 @@ def read_parts_config(
     if needed > llm.vocab_size:
         rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         llm = dataclasses.replace(llm, vocab_size=rounded)
-    return ModelConfig(
-        vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features
-    )
+    return ModelConfig(vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features)
 
 
 def _read_tower(parts: Parts) -> VisionConfig:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import Aspect, ModelConfig, Parts
-from llava_jax.data.conversation import Template
+from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError
@@ -223,20 +223,26 @@ def _generation_settings(
 
 # What `data.conversation` renders, in Jinja. The names in it are set by `chat_template`.
 _JINJA = """\
-{%- if messages[0]["role"] != "system" -%}{{ system }}{%- endif -%}
-{%- for message in messages -%}
+{%- if messages[0]["role"] == "system" -%}
+  {%- set parts = messages[0]["content"] -%}
+  {%- set system = parts if parts is string else parts | map(attribute="text") | join("") -%}
+{%- endif -%}
+{%- set system = system_prefix + system + system_suffix if system else "" -%}
+{%- set asked = namespace(before=false) -%}
+{%- for message in messages if message["role"] != "system" -%}
   {%- set content = message["content"] -%}
   {%- set parts = [{"type": "text", "text": content}] if content is string else content -%}
   {%- set images = parts | selectattr("type", "equalto", "image") | list | length -%}
   {%- set texts = parts | selectattr("type", "equalto", "text") | map(attribute="text") -%}
   {%- set text = texts | join("") -%}
-  {%- if message["role"] == "system" -%}
-    {{ bos + text + " " }}
-  {%- elif message["role"] == "user" -%}
+  {%- if message["role"] == "user" -%}
     {%- set text = (text | trim if images else text) if keeps_questions else "" -%}
-    {{ human_prefix + (image_token + image_suffix) * images + text }}
+    {%- set suffix = image_suffix if text else "" -%}
+    {{ human_prefix if asked.before else first_prefix | replace("{system}", system) }}
+    {{- (image_token + suffix) * images + text }}
+    {%- set asked.before = true -%}
   {%- else -%}
-    {{ answer_prefix + text + answer_suffix }}
+    {{ answer_prefix + text + answer_suffix + separator }}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ answer_prefix.rstrip(" ") }}{%- endif -%}
@@ -250,21 +256,26 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
     template's own. Contents are texts, or lists of text and image parts.
     """
     bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
-    if bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        bos = ""  # the tokenizer puts it in front of every text
-    named = {"{bos}": bos, "{eos}": eos}
+    named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
 
     def text(part: str) -> str:
         for name, token in named.items():
             part = part.replace(name, token)
-        return re.sub(r"\{([^{}]+)\}", r"\1", part)  # other control tokens stand for themselves
+        # Other control tokens stand for themselves.
+        return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_PLACE else m[1], part)
 
+    first_prefix = text(template.begin + template.human_prefix)
+    if bos and adds_bos(tokenizer):
+        first_prefix = first_prefix.removeprefix(bos)
     values = {
-        "bos": bos,
-        "system": text(template.system),
-        "human_prefix": text(template.human_prefix),
+        "system": template.system,
+        "system_prefix": text(template.system_prefix),
+        "system_suffix": text(template.system_suffix),
+        "first_prefix": first_prefix,
+        "human_prefix": text(template.human_prefix.replace(SYSTEM_PLACE, "")),
         "answer_prefix": text(template.answer_prefix),
         "answer_suffix": text(template.answer_suffix),
+        "separator": text(template.separator),
         "image_token": image_token,
         "image_suffix": text(template.image_suffix),
         "keeps_questions": template.keeps_questions,

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -27,7 +27,7 @@ from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
 from llava_jax.data.conversation import TEMPLATES, Turn, encode, encode_prompt, expand_images
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_parts_config, write_model_config
-from llava_jax.hf.processor import load_image_transform, save_processor
+from llava_jax.hf.processor import chat_template, load_image_transform, save_processor
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    names = ["<s>", "</s>", "<pad>", "<image>"]
+    names = ["<s>", "</s>", "<pad>", "<image>", *CONTROLS]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=names,
@@ -80,7 +80,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=["<image>"],
+        extra_special_tokens=["<image>", *CONTROLS],
     )
     tokenizer.save_pretrained(directory)
     images = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
@@ -88,6 +88,11 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+# Of Llama 3 and ChatML.
+CONTROLS = (
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<|im_start|>", "<|im_end|>"),
+)
 VISION = VisionConfig(28, 14, 16, 16, 2, 2)
 LLM = LlmConfig(320, 16, 16, 1, 2, 2, 8, 128)
 CONFIG = ModelConfig(VISION, LLM, image_token_id=3, pad_token_id=2)
@@ -185,6 +190,33 @@ def test_a_whole_conversation_ends_its_answers(written):
     tokenizer = load_tokenizer(written("pad"))
     ours = encode(TURNS[:2], TEMPLATES["vicuna_v1"], tokenizer, CONFIG.image_token_id)
     assert tokenizer(text, add_special_tokens=False).input_ids == ours.input_ids.tolist()
+
+
+@pytest.mark.parametrize("beginning", ["", "Be brief.", None], ids=["none", "brief", "own"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["vicuna", "bytes", "bytes that add a bos"])
+def test_every_template_is_one_for_transformers(kind, name, beginning, vicuna_like, byte_level):
+    """What apply_chat_template gives, the tokenizer makes into the ids of training."""
+    if kind == "vicuna":
+        tokenizer = load_tokenizer(Parts(str(vicuna_like), "", None))
+        tokenizer.add_tokens(list(CONTROLS), special_tokens=True)
+    else:
+        tokenizer = load_tokenizer(byte_level)
+        if kind != "bytes":
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 0)]
+            )
+    template, image = TEMPLATES[name], tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer.chat_template = chat_template(template, tokenizer, "<image>")
+    messages, turns = MESSAGES, TURNS
+    if beginning is not None:
+        messages = [{"role": "system", "content": beginning}, *messages]
+        turns = [Turn("system", beginning), *turns]
+    for added in (False, True):
+        shown = messages if added else messages[:-1]
+        text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=added)
+        ours = (encode_prompt if added else encode)(turns[: len(shown)], template, tokenizer, image)
+        assert tokenizer(text).input_ids == ours.input_ids.tolist()
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])

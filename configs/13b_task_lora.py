@@ -1,0 +1,13 @@
+"""The recipe of 7b_task_lora.py for LLaVA-1.5 13B: another decoder, nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+from llava_jax.config import LLAVA_13B, load_config
+
+config = dataclasses.replace(
+    load_config(Path(__file__).with_name("7b_task_lora.py")),
+    model=LLAVA_13B,
+    name="13b_task_lora",
+    init_from="llava-hf/llava-1.5-13b-hf",
+)
