@@ -35,6 +35,7 @@ from llava_jax.sharding import make_mesh
 from llava_jax.step import init_state
 
 STEPS, SIZE, GROUP = 20, 8, 2
+LIMIT = 1e-5  # rounding makes less than 1e-6; norms that decay, 1e-4
 
 CONFIG = TrainConfig(
     name="parity",
@@ -232,7 +233,9 @@ def test_twenty_steps_beside_torch(
     config, variant = CASES[name]
     base = make_hf(variant)
     losses, program, params = ours(config, saved(variant), tmp_path / "start")
-    assert_parity("losses, relative", apart(losses, theirs(config, base, tmp_path / "start")), 1e-4)
+    assert_parity(
+        "losses, relative", apart(losses, theirs(config, base, tmp_path / "start")), LIMIT
+    )
     assert len(set(losses)) == STEPS
 
     batch = step_batch(config, 0)
