@@ -1,7 +1,10 @@
 """Tiny random models of Hugging Face's, float32, and the batches they are compared on."""
 
 import functools
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -205,13 +208,78 @@ def _batch(
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
 
 
-@pytest.fixture(scope="session")
-def assert_close() -> Callable[[np.ndarray, np.ndarray, dict], None]:
+def versioned(name: str) -> str:
+    """A package with its version; anything else as it is."""
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return name
+
+
+@pytest.fixture
+def assert_parity(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Holds a difference to its limit, and makes it a row of docs/parity.md.
+
+    A row is named by the test and its parameters. The mark `parity(group, *against)` says which
+    table it belongs to and what it was compared with: packages, or others with their versions.
+    """
+
+    def check(measured: str, largest: float, limit: float, case: str | None = None) -> None:
+        """Fails if `largest` is above `limit`.
+
+        Args:
+            measured: What differs and in which unit: "logits, of the largest".
+            largest: The largest difference.
+            limit: The largest allowed.
+            case: The row's name, in place of the parameters' ids; rows of a test with the same name
+                become one.
+        """
+        if file := os.environ.get("PARITY_ROWS"):  # set by tools/parity_report.py
+            note(Path(file), measured, float(largest), float(limit), case)
+        assert largest <= limit, f"{measured}: {largest:.2e} is above {limit:.2e}"
+
+    def note(file: Path, measured: str, largest: float, limit: float, case: str | None) -> None:
+        node = request.node
+        mark = node.get_closest_marker("parity")
+        assert mark, "mark the test: pytest.mark.parity(group, *against)"
+        group, *against = mark.args
+        row = {
+            "group": group,
+            "what": node.originalname.removeprefix("test_").replace("_", " "),
+            "case": (node.callspec.id if hasattr(node, "callspec") else "")
+            if case is None
+            else case,
+            "against": ", ".join(map(versioned, against)),
+            "measured": measured,
+            "largest": largest,
+            "limit": limit,
+        }
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    return check
+
+
+@pytest.fixture
+def assert_close(assert_parity: Callable[..., None]) -> Callable[..., None]:
     """Logits of real tokens agree to 2e-5 of the largest."""
 
-    def check(ours: np.ndarray, theirs: np.ndarray, batch: dict) -> None:
+    def check(ours: np.ndarray, theirs: np.ndarray, batch: dict, case: str | None = None) -> None:
         real = batch["attention_mask"].astype(bool)
         ours, theirs = ours[real], theirs[real]
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+        difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert_parity("logits, of the largest", difference, 2e-5, case)
+
+    return check
+
+
+@pytest.fixture
+def assert_same(assert_parity: Callable[..., None]) -> Callable[..., None]:
+    """Arrays or tensors by name: the same names, and equal to the last bit."""
+
+    def check(ours: Mapping, theirs: Mapping, case: str | None = None) -> None:
+        assert ours.keys() == theirs.keys()
+        different = [n for n in ours if not np.array_equal(ours[n], np.asarray(theirs[n]))]
+        assert_parity(f"arrays that differ, of {len(ours)}", len(different), 0, case)
 
     return check

@@ -22,8 +22,11 @@ from llava_jax.lora import LLM, VISION
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
 
-# peft 0.21.2 asks transformers 5.23 for it; nothing of ours.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    # peft 0.21.2 asks transformers 5.23 for it; nothing of ours.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.parity("adapters", "peft", "transformers"),
+]
 
 SETTINGS = {
     "llm": {LLM: LoraConfig(4, 8.0, 0.1)},
@@ -58,16 +61,14 @@ def trained(load: Callable, saved: Callable) -> Callable:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_peft_loads_what_we_wrote(
-    name, trained, make_hf, our_logits, hf_logits, batches, assert_close, tmp_path
+    name, trained, make_hf, our_logits, hf_logits, batches, assert_close, assert_same, tmp_path
 ):
     graph, params, trainable, config = trained(name)
     save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    ours = load_file(tmp_path / "adapter_model.safetensors")
-    assert loaded.keys() == ours.keys()  # every module of PEFT's has a tensor, and the reverse
-    for key, value in ours.items():
-        assert torch.equal(loaded[key], value), key
+    # Every module of PEFT's has a tensor, and the reverse.
+    assert_same(load_file(tmp_path / "adapter_model.safetensors"), loaded)
     batch = batches["padded"]
     theirs = hf_logits(model, batch)
     assert_close(our_logits(graph, params | trainable, batch), theirs, batch)
@@ -143,17 +144,14 @@ def old_era(name: str) -> str:
 
 
 def test_names_of_the_older_era_are_the_same_adapter(
-    peft_made, load, saved, abstract_params, tmp_path
+    peft_made, load, saved, abstract_params, assert_same, tmp_path
 ):
     _, _, config = load(saved("gqa"))
     abstract = abstract_params(config)
     rename = lambda tensors: {old_era(name): x for name, x in tensors.items()}
     old = edited(peft_made[1], tmp_path / "old", rename)
     expected = open_trained(peft_made[1], config, abstract).load()
-    params = open_trained(old, config, abstract).load()
-    assert params.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    assert_same(open_trained(old, config, abstract).load(), expected)
 
 
 A_KEY = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"

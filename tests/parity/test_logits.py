@@ -20,6 +20,8 @@ from llava_jax.config import ConfigError, Parts
 from llava_jax.hf.model_config import read_parts_config, write_model_config
 from llava_jax.hf.weights import load_params, save_params
 
+pytestmark = pytest.mark.parity("checkpoints", "transformers")
+
 BATCHES = ("one_image", "two_images", "text_only", "padded")
 
 # From the names of a file that transformers 5 wrote (layout D) to those of the other layouts.
@@ -66,7 +68,7 @@ def test_logits_are_those_of_transformers(
     graph, params, _ = load(saved(variant))
     batch = batches[batch_name]
     theirs = hf_logits(make_hf(variant), batch)
-    assert_close(our_logits(graph, params, batch), theirs, batch)
+    assert_close(our_logits(graph, params, batch), theirs, batch, case=variant)
 
 
 @pytest.mark.parametrize("strategy", ["full", "default"])
@@ -97,17 +99,17 @@ def test_a_sequence_longer_than_the_window_is_refused(saved, load, our_logits, b
 
 @pytest.mark.parametrize("layout", TO_LAYOUT)
 @pytest.mark.parametrize("variant", ["gqa", "tied", "siglip"], scope="session")
-def test_every_layout_gives_the_same_parameters(variant, layout, saved, load, tmp_path):
+def test_every_layout_gives_the_same_parameters(
+    variant, layout, saved, load, assert_same, tmp_path
+):
     _, expected, _ = load(saved(variant))
     _, params, _ = load(relaid(saved(variant), tmp_path / layout, layout))
-    assert params.keys() == expected.keys()
-    for path, value in params.items():
-        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert_same(params, expected)
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
 def test_transformers_reads_what_we_wrote(
-    variant, shard_bytes, make_hf, saved, load, hf_logits, batches, tmp_path
+    variant, shard_bytes, make_hf, saved, load, hf_logits, batches, assert_same, tmp_path
 ):
     _, params, config = load(saved(variant))
     save_params(params, tmp_path, config, shard_bytes=shard_bytes)
@@ -115,13 +117,12 @@ def test_transformers_reads_what_we_wrote(
     model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert model.dtype == torch.float32
-    for name, value in make_hf(variant).state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert_same(model.state_dict(), make_hf(variant).state_dict())
     batch = batches["padded"]
     np.testing.assert_array_equal(hf_logits(model, batch), hf_logits(make_hf(variant), batch))
 
 
-def test_what_transformers_read_back_loads_again(variant, saved, load, tmp_path):
+def test_what_transformers_read_back_loads_again(variant, saved, load, assert_same, tmp_path):
     """Written by us, read and written by transformers, read by us: nothing has changed."""
     _, params, config = load(saved(variant))
     save_params(params, tmp_path / "ours", config)
@@ -130,8 +131,7 @@ def test_what_transformers_read_back_loads_again(variant, saved, load, tmp_path)
     model.save_pretrained(tmp_path / "theirs")
     _, again, again_config = load(tmp_path / "theirs")
     assert again_config == config
-    for path, value in params.items():
-        np.testing.assert_array_equal(again[path], value, err_msg=path)
+    assert_same(again, params)
 
 
 @pytest.fixture
@@ -153,14 +153,12 @@ def parts(make_hf: Callable, tmp_path: Path) -> Callable[[str], Parts]:
 
 
 @pytest.mark.parametrize("variant", ["gqa", "mistral", "qwen2_siglip"], scope="session")
-def test_parts_make_the_whole(variant, parts, load, saved, abstract_params):
+def test_parts_make_the_whole(variant, parts, load, saved, abstract_params, assert_same):
     separate = parts(variant)
     config = read_parts_config(separate, image_token_id=60, pad_token_id=61)
     _, expected, whole = load(saved(variant))
     assert config == whole
-    params = load_params(separate, config, abstract_params(config))
-    for path, value in expected.items():
-        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    assert_same(load_params(separate, config, abstract_params(config)), expected)
 
 
 TEXT_TOWER = {
@@ -171,7 +169,7 @@ TEXT_TOWER = {
 
 @pytest.mark.parametrize(("variant", "kind"), [("gqa", "clip"), ("siglip", "siglip")])
 def test_vision_tower_out_of_a_model_of_two_towers(
-    variant, kind, parts, make_hf, load, saved, abstract_params, tmp_path
+    variant, kind, parts, make_hf, load, saved, abstract_params, assert_same, tmp_path
 ):
     hf, separate = make_hf(variant), parts(variant)
     vision = hf.config.vision_config.to_dict()
@@ -181,9 +179,8 @@ def test_vision_tower_out_of_a_model_of_two_towers(
     model.save_pretrained(tmp_path / "both")
     separate = Parts(separate.llm, str(tmp_path / "both"), separate.projector)
     config = read_parts_config(separate, image_token_id=60, pad_token_id=61)
-    params = load_params(separate, config, abstract_params(config))
-    for path, value in load(saved(variant))[1].items():
-        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    expected = load(saved(variant))[1]
+    assert_same(load_params(separate, config, abstract_params(config)), expected)
 
 
 def test_a_grown_vocabulary_is_filled_with_its_mean(parts, abstract_params):

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_training import CONFIG, ours, theirs
+from test_training import CONFIG, apart, ours, theirs
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from llava_jax.quant import Nf4Weight
@@ -15,11 +14,16 @@ from llava_jax.quant import Nf4Weight
 DOUBLE = {"nf4": False, "nf4_double": True}
 UNTOUCHED = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21 with transformers 5
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft 0.21 with transformers 5
+    pytest.mark.parity("training", "peft", "bitsandbytes", "transformers"),
+]
 
 
 @pytest.mark.parametrize("kind", DOUBLE)
-def test_beside_peft_and_bitsandbytes(kind: str, saved: Callable, tmp_path: Path):
+def test_twenty_steps_beside_peft_and_bitsandbytes(
+    kind: str, saved: Callable, assert_parity: Callable, tmp_path: Path
+):
     base = saved("wide")
     config = dataclasses.replace(CONFIG, quantize=kind)
     losses, _, params = ours(config, base, tmp_path / "start")
@@ -42,4 +46,4 @@ def test_beside_peft_and_bitsandbytes(kind: str, saved: Callable, tmp_path: Path
     assert len(fewer_bits) == 7 * 3
     assert all("language_model.layers" in n for n in fewer_bits)
     expected = theirs(config, hf, tmp_path / "start")
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert_parity("losses, relative", apart(losses, expected), 1e-4)
