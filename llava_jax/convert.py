@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts
-from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import write_model_config
+from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.pickles import open_any
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import Tensor
-from llava_jax.hf.tokenizer import has_tokenizer
+from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 from llava_jax.hf.trained import Trained, open_trained
 from llava_jax.hf.weights import (
     Stored,
@@ -34,9 +34,8 @@ from llava_jax.hf.weights import (
     save_params,
     stored,
 )
-from llava_jax.lora import LLM, is_adapter, merge_layer
+from llava_jax.lora import is_adapter, merge_layer
 from llava_jax.models.layers import Abstract
-from llava_jax.official import save_official, save_official_adapter
 from llava_jax.pretrained import build, read_config
 
 Form = Literal["hf", "hf5", "peft", "llava"]
@@ -118,9 +117,8 @@ def open_source(
         tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
         inputs = found.adapter if has_tokenizer(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
-        raise ConfigError(
-            f"{source} has no {missing[0].split('.')[0]}; name one: llm=...,vision=...,projector=FILE"
-        )
+        part = missing[0].split(".")[0]
+        raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
     return Opened(found.name, found.base, config, abstract, tensors, trained, inputs)
 
 
@@ -209,9 +207,10 @@ def convert(
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
-            save_official_adapter(directory, destination, opened, _trained_params(opened))
+            _write_official_adapter(opened, directory)
         elif to == "llava":
-            save_official(directory, destination, opened, merged(opened), dtype)
+            params, kind = merged(opened), dtype or str(opened.dtype)
+            save_official(directory, destination, params, opened.config, opened.inputs, kind)
         else:
             _write_hf(opened, directory, to, dtype)
         if to != "llava":
@@ -248,12 +247,8 @@ def _trained_params(opened: Opened) -> dict[str, Stored]:
 
 def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     params = _trained_params(opened)
-    if foreign := {path.split(".")[0] for path in params if path.startswith("llm.")} and [
-        path for path in params if path.startswith("llm.") and not path.startswith(LLM)
-    ]:
-        raise ConfigError(
-            f"a PEFT adapter has no room for {', '.join(foreign)}; take --to hf --merge"
-        )
+    if any(path.startswith("llm.") and not is_adapter(path) for path in params):
+        raise ConfigError("a PEFT adapter has no room for a decoder trained in full; add --merge")
     save_adapter(
         directory,
         params,
@@ -265,10 +260,17 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     )
 
 
-def _own_template(opened: Opened) -> Template | None:
-    """LLaVA's own checkpoints have no chat template: theirs is in its code."""
+def _write_official_adapter(opened: Opened, directory: Path) -> None:
     place = opened.place
-    if isinstance(place, Parts) and opened.inputs == place:
+    llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
+    params = _trained_params(opened)
+    save_official_adapter(directory, params, opened.adapters, opened.config, llm, tower)
+
+
+def _own_template(opened: Opened) -> Template | None:
+    """LLaVA-1.5's, where separate parts have none: LLaVA's own checkpoints have it in its code."""
+    parts = isinstance(opened.place, Parts) and opened.inputs == opened.place
+    if parts and load_tokenizer(opened.inputs).chat_template is None:
         return TEMPLATES["vicuna_v1"]
     return None
 
@@ -280,7 +282,3 @@ def _write_inputs(
         save_processor(opened.inputs, directory, opened.config, template=template)
     else:
         say(f"{opened.inputs} has no tokenizer, so none is written")
-
-
-def largest_stack(params: Mapping[str, Any]) -> int:
-    return max(sum(1 for p in params if is_stacked(p)), 0)

@@ -34,9 +34,9 @@ LEVELS = (
     ("models.llava",),
     ("lora", "loss"),
     ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
-    ("hf.trained", "hf.resolve"),
+    ("hf.trained", "hf.resolve", "hf.official_save"),
     ("step", "inputs", "pretrained", "description"),
-    ("program", "evaluation"),
+    ("program", "evaluation", "convert"),
     ("export", "checkpoint", "plan", "plan_cache"),
     ("train",),
 )

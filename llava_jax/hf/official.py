@@ -1,6 +1,5 @@
 """LLaVA's own directories: a decoder's, with a projector; the vision tower is mostly elsewhere."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -71,39 +70,33 @@ def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
     return _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def write_official_config(config: ModelConfig, llm: dict[str, Any], directory: Path) -> None:
-    """Writes the config.json that LLaVA's own code reads.
+def official_settings(config: ModelConfig, llm: dict[str, Any], tower: str) -> dict[str, Any]:
+    """The config.json that LLaVA's own code reads.
 
     Args:
         config: The model.
         llm: The decoder's own config.json.
-        directory: Must exist.
+        tower: Where the vision tower lies; its weights are in the checkpoint too.
     """
-    kinds = {decoder: own for own, decoder in DECODERS.items() if own != "llava"}
     names = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
     strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
-    kind = llm["model_type"]
-    size = config.vision.image_size
-    written = llm | {
-        "model_type": kinds[kind],
-        "architectures": [f"{names[kind]}ForCausalLM"],
+    return llm | {
+        "model_type": f"llava_{llm['model_type'].removesuffix('2')}",
+        "architectures": [f"{names[llm['model_type']]}ForCausalLM"],
         "mm_hidden_size": config.vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_tower": f"openai/clip-vit-large-patch14-{size}",
+        "mm_vision_tower": tower,
+        "unfreeze_mm_vision_tower": True,  # the tower's weights are the checkpoint's
         "image_aspect_ratio": "pad",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "unfreeze_mm_vision_tower": False,
         "tokenizer_padding_side": "right",
-        "use_cache": True,
     }
-    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(text)
 
 
 def as_parts(path: Path, file: Path, raw: dict[str, Any], *, has_tower: bool) -> Parts:

@@ -1,23 +1,20 @@
 """Writes what LLaVA's own code reads: whole models (layout E) and LoRA directories (layout G)."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
 from llava_jax.hf import layouts
-from llava_jax.hf.model_config import decoder_settings
+from llava_jax.hf.model_config import text_settings, tower_settings
 from llava_jax.hf.official import official_settings
 from llava_jax.hf.peft import CONFIG, WEIGHTS, peft_name
-from llava_jax.hf.processor import generation_settings
+from llava_jax.hf.processor import write_image_processor, write_json
 from llava_jax.hf.tensorfile import write_tensors
-from llava_jax.hf.tokenizer import SENTENCEPIECE, has_tokenizer, load_tokenizer
+from llava_jax.hf.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
 from llava_jax.hf.weights import VOCABULARY, Stored, save_params, save_tensors
 from llava_jax.lora import LLM, is_adapter
 
@@ -54,12 +51,14 @@ def save_official(
     tower = {path: x for path, x in params.items() if path.startswith("vision.")}
     (directory / _TOWER).mkdir()
     save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
-    _write(directory / _TOWER / "config.json", tower_settings(config, dtype))
-    _write(directory / _TOWER / "preprocessor_config.json", image_settings(config, inputs))
+    settings = tower_settings(config.vision) | {"torch_dtype": dtype}
+    write_json(directory / _TOWER / "config.json", settings)
+    write_image_processor(inputs, directory / _TOWER)
+    settings = text_settings(own.llm) | {"torch_dtype": dtype}
     place = str(final.absolute() / _TOWER)
-    settings = official_settings(own, decoder_settings(own.llm, dtype), place)
-    _write(directory / "config.json", settings)
-    _write_tokenizer(directory, own, inputs)
+    write_json(directory / "config.json", official_settings(own, settings, place))
+    if has_tokenizer(inputs):
+        copy_tokenizer(inputs, directory)
 
 
 def save_official_adapter(
@@ -67,7 +66,8 @@ def save_official_adapter(
     params: Mapping[str, Stored],
     adapters: Mapping[str, LoraConfig],
     config: ModelConfig,
-    base: str,
+    base: str | None,
+    tower: str | None,
 ) -> None:
     """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
 
@@ -76,7 +76,8 @@ def save_official_adapter(
         params: What was trained.
         adapters: By stack.
         config: Of the model.
-        base: The decoder that they belong on.
+        base: The decoder that they belong on, None if it is not in a place of its own.
+        tower: Where the vision tower lies, likewise.
 
     Raises:
         ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
@@ -85,8 +86,8 @@ def save_official_adapter(
     projector = {path: x for path, x in params.items() if path.startswith("projector.")}
     if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
         raise ConfigError(
-            f"LLaVA's LoRA directories have no room for {foreign[0]} and {len(foreign) - 1} others; "
-            "add --merge"
+            f"LLaVA's LoRA directories have no room for {len(foreign)} parameters, {foreign[0]} "
+            "for one; add --merge"
         )
     naming = partial(peft_name, layouts.E)
     save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
@@ -105,7 +106,9 @@ def save_official_adapter(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    _write(directory / CONFIG, written)
+    write_json(directory / CONFIG, written)
+    own = official_settings(config, text_settings(config.llm), tower or "")
+    write_json(directory / "config.json", own | {"unfreeze_mm_vision_tower": False})
 
 
 def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
@@ -120,11 +123,11 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
 
 
 def _own_rows(config: ModelConfig, inputs: Path | Parts) -> int:
-    """The vocabulary without `<image>` and `<pad>`, which LLaVA's code does not have, if they end it."""
+    """The vocabulary up to `<image>` and `<pad>`, if they end it; LLaVA's code has neither."""
     first = min(config.image_token_id, config.pad_token_id)
     known = len(load_tokenizer(inputs)) if has_tokenizer(inputs) else first + 2
     added = {config.image_token_id, config.pad_token_id}
-    return first if added == set(range(first, known)) else config.llm.vocab_size
+    return first if first > 0 and added == set(range(first, known)) else config.llm.vocab_size
 
 
 def _first_rows(param: Stored, rows: int) -> Stored:

@@ -140,8 +140,8 @@ def save_processor(
             "for an image; they belong to different models"
         )
     tokenizer.save_pretrained(directory)
-    _write(directory / "tokenizer_config.json", _tokenizer_settings(directory))
-    _write(directory / _IMAGES, _image_processor(transform))
+    write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))
+    write_json(directory / _IMAGES, _image_processor(transform))
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
@@ -150,8 +150,10 @@ def save_processor(
         "num_additional_image_tokens": int(config.vision.has_class_token),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
-    _write(directory / _PROCESSOR, processor)
-    _write(directory / "generation_config.json", _generation_settings(source, tokenizer, config))
+    write_json(directory / _PROCESSOR, processor)
+    write_json(
+        directory / "generation_config.json", _generation_settings(source, tokenizer, config)
+    )
     if template is not None:
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
@@ -160,7 +162,14 @@ def save_processor(
             shutil.copy(file, directory)
 
 
-def _write(file: Path, settings: dict[str, Any]) -> None:
+def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
+    """Writes the image processor alone, beside a vision tower of its own."""
+    settings = _image_processor(load_image_transform(source, None))
+    write_json(directory / _IMAGES, settings)
+
+
+def write_json(file: Path, settings: dict[str, Any]) -> None:
+    """Writes a settings file as transformers does."""
     file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

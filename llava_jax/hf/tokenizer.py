@@ -6,6 +6,7 @@ trained on, and from a `tokenizer.json` it replaces the normalizer by its own. T
 tokenizer takes the file at its word.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def load_tokenizer(place: str | Path | Parts) -> PreTrainedTokenizerBase:
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def copy_tokenizer(place: str | Path | Parts, directory: Path) -> None:
+    """Copies a tokenizer's files as they are."""
+    source = Path(place.llm if isinstance(place, Parts) else place)
+    names = (_FAST, _SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json")
+    for name in (*names, "added_tokens.json", "vocab.json", "merges.txt"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:

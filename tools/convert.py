@@ -1,0 +1,74 @@
+"""Reads any LLaVA checkpoint, writes another form: `python tools/convert.py --help`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava_jax.config import ConfigError, parse_source
+from llava_jax.data.conversation import TEMPLATES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert.py",
+        description="Converts between Hugging Face's, PEFT's, LLaVA's own and XTuner's checkpoints. "
+        "A source is known by what it holds, not by its name. Pickles (.bin, .pth) are read "
+        "without being run.",
+    )
+    parts = "llm=DIR,vision=DIR[,projector=FILE]"
+    source = f"a directory, a file, a run's directory, a hub id, or {parts}"
+    parser.add_argument("source", help=source)
+    parser.add_argument("destination", type=Path, help="a directory that does not exist")
+    forms = {
+        "hf": "transformers' LLaVA (names of 4.36 to 4.51, which all versions read)",
+        "hf5": "the same with the names of transformers 5",
+        "peft": "a PEFT adapter",
+        "llava": "what LLaVA's own code reads",
+    }
+    help_to = "; ".join(f"{name}: {what}" for name, what in forms.items())
+    parser.add_argument("--to", required=True, choices=forms, help=help_to)
+    parser.add_argument("--base", help="what the source was trained on, in any form of a source")
+    merge = "fold adapters into their base, and compare logits before and after"
+    parser.add_argument("--merge", action="store_true", help=merge)
+    era = "names in a PEFT adapter: of transformers 5 (and 4.52 to 4.57), or 4 (up to 4.51)"
+    parser.add_argument("--era", type=int, choices=(4, 5), default=5, help=f"{era}; default 5")
+    alpha = "LoRA's alpha of the decoder, for a .pth file, which does not say it"
+    parser.add_argument("--alpha", type=float, help=alpha)
+    parser.add_argument("--vision-alpha", type=float, help="likewise of the vision tower")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights"
+    )
+    template = "conversations, for apply_chat_template (default: the source's own)"
+    parser.add_argument("--template", choices=TEMPLATES, help=template)
+    given = parser.parse_args(argv)
+
+    from llava_jax.convert import convert, open_source  # JAX: not for --help
+    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.lora import LLM, VISION
+
+    alphas = {LLM: given.alpha, VISION: given.vision_alpha}
+    try:
+        opened = open_source(
+            parse_source(given.source) or given.source,
+            parse_source(given.base) if given.base else None,
+            alphas={stack: alpha for stack, alpha in alphas.items() if alpha is not None},
+        )
+        convert(
+            opened,
+            given.destination,
+            given.to,
+            merge=given.merge,
+            era=given.era,
+            dtype=given.dtype,
+            template=TEMPLATES[given.template] if given.template else None,
+        )
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {given.destination}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
