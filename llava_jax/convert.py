@@ -17,10 +17,10 @@ import numpy as np
 from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts
+from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.pickles import open_any
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import Tensor
@@ -73,7 +73,7 @@ class Opened:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the decoder, which the other parts follow."""
+        """Of the decoder."""
         return self.tensors["llm.embed_tokens.weight"][0].numpy_dtype
 
 
@@ -185,7 +185,7 @@ def convert(
             "peft" an adapter, "llava" what LLaVA's own code reads (E; G for adapters).
         merge: Whether adapters are folded in.
         era: Of a PEFT adapter's names, see `peft.save_adapter`.
-        dtype: Of a whole model's weights; None takes the decoder's.
+        dtype: Of a whole model's weights; None keeps each as it is.
         template: Conversations, for `apply_chat_template`; None keeps the source's own.
         say: Prints a line.
 
@@ -209,8 +209,7 @@ def convert(
         elif as_adapter:
             _write_official_adapter(opened, directory)
         elif to == "llava":
-            params, kind = merged(opened), dtype or str(opened.dtype)
-            save_official(directory, destination, params, opened.config, opened.inputs, kind)
+            _write_official(opened, directory, destination, dtype)
         else:
             _write_hf(opened, directory, to, dtype)
         if to != "llava":
@@ -234,9 +233,8 @@ def _unfinished(destination: Path) -> Iterator[Path]:
 
 def _write_hf(opened: Opened, directory: Path, to: Form, dtype: str | None) -> None:
     layout = layouts.A if to == "hf" else layouts.D
-    dtype = dtype or str(opened.dtype)
     save_params(merged(opened), directory, opened.config, layout=layout, dtype=dtype)
-    write_model_config(opened.config, directory, dtype)
+    write_model_config(opened.config, directory, dtype or str(opened.dtype))
 
 
 def _trained_params(opened: Opened) -> dict[str, Stored]:
@@ -257,6 +255,18 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
         base_name=opened.name,
         fingerprint=opened.fingerprint,
         era=era,
+    )
+
+
+def _write_official(opened: Opened, directory: Path, final: Path, dtype: str | None) -> None:
+    save_official(
+        directory,
+        final,
+        merged(opened),
+        opened.config,
+        opened.inputs,
+        dtype=dtype,
+        said=dtype or str(opened.dtype),
     )
 
 

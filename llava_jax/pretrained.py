@@ -25,6 +25,7 @@ from llava_jax.config import (
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
 from llava_jax.hf.processor import save_processor
+from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.trained import open_trained

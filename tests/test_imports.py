@@ -21,7 +21,16 @@ LEVELS = (
         "hf.layouts",
         "hf.tensorfile",
     ),
-    ("host", "models.layers", "data.records", "data.easy_vqa", "hf.official", "hf.pickles"),
+    (
+        "host",
+        "models.layers",
+        "data.records",
+        "data.easy_vqa",
+        "hf.official",
+        "hf.pickles",
+        "hf.zero",
+        "hf.anyfile",
+    ),
     (
         "sharding",
         "update",

@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
     parser = argparse.ArgumentParser(
         prog="python tools/convert.py",
-        description="Converts between Hugging Face's, PEFT's, LLaVA's own and XTuner's checkpoints. "
+        description="Converts between Hugging Face's, PEFT's, LLaVA's and XTuner's checkpoints. "
         "A source is known by what it holds, not by its name. Pickles (.bin, .pth) are read "
         "without being run.",
     )

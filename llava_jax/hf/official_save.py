@@ -27,7 +27,9 @@ def save_official(
     params: Mapping[str, Stored],
     config: ModelConfig,
     inputs: Path | Parts,
-    dtype: str,
+    *,
+    dtype: str | None,
+    said: str,
 ) -> None:
     """Writes a model in layout E, its vision tower in it and once more as a directory beside.
 
@@ -39,7 +41,8 @@ def save_official(
         params: The whole model.
         config: Of it.
         inputs: Where the tokenizer lies.
-        dtype: Of the weights.
+        dtype: Of the weights; None keeps each as it is.
+        said: What config.json says of it.
 
     Raises:
         ConfigError: LLaVA's code has no such model.
@@ -51,10 +54,10 @@ def save_official(
     tower = {path: x for path, x in params.items() if path.startswith("vision.")}
     (directory / _TOWER).mkdir()
     save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
-    settings = tower_settings(config.vision) | {"torch_dtype": dtype}
+    settings = tower_settings(config.vision) | {"torch_dtype": said}
     write_json(directory / _TOWER / "config.json", settings)
     write_image_processor(inputs, directory / _TOWER)
-    settings = text_settings(own.llm) | {"torch_dtype": dtype}
+    settings = text_settings(own.llm) | {"torch_dtype": said}
     place = str(final.absolute() / _TOWER)
     write_json(directory / "config.json", official_settings(own, settings, place))
     if has_tokenizer(inputs):

@@ -287,10 +287,16 @@ class Stored:
 
 
 def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
-    """A parameter in its files, in their dtype; a vocabulary grown as in `load_params`."""
+    """A parameter in its files, in their dtype, or in float32 if its layers have several.
+
+    A vocabulary grows as in `load_params`.
+    """
     shape = spec.shape[1:] if layouts.is_stacked(path) else spec.shape
-    dtype = tensors[0].numpy_dtype
-    return Stored(spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype))
+    kinds = {tensor.numpy_dtype for tensor in tensors}
+    dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    return Stored(
+        spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype, copy=False)
+    )
 
 
 def save_params(

@@ -1,0 +1,139 @@
+"""Tensors out of a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
+
+Each process wrote a part of one long float32 array, in which the parameters stand one after the
+other; the shapes beside it tell where (as deepspeed/utils/zero_to_fp32.py has it). Stages 1 and 2
+cut that array among the processes, stage 3 cuts each parameter.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.hf.pickles import open_pickle
+from llava_jax.hf.tensorfile import CheckpointError, Tensor
+
+_MODEL, _OPTIMIZER = "*model_states.pt", "*_optim_states.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Tensor):
+    """A tensor in several pieces, one after the other."""
+
+    pieces: tuple[Tensor, ...] = ()
+
+    def _read_into(self, values: np.ndarray) -> None:
+        start = 0
+        for piece in self.pieces:
+            stop = start + math.prod(piece.shape)
+            values[start:stop] = piece.read()
+            start = stop
+
+    def sample(self) -> bytes:
+        return b"".join(piece.sample() for piece in self.pieces)
+
+
+def zero_directory(path: Path) -> Path | None:
+    """The directory of a ZeRO checkpoint: `path`, or the one in it that its `latest` names."""
+    if any(path.glob(_MODEL)):
+        return path
+    latest = path / "latest"
+    if not latest.is_file():
+        return None
+    inner = path / latest.read_text().strip()
+    return inner if any(inner.glob(_MODEL)) else None
+
+
+def open_zero(directory: Path) -> dict[str, Tensor]:
+    """The trained parameters, in float32, by the names of the model that DeepSpeed wrapped.
+
+    Raises:
+        CheckpointError: A process's file is missing, or they do not fit together.
+    """
+    models, optimizers = (_by_rank(directory, pattern) for pattern in (_MODEL, _OPTIMIZER))
+    try:
+        states = [open_pickle(file)["optimizer_state_dict"] for file in optimizers]
+        shapes = open_pickle(models[0])["param_shapes"]
+        count = states[0]["partition_count"]
+        count = count[0] if isinstance(count, list) else count
+        by_parameter = "fp32_flat_groups" in states[0]
+        name = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
+        parts = [state[name] for state in states]
+        if len(parts) != count:
+            raise CheckpointError(
+                f"{directory} has the files of {len(parts)} processes; {count} wrote it"
+            )
+        if by_parameter:  # one line of all groups
+            shapes = [{name: shape for group in shapes for name, shape in group.items()}]
+            parts = [[groups] for groups in parts]
+        else:
+            parts = [[[group] for group in groups] for groups in parts]
+        found = {}
+        for index, group in enumerate(shapes):
+            ranks = [part[index] for part in parts]
+            found |= dict(_cut(directory, group, ranks, by_parameter=by_parameter))
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {error!r}") from error
+    return found
+
+
+def _by_rank(directory: Path, pattern: str) -> list[Path]:
+    rank = lambda file: int((re.search(r"pp_rank_(\d+)", file.name) or ["", "0"])[1])
+    found = sorted(directory.glob(pattern), key=rank)
+    if not found:
+        raise CheckpointError(f"{directory} has no {pattern}")
+    return found
+
+
+def _cut(
+    directory: Path,
+    shapes: dict[str, tuple[int, ...]],
+    ranks: list[list[Tensor]],
+    *,
+    by_parameter: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of one group.
+
+    Args:
+        directory: For messages.
+        shapes: In the order in which they stand.
+        ranks: Each process's part, in one stretch or several.
+        by_parameter: Whether each parameter is cut (stage 3), or the whole array.
+    """
+    lines = ranks if by_parameter else [[part for line in ranks for part in line]]
+    at = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        step = -(-size // len(lines))
+        pieces: list[Tensor] = []
+        for index, line in enumerate(lines):
+            own = min(step, size - index * step)
+            if own > 0:
+                pieces += _slice(name, line, at, own)
+        at += step
+        found = sum(math.prod(piece.shape) for piece in pieces)
+        if found != size:
+            raise CheckpointError(f"{directory} has {found} of the {size} values of {name}")
+        first = pieces[0]
+        yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
+
+
+def _slice(name: str, line: list[Tensor], start: int, size: int) -> Iterator[Tensor]:
+    """Values `start` to `start + size` of stretches that stand one after the other."""
+    before = 0
+    for stretch in line:
+        length = math.prod(stretch.shape)
+        first, last = max(start - before, 0), min(start + size - before, length)
+        before += length
+        if first < last:
+            yield Tensor(
+                name,
+                stretch.file,
+                stretch.dtype,
+                (last - first,),
+                stretch.start + 4 * first,
+                4 * (last - first),
+            )
