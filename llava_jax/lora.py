@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
 from llava_jax.models.layers import Linear, parameter
+from llava_jax.models.stack import jit_loop
 
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
 """The stacks that adapters go into."""
@@ -88,7 +89,7 @@ def merge_layer(
     return (jnp.asarray(weight, jnp.float32) + scale * low_rank).astype(weight.dtype)
 
 
-@partial(jax.jit, static_argnames="scale")
+@partial(jit_loop, static_argnums=3)
 def _merge(
     weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
 ) -> Float[Array, "L F D"]:

@@ -32,6 +32,7 @@ from llava_jax.hf.trained import open_trained
 from llava_jax.hf.weights import fingerprint, load_params, save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
+from llava_jax.models.stack import jit_loop
 from llava_jax.quant import Quantised, quantise
 from llava_jax.sharding import make_mesh, place
 
@@ -122,7 +123,7 @@ def load(
     return params | initialise(fresh, seed)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_loop, static_argnums=0)
 def _logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
     return Llava.__call__(cast("Llava", merge(graph, params)), *inputs)
 

@@ -24,6 +24,7 @@ from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.host import PINNED_HOST, is_for_host
 from llava_jax.models.layers import Abstract
+from llava_jax.models.stack import CPU_OPTIONS
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
 from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
 from llava_jax.step import (
@@ -205,6 +206,7 @@ def build_program(
     from_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
     uses_host = from_host or pixels_on_host or memory.offload_activations
     platform = mesh.devices.flat[0].platform
+    on_cpu = CPU_OPTIONS if platform == "cpu" and config.dtype == "bfloat16" else None
     return Program(
         model_config=model_config,
         adapters=adapters,
@@ -222,10 +224,12 @@ def build_program(
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
             donate_argnums=0 if donate or not (from_host and platform == "cpu") else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
-            compiler_options=STREAMING_OPTIONS if uses_host and platform == "gpu" else None,
+            compiler_options=STREAMING_OPTIONS if uses_host and platform == "gpu" else on_cpu,
         ),
         eval_step=jax.jit(
-            make_eval_step(graph), out_shardings=NamedSharding(mesh, PartitionSpec())
+            make_eval_step(graph),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=on_cpu,
         ),
         tx=tx,
     )

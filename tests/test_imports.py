@@ -46,7 +46,7 @@ LEVELS = (
     ("hf.trained", "hf.resolve", "hf.official_save"),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation", "convert"),
-    ("export", "checkpoint", "plan", "plan_cache"),
+    ("export", "checkpoint", "plan", "plan_cache", "merge_check"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

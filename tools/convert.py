@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_jax.convert import convert, open_source  # JAX: not for --help
     from llava_jax.hf.tensorfile import CheckpointError
     from llava_jax.lora import LLM, VISION
+    from llava_jax.merge_check import check_merged
 
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}
     try:
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype=given.dtype,
             template=TEMPLATES[given.template] if given.template else None,
         )
+        if given.merge and opened.adapters:
+            check_merged(opened, given.destination)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ and adds the gradients into the sums of earlier micro-batches, in place, whereve
 stack's weights, its blocks' inputs and the sums may all live in host memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +22,22 @@ from llava_jax.models.layers import SampleKeys, fold_in, gradients_together
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
 """Arrays of a block, or of a stack, by their path in it."""
+
+
+CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+"""XLA's CPU backend slices bfloat16 as float32. This pass would take the conversion out of the loop
+over layers, and so make a float32 copy of all weights."""
+
+
+def jit_loop(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` for what loops over the layers of stacks; see `CPU_OPTIONS`."""
+
+    @functools.cache
+    def jitted(platform: str) -> Callable[..., Any]:
+        compiler_options = CPU_OPTIONS if platform == "cpu" else None
+        return jax.jit(f, compiler_options=compiler_options, **options)
+
+    return lambda *args: jitted(jax.default_backend())(*args)
 
 
 class Accumulated(NamedTuple):

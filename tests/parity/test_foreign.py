@@ -3,22 +3,32 @@
 `fixtures/README.md` says what wrote them; `expected.npz` beside each has that software's logits.
 """
 
+import dataclasses
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax.config import parse_source
-from llava_jax.convert import convert, open_source
-from llava_jax.hf.tensorfile import open_tensors
+from llava_jax.config import ConfigError, parse_source
+from llava_jax.convert import Opened, convert, open_source
+from llava_jax.hf.anyfile import open_any
+from llava_jax.hf.resolve import resolve
+from llava_jax.hf.tensorfile import CheckpointError, open_tensors
+from llava_jax.hf.trained import open_trained
 from llava_jax.lora import LLM, VISION
+from llava_jax.merge_check import check_merged
 from llava_jax.pretrained import LlavaModel
 
 IMAGE = 60  # in the fixtures' batches
 FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = FIXTURES.parent.parent.parent
 BASE = "llm=base/llm,vision=base/clip"
 ALPHAS = {LLM: 8.0, VISION: 4.0}
 
@@ -65,6 +75,12 @@ def expected_of(source: str) -> dict[str, np.ndarray]:
     return dict(np.load(place / "expected.npz"))
 
 
+def in_vocabulary(batch: dict, opened: Opened) -> dict:
+    """A batch with the image token of the model; those of parts get a new one."""
+    ids = np.where(batch["input_ids"] == IMAGE, opened.config.image_token_id, batch["input_ids"])
+    return batch | {"input_ids": ids}
+
+
 @pytest.mark.parity("checkpoints", "the software that wrote them")
 @pytest.mark.parametrize("name", CASES)
 def test_converted_to_hf(
@@ -82,11 +98,146 @@ def test_converted_to_hf(
     for batch_name, expected in expected_of(source).items():
         if batch_name not in batches:
             continue
-        batch = dict(batches[batch_name])
-        ids = batch["input_ids"]
-        batch["input_ids"] = np.where(ids == IMAGE, opened.config.image_token_id, ids)
+        batch = in_vocabulary(batches[batch_name], opened)
         width = expected.shape[-1]
         assert_close(hf_logits(hf.eval(), batch)[..., :width], expected, batch, case=name)
         inputs = (batch[key] for key in ("input_ids", "pixel_values", "attention_mask"))
         assert_close(np.asarray(ours(*inputs))[..., :width], expected, batch, case=name)
     assert len(open_tensors(out)) == len(hf.state_dict())
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest) -> Opened:
+    source, base = TRAINED[request.param]
+    return open_source(source, parse_source(base) if base else None, alphas=ALPHAS)
+
+
+def same_trained(opened: Opened, place: Path) -> None:
+    """Everything that was trained is at `place` too, bit for bit, and nothing else."""
+    again = open_trained(place, opened.config, opened.abstract, read=open_any)
+    assert again.adapters == {
+        stack: dataclasses.replace(lora, dropout=again.adapters[stack].dropout)
+        for stack, lora in opened.adapters.items()
+    }
+    assert again.tensors.keys() == opened.trained.tensors.keys()
+    for path, tensors in opened.trained.tensors.items():
+        for ours, theirs in zip(again.tensors[path], tensors, strict=True):
+            np.testing.assert_array_equal(ours.read(), theirs.read(), err_msg=path)
+
+
+@pytest.mark.parity("adapters", "peft", "transformers")
+@pytest.mark.parametrize(
+    "opened", ["G", "H LoRA", "I LoRA", "PEFT 4.48", "PEFT 4.48 tower"], indirect=True
+)
+def test_converted_to_peft(
+    opened: Opened, batches: dict, hf_logits: Callable, assert_close: Callable, tmp_path: Path
+):
+    """PEFT puts it on the base in transformers 5, and gets what the writing software had."""
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    convert(opened, out, "peft")
+    convert(dataclasses.replace(opened, trained=None), base, "hf")
+    same_trained(opened, out)
+    hf = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(hf, out).eval()
+    merged = tmp_path / "merged"
+    convert(opened, merged, "hf", merge=True)
+    whole = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval()
+    batch = in_vocabulary(batches["padded"], opened)
+    assert_close(hf_logits(model, batch), hf_logits(whole, batch), batch)
+    assert check_merged(opened, merged) < 1e-5
+
+
+@pytest.mark.parametrize("place", ["peft_4_48", "peft_4_48_tower"])
+def test_the_older_era_comes_back_as_it_was(place: str, tmp_path: Path):
+    convert(open_source(place, "hf_4_48"), tmp_path / "out", "peft", era=4)
+    ours = open_tensors(tmp_path / "out" / "adapter_model.safetensors")
+    theirs = open_tensors(Path(place, "adapter_model.safetensors"))
+    behind_feature = re.compile(r"vision_tower\..*\.layers\.2\.")
+    assert ours.keys() == {name for name in theirs if not behind_feature.search(name)}
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.read(), theirs[name].read())
+
+
+@pytest.mark.parametrize("opened", ["G", "G pickles"], indirect=True)
+def test_llavas_adapter_comes_back_as_it_was(opened: Opened, tmp_path: Path):
+    convert(opened, tmp_path / "out", "llava")
+    same_trained(opened, tmp_path / "out")
+    ours = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
+    theirs = torch.load("llava_lora_bin/non_lora_trainables.bin", weights_only=True)
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("name", ["E", "E pickles", "A 4.48"])
+def test_converted_to_llava_and_back(name: str, tmp_path: Path):
+    """Every tensor comes back, in names that LLaVA's code wrote too."""
+    first = open_source(parse_source(WHOLE[name]))
+    convert(first, tmp_path / "llava", "llava")
+    names = open_tensors(tmp_path / "llava").keys()
+    assert {n for n in names if "vision_tower" not in n} == open_any(FIXTURES / "llava_full").keys()
+    second = open_source(str(tmp_path / "llava"))
+    assert second.config == first.config or name == "A 4.48"  # which has no tokenizer
+    for path, tensors in first.tensors.items():
+        for ours, theirs in zip(second.tensors[path], tensors, strict=True):
+            assert np.array_equal(ours.read(), theirs.read()), path
+
+
+def test_names_of_transformers_5(tmp_path: Path):
+    convert(open_source("hf_4_48"), tmp_path / "out", "hf5")
+    names = open_tensors(tmp_path / "out").keys()
+    assert "vision_tower.embeddings.class_embedding" in names
+    assert open_source(str(tmp_path / "out")).fingerprint == open_source("hf_4_48").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "to", "message"),
+    [
+        ("llava_lora", None, "hf", "take --to peft, or --merge"),
+        ("hf_4_48", None, "peft", "no adapters to write"),
+        ("xtuner_hf/lora", None, "llava", "no room for .* vision.* add --merge"),
+        ("xtuner_pth/full/iter_2.pth", BASE, "peft", "no adapters to write"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_refused(source, base, to, message, tmp_path):
+    opened = open_source(source, parse_source(base) if base else None, alphas=ALPHAS)
+    with pytest.raises(ConfigError, match=message):
+        convert(opened, tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_source_lacks_is_said(tmp_path: Path):
+    lora = "xtuner_pth/lora/iter_2.pth"
+    with pytest.raises(CheckpointError, match=r"do not say their alpha.*--alpha"):
+        open_source(lora, parse_source(BASE))
+    with pytest.raises(ConfigError, match="does not say which base"):
+        open_source(lora)
+    with pytest.raises(ConfigError, match=r"has no projector; name one"):
+        open_source(parse_source(BASE))
+    with pytest.raises(CheckpointError, match=r"tools/convert\.py"):
+        resolve("llava_full_bin")
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch):
+    opened = open_source("hf_4_48")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_jax.convert.write_model_config", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(opened, tmp_path / "out", "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_what_it_found(tmp_path: Path):
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "convert.py"),
+        "llava_lora",
+        str(tmp_path / "o"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "layout E (LLaVA's own code)" in run.stdout
+    assert "100.0% of the most likely tokens are the same" in run.stdout
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
