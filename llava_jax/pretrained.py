@@ -176,8 +176,8 @@ class LlavaModel(Llava):
         """Puts a LLaVA together from separate parts.
 
         Args:
-            llm: A LlamaForCausalLM directory.
-            vision: A CLIPVisionModel or CLIPModel directory.
+            llm: A LlamaForCausalLM directory, or Mistral's or Qwen2's.
+            vision: A CLIPVisionModel or CLIPModel directory, or SigLIP's.
             projector: Its safetensors file or directory; None makes a new one from the seed.
             dtype: Of the weights and the computation.
             seed: Of a new projector.
