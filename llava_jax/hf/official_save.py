@@ -126,11 +126,14 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
 
 
 def _own_rows(config: ModelConfig, inputs: Path | Parts) -> int:
-    """The vocabulary up to `<image>` and `<pad>`, if they end it; LLaVA's code has neither."""
-    first = min(config.image_token_id, config.pad_token_id)
-    known = len(load_tokenizer(inputs)) if has_tokenizer(inputs) else first + 2
+    """The vocabulary without an `<image>` and a `<pad>` at its end; LLaVA's code has neither."""
+    if not has_tokenizer(inputs):  # which tokens are words is not known
+        return config.llm.vocab_size
     added = {config.image_token_id, config.pad_token_id}
-    return first if first > 0 and added == set(range(first, known)) else config.llm.vocab_size
+    rows = known = len(load_tokenizer(inputs))
+    while rows - 1 in added:
+        rows -= 1
+    return rows if rows < known else config.llm.vocab_size
 
 
 def _first_rows(param: Stored, rows: int) -> Stored:

@@ -163,9 +163,15 @@ def save_processor(
 
 
 def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
-    """Writes the image processor alone, beside a vision tower of its own."""
-    settings = _image_processor(load_image_transform(source, None))
-    write_json(directory / _IMAGES, settings)
+    """Writes the image processor alone, into a vision tower's directory.
+
+    Args:
+        source: Has it; the tower's own kind stands in where it does not.
+        directory: With the tower's config.json.
+    """
+    if not isinstance(source, Parts) and _image_settings(Path(source)) is None:
+        source = Parts(str(directory), str(directory))
+    write_json(directory / _IMAGES, _image_processor(load_image_transform(source)))
 
 
 def write_json(file: Path, settings: dict[str, Any]) -> None:
