@@ -1,6 +1,12 @@
 """The whole suite's setting: eight fake CPU devices, strict numerics, no network."""
 
+import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,3 +22,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import jaxtyping  # noqa: E402 - JAX must be configured before anything imports it
 
 jaxtyping.install_import_hook("llava_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """Imports a script of tools/ by its name."""
+
+    def load(name: str) -> ModuleType:
+        file = Path(__file__).parents[1] / "tools" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

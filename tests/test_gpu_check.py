@@ -1,9 +1,8 @@
 """tools/gpu_check.py as far as it goes without a GPU."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +16,8 @@ from llava_jax.sharding import make_mesh
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    file = Path(__file__).parents[1] / "tools" / "gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load_tool("gpu_check")
     monkeypatch.setattr(module, "TOLERANCE", {"float32": 1e-5})
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # what the tool sets goes afterwards
     return module

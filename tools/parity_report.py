@@ -1,7 +1,7 @@
-"""Writes docs/parity.md, how near we are to others: `python tools/parity_report.py [--slow]`.
+"""Writes docs/parity.md, how near we are to others: `python tools/parity_report.py`.
 
-Runs tests/parity; every comparison in it is a row, named by its test. Nothing is written if a test
-fails.
+Runs tests/parity; every comparison in it is a row, named by its test. With --slow the long forms
+too, with --size what tools/size_check.py measures. Nothing is written if anything fails.
 """
 
 import argparse
@@ -39,19 +39,25 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0 if all tests pass."""
     parser = argparse.ArgumentParser(prog="python tools/parity_report.py", description=__doc__)
     parser.add_argument("--slow", action="store_true", help="the long forms of tests too")
+    parser.add_argument(
+        "--size", metavar="DIRECTORY", help="where 14 GB may lie for the size check"
+    )
     given = parser.parse_args(argv)
+    commands = [["-m", "pytest", "-q", "tests/parity"]]
+    if given.slow:
+        commands[0] += ["-m", "slow or not slow"]
+    if given.size:
+        commands.append(["tools/size_check.py", str(Path(given.size).resolve())])
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "parity")]
-        if given.slow:
-            command += ["-m", "slow or not slow"]
-        tests = subprocess.run(command, cwd=ROOT, env={**os.environ, "PARITY_ROWS": str(file)})
-        if tests.returncode:
-            print(f"the tests fail; {REPORT} is left as it was", file=sys.stderr)
-            return 1
+        environment = {**os.environ, "PARITY_ROWS": str(file)}
+        for command in commands:
+            if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode:
+                print(f"{command} failed; {REPORT} is left as it was", file=sys.stderr)
+                return 1
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-    said = " ".join(["python tools/parity_report.py", *(["--slow"] if given.slow else [])])
-    REPORT.write_text(render(rows, said))
+    said = ["--slow"] * given.slow + ["--size DIRECTORY"] * bool(given.size)
+    REPORT.write_text(render(rows, " ".join(["python tools/parity_report.py", *said])))
     print(f"wrote {REPORT.relative_to(ROOT)}")
     return 0
 
@@ -94,8 +100,10 @@ def table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def show(value: str | float) -> str:
-    """A cell: numbers have at most three digits."""
+def show(value: str | float | None) -> str:
+    """A cell: numbers have at most three digits; None is no limit."""
+    if value is None:
+        return ""
     return value.replace("|", "/") if isinstance(value, str) else f"{value:.3g}"
 
 
