@@ -255,3 +255,18 @@ def test_first_step_of_the_original_in_bfloat16(
         assert_parity("loss, relative", relative(ours.loss, original[f"loss_{way}"]), 1e-3, case)
         norm = relative(ours.norm, original[f"grad_norm_{way}"])
         assert_parity("gradient norm, relative", norm, 1e-2, case)
+
+
+@pytest.mark.slow
+def test_first_step_of_the_original_with_a_new_image_token(
+    stage: str, original: dict, parts: Parts, assert_parity: Callable, tmp_path: Path
+):
+    """As a run starts from parts: 64 rows more, whose shares in the softmax LLaVA does not have."""
+    model = read_parts_config(parts)
+    assert (model.image_token_id, model.llm.vocab_size) == (PIECES, PIECES + 64)
+    ours, _ = first_step(STAGES[stage], model, parts, original, tmp_path)
+    loss = ours.loss - original["loss_float32"].item()
+    assert 0 < loss < np.log1p(64 / PIECES)  # the mean logit's share is at most the mean share
+    assert_parity("loss, relative", relative(ours.loss, original["loss_float32"]), 1e-3)
+    norm = relative(ours.norm, original["grad_norm_float32"])
+    assert_parity("gradient norm, relative", norm, 1e-3)
