@@ -340,7 +340,7 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
         (["--memory.remat", "dots", "--memory.stream-weights"], 'offload_activations need "full"'),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
         (["--lora.targets", "q_prj"], "the targets of LoRA name q_prj"),
-        (["--init-adapter", "nowhere"], "nowhere has no adapter_config.json"),
+        (["--init-adapter", "nowhere"], "nowhere: no such file or directory"),
     ],
 )
 def test_a_mistake_is_one_clear_message(
