@@ -36,7 +36,8 @@ _BLOCKS = {
     LLM: r"(model\.)?language_model\.(model\.)?layers",
     VISION: r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers",
 }
-_VISION_PATTERN = r"vision_tower\..*"
+# Older PEFT wants something before what a pattern matches, and era 4's names begin at the tower.
+_VISION_PATTERN = r"encoder\.layers\..*"
 # What is trained in full beside adapters, as PEFT's modules_to_save names it.
 _MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
 _UNSUPPORTED = (
