@@ -274,7 +274,9 @@ def _write_official_adapter(opened: Opened, directory: Path) -> None:
     place = opened.place
     llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
     params = _trained_params(opened)
-    save_official_adapter(directory, params, opened.adapters, opened.config, llm, tower)
+    save_official_adapter(
+        directory, params, opened.adapters, opened.config, llm, tower, opened.inputs
+    )
 
 
 def _own_template(opened: Opened) -> Template | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
 from llava_jax.hf import layouts
-from llava_jax.hf.model_config import text_settings, tower_settings
+from llava_jax.hf.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.hf.official import official_settings
 from llava_jax.hf.peft import CONFIG, WEIGHTS, peft_name
 from llava_jax.hf.processor import write_image_processor, write_json
@@ -47,19 +47,19 @@ def save_official(
     Raises:
         ConfigError: LLaVA's code has no such model.
     """
-    rows = _own_rows(config, inputs)
-    cut = {path: _first_rows(params[path], rows) for path in VOCABULARY if path in params}
+    _check(config)
+    llm = _own_llm(config, inputs)
+    cut = {path: _first_rows(params[path], llm.vocab_size) for path in VOCABULARY if path in params}
     save_params({**params, **cut}, directory, config, layout=layouts.E, dtype=dtype)
-    own = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
     tower = {path: x for path, x in params.items() if path.startswith("vision.")}
     (directory / _TOWER).mkdir()
     save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
     settings = tower_settings(config.vision) | {"torch_dtype": said}
     write_json(directory / _TOWER / "config.json", settings)
     write_image_processor(inputs, directory / _TOWER)
-    settings = text_settings(own.llm) | {"torch_dtype": said}
+    settings = text_settings(llm) | {"torch_dtype": said}
     place = str(final.absolute() / _TOWER)
-    write_json(directory / "config.json", official_settings(own, settings, place))
+    write_json(directory / "config.json", official_settings(config, settings, place))
     if has_tokenizer(inputs):
         copy_tokenizer(inputs, directory)
 
@@ -71,6 +71,7 @@ def save_official_adapter(
     config: ModelConfig,
     base: str | None,
     tower: str | None,
+    inputs: Path | Parts,
 ) -> None:
     """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
 
@@ -81,6 +82,7 @@ def save_official_adapter(
         config: Of the model.
         base: The decoder that they belong on, None if it is not in a place of its own.
         tower: Where the vision tower lies, likewise.
+        inputs: Where the tokenizer lies.
 
     Raises:
         ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
@@ -110,7 +112,10 @@ def save_official_adapter(
         "modules_to_save": None,
     }
     write_json(directory / CONFIG, written)
-    own = official_settings(config, text_settings(config.llm), tower or "")
+    _check(config)
+    # LLaVA's code reads the decoder with this config, whose vocabulary is its own, not a grown one.
+    llm = read_llm_config(base) if base else _own_llm(config, inputs)
+    own = official_settings(config, text_settings(llm), tower or "")
     write_json(directory / "config.json", own | {"unfreeze_mm_vision_tower": False})
 
 
@@ -125,15 +130,23 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
     torch.save(values, directory / "non_lora_trainables.bin")
 
 
-def _own_rows(config: ModelConfig, inputs: Path | Parts) -> int:
-    """The vocabulary without an `<image>` and a `<pad>` at its end; LLaVA's code has neither."""
+def _check(config: ModelConfig) -> None:
+    if config.vision.model_type != "clip_vision_model" or config.projector_hidden_act != "gelu":
+        raise ConfigError(
+            f"LLaVA's own code has no {config.vision.model_type} with a projector of "
+            f"{config.projector_hidden_act}, only CLIP's with gelu; take --to hf"
+        )
+
+
+def _own_llm(config: ModelConfig, inputs: Path | Parts) -> LlmConfig:
+    """The decoder without an `<image>` and a `<pad>` at its end; LLaVA's code has neither."""
     if not has_tokenizer(inputs):  # which tokens are words is not known
-        return config.llm.vocab_size
+        return config.llm
     added = {config.image_token_id, config.pad_token_id}
     rows = known = len(load_tokenizer(inputs))
     while rows - 1 in added:
         rows -= 1
-    return rows if rows < known else config.llm.vocab_size
+    return dataclasses.replace(config.llm, vocab_size=rows) if rows < known else config.llm
 
 
 def _first_rows(param: Stored, rows: int) -> Stored:

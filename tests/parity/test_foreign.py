@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -169,6 +170,18 @@ def test_llavas_adapter_comes_back_as_it_was(opened: Opened, tmp_path: Path):
     ours = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
     theirs = torch.load("llava_lora_bin/non_lora_trainables.bin", weights_only=True)
     assert ours.keys() == theirs.keys()
+    config, base = (
+        json.loads(Path(d, "config.json").read_text()) for d in (tmp_path / "out", "base/llm")
+    )
+    assert config["vocab_size"] == base["vocab_size"]  # or LLaVA's code cannot read the base
+
+
+def test_what_llavas_code_has_not_is_refused(tmp_path: Path):
+    opened = open_source("hf_4_48")
+    other = dataclasses.replace(opened.config, projector_hidden_act="gelu_pytorch_tanh")
+    with pytest.raises(ConfigError, match=r"gelu_pytorch_tanh.*--to hf"):
+        convert(dataclasses.replace(opened, config=other), tmp_path / "out", "llava")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["E", "E pickles", "A 4.48"])
