@@ -25,9 +25,10 @@ _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 def decoder_settings(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json as its decoder's, if it is LLaVA's own."""
-    if "mm_vision_tower" not in raw and raw.get("model_type") not in list(DECODERS)[1:]:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or ("mm_vision_tower" not in raw and kind == "llava"):
         return raw
-    return raw | {"model_type": DECODERS.get(raw["model_type"], raw["model_type"])}
+    return raw | {"model_type": DECODERS.get(kind, kind)}
 
 
 def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:

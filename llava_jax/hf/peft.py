@@ -22,7 +22,7 @@ import jax
 from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
-from llava_jax.hf.tensorfile import CheckpointError, write_tensors
+from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
 from llava_jax.hf.weights import Stored, save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 
@@ -141,23 +141,6 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
     if stack == VISION:
         layers = f"({'|'.join(map(str, range(config.used_vision_layers)))})"
     return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: No such file, or something else in it.
-    """
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} has no {file.name}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return value
 
 
 def read_settings(file: Path) -> dict[str, Any]:

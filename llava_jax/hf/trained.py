@@ -20,8 +20,8 @@ import numpy as np
 from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
-from llava_jax.hf.peft import BASE, CONFIG, plain_name, read_json, read_settings, stack_settings
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors
+from llava_jax.hf.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
+from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, read_json
 from llava_jax.hf.weights import Reader, assemble, find_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Abstract, Params
