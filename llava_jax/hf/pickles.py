@@ -15,7 +15,7 @@ import reprlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -366,16 +366,9 @@ def _place(
 
 def _tensor(view: _View, name: str, path: Path, places: Mapping[str, int]) -> Tensor:
     storage, item = view.storage, ITEM_BYTES[view.storage.dtype]
-    shape, stride = view.shape, view.stride
-    said = ", ".join(map(reprlib.repr, (view.offset, shape, stride)))
-    what = f"{path}: {name} (offset, shape and stride {said}"
-    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
-        raise CheckpointError(f"{what}) is no tensor")
-    if any(type(number) is not int or number < 0 for number in (view.offset, *shape, *stride)):
-        raise CheckpointError(f"{what}) is no tensor")
-    last = view.offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if math.prod(shape) and last >= storage.numel:
-        raise CheckpointError(f"{what}) is outside its storage of {storage.numel} items")
+    if fault := _fault(view):
+        said = ", ".join(map(reprlib.repr, (view.offset, view.shape, view.stride)))
+        raise CheckpointError(f"{path}: {name} {fault} (offset, shape and stride {said})")
     if storage.key not in places:
         raise CheckpointError(
             f"{path}: {name} lacks its storage {storage.key} of {storage.numel} items"
@@ -383,16 +376,32 @@ def _tensor(view: _View, name: str, path: Path, places: Mapping[str, int]) -> Te
     start = places[storage.key]
     if start + storage.numel * item > path.stat().st_size:
         raise CheckpointError(f"{path} ends inside {name}; it is cut short")
-    fields = (
-        *(name, path, storage.dtype, shape),
-        *(start + view.offset * item, math.prod(shape) * item),
-    )
-    return Tensor(*fields) if _is_dense(view) else Strided(*fields, stride)
+    first, size = start + view.offset * item, math.prod(view.shape) * item
+    fields = name, path, storage.dtype, view.shape, first, size
+    axes = zip(view.stride[::-1], view.shape[::-1], strict=True)
+    return Tensor(*fields) if _is_dense(axes) else Strided(*fields, view.stride)
 
 
-def _is_dense(view: _View) -> bool:
+def _fault(view: _View) -> str | None:
+    """What is wrong with a view."""
+    shape, stride, numel = view.shape, view.stride, view.storage.numel
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
+        return "is no tensor"
+    if any(type(number) is not int or number < 0 for number in (view.offset, *shape, *stride)):
+        return "is no tensor"
+    axes = sorted(zip(stride, shape, strict=True))
+    last = view.offset + sum((size - 1) * step for step, size in axes)
+    if math.prod(shape) and last >= numel:
+        return f"is outside its storage of {numel} items"
+    if math.prod(shape) == numel and not _is_dense(axis for axis in axes if axis[1] != 1):
+        return f"has items of its storage of {numel} twice, and others not at all"
+    return None
+
+
+def _is_dense(axes: Iterable[tuple[int, int]]) -> bool:
+    """Whether axes, each a stride and a size, the fastest first, leave nothing out."""
     expected = 1
-    for size, step in zip(reversed(view.shape), reversed(view.stride), strict=True):
+    for step, size in axes:
         if size != 1 and step != expected:
             return False
         expected *= size
