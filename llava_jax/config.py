@@ -176,12 +176,21 @@ class Parts:
 
 
 def parse_source(text: str) -> str | Parts | None:
-    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`."""
+    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`.
+
+    Raises:
+        ConfigError: It begins as parts, and is something else.
+    """
     if text == "None":
         return None
     if not text.startswith("llm="):
         return text
-    return Parts(**dict(part.split("=", 1) for part in text.split(",")))
+    try:
+        return Parts(**dict(part.split("=", 1) for part in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{text!r} is not llm=DIRECTORY,vision=DIRECTORY[,projector=FILE]"
+        ) from error
 
 
 def format_source(source: str | Path | Parts | None) -> str:

@@ -127,9 +127,9 @@ def test_weights_are_quantised_as_they_come(kind, memory, tmp_path, monkeypatch)
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
 def test_values_that_are_no_numbers_are_refused(dtype, value, tmp_path):
     path = "llm.layers.mlp.gate_proj.weight"
-    values = random_params()
+    values = random_params(dtype=dtype)
     values[path] = values[path].at[1, 2, 3].set(value)
-    save_params(values, tmp_path, CONFIG, dtype=dtype)
+    save_params(values, tmp_path, CONFIG)
     name = r"model\.safetensors: language_model\.model\.layers\.1\.mlp\.gate_proj\.weight"
     with pytest.raises(CheckpointError, match=f"{name} has values that are NaN or infinite"):
         load_params(tmp_path, CONFIG, abstract_params())

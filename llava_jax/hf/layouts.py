@@ -48,7 +48,8 @@ class Layout:
             return None
         ours, theirs = max(matches, key=lambda match: len(match[1]))
         parameter = ours + file_name.removeprefix(theirs)
-        return parameter if _PARAMETER.match(parameter) else None
+        is_own = _PARAMETER.match(parameter) and self.file_name(parameter) == file_name
+        return parameter if is_own else None
 
     def parts(self, file_names: Iterable[str]) -> set[str]:
         """Which of "llm", "vision" and "projector" some tensors belong to."""
@@ -215,7 +216,7 @@ def unstacked(path: str, layer: int, config: ModelConfig) -> str:
 
 def stacked(parameter: str, config: ModelConfig) -> str:
     """The path of the parameter that `unstacked` took this layer from."""
-    match = re.search(r"\.layers\.(\d+)\.", parameter)
+    match = re.search(r"\.layers\.(0|[1-9][0-9]{,3})\.", parameter)
     if match is None:
         return parameter
     is_tail = parameter.startswith("vision.") and int(match[1]) >= config.used_vision_layers

@@ -8,11 +8,14 @@ read does not depend on transformers' version.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
+
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 
 from llava_jax.config import ConfigError, LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
 from llava_jax.hf import official
-from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.tensorfile import CheckpointError, read_json
 from llava_jax.hf.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
 Json = dict[str, Any]
@@ -119,28 +122,25 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         raise CheckpointError(f"{file}: model_type is {kind!r}, expected 'llava'")
     given = _given(raw)
     values = LLAVA_DEFAULTS | given
-    tower = raw.get("vision_config")
-    text, vision = _given(raw.get("text_config")), _given(LLAVA_VISION if tower is None else tower)
+    values["image_token_id"] = values.get("image_token_id", values["image_token_index"])
+    text = _given(_object(file, raw, "text_config", {}))
+    vision = _given(_object(file, raw, "vision_config", LLAVA_VISION))
     _require(file, "multimodal_projector_bias", values["multimodal_projector_bias"], (True,))
     _require(file, "projector_hidden_act", values["projector_hidden_act"], _GELUS)
     strategy = values["vision_feature_select_strategy"]
     _require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
-    if not isinstance(values["vision_feature_layer"], int):
-        raise CheckpointError(
-            f"{file}: vision_feature_layer is {values['vision_feature_layer']}; features of one "
-            "layer are supported, not of several"
-        )
+    _require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
     if given.get("tie_word_embeddings"):  # either place ties, as in transformers 5
         text["tie_word_embeddings"] = True
-    config = ModelConfig(
-        vision=_vision_config(file, vision),
-        llm=_llm_config(file, text),
-        image_token_id=values.get("image_token_id", values["image_token_index"]),
-        pad_token_id=_pad_token_id(file, given, text),
-        vision_feature_layer=values["vision_feature_layer"],
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act=values["projector_hidden_act"],
-    )
+    parts = _vision_config(file, vision), _llm_config(file, text)
+    values["pad_token_id"] = _pad_token_id(file, given, text)
+    return _llava_config(file, *parts, values)
+
+
+def _llava_config(file: Path, vision: VisionConfig, llm: LlmConfig, values: Json) -> ModelConfig:
+    _check(file, "", ModelConfig, values)
+    own = [field.name for field in dataclasses.fields(ModelConfig) if field.name in values]
+    config = ModelConfig(vision, llm, **{name: values[name] for name in own})
     try:
         _ = config.used_vision_layers
     except ConfigError as error:
@@ -167,8 +167,8 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
     if kind in ("clip", "siglip"):  # openai's configs say it twice; the second is meant
-        tower = (raw.get("vision_config") or {}) | (raw.get("vision_config_dict") or {})
-        raw = {"model_type": f"{kind}_vision_model"} | tower
+        once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
+        raw = {"model_type": f"{kind}_vision_model"} | once | twice
     return _vision_config(file, _given(raw))
 
 
@@ -209,7 +209,8 @@ def read_parts_config(
     if needed > llm.vocab_size:
         rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         llm = dataclasses.replace(llm, vocab_size=rounded)
-    return ModelConfig(vision=vision, llm=llm, image_token_id=image, pad_token_id=pad, **features)
+    ids = {"image_token_id": image, "pad_token_id": pad}
+    return _llava_config(file, vision, llm, features | ids)
 
 
 def _read_tower(parts: Parts) -> VisionConfig:
@@ -231,21 +232,47 @@ def read_json_config(directory: str | Path) -> tuple[Path, Json]:
         CheckpointError: There is none, or it cannot be read.
     """
     file = Path(directory) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return file, raw
+    return file, read_json(file)
 
 
 def _given(raw: Json | None) -> Json:
     """What a config says; null means the default, or for some fields that there is none."""
     none = ("sliding_window", "num_key_value_heads")
     return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
+
+
+def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
+    """A part of a config; the default if there is none."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}, not an object")
+    return default if value is None else value
+
+
+_MOST_LAYERS = 1000
+_MOST = 2**24  # beyond every size of every model
+
+
+def _check(file: Path, part: str, kind: type, values: Json) -> None:
+    """Holds what a config says against the annotations of the dataclass that is made of it.
+
+    Raises:
+        CheckpointError: A field is of another type, or no size that a model has.
+    """
+    for name, hint in get_type_hints(kind).items():
+        value = values.get(name)
+        if value is None or name == "rope_scaling":
+            continue
+        is_kind = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+        if not is_kind or (isinstance(value, bool) and hint is not bool):
+            wanted = getattr(hint, "__name__", hint)
+            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}; it must be {wanted}")
+        if isinstance(value, bool | str) or name == "vision_feature_layer":
+            continue
+        least = 0 if name.endswith("token_id") else 1 if isinstance(value, int) else 1e-30
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if not least <= value <= most:
+            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}, which no model has")
 
 
 _GELUS = ("gelu", "gelu_pytorch_tanh")
@@ -273,7 +300,15 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
     _require(
         file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
     )
+    _check(file, "the decoder's ", LlmConfig, values)
     heads = values["num_attention_heads"]
+    key_heads = values["num_key_value_heads"] or heads
+    head_dim = values["head_dim"] or values["hidden_size"] // heads
+    if heads % key_heads or head_dim % 2 or not head_dim:
+        raise CheckpointError(
+            f"{file}: the decoder has {heads} heads of size {head_dim} and {key_heads} key heads; "
+            "heads must have an even size, and share key heads alike"
+        )
     theta, scaling = _rope(file, values)
     return LlmConfig(
         vocab_size=values["vocab_size"],
@@ -281,8 +316,8 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
         intermediate_size=values["intermediate_size"],
         num_hidden_layers=values["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=values["num_key_value_heads"] or heads,
-        head_dim=values["head_dim"] or values["hidden_size"] // heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
         max_position_embeddings=values["max_position_embeddings"],
         rms_norm_eps=values["rms_norm_eps"],
         rope_theta=theta,
@@ -295,19 +330,22 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
 
 def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or the two fields before it."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", values.get("rope_theta", ROPE_THETA)))
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = _object(file, values, name, {})
+    theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
+    _check(file, "the decoder's ", LlmConfig, {"rope_theta": theta})
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(file, "the decoder's rope type", kind, ("default", "llama3"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     _require(file, "the decoder's partial_rotary_factor", partial, (1.0,))
     if kind == "default":
-        return theta, None
+        return float(theta), None
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     absent = [name for name in names if name not in rope]
     if absent:
         raise CheckpointError(f"{file}: llama3 rope scaling without {', '.join(absent)}")
-    return theta, RopeScaling(**{name: rope[name] for name in names})
+    _check(file, f"the decoder's {name}.", RopeScaling, rope)
+    return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
 def _vision_config(file: Path, given: Json) -> VisionConfig:
@@ -320,18 +358,25 @@ def _vision_config(file: Path, given: Json) -> VisionConfig:
             f"{file}: image_size {image} and patch_size {patch}; supported: square images and "
             "patches"
         )
+    _check(file, "the vision tower's ", VisionConfig, values)
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise CheckpointError(
+            f"{file}: the vision tower's hidden_size {values['hidden_size']} is not divisible by "
+            f"its num_attention_heads {values['num_attention_heads']}"
+        )
     fields = dataclasses.fields(VisionConfig)
     return VisionConfig(**{field.name: values[field.name] for field in fields})
 
 
-def _pad_token_id(file: Path, top: Json, text: Json) -> int:
+def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
     """The padding token; configs without one pad with the end token."""
     end = text.get("eos_token_id", DECODERS[text.get("model_type", "llama")]["eos_token_id"])
-    choices = (top.get("pad_token_id", -1), text.get("pad_token_id", -1))
-    given = [choice for choice in choices if choice >= 0]  # Llama's first configs say -1
-    if not given and end is None:
+    choices = (top.get("pad_token_id"), text.get("pad_token_id"))
+    choices = (*choices, end[0] if isinstance(end, list) and end else end)
+    given = [choice for choice in choices if choice not in (None, -1)]  # -1: Llama's first configs
+    if not given:
         raise CheckpointError(f"{file} has neither pad_token_id nor the decoder's eos_token_id")
-    return given[0] if given else end[0] if isinstance(end, list) else end
+    return given[0]
 
 
 def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = "bfloat16") -> None:

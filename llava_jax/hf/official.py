@@ -26,7 +26,7 @@ _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 def decoder_settings(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json as its decoder's, if it is LLaVA's own."""
     kind = raw.get("model_type", "llama")
-    if "mm_vision_tower" not in raw and kind not in list(DECODERS)[1:]:
+    if not isinstance(kind, str) or ("mm_vision_tower" not in raw and kind == "llava"):
         return raw
     return raw | {"model_type": DECODERS.get(kind, kind)}
 

@@ -22,7 +22,7 @@ import jax
 from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
-from llava_jax.hf.tensorfile import CheckpointError, write_tensors
+from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
 from llava_jax.hf.weights import Stored, save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 
@@ -40,6 +40,11 @@ _BLOCKS = {
 _VISION_PATTERN = r"encoder\.layers\..*"
 # What is trained in full beside adapters, as PEFT's modules_to_save names it.
 _MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
+_KINDS = {
+    "base_model_name_or_path": str,
+    **{"rank_pattern": dict, "alpha_pattern": dict},
+    **{"lora_dropout": int | float, "use_rslora": bool},
+}
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
@@ -144,23 +149,6 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
     return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: No such file, or something else in it.
-    """
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} has no {file.name}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return value
-
-
 def read_settings(file: Path) -> dict[str, Any]:
     """An adapter_config.json.
 
@@ -175,6 +163,9 @@ def read_settings(file: Path) -> dict[str, Any]:
         odd.append(f"bias = {settings['bias']!r}")
     if odd:
         raise CheckpointError(f"{file}: not supported: {', '.join(odd)}")
+    for name, kind in _KINDS.items():
+        if not isinstance(settings.get(name), kind | None):
+            raise CheckpointError(f"{file}: {name} is {settings[name]!r:.80}")
     return settings
 
 
@@ -199,25 +190,40 @@ def stack_settings(
         names: Its adapters' tensors.
     """
     modules = sorted({name.rsplit(".", 1)[0] for name in names})
-    ranks = {_of_module(settings, "r", "rank_pattern", module) for module in modules}
-    alphas = {_of_module(settings, "lora_alpha", "alpha_pattern", module) for module in modules}
+    of_module = partial(_of_module, directory / CONFIG, settings)
+    ranks = {of_module("r", "rank_pattern", int, module) for module in modules}
+    alphas = {of_module("lora_alpha", "alpha_pattern", int | float, module) for module in modules}
     if len(ranks) > 1 or len(alphas) > 1:
         raise CheckpointError(
             f"{directory / CONFIG}: {stack}* has ranks {sorted(ranks)} and alphas "
             f"{sorted(alphas)}; one of each is supported"
         )
     (rank,), (alpha,) = ranks, alphas
+    dropout = settings.get("lora_dropout") or 0.0
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
+        raise CheckpointError(
+            f"{directory / CONFIG}: r is {rank}, lora_alpha {alpha}, lora_dropout {dropout}"
+        )
     if settings.get("use_rslora"):  # scales by alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
     linears = {module.rsplit(".", 1)[1] for module in modules}
     order = LLM_LINEARS if stack == LLM else VISION_LINEARS
     targets = tuple(linear for linear in order if linear in linears)
-    return LoraConfig(int(rank), float(alpha), float(settings.get("lora_dropout") or 0), targets)
+    return LoraConfig(rank, float(alpha), float(dropout), targets)
 
 
-def _of_module(settings: dict[str, Any], name: str, pattern_name: str, module: str) -> int | float:
+def _of_module(
+    file: Path, settings: dict[str, Any], name: str, pattern_name: str, kind: Any, module: str
+) -> Any:
     """A module's rank or alpha: of the first pattern that its name ends in, as in PEFT."""
+    found = settings.get(name)
     for pattern, value in (settings.get(pattern_name) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return settings[name]
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                found = value
+                break
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{file}: {pattern_name} has {pattern!r:.80}: {error}") from error
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise CheckpointError(f"{file}: {name} of {module} is {found!r:.80}, which is no number")
+    return found

@@ -36,21 +36,32 @@ def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoi
         ConfigError: There is nothing of the kind.
         CheckpointError: What is there cannot be used.
     """
+    try:
+        return _resolve(source, read)
+    except OSError as error:  # a name too long, a file that may not be read
+        raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
+
+
+def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source))
-    path = Path(source)
-    if (path / "model").is_dir():
-        path = path / "model"
-    elif (path / "adapter").is_dir():
-        path = path / "adapter"
-    elif (path / "checkpoints").is_dir():
-        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+    path = _in_run(Path(source))
     if path.exists() and is_trained(path):
         return _resolve_trained(path, read)
     if path.is_dir():
         return Checkpoint(str(path.resolve()), _as_parts(path, read))
     local = _local(str(source))
     return Checkpoint(str(source), _as_parts(local, read))
+
+
+def _in_run(path: Path) -> Path:
+    """What a run has made, if `path` is a run's directory."""
+    for name in ("model", "adapter"):
+        if (path / name).is_dir():
+            return path / name
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+    return path
 
 
 def _local(name: str) -> Path:
@@ -82,7 +93,11 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         raise ConfigError(
             f"{place} does not say which base it belongs to; give the base and the adapter"
         )
-    return resolve(base, read)._replace(adapter=place)
+    if isinstance(base, str) and (below := _in_run(Path(base))).exists() and is_trained(below):
+        raise ConfigError(
+            f"{place} was trained on {base}, which is itself something trained; merge that first"
+        )
+    return _resolve(base, read)._replace(adapter=place)
 
 
 def _as_parts(path: Path, read: Reader) -> Path | Parts:

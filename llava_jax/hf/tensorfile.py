@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,6 +159,42 @@ _ADVICE = (
 )
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: No such file, or something else in it.
+    """
+    try:
+        value = parse_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent} has no {file.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return value
+
+
+def parse_json(text: bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: It is none, or has a key twice: of those Python would take the last, others
+            take the first.
+        RecursionError: It is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it has {twice!r:.200} twice")
+    return values
+
+
 def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of the files that an index has, each opened by `read`.
 
@@ -165,12 +202,12 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         CheckpointError: The index is malformed, or it names what is not there.
     """
     try:
-        placed = json.loads(index.read_text())["weight_map"]
+        placed = parse_json(index.read_bytes())["weight_map"]
         files = sorted(set(placed.values()))
         absent = [
             name for name in files if Path(name).name != name or not (index.parent / name).is_file()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index with a weight_map: {error!r}") from error
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
@@ -196,7 +233,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         if not 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
             raise CheckpointError(f"{path} is not a safetensors file, or is cut short{_ADVICE}")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):

@@ -10,6 +10,7 @@ They are recognised by the names of their tensors. What fits the model in part f
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
-from llava_jax.hf.peft import BASE, CONFIG, plain_name, read_json, read_settings, stack_settings
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors
+from llava_jax.hf.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
+from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, read_json
 from llava_jax.hf.weights import Reader, assemble, find_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Abstract, Params
@@ -182,7 +183,11 @@ def _open_pieces(place: Path, read: Reader) -> list[_Piece]:
 def _open_piece(place: Path, read: Reader, settings: dict[str, Any] | None = None) -> _Piece:
     is_adapter = settings is not None
     file = (_file_beside(place, "adapter_model") or place) if is_adapter else place
-    tensors = {plain_name(name): tensor for name, tensor in read(file).items()}
+    named = read(file)
+    tensors = {plain_name(name): tensor for name, tensor in named.items()}
+    if len(tensors) < len(named):
+        (twice, _), *_ = Counter(map(plain_name, named)).most_common(1)
+        raise CheckpointError(f"{file} has {twice} under two names")
     try:
         layout = layouts.recognise(tensors, _LAYOUTS)
     except layouts.LayoutError as error:
@@ -215,7 +220,10 @@ def _settings(
             "the config that they were trained with; give it with --alpha (of the decoder) or "
             "--vision-alpha"
         )
-    rank = next(piece.tensors[name].shape[0] for name in names if name.endswith(".lora_a"))
+    shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
+    if not shapes or not shapes[0]:
+        raise CheckpointError(f"{piece.place} has adapters in {stack}* without a rank: {names[0]}")
+    rank = shapes[0][0]
     return stack_settings(piece.place, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
 
 
@@ -225,7 +233,8 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
     for stack, lora in adapters.items():
         linears = {path.rsplit(".", 1)[0] for path in paths if _is_adapter_of(path, stack)}
         for linear in sorted(linears):
-            if (weight := abstract.get(f"{linear}.weight")) is not None:
+            weight = abstract.get(f"{linear}.weight")
+            if weight is not None and len(weight.shape) == 3:  # else what it has is left over
                 layers, outputs, inputs = weight.shape
                 shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
                 shapes[f"{linear}.lora_b"] = layers, outputs, lora.rank

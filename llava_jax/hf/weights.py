@@ -412,5 +412,5 @@ def fingerprint(checkpoint: str | Path | Parts, read: Reader = open_tensors) -> 
         for name, tensor in tensors.items():
             if not layouts.is_ignored(name):
                 label = f"{layout.parameter(name) or name} {tensor.dtype} {tensor.shape} "
-                lines.append(label.encode() + tensor.sample())
+                lines.append(label.encode(errors="backslashreplace") + tensor.sample())
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()

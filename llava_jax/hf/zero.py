@@ -43,8 +43,10 @@ def zero_directory(path: Path) -> Path | None:
     latest = path / "latest"
     if not latest.is_file():
         return None
-    inner = path / latest.read_text().strip()
-    return inner if any(inner.glob(_MODEL)) else None
+    name = latest.read_text(errors="replace").strip()
+    if Path(name).name != name or not (path / name).is_dir():
+        raise CheckpointError(f"{latest} names {name!r:.80}, which is no directory beside it")
+    return path / name if any((path / name).glob(_MODEL)) else None
 
 
 def open_zero(directory: Path) -> dict[str, Tensor]:
@@ -62,6 +64,8 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
         by_parameter = "fp32_flat_groups" in states[0]
         name = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
         parts = [state[name] for state in states]
+        if not all(_is_line(part) for line in parts for part in line):
+            raise CheckpointError(f"{directory}: {name} holds something else than float32 arrays")
         if len(parts) != count:
             raise CheckpointError(
                 f"{directory} has the files of {len(parts)} processes; {count} wrote it"
@@ -75,9 +79,16 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
         for index, group in enumerate(shapes):
             ranks = [part[index] for part in parts]
             found |= dict(_cut(directory, group, ranks, by_parameter=by_parameter))
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # these are nested dicts and lists of any kind
         raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {error!r}") from error
     return found
+
+
+def _is_line(part: object) -> bool:
+    """Whether a process's part is what `_slice` takes."""
+    return type(part) is Tensor and part.dtype == "F32" and len(part.shape) == 1
 
 
 def _by_rank(directory: Path, pattern: str) -> list[Path]:
