@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = [["-m", "pytest", "-q", "tests/parity"]]
     if given.slow:
         commands[0] += ["-m", "slow or not slow"]
-    if given.size:
-        commands.append(["tools/size_check.py", str(Path(given.size).resolve())])
+    if given.size:  # first: it may well fail, for want of memory
+        commands.insert(0, ["tools/size_check.py", str(Path(given.size).resolve())])
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
         environment = {**os.environ, "PARITY_ROWS": str(file)}
