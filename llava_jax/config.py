@@ -185,12 +185,16 @@ def parse_source(text: str) -> str | Parts | None:
         return None
     if not text.startswith("llm="):
         return text
-    try:
-        return Parts(**dict(part.split("=", 1) for part in text.split(",")))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{text!r} is not llm=DIRECTORY,vision=DIRECTORY[,projector=FILE]"
-        ) from error
+    given = {}
+    for part in text.split(","):
+        name, _, place = part.strip().partition("=")
+        given[name] = place
+    names = [field.name for field in dataclasses.fields(Parts)]
+    unknown = [name for name in given if name not in names]
+    if unknown or not given.keys() >= {"llm", "vision"}:
+        what = f"unknown part {unknown[0]!r}" if unknown else "llm and vision are needed"
+        raise ConfigError(f"{text!r}: {what}; the form is llm=DIR,vision=DIR[,projector=FILE]")
+    return Parts(**given)
 
 
 def format_source(source: str | Path | Parts | None) -> str:

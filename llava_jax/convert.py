@@ -14,11 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts, format_source
 from llava_jax.data.conversation import TEMPLATES, Template
-from llava_jax.hf import layouts
+from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.model_config import write_model_config
+from llava_jax.hf.model_config import read_json_config, write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
@@ -53,6 +53,7 @@ class Opened:
         tensors: Where the parameters lie, those of the base with what was trained in full on it.
         trained: What was trained on the base; None for a base alone.
         inputs: Where the tokenizer and the image processor lie.
+        adapter: Where what was trained lies; None for a base alone.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Opened:
     tensors: Mapping[str, list[Tensor]]
     trained: Trained | None
     inputs: Path | Parts
+    adapter: Path | None = None
 
     @property
     def adapters(self) -> dict[str, LoraConfig]:
@@ -113,13 +115,14 @@ def open_source(
         read = partial(open_trained, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
-        _check_base(trained, found.adapter, found.base)
+        _check_base(trained, found.adapter, found.base, say)
+        _check_alphas(trained, found.adapter, alphas or {})
         tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
         inputs = found.adapter if has_tokenizer(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
         raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
-    return Opened(found.name, found.base, config, abstract, tensors, trained, inputs)
+    return Opened(found.name, found.base, config, abstract, tensors, trained, inputs, found.adapter)
 
 
 def _summary(trained: Trained) -> str:
@@ -131,10 +134,22 @@ def _summary(trained: Trained) -> str:
     return "; ".join([*parts, *(f"{part} in full" for part in whole)])
 
 
-def _check_base(trained: Trained, place: Path, base: Path | Parts) -> None:
-    if trained.fingerprint and trained.fingerprint != fingerprint(base, open_any):
+def _check_alphas(trained: Trained, place: Path, alphas: Mapping[str, float]) -> None:
+    for stack, alpha in alphas.items():
+        lora = trained.adapters.get(stack)
+        if lora is None or lora.alpha != alpha:
+            has = f"alpha {lora.alpha:g}, as it says itself," if lora else "no adapters"
+            raise ConfigError(f"{place} has {has} in {stack}*, not the alpha {alpha:g} given")
+
+
+def _check_base(
+    trained: Trained, place: Path, base: Path | Parts, say: Callable[[str], None]
+) -> None:
+    if trained.fingerprint is None:
+        say(f"{place} does not say which weights it was trained on; those given are unchecked")
+    elif trained.fingerprint != fingerprint(base, open_any):
         raise ConfigError(
-            f"{place} was trained on {trained.base_name}, whose weights are not those of {base}; "
+            f"{place} was trained on {trained.base_name}, whose weights are not those of {name}; "
             "give that base"
         )
 
@@ -174,6 +189,8 @@ def convert(
     era: Literal[4, 5] = 5,
     dtype: str | None = None,
     template: Template | None = None,
+    aspect: Aspect | None = None,
+    prove: Callable[[Opened, Path], object] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes what was opened in another form.
@@ -187,6 +204,8 @@ def convert(
         era: Of a PEFT adapter's names, see `peft.save_adapter`.
         dtype: Of a whole model's weights; None keeps each as it is.
         template: Conversations, for `apply_chat_template`; None keeps the source's own.
+        aspect: What happens to images that are not square; None is what the source says.
+        prove: Looks at what was written before it takes its name; None trusts it.
         say: Prints a line.
 
     Raises:
@@ -194,26 +213,42 @@ def convert(
     """
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
-        raise ConfigError("there are no adapters to write: take --to hf, without --merge")
+        raise ConfigError(
+            "there are no adapters to write, so --to hf"
+            if not opened.adapters
+            else "an adapter that is merged is none any more: drop --merge, or take --to hf"
+        )
     if opened.adapters and not as_adapter and not merge:
         raise ConfigError(
             "these are adapters on a base: take --to peft, or --merge to fold them into it"
         )
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConfigError(f"{destination} exists; name a place that does not")
+    check_free(destination)
+    aspect = aspect or _own_aspect(opened)
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened)
     with _unfinished(destination) as directory:
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
-            _write_official_adapter(opened, directory)
+            _write_official_adapter(opened, directory, aspect)
         elif to == "llava":
-            _write_official(opened, directory, destination, dtype)
+            _write_official(opened, directory, destination, dtype, aspect)
         else:
             _write_hf(opened, directory, to, dtype)
         if to != "llava":
-            _write_inputs(opened, directory, template, say)
+            _write_inputs(opened, directory, template, aspect, say)
+        if prove is not None:
+            prove(opened, directory)
+
+
+def check_free(destination: Path) -> None:
+    """Refuses a destination that holds something.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists; name a place that does not")
 
 
 @contextmanager
@@ -258,7 +293,9 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     )
 
 
-def _write_official(opened: Opened, directory: Path, final: Path, dtype: str | None) -> None:
+def _write_official(
+    opened: Opened, directory: Path, final: Path, dtype: str | None, aspect: Aspect | None
+) -> None:
     save_official(
         directory,
         final,
@@ -267,16 +304,28 @@ def _write_official(opened: Opened, directory: Path, final: Path, dtype: str | N
         opened.inputs,
         dtype=dtype,
         said=dtype or str(opened.dtype),
+        aspect=aspect,
     )
 
 
-def _write_official_adapter(opened: Opened, directory: Path) -> None:
+def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
     place = opened.place
     llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
     params = _trained_params(opened)
     save_official_adapter(
-        directory, params, opened.adapters, opened.config, llm, tower, opened.inputs
+        directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect
     )
+
+
+def _own_aspect(opened: Opened) -> Aspect | None:
+    """What LLaVA's own config.json says of images, the adapter's before the base's."""
+    places = [opened.adapter, opened.place.llm if isinstance(opened.place, Parts) else None]
+    for place in places:
+        if place is not None and (Path(place) / "config.json").is_file():
+            found = official.image_aspect(read_json_config(place)[1])
+            if found is not None:
+                return found
+    return None
 
 
 def _own_template(opened: Opened) -> Template | None:
@@ -288,9 +337,13 @@ def _own_template(opened: Opened) -> Template | None:
 
 
 def _write_inputs(
-    opened: Opened, directory: Path, template: Template | None, say: Callable[[str], None]
+    opened: Opened,
+    directory: Path,
+    template: Template | None,
+    aspect: Aspect | None,
+    say: Callable[[str], None],
 ) -> None:
     if has_tokenizer(opened.inputs):
-        save_processor(opened.inputs, directory, opened.config, template=template)
+        save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
         say(f"{opened.inputs} has no tokenizer, so none is written")

@@ -41,15 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     template = "conversations, for apply_chat_template (default: the source's own)"
     parser.add_argument("--template", choices=TEMPLATES, help=template)
+    aspect = "images that are not square (default: as the source says)"
+    parser.add_argument("--image-aspect", choices=("pad", "crop", "squash"), help=aspect)
     given = parser.parse_args(argv)
 
-    from llava_jax.convert import convert, open_source  # JAX: not for --help
+    from llava_jax.convert import check_free, convert, open_source  # JAX: not for --help
     from llava_jax.hf.tensorfile import CheckpointError
     from llava_jax.lora import LLM, VISION
     from llava_jax.merge_check import check_merged
 
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}
     try:
+        check_free(given.destination)
         opened = open_source(
             parse_source(given.source) or given.source,
             parse_source(given.base) if given.base else None,
@@ -63,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             era=given.era,
             dtype=given.dtype,
             template=TEMPLATES[given.template] if given.template else None,
+            aspect=given.image_aspect,
+            prove=check_merged if given.merge and opened.adapters else None,
         )
-        if given.merge and opened.adapters:
-            check_merged(opened, given.destination)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import ModelConfig, Parts, VisionConfig
+from llava_jax.config import Aspect, ModelConfig, Parts, VisionConfig
 from llava_jax.hf.tensorfile import CheckpointError
 
 DECODERS = {
@@ -56,6 +56,13 @@ def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def image_aspect(raw: dict[str, Any]) -> Aspect | None:
+    """What becomes of images that are not square by a config.json of LLaVA's; None if it is not."""
+    if "mm_vision_tower" not in raw:
+        return None
+    return "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"
+
+
 def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
     """The vision tower that LLaVA's config.json names.
 
@@ -65,19 +72,22 @@ def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
     name = raw.get("mm_vision_tower")
     if not isinstance(name, str):
         return None
-    for place in (Path(name), file.parent / name):
+    for place in (Path(name), file.parent / name, file.parent / Path(name).name):
         if (place / "config.json").is_file():
             return str(place)
     return _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def official_settings(config: ModelConfig, llm: dict[str, Any], tower: str) -> dict[str, Any]:
+def official_settings(
+    config: ModelConfig, llm: dict[str, Any], tower: str, aspect: Aspect | None
+) -> dict[str, Any]:
     """The config.json that LLaVA's own code reads.
 
     Args:
         config: The model.
         llm: The decoder's own config.json.
         tower: Where the vision tower lies; its weights are in the checkpoint too.
+        aspect: What happens to images that are not square; None pads, as LLaVA-1.5 was trained.
     """
     names = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
     strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
@@ -90,7 +100,7 @@ def official_settings(config: ModelConfig, llm: dict[str, Any], tower: str) -> d
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_tower": tower,
         "unfreeze_mm_vision_tower": True,  # the tower's weights are the checkpoint's
-        "image_aspect_ratio": "pad",
+        "image_aspect_ratio": "square" if aspect == "crop" else "pad",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
+from llava_jax.config import Aspect, ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
 from llava_jax.hf import layouts
 from llava_jax.hf.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.hf.official import official_settings
 from llava_jax.hf.peft import CONFIG, WEIGHTS, peft_name
-from llava_jax.hf.processor import write_image_processor, write_json
+from llava_jax.hf.processor import generation_settings, write_image_processor, write_json
 from llava_jax.hf.tensorfile import write_tensors
 from llava_jax.hf.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
 from llava_jax.hf.weights import VOCABULARY, Stored, save_params, save_tensors
@@ -30,6 +30,7 @@ def save_official(
     *,
     dtype: str | None,
     said: str,
+    aspect: Aspect | None,
 ) -> None:
     """Writes a model in layout E, its vision tower in it and once more as a directory beside.
 
@@ -43,6 +44,7 @@ def save_official(
         inputs: Where the tokenizer lies.
         dtype: Of the weights; None keeps each as it is.
         said: What config.json says of it.
+        aspect: As in `official_settings`.
 
     Raises:
         ConfigError: LLaVA's code has no such model.
@@ -59,9 +61,11 @@ def save_official(
     write_image_processor(inputs, directory / _TOWER)
     settings = text_settings(llm) | {"torch_dtype": said}
     place = str(final.absolute() / _TOWER)
-    write_json(directory / "config.json", official_settings(config, settings, place))
+    write_json(directory / "config.json", official_settings(config, settings, place, aspect))
     if has_tokenizer(inputs):
         copy_tokenizer(inputs, directory)
+        generation = generation_settings(inputs, load_tokenizer(inputs), config)
+        write_json(directory / "generation_config.json", generation | {"pad_token_id": None})
 
 
 def save_official_adapter(
@@ -72,6 +76,7 @@ def save_official_adapter(
     base: str | None,
     tower: str | None,
     inputs: Path | Parts,
+    aspect: Aspect | None,
 ) -> None:
     """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
 
@@ -83,6 +88,7 @@ def save_official_adapter(
         base: The decoder that they belong on, None if it is not in a place of its own.
         tower: Where the vision tower lies, likewise.
         inputs: Where the tokenizer lies.
+        aspect: As in `official_settings`.
 
     Raises:
         ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
@@ -115,7 +121,7 @@ def save_official_adapter(
     _check(config)
     # LLaVA's code reads the decoder with this config, whose vocabulary is its own, not a grown one.
     llm = read_llm_config(base) if base else _own_llm(config, inputs)
-    own = official_settings(config, text_settings(llm), tower or "")
+    own = official_settings(config, text_settings(llm), tower or "", aspect)
     write_json(directory / "config.json", own | {"unfreeze_mm_vision_tower": False})
 
 

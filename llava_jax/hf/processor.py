@@ -151,9 +151,7 @@ def save_processor(
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     write_json(directory / _PROCESSOR, processor)
-    write_json(
-        directory / "generation_config.json", _generation_settings(source, tokenizer, config)
-    )
+    write_json(directory / "generation_config.json", generation_settings(source, tokenizer, config))
     if template is not None:
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
@@ -216,7 +214,7 @@ def _image_processor(transform: ImageTransform) -> dict[str, Any]:
     }
 
 
-def _generation_settings(
+def generation_settings(
     source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
 ) -> dict[str, Any]:
     """Greedy decoding, and which tokens end it.

@@ -20,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_jax.config import ConfigError, parse_source
 from llava_jax.convert import Opened, convert, open_source
 from llava_jax.hf.anyfile import open_any
+from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
 from llava_jax.hf.trained import open_trained
@@ -80,6 +81,12 @@ def expected_of(source: str) -> dict[str, np.ndarray]:
     return dict(np.load(place / "expected.npz"))
 
 
+def open_with_base(source: str, base: str | None) -> Opened:
+    """A .pth of adapters does not say their alpha; all else does."""
+    alphas = ALPHAS if "xtuner_pth/" in source and ("lora" in source or "zero2" in source) else {}
+    return open_source(parse_source(source), parse_source(base) if base else None, alphas=alphas)
+
+
 def in_vocabulary(batch: dict, opened: Opened) -> dict:
     """A batch with the image token of the model; those of parts get a new one."""
     ids = np.where(batch["input_ids"] == IMAGE, opened.config.image_token_id, batch["input_ids"])
@@ -93,7 +100,7 @@ def test_converted_to_hf(
 ):
     source, base = CASES[name]
     out = tmp_path / "out"
-    opened = open_source(parse_source(source), parse_source(base) if base else None, alphas=ALPHAS)
+    opened = open_with_base(source, base)
     convert(opened, out, "hf", merge=bool(opened.adapters))
     hf, info = LlavaForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True
@@ -113,8 +120,7 @@ def test_converted_to_hf(
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest) -> Opened:
-    source, base = TRAINED[request.param]
-    return open_source(source, parse_source(base) if base else None, alphas=ALPHAS)
+    return open_with_base(*TRAINED[request.param])
 
 
 def same_trained(opened: Opened, place: Path) -> None:
@@ -215,7 +221,7 @@ def test_names_of_transformers_5(tmp_path: Path):
     ],
 )
 def test_what_a_form_cannot_hold_is_refused(source, base, to, message, tmp_path):
-    opened = open_source(source, parse_source(base) if base else None, alphas=ALPHAS)
+    opened = open_source(source, parse_source(base) if base else None)
     with pytest.raises(ConfigError, match=message):
         convert(opened, tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
@@ -229,8 +235,31 @@ def test_what_a_source_lacks_is_said(tmp_path: Path):
         open_source(lora)
     with pytest.raises(ConfigError, match=r"has no projector; name one"):
         open_source(parse_source(BASE))
+    with pytest.raises(ConfigError, match=r"alpha 8, as it says itself, .* not the alpha 9"):
+        open_source("llava_lora", alphas={LLM: 9.0})
+    for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
+        with pytest.raises(ConfigError, match=r"the form is llm=DIR,vision=DIR"):
+            parse_source(text)
     with pytest.raises(CheckpointError, match=r"tools/convert\.py"):
         resolve("llava_full_bin")
+
+
+def test_images_are_padded_as_llavas_config_says(tmp_path: Path):
+    convert(open_source("llava_full"), tmp_path / "hf", "hf")
+    assert load_image_transform(tmp_path / "hf").aspect == "pad"
+    convert(open_source("llava_full"), tmp_path / "llava", "llava", aspect="crop")
+    written = json.loads((tmp_path / "llava" / "config.json").read_text())
+    assert written["image_aspect_ratio"] == "square"
+
+
+def test_a_failed_proof_leaves_nothing(tmp_path: Path):
+    def refuse(opened: Opened, written: Path) -> None:
+        assert (written / "model.safetensors").is_file()
+        raise CheckpointError("not the same")
+
+    with pytest.raises(CheckpointError, match="not the same"):
+        convert(open_source("llava_lora"), tmp_path / "out", "hf", merge=True, prove=refuse)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch):
