@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "llava_jax"
 
 # The picture of docs/architecture.md. A module may import its own level and those below.
@@ -77,6 +79,30 @@ def test_no_module_imports_a_higher_one():
         if LEVEL[other] > LEVEL[module]
     ]
     assert wrong == []
+
+
+PICKLES = ("hf.pickles", "hf.anyfile", "hf.zero", "convert")
+
+
+def test_only_conversion_imports_what_reads_pickles():
+    reads = {module for module in LEVEL if imported(module) & set(PICKLES)}
+    assert reads == {"hf.anyfile", "hf.zero", "convert"}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import llava_jax.train, llava_jax; llava_jax.LlavaModel",
+        "import runpy; sys.argv[1:] = ['--help']\n"
+        "try: runpy.run_module('llava_jax.train', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "else: raise AssertionError",
+    ],
+)
+def test_training_does_not_load_what_reads_pickles(program):
+    names = [f"llava_jax.{module}" for module in PICKLES]
+    check = f"loaded = {{*{names}, 'torch', 'pickletools'}} & {{*sys.modules}}; assert not loaded"
+    subprocess.run([sys.executable, "-c", f"import sys\n{program}\n{check}, loaded"], check=True)
 
 
 def test_only_the_public_model_needs_jax_and_no_import_runs_it():

@@ -212,7 +212,7 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
     tables = {name: read(index.parent / name) for name in files}
-    absent = [name for name, file in placed.items() if name not in tables[file]]
+    absent = [f"{name} in {file}" for name, file in placed.items() if name not in tables[file]]
     if absent:
         raise CheckpointError(f"{index} names tensors its files lack: {', '.join(absent)}")
     left_over = [
@@ -272,7 +272,11 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
         numbers = first, last, *shape
-        if len(entry) != 3 or not all(type(number) is int for number in numbers):
+        if (
+            len(entry) != 3
+            or type(dtype) is not str
+            or not all(type(number) is int for number in numbers)
+        ):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} has a damaged entry: {entry!r:.200}") from error
