@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts, format_source
+from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
@@ -135,11 +135,12 @@ def _summary(trained: Trained) -> str:
 
 
 def _check_alphas(trained: Trained, place: Path, alphas: Mapping[str, float]) -> None:
-    for stack, alpha in alphas.items():
-        lora = trained.adapters.get(stack)
-        if lora is None or lora.alpha != alpha:
-            has = f"alpha {lora.alpha:g}, as it says itself," if lora else "no adapters"
-            raise ConfigError(f"{place} has {has} in {stack}*, not the alpha {alpha:g} given")
+    for stack, lora in trained.adapters.items():
+        if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
+            raise ConfigError(
+                f"{place} has alpha {lora.alpha:g}, as it says itself, in {stack}*, not the alpha "
+                f"{given:g} that was given"
+            )
 
 
 def _check_base(
