@@ -300,9 +300,13 @@ def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int
     """Where the bytes of a zip archive's member begin."""
     file.seek(info.header_offset)
     mark, name_size, extra_size = struct.unpack("<4s22x2H", file.read(30))
-    if mark != b"PK\x03\x04" or file.read(name_size) != info.orig_filename.encode():
+    own = file.read(name_size) == info.orig_filename.encode()
+    start = info.header_offset + 30 + name_size + extra_size
+    file.seek(start + info.file_size)
+    # Behind its bytes the next header begins; a wrong length of what is before them shows there.
+    if mark != b"PK\x03\x04" or not own or file.read(2) != b"PK":
         raise CheckpointError(f"{path}: {info.filename} has a damaged header")
-    return info.header_offset + 30 + name_size + extra_size
+    return start
 
 
 def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:

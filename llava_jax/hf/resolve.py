@@ -87,17 +87,19 @@ def _resolve_parts(parts: Parts) -> Parts:
 
 def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
     """What was trained, and the base that it names."""
-    name = named_base(place)
-    base = None if name is None else parse_source(name)
-    if base is None:
+    base = named_base(place)
+    if base in (None, "", "None"):
         raise ConfigError(
             f"{place} does not say which base it belongs to; give the base and the adapter"
         )
-    if isinstance(base, str) and (below := _in_run(Path(base))).exists() and is_trained(below):
-        raise ConfigError(
-            f"{place} was trained on {base}, which is itself something trained; merge that first"
-        )
-    return _resolve(base, read)._replace(adapter=place)
+    try:
+        found = parse_source(base) or base
+        inner = None if isinstance(found, Parts) else _in_run(Path(found))
+        if inner is not None and inner.exists() and is_trained(inner):
+            raise ConfigError("that is itself something trained; merge it first")
+        return _resolve(found, read)._replace(adapter=place)
+    except ConfigError as error:
+        raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
 
 
 def _as_parts(path: Path, read: Reader) -> Path | Parts:
