@@ -25,11 +25,12 @@ from llava_jax.hf.processor import save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import Tensor
 from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
-from llava_jax.hf.trained import Trained, open_trained
+from llava_jax.hf.trained import Trained, check_base, open_trained
 from llava_jax.hf.weights import (
+    Source,
     Stored,
     find_base_tensors,
-    fingerprint,
+    fingerprint_of,
     open_sources,
     save_params,
     stored,
@@ -50,6 +51,7 @@ class Opened:
         place: Where the base lies.
         config: Of the model.
         abstract: Shapes of the model's parameters.
+        sources: The base's files.
         tensors: Where the parameters lie, those of the base with what was trained in full on it.
         trained: What was trained on the base; None for a base alone.
         inputs: Where the tokenizer and the image processor lie.
@@ -60,6 +62,7 @@ class Opened:
     place: Path | Parts
     config: ModelConfig
     abstract: Abstract
+    sources: list[Source]
     tensors: Mapping[str, list[Tensor]]
     trained: Trained | None
     inputs: Path | Parts
@@ -71,7 +74,8 @@ class Opened:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.place, open_any)
+        """Of the base."""
+        return fingerprint_of(self.sources)
 
     @property
     def dtype(self) -> np.dtype:
@@ -115,14 +119,19 @@ def open_source(
         read = partial(open_trained, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
-        _check_base(trained, found.adapter, found.base, say)
+        if trained.fingerprint is None:
+            say("it does not say which weights it was trained on; those given are unchecked")
+        else:
+            check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
         tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
         inputs = found.adapter if has_tokenizer(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
         raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
-    return Opened(found.name, found.base, config, abstract, tensors, trained, inputs, found.adapter)
+    return Opened(
+        found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
+    )
 
 
 def _summary(trained: Trained) -> str:
@@ -141,18 +150,6 @@ def _check_alphas(trained: Trained, place: Path, alphas: Mapping[str, float]) ->
                 f"{place} has alpha {lora.alpha:g}, as it says itself, in {stack}*, not the alpha "
                 f"{given:g} that was given"
             )
-
-
-def _check_base(
-    trained: Trained, place: Path, base: Path | Parts, say: Callable[[str], None]
-) -> None:
-    if trained.fingerprint is None:
-        say(f"{place} does not say which weights it was trained on; those given are unchecked")
-    elif trained.fingerprint != fingerprint(base, open_any):
-        raise ConfigError(
-            f"{place} was trained on {trained.base_name}, whose weights are not those of {name}; "
-            "give that base"
-        )
 
 
 def merged(opened: Opened) -> dict[str, Stored]:

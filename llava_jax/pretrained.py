@@ -26,9 +26,8 @@ from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.resolve import resolve
-from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
-from llava_jax.hf.trained import open_trained
+from llava_jax.hf.trained import check_base, open_trained
 from llava_jax.hf.weights import fingerprint, load_params, save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
@@ -212,11 +211,8 @@ class LlavaModel(Llava):
             raise ValueError("the model has an adapter already; merge that first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
         adapter = open_trained(path, self.config, abstract)
-        if adapter.fingerprint and self.source and adapter.fingerprint != fingerprint(self.source):
-            raise CheckpointError(
-                f"{path} was trained on {adapter.base_name}, whose weights are not those of "
-                f"{self.source}; load that base"
-            )
+        if adapter.fingerprint and self.source:
+            check_base(adapter, path, self.source, fingerprint(self.source))
         lora.add_adapters(self, adapter.adapters)
         mesh = params["llm.norm.weight"].sharding.mesh
         loaded = adapter.load(place(adapter.abstract, mesh))

@@ -1,8 +1,12 @@
 """Who may import whom: a lower level never imports a higher one, and importing runs no JAX."""
 
 import ast
+import builtins
+import dis
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -103,6 +107,21 @@ def test_training_does_not_load_what_reads_pickles(program):
     names = [f"llava_jax.{module}" for module in PICKLES]
     check = f"loaded = {{*{names}, 'torch', 'pickletools'}} & {{*sys.modules}}; assert not loaded"
     subprocess.run([sys.executable, "-c", f"import sys\n{program}\n{check}, loaded"], check=True)
+
+
+def loaded_globals(code: types.CodeType) -> set[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    inner = [loaded_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names.union(*inner)
+
+
+@pytest.mark.parametrize("module", LEVEL)
+def test_every_name_is_defined(module):
+    """The linter cannot tell: jaxtyping's shapes are names to it."""
+    file = PACKAGE / (module.replace(".", "/") + ".py")
+    code = compile(file.read_text(), str(file), "exec")
+    known = dir(importlib.import_module(f"llava_jax.{module}")) + dir(builtins)
+    assert loaded_globals(code) <= set(known)
 
 
 def test_only_the_public_model_needs_jax_and_no_import_runs_it():

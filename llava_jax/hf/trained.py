@@ -181,8 +181,8 @@ def _open_pieces(place: Path, read: Reader) -> list[_Piece]:
 
 
 def _open_piece(place: Path, read: Reader, settings: dict[str, Any] | None = None) -> _Piece:
-    is_adapter = settings is not None
-    file = (_file_beside(place, "adapter_model") or place) if is_adapter else place
+    own = None if settings is None else _file_beside(place, "adapter_model")
+    file = own or place
     named = read(file)
     tensors = {plain_name(name): tensor for name, tensor in named.items()}
     if len(tensors) < len(named):
@@ -243,6 +243,27 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
         needed = [p for p in abstract if p.startswith(f"{part}.") and not is_adapter(p)]
         shapes |= {path: abstract[path].shape for path in needed}
     return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+
+
+def check_base(
+    trained: Trained, place: str | Path, base: str | Path | Parts, fingerprint: str
+) -> None:
+    """Refuses a base that something was not trained on, if it says on which it was.
+
+    Args:
+        trained: From `open_trained`.
+        place: Where it lies.
+        base: Where the base lies.
+        fingerprint: Of the base.
+
+    Raises:
+        CheckpointError: The base has other weights.
+    """
+    if trained.fingerprint not in (None, fingerprint):
+        raise CheckpointError(
+            f"{place} was trained on {trained.base_name}, whose weights are not those of "
+            f"{format_source(base)}; load that base"
+        )
 
 
 def load_adapter(

@@ -286,14 +286,19 @@ class Stored:
     read: Callable[[int], np.ndarray]
 
 
+def common_dtype(tensors: list[Tensor]) -> np.dtype:
+    """The dtype of a parameter's layers, float32 if they have several."""
+    kinds = {tensor.numpy_dtype for tensor in tensors}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+
 def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
     """A parameter in its files, in their dtype, or in float32 if its layers have several.
 
     A vocabulary grows as in `load_params`.
     """
     shape = spec.shape[1:] if layouts.is_stacked(path) else spec.shape
-    kinds = {tensor.numpy_dtype for tensor in tensors}
-    dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    dtype = common_dtype(tensors)
     return Stored(
         spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype, copy=False)
     )
@@ -392,7 +397,7 @@ def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]
     return fetch(layer_at(stack, index))
 
 
-def fingerprint(checkpoint: str | Path | Parts, read: Reader = open_tensors) -> str:
+def fingerprint(checkpoint: str | Path | Parts) -> str:
     """Identifies the weights of a checkpoint without reading them all.
 
     A hash of every tensor's name, dtype and shape and of 192 of its bytes (start, middle, end).
@@ -400,15 +405,16 @@ def fingerprint(checkpoint: str | Path | Parts, read: Reader = open_tensors) -> 
     dtype, a resized vocabulary. It does not see how files are cut into shards, where they lie, or
     which of the known layouts names the tensors; nor a change of a few single values.
 
-    Args:
-        checkpoint: A directory, or separate parts.
-        read: Opens a file or directory of tensors.
-
     Raises:
         CheckpointError: There is nothing to read.
     """
+    return fingerprint_of(open_sources(checkpoint))
+
+
+def fingerprint_of(sources: list[Source]) -> str:
+    """`fingerprint` of what is open already."""
     lines = []
-    for tensors, layout in open_sources(checkpoint, read):
+    for tensors, layout in sources:
         for name, tensor in tensors.items():
             if not layouts.is_ignored(name):
                 label = f"{layout.parameter(name) or name} {tensor.dtype} {tensor.shape} "

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax.config import ConfigError, parse_source
@@ -283,3 +285,15 @@ def test_the_command_line_says_what_it_found(tmp_path: Path):
     assert "100.0% of the most likely tokens are the same" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
+
+
+def test_a_base_of_other_weights_is_refused(tmp_path: Path):
+    """An adapter that says which weights it was trained on is held to them."""
+    convert(open_source("peft_4_48", "hf_4_48"), tmp_path / "adapter", "peft")
+    tensors = load_file("hf_4_37/model.safetensors")
+    name = "language_model.model.norm.weight"
+    shutil.copytree("hf_4_37", tmp_path / "other")
+    save_file(tensors | {name: tensors[name] + 1}, tmp_path / "other" / "model.safetensors")
+    assert open_source(str(tmp_path / "adapter"), "hf_4_37").adapters
+    with pytest.raises(CheckpointError, match=r"trained on .*hf_4_48, whose weights are not those"):
+        open_source(str(tmp_path / "adapter"), str(tmp_path / "other"))
