@@ -1,23 +1,20 @@
 """Proves that merging changed nothing: logits of a picture and a question, before and after."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_jax.convert import Opened
+from llava_jax.convert import Opened, open_source
 from llava_jax.data.conversation import TEMPLATES, Turn, encode_prompt, expand_images
-from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.processor import load_image_transform
-from llava_jax.hf.resolve import resolve
-from llava_jax.hf.tensorfile import CheckpointError, Tensor
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
-from llava_jax.hf.weights import assemble, find_base_tensors, open_sources
+from llava_jax.hf.weights import assemble, common_dtype
 from llava_jax.lora import is_adapter
-from llava_jax.models.layers import Abstract, merge
-from llava_jax.pretrained import build, read_config
+from llava_jax.pretrained import build, logits
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference, as a part of the largest logit: what rounding merged weights may come to."""
@@ -40,22 +37,15 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
         CheckpointError: They differ by more than rounding.
     """
     ids, pixels = _batch(opened)
-    assert opened.trained is not None
-    tensors = {**opened.tensors, **opened.trained.tensors}
-    graph, abstract = build(opened.config, opened.adapters, dtype="float32")
-    before = _logits(graph, abstract, tensors, ids, pixels)
-
-    place = resolve(str(destination)).base
-    config = read_config(place)
-    graph, abstract = build(config, {}, dtype="float32")
-    tensors = find_base_tensors(place, open_sources(place, open_any), config, abstract)
-    ids = np.where(ids == opened.config.image_token_id, config.image_token_id, ids)
-    after = _logits(graph, abstract, tensors, ids, pixels)
+    before = _logits(opened, ids, pixels)
+    merged = open_source(str(destination), say=lambda _: None)
+    ids = np.where(ids == opened.config.image_token_id, merged.config.image_token_id, ids)
+    after = _logits(merged, ids, pixels)
 
     words = min(before.shape[-1], after.shape[-1])
     apart = np.abs(before[..., :words] - after[..., :words]).max()
     largest = np.abs(before).max()
-    kind = str(tensors["llm.layers.self_attn.q_proj.weight"][0].numpy_dtype)
+    kind = str(common_dtype(merged.tensors["llm.layers.self_attn.q_proj.weight"]))
     agree = np.mean(before[..., :words].argmax(-1) == after[..., :words].argmax(-1))
     say(
         f"logits of a picture and a question, {ids.size} tokens: largest {largest:.4g}, before and "
@@ -92,16 +82,12 @@ def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
     return ids[None].astype(np.int32), pixels[None]
 
 
-def _logits(
-    graph: object,
-    abstract: Abstract,
-    tensors: Mapping[str, list[Tensor]],
-    ids: np.ndarray,
-    pixels: np.ndarray,
-) -> np.ndarray:
+def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Weights stay in their dtype, and are read into a memory that is free again afterwards."""
-    kept = lambda path: np.float32 if is_adapter(path) else tensors[path][0].numpy_dtype
+    trained = opened.trained.tensors if opened.trained else {}
+    tensors = {**opened.tensors, **trained}
+    graph, abstract = build(opened.config, opened.adapters, dtype="float32")
+    kept = lambda path: np.float32 if is_adapter(path) else common_dtype(tensors[path])
     specs = {p: jax.ShapeDtypeStruct(x.shape, kept(p)) for p, x in abstract.items()}
     params = {path: assemble(path, tensors[path], spec) for path, spec in specs.items()}
-    run = jax.jit(lambda params, *batch: merge(graph, params)(*batch))  # pyright: ignore
-    return np.asarray(run(params, ids, pixels))
+    return np.asarray(logits(graph, params, ids, pixels))

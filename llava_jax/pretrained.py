@@ -123,7 +123,8 @@ def load(
 
 
 @partial(jit_loop, static_argnums=0)
-def _logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
+def logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
+    """`models.llava.Llava.__call__` of a structure and its parameters; compiled for each shape."""
     return Llava.__call__(cast("Llava", merge(graph, params)), *inputs)
 
 
@@ -139,7 +140,7 @@ class LlavaModel(Llava):
         attention_mask: Int[ArrayLike, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """As `models.llava.Llava.__call__`; compiled once for each shape."""
-        return _logits(*split(self), input_ids, pixel_values, attention_mask)
+        return logits(*split(self), input_ids, pixel_values, attention_mask)
 
     @classmethod
     def from_pretrained(
