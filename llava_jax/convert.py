@@ -22,7 +22,7 @@ from llava_jax.hf.model_config import read_json_config, write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.resolve import resolve
+from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.hf.tensorfile import Tensor
 from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 from llava_jax.hf.trained import Trained, check_base, open_trained
@@ -106,8 +106,7 @@ def open_source(
     if base is not None:
         if found.adapter is not None or isinstance(source, Parts):
             raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
-        inner = Path(source) / "adapter"
-        found = found._replace(adapter=inner if inner.is_dir() else Path(source))
+        found = found._replace(adapter=adapter_in(source))
     config = read_config(found.base)
     _, abstract = build(config, {}, dtype="float32")
     sources = open_sources(found.base, open_any)

@@ -23,7 +23,7 @@ from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import export, export_dir, publish
-from llava_jax.hf.resolve import Checkpoint, resolve
+from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
@@ -192,8 +192,9 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None
         if "lora" in (config.tune.llm, config.tune.vision):
             raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
         return config, None
-    if config.init_adapter is not None and (Path(config.init_adapter) / "adapter").is_dir():
-        config = dataclasses.replace(config, init_adapter=f"{config.init_adapter}/adapter")
+    if config.init_adapter is not None:
+        adapter = str(adapter_in(config.init_adapter))
+        config = dataclasses.replace(config, init_adapter=adapter)
     found = resolve(source)
     if found.adapter is None:
         return config, found

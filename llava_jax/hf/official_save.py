@@ -11,7 +11,7 @@ from llava_jax.config import Aspect, ConfigError, LlmConfig, LoraConfig, ModelCo
 from llava_jax.hf import layouts
 from llava_jax.hf.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.hf.official import official_settings
-from llava_jax.hf.peft import CONFIG, WEIGHTS, peft_name
+from llava_jax.hf.peft import CONFIG, WEIGHTS, lora_settings, peft_name
 from llava_jax.hf.processor import generation_settings, write_image_processor, write_json
 from llava_jax.hf.tensorfile import write_tensors
 from llava_jax.hf.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
@@ -103,18 +103,10 @@ def save_official_adapter(
     naming = partial(peft_name, layouts.E)
     save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
     _save_pickle({naming(p): x for p, x in projector.items()}, directory)
-    settings = adapters[LLM]
-    written = {
-        "peft_type": "LORA",
+    written = lora_settings(adapters[LLM]) | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": list(settings.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
+        "target_modules": list(adapters[LLM].targets),
         "modules_to_save": None,
     }
     write_json(directory / CONFIG, written)

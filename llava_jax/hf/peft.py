@@ -118,26 +118,32 @@ def _peft_config(
         ranks[_VISION_PATTERN] = adapters[VISION].rank
         alphas[_VISION_PATTERN] = adapters[VISION].alpha
     targets = [_target_pattern(stack, lora, config) for stack, lora in adapters.items()]
-    return {
-        "peft_type": "LORA",
+    return lora_settings(first) | {
         "task_type": None,
         "auto_mapping": {
             "base_model_class": "LlavaForConditionalGeneration",
             "parent_library": "transformers.models.llava.modeling_llava",
         },
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "target_modules": "|".join(targets),
         "modules_to_save": modules or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
         "init_lora_weights": True,
         "use_dora": False,
         "use_rslora": False,
+    }
+
+
+def lora_settings(lora: LoraConfig) -> dict[str, Any]:
+    """What all adapter_config.jsons of one LoRA say alike."""
+    return {
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
     }
 
 

@@ -12,7 +12,7 @@ from llava_jax.config import Aspect, ModelConfig, Parts
 from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
-from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.tensorfile import CheckpointError, read_json
 from llava_jax.hf.tokenizer import load_tokenizer
 
 _BICUBIC = 3  # Pillow's number
@@ -95,10 +95,7 @@ def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]] | None:
         file = directory / name
         if not file.is_file():
             continue
-        try:
-            settings = json.loads(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON: {error}") from error
+        settings = read_json(file)
         if inner is None:
             return file, settings
         if inner in settings:
@@ -223,7 +220,7 @@ def generation_settings(
     transformers refuse to save the model again.
     """
     file = Path(source.llm if isinstance(source, Parts) else source) / "generation_config.json"
-    given = json.loads(file.read_text()) if file.is_file() else {}
+    given = read_json(file) if file.is_file() else {}
     ends = given.get("eos_token_id", tokenizer.eos_token_id)
     settings = {
         "do_sample": False,

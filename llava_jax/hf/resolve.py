@@ -54,11 +54,18 @@ def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
     return Checkpoint(str(source), _as_parts(local, read))
 
 
+def adapter_in(place: str | Path) -> Path:
+    """The adapter that a run has made, if `place` is a run's directory; else the place itself."""
+    inner = Path(place) / "adapter"
+    return inner if inner.is_dir() else Path(place)
+
+
 def _in_run(path: Path) -> Path:
     """What a run has made, if `path` is a run's directory."""
-    for name in ("model", "adapter"):
-        if (path / name).is_dir():
-            return path / name
+    if (path / "model").is_dir():
+        return path / "model"
+    if (adapter := adapter_in(path)) != path:
+        return adapter
     if (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} is a run that is not finished; run its command again first")
     return path
