@@ -4,6 +4,7 @@ import ast
 import builtins
 import dis
 import importlib
+import re
 import subprocess
 import sys
 import types
@@ -73,6 +74,15 @@ def test_every_module_has_a_level():
     files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py"]
     modules = {".".join(f.relative_to(PACKAGE).with_suffix("").parts) for f in files}
     assert modules == set(LEVEL)
+
+
+def test_the_picture_is_the_table():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    drawn = [(int(level), set(modules.split(", "))) for level, modules in rows]
+    assert drawn == [(level, set(modules)) for level, modules in enumerate(LEVELS)]
+    missing = [m for m in LEVEL if not re.search(rf"\b{m.rsplit('.', 1)[-1]}\.py\b", text)]
+    assert missing == []
 
 
 def test_no_module_imports_a_higher_one():
