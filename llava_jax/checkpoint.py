@@ -1,8 +1,16 @@
 """Resumable checkpoints of a run, with Orbax: all that changes, and nothing that does not.
 
-The frozen base is not copied: the run's config.json names it and holds its fingerprint.
+The frozen base is not copied: the run's config.json names it and holds its fingerprint. A
+checkpoint takes its name, `{directory}/{step}/`, when it is complete, a list of its files and their
+checksums in it. So one that was damaged later is known, and the one before it taken.
 """
 
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +18,56 @@ import jax
 import orbax.checkpoint as ocp
 
 from llava_jax.config import CheckpointConfig
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.host import is_for_host
+from llava_jax.processes import from_first, is_first, meet
 from llava_jax.step import TrainState
+
+MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
+"""What the name of a checkpoint that was passed over ends in."""
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_BLOCK = 2**22
+_THREADS = 8
 
 
 class Checkpoints:
-    """The checkpoints of one run, `{directory}/{step}/`, written asynchronously.
+    """The checkpoints of one run, written asynchronously.
 
     Args:
-        directory: Made if it does not exist.
+        directory: Made if it does not exist. What a killed process left unfinished in it is
+            removed; what is newer than the newest whole checkpoint is renamed.
         config: How many to keep.
+
+    Attributes:
+        passed_over: What was renamed, and why.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._directory = directory.absolute()
+        self._keep = config.keep
+        self.passed_over: list[str] = []
+        newest = None
+        if is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(left)
+            newest = self._newest_whole()
+        self._newest = from_first(-1 if newest is None else newest)
+        self._saving: int | None = None
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._complete),
+        )
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step; None when there is none."""
-        return self._manager.latest_step()
+        """The newest whole checkpoint's step; None when there is none."""
+        return None if self._newest < 0 else self._newest
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Starts saving, and if `state` lies in host memory finishes; then it may be donated.
@@ -37,18 +75,41 @@ class Checkpoints:
         Args:
             state: What the next step starts from.
             data: The data's position, as plain JSON.
+
+        Raises:
+            CheckpointError: It cannot be written; or what was begun before could not be.
         """
+        self.wait()
         step = int(state.step)
         if step == self.latest:
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self._manager.save(step, args=args)
+        with self._explained(step):
+            self._saving = step
+            self._orbax.save(self._directory / str(step), args=args)
         if any(map(is_for_host, jax.tree.leaves(state))):
             self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
 
+    def check(self) -> None:
+        """Notices early if what is being saved cannot be.
+
+        Raises:
+            CheckpointError: It cannot.
+        """
+        with self._explained(self._saving):
+            self._orbax.check_for_errors()
+
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        with self._explained(self._saving):
+            self._orbax.wait_until_finished()
+        if self._saving is not None:
+            self._newest, self._saving = self._saving, None
+            self._remove_old()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest checkpoint, onto any number of devices.
@@ -59,12 +120,105 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(self.latest, args=args)
+        restored = self._orbax.restore(self._directory / str(self._newest), args=args)
         return restored["state"], restored["data"]
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Lets a save that has begun finish, whatever ended the run."""
-        self._manager.close()
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:
+                raise
+        finally:
+            self._orbax.close()
+
+    @contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: Orbax and what it writes with have many
+            earlier = "" if self.latest is None else f"; that of step {self.latest} is untouched"
+            raise CheckpointError(
+                f"{self._directory / str(step)}: the checkpoint could not be saved{earlier}. The "
+                f"same command continues from the last one. {_first_line(error)}"
+            ) from error
+
+    def _complete(self) -> None:
+        """Writes the list of files, before the checkpoint takes its name."""
+        (unfinished,) = self._directory.glob(f"{self._saving}{_UNFINISHED}*")
+        files = [path for path in unfinished.rglob("*") if path.is_file()]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sums = pool.map(checksum, files)
+            listed = {
+                str(path.relative_to(unfinished)): [path.stat().st_size, value]
+                for path, value in zip(files, sums, strict=True)
+            }
+        (unfinished / MANIFEST).write_text(json.dumps(listed, indent=1) + "\n")
+
+    def _newest_whole(self) -> int | None:
+        damaged = {}
+        for step in sorted(self._steps(), reverse=True):
+            reason = what_is_damaged(self._directory / str(step))
+            if reason is None:
+                self._set_aside(damaged)
+                return step
+            damaged[step] = reason
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint of this run is whole, so it cannot go on; remove "
+                f"{self._directory} to start it anew\n  " + "\n  ".join(damaged.values())
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        for step, reason in damaged.items():
+            place = self._directory / str(step)
+            shutil.rmtree(place.with_name(f"{step}{DAMAGED}"), ignore_errors=True)
+            place.rename(place.with_name(f"{step}{DAMAGED}"))
+            self.passed_over.append(f"the checkpoint of step {step} is passed over: {reason}")
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+
+    def _remove_old(self) -> None:
+        if is_first():
+            for step in sorted(self._steps())[: -self._keep]:
+                shutil.rmtree(self._directory / str(step))
+        meet("old checkpoints are removed")
+
+
+def what_is_damaged(place: Path) -> str | None:
+    """Holds a checkpoint against its list of files; None if it is whole."""
+    try:
+        listed = json.loads((place / MANIFEST).read_text())
+        expected = {name: (size, value) for name, (size, value) in listed.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{place / MANIFEST} cannot be read ({error})"
+    for name, (size, _) in expected.items():
+        found = (place / name).stat().st_size if (place / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            return f"{place / name} {what}, not the {size} that were written"
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(checksum, [place / name for name in expected])
+        for (name, (_, value)), found in zip(expected.items(), sums, strict=True):
+            if found != value:
+                return f"{place / name} is damaged: its checksum is not the one that was written"
+    return None
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -33,6 +33,10 @@ class ConfigError(Exception):
     """A mistake in a config file or on the command line; its text says where and what to do."""
 
 
+class RunError(Exception):
+    """A run cannot go on; its text says why, and what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """A vision transformer, CLIP's or SigLIP's. Field names are those of Hugging Face's configs.
@@ -238,6 +242,25 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One of several data sets that are learned from together.
+
+    Attributes:
+        path: As `DataConfig.path`.
+        image_root: Folder that its image paths are relative to.
+        weight: How often an epoch has each of its records; of 0.5, every epoch has another half.
+    """
+
+    path: str
+    image_root: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"data.mixture: {self.path} has weight {self.weight}; it must be > 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is learned from.
 
@@ -245,7 +268,10 @@ class DataConfig:
         path: A data file, a folder of them or a pattern ("data/train-*.parquet"). JSON lists, JSON
             lines and Parquet, of records in LLaVA's form or with "messages"; what a file is, is
             seen from its contents. Or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
-        image_root: Folder that the records' image paths are relative to.
+            Paths of fsspec (gs://, s3://) are read in place.
+        image_root: Folder that the records' image paths are relative to, or such a path.
+        mixture: Data sets that are learned from together, in the place of `path` and `image_root`.
+        follow_links: Whether images may be, by links in image_root, outside of it.
         template: Name of a template in data/conversation.py.
         image_aspect: What becomes of images that are not square: "pad" to a square of the mean
             colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
@@ -254,6 +280,10 @@ class DataConfig:
             limit; longer ones are cut. None leaves it to max_length.
         buckets: Lengths that batches are padded to; empty means max_length alone.
         max_images: Most images in one sample; None counts them in the data.
+        group_by_modality_length: Batches of samples with images, or of samples without, as LLaVA's
+            option of this name makes them; else any samples are a batch.
+        max_skipped: Largest share of the data's samples that may be left out because they cannot
+            be learned from; more stop the run.
         workers: Processes that decode; 0 decodes in the main process.
         eval_path: Held-out data, in any form that `path` has, with the same image_root.
         eval_samples: Use only the first so many held-out samples; None uses all.
@@ -261,6 +291,8 @@ class DataConfig:
 
     path: str = ""
     image_root: str = ""
+    mixture: tyro.conf.Suppress[tuple[DataSet, ...]] = ()
+    follow_links: bool = False
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     max_length: int = 2048
@@ -268,6 +300,8 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
     max_images: int | None = None
     shuffle: bool = True
+    group_by_modality_length: bool = False
+    max_skipped: float = 0.01
     workers: int = 4
     eval_path: str | None = None
     eval_samples: int | None = None
@@ -395,6 +429,8 @@ class TrainConfig:
         vision_lora: Adapters of the vision tower.
         dtype: What is computed in, and what frozen weights are kept in. What trains, its moments,
             norms, softmax and the loss are float32.
+        nonfinite_limit: Steps in a row whose loss or gradients may be infinite or no number; then
+            the run stops. No such step's update is applied.
         quantize: Bits of the decoder's frozen linears, as bitsandbytes has them: "nf4" (4.5 bits a
             weight), "nf4_double" (its double quantisation, 4.13 bits) or "int8". Part of the
             recipe: it changes results.
@@ -418,6 +454,7 @@ class TrainConfig:
     memory: MemoryConfig = MemoryConfig()
     mesh: MeshConfig = MeshConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    nonfinite_limit: int = 3
     quantize: Quantisation | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -440,10 +477,16 @@ _AT_LEAST_ONE = (
     *("steps", "lora.rank", "vision_lora.rank", "data.max_length", "batch.global_size"),
     "data.max_text_length",
     *("batch.micro_size", "batch.loss_group", "checkpoint.every", "checkpoint.keep"),
-    *("eval.every", "eval.batch_size", "data.eval_samples"),
+    *("eval.every", "eval.batch_size", "data.eval_samples", "nonfinite_limit"),
 )
 _AT_LEAST_ZERO = (
-    *("data.workers", "epochs", "optimizer.learning_rate", "optimizer.projector_learning_rate"),
+    *(
+        "data.workers",
+        "data.max_skipped",
+        "epochs",
+        "optimizer.learning_rate",
+        "optimizer.projector_learning_rate",
+    ),
     *("optimizer.vision_learning_rate", "optimizer.weight_decay", "optimizer.warmup_ratio"),
 )
 

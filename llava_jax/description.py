@@ -14,6 +14,7 @@ NOT_RECIPE = (
     # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
     *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval"),
     *("data.image_root", "data.eval_path", "data.eval_samples", "data.workers"),
+    *("data.max_skipped", "nonfinite_limit"),
     *("memory", "mesh", "batch.micro_size"),  # the plan
 )
 """Fields that may change while a run goes on: none of them decides what is learned."""

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError
-from llava_jax.data.batching import Batch
+from llava_jax.data.batching import Batch, SampleEncoder
 from llava_jax.data.records import Record
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import keep_rows
 from llava_jax.models.layers import Params
+from llava_jax.processes import from_first, is_first
 from llava_jax.step import EvalResult
 
 UNNAMED = "all"
@@ -60,7 +60,7 @@ def evaluate(
     eval_step: Callable[[Batch], EvalResult],
     batches: Iterable[tuple[Batch, np.ndarray]],
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: SampleEncoder,
     shown: Collection[int] = (),
 ) -> Evaluation:
     """Runs held-out batches through the model.
@@ -69,7 +69,7 @@ def evaluate(
         eval_step: The compiled step, parameters bound.
         batches: Host batches with the record index of each real row.
         records: What the indices refer to.
-        tokenizer: To show answers.
+        encoder: What made the batches of them.
         shown: Record indices to return as examples.
     """
     nll, tokens = 0.0, 0
@@ -80,33 +80,28 @@ def evaluate(
         for row, index in enumerate(indices.tolist()):
             if not result.tokens[row]:  # could not be read, or fills up the last batch
                 continue
-            category = records[index].category or UNNAMED
+            record = records[index]
+            category = record.category or UNNAMED
             samples[category] += 1
             exact[category] += bool(result.exact[row])
             nll += float(result.nll[row])
             tokens += int(result.tokens[row])
             if index in shown:
-                examples.append(_example(batch, result, row, records[index], tokenizer))
+                examples.append(_example(result.predicted[row], record, encoder))
     return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples)
 
 
-def _example(
-    batch: Batch,
-    result: EvalResult,
-    row: int,
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Example:
+def _example(predicted: np.ndarray, record: Record, encoder: SampleEncoder) -> Example:
     """The last answer, up to its first wrong token: what follows would not be greedy decoding."""
-    given = _last_run(np.asarray(batch.loss_mask[row]))
-    expected = np.asarray(batch.input_ids[row])[given]
-    predicted = np.asarray(result.predicted[row])[given - 1]
-    wrong = np.flatnonzero(predicted != expected)
-    decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    encoded = encoder.encode_text(record)
+    answer = _last_run(encoded.loss_mask)
+    expected, given = encoded.input_ids[answer], predicted[answer - 1]
+    wrong = np.flatnonzero(given != expected)
+    decode = lambda ids: str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return Example(
         question=_last_question(record),
         expected=decode(expected),
-        given=decode(predicted[: wrong[0] + 1] if len(wrong) else predicted),
+        given=decode(given[: wrong[0] + 1] if len(wrong) else given),
     )
 
 
@@ -130,6 +125,7 @@ class HeldOut:
         eval_step: (trainable, host batch) -> result.
         inputs: The run's data; without held-out records nothing is measured.
         batch_size: Held-out samples in a batch.
+        rows: Those that this process reads.
         first_step: Steps done before.
     """
 
@@ -139,11 +135,12 @@ class HeldOut:
         eval_step: Callable[[Params, Batch], EvalResult],
         inputs: Inputs,
         batch_size: int,
+        rows: Sequence[int],
         first_step: int,
     ):
         self._path, self._eval_step, self._inputs = path, eval_step, inputs
-        self._batch_size = batch_size
-        self._rows = keep_rows(path, first_step) if inputs.eval_records else []
+        self._batch_size, self._batch_rows = batch_size, rows
+        self._rows = keep_rows(path, first_step, write=is_first()) if inputs.eval_records else []
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
@@ -161,14 +158,15 @@ class HeldOut:
             ConfigError: None of the held-out samples can be read.
         """
         inputs = self._inputs
-        if not inputs.eval_records or step in [row["step"] for row in self._rows]:
+        if not inputs.eval_records or from_first(step in [row["step"] for row in self._rows]):
             return None
-        batches = itertools.takewhile(lambda _: not halted(), inputs.eval_batches(self._batch_size))
+        batches = inputs.eval_batches(self._batch_size, self._batch_rows)
+        batches = itertools.takewhile(lambda _: not halted(), batches)
         result = evaluate(
             lambda batch: self._eval_step(trainable, batch),
             batches,
             inputs.eval_records,
-            inputs.tokenizer,
+            inputs.encoder,
             self._shown,
         )
         if halted():
@@ -177,8 +175,9 @@ class HeldOut:
             raise ConfigError("none of the held-out samples can be read; check data.eval_path")
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if is_first():
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         return (
             f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
         )

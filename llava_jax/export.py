@@ -75,6 +75,12 @@ def export(
     return unfinished
 
 
+def discard(written: Path) -> None:
+    """Removes an export that was only tried."""
+    if jax.process_index() == 0:
+        shutil.rmtree(written)
+
+
 def publish(written: Path, final: Path) -> None:
     """Puts a whole export in its place, in one step where nothing lies there."""
     if jax.process_index() == 0:

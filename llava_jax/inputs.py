@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig
+from llava_jax.config import ConfigError, DataConfig, DataSet, ModelConfig, Parts, TrainConfig
 from llava_jax.data.batching import (
     Batch,
     Batches,
     BatchSpec,
+    ReadBatch,
     SampleEncoder,
     eval_batches,
-    make_dataset,
 )
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.conversation import TEMPLATES, SampleError
+from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.records import Record
-from llava_jax.data.sources import load_records, max_images
+from llava_jax.data.sources import JoinedRecords, load_records, max_images, place, sizes
 from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.tokenizer import load_tokenizer
 
@@ -32,6 +33,7 @@ class Inputs:
         encoder: Record -> tokens and pixels.
         spec: Shapes of training batches.
         records: What is learned from.
+        order: Which of them each batch has.
         eval_records: Held-out data; empty without.
     """
 
@@ -40,23 +42,101 @@ class Inputs:
     encoder: SampleEncoder
     spec: BatchSpec
     records: Sequence[Record]
+    order: EpochOrder
     eval_records: Sequence[Record]
 
-    def train_batches(self) -> Batches:
-        """Batches without end, from the start of the first epoch."""
-        return make_dataset(
-            self.records,
-            self.encoder,
-            self.spec,
-            seed=self.config.seed,
-            shuffle=self.config.data.shuffle,
-            workers=self.config.data.workers,
-        )
+    def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
+        """Batches without end, from the start of the first epoch; of each but some rows."""
+        read = ReadBatch(self.order, self.records, self.encoder, self.spec, rows)
+        return Batches(read, self.config.data.workers, self.order.identity)
 
-    def eval_batches(self, size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    def eval_batches(
+        self, size: int, rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
         """All held-out samples in order, `size` at a time, with their indices."""
         spec = dataclasses.replace(self.spec, size=size)
-        return eval_batches(self.eval_records, self.encoder, spec, workers=self.config.data.workers)
+        workers = self.config.data.workers
+        return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
+
+    def summary(self) -> str:
+        """How the data is made into batches."""
+        text = f"{len(self.records):,} samples, batches of {self.spec.size}"
+        if self.config.data.group_by_modality_length:
+            alike = self.order.batches_alike()
+            text += ": an epoch has {:,} with images, {:,} without, {:,} of both".format(*alike)
+        lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
+        return f"{text}; padded to {lengths} tokens"
+
+    def why_skipped(self, number: int) -> str:
+        """What is wrong with a record, by reading it once more."""
+        try:
+            self.encoder(self.records[number])
+        except SampleError as error:
+            return str(error)
+        return "it could not be read when its turn came, but can be now"
+
+    def check_some(self) -> None:
+        """Tries a few records, spread over the data, before anything is loaded.
+
+        Raises:
+            ConfigError: More cannot be used than chance allows, if as few are bad as may be.
+        """
+        count = len(self.records)
+        tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
+        bad = {}
+        for number in tried:
+            try:
+                self.encoder(self.records[number])
+            except SampleError as error:
+                bad[number] = str(error)
+        if len(bad) > self.config.data.max_skipped * len(tried) + _BY_CHANCE:
+            number, reason = next(iter(bad.items()))
+            raise ConfigError(
+                f"of {len(tried)} samples that were tried, {len(bad)} cannot be used; the first, "
+                f"{place(self.records, number)}: {reason}. tools/check_data.py lists them all; "
+                f"data.max_skipped is {self.config.data.max_skipped:g}"
+            )
+
+
+_TRIED, _BY_CHANCE = 64, 6
+"""Of 64 samples, 7 or more are bad once in a million data sets of which one in a hundred is."""
+
+
+def open_records(data: DataConfig) -> tuple[Sequence[Record], tuple[int, ...], tuple[float, ...]]:
+    """A run's records, how many each data set has, and their weights.
+
+    Raises:
+        ConfigError: One is missing or malformed.
+    """
+    mixture = data.mixture or (DataSet(data.path, data.image_root),)
+    if data.mixture and data.path:
+        raise ConfigError(f"data.path {data.path} and data.mixture: give one of them")
+    parts = [
+        load_records(part.path, part.image_root, follow_links=data.follow_links) for part in mixture
+    ]
+    records = parts[0] if len(parts) == 1 else JoinedRecords(parts)
+    return records, tuple(map(len, parts)), tuple(part.weight for part in mixture)
+
+
+def make_order(
+    config: TrainConfig,
+    records: Sequence[Record],
+    counts: tuple[int, ...],
+    weights: tuple[float, ...],
+) -> EpochOrder:
+    """The order of a run's samples."""
+    grouping = None
+    if config.data.group_by_modality_length:
+        images, words = sizes(records)
+        grouping = Grouping(images > 0, words, config.batch.loss_group)
+    return EpochOrder(
+        counts,
+        config.batch.global_size,
+        seed=config.seed,
+        weights=weights,
+        shuffle=config.data.shuffle,
+        grouping=grouping,
+    )
 
 
 def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:
@@ -74,8 +154,11 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     data = config.data
     if data.template not in TEMPLATES:
         raise ConfigError(f"data.template {data.template!r}; there are {', '.join(TEMPLATES)}")
-    records = load_records(data.path, data.image_root)
-    eval_records = load_records(data.eval_path, data.image_root) if data.eval_path else []
+    records, counts, weights = open_records(data)
+    order = make_order(config, records, counts, weights)
+    eval_records: Sequence[Record] = []
+    if data.eval_path:
+        eval_records = load_records(data.eval_path, data.image_root, follow_links=data.follow_links)
     eval_records = eval_records[: data.eval_samples]
     images = data.max_images
     if images is None:
@@ -106,4 +189,4 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         pad_token_id=model.pad_token_id,
         buckets=data.buckets,
     )
-    return Inputs(config, tokenizer, encoder, spec, records, eval_records)
+    return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)

@@ -29,11 +29,13 @@ class Reporter:
 
     def __init__(self, path: Path, first_step: int, total_steps: int, *, quiet: bool = False):
         self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
+        self.is_shown = not quiet
         self._total = total_steps
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
         self._started = (self._last_time, first_step)
         if not quiet:
+            path.parent.mkdir(parents=True, exist_ok=True)
             keep_rows(path, first_step)
         self._file = None if quiet else path.open("a")
         self._bar: Progress | None = None
@@ -80,8 +82,9 @@ class Reporter:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
+        loss = math.nan if row["loss"] is None else row["loss"]
         text = (
-            f"loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}  "
+            f"loss {loss:.4f}  rate {row['learning_rate']:.2e}  "
             f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s{memory}"
         )
         if self._bar:
@@ -105,14 +108,21 @@ class Reporter:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
-def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cuts rows after `step`, which will come again, from a file of rows; returns the rest."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+def keep_rows(path: Path, step: int, *, write: bool = True) -> list[dict[str, Any]]:
+    """The rows of a file up to `step`; those after it will come again, and are cut off.
+
+    Args:
+        path: The file, with a JSON object on each line.
+        step: The last that is kept.
+        write: Whether to cut; else the file stays as it is.
+    """
+    text = path.read_text() if path.exists() else ""
+    kept = [line for line in text.splitlines() if _step_of(line) <= step]
+    wanted = "".join(line + "\n" for line in kept)
+    if write and wanted != text:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(wanted)
+        temporary.replace(path)
     return [json.loads(line) for line in kept]
 
 

@@ -26,6 +26,7 @@ from llava_jax.host import PINNED_HOST, is_for_host
 from llava_jax.models.layers import Abstract
 from llava_jax.models.stack import CPU_OPTIONS
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
+from llava_jax.processes import place_rows, rows_here
 from llava_jax.sharding import batch_sharding, data_parallel_size, place, shardings
 from llava_jax.step import (
     TrainState,
@@ -83,16 +84,23 @@ class Program:
     def frozen(self) -> list[str]:
         return [path for path in self.abstract if path not in self.state.trainable]
 
-    def place(self, batch: Batch, *, to_train: bool = True) -> Batch:
+    def rows(self, size: int) -> list[int]:
+        """The samples, of a batch of `size`, that this process must read."""
+        return rows_here(batch_sharding(self.mesh), size)
+
+    def place(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
         """A host batch, spread over the devices; pixels in the dtype they are computed in.
 
         Args:
-            batch: From the input pipeline.
+            batch: From the input pipeline: this process' rows.
+            size: Samples of the whole batch; None if `batch` has them all.
             to_train: For the train step, whose pixels lie where the plan has them; else on devices.
         """
         pixels = np.asarray(batch.pixel_values).astype(self.dtype)
+        size = len(pixels) if size is None else size
+        rows = self.rows(size)
         return jax.tree.map(
-            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            lambda x, sharding: place_rows(np.asarray(x), sharding, rows, size),
             dataclasses.replace(batch, pixel_values=pixels),
             self._batch_shardings(self.pixels_on_host and to_train),
         )

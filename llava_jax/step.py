@@ -164,6 +164,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
 
+    An update is left out where the loss or the gradients' norm is not finite. `skipped` stays a
+    number a row, so that rows can be named; the other metrics are sums and means over the batch.
+
     Only the trainable tree is differentiated; `frozen` is an argument, never copied. A sample's
     dropout depends on the seed, the step and its place in the global batch, so neither
     accumulation nor the number of devices changes it.
@@ -204,15 +207,18 @@ def make_train_step(
 
         norm = global_norm(grads)
         scale = clip_scale(norm, clip_norm)
-        updated, opt_state = apply_gradients(tx, grads, scale, state.opt_state, state.trainable)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updated, opt_state = apply_gradients(
+            tx, grads, scale, state.opt_state, state.trainable, finite
+        )
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
             "grad_norm": norm,
             "tokens": jnp.sum(batch.segment_ids > 0),
             "supervised_tokens": jnp.sum(supervised),
-            "samples": samples - jnp.sum(batch.skipped),
-            "skipped": jnp.sum(batch.skipped),
+            "samples": jnp.sum(jnp.any(batch.segment_ids > 0, axis=1)),
+            "skipped": batch.skipped,
         }
         return TrainState(state.step + 1, updated, opt_state, state.key), metrics
 

@@ -4,12 +4,9 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
-import signal
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import FrameType
 
 import jax
 from jax.sharding import Mesh
@@ -17,47 +14,56 @@ from jax.sharding import Mesh
 from llava_jax import pretrained
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
-from llava_jax.data.batching import Batches
 from llava_jax.description import check_description, describe, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
-from llava_jax.evaluation import HeldOut
-from llava_jax.export import export, export_dir, publish
+from llava_jax.export import discard, export, export_dir, publish
 from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
-from llava_jax.inputs import Inputs, open_inputs
-from llava_jax.metrics import Reporter
+from llava_jax.inputs import open_inputs
 from llava_jax.models.layers import Params
 from llava_jax.plan import attention_here, choose_plan, least_devices
 from llava_jax.plan_cache import measure_once
+from llava_jax.processes import any_of, is_first, join
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
-from llava_jax.step import TrainState, init_state, micro_size
+from llava_jax.step import Metrics, TrainState, init_state, micro_size
+from llava_jax.stop import Stopped, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return run(parse_config(argv))
-    except (ConfigError, CheckpointError) as error:
+        config = parse_config(argv)
+        with StopRequest() as stop:
+            return run(config, stop)
+    except (ConfigError, CheckpointError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(f"error: {error}; the same command continues", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"stopped {stopped}; the same command continues", file=sys.stderr)
+        return 128 + stopped.signal
+    return 1
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, stop: "StopRequest") -> int:
     """One run, from its config to the adapter or model it leaves; continues one that was stopped.
 
     Returns:
-        The exit status: 0 when the run is finished, 128 + N when signal N stopped it.
+        The exit status: 0 when the run is finished.
 
     Raises:
         ConfigError: The config, its data or its devices do not fit together.
-        CheckpointError: The weights to start from cannot be used.
+        CheckpointError: The weights to start from cannot be used, or a checkpoint not be written.
+        RunError: Its data or its numbers went bad.
+        Stopped: A signal ended it, saved.
     """
     prepare_for_training()
+    join()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(config.output_dir).absolute() / ".compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -66,66 +72,53 @@ def run(config: TrainConfig) -> int:
     base = None if source is None else fingerprint(source)
     model_config, processor = _describe(config, source)
     inputs = open_inputs(config, model_config, processor)
-    total = config.total_steps(len(inputs.records))
+    total = config.total_steps(inputs.order.samples)
     mesh = make_mesh(config.mesh)
     describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
+        for line in saved.passed_over:
+            _say(line)
         if saved.latest is not None:
             check_description(config.run_dir, describe_run(config))
         if saved.latest == total and export_dir(config).is_dir():
-            print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
+            _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
+        inputs.check_some()
+        _say(inputs.summary())
         if config.memory.plan == "auto":
             config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
         with jax.set_mesh(mesh):
             kind = attention_here(config, model_config)
-            print(f"attention: {kind}")
+            _say(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
             if config.mesh.show:
-                print(layout_table(program.abstract))
+                _say(layout_table(program.abstract))
             write = functools.partial(
                 export, config, program, processor, found.name if found else None, base
             )
-            batches = inputs.train_batches()
+            batches = inputs.train_batches(program.rows(config.batch.global_size))
             if saved.latest is None:
                 _refuse_to_replace(config)
                 state, frozen = _start(config, program, source, base)
                 write_description(config.run_dir, describe_run(_with_micro_size(config, mesh)))
-                shutil.rmtree(write(state.trainable, frozen))  # better now than after ten hours
+                discard(write(state.trainable, frozen))  # better now than after ten hours
                 saved.save(state, batches.state())
                 saved.wait()
             else:
                 frozen = _load(config, program, source, program.frozen)
                 state, position = saved.restore(program.state)
                 batches.restore(position)
-            with StopRequest() as stop:
-                state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
+            state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
             saved.wait()
-            if stop.signal is not None:
-                print(f"stopped after step {int(state.step)}; the same command continues")
-                return 128 + stop.signal
+            stop.raise_if_asked(f"after step {int(state.step)}")
             publish(write(state.trainable, frozen), export_dir(config))
-            print(f"wrote {export_dir(config)}")
+            _say(f"wrote {export_dir(config)}")
     return 0
 
 
-class StopRequest:
-    """Lets SIGTERM and Ctrl-C end the run in order; a second Ctrl-C ends it at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        print("stopping: this step is finished and saved; Ctrl-C again ends at once", flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
 
 
 def _train(
@@ -141,43 +134,49 @@ def _train(
 ) -> TrainState:
     """The loop. Metrics are read one step late, so that the device never waits for the host."""
     first = int(state.step)
+    size = config.batch.global_size
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
+    asked = lambda: any_of(stop.signal is not None)
     held_out = HeldOut(
         config.run_dir / "evaluations.jsonl",
         lambda trainable, batch: program.eval_step(
-            trainable, frozen, program.place(batch, to_train=False)
+            trainable, frozen, program.place(batch, program.eval_size, to_train=False)
         ),
         inputs,
         program.eval_size,
+        program.rows(program.eval_size),
         first,
     )
-    with Reporter(config.run_dir / "metrics.jsonl", first, total) as reporter:
+    metrics_file = config.run_dir / "metrics.jsonl"
+    with stop.deferred(), Reporter(metrics_file, first, total, quiet=not is_first()) as reporter:
+        journal = Journal(config, inputs, reporter, first)
 
         def measure(step: int) -> None:
-            halted = lambda: stop.signal is not None
-            if due(step) and (result := held_out.measure(step, state.trainable, halted)):
+            if due(step) and (result := held_out.measure(step, state.trainable, lambda: asked()())):
                 reporter.say(result)
                 reporter.skip_time()
 
         measure(first)
-        waiting: dict[str, jax.Array] | None = None
+        waiting: list[tuple[Metrics, int]] = []
+        stops = asked()
         for step in range(first + 1, total + 1):
-            if stop.signal is not None:
+            if stops():
                 break
-            batch = program.place(next(batches))
-            state, metrics = program.train_step(state, frozen, batch)
-            if waiting:
-                reporter.log(_row(waiting, step - 1), _device_bytes())
-            waiting = metrics
+            state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
+            stops = asked()
+            for earlier in waiting:
+                journal.log(*earlier)
+            waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
-                reporter.log(_row(metrics, step), _device_bytes())
-                waiting = None
-                saved.save(state, batches.state())
+                journal.log(*waiting.pop())
+                if not journal.nonfinite:  # else the last good one stays the last
+                    saved.save(state, batches.state())
                 reporter.skip_time()
+            saved.check()
             measure(step)
-        if waiting:
-            reporter.log(_row(waiting, int(state.step)), _device_bytes())
+        for earlier in waiting:
+            journal.log(*earlier)
         saved.save(state, batches.state())
         batches.close()
         if int(state.step) == total:
@@ -305,26 +304,6 @@ def _describe(config: TrainConfig, source: Path | Parts | None) -> tuple[ModelCo
     if config.model is None:
         raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
     return config.model, processor
-
-
-def _row(metrics: dict[str, jax.Array], step: int) -> dict[str, float | int]:
-    """One line of metrics.jsonl, in the order in which people read it."""
-    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    order = (
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "supervised_tokens",
-        "samples",
-        "skipped",
-    )
-    return {"step": step} | {name: values[name] for name in order}
-
-
-def _device_bytes() -> int | None:
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("peak_bytes_in_use") if stats else None
 
 
 if __name__ == "__main__":

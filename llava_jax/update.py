@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.host import fetch, is_hosted, slice_at, slice_size, write_slice
 from llava_jax.models.layers import Params
@@ -23,6 +23,7 @@ def apply_gradients(
     scale: Float[Array, ""] | None,
     state: optax.OptState,
     params: Params,
+    apply: Bool[Array, ""],
 ) -> tuple[Params, optax.OptState]:
     """Updates parameters and the optimizer's state; each array stays in its memory.
 
@@ -32,12 +33,13 @@ def apply_gradients(
         scale: What they are multiplied by; None leaves them as they are.
         state: The optimizer's.
         params: What trains.
+        apply: Whether to; else all stays as it is.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
     hosted = [path for path in params if any(map(is_hosted, jax.tree.leaves(pick({path}))))]
-    parts = [_update(tx, scale, *pick(params.keys() - set(hosted)))]
-    parts += [_update_slices(tx, scale, *pick({path})) for path in hosted]
+    parts = [_update(tx, scale, apply, *pick(params.keys() - set(hosted)))]
+    parts += [_update_slices(tx, scale, apply, *pick({path})) for path in hosted]
     is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
     unite = lambda first, *others: (
         {path: x for part in (first, *others) for path, x in part.items()}
@@ -48,17 +50,28 @@ def apply_gradients(
 
 
 def _update(
-    tx: optax.GradientTransformation, scale: Array | None, grads: Params, state: Any, params: Params
+    tx: optax.GradientTransformation,
+    scale: Array | None,
+    apply: Array,
+    grads: Params,
+    state: Any,
+    params: Params,
 ) -> tuple[Params, Any]:
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
-        updates, state = tx.update(grads, state, params)
-    return cast("Params", optax.apply_updates(params, updates)), state
+        updates, new_state = tx.update(grads, state, params)
+    new = cast("Params", optax.apply_updates(params, updates)), new_state
+    return jax.tree.map(partial(jnp.where, apply), new, (params, state))
 
 
 def _update_slices(
-    tx: optax.GradientTransformation, scale: Array | None, grads: Params, state: Any, params: Params
+    tx: optax.GradientTransformation,
+    scale: Array | None,
+    apply: Array,
+    grads: Params,
+    state: Any,
+    params: Params,
 ) -> tuple[Params, Any]:
     """The update of one parameter, by slices along its first axis."""
     (param,) = params.values()
@@ -67,7 +80,7 @@ def _update_slices(
     def body(index: Int[Array, ""], carry: tuple[Params, Any]) -> tuple[Params, Any]:
         at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
         here = jax.tree.map(at, (grads, *carry))
-        new = _update(tx, scale, here[0], here[2], here[1])
+        new = _update(tx, scale, apply, here[0], here[2], here[1])
         return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
 
     return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))

@@ -1,18 +1,12 @@
-"""Records to batches: encoded in worker processes, ordered by the seed, from any position."""
+"""Records to batches: encoded, padded, from any position."""
 
 import copy
 import dataclasses
-import logging
-import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 from jaxtyping import Bool, Float32, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
@@ -27,11 +21,9 @@ from llava_jax.data.conversation import (
     expand_images,
 )
 from llava_jax.data.images import ImageTransform
+from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.records import Record
-
-logger = logging.getLogger(__name__)
-
-MOST_WARNINGS = 50
+from llava_jax.data.workers import read_ahead, write_progress
 
 Leaf = Any
 """An array, or what stands for one in a tree of shapes or shardings."""
@@ -89,12 +81,6 @@ class BatchSpec:
         """Returns the smallest bucket that holds `length` tokens."""
         return min(b for b in (*self.buckets, self.max_length) if b >= length)
 
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of a batch in its longest bucket."""
-        pixels = 3 * self.max_images * self.image_size[0] * self.image_size[1]
-        return self.size * (4 * pixels + 9 * self.max_length)
-
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -103,13 +89,6 @@ class Sample:
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
     pixel_values: Float32[np.ndarray, "I 3 H W"]
-
-
-class Skip(NamedTuple):
-    """A record that could not be encoded."""
-
-    number: int
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +121,26 @@ class SampleEncoder:
         Raises:
             SampleError: It cannot be learned from.
         """
+        return self.add_images(record, self.encode_text(record))
+
+    def encode_text(self, record: Record) -> Encoded:
+        """Encodes a record without looking at its images.
+
+        Raises:
+            SampleError: As for the whole.
+        """
         self._check_images(record)
-        encoded = self._encode(record)
+        encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
+        return expand_images(
+            encoded, self.image_token_id, self.image_tokens, self.max_length, self.max_text_length
+        )
+
+    def add_images(self, record: Record, encoded: Encoded) -> Sample:
+        """Completes a record's text with its images.
+
+        Raises:
+            SampleError: One cannot be read.
+        """
         # A cut may have left images out.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
         pixels = [self.transform(images.open_image(image)) for image in record.images[:kept]]
@@ -152,12 +149,6 @@ class SampleEncoder:
             encoded.input_ids,
             encoded.loss_mask,
             np.stack(pixels) if pixels else np.zeros(shape, np.float32),
-        )
-
-    def _encode(self, record: Record) -> Encoded:
-        encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
-        return expand_images(
-            encoded, self.image_token_id, self.image_tokens, self.max_length, self.max_text_length
         )
 
     def _check_images(self, record: Record) -> None:
@@ -176,41 +167,27 @@ class SampleEncoder:
 class Batches(Iterator[Batch]):
     """Batches without end, from a position that can be saved and returned to."""
 
-    def __init__(
-        self,
-        dataset: grain.MapDataset,
-        workers: int,
-        batch_bytes: int,
-        identity: dict[str, Any],
-    ):
-        """Wraps a grain dataset of (Batch, skips).
+    def __init__(self, read: "ReadBatch", workers: int, identity: dict[str, Any]):
+        """Begins with the first.
 
         Args:
-            dataset: Gives batch number i at index i.
+            read: Makes a batch of its number.
             workers: Processes that encode; 0 encodes in a thread of this one.
-            batch_bytes: Most bytes of a batch.
             identity: What the order depends on; a position is only good for the same.
         """
-        self._dataset = dataset
+        self._read = read
         self._workers = workers
-        self._batch_bytes = batch_bytes
         self._identity = identity
         self._next = 0
-        self._iterator: Any = None
-        self._reported: set[int] = set()
+        self._iterator: Generator[Batch] | None = None
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = _iterate(self._dataset, self._next, self._workers, self._batch_bytes)
-        batch, skips = next(self._iterator)
-        self._next += 1
-        for skip in skips:
-            self._report(skip)
-        if len(skips) == len(batch.skipped):
-            raise ConfigError(
-                f"none of the {len(skips)} samples of a batch can be read; the last, number "
-                f"{skips[-1].number}: {skips[-1].reason}"
+            self._iterator = read_ahead(
+                self._read, self._next, self._workers, most_bytes=self._read.most_bytes
             )
+        batch = next(self._iterator)
+        self._next += 1
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -224,10 +201,10 @@ class Batches(Iterator[Batch]):
             ConfigError: The position belongs to other data, another seed or another batch size.
         """
         for name, value in self._identity.items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ConfigError(
-                    f"the saved data position has {name} = {state[name]}, this run has {value}; "
-                    "resume with the same data, seed and batch size, or start a new run"
+                    f"the saved data position has {name} = {state.get(name)}, this run has "
+                    f"{value}; resume with the same data, seed and batch size, or start a new run"
                 )
         self.close()
         self._next = state["next_batch"]
@@ -238,62 +215,12 @@ class Batches(Iterator[Batch]):
             self._iterator.close()
             self._iterator = None
 
-    def _report(self, skip: Skip) -> None:
-        if skip.number not in self._reported and len(self._reported) < MOST_WARNINGS:
-            self._reported.add(skip.number)
-            logger.warning("sample %d is left out: %s", skip.number, skip.reason)
-            if len(self._reported) == MOST_WARNINGS:
-                logger.warning("more are counted in metrics.jsonl, but not named here")
-
-
-def make_dataset(
-    records: Sequence[Record],
-    encode_fn: Callable[[Record], Sample],
-    spec: BatchSpec,
-    *,
-    seed: int,
-    shuffle: bool = True,
-    workers: int = 0,
-) -> Batches:
-    """Makes the batches of a training run.
-
-    Each epoch holds every record once, in an order of its own that depends on the seed alone;
-    batches run across the borders of epochs. A record that raises SampleError becomes a row of
-    padding with `skipped` set, and is logged once.
-
-    Args:
-        records: Where the samples come from. Must pickle when there are workers.
-        encode_fn: Encodes one of them. Must pickle when there are workers.
-        spec: Shapes.
-        seed: Of the order.
-        shuffle: Whether to shuffle; else every epoch has the order of `records`.
-        workers: Processes that encode whole batches; 0 encodes in a thread of this one.
-
-    Raises:
-        ConfigError: There are no records.
-    """
-    if not records:
-        raise ConfigError("the training data has no records; check data.path")
-    indices = grain.MapDataset.range(len(records))
-    if shuffle:
-        indices = indices.shuffle(seed=seed % 2**32)
-    dataset = (
-        indices.repeat()
-        .map(_Load(records, encode_fn))
-        .batch(spec.size, drop_remainder=True, batch_fn=_Collate(spec))
-    )
-    identity = {
-        "records": len(records),
-        "batch_size": spec.size,
-        "seed": seed if shuffle else None,
-    }
-    return Batches(dataset, workers, spec.most_bytes, identity)
-
 
 def eval_batches(
     records: Sequence[Record],
-    encode_fn: Callable[[Record], Sample],
+    encode_fn: SampleEncoder,
     spec: BatchSpec,
+    rows: Sequence[int] | None = None,
     *,
     workers: int = 0,
 ) -> Iterator[tuple[Batch, Int64[np.ndarray, " B"]]]:
@@ -303,109 +230,97 @@ def eval_batches(
         records: Where the samples come from.
         encode_fn: Encodes one of them.
         spec: Shapes.
+        rows: As in `ReadBatch`.
         workers: Processes that encode; 0 encodes in a thread of this one.
 
     Yields:
         A batch and the index of each row's record. Rows that fill up the last batch are padding
         with index -1; their `skipped` is 0.
     """
-    count = -(-len(records) // spec.size)
-    dataset = (
-        grain.MapDataset.range(count * spec.size)
-        .map(_Load(records, encode_fn))
-        .batch(spec.size, drop_remainder=True, batch_fn=_Collate(spec))
-    )
-    iterator = _iterate(dataset, 0, workers, spec.most_bytes)
+    order = InOrder(len(records), spec.size)
+    read = ReadBatch(order, records, encode_fn, spec, rows)
+    iterator = read_ahead(read, 0, workers, stop=order.batches, most_bytes=read.most_bytes)
     try:
-        for number, (batch, skips) in enumerate(iterator):
-            for skip in skips:
-                logger.warning("held-out sample %d is left out: %s", skip.number, skip.reason)
-            indices = np.arange(number * spec.size, (number + 1) * spec.size)
-            yield batch, np.where(indices < len(records), indices, -1)
+        for number, batch in enumerate(iterator):
+            yield batch, order.batch(number)
     finally:
         iterator.close()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Load:
-    """Index of a record -> the encoded sample, why there is none, or None past the last record."""
+class ReadBatch:
+    """Number of a batch -> its samples, encoded and padded. Can be pickled.
 
+    A record that raises SampleError becomes a row of padding with `skipped` set. So neither shapes
+    nor order depend on it.
+
+    Attributes:
+        order: Which records a batch has.
+        records: Where the samples come from.
+        encode_fn: Encodes one of them.
+        spec: Shapes of a whole batch.
+        rows: Those of the batch that are made, in order; None is all. Of the others, nothing is
+            read but, where there are buckets, their text: all of a run's processes must take the
+            same.
+    """
+
+    order: EpochOrder | InOrder
     records: Sequence[Record]
-    encode_fn: Callable[[Record], Sample]
+    encode_fn: SampleEncoder
+    spec: BatchSpec
+    rows: Sequence[int] | None = None
 
     def __post_init__(self):
         # It runs in a thread beside its owner's, and a tokenizer must not be shared between two.
         object.__setattr__(self, "encode_fn", copy.deepcopy(self.encode_fn))
 
-    def __call__(self, index: int) -> Sample | Skip | None:
-        if index >= len(self.records):
-            return None
-        name = ""
+    def __call__(self, number: int) -> Batch:
+        numbers = self.order.batch(number)
+        rows = range(self.spec.size) if self.rows is None else self.rows
+        read = [self._read(int(numbers[row]), with_images=True) for row in rows]
+        lengths = [length for length, _ in read]
+        if self.spec.buckets:
+            others = set(range(self.spec.size)).difference(rows)
+            lengths += [self._read(int(numbers[row]), with_images=False)[0] for row in others]
+        batch = _pad([sample for _, sample in read], self.spec, self.spec.bucket(max(lengths)))
+        skipped = batch.skipped & (numbers[list(rows)] != NO_RECORD)
+        return dataclasses.replace(batch, skipped=skipped.astype(np.int32))
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a batch in its longest bucket."""
+        pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
+        rows = self.spec.size if self.rows is None else len(self.rows)
+        return rows * (4 * pixels + 9 * self.spec.max_length)
+
+    def _read(self, number: int, *, with_images: bool) -> tuple[int, Sample | None]:
+        """A record's length in tokens, and the whole of it; None if it cannot be learned from."""
+        if number == NO_RECORD:
+            return 0, None
+        write_progress(number)
+        length = 0
         try:
-            record = self.records[index]
-            name = f"{record.id}: "
-            return self.encode_fn(record)
-        except SampleError as error:
-            return Skip(int(index), f"{name}{error}")
+            record = self.records[number]
+            encoded = self.encode_fn.encode_text(record)
+            length = len(encoded.input_ids)
+            return length, self.encode_fn.add_images(record, encoded) if with_images else None
+        except SampleError:
+            return length, None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Collate:
-    """Samples -> a batch of them, padded, and the skips among them."""
-
-    spec: BatchSpec
-
-    def __call__(self, samples: Sequence[Sample | Skip | None]) -> tuple[Batch, tuple[Skip, ...]]:
-        spec = self.spec
-        found = {row: s for row, s in enumerate(samples) if isinstance(s, Sample)}
-        length = spec.bucket(max((len(s.input_ids) for s in found.values()), default=0))
-        input_ids = np.full((spec.size, length), spec.pad_token_id, np.int32)
-        loss_mask = np.zeros((spec.size, length), bool)
-        segment_ids = np.zeros((spec.size, length), np.int32)
-        pixels = np.zeros((spec.size, spec.max_images, 3, *spec.image_size), np.float32)
-        for row, sample in found.items():
+def _pad(samples: Sequence[Sample | None], spec: BatchSpec, length: int) -> Batch:
+    """A batch of `length` tokens; `skipped` is set where there is no sample."""
+    size = len(samples)
+    input_ids = np.full((size, length), spec.pad_token_id, np.int32)
+    loss_mask = np.zeros((size, length), bool)
+    segment_ids = np.zeros((size, length), np.int32)
+    pixels = np.zeros((size, spec.max_images, 3, *spec.image_size), np.float32)
+    for row, sample in enumerate(samples):
+        if sample is not None:
             tokens = len(sample.input_ids)
             input_ids[row, :tokens] = sample.input_ids
             loss_mask[row, :tokens] = sample.loss_mask
             segment_ids[row, :tokens] = 1
             pixels[row, : len(sample.pixel_values)] = sample.pixel_values
-        skipped = np.array([isinstance(sample, Skip) for sample in samples], np.int32)
-        skips = tuple(sample for sample in samples if isinstance(sample, Skip))
-        return Batch(input_ids, loss_mask, segment_ids, pixels, skipped), skips
-
-
-def _iterate(dataset: grain.MapDataset, start: int, workers: int, batch_bytes: int) -> Any:
-    """Iterates over a dataset from `start`; the order does not depend on the workers."""
-    # Grain's own buffers are meant for small elements: of whole batches, one ahead is enough.
-    ahead = 0 if workers else 1
-    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-    iterable = dataset.slice(slice(start, None)).to_iter_dataset(options)
-    if not workers:
-        return iter(iterable)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which we do not use.
-    if not _fits_shared_memory(3 * workers * batch_bytes):
-        # A container's 64 MB of shared memory would end the run with a bus error: use pipes.
-        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        iterable = grain.experimental.WithOptionsIterDataset(iterable, options)
-    options = grain.MultiprocessingOptions(num_workers=workers)
-    iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
-    return iter(iterable.map(_own))
-
-
-def _ignore_interrupts(worker: int, workers: int) -> None:
-    """Ctrl-C reaches every process of a terminal's job, but only the main one may act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _own(element: tuple[Batch, tuple[Skip, ...]]) -> tuple[Batch, tuple[Skip, ...]]:
-    """Copies a batch out of shared memory, which is then free at once, whoever holds the batch."""
-    batch, skips = element
-    return jax.tree.map(np.array, batch), skips
-
-
-def _fits_shared_memory(size: int) -> bool:
-    try:
-        return shutil.disk_usage("/dev/shm").free > size
-    except OSError:  # Not Linux: no such limit.
-        return True
+    skipped = np.array([sample is None for sample in samples], np.int32)
+    return Batch(input_ids, loss_mask, segment_ids, pixels, skipped)

@@ -2,14 +2,15 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from llava_jax.config import ConfigError
-from llava_jax.data.records import FIELDS, count_images
+from llava_jax.data.conversation import SampleError
+from llava_jax.data.files import file_size, is_remote, open_file
+from llava_jax.data.records import CONVERSATIONS, FIELDS, Sizes, measure_all
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +27,23 @@ class ParquetFile:
     Attributes:
         path: The file.
         size: Its bytes.
-        max_images: Most images in one record of it.
+        sizes: Of its records.
     """
 
     def __init__(self, path: str):
         """Reads through the file once, without the bytes of its images.
 
         Raises:
-            ConfigError: pyarrow is not installed, or the file has another structure; names the
-                file and the row.
+            ConfigError: pyarrow is not installed, or the file is no such table.
         """
         self.path = path
-        self.size = os.path.getsize(path)
+        self.size = file_size(path)
         self._held: tuple[int, Any] | None = None
         file = _open(path)
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in FIELDS]
         known = {leaf.split(".")[0] for leaf in self._columns}
-        if known.isdisjoint({"conversations", "messages"}):
+        if known.isdisjoint(CONVERSATIONS):
             names = ", ".join(file.schema_arrow.names)
             raise ConfigError(
                 f'data file {path} has no column "conversations" or "messages"; it has {names}'
@@ -58,7 +58,7 @@ class ParquetFile:
                 path,
                 largest // 2**20,
             )
-        self.max_images = self._scan()
+        self.sizes: Sizes = measure_all(self._scan())
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -70,30 +70,34 @@ class ParquetFile:
         """Reads a record, as it is in the file.
 
         Raises:
-            ConfigError: The file cannot be read.
+            SampleError: Its part of the file cannot be read.
         """
         group = int(np.searchsorted(self._ends, number, side="right"))
         held = self._held
         if held is None or held[0] != group:
-            held = self._held = group, _read_group(self.path, group, self._columns)
+            try:
+                held = self._held = group, _read_group(self.path, group, self._columns)
+            except ConfigError as error:
+                raise SampleError(str(error)) from error
         table = held[1]
         return table.slice(number - (int(self._ends[group]) - table.num_rows), 1).to_pylist()[0]
 
-    def _scan(self) -> int:
-        """Holds every row against the known forms; returns the most images in one."""
+    def where(self, number: int) -> str:
+        """Where a record stands, for messages."""
+        return f"{self.path}, row {number}"
+
+    def _scan(self) -> Iterator[Any]:
+        """The rows, without images that have a path beside their bytes."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
-        most = number = 0
         for group in range(len(self._ends)):
-            for raw in _read_group(self.path, group, light).to_pylist():
-                most = max(most, count_images(raw, f"data file {self.path}, row {number}"))
-                number += 1
-        return most
+            yield from _read_group(self.path, group, light).to_pylist()
 
 
 def _open(path: str) -> Any:
     with _named(path, "the file"):
-        return _import_pyarrow(path).parquet.ParquetFile(path, memory_map=True)
+        source = open_file(path) if is_remote(path) else path
+        return _import_pyarrow(path).parquet.ParquetFile(source, memory_map=True)
 
 
 def _read_group(path: str, group: int, columns: list[str]) -> Any:

@@ -7,14 +7,19 @@ and image parts, and `images`.
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from llava_jax.config import ConfigError
+import numpy as np
+from jaxtyping import Int32
+
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 """What is read of a record; all else in it is passed over."""
+
+CONVERSATIONS = ("conversations", "messages")
 
 _ROLES: dict[Any, Literal["system", "human", "gpt"]] = {
     "system": "system",
@@ -42,7 +47,7 @@ class Record:
     category: str | None = None
 
 
-def read_record(raw: Any, number: int, where: str, image_root: str) -> Record:
+def read_record(raw: Any, number: int, image_root: str, *, follow_links: bool = False) -> Record:
     """Makes a record of what a data file holds.
 
     Args:
@@ -53,42 +58,60 @@ def read_record(raw: Any, number: int, where: str, image_root: str) -> Record:
             lists of {"type": "text", "text"} and {"type": "image"} parts; an image part may bring
             its own image (as "image" or "path"), or say which of the record's it is ("index").
         number: Names it, if it has no id.
-        where: For messages.
         image_root: Folder that image paths are relative to.
+        follow_links: Whether links may lead out of it.
 
     Raises:
-        ConfigError: It has another form.
-        SampleError: An image path leads out of image_root, or there is neither image nor path.
+        SampleError: It has another form, an image path leads out of image_root, or there is neither
+            image nor path.
     """
-    images, turns = _parse(raw, where)
+    images, turns = _parse(raw)
     name = raw.get("id")
     return Record(
         id=str(number if name is None else name),
-        images=tuple(_locate(image, image_root) for image in images),
+        images=tuple(_locate(image, image_root, follow_links) for image in images),
         turns=tuple(turns),
         category=raw.get("category"),
     )
 
 
-def count_images(raw: Any, where: str) -> int:
-    """Counts a record's images; their bytes need not be there.
+class Sizes(NamedTuple):
+    """How large records are, as far as their text tells.
 
-    Raises:
-        ConfigError: It has a form that `read_record` does not know.
+    Attributes:
+        images: Images of each; -1 where it has no known form.
+        words: Words of each, in all its turns.
     """
-    return len(_parse(raw, where)[0])
+
+    images: Int32[np.ndarray, " N"]
+    words: Int32[np.ndarray, " N"]
 
 
-def _parse(raw: Any, where: str) -> tuple[list[Any], list[Turn]]:
+def measure_all(records: Iterable[Any]) -> Sizes:
+    """Sizes of records as data files hold them; the bytes of their images need not be there."""
+    pairs = [_measure(raw) for raw in records]
+    images, words = np.array(pairs, np.int32).reshape(-1, 2).T
+    return Sizes(images, words)
+
+
+def _measure(raw: Any) -> tuple[int, int]:
+    try:
+        images, turns = _parse(raw)
+    except SampleError:
+        return -1, 0
+    return len(images), sum(len(turn.text.split()) for turn in turns)
+
+
+def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
     """The images of a record, as it has them, and its turns."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: expected an object, found {raw!r:.60}")
+        raise SampleError(f"expected an object, found {raw!r:.60}")
     if not isinstance(raw.get("category"), str | None):
-        raise ConfigError(f'{where}: "category" must be text, found {raw["category"]!r:.60}')
+        raise SampleError(f'"category" must be text, found {raw["category"]!r:.60}')
     found = raw.get("conversations") or raw.get("messages")
     if not found or not _is_list_of(found, dict):
-        raise ConfigError(
-            f'{where}: "conversations" or "messages" must be a list of turns, found {found!r:.60}'
+        raise SampleError(
+            f'"conversations" or "messages" must be a list of turns, found {found!r:.60}'
         )
     turns: list[Turn] = []
     parts: list[dict[str, Any]] = []
@@ -97,19 +120,19 @@ def _parse(raw: Any, where: str) -> tuple[list[Any], list[Turn]]:
         if said is None:  # a table has all its columns, even where they are empty
             said = turn.get("content")
         if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
-            raise ConfigError(
-                f'{where}, turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
+            raise SampleError(
+                f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
                 f'{{"role": "user" or "assistant", "content": text or parts}}, found {turn!r:.80}'
             )
         if not isinstance(said, str):
-            said, images = _join_parts(said, role, f"{where}, turn {index}")
+            said, images = _join_parts(said, role, index)
             parts += images
         turns.append(Turn(role, said))
-    return _images_of_parts(parts, _images_beside(raw, where), where), turns
+    return _images_of_parts(parts, _images_beside(raw)), turns
 
 
 def _join_parts(
-    content: list[dict[str, Any]], role: str, where: str
+    content: list[dict[str, Any]], role: str, turn: int
 ) -> tuple[str, list[dict[str, Any]]]:
     """The text of a content in parts, and the image parts."""
     texts, images = [], []
@@ -120,29 +143,29 @@ def _join_parts(
             texts.append(IMAGE_PLACEHOLDER)
             images.append(part)
         else:
-            raise ConfigError(
-                f'{where}: expected parts {{"type": "text", "text": text}} or, where the user '
+            raise SampleError(
+                f'turn {turn}: expected parts {{"type": "text", "text": text}} or, where the user '
                 f'speaks, {{"type": "image"}}, found {part!r:.80}'
             )
     return "".join(texts), images
 
 
-def _images_beside(raw: dict[str, Any], where: str) -> list[Any]:
+def _images_beside(raw: dict[str, Any]) -> list[Any]:
     named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
     if len(named) > 1:
-        raise ConfigError(f'{where}: there are both "image" and "images"; keep one of them')
+        raise SampleError('there are both "image" and "images"; keep one of them')
     for name, value in named.items():
         images = value if isinstance(value, list) else [value]
         if not all(map(_is_image, images)):
-            raise ConfigError(
-                f'{where}: "{name}" must be a path, {{"bytes", "path"}}, or a list of them, found '
+            raise SampleError(
+                f'"{name}" must be a path, {{"bytes", "path"}}, or a list of them, found '
                 f"{value!r:.60}"
             )
         return images
     return []
 
 
-def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any], where: str) -> list[Any]:
+def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any]) -> list[Any]:
     """The images in the order of the parts that show them, if these say which they show."""
     if not parts:
         return beside
@@ -154,18 +177,18 @@ def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any], where: str)
         return beside
     of_record = all(key == "index" for key in keys)
     if not all(keys) or (not of_record and ("index" in keys or beside)):
-        raise ConfigError(
-            f"{where}: all image parts must bring their own image, or all show one of the "
+        raise SampleError(
+            f"all image parts must bring their own image, or all show one of the "
             f"record's; found {parts!r:.80}"
         )
     images = [part[key] for part, key in zip(parts, keys, strict=True) if key]
     if of_record:
         if not all(isinstance(index, int) and 0 <= index < len(beside) for index in images):
-            raise ConfigError(f"{where}: parts show images {images}, and it has {len(beside)}")
+            raise SampleError(f"parts show images {images}, and it has {len(beside)}")
         return [beside[index] for index in images]
     if not all(map(_is_image, images)):
-        raise ConfigError(
-            f'{where}: an image part must have a path or {{"bytes", "path"}}, found {images!r:.80}'
+        raise SampleError(
+            f'an image part must have a path or {{"bytes", "path"}}, found {images!r:.80}'
         )
     return images
 
@@ -179,17 +202,27 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _locate(image: Any, root: str) -> str | bytes:
+def _locate(image: Any, root: str, follow_links: bool) -> str | bytes:
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
         raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
-    # By the letters alone: folders inside the root may well be links to elsewhere.
     path = PurePosixPath(image)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or "\0" in image:
         raise SampleError(
             f"image path {image!r} leads out of data.image_root; make it relative to that folder"
         )
-    return os.path.join(root, image)
+    place = os.path.join(root, image)
+    if not follow_links and "://" not in root and not _is_inside(place, root):
+        raise SampleError(
+            f"image {image!r} is, by a link, outside of data.image_root; set data.follow_links if "
+            "that is meant"
+        )
+    return place
+
+
+def _is_inside(path: str, root: str) -> bool:
+    root = os.path.realpath(root)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root

@@ -1,26 +1,27 @@
 """Where samples come from: data files, told apart by what is in them, and easy-VQA by its name."""
 
 import copy
-import glob
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import overload
 
 import numpy as np
 
 from llava_jax.config import ConfigError
 from llava_jax.data import easy_vqa
+from llava_jax.data.conversation import SampleError
+from llava_jax.data.files import file_size, find_files, is_folder, is_remote, list_folder, open_file
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.parquet_file import ParquetFile
-from llava_jax.data.records import Record, read_record
+from llava_jax.data.records import Record, Sizes, read_record
 
 SHARDS = (".parquet", ".jsonl")
 """Endings of the files that are read of a folder."""
 
 
-def load_records(path: str, image_root: str) -> Sequence[Record]:
+def load_records(path: str, image_root: str, *, follow_links: bool = False) -> Sequence[Record]:
     """Opens a source of records.
 
     Args:
@@ -28,42 +29,75 @@ def load_records(path: str, image_root: str) -> Sequence[Record]:
             JSON lists, JSON lines or Parquet, of records in the forms of `records.read_record`.
             Or "easy_vqa:SPLIT[:FORM...]" (see `easy_vqa.parse_source`).
         image_root: Folder that image paths are relative to; easy-VQA has its own.
+        follow_links: Whether links in that folder may lead out of it.
 
     Raises:
-        ConfigError: The source is missing or malformed.
+        ConfigError: The source is missing, or no record of it has a known form.
     """
     if path.startswith("easy_vqa:"):
         return easy_vqa.parse_source(path)
-    records = FileRecords([_open_file(file) for file in _find_files(path)], image_root)
+    files = [_open_file(file) for file in _find_files(path)]
+    records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
         raise ConfigError(f"{path} has no records; check data.path (or eval_path)")
+    if (records.sizes.images < 0).all():
+        try:
+            records[0]
+        except SampleError as error:
+            raise ConfigError(
+                f"no record of {path} can be used; the first, data file {records.where(0)}: {error}"
+            ) from error
     return records
+
+
+def sizes(records: Sequence[Record]) -> Sizes:
+    """How large records are."""
+    if isinstance(records, FileRecords | JoinedRecords):
+        return records.sizes
+    pairs = [
+        (len(record.images), sum(len(turn.text.split()) for turn in record.turns))
+        for record in records
+    ]
+    return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
 
 
 def max_images(records: Sequence[Record]) -> int:
     """Counts the images of the record that has most."""
-    if isinstance(records, FileRecords):
-        return records.max_images
-    return max((len(record.images) for record in records), default=0)
+    return max(int(sizes(records).images.max(initial=0)), 0)
+
+
+def place(records: Sequence[Record], number: int) -> str:
+    """Where a record stands, for messages."""
+    if isinstance(records, FileRecords | JoinedRecords):
+        return records.where(number)
+    return f"sample {number}"
 
 
 class FileRecords(Sequence[Record]):
     """The records of data files, one file after the other. Can be pickled.
 
     Attributes:
-        max_images: Most images in one record of the files.
+        sizes: Of its records.
     """
 
-    def __init__(self, files: Sequence[JsonFile | ParquetFile], image_root: str):
+    def __init__(
+        self,
+        files: Sequence[JsonFile | ParquetFile],
+        image_root: str,
+        *,
+        follow_links: bool = False,
+    ):
         """Puts files together.
 
         Args:
             files: At least one.
             image_root: Folder that image paths are relative to.
+            follow_links: Whether links in it may lead out of it.
         """
-        self.max_images = max(file.max_images for file in files)
+        self.sizes = _join([file.sizes for file in files])
         self._files = files
         self._image_root = image_root
+        self._follow_links = follow_links
         self._ends = np.cumsum([len(file) for file in files])
         self._numbers = range(int(self._ends[-1]))
 
@@ -78,30 +112,85 @@ class FileRecords(Sequence[Record]):
         """Reads a record, or selects some without reading them.
 
         Raises:
-            SampleError: An image path leads out of image_root.
+            SampleError: It has another form, or an image path leads out of image_root.
             ConfigError: The file changed since it was opened.
         """
         if isinstance(index, slice):
             part = copy.copy(self)
             part._numbers = self._numbers[index]
+            part.sizes = Sizes(*(column[index] for column in self.sizes))
             return part
+        file, within = self._find(index)
+        if file_size(file.path) != file.size:
+            raise ConfigError(f"{file.path} changed while it was in use; start again")
+        raw = file.read(within)
+        number = self._numbers[index]
+        return read_record(raw, number, self._image_root, follow_links=self._follow_links)
+
+    def where(self, index: int) -> str:
+        """The file of a record, and its line, row or number there."""
+        file, within = self._find(index)
+        return file.where(within)
+
+    def _find(self, index: int) -> tuple[JsonFile | ParquetFile, int]:
         number = self._numbers[index]
         position = int(np.searchsorted(self._ends, number, side="right"))
         file = self._files[position]
-        if os.path.getsize(file.path) != file.size:
-            raise ConfigError(f"{file.path} changed while it was in use; start again")
-        within = number - int(self._ends[position]) + len(file)
-        where = f"data file {file.path}, record {within}"
-        return read_record(file.read(within), number, where, self._image_root)
+        return file, number - int(self._ends[position]) + len(file)
+
+
+class JoinedRecords(Sequence[Record]):
+    """Several sources, one after the other. Can be pickled.
+
+    Attributes:
+        sizes: Of its records.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Record]]):
+        """Puts sources together, of which there is at least one."""
+        self.sizes = _join([sizes(part) for part in parts])
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        """Reads a record, or several.
+
+        Raises:
+            SampleError: As the source does.
+        """
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        part, within = self._find(index)
+        return part[within]
+
+    def where(self, index: int) -> str:
+        """Where a record stands in its source."""
+        return place(*self._find(index))
+
+    def _find(self, index: int) -> tuple[Sequence[Record], int]:
+        number = range(len(self))[index]
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._parts[part], number - int(self._starts[part])
+
+
+def _join(parts: Sequence[Sizes]) -> Sizes:
+    return Sizes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _open_file(path: str) -> JsonFile | ParquetFile:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(4096).lstrip(b" \t\r\n")
     except OSError as error:
         raise ConfigError(
-            f"data file {path}: {error.strerror}; check data.path (or eval_path)"
+            f"data file {path}: {error.strerror or error}; check data.path (or eval_path)"
         ) from None
     if start.startswith(b"PAR1"):
         return ParquetFile(path)
@@ -116,32 +205,34 @@ def _open_file(path: str) -> JsonFile | ParquetFile:
 
 
 def _find_files(path: str) -> list[str]:
-    if os.path.isdir(path):
-        return _find_shards(Path(path))
-    if os.path.exists(path) or not re.search(r"[*?\[]", path):
+    if is_folder(path):
+        return _find_shards(path)
+    if not re.search(r"[*?\[]", path) or (not is_remote(path) and os.path.exists(path)):
         return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    found = find_files(path)
     if not found:
         raise ConfigError(f"data file {path}: no file has such a name; check data.path")
     return found
 
 
-def _find_shards(folder: Path) -> list[str]:
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise ConfigError(_saved_to_disk(str(folder)))
-    files = sorted(file for file in folder.iterdir() if file.suffix in SHARDS)
-    if not files:
+def _find_shards(folder: str) -> list[str]:
+    names = {PurePosixPath(path).name: path for path in list_folder(folder)}
+    if not names.keys().isdisjoint(("dataset_dict.json", "state.json")):
+        raise ConfigError(_saved_to_disk(folder))
+    shards = sorted(name for name in names if PurePosixPath(name).suffix in SHARDS)
+    if not shards:
         raise ConfigError(
             f"{folder} has no {' or '.join(SHARDS)} files; check data.path (or eval_path)"
         )
     # As Hugging Face names them: train-00000-of-00003.parquet.
-    splits = {re.sub(r"(-\d+-of-\d+.*)?$", "", file.stem) for file in files if "-of-" in file.stem}
+    splits = {re.sub(r"(-\d+-of-\d+.*)?$", "", name) for name in shards if "-of-" in name}
     if len(splits) > 1:
+        suffix = PurePosixPath(shards[0]).suffix
         raise ConfigError(
             f"{folder} holds several splits ({', '.join(sorted(splits))}); choose one, as "
-            f"{folder / min(splits)}-*{files[0].suffix}"
+            f"{folder}/{min(splits)}-*{suffix}"
         )
-    return [str(file) for file in files]
+    return [names[name] for name in shards]
 
 
 def _saved_to_disk(path: str) -> str:

@@ -1,0 +1,118 @@
+"""What a run records of its steps, and when that ends it: metrics.jsonl and skipped.jsonl."""
+
+import json
+import math
+from functools import partial
+
+import jax
+import numpy as np
+
+from llava_jax.config import RunError, TrainConfig
+from llava_jax.data.sources import place
+from llava_jax.inputs import Inputs
+from llava_jax.metrics import Reporter, keep_rows
+
+MOST_NAMED = 5
+"""Samples that a message names; all are in the files."""
+
+MOST_SHOWN = 20
+"""Samples that were left out and are shown; all are in skipped.jsonl."""
+
+
+class Journal:
+    """Takes a run's metrics, step by step.
+
+    Each sample that was skipped has a row in skipped.jsonl, once; each step that was not finite one
+    in nonfinite.jsonl, with its samples.
+
+    Args:
+        config: The run.
+        inputs: Its data.
+        reporter: Shows and writes a row a step; only the first process' does.
+        first_step: Steps done before.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, reporter: Reporter, first_step: int):
+        self._config, self._inputs, self._reporter = config, inputs, reporter
+        self._skipped_file = config.run_dir / "skipped.jsonl"
+        self._nonfinite_file = config.run_dir / "nonfinite.jsonl"
+        keep = partial(keep_rows, step=first_step, write=reporter.is_shown)
+        self._skipped = {row["sample"] for row in keep(self._skipped_file)}
+        keep(self._nonfinite_file)
+        self.nonfinite = 0
+        self._shown = 0
+
+    def log(self, metrics: dict[str, jax.Array], step: int) -> None:
+        """Records one step.
+
+        Raises:
+            RunError: Too many samples were skipped, or steps in a row not finite.
+        """
+        values = jax.device_get(metrics)
+        self._reporter.log(_row(values, step), _device_bytes())
+        self._note_skipped(values["skipped"], step)
+        self._note_nonfinite(values, step)
+
+    def _note_skipped(self, skipped: np.ndarray, step: int) -> None:
+        numbers = self._inputs.order.batch(step - 1)[skipped > 0]
+        new = sorted(set(numbers.tolist()) - self._skipped)
+        self._skipped.update(new)
+        if new and self._reporter.is_shown:
+            self._write_skipped(new, step)
+        count, allowed = len(self._inputs.records), self._config.data.max_skipped
+        if len(self._skipped) > allowed * count:
+            raise RunError(
+                f"{len(self._skipped)} of {count} samples cannot be used, more than "
+                f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. Mend "
+                "them (see tools/check_data.py), or allow more"
+            )
+
+    def _write_skipped(self, numbers: list[int], step: int) -> None:
+        with self._skipped_file.open("a") as file:
+            for number in numbers:
+                where, reason = (
+                    place(self._inputs.records, number),
+                    self._inputs.why_skipped(number),
+                )
+                row = {"step": step, "sample": number, "place": where, "reason": reason}
+                file.write(json.dumps(row) + "\n")
+                self._shown += 1
+                if self._shown <= MOST_SHOWN:
+                    self._reporter.say(f"{where} is left out: {reason}")
+            if self._shown - len(numbers) < MOST_SHOWN < self._shown:
+                self._reporter.say(f"more are named in {self._skipped_file} alone")
+
+    def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
+        if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        numbers = [n for n in self._inputs.order.batch(step - 1).tolist() if n >= 0]
+        places = [place(self._inputs.records, number) for number in numbers]
+        if self._reporter.is_shown:
+            with self._nonfinite_file.open("a") as file:
+                file.write(json.dumps({"step": step, "samples": places}) + "\n")
+        self._reporter.say(
+            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; its update "
+            f"is left out. Its samples are in {self._nonfinite_file}"
+        )
+        if self.nonfinite >= self._config.nonfinite_limit:
+            raise RunError(
+                f"{self.nonfinite} steps in a row were not finite, the last {step}; the "
+                f"checkpoints from before are good. Their samples are in {self._nonfinite_file}, "
+                f"the last step's begin with {'; '.join(places[:MOST_NAMED])}. Lower the learning "
+                "rate, look at the samples, or raise nonfinite_limit"
+            )
+
+
+def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | None]:
+    """One line of metrics.jsonl, in the order in which people read it; None is not finite."""
+    order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
+    numbers = {name: values[name].item() for name in order}
+    finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    return {"step": step} | finite | {"skipped": int(values["skipped"].sum())}
+
+
+def _device_bytes() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None

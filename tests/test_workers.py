@@ -1,0 +1,68 @@
+"""Worker processes that die, and whose parent dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from llava_jax.data.workers import WorkerError, read_ahead, write_progress
+
+
+def read(number: int) -> np.ndarray:
+    """A batch of two records, 2 * number and the next; that of 7 is deadly."""
+    for record in (2 * number, 2 * number + 1):
+        write_progress(record)
+        if record == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return np.array([number])
+
+
+def test_a_worker_that_dies_is_an_error_that_names_its_record():
+    with pytest.raises(WorkerError, match="exit code -9") as error:
+        for number, batch in enumerate(read_ahead(read, 0, 2)):
+            assert batch.item() == number < 3
+    assert error.value.record == 7
+
+
+_PARENT = """
+import sys, time
+sys.path.insert(0, "tests")
+from test_workers import idle
+from llava_jax.data.workers import read_ahead
+if __name__ == "__main__":
+    print(next(read_ahead(idle, 0, 1)).item(), flush=True)
+    time.sleep(60)
+"""
+
+
+def idle(number: int) -> np.ndarray:
+    return np.array([os.getpid()])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks at processes in /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(_PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while _is_running(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
