@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 """What the name of a checkpoint that was passed over ends in."""
 
+_OWN = "_CHECKPOINT_METADATA"
+"""Orbax writes the time into it when the checkpoint takes its name."""
+
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _BLOCK = 2**22
 _THREADS = 8
@@ -150,7 +153,7 @@ class Checkpoints:
     def _complete(self) -> None:
         """Writes the list of files, before the checkpoint takes its name."""
         (unfinished,) = self._directory.glob(f"{self._saving}{_UNFINISHED}*")
-        files = [path for path in unfinished.rglob("*") if path.is_file()]
+        files = [path for path in unfinished.rglob("*") if path.is_file() and path.name != _OWN]
         with ThreadPoolExecutor(_THREADS) as pool:
             sums = pool.map(checksum, files)
             listed = {
@@ -195,9 +198,10 @@ def what_is_damaged(place: Path) -> str | None:
     """Holds a checkpoint against its list of files; None if it is whole."""
     try:
         listed = json.loads((place / MANIFEST).read_text())
+        json.loads((place / _OWN).read_text())
         expected = {name: (size, value) for name, (size, value) in listed.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{place / MANIFEST} cannot be read ({error})"
+        return f"{place / MANIFEST} or {_OWN} cannot be read ({error})"
     for name, (size, _) in expected.items():
         found = (place / name).stat().st_size if (place / name).is_file() else None
         if found != size:

@@ -15,6 +15,7 @@ from rich.table import Table
 from llava_jax.config import ConfigError
 from llava_jax.data.batching import Batch, SampleEncoder
 from llava_jax.data.records import Record
+from llava_jax.data.sources import Records
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import keep_rows
 from llava_jax.models.layers import Params
@@ -59,7 +60,7 @@ class Evaluation:
 def evaluate(
     eval_step: Callable[[Batch], EvalResult],
     batches: Iterable[tuple[Batch, np.ndarray]],
-    records: Sequence[Record],
+    records: Records,
     encoder: SampleEncoder,
     shown: Collection[int] = (),
 ) -> Evaluation:

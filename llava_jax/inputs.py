@@ -18,8 +18,7 @@ from llava_jax.data.batching import (
 )
 from llava_jax.data.conversation import TEMPLATES, SampleError
 from llava_jax.data.order import EpochOrder, Grouping
-from llava_jax.data.records import Record
-from llava_jax.data.sources import JoinedRecords, load_records, max_images, place, sizes
+from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
 from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.tokenizer import load_tokenizer
 
@@ -41,9 +40,9 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     encoder: SampleEncoder
     spec: BatchSpec
-    records: Sequence[Record]
+    records: Records
     order: EpochOrder
-    eval_records: Sequence[Record]
+    eval_records: Records
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
         """Batches without end, from the start of the first epoch; of each but some rows."""
@@ -93,7 +92,7 @@ class Inputs:
             number, reason = next(iter(bad.items()))
             raise ConfigError(
                 f"of {len(tried)} samples that were tried, {len(bad)} cannot be used; the first, "
-                f"{place(self.records, number)}: {reason}. tools/check_data.py lists them all; "
+                f"{self.records.where(number)}: {reason}. tools/check_data.py lists them all; "
                 f"data.max_skipped is {self.config.data.max_skipped:g}"
             )
 
@@ -102,7 +101,7 @@ _TRIED, _BY_CHANCE = 64, 6
 """Of 64 samples, 7 or more are bad once in a million data sets of which one in a hundred is."""
 
 
-def open_records(data: DataConfig) -> tuple[Sequence[Record], tuple[int, ...], tuple[float, ...]]:
+def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[float, ...]]:
     """A run's records, how many each data set has, and their weights.
 
     Raises:
@@ -120,14 +119,14 @@ def open_records(data: DataConfig) -> tuple[Sequence[Record], tuple[int, ...], t
 
 def make_order(
     config: TrainConfig,
-    records: Sequence[Record],
+    records: Records,
     counts: tuple[int, ...],
     weights: tuple[float, ...],
 ) -> EpochOrder:
     """The order of a run's samples."""
     grouping = None
     if config.data.group_by_modality_length:
-        images, words = sizes(records)
+        images, words = records.sizes
         grouping = Grouping(images > 0, words, config.batch.loss_group)
     return EpochOrder(
         counts,
@@ -156,13 +155,13 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         raise ConfigError(f"data.template {data.template!r}; there are {', '.join(TEMPLATES)}")
     records, counts, weights = open_records(data)
     order = make_order(config, records, counts, weights)
-    eval_records: Sequence[Record] = []
+    eval_records: Records = ListRecords()
     if data.eval_path:
         eval_records = load_records(data.eval_path, data.image_root, follow_links=data.follow_links)
     eval_records = eval_records[: data.eval_samples]
     images = data.max_images
     if images is None:
-        images = max(max_images(records), max_images(eval_records))
+        images = max(records.sizes.most_images, eval_records.sizes.most_images)
     transform = load_image_transform(processor, data.image_aspect)
     height, width = size = transform.height, transform.width
     if not height == width == model.vision.image_size:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from llava_jax.config import RunError, TrainConfig
-from llava_jax.data.sources import place
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import Reporter, keep_rows
 
@@ -71,7 +70,7 @@ class Journal:
         with self._skipped_file.open("a") as file:
             for number in numbers:
                 where, reason = (
-                    place(self._inputs.records, number),
+                    self._inputs.records.where(number),
                     self._inputs.why_skipped(number),
                 )
                 row = {"step": step, "sample": number, "place": where, "reason": reason}
@@ -88,7 +87,7 @@ class Journal:
             return
         self.nonfinite += 1
         numbers = [n for n in self._inputs.order.batch(step - 1).tolist() if n >= 0]
-        places = [place(self._inputs.records, number) for number in numbers]
+        places = [self._inputs.records.where(number) for number in numbers]
         if self._reporter.is_shown:
             with self._nonfinite_file.open("a") as file:
                 file.write(json.dumps({"step": step, "samples": places}) + "\n")

@@ -84,18 +84,19 @@ def place_rows(
     return jax.make_array_from_callback((size, *values.shape[1:]), sharding, shard)
 
 
-def any_of(flag: bool) -> Callable[[], bool]:
-    """Asks all processes, which must all ask: whether any has the flag set.
+def any_of(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """Asks all processes, which must all ask: whether the flag of any is set.
 
     Returns:
-        The answer, when it is called. Until then nothing waits.
+        The answer, when it is called; until then nothing waits. It is of the moment of asking, and
+        for a process that is alone of the moment of the call.
     """
     if jax.process_count() == 1:
-        return lambda: flag
+        return flag
     mesh = Mesh(np.array(jax.devices()), ("devices",))
     sharding = NamedSharding(mesh, PartitionSpec("devices"))
     rows = rows_here(sharding, mesh.size)
-    answer = _any(place_rows(np.full(len(rows), flag), sharding, rows, mesh.size))
+    answer = _any(place_rows(np.full(len(rows), flag()), sharding, rows, mesh.size))
     return lambda: bool(answer)
 
 

@@ -13,16 +13,27 @@ from jax.sharding import Mesh
 
 from llava_jax import pretrained
 from llava_jax.checkpoint import Checkpoints
-from llava_jax.config import ConfigError, ModelConfig, Parts, TrainConfig, parse_config
+from llava_jax.config import (
+    ConfigError,
+    ModelConfig,
+    Parts,
+    RunError,
+    TrainConfig,
+    parse_config,
+)
+from llava_jax.data.batching import Batches
 from llava_jax.description import check_description, describe, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
+from llava_jax.evaluation import HeldOut
 from llava_jax.export import discard, export, export_dir, publish
 from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
-from llava_jax.inputs import open_inputs
+from llava_jax.inputs import Inputs, open_inputs
+from llava_jax.journal import Journal
+from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.plan import attention_here, choose_plan, least_devices
 from llava_jax.plan_cache import measure_once
@@ -137,7 +148,7 @@ def _train(
     size = config.batch.global_size
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
-    asked = lambda: any_of(stop.signal is not None)
+    asked = lambda: any_of(lambda: stop.signal is not None)
     held_out = HeldOut(
         config.run_dir / "evaluations.jsonl",
         lambda trainable, batch: program.eval_step(
@@ -159,12 +170,9 @@ def _train(
 
         measure(first)
         waiting: list[tuple[Metrics, int]] = []
-        stops = asked()
         for step in range(first + 1, total + 1):
-            if stops():
-                break
-            state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
             stops = asked()
+            state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
             for earlier in waiting:
                 journal.log(*earlier)
             waiting = [(metrics, step)]
@@ -175,6 +183,8 @@ def _train(
                 reporter.skip_time()
             saved.check()
             measure(step)
+            if stops():
+                break
         for earlier in waiting:
             journal.log(*earlier)
         saved.save(state, batches.state())

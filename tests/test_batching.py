@@ -24,6 +24,7 @@ from llava_jax.data.conversation import SampleError, Template, Turn
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.order import EpochOrder
 from llava_jax.data.records import Record
+from llava_jax.data.sources import ListRecords
 
 PAD, IMAGE, EOS = 0, 1, 2
 TEMPLATE = Template(system="", answer_prefix=" ", image_suffix=" ")
@@ -105,7 +106,7 @@ def make(tokenizer):
     opened = []
 
     def make(records=None, *, size=4, seed=1, shuffle=True, workers=0, rows=None, **shapes):
-        records = records or [record(number) for number in range(10)]
+        records = ListRecords(records or [record(number) for number in range(10)])
         order = EpochOrder((len(records),), size, seed=seed, shuffle=shuffle)
         read = ReadBatch(order, records, encoder(tokenizer), spec(size, **shapes), rows)
         opened.append(Batches(read, workers, order.identity))
@@ -289,7 +290,7 @@ def test_images_behind_the_cut_are_left_out(tokenizer, picture):
 
 def test_eval_batches_have_every_record_in_order(tokenizer):
     records = [record(0), record(1, ("nothing.png",)), *(record(n) for n in range(2, 6))]
-    found = list(eval_batches(records, encoder(tokenizer), spec(4)))
+    found = list(eval_batches(ListRecords(records), encoder(tokenizer), spec(4)))
     assert [indices.tolist() for _, indices in found] == [[0, 1, 2, 3], [4, 5, -1, -1]]
     assert [numbers(batch) for batch, _ in found] == [[0, -1, 2, 3], [4, 5, -1, -1]]
     assert [batch.skipped.tolist() for batch, _ in found] == [[0, 1, 0, 0], [0, 0, 0, 0]]
@@ -298,7 +299,7 @@ def test_eval_batches_have_every_record_in_order(tokenizer):
 
 
 def test_eval_batches_of_nothing(tokenizer):
-    assert list(eval_batches([], encoder(tokenizer), spec())) == []
+    assert list(eval_batches(ListRecords(), encoder(tokenizer), spec())) == []
 
 
 def test_a_batch_is_a_pytree(make):

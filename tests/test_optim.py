@@ -79,7 +79,7 @@ def test_updates_are_torchs_adamw(clip: float | None):
     for _ in range(10):
         grads = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in names.items()}
         scale = clip_scale(global_norm(grads), clip)
-        params, state = apply_gradients(tx, grads, scale, state, params)
+        params, state = apply_gradients(tx, grads, scale, state, params, jnp.array(True))
         for name, tensor in tensors.items():
             tensor.grad = torch.tensor(np.asarray(grads[name]))
         if clip:
@@ -103,7 +103,7 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
     with jax.numpy_dtype_promotion("standard"):
         their_state = tx.init(params)
     state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
-    update = jax.jit(lambda g, s, p: apply_gradients(tx, g, None, s, p))
+    update = jax.jit(lambda g, s, p: apply_gradients(tx, g, None, s, p, jnp.array(True)))
 
     @jax.jit
     def their_update(grads, state, params):
@@ -120,6 +120,24 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
     for path in names:
         rtol = 0 if exact else 1e-6
         np.testing.assert_allclose(params[path], their_params[path], rtol=rtol)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_an_update_may_be_left_out(on_host: bool):
+    values = {"llm.layers.mlp.up_proj.weight": jnp.ones((4, 8, 4))}
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.01, warmup_ratio=0.0), 10)
+    state = tx.init(values)
+    if on_host:
+        host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
+    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply))
+    bad = jax.tree.map(lambda x: x * jnp.nan, values)
+    kept, kept_state = update(bad, state, values, jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, (kept, kept_state), (values, state))
+    new, new_state = update(values, kept_state, kept, jnp.array(True))
+    first, first_state = update(values, state, values, jnp.array(True))
+    jax.tree.map(np.testing.assert_array_equal, (new, new_state), (first, first_state))
+    assert (new["llm.layers.mlp.up_proj.weight"] != 1).all()
 
 
 def test_the_state_begins_with_zeros():

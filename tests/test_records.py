@@ -6,14 +6,16 @@ import pickle
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from llava_jax.config import ConfigError
-from llava_jax.data import easy_vqa
+from llava_jax.data import easy_vqa, json_file
 from llava_jax.data.conversation import SampleError, Turn
+from llava_jax.data.images import open_image
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.records import Record
-from llava_jax.data.sources import FileRecords, load_records, max_images
+from llava_jax.data.sources import FileRecords, JoinedRecords, ListRecords, load_records
 
 EVERY_FORM = "easy_vqa:train:balanced:captions=2:dialogues=2:turns=6"
 
@@ -70,7 +72,7 @@ def test_json(tmp_path, text):
     assert records[-1].id == "none"
     assert [record.turns for record in records[1:3]] == [records[1].turns, records[2].turns]
     assert [record.id for record in records[1:][2:]] == ["plural", "none"]
-    assert max_images(records) == 2 == max_images(list(records))
+    assert records.sizes.most_images == 2 == ListRecords(records).sizes.most_images
     with pytest.raises(IndexError):
         records[5]
 
@@ -133,7 +135,7 @@ def test_a_folder_and_a_pattern_of_files(tmp_path):
     assert [record.id for record in folder] == ["1.0", "2.0", "2.1"]
     pattern = load_records(str(tmp_path / "*[0-9b].json*"), "root")
     assert [record.id for record in pattern] == ["0", "1.0", "2.0", "2.1"]
-    assert pattern.max_images == 2
+    assert pattern.sizes.most_images == 2
     assert [record.id for record in pattern[1::2]] == ["1.0", "2.1"]
     assert [record.id for record in pickle.loads(pickle.dumps(pattern[::-1]))][:2] == ["2.1", "2.0"]
     with pytest.raises(ConfigError, match="no file has such a name"):
@@ -167,7 +169,7 @@ def test_a_file_of_arrow_is_refused(tmp_path):
 def test_llava_json_reaches_workers_small(tmp_path):
     path = write(tmp_path, [{"conversations": turns("long " * 1000)}] * 100)
     pickled = pickle.dumps(load_records(path, ""))
-    assert len(pickled) < 4000
+    assert len(pickled) < 6000
     assert pickle.loads(pickled)[99].turns[1].text == "that"
 
 
@@ -181,33 +183,12 @@ def message(content: object, role: str = "user") -> dict:
         ("", "not a JSON list, JSON lines or Parquet"),
         ("id,question", "not a JSON list, JSON lines or Parquet"),
         ("[]", "has no records"),
-        ('{"id": 1}', 'line 1: "conversations" or "messages" must be'),
-        ('{\n"id": 1}', "line 1: not JSON.*a whole record on each line"),
-        (as_lines(RAW[:2]) + "\n[]", "line 4: expected an object, found []"),
-        (as_lines(RAW)[:-5], "line 9: not JSON"),
         ("[1]", "record 0: expected an object, found 1"),
-        (json.dumps(RAW)[:-1], "record 4: expected ',' or ']'"),
-        (json.dumps(RAW)[:-1] + ",]", "record 5: not JSON"),
-        (json.dumps(RAW)[:-30], "record 4: not JSON"),
-        ("[" + json.dumps(RAW[0]) + "}", "record 0: expected ',' or ']'"),
-        ([RAW[0], {"id": 1}], 'record 1: "conversations" or "messages" must be'),
-        ([{"conversations": []}], 'record 0: "conversations" or "messages" must be'),
-        ([{"conversations": [{"from": "tool", "value": ""}]}], "record 0, turn 0: expected"),
-        ([{"conversations": [{"from": "gpt", "value": 3}]}], "record 0, turn 0: expected"),
-        ([{"conversations": [{"value": "x"}]}], "record 0, turn 0: expected"),
-        ([{"conversations": ["x"]}], 'record 0: "conversations" or "messages" must be'),
-        ([RAW[0], {**RAW[0], "image": 3}], 'record 1: "image" must be'),
-        ([RAW[0], {**RAW[0], "image": [3]}], 'record 1: "image" must be'),
-        ([{**RAW[0], "category": 3}], 'record 0: "category" must be'),
-        ([{**RAW[0], "images": ["x"]}], 'record 0: there are both "image" and "images"'),
-        ([{**RAW[0], "image": {"file": "x"}}], 'record 0: "image" must be'),
-        ([message([{"type": "video"}])], "record 0, turn 0: expected parts"),
-        ([message([IMAGE], "assistant")], "record 0, turn 0: expected parts"),
-        ([message([{"type": "text", "text": None}])], "record 0, turn 0: expected parts"),
-        ([message([IMAGE, {**IMAGE, "path": "x"}])], "record 0: all image parts must bring"),
-        ([{**message([{**IMAGE, "path": "x"}]), "image": "y"}], "record 0: all image parts"),
-        ([message([{**IMAGE, "index": 0}])], "record 0: parts show images [0], and it has 0"),
-        ([message([{**IMAGE, "image": 1}])], "record 0: an image part must have a path"),
+        ('{"id": 1}', 'line 1: "conversations" or "messages" must be'),
+        (json.dumps(RAW)[:-1], "record 5: the list does not end; is the file cut off"),
+        (json.dumps(RAW)[:-30], "record 5: the list does not end; is the file cut off"),
+        ("[" + json.dumps(RAW[0]) + "}", "the list does not end"),
+        (json.dumps(RAW) * 2, "more behind the list, at byte"),
     ],
 )
 def test_a_malformed_file_is_one_message(tmp_path, content, message):
@@ -216,15 +197,145 @@ def test_a_malformed_file_is_one_message(tmp_path, content, message):
         load_records(path, "root")
 
 
+BAD = [
+    ({"id": 1}, '"conversations" or "messages" must be'),
+    ([], "expected an object, found []"),
+    ({"conversations": []}, '"conversations" or "messages" must be'),
+    ({"conversations": [{"from": "tool", "value": ""}]}, "turn 0: expected"),
+    ({"conversations": [{"from": "gpt", "value": 3}]}, "turn 0: expected"),
+    ({"conversations": [{"value": "x"}]}, "turn 0: expected"),
+    ({"conversations": ["x"]}, '"conversations" or "messages" must be'),
+    ({"conversations": [{"from": [], "value": "x"}]}, "turn 0: expected"),
+    ({**RAW[0], "image": 3}, '"image" must be'),
+    ({**RAW[0], "image": [3]}, '"image" must be'),
+    ({**RAW[0], "category": 3}, '"category" must be'),
+    ({**RAW[0], "images": ["x"]}, 'there are both "image" and "images"'),
+    ({**RAW[0], "image": {"file": "x"}}, '"image" must be'),
+    (message([{"type": "video"}]), "turn 0: expected parts"),
+    (message([IMAGE], "assistant"), "turn 0: expected parts"),
+    (message([{"type": "text", "text": None}]), "turn 0: expected parts"),
+    (message([IMAGE, {**IMAGE, "path": "x"}]), "all image parts must bring"),
+    ({**message([{**IMAGE, "path": "x"}]), "image": "y"}, "all image parts"),
+    (message([{**IMAGE, "index": 0}]), "parts show images [0], and it has 0"),
+    (message([{**IMAGE, "image": 1}]), "an image part must have a path"),
+    ({**RAW[0], "image": "a\0b"}, "leads out of data.image_root"),
+]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_malformed_record_is_a_bad_sample(tmp_path, lines):
+    raws = [raw for bad, _ in BAD for raw in (bad, RAW[1])]
+    records = load_records(write(tmp_path, as_lines(raws) if lines else raws), "root")
+    assert len(records) == len(raws)
+    for number, (_, message) in enumerate(BAD):
+        with pytest.raises(SampleError, match=message.replace("[", r"\[")):
+            records[2 * number]
+        assert records[2 * number + 1].id == "2"
+        where = f"line {4 * number + 1}" if lines else f"record {2 * number}"
+        assert records.where(2 * number).endswith(f"data.json, {where}")
+
+
+GOOD = json.dumps(RAW[1], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        GOOD[:-1],
+        GOOD[1:],
+        GOOD.replace('"gpt"', "gpt"),
+        GOOD.replace('"gpt"', '"gpt'),
+        GOOD.replace('"value"', 'value"'),
+        GOOD.replace('"human"', '"hu\nman"'),
+        GOOD.replace("[", ""),
+        GOOD.replace("]", ""),
+        '{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "val',
+        "nonsense",
+        "{" * 100_000,
+    ],
+)
+def test_damaged_json_is_a_bad_sample(tmp_path, damaged):
+    """Between whole ones of a list, or on a line of its own."""
+    good = GOOD
+    if "\n" not in damaged:
+        lines = load_records(write(tmp_path, f"{good}\n{damaged}\n{good}\n", "x.jsonl"), "")
+        with pytest.raises(SampleError, match="not JSON"):
+            lines[1]
+        assert [lines[0].id, lines[2].id] == ["2", "2"]
+    records = load_records(write(tmp_path, f"[{good}, {damaged},\n{good}]"), "")
+    assert len(records) == 3
+    assert [records[0].id, records[2].id] == ["2", "2"]
+    with pytest.raises(SampleError, match="not JSON"):
+        records[1]
+
+
+def test_a_file_is_read_in_windows(tmp_path, monkeypatch):
+    path = write(tmp_path, json.dumps(RAW * 3, ensure_ascii=False))
+    for size in (1, 7, 64, 100, 1000):
+        monkeypatch.setattr(json_file, "_CHUNK_BYTES", size)
+        records = load_records(path, "")
+        assert [record.id for record in records] == [
+            str(raw.get("id", number)) for number, raw in enumerate(RAW * 3)
+        ]
+
+
 def test_a_missing_or_binary_file(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'\n{"\xff": 1}')
-    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: not UTF-8, byte 3"):
-        load_records(str(tmp_path / "x.jsonl"), "")
+    (tmp_path / "x.jsonl").write_bytes(b'\n{"\xff": 1}\n' + GOOD.encode())
+    with pytest.raises(SampleError, match=r"not UTF-8, byte 3"):
+        load_records(str(tmp_path / "x.jsonl"), "")[0]
     with pytest.raises(ConfigError, match=r"nothing\.json.*data\.path"):
         load_records(str(tmp_path / "nothing.json"), "")
-    (tmp_path / "x.json").write_bytes(b'["\xff"]')
-    with pytest.raises(ConfigError, match=r"x\.json is not UTF-8: byte 2"):
-        load_records(str(tmp_path / "x.json"), "")
+    (tmp_path / "x.json").write_bytes(b'[{"\xff": 1}, ' + GOOD.encode() + b"]")
+    records = load_records(str(tmp_path / "x.json"), "")
+    with pytest.raises(SampleError, match=r"not UTF-8, byte 3"):
+        records[0]
+    assert records[1].turns[1].text == "日本"
+
+
+def test_links_may_leave_the_folder_if_that_is_meant(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside.png").touch()
+    (tmp_path / "root" / "inside.png").touch()
+    (tmp_path / "root" / "out.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "root" / "in.png").symlink_to("inside.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "root")
+    path = write(tmp_path, [{**RAW[0], "image": image} for image in ("out.png", "in.png")])
+    for root in ("root", "linked"):
+        records = load_records(path, str(tmp_path / root))
+        with pytest.raises(SampleError, match=r"by a link.*data\.follow_links"):
+            records[0]
+        assert records[1].images == (str(tmp_path / root / "in.png"),)
+    followed = load_records(path, str(tmp_path / "root"), follow_links=True)
+    assert followed[0].images == (str(tmp_path / "root" / "out.png"),)
+
+
+def test_data_sets_are_numbered_through(tmp_path):
+    first = load_records(write(tmp_path, RAW, "a.json"), "a")
+    joined = JoinedRecords(
+        [first, ListRecords(easy_vqa.parse_source("easy_vqa:test")[:3]), first[1:3]]
+    )
+    assert len(joined) == 10
+    assert [joined[n].id for n in (0, 8, 9)] == ["one", "2", "2"]
+    assert joined.where(9).endswith("a.json, record 2")
+    assert joined.sizes.images.tolist() == [1, 0, 2, 1, 0, 1, 1, 1, 0, 2]
+    with pytest.raises(IndexError):
+        joined[10]
+
+
+def test_data_where_fsspec_reads(tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/set/part-0.jsonl", as_lines(RAW).encode())
+    memory.pipe("/set/root/a/b.jpg", b"not an image")
+    for path in ("memory://set", "memory://set/part-*.jsonl", "memory://set/part-0.jsonl"):
+        records = load_records(path, "memory://set/root")
+        assert len(records) == len(RAW)
+        assert records[0].images == ("memory://set/root/a/b.jpg",)
+    with pytest.raises(SampleError, match=r"cannot read image memory://set/root/a/b.jpg"):
+        open_image(records[0].images[0])
+    with pytest.raises(SampleError, match=r"image not found: memory://set/root/x.png"):
+        open_image(records[2].images[0])
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_records("nowhere://set", "")
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ConfigError
+from llava_jax.config import ConfigError, RunError
 from llava_jax.data import images
 from llava_jax.data.conversation import (
     Encoded,
@@ -23,7 +23,8 @@ from llava_jax.data.conversation import (
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.records import Record
-from llava_jax.data.workers import read_ahead, write_progress
+from llava_jax.data.sources import Records
+from llava_jax.data.workers import WITHOUT_END, WorkerError, read_ahead, write_progress
 
 Leaf = Any
 """An array, or what stands for one in a tree of shapes or shardings."""
@@ -183,9 +184,7 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = read_ahead(
-                self._read, self._next, self._workers, most_bytes=self._read.most_bytes
-            )
+            self._iterator = self._read.from_batch(self._next, self._workers)
         batch = next(self._iterator)
         self._next += 1
         return batch
@@ -217,7 +216,7 @@ class Batches(Iterator[Batch]):
 
 
 def eval_batches(
-    records: Sequence[Record],
+    records: Records,
     encode_fn: SampleEncoder,
     spec: BatchSpec,
     rows: Sequence[int] | None = None,
@@ -239,7 +238,7 @@ def eval_batches(
     """
     order = InOrder(len(records), spec.size)
     read = ReadBatch(order, records, encode_fn, spec, rows)
-    iterator = read_ahead(read, 0, workers, stop=order.batches, most_bytes=read.most_bytes)
+    iterator = read.from_batch(0, workers, stop=order.batches)
     try:
         for number, batch in enumerate(iterator):
             yield batch, order.batch(number)
@@ -265,7 +264,7 @@ class ReadBatch:
     """
 
     order: EpochOrder | InOrder
-    records: Sequence[Record]
+    records: Records
     encode_fn: SampleEncoder
     spec: BatchSpec
     rows: Sequence[int] | None = None
@@ -286,8 +285,23 @@ class ReadBatch:
         skipped = batch.skipped & (numbers[list(rows)] != NO_RECORD)
         return dataclasses.replace(batch, skipped=skipped.astype(np.int32))
 
+    def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
+        """Yields the batches from number `start` on, made ahead.
+
+        Raises:
+            RunError: A worker process died; names the record that it was at.
+        """
+        try:
+            yield from read_ahead(self, start, workers, stop=stop, most_bytes=self._most_bytes)
+        except WorkerError as error:
+            at = "" if error.record is None else f" at {self.records.where(error.record)}"
+            raise RunError(
+                f"a worker process that reads data died{at}: {error} Exit code -9 is mostly want "
+                "of memory: lower data.workers; else leave that sample out"
+            ) from error
+
     @property
-    def most_bytes(self) -> int:
+    def _most_bytes(self) -> int:
         """Bytes of a batch in its longest bucket."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from typing import IO, Any
+from typing import Any
 
 from llava_jax.config import ConfigError
 
@@ -12,8 +12,8 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def open_file(path: str) -> IO[bytes]:
-    """Opens a file to be read.
+def open_file(path: str) -> Any:
+    """Opens a file to be read, in binary.
 
     Raises:
         OSError: It cannot be.

@@ -9,6 +9,7 @@ from PIL import Image
 
 from llava_jax.config import Aspect
 from llava_jax.data.conversation import SampleError
+from llava_jax.data.files import open_file
 
 # OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,7 +72,10 @@ def open_image(image: str | bytes) -> Image.Image:
     """
     embedded = isinstance(image, bytes)
     try:
-        with Image.open(io.BytesIO(image) if embedded else image) as opened:
+        with (
+            io.BytesIO(image) if embedded else open_file(image) as file,
+            Image.open(file) as opened,
+        ):
             opened.load()
             return opened
     except FileNotFoundError:

@@ -159,7 +159,11 @@ class _Window:
             if not span.isascii():
                 raw = json.loads(span.encode("latin-1").decode("utf-8"))
         except (ValueError, RecursionError):
-            self.position = self._next_record()
+            raw, stop = None, None
+        start, self.position = self.position, stop or self.position
+        self._skip_space()
+        if stop is None or not self.text.startswith((",", "]"), self.position):
+            self.position = self._next_record(start)
             return None
         self.position = stop
         return raw
@@ -185,9 +189,9 @@ class _Window:
                 if not is_cut or not self._grow():
                     raise
 
-    def _next_record(self) -> int:
-        """Where the damaged record here stops: before the next whole one, or the list's end."""
-        at = self.position + 1
+    def _next_record(self, start: int) -> int:
+        """Where a damaged record stops: before the next whole one, or the list's end."""
+        at = start + 1
         while True:
             comma = _BETWEEN.search(self.text, at)
             if comma is not None:

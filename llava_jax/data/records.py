@@ -86,6 +86,11 @@ class Sizes(NamedTuple):
     images: Int32[np.ndarray, " N"]
     words: Int32[np.ndarray, " N"]
 
+    @property
+    def most_images(self) -> int:
+        """Of one record."""
+        return int(self.images.max(initial=0))
+
 
 def measure_all(records: Iterable[Any]) -> Sizes:
     """Sizes of records as data files hold them; the bytes of their images need not be there."""

@@ -1,11 +1,12 @@
 """Where samples come from: data files, told apart by what is in them, and easy-VQA by its name."""
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -21,7 +22,9 @@ SHARDS = (".parquet", ".jsonl")
 """Endings of the files that are read of a folder."""
 
 
-def load_records(path: str, image_root: str, *, follow_links: bool = False) -> Sequence[Record]:
+def load_records(
+    path: str, image_root: str, *, follow_links: bool = False
+) -> "ListRecords | FileRecords":
     """Opens a source of records.
 
     Args:
@@ -35,7 +38,7 @@ def load_records(path: str, image_root: str, *, follow_links: bool = False) -> S
         ConfigError: The source is missing, or no record of it has a known form.
     """
     if path.startswith("easy_vqa:"):
-        return easy_vqa.parse_source(path)
+        return ListRecords(easy_vqa.parse_source(path))
     files = [_open_file(file) for file in _find_files(path)]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
@@ -50,27 +53,28 @@ def load_records(path: str, image_root: str, *, follow_links: bool = False) -> S
     return records
 
 
-def sizes(records: Sequence[Record]) -> Sizes:
-    """How large records are."""
-    if isinstance(records, FileRecords | JoinedRecords):
-        return records.sizes
-    pairs = [
-        (len(record.images), sum(len(turn.text.split()) for turn in record.turns))
-        for record in records
-    ]
-    return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
+class ListRecords(list[Record]):
+    """Records that are there already."""
 
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        words = lambda record: sum(len(turn.text.split()) for turn in record.turns)
+        pairs = [(len(record.images), words(record)) for record in self]
+        return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
 
-def max_images(records: Sequence[Record]) -> int:
-    """Counts the images of the record that has most."""
-    return max(int(sizes(records).images.max(initial=0)), 0)
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ListRecords": ...
+    def __getitem__(self, index: SupportsIndex | slice) -> "Record | ListRecords":
+        """Takes a record, or several."""
+        if isinstance(index, slice):
+            return ListRecords(super().__getitem__(index))
+        return super().__getitem__(index)
 
-
-def place(records: Sequence[Record], number: int) -> str:
-    """Where a record stands, for messages."""
-    if isinstance(records, FileRecords | JoinedRecords):
-        return records.where(number)
-    return f"sample {number}"
+    def where(self, index: int) -> str:
+        """Names a record, for messages."""
+        return f"sample {index}"
 
 
 class FileRecords(Sequence[Record]):
@@ -146,9 +150,9 @@ class JoinedRecords(Sequence[Record]):
         sizes: Of its records.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Record]]):
+    def __init__(self, parts: Sequence[ListRecords | FileRecords]):
         """Puts sources together, of which there is at least one."""
-        self.sizes = _join([sizes(part) for part in parts])
+        self.sizes = _join([part.sizes for part in parts])
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
 
@@ -158,26 +162,31 @@ class JoinedRecords(Sequence[Record]):
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    def __getitem__(self, index: slice) -> ListRecords: ...
+    def __getitem__(self, index: int | slice) -> Record | ListRecords:
         """Reads a record, or several.
 
         Raises:
             SampleError: As the source does.
         """
         if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+            return ListRecords(self[number] for number in range(*index.indices(len(self))))
         part, within = self._find(index)
         return part[within]
 
     def where(self, index: int) -> str:
         """Where a record stands in its source."""
-        return place(*self._find(index))
+        part, within = self._find(index)
+        return part.where(within)
 
-    def _find(self, index: int) -> tuple[Sequence[Record], int]:
+    def _find(self, index: int) -> tuple[ListRecords | FileRecords, int]:
         number = range(len(self))[index]
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._parts[part], number - int(self._starts[part])
+
+
+Records = ListRecords | FileRecords | JoinedRecords
+"""A sequence of records, with their sizes and places. To read one may be a SampleError."""
 
 
 def _join(parts: Sequence[Sizes]) -> Sizes:

@@ -34,7 +34,7 @@ config = TrainConfig(
     tune=TuneConfig(llm="lora", vision="frozen", projector="full"),
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
     data=DataConfig(path={data!r}, image_root={root!r}, eval_path={data!r}, max_length=96,
-                    buckets=(64,), workers=0),
+                    buckets=(64,), workers=0, max_skipped=0.1),
     batch=BatchConfig(global_size=8),
     optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
     checkpoint=CheckpointConfig(every=2),
