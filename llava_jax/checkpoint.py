@@ -58,7 +58,7 @@ class Checkpoints:
         if is_first():
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
             newest = self._newest_whole()
         self._newest = from_first(-1 if newest is None else newest)
         self._saving: int | None = None
@@ -190,7 +190,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if is_first():
             for step in sorted(self._steps())[: -self._keep]:
-                shutil.rmtree(self._directory / str(step))
+                shutil.rmtree(self._directory / str(step), ignore_errors=True)
         meet("old checkpoints are removed")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
+from llava_jax.disk import naming
 
 NOT_RECIPE = (
     # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
@@ -49,7 +50,8 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Writes config.json, from the first process."""
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        with naming(run_dir / "config.json") as file:
+            file.write_text(json.dumps(description, indent=2) + "\n")
 
 
 def check_description(run_dir: Path, description: dict[str, Any]) -> None:

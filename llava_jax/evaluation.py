@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from llava_jax.config import ConfigError
 from llava_jax.data.batching import Batch, SampleEncoder
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
+from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import keep_rows
 from llava_jax.models.layers import Params
@@ -177,8 +177,7 @@ class HeldOut:
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
         if is_first():
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(self._path, [row])
         return (
             f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
         )

@@ -7,6 +7,7 @@ import jax
 
 from llava_jax.config import Parts, TrainConfig
 from llava_jax.data.conversation import TEMPLATES
+from llava_jax.disk import naming
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
@@ -42,9 +43,27 @@ def export(
         fingerprint: Of the base.
         trainable: What it trains.
         frozen: The rest.
+
+    Raises:
+        OSError: The disk refuses it.
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
+    with naming(unfinished):
+        _write(config, program, processor, base_name, fingerprint, trainable, frozen, unfinished)
+    return unfinished
+
+
+def _write(
+    config: TrainConfig,
+    program: Program,
+    processor: Path | Parts,
+    base_name: str | None,
+    fingerprint: str | None,
+    trainable: Params,
+    frozen: Params,
+    unfinished: Path,
+) -> None:
     if jax.process_index() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -72,7 +91,6 @@ def export(
             template=TEMPLATES[config.data.template],
             aspect=config.data.image_aspect,
         )
-    return unfinished
 
 
 def discard(written: Path) -> None:

@@ -1,6 +1,5 @@
 """What a run records of its steps, and when that ends it: metrics.jsonl and skipped.jsonl."""
 
-import json
 import math
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import numpy as np
 
 from llava_jax.config import RunError, TrainConfig
+from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import Reporter, keep_rows
 
@@ -67,19 +67,22 @@ class Journal:
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:
-        with self._skipped_file.open("a") as file:
-            for number in numbers:
-                where, reason = (
-                    self._inputs.records.where(number),
-                    self._inputs.why_skipped(number),
-                )
-                row = {"step": step, "sample": number, "place": where, "reason": reason}
-                file.write(json.dumps(row) + "\n")
-                self._shown += 1
-                if self._shown <= MOST_SHOWN:
-                    self._reporter.say(f"{where} is left out: {reason}")
-            if self._shown - len(numbers) < MOST_SHOWN < self._shown:
-                self._reporter.say(f"more are named in {self._skipped_file} alone")
+        inputs = self._inputs
+        rows = [
+            {
+                "step": step,
+                "sample": number,
+                "place": inputs.records.where(number),
+                "reason": inputs.why_skipped(number),
+            }
+            for number in numbers
+        ]
+        append_rows(self._skipped_file, rows)
+        for row in rows[: max(MOST_SHOWN - self._shown, 0)]:
+            self._reporter.say(f"{row['place']} is left out: {row['reason']}")
+        self._shown += len(rows)
+        if self._shown - len(rows) < MOST_SHOWN < self._shown:
+            self._reporter.say(f"more are named in {self._skipped_file} alone")
 
     def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
@@ -89,8 +92,7 @@ class Journal:
         numbers = [n for n in self._inputs.order.batch(step - 1).tolist() if n >= 0]
         places = [self._inputs.records.where(number) for number in numbers]
         if self._reporter.is_shown:
-            with self._nonfinite_file.open("a") as file:
-                file.write(json.dumps({"step": step, "samples": places}) + "\n")
+            append_rows(self._nonfinite_file, [{"step": step, "samples": places}])
         self._reporter.say(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; its update "
             f"is left out. Its samples are in {self._nonfinite_file}"

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llava_jax.disk import append_rows, naming
+
 PLAIN_SECONDS = 10.0
 """Without a terminal, a line of progress at most this often."""
 
@@ -37,7 +39,7 @@ class Reporter:
         if not quiet:
             path.parent.mkdir(parents=True, exist_ok=True)
             keep_rows(path, first_step)
-        self._file = None if quiet else path.open("a")
+        self._path = path
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._bar = Progress(
@@ -64,8 +66,6 @@ class Reporter:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        if self._file:
-            self._file.close()
 
     def log(self, row: dict[str, Any], device_bytes: int | None = None) -> None:
         """Records one optimizer step.
@@ -78,9 +78,8 @@ class Reporter:
         now = time.monotonic()
         row = row | {"seconds": round(now - self._last_time, 4)}
         self._last_time = now
-        if self._file:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        if self.is_shown:
+            append_rows(self._path, [row])
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
         loss = math.nan if row["loss"] is None else row["loss"]
         text = (
@@ -121,7 +120,8 @@ def keep_rows(path: Path, step: int, *, write: bool = True) -> list[dict[str, An
     wanted = "".join(line + "\n" for line in kept)
     if write and wanted != text:
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(wanted)
+        with naming(temporary):
+            temporary.write_text(wanted)
         temporary.replace(path)
     return [json.loads(line) for line in kept]
 

@@ -19,6 +19,7 @@ LEVELS = (
     (
         "config",
         "devices",
+        "disk",
         "environment",
         "flops",
         "metrics",

@@ -136,7 +136,12 @@ def save_processor(
             f"{source}: the tokenizer has no token {config.image_token_id}, which the model takes "
             "for an image; they belong to different models"
         )
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # what the disk refuses is a plain one in Rust's tokenizers
+        raise OSError(f"{directory}: the tokenizer cannot be written: {error}") from error
     write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))
     write_json(directory / _IMAGES, _image_processor(transform))
     processor = {

@@ -1,0 +1,309 @@
+"""What happens to runs: kills, full and read-only disks, damaged checkpoints.
+
+Each run here is a process of its own, on one device. The long form of each test is marked slow.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_run import assert_same_run, metrics, popen, write_config
+
+from llava_jax.checkpoint import DAMAGED, MANIFEST, what_is_damaged
+
+STEPS = 12
+RECIPE = ("--steps", str(STEPS), "--checkpoint.every", "1", "--eval.every", "5")
+"""Of the runs here; more than half of their time is saving."""
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("faults") / "config.py", base, data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path) -> tuple[Path, float]:
+    """The directory of a run that nothing happened to, and its seconds when all is compiled."""
+    finish(config, "compiling")
+    started = time.monotonic()
+    finish(config, "undisturbed")
+    return config.parent / "undisturbed", time.monotonic() - started
+
+
+def start(config: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    return popen(config, "--name", name, *RECIPE, *arguments)
+
+
+def end(run: subprocess.Popen[str]) -> tuple[int, str]:
+    """Waits for a run; its exit status and what it said."""
+    said, _ = run.communicate(timeout=240)
+    return run.returncode, said
+
+
+def finish(config: Path, name: str, *arguments: str) -> str:
+    """Runs to the end; what it said."""
+    status, said = end(start(config, name, *arguments))
+    assert status == 0, said
+    return said
+
+
+def when(run: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Waits until something is so, while a run goes on."""
+    while run.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def has_step(directory: Path, step: int) -> Callable[[], bool]:
+    return lambda: (directory / "checkpoints" / str(step)).is_dir()
+
+
+KILLS = [
+    pytest.param(signal.SIGKILL, 4, id="4 kills"),
+    pytest.param(signal.SIGKILL, 50, id="50 kills", marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 3, id="3 SIGTERM"),
+    pytest.param(signal.SIGTERM, 20, id="20 SIGTERM", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("number", "times"), KILLS)
+def test_a_run_that_is_killed_again_and_again_ends_the_same(
+    config: Path, undisturbed: tuple[Path, float], number: signal.Signals, times: int
+):
+    whole, seconds = undisturbed
+    chance = random.Random(times)
+    killed = finished = 0
+    while killed < times:
+        name = f"{number.name}-{times}-{finished}"
+        directory = config.parent / name
+        run = start(config, name)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(chance.uniform(0.2, 1.1) * seconds)
+        before = steps(directory)
+        run.send_signal(number)
+        status, said = end(run)
+        if number is signal.SIGTERM:  # before the program takes signals, it ends by them
+            assert status in (0, 128 + number, -number), said
+            assert "Traceback" not in said, said
+        if status == 0:
+            assert_same_run(directory, whole)
+            finished += 1
+            continue
+        killed += 1
+        assert not before or max(before) <= max(steps(directory))  # nothing that was saved is lost
+        assert all(what_is_damaged(directory / "checkpoints" / str(s)) is None for s in before[-1:])
+    finish(config, name)
+    assert_same_run(directory, whole)
+
+
+def steps(directory: Path) -> list[int]:
+    """Those that a run has checkpoints of."""
+    found = directory / "checkpoints"
+    return sorted(int(path.name) for path in found.glob("*") if path.name.isdigit())
+
+
+def test_a_run_is_killed_while_it_saves(config: Path, undisturbed: tuple[Path, float]):
+    """At once when an unfinished checkpoint is seen."""
+    name = "killed-saving"
+    directory = config.parent / name
+    for step in (3, 6):
+        run = start(config, name)
+        when(run, lambda step=step: any((directory / "checkpoints").glob(f"{step}.*tmp*")))
+        run.kill()
+        end(run)
+        assert max(steps(directory)) < step + 2
+    finish(config, name)
+    assert not list((directory / "checkpoints").glob("*tmp*"))
+    assert_same_run(directory, undisturbed[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(config: Path, undisturbed: tuple[Path, float]) -> Path:
+    """A run killed in the middle of its way, with two whole checkpoints."""
+    directory = config.parent / "stopped"
+    run = start(config, "stopped")
+    when(run, has_step(directory, 6))
+    run.kill()
+    end(run)
+    for left in (directory / "checkpoints").glob("*tmp*"):
+        shutil.rmtree(left)
+    assert len(steps(directory)) >= 2
+    return directory
+
+
+def cut(file: Path) -> None:
+    """Cuts a file short."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def cut_out(file: Path) -> None:
+    """Takes a stretch out of a file's middle."""
+    content = file.read_bytes()
+    third = max(len(content) // 3, 1)
+    file.write_bytes(content[:third] + content[2 * third :])
+
+
+def blank(file: Path) -> None:
+    """Makes a stretch of a file zeros, as a disk that lost a write does."""
+    content = file.read_bytes()
+    third = max(len(content) // 3, 1)
+    file.write_bytes(content[:third] + b"\0" * third + content[2 * third :])
+
+
+DAMAGES = (cut, cut_out, blank, Path.unlink)
+IRRELEVANT = "commit_success.txt"
+"""Orbax writes it last; nothing reads it."""
+
+
+def files_of(directory: Path) -> list[str]:
+    """Files of a run's newest checkpoint that have something in them that matters."""
+    newest = directory / "checkpoints" / str(steps(directory)[-1])
+    files = [file for file in newest.rglob("*") if file.is_file() and file.stat().st_size]
+    return sorted({str(file.relative_to(newest)) for file in files} - {IRRELEVANT})
+
+
+def test_every_damaged_file_of_a_checkpoint_is_noticed(stopped: Path, tmp_path: Path):
+    newest = stopped / "checkpoints" / str(steps(stopped)[-1])
+    assert what_is_damaged(newest) is None
+    names = files_of(stopped)
+    assert len(names) > 8
+    for name in names:
+        for damage in DAMAGES:
+            copy = shutil.copytree(newest, tmp_path / "copy")
+            damage(copy / name)
+            reason = what_is_damaged(copy)
+            assert reason, (name, damage)
+            assert Path(name).name in reason
+            shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    "most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["2 files", "every file"]
+)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
+    config: Path, undisturbed: tuple[Path, float], stopped: Path, most: int | None
+):
+    names = files_of(stopped)
+    chosen = names if most is None else [MANIFEST, max(names, key=lambda name: size(stopped, name))]
+    for name in [*chosen, IRRELEVANT]:
+        directory = shutil.copytree(stopped, config.parent / "damaged")
+        newest = directory / "checkpoints" / str(steps(directory)[-1])
+        (newest / name).unlink() if name == IRRELEVANT else cut(newest / name)
+        said = finish(config, "damaged")
+        if name != IRRELEVANT:
+            assert f"the checkpoint of step {newest.name} is passed over" in said
+            assert Path(name).name in said
+            assert newest.with_name(newest.name + DAMAGED).is_dir()
+        assert_same_run(directory, undisturbed[0])
+        shutil.rmtree(directory)
+
+
+def size(directory: Path, name: str) -> int:
+    return (directory / "checkpoints" / str(steps(directory)[-1]) / name).stat().st_size
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(config: Path, stopped: Path):
+    directory = shutil.copytree(stopped, config.parent / "hopeless")
+    for step in steps(directory):
+        cut(directory / "checkpoints" / str(step) / MANIFEST)
+    for _ in range(2):  # not the second time either does it begin anew by itself
+        status, said = end(start(config, "hopeless"))
+        assert status == 1
+        assert "no checkpoint of this run is whole" in said
+        assert f"remove {directory / 'checkpoints'} to start it anew" in said
+        assert MANIFEST in said
+        assert "Traceback" not in said
+    shutil.rmtree(directory / "checkpoints")
+    finish(config, "hopeless")
+
+
+@contextlib.contextmanager
+def disk(place: Path, size: int) -> Iterator[Callable[[str], None]]:
+    """A small disk of its own; to be mounted again with other options."""
+    place.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of one's own takes root")
+    try:
+        yield (
+            lambda options: (
+                subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+                and None
+            )
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+FULL = [
+    pytest.param((0.3, 1.5), id="2 sizes"),
+    pytest.param(tuple(n / 10 for n in range(1, 40, 2)), id="20 sizes", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("shares", FULL)
+def test_a_full_disk_loses_nothing(
+    config: Path, undisturbed: tuple[Path, float], shares: tuple[float, ...]
+):
+    """Full while it tries to export, saves for the first time, writes metrics, or saves again."""
+    whole, _ = undisturbed
+    one = sum(f.stat().st_size for f in (whole / "checkpoints" / str(STEPS)).rglob("*"))
+    for share in shares:
+        place = config.parent / f"disk-{share}"
+        with disk(place, int(share * one)) as remount:
+            output = ("--output-dir", str(place))
+            status, said = end(start(config, "full", *output))
+            assert status == 1, said
+            assert "error: " in said
+            assert str(place) in said
+            assert "Traceback" not in said, said
+            before = steps(place / "full")
+            remount("size=1g")
+            finish(config, "full", *output)
+            assert_same_run(place / "full", whole)
+            assert before == sorted(before)
+
+
+def test_a_disk_that_becomes_read_only_loses_nothing(config: Path, undisturbed: tuple[Path, float]):
+    whole, _ = undisturbed
+    directory = config.parent / "read-only"
+    with disk(directory / "checkpoints", 2**30) as remount:
+        run = start(config, "read-only")
+        when(run, has_step(directory, 3))
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with contextlib.suppress(subprocess.CalledProcessError):  # while a file is written
+                remount("ro")
+                break
+        status, said = end(run)
+        assert status == 1, said
+        assert str(directory / "checkpoints") in said
+        assert "Traceback" not in said, said
+        kept = steps(directory)
+        status, said = end(start(config, "read-only"))
+        assert status == 1
+        assert "Traceback" not in said, said
+        assert steps(directory) == kept
+        remount("rw")
+        finish(config, "read-only")
+        assert_same_run(directory, whole)
+
+
+def test_ctrl_c_twice_ends_at_once_and_once_after_the_step(
+    config: Path, undisturbed: tuple[Path, float]
+):
+    directory = config.parent / "interrupted"
+    run = start(config, "interrupted")
+    when(run, has_step(directory, 2))
+    run.send_signal(signal.SIGINT)
+    status, said = end(run)
+    assert status == 128 + signal.SIGINT
+    assert f"stopped after step {metrics(directory)[-1]['step']}" in said
+    finish(config, "interrupted")
+    assert_same_run(directory, undisturbed[0])
