@@ -64,7 +64,10 @@ class Checkpoints:
         self._saving: int | None = None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._complete),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._complete,
+                create_directories_asynchronously=False,  # else its errors are waited for in vain
+            ),
         )
 
     @property

@@ -1,5 +1,6 @@
 """Trains a LLaVA: `python -m llava_jax.train --config configs/7b_lora.py`."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -47,6 +48,7 @@ from llava_jax.stop import Stopped, StopRequest
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax', whose errors come here too
     try:
         config = parse_config(argv)
         with StopRequest() as stop:
@@ -98,7 +100,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
         _say(inputs.summary())
         if config.memory.plan == "auto":
             config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
             kind = attention_here(config, model_config)
             _say(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
@@ -107,7 +109,9 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
             write = functools.partial(
                 export, config, program, processor, found.name if found else None, base
             )
-            batches = inputs.train_batches(program.rows(config.batch.global_size))
+            batches = stack.enter_context(
+                contextlib.closing(inputs.train_batches(program.rows(config.batch.global_size)))
+            )
             if saved.latest is None:
                 _refuse_to_replace(config)
                 state, frozen = _start(config, program, source, base)
@@ -188,7 +192,6 @@ def _train(
         for earlier in waiting:
             journal.log(*earlier)
         saved.save(state, batches.state())
-        batches.close()
         if int(state.step) == total:
             for table in held_out.tables():
                 reporter.say(table)
@@ -317,4 +320,9 @@ def _describe(config: TrainConfig, source: Path | Parts | None) -> tuple[ModelCo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 1:  # threads may wait for a disk, or for a lost process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
