@@ -1,8 +1,7 @@
 """LLaVA-1.5 7B, stage 2: the decoder and the projector train in full.
 
 The published recipe: 665,298 conversations, global batch 128 (16 on each of 8 GPUs), 5198 steps,
-rate 2e-5. Starts from what 7b_pretrain.py left. Samples come in random order; the published runs
-group those with and without images, of like length (`group_by_modality_length`).
+rate 2e-5. Starts from what 7b_pretrain.py left. A batch has samples with images, or without any.
 """
 
 from llava_jax.config import (
@@ -26,6 +25,7 @@ config = TrainConfig(
         template="vicuna_v1",
         image_aspect="pad",
         max_length=2048,
+        group_by_modality_length=True,
         buckets=(768, 1024, 1536),
     ),
     # The published runs average the tokens of each GPU's 16 samples, then the 8 GPUs.

@@ -1,7 +1,8 @@
 """LLaVA-1.5 7B, stage 1: a new projector learns captions; all else is frozen.
 
 The published recipe: 558,128 captions, global batch 256 (32 on each of 8 GPUs), 2181 steps, rate
-1e-3, the plain template, images cropped. Differs from 7b_full.py in just that.
+1e-3, the plain template, images cropped, batches of any samples. Differs from 7b_full.py in just
+that.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ config = dataclasses.replace(
         template="plain",
         image_aspect="crop",
         buckets=(640, 768),
+        group_by_modality_length=False,
     ),
     batch=dataclasses.replace(base.batch, global_size=256, loss_group=32),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),

@@ -88,7 +88,8 @@ class Inputs:
                 self.encoder(self.records[number])
             except SampleError as error:
                 bad[number] = str(error)
-        if len(bad) > self.config.data.max_skipped * len(tried) + _BY_CHANCE:
+        by_chance = _BY_CHANCE if len(tried) < count else 0
+        if len(bad) > self.config.data.max_skipped * len(tried) + by_chance:
             number, reason = next(iter(bad.items()))
             raise ConfigError(
                 f"of {len(tried)} samples that were tried, {len(bad)} cannot be used; the first, "

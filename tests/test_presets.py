@@ -63,12 +63,13 @@ class Recipe(NamedTuple):
     template: str = "vicuna_v1"
     aspect: str = "pad"
     text: int | None = None  # limit of text tokens, beside 2048 in all
+    grouped: bool = True
     samples: int = 665_298
     steps: int = 5198
     warmup: int = 156
 
 
-STAGE_1 = {"batch": 256, "loss_group": 32, "aspect": "crop"}
+STAGE_1 = {"batch": 256, "loss_group": 32, "aspect": "crop", "grouped": False}
 STAGE_1 |= {"samples": 558_128, "steps": 2181, "warmup": 66}
 XTUNER = {"template": "vicuna_xtuner", "text": 1472, "clip": 1.0}
 SINGLE = {"template": "llama_3", "loss_group": 1}
@@ -111,7 +112,15 @@ DIFFERENCES = {
         {"init_from", "tune.llm", "optimizer.learning_rate"}
         | {"batch.global_size", "batch.loss_group"}
         | {
-            f"data.{name}" for name in ("path", "image_root", "template", "image_aspect", "buckets")
+            f"data.{name}"
+            for name in (
+                "path",
+                "image_root",
+                "template",
+                "image_aspect",
+                "buckets",
+                "group_by_modality_length",
+            )
         },
     ),
     "7b_lora": (
@@ -185,6 +194,7 @@ def test_recipes_are_the_published_ones(name: str):
         template=config.data.template,
         aspect=config.data.image_aspect,
         text=config.data.max_text_length,
+        grouped=config.data.group_by_modality_length,
         samples=recipe.samples,
         steps=config.total_steps(recipe.samples),
         warmup=recipe.warmup,

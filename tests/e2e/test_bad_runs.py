@@ -1,0 +1,135 @@
+"""Runs that meet bad samples, dying workers and losses that are not finite."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import metrics, rows, write_config
+
+from llava_jax import inputs, train
+from llava_jax.data.batching import Batch, SampleEncoder
+from llava_jax.data.conversation import Encoded
+from llava_jax.data.records import Record
+from llava_jax.program import Program
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("bad") / "config.py", base, data)
+
+
+def run(config: Path, name: str, *arguments: str) -> tuple[int, Path]:
+    status = train.main(["--config", str(config), "--name", name, *arguments])
+    return status, config.parent / name
+
+
+def test_a_skipped_sample_is_named_once(config: Path, capsys: pytest.CaptureFixture[str]):
+    status, directory = run(config, "skipping")
+    assert status == 0
+    (row,) = rows(directory / "skipped.jsonl")
+    assert row["sample"] == 9
+    assert str(row["place"]).endswith("data.json, record 9")
+    assert str(row["reason"]).startswith("image not found")
+    assert f"{row['place']} is left out: {row['reason']}" in capsys.readouterr().out
+    assert sum(int(str(row["skipped"])) for row in metrics(directory)) >= 3
+
+
+def test_more_skipped_samples_than_allowed_stop_a_run(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(inputs.Inputs, "check_some", lambda self: None)
+    status, directory = run(config, "too-many", "--data.max-skipped", "0.05")
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "1 of 10 samples cannot be used, more than data.max_skipped (0.05) allows" in error
+    assert str(directory / "skipped.jsonl") in error
+    status, _ = run(config, "too-many")  # it may go on with more
+    assert status == 0
+
+
+def test_data_that_is_wrong_as_a_whole_stops_before_anything_is_loaded(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    status, directory = run(config, "wrong-root", "--data.image-root", str(tmp_path))
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "of 10 samples that were tried, 6 cannot be used" in error
+    assert "image not found" in error
+    assert not (directory / "config.json").exists()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Makes the pixels of some steps' batches infinite."""
+    place, calls = Program.place, iter(range(1, 1000))
+
+    def poisoned(
+        self: Program, batch: Batch, size: int | None = None, *, to_train: bool = True
+    ) -> Batch:
+        if to_train and next(calls) in steps:
+            pixels = np.full_like(batch.pixel_values, np.inf)
+            batch = dataclasses.replace(batch, pixel_values=pixels)
+        return place(self, batch, size, to_train=to_train)
+
+    monkeypatch.setattr(Program, "place", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    poison(monkeypatch, 2)
+    status, directory = run(config, "one-nonfinite", "--eval.every", "1")
+    assert status == 0
+    found = metrics(directory)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert [row["loss"] is None for row in found] == [False, True, False, False]
+    assert "NaN" not in (directory / "metrics.jsonl").read_text()
+    losses = [row["loss"] for row in rows(directory / "evaluations.jsonl")]
+    assert losses[1] == losses[2] != losses[3]
+    assert np.isfinite(losses).all()
+    (row,) = rows(directory / "nonfinite.jsonl")
+    assert row["step"] == 2
+    assert len(row["samples"]) == 8
+    assert "step 2: loss nan" in capsys.readouterr().out
+
+
+def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    poison(monkeypatch, 2, 3, 4)
+    every = ("--checkpoint.every", "1", "--steps", "6", "--nonfinite-limit", "3")
+    status, directory = run(config, "nonfinite", *every)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "3 steps in a row were not finite, the last 4" in error
+    assert "data.json, record" in error
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["0", "1"]
+    monkeypatch.undo()
+    status, directory = run(config, "nonfinite", *every)
+    assert status == 0
+    status, whole = run(config, "finite", *every)
+    assert metrics(directory) == metrics(whole)
+
+
+class Deadly(SampleEncoder):
+    """Dies of one sample, as of a picture whose decoder crashes."""
+
+    def encode_text(self, record: Record) -> Encoded:
+        if record.id == "4":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_text(record)
+
+
+def test_a_worker_that_dies_ends_the_run_and_names_its_sample(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(inputs, "SampleEncoder", Deadly)
+    monkeypatch.setattr(inputs.Inputs, "check_some", lambda self: None)
+    status, _ = run(config, "dying", "--data.workers", "2", "--data.eval-path", "None")
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "a worker process that reads data died at" in error
+    assert "data.json, record 4: " in error
+    assert "exit code -9" in error
