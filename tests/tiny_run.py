@@ -46,22 +46,28 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def popen(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Starts the program in a process of its own, on one device."""
-    root = Path(__file__).parents[1]
-    environment = os.environ | {
+ROOT = Path(__file__).parents[1]
+
+
+def environment(config: Path) -> dict[str, str]:
+    """Of a program in a process of its own, on one device."""
+    return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / ".cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": str(ROOT),
     }
+
+
+def popen(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts the program in a process of its own."""
     command = [sys.executable, "-m", "llava_jax.train", "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=root,
-        env=environment,
+        cwd=ROOT,
+        env=environment(config),
     )
