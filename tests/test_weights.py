@@ -298,6 +298,12 @@ def test_a_fingerprint_is_of_the_weights_and_nothing_else(checkpoint, tmp_path):
     assert fingerprint(tmp_path / "half") != first
 
 
+def test_a_fingerprint_stays_what_adapters_have_written_down():
+    fixture = Path(__file__).parent / "parity" / "fixtures" / "hf_4_48"
+    expected = "8df28d55f80ad5224e375396abd19bbd1e5062a4c6456b16f2177e6c023c0219"
+    assert fingerprint(fixture) == expected
+
+
 MEASURE = """
 import resource, sys
 import jax

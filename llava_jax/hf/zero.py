@@ -32,8 +32,14 @@ class Joined(Tensor):
             values[start:stop] = piece.read()
             start = stop
 
-    def sample(self) -> bytes:
-        return b"".join(piece.sample() for piece in self.pieces)
+    def stretch(self, at: int, count: int) -> bytes:
+        found, start = [], 0
+        for piece in self.pieces:
+            first, last = max(at - start, 0), min(at + count - start, piece.size)
+            if first < last:
+                found.append(piece.stretch(first, last - first))
+            start += piece.size
+        return b"".join(found)
 
 
 def zero_directory(path: Path) -> Path | None:
