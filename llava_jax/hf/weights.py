@@ -41,7 +41,7 @@ Source = tuple[dict[str, Tensor], Layout]
 Reader = Callable[[Path], dict[str, Tensor]]
 """Finds the tensors of a file or directory."""
 
-VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
+EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
 
 def load_params(
@@ -149,11 +149,14 @@ def find_tensors(
                 )
             else:
                 found[path].append(tensor)
+    heads = _tied_heads(sources) if config.llm.tie_word_embeddings and found.get(EMBEDDING) else []
     left_over = [
         f"{name} {list(tensor.shape)} ({tensor.file.name})"
         for tensors, layout in sources
         for name, tensor in tensors.items()
-        if layout.parameter(name) not in known and not _is_spare(layout, name, config)
+        if layout.parameter(name) not in known
+        and not layouts.is_ignored(name)
+        and tensor not in heads
     ]
     problems = {"missing": missing, "left over": left_over, "of the wrong shape": misshapen}
     if any(problems.values()):
@@ -166,6 +169,8 @@ def find_tensors(
         raise CheckpointError(
             f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
         )
+    for head in heads:
+        _check_tied(where, head, found[EMBEDDING][0])
     return found
 
 
@@ -182,10 +187,30 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_grow: bool) -> bo
     return shape == wanted or (may_grow and shape[1:] == wanted[1:] and 0 < shape[0] < wanted[0])
 
 
-def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
-    """Whether a checkpoint may hold this tensor although no parameter takes it."""
-    tied_head = config.llm.tie_word_embeddings and layout.parameter(name) == "llm.lm_head.weight"
-    return tied_head or layouts.is_ignored(name)
+def _tied_heads(sources: list[Source]) -> list[Tensor]:
+    """Heads that are stored beside an embedding which is the head too."""
+    return [
+        tensor
+        for tensors, layout in sources
+        for name, tensor in tensors.items()
+        if layout.parameter(name) == HEAD
+    ]
+
+
+def _check_tied(where: str, head: Tensor, embedding: Tensor) -> None:
+    dtype = common_dtype([head, embedding])
+
+    def digest(tensor: Tensor) -> bytes:  # so that only one of them is held at a time
+        values = tensor.read().astype(dtype, copy=False)
+        return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()
+
+    if head.shape != embedding.shape or digest(head) != digest(embedding):
+        raise CheckpointError(
+            f"{where} has tie_word_embeddings in its config, but {head.name} "
+            f"{list(head.shape)} ({head.file.name}) is not equal to {embedding.name} "
+            f"{list(embedding.shape)} ({embedding.file.name}): set tie_word_embeddings to false in "
+            "config.json, in its text_config too if there is one, or take the wrong one out"
+        )
 
 
 def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
