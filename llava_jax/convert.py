@@ -22,7 +22,7 @@ from llava_jax.hf.model_config import read_json_config, write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.resolve import adapter_in, resolve
+from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import Tensor
 from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 from llava_jax.hf.trained import Trained, check_base, open_trained
@@ -102,11 +102,7 @@ def open_source(
         ConfigError: The two do not go together.
         CheckpointError: One cannot be read, or they do not fit.
     """
-    found = resolve(source if base is None else base, open_any)
-    if base is not None:
-        if found.adapter is not None or isinstance(source, Parts):
-            raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
-        found = found._replace(adapter=adapter_in(source))
+    found = _locate(source, base)
     config = read_config(found.base)
     _, abstract = build(config, {}, dtype="float32")
     sources = open_sources(found.base, open_any)
@@ -131,6 +127,16 @@ def open_source(
     return Opened(
         found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
     )
+
+
+def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
+    """Where a model and what was trained on it lie."""
+    if base is None:
+        return resolve(source, open_any)
+    found = resolve(base, open_any)
+    if found.adapter is not None or isinstance(source, Parts):
+        raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
+    return found._replace(adapter=adapter_in(source))
 
 
 def _summary(trained: Trained) -> str:

@@ -158,20 +158,28 @@ def find_tensors(
         and not layouts.is_ignored(name)
         and tensor not in heads
     ]
-    problems = {"missing": missing, "left over": left_over, "of the wrong shape": misshapen}
-    if any(problems.values()):
-        names = "; ".join(source[1].name for source in sources)
-        lines = [
-            f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
-            for what, items in problems.items()
-            if items
-        ]
-        raise CheckpointError(
-            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
-        )
+    _refuse(
+        where,
+        sources,
+        {"missing": missing, "left over": left_over, "of the wrong shape": misshapen},
+    )
     for head in heads:
         _check_tied(where, head, found[EMBEDDING][0])
     return found
+
+
+def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:
+    """One error of all tensors that are amiss, if there are any."""
+    lines = [
+        f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
+        for what, items in problems.items()
+        if items
+    ]
+    if lines:
+        names = "; ".join(source[1].name for source in sources)
+        raise CheckpointError(
+            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
+        )
 
 
 def _layers(
