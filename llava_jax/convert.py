@@ -32,9 +32,9 @@ from llava_jax.hf.weights import (
     find_base_tensors,
     fingerprint_of,
     open_sources,
-    save_params,
     stored,
 )
+from llava_jax.hf.weights_save import save_params
 from llava_jax.lora import is_adapter, merge_layer
 from llava_jax.models.layers import Abstract
 from llava_jax.pretrained import build, read_config

@@ -10,7 +10,7 @@ from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.weights import save_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params
 from llava_jax.program import Program
 

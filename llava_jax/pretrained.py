@@ -28,7 +28,8 @@ from llava_jax.hf.processor import save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.trained import check_base, open_trained
-from llava_jax.hf.weights import fingerprint, load_params, save_params
+from llava_jax.hf.weights import fingerprint, load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.stack import jit_loop

@@ -19,7 +19,8 @@ from llava_jax import host
 from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Parts, Quantisation, VisionConfig
 from llava_jax.hf import layouts
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.weights import find_tensors, fingerprint, load_params, save_params
+from llava_jax.hf.weights import find_tensors, fingerprint, load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
 from llava_jax.quant import abstract, quantise
@@ -366,7 +367,8 @@ MEASURE = """
 import resource, sys
 import jax
 from llava_jax.config import *
-from llava_jax.hf.weights import load_params, save_params
+from llava_jax.hf.weights import load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.pretrained import build
 
 config = ModelConfig(

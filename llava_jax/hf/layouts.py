@@ -214,6 +214,15 @@ def unstacked(path: str, layer: int, config: ModelConfig) -> str:
     return path.replace(f".{stack}.", f".layers.{layer}.", 1)
 
 
+def layers(
+    path: str, shape: tuple[int, ...], config: ModelConfig
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
+    if not is_stacked(path):
+        return [(path, shape)]
+    return [(unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
+
+
 def stacked(parameter: str, config: ModelConfig) -> str:
     """The path of the parameter that `unstacked` took this layer from."""
     match = re.search(r"\.layers\.(0|[1-9][0-9]{,3})\.", parameter)

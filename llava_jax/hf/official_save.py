@@ -15,7 +15,8 @@ from llava_jax.hf.peft import CONFIG, WEIGHTS, lora_settings, peft_name
 from llava_jax.hf.processor import generation_settings, write_image_processor, write_json
 from llava_jax.hf.tensorfile import write_tensors
 from llava_jax.hf.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
-from llava_jax.hf.weights import VOCABULARY, Stored, save_params, save_tensors
+from llava_jax.hf.weights import VOCABULARY, Stored
+from llava_jax.hf.weights_save import save_params, save_tensors
 from llava_jax.lora import LLM, is_adapter
 
 _TOWER = "vision_tower"

@@ -23,7 +23,8 @@ from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfi
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
 from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
-from llava_jax.hf.weights import Stored, save_tensors
+from llava_jax.hf.weights import Stored
+from llava_jax.hf.weights_save import save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

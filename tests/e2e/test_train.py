@@ -20,7 +20,7 @@ from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.devices import GIB
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.weights import save_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.metrics import Reporter
 from llava_jax.plan import REST, Usage
 from llava_jax.sharding import make_mesh, place
