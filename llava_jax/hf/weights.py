@@ -122,7 +122,8 @@ def find_tensors(
         may_grow: Whether a vocabulary may be smaller than wanted.
 
     Raises:
-        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor; or a
+            stored head differs from the embedding that it is tied to.
     """
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
     missing, misshapen, known = [], [], set()
