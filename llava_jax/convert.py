@@ -223,7 +223,7 @@ def convert(
     aspect = aspect or _own_aspect(opened)
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened)
-    with _unfinished(destination) as directory:
+    with unfinished(destination) as directory:
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
@@ -249,8 +249,8 @@ def check_free(destination: Path) -> None:
 
 
 @contextmanager
-def _unfinished(destination: Path) -> Iterator[Path]:
-    """A directory that takes its name when all went well, and vanishes otherwise."""
+def unfinished(destination: Path) -> Iterator[Path]:
+    """Yields a directory that takes its name when all went well, and vanishes otherwise."""
     directory = destination.with_name(f".{destination.name}.unfinished")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -125,8 +125,11 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
         return path  # reading it will say what is amiss
     if layout.name != layouts.E.name:
         return path
-    has_tower = "vision" in layout.parts(tensors)
-    return official.as_parts(path, *read_json_config(path), has_tower=has_tower)
+    file, raw = read_json_config(path)
+    parts = layout.parts(tensors)
+    if parts == {"llm"} and "mm_vision_tower" not in raw:
+        return path  # a decoder alone, whose names are the same
+    return official.as_parts(path, file, raw, has_tower="vision" in parts)
 
 
 def _download(hub_id: str) -> Path:
