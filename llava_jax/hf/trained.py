@@ -34,7 +34,7 @@ _LAYOUTS = (
 )
 _STACKS = (LLM, VISION)
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
-_BESIDE = ("non_lora_trainables", "mm_projector")
+BESIDE = ("non_lora_trainables", "mm_projector")
 """Files of LLaVA's code, without their endings."""
 
 
@@ -83,7 +83,7 @@ def is_trained(place: Path) -> bool:
         return True
     if any(place.glob("model*.safetensors*")) or any(place.glob("pytorch_model*.bin*")):
         return False
-    has_files = any(_file_beside(place, name) for name in _BESIDE)
+    has_files = any(_file_beside(place, name) for name in BESIDE)
     return (
         has_files
         or any((place / part).is_dir() for part in _XTUNER_PARTS)
@@ -172,11 +172,11 @@ def _open_pieces(place: Path, read: Reader) -> list[_Piece]:
                 pieces.append(_open_piece(place / part, read, settings))
             elif (place / part).is_dir():
                 pieces.append(_open_piece(place / part, read))
-    elif place.is_dir() and any(_file_beside(place, name) for name in _BESIDE):
+    elif place.is_dir() and any(_file_beside(place, name) for name in BESIDE):
         pieces = []
     else:
         pieces = [_open_piece(place, read)]
-    files = [file for name in _BESIDE if (file := _file_beside(place, name))]
+    files = [file for name in BESIDE if (file := _file_beside(place, name))]
     return pieces + [_open_piece(file, read) for file in files]
 
 
