@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from llava_jax.config import Parts
+from llava_jax.config import ConfigError, Parts
 from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.resolve import resolve
+from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
@@ -90,3 +91,65 @@ def test_a_local_part_of_pickles_is_refused_with_the_command(part, vicuna: Path)
     pickled = str(vicuna if part == "llm" else FIXTURES / "base" / "clip_openai")
     with pytest.raises(CheckpointError, match=re.escape(f"tools/convert.py {pickled} ")):
         resolve(dataclasses.replace(parts, **{part: pickled}))
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    """LLaVA's own directory without a tower, which a hub id names."""
+    directory = shutil.copytree(FIXTURES / "llava_full", tmp_path / "llava")
+    raw = json.loads((directory / "config.json").read_text()) | {"mm_vision_tower": CLIP}
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def test_a_tower_on_the_hub_is_fetched(hub, llava: Path, tmp_path: Path):
+    """As well for a whole LLaVA as for a LoRA directory that names it."""
+    snapshot = hub(CLIP, FIXTURES / "base" / "clip")
+    assert resolve(str(llava)).base == Parts(str(llava), str(snapshot))
+    lora = shutil.copytree(FIXTURES / "llava_lora", tmp_path / "lora")
+    shutil.copyfile(llava / "config.json", lora / "config.json")
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    llm = str(FIXTURES / "base" / "llm")
+    settings["base_model_name_or_path"] = llm
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    assert resolve(str(lora)).base == Parts(llm, str(snapshot))
+
+
+def test_a_tower_on_the_hub_may_be_pickles(hub, llava: Path):
+    snapshot = hub(CLIP, FIXTURES / "base" / "clip_openai")
+    with pytest.raises(CheckpointError, match=rf"convert\.py {CLIP} clip-safetensors --to hf"):
+        resolve(str(llava))
+    assert resolve(str(llava), open_any).base == Parts(str(llava), str(snapshot))
+
+
+def test_without_the_hub_it_is_said_how_to_name_the_tower(hub, llava: Path):
+    message = rf"its vision tower \('{CLIP}'\) is not here; .* llm={llava},vision=DIRECTORY"
+    with pytest.raises(CheckpointError, match=message):
+        resolve(str(llava))
+
+
+@pytest.mark.parametrize("inner", ["model", "adapter", "checkpoints"])
+def test_only_a_runs_directory_stands_for_what_the_run_made(inner: str, tmp_path: Path):
+    whole = shutil.copytree(FIXTURES / "hf_4_48", tmp_path / "whole")
+    (whole / inner).mkdir()
+    assert resolve(str(whole)).base == whole
+    assert adapter_in(whole) == whole
+
+
+@pytest.mark.parametrize("made", ["model", "adapter"])
+def test_a_runs_directory_stands_for_what_the_run_made(made: str, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"config": {}, "base_fingerprint": None}))
+    with pytest.raises(ConfigError, match="a run that is not finished"):
+        resolve(str(run))
+    if made == "model":
+        shutil.copytree(FIXTURES / "hf_4_48", run / "model")
+        assert resolve(str(run)).base == run / "model"
+        return
+    adapter = shutil.copytree(FIXTURES / "peft_4_48", run / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(FIXTURES / "hf_4_48")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert resolve(str(run)) == (str(FIXTURES / "hf_4_48"), FIXTURES / "hf_4_48", adapter)
+    assert adapter_in(run) == adapter

@@ -1,5 +1,6 @@
 """From what a user calls a checkpoint to where its files lie."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,18 +58,24 @@ def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
 def adapter_in(place: str | Path) -> Path:
     """The adapter that a run has made, if `place` is a run's directory; else the place itself."""
     inner = Path(place) / "adapter"
-    return inner if inner.is_dir() else Path(place)
+    return inner if inner.is_dir() and _is_run(Path(place)) else Path(place)
 
 
 def _in_run(path: Path) -> Path:
     """What a run has made, if `path` is a run's directory."""
-    if (path / "model").is_dir():
-        return path / "model"
-    if (adapter := adapter_in(path)) != path:
-        return adapter
-    if (path / "checkpoints").is_dir():
-        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
-    return path
+    if not _is_run(path):
+        return path
+    for made in ("model", "adapter"):
+        if (path / made).is_dir():
+            return path / made
+    raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory's config.json is as `description` writes it; any checkpoint has one."""
+    if not (path / "config.json").is_file():
+        return (path / "checkpoints").is_dir()
+    return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
 
 
 def _local(name: str, read: Reader) -> Path:
@@ -89,13 +96,17 @@ def _reads_pickles(read: Reader) -> bool:
 
 
 def _resolve_parts(parts: Parts, read: Reader) -> Parts:
-    llm, vision = (_local(name, read) for name in (parts.llm, parts.vision))
-    for name, place in ((parts.llm, llm), (parts.vision, vision)):
-        _refuse_pickles(name, place, read)
+    llm, vision = (_find_part(name, read) for name in (parts.llm, parts.vision))
     projector = parts.projector
     if projector is None and (llm / "projector").is_dir():  # as XTuner exports
         projector = str(llm / "projector")
     return Parts(str(llm), str(vision), projector)
+
+
+def _find_part(name: str, read: Reader) -> Path:
+    place = _local(name, read)
+    _refuse_pickles(name, place, read)
+    return place
 
 
 def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
@@ -103,14 +114,15 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
 
     A snapshot for such a reader is without its pickles, see `_download`.
     """
-    is_snapshot = not Path(name).exists()
-    has_pickles = is_snapshot or any(place.glob("*.bin"))
-    if not _reads_pickles(read) and has_pickles and not any(place.glob("*.safetensors")):
-        rewritten = f"{Path(name).name}-safetensors"
-        raise CheckpointError(
-            f"{name} has no safetensors, and pickles (.bin) are read by tools/convert.py alone: "
-            f"run `python tools/convert.py {name} {rewritten} --to hf`, then name {rewritten}"
-        )
+    is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
+    if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
+        return
+    has = f"only {pickles[0].name}" if pickles else "no safetensors"
+    rewritten = f"{Path(name).name}-safetensors"
+    raise CheckpointError(
+        f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
+        f"tools/convert.py {name} {rewritten} --to hf`, then name {rewritten}"
+    )
 
 
 def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
@@ -150,7 +162,8 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
     parts = layout.parts(tensors)
     if parts == {"llm"} and "mm_vision_tower" not in raw:
         return path  # a decoder alone, whose names are the same
-    return official.as_parts(path, file, raw, has_tower="vision" in parts)
+    find = partial(_find_part, read=read)
+    return official.as_parts(path, file, raw, find, has_tower="vision" in parts)
 
 
 _BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
