@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights"
     )
-    template = "conversations, for apply_chat_template (default: the source's own)"
+    template = (
+        "conversations, for apply_chat_template (default: the source's own, or what fits the "
+        "decoder)"
+    )
     parser.add_argument("--template", choices=TEMPLATES, help=template)
     aspect = "images that are not square (default: as the source says)"
     parser.add_argument("--image-aspect", choices=("pad", "crop", "squash"), help=aspect)

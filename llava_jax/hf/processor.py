@@ -259,6 +259,34 @@ _JINJA = """\
 """
 
 
+# What a tokenizer has, or its chat template, of a decoder that was trained with a template.
+_MARKS = {
+    "<|start_header_id|>": "llama_3",
+    "<|im_start|>": "chatml",
+    "<<SYS>>": "llama_2",
+    "[INST]": "mistral_instruct",
+}
+
+
+def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
+    """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
+
+    Args:
+        place: Where the tokenizer lies.
+        is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
+
+    Returns:
+        Its name; None if the chat template that is there takes images, and may stay.
+    """
+    tokenizer = load_tokenizer(place)
+    own = str(tokenizer.chat_template or "")  # a decoder's leaves out what is no text
+    if "image" in own and not is_xtuner:
+        return None
+    words = tokenizer.get_vocab()
+    known = (name for mark, name in _MARKS.items() if mark in words or mark in own)
+    return next(known, "vicuna_xtuner" if is_xtuner else "vicuna_v1")
+
+
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     """A conversation template for `apply_chat_template`.
 
