@@ -24,7 +24,7 @@ from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import choose_template, save_processor
 from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.hf.tensorfile import Tensor
-from llava_jax.hf.tokenizer import has_tokenizer
+from llava_jax.hf.tokenizer import has_slow_tokenizer, has_tokenizer
 from llava_jax.hf.trained import Trained, check_base, open_trained
 from llava_jax.hf.weights import (
     Source,
@@ -236,7 +236,12 @@ def convert(
         elif as_adapter:
             _write_official_adapter(opened, directory, aspect)
         elif to == "llava":
-            _write_official(opened, directory, destination, dtype, aspect)
+            _write_official(opened, directory, destination, dtype, aspect, template)
+            if not has_slow_tokenizer(directory):
+                say(
+                    f"{opened.inputs} has no tokenizer.model, of which LLaVA's own code makes its "
+                    f"tokenizer; copy the decoder's to {destination}"
+                )
         else:
             _write_hf(opened, directory, to, dtype)
         if to != "llava":
@@ -298,7 +303,12 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
 
 
 def _write_official(
-    opened: Opened, directory: Path, final: Path, dtype: str | None, aspect: Aspect | None
+    opened: Opened,
+    directory: Path,
+    final: Path,
+    dtype: str | None,
+    aspect: Aspect | None,
+    template: Template | None,
 ) -> None:
     save_official(
         directory,
@@ -309,6 +319,7 @@ def _write_official(
         dtype=dtype,
         said=dtype or str(opened.dtype),
         aspect=aspect,
+        template=template,
     )
 
 

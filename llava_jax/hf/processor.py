@@ -9,7 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import Aspect, ModelConfig, Parts
-from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos
+from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError, read_json
@@ -148,7 +148,8 @@ def save_processor(
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     write_json(directory / _PROCESSOR, processor)
-    write_json(directory / "generation_config.json", generation_settings(source, tokenizer, config))
+    generation = generation_settings(source, tokenizer, config, template)
+    write_json(directory / "generation_config.json", generation)
     if template is not None:
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
@@ -212,20 +213,28 @@ def _image_processor(transform: ImageTransform) -> dict[str, Any]:
 
 
 def generation_settings(
-    source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
+    source: str | Path | Parts,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    template: Template | None,
 ) -> dict[str, Any]:
-    """Greedy decoding, and which tokens end it.
+    """Greedy decoding, and which tokens end it: the source's own, and the template's.
 
     Nothing else of the source's settings is kept: some (Vicuna's temperature without sampling) make
     transformers refuse to save the model again.
+
+    Raises:
+        ConfigError: The tokenizer lacks the token that ends the template's answers.
     """
     file = Path(source.llm if isinstance(source, Parts) else source) / "generation_config.json"
     given = read_json(file) if file.is_file() else {}
     ends = given.get("eos_token_id", tokenizer.eos_token_id)
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end = None if template is None else end_token(template, tokenizer)
     settings = {
         "do_sample": False,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends,
+        "eos_token_id": ends if end is None or end in known else [*known, end],
         "pad_token_id": config.pad_token_id,
     }
     return {name: value for name, value in settings.items() if value is not None}

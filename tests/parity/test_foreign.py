@@ -301,6 +301,19 @@ def test_a_decoders_own_chat_template_is_not_a_llavas(own, chosen, whole, tmp_pa
     assert tokenizer.chat_template == expected
 
 
+def test_what_llavas_code_needs_of_a_tokenizer(tmp_path: Path):
+    """Ids in config.json; and its tokenizer is made of tokenizer.model alone."""
+    said = []
+    convert(open_source("llava_full"), tmp_path / "whole", "llava", say=said.append)
+    assert not any("tokenizer.model" in line for line in said)
+    convert(open_source("llava_lora"), tmp_path / "lora", "llava")
+    for name in ("whole", "lora"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    convert(open_source("hf_4_48"), tmp_path / "without", "llava", say=said.append)
+    assert "hf_4_48 has no tokenizer.model" in said[-1]
+
+
 def test_a_failed_proof_leaves_nothing(tmp_path: Path):
     def refuse(opened: Opened, written: Path) -> None:
         assert (written / "model.safetensors").is_file()

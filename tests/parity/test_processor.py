@@ -105,6 +105,29 @@ LLM = LlmConfig(320, 16, 16, 1, 2, 2, 8, 128)
 CONFIG = ModelConfig(VISION, LLM, image_token_id=3, pad_token_id=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "ends"),
+    [
+        ("vicuna_v1", None, "</s>"),
+        ("plain", None, "</s>"),
+        ("llama_3", None, ["</s>", "<|eot_id|>"]),
+        ("chatml", None, ["</s>", "<|im_end|>"]),
+        ("chatml", ["<|im_end|>", "</s>"], ["<|im_end|>", "</s>"]),
+        (None, ["<|im_end|>", "</s>"], ["<|im_end|>", "</s>"]),
+    ],
+)
+def test_generation_ends_where_the_templates_answers_do(name, own, ends, byte_level, tmp_path):
+    source = shutil.copytree(byte_level, tmp_path / "source")
+    ids_of = load_tokenizer(source).convert_tokens_to_ids
+    if own:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ids_of(own)}))
+    out = tmp_path / "out"
+    out.mkdir()
+    save_processor(source, out, CONFIG, template=TEMPLATES[name] if name else None)
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["eos_token_id"] == ids_of(ends)
+
+
 def test_a_decoders_control_tokens_choose_the_template(byte_level):
     """Also where XTuner trained it: only with Vicuna is its prompt another."""
     assert {choose_template(byte_level, is_xtuner=x) for x in (True, False)} == {"llama_3"}
