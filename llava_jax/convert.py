@@ -21,7 +21,7 @@ from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.model_config import read_json_config, write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.processor import choose_template, save_processor
+from llava_jax.hf.processor import choose_template, has_processor, save_processor
 from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.hf.tensorfile import Tensor
 from llava_jax.hf.tokenizer import has_slow_tokenizer, has_tokenizer
@@ -130,7 +130,7 @@ def open_source(
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
         tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
-        inputs = found.adapter if has_tokenizer(found.adapter) else found.base
+        inputs = found.adapter if has_processor(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
         raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")

@@ -13,10 +13,15 @@ from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos, end_to
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError, read_json
-from llava_jax.hf.tokenizer import load_tokenizer
+from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 
 _BICUBIC = 3  # Pillow's number
 _PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
+
+
+def has_processor(directory: Path) -> bool:
+    """Whether a directory has both a tokenizer and an image processor."""
+    return has_tokenizer(directory) and _image_settings(directory) is not None
 
 
 def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None) -> ImageTransform:
