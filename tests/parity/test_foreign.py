@@ -57,6 +57,7 @@ TRAINED = {
     "H ZeRO-2": ("xtuner_pth/zero2/iter_2.pth", BASE),
     "H ZeRO-3": ("xtuner_pth/zero3/iter_2.pth", BASE),
     "I LoRA": ("xtuner_hf/lora", None),
+    "I whole": ("xtuner_hf/full", BASE),
     "I LoRA pickles": ("xtuner_hf/lora_bin", None),
     "PEFT 4.48": ("peft_4_48", "hf_4_48"),
     "PEFT 4.48 pickles": ("peft_4_48_bin", "hf_4_48"),
