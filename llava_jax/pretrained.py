@@ -22,9 +22,10 @@ from llava_jax.config import (
     Parts,
     Remat,
 )
+from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
-from llava_jax.hf.processor import save_processor
+from llava_jax.hf.processor import choose_template, save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.trained import check_base, open_trained
@@ -228,6 +229,8 @@ class LlavaModel(Llava):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a directory that transformers reads, in layout A, with what the source brought.
 
+        What was put together from parts gets the chat template that `choose_template` finds.
+
         Raises:
             ValueError: There are adapters; merge them first.
         """
@@ -236,4 +239,6 @@ class LlavaModel(Llava):
         save_params(params, path, self.config, dtype=dtype)
         write_model_config(self.config, path, dtype)
         if self.source and has_tokenizer(self.source):
-            save_processor(self.source, path, self.config)
+            name = choose_template(self.source) if isinstance(self.source, Parts) else None
+            template = TEMPLATES[name] if name else None
+            save_processor(self.source, path, self.config, template=template)

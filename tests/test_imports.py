@@ -61,7 +61,7 @@ LEVELS = (
     ("hf.trained", "hf.resolve", "hf.official_save"),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation", "convert"),
-    ("export", "checkpoint", "plan", "plan_cache", "merge_check"),
+    ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -108,7 +108,7 @@ PICKLES = ("hf.pickles", "hf.anyfile", "hf.zero", "convert")
 
 def test_only_conversion_imports_what_reads_pickles():
     reads = {module for module in LEVEL if imported(module) & set(PICKLES)}
-    assert reads == {"hf.anyfile", "hf.zero", "convert", "merge_check"}
+    assert reads == {"hf.anyfile", "hf.zero", "convert", "merge_check", "part"}
 
 
 @pytest.mark.parametrize(

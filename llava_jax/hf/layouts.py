@@ -170,6 +170,11 @@ IGNORED = (
 _IGNORED = re.compile("|".join(IGNORED))
 
 
+def is_xtuner(names: Iterable[str]) -> bool:
+    """Whether XTuner wrote what was found in layouts of these names: it has a prompt of its own."""
+    return any("XTuner" in name for name in names)
+
+
 def is_ignored(file_name: str) -> bool:
     """Whether a tensor is none of a LLaVA's parameters, but nothing to complain about."""
     return _IGNORED.search(file_name) is not None

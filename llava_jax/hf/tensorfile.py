@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -203,9 +203,13 @@ def parse_json(text: bytes) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"it has {twice!r:.200} twice")
+        raise ValueError(f"it has {commonest(key for key, _ in pairs)!r:.200} twice")
     return values
+
+
+def commonest(names: Iterable[str]) -> str:
+    """The name that comes most often: where some come twice, one of these."""
+    return Counter(names).most_common(1)[0][0]
 
 
 def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:

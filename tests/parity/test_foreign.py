@@ -21,10 +21,12 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_jax.config import ConfigError, parse_source
 from llava_jax.convert import Opened, convert, open_source
+from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.processor import load_image_transform
+from llava_jax.hf.processor import chat_template, load_image_transform
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
+from llava_jax.hf.tokenizer import load_tokenizer
 from llava_jax.hf.trained import open_trained
 from llava_jax.lora import LLM, VISION
 from llava_jax.merge_check import check_merged
@@ -55,6 +57,7 @@ TRAINED = {
     "H ZeRO-2": ("xtuner_pth/zero2/iter_2.pth", BASE),
     "H ZeRO-3": ("xtuner_pth/zero3/iter_2.pth", BASE),
     "I LoRA": ("xtuner_hf/lora", None),
+    "I whole": ("xtuner_hf/full", BASE),
     "I LoRA pickles": ("xtuner_hf/lora_bin", None),
     "PEFT 4.48": ("peft_4_48", "hf_4_48"),
     "PEFT 4.48 pickles": ("peft_4_48_bin", "hf_4_48"),
@@ -252,6 +255,64 @@ def test_images_are_padded_as_llavas_config_says(tmp_path: Path):
     convert(open_source("llava_full"), tmp_path / "llava", "llava", aspect="crop")
     written = json.loads((tmp_path / "llava" / "config.json").read_text())
     assert written["image_aspect_ratio"] == "square"
+
+
+@pytest.mark.parametrize("name", ["H LoRA", "I LoRA", "I full"])
+def test_xtuners_prompt_and_padding(name: str, tmp_path: Path):
+    """XTuner stores neither, and the tower's own image processor crops."""
+    source, base = TRAINED.get(name) or (WHOLE[name], None)
+    opened, said = open_with_base(source, base), []
+    convert(opened, tmp_path / "out", "hf", merge=bool(opened.adapters), say=said.append)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    expected = chat_template(TEMPLATES["vicuna_xtuner"], tokenizer, "<image>")
+    assert tokenizer.chat_template == expected
+    assert load_image_transform(tmp_path / "out").aspect == "pad"
+    assert any("template vicuna_xtuner" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("own", "chosen"),
+    [
+        (None, "vicuna_v1"),
+        ("{{ messages }}", "vicuna_v1"),
+        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "chatml"),
+        ("[INST] <<SYS>> {{ messages }}", "llama_2"),
+        ("[INST] {{ messages }} [/INST]", "mistral_instruct"),
+        ("{% if c['type'] == 'image' %}[INST]{% endif %}", None),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["converted", "saved"])
+def test_a_decoders_own_chat_template_is_not_a_llavas(own, chosen, whole, tmp_path):
+    """It would leave images out; what takes images stays."""
+    llm = shutil.copytree("base/llm", tmp_path / "llm")
+    tokenizer = load_tokenizer(llm)
+    names = ["<image>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": names if chosen == "chatml" else names[:2]}
+    )
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(llm)
+    if whole:
+        LlavaModel.from_parts(llm, "base/clip").save_pretrained(tmp_path / "out")
+    else:
+        source = f"llm={llm},vision=base/clip,projector=llava_stage1/mm_projector.bin"
+        convert(open_source(parse_source(source)), tmp_path / "out", "hf")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    expected = chat_template(TEMPLATES[chosen], tokenizer, "<image>") if chosen else own
+    assert tokenizer.chat_template == expected
+
+
+def test_what_llavas_code_needs_of_a_tokenizer(tmp_path: Path):
+    """Ids in config.json; and its tokenizer is made of tokenizer.model alone."""
+    said = []
+    convert(open_source("llava_full"), tmp_path / "whole", "llava", say=said.append)
+    assert not any("tokenizer.model" in line for line in said)
+    convert(open_source("llava_lora"), tmp_path / "lora", "llava")
+    for name in ("whole", "lora"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    convert(open_source("hf_4_48"), tmp_path / "without", "llava", say=said.append)
+    assert "hf_4_48 has no tokenizer.model" in said[-1]
 
 
 def test_a_failed_proof_leaves_nothing(tmp_path: Path):
