@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -71,7 +72,7 @@ def run(config: TrainConfig) -> int:
     describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         if saved.latest is not None:
-            check_description(config.run_dir, describe_run(config))
+            _check_begun(config, saved, describe_run(config))
         if saved.latest == total and export_dir(config).is_dir():
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
@@ -254,6 +255,22 @@ def _device_memory(config: TrainConfig) -> int | None:
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     batch = dataclasses.replace(config.batch, micro_size=micro_size(config.batch, mesh))
     return dataclasses.replace(config, batch=batch)
+
+
+def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str, Any]) -> None:
+    """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+
+    Raises:
+        ConfigError: It has another recipe, and something was trained.
+    """
+    rows = config.run_dir / "metrics.jsonl"
+    try:
+        check_description(config.run_dir, description)
+    except ConfigError:
+        if saved.latest != 0 or (rows.exists() and rows.stat().st_size):
+            raise
+        saved.clear()
+        (config.run_dir / "evaluations.jsonl").unlink(missing_ok=True)
 
 
 def _refuse_to_replace(config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.devices import GIB
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.weights import save_params
 from llava_jax.metrics import Reporter
 from llava_jax.plan import REST, Usage
@@ -279,6 +280,28 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     assert "the closest is micro-batch 1, " in error
     assert "take at least 82 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise CheckpointError("the disk is full")
+
+
+@pytest.mark.parametrize(
+    "broken", ["export.save_processor", "checkpoint.Checkpoints.save", "metrics.Reporter.log"]
+)
+def test_a_start_that_failed_does_not_bind_the_next(
+    start, undisturbed: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing was trained, so a recipe that is mended may have the same name."""
+    monkeypatch.setattr(f"llava_jax.{broken}", fail)
+    status, directory = start(f"failed-{broken}", "--tune.llm", "full", "--data.template", "plain")
+    assert status == 1
+    assert not list(directory.glob("model*"))
+    monkeypatch.undo()
+    assert start(directory.name)[0] == 0
+    assert_same_run(directory, undisturbed)
+    measured = [(run / "evaluations.jsonl").read_text() for run in (directory, undisturbed)]
+    assert measured[0] == measured[1]
 
 
 class Killed(BaseException):
