@@ -112,12 +112,12 @@ def open_source(
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
     for place, layout in sources:
-        say(f"{next(iter(place.values())).file.parent}: layout {layout.name}")
+        say(f"{next(iter(place.values())).file.parent}: {layout.name}")
     trained, inputs = None, found.base
     if found.adapter is not None:
         read = partial(open_trained, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
-        say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
+        say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
             say("it does not say which weights it was trained on; those given are unchecked")
         else:

@@ -225,7 +225,7 @@ class LlavaModel(Llava):
         lora.merge_adapters(self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a directory that transformers reads, in layout A, with what the source brought.
+        """Writes a directory that transformers reads, of any version, with what the source brought.
 
         Raises:
             ValueError: There are adapters; merge them first.

@@ -28,8 +28,8 @@ from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Abstract, Params
 
 _LAYOUTS = (
-    *layouts.LLAVA_LAYOUTS,
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
+    *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
 _STACKS = (LLM, VISION)
@@ -53,7 +53,7 @@ class Trained:
     """What was trained, checked against a model but not read yet.
 
     Attributes:
-        what: The forms it was found in.
+        naming: Whose names its tensors have.
         adapters: LoRA settings by stack, `lora.LLM` or `lora.VISION`.
         abstract: Shape and dtype of every parameter, by our names: `lora_a` and `lora_b` of each
             target, and what was trained in full.
@@ -62,7 +62,7 @@ class Trained:
         fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
     """
 
-    what: str
+    naming: str
     adapters: dict[str, LoraConfig]
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
@@ -156,9 +156,9 @@ def open_trained(
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
     found = find_tensors(str(place), sources, config, specs, may_grow=True)
     base = read_json(place / BASE) if (place / BASE).is_file() else {}
-    what = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
+    naming = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
     fingerprint = base.get("fingerprint")
-    return Trained(what, adapters, specs, found, named_base(place), fingerprint)
+    return Trained(naming, adapters, specs, found, named_base(place), fingerprint)
 
 
 def _open_pieces(place: Path, read: Reader) -> list[_Piece]:

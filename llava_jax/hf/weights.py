@@ -164,7 +164,7 @@ def find_tensors(
             if items
         ]
         raise CheckpointError(
-            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
+            f"{where} does not fit the model's config (found: {names})\n" + "\n".join(lines)
         )
     return found
 

@@ -281,7 +281,8 @@ def test_the_command_line_says_what_it_found(tmp_path: Path):
     command = [sys.executable, tool, "llava_lora", out, "--to", "hf", "--merge"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "layout E (LLaVA's own code)" in run.stdout
+    assert "base/llm: Hugging Face decoder\n" in run.stdout
+    assert "projector in full (Hugging Face decoder; LLaVA's own code)\n" in run.stdout
     assert "100.0% of the most likely tokens are the same" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
