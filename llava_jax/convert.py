@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts, absolute_source
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
@@ -307,7 +307,9 @@ def _write_official(
 
 def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
     place = opened.place
-    llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
+    llm, tower = None, None
+    if isinstance(place, Parts):
+        llm, tower = map(absolute_source, (place.llm, place.vision))
     params = _trained_params(opened)
     save_official_adapter(
         directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect

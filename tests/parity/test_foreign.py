@@ -184,6 +184,16 @@ def test_llavas_adapter_comes_back_as_it_was(opened: Opened, tmp_path: Path):
     assert config["vocab_size"] == base["vocab_size"]  # or LLaVA's code cannot read the base
 
 
+@pytest.mark.parametrize("to", ["peft", "llava"])
+def test_an_adapter_names_its_base_wherever_it_is_loaded(to: str, tmp_path: Path, monkeypatch):
+    convert(open_source("llava_lora", parse_source(BASE)), tmp_path / "out", to)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("out").adapters
+    named = json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"]
+    llm, vision = FIXTURES / "base/llm", FIXTURES / "base/clip"
+    assert named == (f"llm={llm},vision={vision}" if to == "peft" else str(llm))
+
+
 def test_what_llavas_code_has_not_is_refused(tmp_path: Path):
     opened = open_source("hf_4_48")
     other = dataclasses.replace(opened.config, projector_hidden_act="gelu_pytorch_tanh")
