@@ -14,7 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts, absolute_source
+from llava_jax.config import (
+    Aspect,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    Parts,
+    absolute_source,
+    format_source,
+)
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
@@ -105,7 +113,10 @@ def open_source(
     found = resolve(source if base is None else base, open_any)
     if base is not None:
         if found.adapter is not None or isinstance(source, Parts):
-            raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
+            given = f"{format_source(source)} and --base {format_source(base)}"
+            raise ConfigError(
+                f"give one thing that was trained, and a whole model as its base: {given}"
+            )
         found = found._replace(adapter=adapter_in(source))
     config = read_config(found.base)
     _, abstract = build(config, {}, dtype="float32")
@@ -127,7 +138,10 @@ def open_source(
         inputs = found.adapter if has_tokenizer(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
-        raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
+        raise ConfigError(
+            f"{format_source(source)} has no {part}; name one: "
+            f"{'--base ' if trained else ''}llm=DIR,vision=DIR,projector=FILE"
+        )
     return Opened(
         found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
     )
@@ -208,6 +222,8 @@ def convert(
     Raises:
         ConfigError: The form cannot hold it, or the destination is taken.
     """
+    if merge and not opened.adapters:
+        raise ConfigError("there are no adapters to merge: drop --merge")
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
         raise ConfigError(
@@ -345,4 +361,4 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        say(f"{opened.inputs} has no tokenizer, so none is written")
+        say(f"{format_source(opened.inputs)} has no tokenizer, so none is written")

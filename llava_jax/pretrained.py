@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from llava_jax.config import (
     ModelConfig,
     Parts,
     Remat,
+    format_source,
 )
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
@@ -105,6 +106,7 @@ def load(
     *,
     seed: int,
     wanted: Collection[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Params:
     """Parameters from a checkpoint, and fresh ones where it has none.
 
@@ -114,11 +116,14 @@ def load(
         abstract: Shapes, dtypes and shardings of all parameters, adapters included.
         seed: For fresh ones: adapters, and a projector that `source` lacks.
         wanted: Only these are loaded or made; the checkpoint is checked in full all the same.
+        say: Told of a projector that `source` lacks.
     """
     wanted = abstract.keys() if wanted is None else wanted
     base = {path: leaf for path, leaf in abstract.items() if not lora.is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
+    if say and source is not None and any(path.startswith("projector.") for path in fresh):
+        say(f"{format_source(source)} has no projector: this is a new one, from seed {seed}")
     return params | initialise(fresh, seed)
 
 

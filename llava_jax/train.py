@@ -286,9 +286,9 @@ def _start(
     config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
 ) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen parameters."""
-    params = _load(config, program, source, program.abstract)
+    brought = {}
     if config.init_adapter is not None:
-        params |= load_adapter(
+        brought = load_adapter(
             config.init_adapter,
             program.adapters,
             program.model_config,
@@ -296,6 +296,8 @@ def _start(
             program.trainable,
             base,
         )
+    wanted = [path for path in program.abstract if path not in brought]
+    params = _load(config, program, source, wanted) | brought
     trainable = {path: params.pop(path) for path in program.trainable}
     return init_state(program.state, trainable, config.seed), params
 
@@ -309,6 +311,7 @@ def _load(
         program.abstract,
         seed=config.seed,
         wanted=wanted,
+        say=print,
     )
 
 

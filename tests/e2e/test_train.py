@@ -348,6 +348,18 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
     assert model.llm.layers.mlp.up_proj.lora_b[...].any()
 
 
+def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
+    """Where neither the parts nor what was trained on them has one."""
+    parts = Path(__file__).parents[1] / "parity" / "fixtures" / "base"
+    source = f"llm={parts / 'llm'},vision={parts / 'clip'}"
+    arguments = ["--init-from", source, "--steps", "1", "--data.max-length", "256"]
+    status, first = start("new-projector", *arguments)
+    assert status == 0
+    assert f"{source} has no projector: this is a new one" in capsys.readouterr().out
+    assert start("known-projector", *arguments, "--init-adapter", str(first))[0] == 0
+    assert "no projector" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
