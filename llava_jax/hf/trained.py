@@ -217,8 +217,8 @@ def _settings(
     if stack not in alphas:
         raise CheckpointError(
             f"{piece.place} has adapters in {stack}*, and does not say their alpha: it stands in "
-            "the config that they were trained with; give it with --alpha (of the decoder) or "
-            "--vision-alpha"
+            "the config that they were trained with, XTuner's .py, as lora_alpha; give it with "
+            "--alpha (of the decoder) or --vision-alpha"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:
