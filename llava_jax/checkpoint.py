@@ -46,6 +46,11 @@ class Checkpoints:
         if any(map(is_for_host, jax.tree.leaves(state))):
             self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
 
+    def clear(self) -> None:
+        """Removes them all."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong with it."""
         self._manager.wait_until_finished()

@@ -205,6 +205,15 @@ def format_source(source: str | Path | Parts | None) -> str:
     return ",".join(f"{name}={value}" for name, value in parts if value)
 
 
+def absolute_source(source: str) -> str:
+    """A source as text with its local paths made absolute, and its hub ids kept."""
+    parts = parse_source(source)
+    if isinstance(parts, Parts):
+        places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
+        return format_source(Parts(**places))
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 Source = Annotated[
     str | Parts | None,
     tyro.constructors.PrimitiveConstructorSpec(

@@ -14,7 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.config import (
+    Aspect,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    Parts,
+    absolute_source,
+    format_source,
+)
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
@@ -75,7 +83,7 @@ class Opened:
     @property
     def is_xtuner(self) -> bool:
         """Whether XTuner trained it."""
-        trained = [self.trained.what] if self.trained else []
+        trained = [self.trained.naming] if self.trained else []
         return layouts.is_xtuner([*(layout.name for _, layout in self.sources), *trained])
 
     @property
@@ -114,12 +122,12 @@ def open_source(
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
     for place, layout in sources:
-        say(f"{next(iter(place.values())).file.parent}: layout {layout.name}")
+        say(f"{next(iter(place.values())).file.parent}: {layout.name}")
     trained, inputs = None, found.base
     if found.adapter is not None:
         read = partial(open_trained, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
-        say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
+        say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
             say("it does not say which weights it was trained on; those given are unchecked")
         else:
@@ -129,7 +137,10 @@ def open_source(
         inputs = found.adapter if has_processor(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
-        raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
+        raise ConfigError(
+            f"{format_source(source)} has no {part}; name one: "
+            f"{'--base ' if trained else ''}llm=DIR,vision=DIR,projector=FILE"
+        )
     return Opened(
         found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
     )
@@ -141,7 +152,8 @@ def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
         return resolve(source, open_any)
     found = resolve(base, open_any)
     if found.adapter is not None or isinstance(source, Parts):
-        raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
+        given = f"{format_source(source)} and --base {format_source(base)}"
+        raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
     return found._replace(adapter=adapter_in(source))
 
 
@@ -221,6 +233,8 @@ def convert(
     Raises:
         ConfigError: The form cannot hold it, or the destination is taken.
     """
+    if merge and not opened.adapters:
+        raise ConfigError("there are no adapters to merge: drop --merge")
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
         raise ConfigError(
@@ -331,7 +345,9 @@ def _write_official(
 
 def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
     place = opened.place
-    llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
+    llm, tower = None, None
+    if isinstance(place, Parts):
+        llm, tower = map(absolute_source, (place.llm, place.vision))
     params = _trained_params(opened)
     save_official_adapter(
         directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect
@@ -373,4 +389,4 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        say(f"{opened.inputs} has no tokenizer, so none is written")
+        say(f"{format_source(opened.inputs)} has no tokenizer, so none is written")

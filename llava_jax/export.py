@@ -48,12 +48,30 @@ def export(
     if jax.process_index() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, config, program, processor, base_name, fingerprint, trainable, frozen)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return unfinished
+
+
+def _write(
+    directory: Path,
+    config: TrainConfig,
+    program: Program,
+    processor: Path | Parts,
+    base_name: str | None,
+    fingerprint: str | None,
+    trainable: Params,
+    frozen: Params,
+) -> None:
     if program.adapters:
         # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
         beside = ("vision.",) if config.tune.vision == "full" else ()
         trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
         save_adapter(
-            unfinished,
+            directory,
             trained,
             program.adapters,
             program.model_config,
@@ -61,18 +79,17 @@ def export(
             fingerprint=fingerprint,
         )
     else:
-        save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+        save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
     if jax.process_index() == 0:
         if not program.adapters:
-            write_model_config(program.model_config, unfinished, config.dtype)
+            write_model_config(program.model_config, directory, config.dtype)
         save_processor(
             processor,
-            unfinished,
+            directory,
             program.model_config,
             template=TEMPLATES[config.data.template],
             aspect=config.data.image_aspect,
         )
-    return unfinished
 
 
 def publish(written: Path, final: Path) -> None:

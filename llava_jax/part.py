@@ -79,7 +79,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     _, abstract = build(config, {}, dtype="float32")
     specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
     paths = find_tensors(str(place), [(tensors, own)], config, specs)
-    say(f"{place}: {what} alone, layout {own.name}")
+    say(f"{place}: {what} alone, {own.name}")
     return Part(place, config, layout, {p: stored(p, t, specs[p]) for p, t in paths.items()})
 
 

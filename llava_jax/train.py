@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -71,7 +72,7 @@ def run(config: TrainConfig) -> int:
     describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         if saved.latest is not None:
-            check_description(config.run_dir, describe_run(config))
+            _check_begun(config, saved, describe_run(config))
         if saved.latest == total and export_dir(config).is_dir():
             print(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
@@ -256,6 +257,22 @@ def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return dataclasses.replace(config, batch=batch)
 
 
+def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str, Any]) -> None:
+    """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+
+    Raises:
+        ConfigError: It has another recipe, and something was trained.
+    """
+    rows = config.run_dir / "metrics.jsonl"
+    try:
+        check_description(config.run_dir, description)
+    except ConfigError:
+        if saved.latest != 0 or (rows.exists() and rows.stat().st_size):
+            raise
+        saved.clear()
+        (config.run_dir / "evaluations.jsonl").unlink(missing_ok=True)
+
+
 def _refuse_to_replace(config: TrainConfig) -> None:
     """A run without checkpoints starts anew; it must not do so over a result."""
     if export_dir(config).exists():
@@ -269,9 +286,9 @@ def _start(
     config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
 ) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen parameters."""
-    params = _load(config, program, source, program.abstract)
+    brought = {}
     if config.init_adapter is not None:
-        params |= load_adapter(
+        brought = load_adapter(
             config.init_adapter,
             program.adapters,
             program.model_config,
@@ -279,6 +296,8 @@ def _start(
             program.trainable,
             base,
         )
+    wanted = [path for path in program.abstract if path not in brought]
+    params = _load(config, program, source, wanted) | brought
     trainable = {path: params.pop(path) for path in program.trainable}
     return init_state(program.state, trainable, config.seed), params
 
@@ -292,6 +311,7 @@ def _load(
         program.abstract,
         seed=config.seed,
         wanted=wanted,
+        say=print,
     )
 
 

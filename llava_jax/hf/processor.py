@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ModelConfig, Parts
+from llava_jax.config import Aspect, ModelConfig, Parts, format_source
 from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
@@ -138,8 +138,8 @@ def save_processor(
         config.image_token_id
     ]:
         raise CheckpointError(
-            f"{source}: the tokenizer has no token {config.image_token_id}, which the model takes "
-            "for an image; they belong to different models"
+            f"{format_source(source)}: the tokenizer has no token {config.image_token_id}, which "
+            "the model takes for an image; they belong to different models"
         )
     tokenizer.save_pretrained(directory)
     write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))

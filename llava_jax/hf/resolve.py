@@ -98,7 +98,7 @@ def _reads_pickles(read: Reader) -> bool:
 def _resolve_parts(parts: Parts, read: Reader) -> Parts:
     llm, vision = (_find_part(name, read) for name in (parts.llm, parts.vision))
     projector = parts.projector
-    if projector is None and (llm / "projector").is_dir():  # as XTuner exports
+    if projector is None and _is_export(llm):
         projector = str(llm / "projector")
     return Parts(str(llm), str(vision), projector)
 
@@ -127,10 +127,13 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
 
 def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
     """What was trained, and the base that it names."""
+    if place.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(place.parent):
+        raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
     base = named_base(place)
     if base in (None, "", "None"):
         raise ConfigError(
-            f"{place} does not say which base it belongs to; give the base and the adapter"
+            f"{place} does not say which base it belongs to; name that too: --base when it is "
+            "converted, --init-from beside --init-adapter when it is trained"
         )
     try:
         found = parse_source(base) or base
@@ -142,9 +145,14 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
 
 
+def _is_export(directory: Path) -> bool:
+    """Whether a directory is as XTuner exports them."""
+    return (directory / "projector").is_dir()
+
+
 def _as_parts(path: Path, read: Reader) -> Path | Parts:
     """A directory of LLaVA's or XTuner's own as separate parts; others as they are."""
-    if (path / "projector").is_dir():
+    if _is_export(path):
         vision = path / "visual_encoder"
         if not vision.is_dir():
             raise ConfigError(

@@ -27,8 +27,8 @@ from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Abstract, Params
 
 _LAYOUTS = (
-    *layouts.LLAVA_LAYOUTS,
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
+    *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
 _STACKS = (LLM, VISION)
@@ -52,7 +52,7 @@ class Trained:
     """What was trained, checked against a model but not read yet.
 
     Attributes:
-        what: The forms it was found in.
+        naming: Whose names its tensors have.
         adapters: LoRA settings by stack, `lora.LLM` or `lora.VISION`.
         abstract: Shape and dtype of every parameter, by our names: `lora_a` and `lora_b` of each
             target, and what was trained in full.
@@ -61,7 +61,7 @@ class Trained:
         fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
     """
 
-    what: str
+    naming: str
     adapters: dict[str, LoraConfig]
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
@@ -161,9 +161,9 @@ def open_trained(
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
     found = find_tensors(str(place), sources, config, specs, may_grow=True)
     base = read_json(place / BASE) if (place / BASE).is_file() else {}
-    what = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
+    naming = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
     fingerprint = base.get("fingerprint")
-    return Trained(what, adapters, specs, found, named_base(place), fingerprint)
+    return Trained(naming, adapters, specs, found, named_base(place), fingerprint)
 
 
 def _open_piece(place: Path, read: Reader) -> _Piece:
@@ -203,8 +203,8 @@ def _settings(
     if stack not in alphas:
         raise CheckpointError(
             f"{piece.place} has adapters in {stack}*, and does not say their alpha: it stands in "
-            "the config that they were trained with; give it with --alpha (of the decoder) or "
-            "--vision-alpha"
+            "the config that they were trained with, XTuner's .py, as lora_alpha; give it with "
+            "--alpha (of the decoder) or --vision-alpha"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:

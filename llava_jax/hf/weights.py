@@ -170,7 +170,7 @@ def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]
     if lines:
         names = "; ".join(source[1].name for source in sources)
         raise CheckpointError(
-            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
+            f"{where} does not fit the model's config (found: {names})\n" + "\n".join(lines)
         )
 
 

@@ -20,6 +20,7 @@ from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.devices import GIB
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.weights_save import save_params
 from llava_jax.metrics import Reporter
 from llava_jax.plan import REST, Usage
@@ -281,6 +282,28 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     assert not (directory / "config.json").exists()
 
 
+def fail(*_: object, **__: object) -> None:
+    raise CheckpointError("the disk is full")
+
+
+@pytest.mark.parametrize(
+    "broken", ["export.save_processor", "checkpoint.Checkpoints.save", "metrics.Reporter.log"]
+)
+def test_a_start_that_failed_does_not_bind_the_next(
+    start, undisturbed: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing was trained, so a recipe that is mended may have the same name."""
+    monkeypatch.setattr(f"llava_jax.{broken}", fail)
+    status, directory = start(f"failed-{broken}", "--tune.llm", "full", "--data.template", "plain")
+    assert status == 1
+    assert not list(directory.glob("model*"))
+    monkeypatch.undo()
+    assert start(directory.name)[0] == 0
+    assert_same_run(directory, undisturbed)
+    measured = [(run / "evaluations.jsonl").read_text() for run in (directory, undisturbed)]
+    assert measured[0] == measured[1]
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing in the program catches it."""
 
@@ -323,6 +346,18 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
     assert first[0] == first[1] < metrics(undisturbed)[0]["loss"]
     model = LlavaModel.from_pretrained(undisturbed)
     assert model.llm.layers.mlp.up_proj.lora_b[...].any()
+
+
+def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
+    """Where neither the parts nor what was trained on them has one."""
+    parts = Path(__file__).parents[1] / "parity" / "fixtures" / "base"
+    source = f"llm={parts / 'llm'},vision={parts / 'clip'}"
+    arguments = ["--init-from", source, "--steps", "1", "--data.max-length", "256"]
+    status, first = start("new-projector", *arguments)
+    assert status == 0
+    assert f"{source} has no projector: this is a new one" in capsys.readouterr().out
+    assert start("known-projector", *arguments, "--init-adapter", str(first))[0] == 0
+    assert "no projector" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,16 @@ def test_llavas_adapter_comes_back_as_it_was(opened: Opened, tmp_path: Path):
     assert config["vocab_size"] == base["vocab_size"]  # or LLaVA's code cannot read the base
 
 
+@pytest.mark.parametrize("to", ["peft", "llava"])
+def test_an_adapter_names_its_base_wherever_it_is_loaded(to: str, tmp_path: Path, monkeypatch):
+    convert(open_source("llava_lora", parse_source(BASE)), tmp_path / "out", to)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("out").adapters
+    named = json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"]
+    llm, vision = FIXTURES / "base/llm", FIXTURES / "base/clip"
+    assert named == (f"llm={llm},vision={vision}" if to == "peft" else str(llm))
+
+
 def test_what_llavas_code_has_not_is_refused(tmp_path: Path):
     opened = open_source("hf_4_48")
     other = dataclasses.replace(opened.config, projector_hidden_act="gelu_pytorch_tanh")
@@ -232,14 +242,26 @@ def test_what_a_form_cannot_hold_is_refused(source, base, to, message, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", ["hf", "llava", "peft"])
+def test_merging_takes_adapters(to: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no adapters to merge: drop --merge"):
+        convert(open_source("hf_4_48"), tmp_path / "out", to, merge=True)
+
+
 def test_what_a_source_lacks_is_said(tmp_path: Path):
     lora = "xtuner_pth/lora/iter_2.pth"
     with pytest.raises(CheckpointError, match=r"does not say their alpha.*--alpha"):
         open_source(lora, parse_source(BASE))
-    with pytest.raises(ConfigError, match="does not say which base"):
+    with pytest.raises(ConfigError, match=r"does not say which base .*: --base"):
         open_source(lora)
-    with pytest.raises(ConfigError, match=r"has no projector; name one"):
+    with pytest.raises(ConfigError, match=rf"^{BASE} has no projector; name one: llm="):
         open_source(parse_source(BASE))
+    with pytest.raises(ConfigError, match=rf"trained, .* base: {BASE} and --base hf_4_48"):
+        open_source(parse_source(BASE), "hf_4_48")
+    with pytest.raises(ConfigError, match=r"a part of what XTuner exported; name xtuner_hf/lora$"):
+        open_source("xtuner_hf/lora/llm_adapter")
+    with pytest.raises(ConfigError, match=r"llm_adapter has no projector; name one: --base llm="):
+        open_source("xtuner_hf/lora/llm_adapter", parse_source(BASE))
     with pytest.raises(ConfigError, match=r"alpha 8, as it says itself, .* not the alpha 9"):
         open_source("llava_lora", alphas={LLM: 9.0})
     for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
@@ -247,6 +269,19 @@ def test_what_a_source_lacks_is_said(tmp_path: Path):
             parse_source(text)
     with pytest.raises(CheckpointError, match=r"tools/convert\.py"):
         resolve("llava_full_bin")
+
+
+def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
+    """Not with the advice to convert it, as in training."""
+    for place, message in {
+        "xtuner_hf": "no checkpoint itself; name what in it is one: full, lora, lora_bin$",
+        "xtuner_pth/lora": r"name what in it is one: iter_2\.pth$",
+        str(tmp_path): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            open_source(place)
+    with pytest.raises(CheckpointError, match="neither a safetensors file nor a pickle"):
+        open_source("README.md", "hf_4_48")
 
 
 def test_images_are_padded_as_llavas_config_says(tmp_path: Path):
@@ -342,7 +377,8 @@ def test_the_command_line_says_what_it_found(tmp_path: Path):
     command = [sys.executable, tool, "llava_lora", out, "--to", "hf", "--merge"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "layout E (LLaVA's own code)" in run.stdout
+    assert "base/llm: Hugging Face decoder\n" in run.stdout
+    assert "projector in full (Hugging Face decoder; LLaVA's own code)\n" in run.stdout
     assert "100.0% of the most likely tokens are the same" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)

@@ -129,7 +129,7 @@ def test_the_command_line(load_tool: Callable, tmp_path: Path, capsys):
     assert main([source, str(tmp_path / "out"), "--to", "llava"]) == 1
     assert "is a part alone, no LLaVA: take --to hf" in capsys.readouterr().err
     assert main([source, str(tmp_path / "out"), "--to", "hf"]) == 0
-    assert "a vision tower alone, layout CLIPVisionModel" in capsys.readouterr().out
+    assert "a vision tower alone, Hugging Face vision tower" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("part", "what"), [("llm", "decoder"), ("clip", "vision tower")])
