@@ -96,6 +96,14 @@ class Checkpoints:
         if any(map(is_for_host, jax.tree.leaves(state))):
             self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
 
+    def clear(self) -> None:
+        """Removes them all."""
+        if is_first():
+            for step in self._steps():
+                shutil.rmtree(self._directory / str(step))
+        self._newest = -1
+        meet("all checkpoints are removed")
+
     def check(self) -> None:
         """Notices early if what is being saved cannot be.
 

@@ -209,6 +209,15 @@ def format_source(source: str | Path | Parts | None) -> str:
     return ",".join(f"{name}={value}" for name, value in parts if value)
 
 
+def absolute_source(source: str) -> str:
+    """A source as text with its local paths made absolute, and its hub ids kept."""
+    parts = parse_source(source)
+    if isinstance(parts, Parts):
+        places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
+        return format_source(Parts(**places))
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 Source = Annotated[
     str | Parts | None,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -387,10 +396,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every so many optimizer steps, keep the newest few."""
+    """Save every so many optimizer steps, keep the newest few.
+
+    Attributes:
+        accept_changes: Go on with a run though its recipe differs from the one it began with. The
+            differences are shown, and the new recipe takes the old one's place in config.json.
+    """
 
     every: int = 500
     keep: int = 2
+    accept_changes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,17 +14,25 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LoraConfig, ModelConfig, Parts
+from llava_jax.config import (
+    Aspect,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    Parts,
+    absolute_source,
+    format_source,
+)
 from llava_jax.data.conversation import TEMPLATES, Template
 from llava_jax.hf import layouts, official
 from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.model_config import read_json_config, write_model_config
 from llava_jax.hf.official_save import save_official, save_official_adapter
 from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.processor import save_processor
-from llava_jax.hf.resolve import adapter_in, resolve
+from llava_jax.hf.processor import choose_template, has_processor, save_processor
+from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import Tensor
-from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
+from llava_jax.hf.tokenizer import has_slow_tokenizer, has_tokenizer
 from llava_jax.hf.trained import Trained, check_base, open_trained
 from llava_jax.hf.weights import (
     Source,
@@ -32,9 +40,9 @@ from llava_jax.hf.weights import (
     find_base_tensors,
     fingerprint_of,
     open_sources,
-    save_params,
     stored,
 )
+from llava_jax.hf.weights_save import save_params
 from llava_jax.lora import is_adapter, merge_layer
 from llava_jax.models.layers import Abstract
 from llava_jax.pretrained import build, read_config
@@ -73,6 +81,12 @@ class Opened:
         return self.trained.adapters if self.trained else {}
 
     @property
+    def is_xtuner(self) -> bool:
+        """Whether XTuner trained it."""
+        trained = [self.trained.naming] if self.trained else []
+        return layouts.is_xtuner([*(layout.name for _, layout in self.sources), *trained])
+
+    @property
     def fingerprint(self) -> str:
         """Of the base."""
         return fingerprint_of(self.sources)
@@ -102,35 +116,45 @@ def open_source(
         ConfigError: The two do not go together.
         CheckpointError: One cannot be read, or they do not fit.
     """
-    found = resolve(source if base is None else base, open_any)
-    if base is not None:
-        if found.adapter is not None or isinstance(source, Parts):
-            raise ConfigError(f"give one thing that was trained and its base: {source}, {base}")
-        found = found._replace(adapter=adapter_in(source))
+    found = _locate(source, base)
     config = read_config(found.base)
     _, abstract = build(config, {}, dtype="float32")
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
     for place, layout in sources:
-        say(f"{next(iter(place.values())).file.parent}: layout {layout.name}")
+        say(f"{next(iter(place.values())).file.parent}: {layout.name}")
     trained, inputs = None, found.base
     if found.adapter is not None:
         read = partial(open_trained, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
-        say(f"{found.adapter}: {_summary(trained)}, layout {trained.what}")
+        say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
             say("it does not say which weights it was trained on; those given are unchecked")
         else:
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
         tensors |= {path: t for path, t in trained.tensors.items() if not is_adapter(path)}
-        inputs = found.adapter if has_tokenizer(found.adapter) else found.base
+        inputs = found.adapter if has_processor(found.adapter) else found.base
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
-        raise ConfigError(f"{source} has no {part}; name one: llm=...,vision=...,projector=FILE")
+        raise ConfigError(
+            f"{format_source(source)} has no {part}; name one: "
+            f"{'--base ' if trained else ''}llm=DIR,vision=DIR,projector=FILE"
+        )
     return Opened(
         found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
     )
+
+
+def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
+    """Where a model and what was trained on it lie."""
+    if base is None:
+        return resolve(source, open_any)
+    found = resolve(base, open_any)
+    if found.adapter is not None or isinstance(source, Parts):
+        given = f"{format_source(source)} and --base {format_source(base)}"
+        raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
+    return found._replace(adapter=adapter_in(source))
 
 
 def _summary(trained: Trained) -> str:
@@ -200,7 +224,8 @@ def convert(
         merge: Whether adapters are folded in.
         era: Of a PEFT adapter's names, see `peft.save_adapter`.
         dtype: Of a whole model's weights; None keeps each as it is.
-        template: Conversations, for `apply_chat_template`; None keeps the source's own.
+        template: Conversations, for `apply_chat_template`; None keeps the source's own, or takes
+            what `processor.choose_template` says.
         aspect: What happens to images that are not square; None is what the source says.
         prove: Looks at what was written before it takes its name; None trusts it.
         say: Prints a line.
@@ -208,6 +233,8 @@ def convert(
     Raises:
         ConfigError: The form cannot hold it, or the destination is taken.
     """
+    if merge and not opened.adapters:
+        raise ConfigError("there are no adapters to merge: drop --merge")
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
         raise ConfigError(
@@ -222,14 +249,19 @@ def convert(
     check_free(destination)
     aspect = aspect or _own_aspect(opened)
     if template is None and has_tokenizer(opened.inputs):
-        template = _own_template(opened)
-    with _unfinished(destination) as directory:
+        template = _own_template(opened, say)
+    with unfinished(destination) as directory:
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
             _write_official_adapter(opened, directory, aspect)
         elif to == "llava":
-            _write_official(opened, directory, destination, dtype, aspect)
+            _write_official(opened, directory, destination, dtype, aspect, template)
+            if not has_slow_tokenizer(directory):
+                say(
+                    f"{opened.inputs} has no tokenizer.model, of which LLaVA's own code makes its "
+                    f"tokenizer; copy the decoder's to {destination}"
+                )
         else:
             _write_hf(opened, directory, to, dtype)
         if to != "llava":
@@ -249,8 +281,8 @@ def check_free(destination: Path) -> None:
 
 
 @contextmanager
-def _unfinished(destination: Path) -> Iterator[Path]:
-    """A directory that takes its name when all went well, and vanishes otherwise."""
+def unfinished(destination: Path) -> Iterator[Path]:
+    """Yields a directory that takes its name when all went well, and vanishes otherwise."""
     directory = destination.with_name(f".{destination.name}.unfinished")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -291,7 +323,12 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
 
 
 def _write_official(
-    opened: Opened, directory: Path, final: Path, dtype: str | None, aspect: Aspect | None
+    opened: Opened,
+    directory: Path,
+    final: Path,
+    dtype: str | None,
+    aspect: Aspect | None,
+    template: Template | None,
 ) -> None:
     save_official(
         directory,
@@ -302,12 +339,15 @@ def _write_official(
         dtype=dtype,
         said=dtype or str(opened.dtype),
         aspect=aspect,
+        template=template,
     )
 
 
 def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
     place = opened.place
-    llm, tower = (place.llm, place.vision) if isinstance(place, Parts) else (None, None)
+    llm, tower = None, None
+    if isinstance(place, Parts):
+        llm, tower = map(absolute_source, (place.llm, place.vision))
     params = _trained_params(opened)
     save_official_adapter(
         directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect
@@ -315,7 +355,9 @@ def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | No
 
 
 def _own_aspect(opened: Opened) -> Aspect | None:
-    """What LLaVA's own config.json says of images, the adapter's before the base's."""
+    """What LLaVA's own config.json says of images, the adapter's before the base's; XTuner pads."""
+    if opened.is_xtuner:
+        return "pad"
     places = [opened.adapter, opened.place.llm if isinstance(opened.place, Parts) else None]
     for place in places:
         if place is not None and (Path(place) / "config.json").is_file():
@@ -325,12 +367,16 @@ def _own_aspect(opened: Opened) -> Aspect | None:
     return None
 
 
-def _own_template(opened: Opened) -> Template | None:
-    """LLaVA-1.5's, where separate parts have none: LLaVA's own checkpoints have it in its code."""
-    parts = isinstance(opened.place, Parts) and opened.inputs == opened.place
-    if parts and load_tokenizer(opened.inputs).chat_template is None:
-        return TEMPLATES["vicuna_v1"]
-    return None
+def _own_template(opened: Opened, say: Callable[[str], None]) -> Template | None:
+    """What fits the decoder, where no template for images is stored: with parts, and XTuner's."""
+    is_parts = isinstance(opened.place, Parts) and opened.inputs == opened.place
+    if not is_parts and not opened.is_xtuner:
+        return None
+    name = choose_template(opened.inputs, is_xtuner=opened.is_xtuner)
+    if name is None:
+        return None
+    say(f"conversations are as in the template {name}, by the tokenizer; --template names another")
+    return TEMPLATES[name]
 
 
 def _write_inputs(
@@ -343,4 +389,4 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        say(f"{opened.inputs} has no tokenizer, so none is written")
+        say(f"{format_source(opened.inputs)} has no tokenizer, so none is written")

@@ -54,11 +54,11 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
             file.write_text(json.dumps(description, indent=2) + "\n")
 
 
-def check_description(run_dir: Path, description: dict[str, Any]) -> None:
-    """Refuses to go on with another recipe, or on another base, than the run began with.
+def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
+    """How a recipe and its base differ from those that a run began with; a line each.
 
     Raises:
-        ConfigError: Names every field that differs.
+        ConfigError: What the run began with cannot be read.
     """
     file = run_dir / "config.json"
     try:
@@ -80,11 +80,7 @@ def check_description(run_dir: Path, description: dict[str, Any]) -> None:
         differences.append(
             f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
         )
-    if differences:
-        raise ConfigError(
-            f"{run_dir} holds a run with another recipe; give this one a --name of its own\n"
-            + "\n".join(differences)
-        )
+    return differences
 
 
 def _recipe(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

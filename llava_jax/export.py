@@ -11,7 +11,7 @@ from llava_jax.disk import naming
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.weights import save_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params
 from llava_jax.program import Program
 
@@ -49,12 +49,22 @@ def export(
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
-    with naming(unfinished):
-        _write(config, program, processor, base_name, fingerprint, trainable, frozen, unfinished)
+    if jax.process_index() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    try:
+        with naming(unfinished):
+            _write(
+                unfinished, config, program, processor, base_name, fingerprint, trainable, frozen
+            )
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return unfinished
 
 
 def _write(
+    directory: Path,
     config: TrainConfig,
     program: Program,
     processor: Path | Parts,
@@ -62,17 +72,13 @@ def _write(
     fingerprint: str | None,
     trainable: Params,
     frozen: Params,
-    unfinished: Path,
 ) -> None:
-    if jax.process_index() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
     if program.adapters:
         # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
         beside = ("vision.",) if config.tune.vision == "full" else ()
         trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
         save_adapter(
-            unfinished,
+            directory,
             trained,
             program.adapters,
             program.model_config,
@@ -80,13 +86,13 @@ def _write(
             fingerprint=fingerprint,
         )
     else:
-        save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+        save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
     if jax.process_index() == 0:
         if not program.adapters:
-            write_model_config(program.model_config, unfinished, config.dtype)
+            write_model_config(program.model_config, directory, config.dtype)
         save_processor(
             processor,
-            unfinished,
+            directory,
             program.model_config,
             template=TEMPLATES[config.data.template],
             aspect=config.data.image_aspect,

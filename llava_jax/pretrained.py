@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +21,17 @@ from llava_jax.config import (
     ModelConfig,
     Parts,
     Remat,
+    format_source,
 )
+from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
-from llava_jax.hf.processor import save_processor
+from llava_jax.hf.processor import choose_template, save_processor
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.trained import check_base, open_trained
-from llava_jax.hf.weights import fingerprint, load_params, save_params
+from llava_jax.hf.weights import fingerprint, load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.stack import jit_loop
@@ -105,6 +108,7 @@ def load(
     *,
     seed: int,
     wanted: Collection[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Params:
     """Parameters from a checkpoint, and fresh ones where it has none.
 
@@ -114,11 +118,14 @@ def load(
         abstract: Shapes, dtypes and shardings of all parameters, adapters included.
         seed: For fresh ones: adapters, and a projector that `source` lacks.
         wanted: Only these are loaded or made; the checkpoint is checked in full all the same.
+        say: Told of a projector that `source` lacks.
     """
     wanted = abstract.keys() if wanted is None else wanted
     base = {path: leaf for path, leaf in abstract.items() if not lora.is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
+    if say and source is not None and any(path.startswith("projector.") for path in fresh):
+        say(f"{format_source(source)} has no projector: this is a new one, from seed {seed}")
     return params | initialise(fresh, seed)
 
 
@@ -225,7 +232,9 @@ class LlavaModel(Llava):
         lora.merge_adapters(self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a directory that transformers reads, in layout A, with what the source brought.
+        """Writes a directory that transformers reads, of any version, with what the source brought.
+
+        What was put together from parts gets the chat template that `choose_template` finds.
 
         Raises:
             ValueError: There are adapters; merge them first.
@@ -235,4 +244,6 @@ class LlavaModel(Llava):
         save_params(params, path, self.config, dtype=dtype)
         write_model_config(self.config, path, dtype)
         if self.source and has_tokenizer(self.source):
-            save_processor(self.source, path, self.config)
+            name = choose_template(self.source) if isinstance(self.source, Parts) else None
+            template = TEMPLATES[name] if name else None
+            save_processor(self.source, path, self.config, template=template)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,7 +24,7 @@ from llava_jax.config import (
     parse_config,
 )
 from llava_jax.data.batching import Batches
-from llava_jax.description import check_description, describe, write_description
+from llava_jax.description import changes, describe, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
 from llava_jax.evaluation import HeldOut
@@ -92,7 +93,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
         for line in saved.passed_over:
             _say(line)
         if saved.latest is not None:
-            check_description(config.run_dir, describe_run(config))
+            _check_begun(config, saved, describe_run(config))
         if saved.latest == total and export_dir(config).is_dir():
             _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
@@ -268,6 +269,30 @@ def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return dataclasses.replace(config, batch=batch)
 
 
+def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str, Any]) -> None:
+    """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+
+    Raises:
+        ConfigError: It has another recipe, and something was trained.
+    """
+    found = changes(config.run_dir, description)
+    if not found:
+        return
+    rows = config.run_dir / "metrics.jsonl"
+    if saved.latest == 0 and not (rows.exists() and rows.stat().st_size):
+        saved.clear()
+        (config.run_dir / "evaluations.jsonl").unlink(missing_ok=True)
+        return
+    differences = f"{config.run_dir} holds a run with another recipe\n" + "\n".join(found)
+    if not config.checkpoint.accept_changes:
+        raise ConfigError(
+            f"{differences}\ngive this one a --name of its own, or go on with it all the same by "
+            "--checkpoint.accept-changes"
+        )
+    _say(f"{differences}\nwhich is accepted")
+    write_description(config.run_dir, description)
+
+
 def _refuse_to_replace(config: TrainConfig) -> None:
     """A run without checkpoints starts anew; it must not do so over a result."""
     if export_dir(config).exists():
@@ -281,9 +306,9 @@ def _start(
     config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
 ) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen parameters."""
-    params = _load(config, program, source, program.abstract)
+    brought = {}
     if config.init_adapter is not None:
-        params |= load_adapter(
+        brought = load_adapter(
             config.init_adapter,
             program.adapters,
             program.model_config,
@@ -291,6 +316,8 @@ def _start(
             program.trainable,
             base,
         )
+    wanted = [path for path in program.abstract if path not in brought]
+    params = _load(config, program, source, wanted) | brought
     trainable = {path: params.pop(path) for path in program.trainable}
     return init_state(program.state, trainable, config.seed), params
 
@@ -304,6 +331,7 @@ def _load(
         program.abstract,
         seed=config.seed,
         wanted=wanted,
+        say=_say,
     )
 
 

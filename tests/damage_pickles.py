@@ -355,6 +355,33 @@ def cut_storage(rng: np.random.Generator, place: Path) -> Named:
 
 
 @damage("bin")
+def long_storage(rng: np.random.Generator, place: Path) -> Named:
+    file = place / "pytorch_model.bin"
+    folder, members = members_of(file)
+    key = str(rng.choice(sorted(name for name in members if name.startswith("data/"))))
+    members[key] += rng.bytes(rng.integers(1, 64))
+    write_members(file, folder, members)
+    return (file.name, "lacks its storage " + key.removeprefix("data/"), "one of another size")
+
+
+@damage("legacy")
+def other_storage_length(rng: np.random.Generator, place: Path) -> Named:
+    """The first storage's, which stands before its bytes and in the pickle."""
+    file = place / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    with open(file, "rb") as stream:
+        for _ in range(5):
+            pickle_ends(stream)
+        start = stream.tell()
+    length = int.from_bytes(raw[start : start + 8], "little")
+    raw[start : start + 8] = int(rng.choice([0, length - 1, length + 1, 2**40])).to_bytes(
+        8, "little"
+    )
+    file.write_bytes(raw)
+    return (file.name, "one of another size")
+
+
+@damage("bin")
 def missing_storage(rng: np.random.Generator, place: Path) -> Named:
     file = place / "pytorch_model.bin"
     folder, members = members_of(file)

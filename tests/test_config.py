@@ -10,6 +10,7 @@ from llava_jax.config import (
     ConfigError,
     Parts,
     TrainConfig,
+    absolute_source,
     load_config,
     parse_config,
     to_json,
@@ -131,3 +132,12 @@ def test_whole_numbers_may_stand_for_real_ones():
     config = TrainConfig(name="x")
     object.__setattr__(config, "epochs", 2)
     config.__post_init__()
+
+
+def test_paths_are_made_absolute_and_hub_ids_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llm").mkdir()
+    assert absolute_source("llm") == str(tmp_path / "llm")
+    assert absolute_source("lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
+    parts = "llm={},vision=openai/clip-vit-large-patch14-336"
+    assert absolute_source(parts.format("llm")) == parts.format(tmp_path / "llm")

@@ -55,11 +55,19 @@ LEVELS = (
     ("models.llama", "models.vision", "data.sources", "data.batching"),
     ("models.llava",),
     ("lora", "loss"),
-    ("optim", "hf.weights", "hf.model_config", "hf.tokenizer", "hf.processor", "hf.peft"),
+    (
+        "optim",
+        "hf.weights",
+        "hf.weights_save",
+        "hf.model_config",
+        "hf.tokenizer",
+        "hf.processor",
+        "hf.peft",
+    ),
     ("hf.trained", "hf.resolve", "hf.official_save"),
     ("step", "inputs", "pretrained", "description"),
     ("program", "evaluation", "journal", "convert"),
-    ("export", "checkpoint", "plan", "plan_cache", "merge_check"),
+    ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -106,7 +114,7 @@ PICKLES = ("hf.pickles", "hf.anyfile", "hf.zero", "convert")
 
 def test_only_conversion_imports_what_reads_pickles():
     reads = {module for module in LEVEL if imported(module) & set(PICKLES)}
-    assert reads == {"hf.anyfile", "hf.zero", "convert", "merge_check"}
+    assert reads == {"hf.anyfile", "hf.zero", "convert", "merge_check", "part"}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ EXAMPLES = {
         "H": "projector.model.2.bias",
     },
 }
-LLAVA = {layout.name[0]: layout for layout in layouts.LLAVA_LAYOUTS}
+LLAVA = dict(zip("ABCDEH", layouts.LLAVA_LAYOUTS, strict=True))
 
 
 @pytest.mark.parametrize("name", LLAVA)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.pickles import Placeholder, open_pickle
-from llava_jax.hf.tensorfile import CheckpointError, Strided, Tensor
+from llava_jax.hf.tensorfile import CheckpointError, Strided, Tensor, open_tensors
 
 ZIP = pytest.mark.parametrize("as_zip", [True, False])
 
@@ -105,6 +106,30 @@ def test_views(as_zip, make, tmp_path):
     found = assert_as_torch({"v": view, "after": normal(3)}, tmp_path / "f", as_zip=as_zip)
     if view.numel():
         assert isinstance(found["v"], Strided) != view.is_contiguous()
+
+
+@ZIP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: x.t(),
+        lambda x: x[1:, ::3],
+        lambda x: x[:, :1].expand(15, 33),
+        lambda x: x[0, 0].expand(4),
+        lambda x: x.reshape(3, 5, 27).permute(2, 0, 1),
+        lambda x: x.t()[3:3],
+    ],
+)
+def test_a_sample_is_that_of_the_same_values_in_safetensors(
+    as_zip, dtype, make, tmp_path, monkeypatch
+):
+    view = make(normal(15, 27, dtype=dtype))
+    save_file({"v": view.contiguous()}, tmp_path / "f.safetensors")
+    found = open_pickle(saved({"v": view}, tmp_path / "f", as_zip=as_zip))["v"]
+    monkeypatch.setattr(Tensor, "_read_bytes", None)  # what reads a tensor whole
+    assert found.sample() == open_tensors(tmp_path / "f.safetensors")["v"].sample()
 
 
 @ZIP

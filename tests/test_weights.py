@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -15,9 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_jax import host
-from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Quantisation, VisionConfig
+from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Parts, Quantisation, VisionConfig
+from llava_jax.hf import layouts
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.weights import fingerprint, load_params, save_params
+from llava_jax.hf.weights import find_tensors, fingerprint, load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params
 from llava_jax.pretrained import build
 from llava_jax.quant import abstract, quantise
@@ -31,6 +34,7 @@ CONFIG = ModelConfig(
 )
 EMBED = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+HEAD_PATH = "llm.lm_head.weight"
 
 
 def abstract_params(config: ModelConfig = CONFIG) -> dict[str, jax.ShapeDtypeStruct]:
@@ -163,19 +167,74 @@ def test_everything_amiss_is_one_error(checkpoint):
     assert "position_ids" not in str(error.value)
 
 
+TIED = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, tie_word_embeddings=True))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
 def test_a_head_may_be_there_or_not_when_it_is_tied(checkpoint):
-    tied = dataclasses.replace(
-        CONFIG, llm=dataclasses.replace(CONFIG.llm, tie_word_embeddings=True)
-    )
-    abstract = abstract_params(tied)
-    assert "llm.lm_head.weight" not in abstract
-    params = load_params(checkpoint, tied, abstract)
-    tensors = load_file(checkpoint / "model.safetensors")
-    del tensors[HEAD]
-    save_file(tensors, checkpoint / "model.safetensors")
-    assert_equal(load_params(checkpoint, tied, abstract), params)
+    abstract = abstract_params(TIED)
+    assert HEAD_PATH not in abstract
+    expected = {path: x for path, x in random_params().items() if path != HEAD_PATH}
+    edit_tensors(checkpoint, lambda tensors: tensors.update({HEAD: tensors[EMBED]}))
+    assert_equal(load_params(checkpoint, TIED, abstract), expected)
+    edit_tensors(checkpoint, lambda tensors: tensors.pop(HEAD))
+    assert_equal(load_params(checkpoint, TIED, abstract), expected)
     with pytest.raises(CheckpointError, match="missing"):
         load_params(checkpoint, CONFIG, abstract_params())
+
+
+def test_a_tied_head_may_have_a_dtype_of_its_own(checkpoint):
+    half = load_file(checkpoint / "model.safetensors")[EMBED].astype(np.float16)
+    wide = {EMBED: half.astype(np.float32), HEAD: half}
+    edit_tensors(checkpoint, lambda tensors: tensors.update(wide))
+    params = load_params(checkpoint, TIED, abstract_params(TIED))
+    np.testing.assert_array_equal(params["llm.embed_tokens.weight"], wide[EMBED])
+
+
+@pytest.mark.parametrize(
+    "head", [lambda x: x[::-1], lambda x: x + 1e-3 * (x == x[-1]), lambda x: x[:-1]]
+)
+def test_a_head_that_differs_is_refused_when_it_is_tied(head, checkpoint):
+    change = lambda tensors: tensors.update({HEAD: head(tensors[EMBED]).astype(np.float32)})
+    edit_tensors(checkpoint, change)
+    message = rf"{HEAD} \[6[34], 16\] .* is not equal to {EMBED} \[64, 16\].*: set tie_word_emb"
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_params(checkpoint, TIED, abstract_params(TIED), wanted=["llm.norm.weight"])
+    assert str(checkpoint) in str(error.value)
+
+
+def save_parts(directory: Path, config: ModelConfig) -> Parts:
+    params = random_params(config)
+    llm, vision = directory / "llm", directory / "vision"
+    decoder = {path: x for path, x in params.items() if path.startswith("llm.")}
+    save_params(decoder, llm, config, layout=layouts.LLAMA)
+    tower = {path: x for path, x in params.items() if path.startswith("vision.")}
+    save_params(tower, vision, config, layout=layouts.CLIP)
+    return Parts(str(llm), str(vision))
+
+
+def test_a_tied_head_is_held_to_the_embedding_before_it_grows(tmp_path):
+    parts = save_parts(tmp_path, CONFIG)
+    grown = dataclasses.replace(TIED, llm=dataclasses.replace(TIED.llm, vocab_size=70))
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    with pytest.raises(CheckpointError, match=rf"{head} \[64, 16\] .* is not equal to {embed}"):
+        load_params(parts, grown, abstract_params(grown))
+    edit_tensors(tmp_path / "llm", lambda tensors: tensors.update({head: tensors[embed]}))
+    params = load_params(parts, grown, abstract_params(grown))
+    assert params["llm.embed_tokens.weight"].shape == (70, 16)
+
+
+def test_a_tied_head_without_an_embedding_is_left_over(checkpoint):
+    """As of an adapter that trained the head alone."""
+    source = {HEAD: open_tensors(checkpoint)[HEAD]}, layouts.A
+    with pytest.raises(CheckpointError, match=f"left over:\n  {HEAD}"):
+        find_tensors("adapter", [source], TIED, {})
 
 
 def test_adapters_are_not_saved_as_a_model(tmp_path):
@@ -298,11 +357,18 @@ def test_a_fingerprint_is_of_the_weights_and_nothing_else(checkpoint, tmp_path):
     assert fingerprint(tmp_path / "half") != first
 
 
+def test_a_fingerprint_stays_what_adapters_have_written_down():
+    fixture = Path(__file__).parent / "parity" / "fixtures" / "hf_4_48"
+    expected = "8df28d55f80ad5224e375396abd19bbd1e5062a4c6456b16f2177e6c023c0219"
+    assert fingerprint(fixture) == expected
+
+
 MEASURE = """
 import resource, sys
 import jax
 from llava_jax.config import *
-from llava_jax.hf.weights import load_params, save_params
+from llava_jax.hf.weights import load_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.pretrained import build
 
 config = ModelConfig(

@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help=source)
     parser.add_argument("destination", type=Path, help="a directory that does not exist")
     forms = {
-        "hf": "transformers' LLaVA (names of 4.36 to 4.51, which all versions read)",
-        "hf5": "the same with the names of transformers 5",
+        "hf": "transformers' LLaVA (names of 4.36 to 4.51, which all versions read), or for a "
+        "decoder or a vision tower alone that part's own directory",
+        "hf5": "LLaVA with the names of transformers 5",
         "peft": "a PEFT adapter",
         "llava": "what LLaVA's own code reads",
     }
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights"
     )
-    template = "conversations, for apply_chat_template (default: the source's own)"
+    template = (
+        "conversations, for apply_chat_template (default: the source's own, or what fits the "
+        "decoder)"
+    )
     parser.add_argument("--template", choices=TEMPLATES, help=template)
     aspect = "images that are not square (default: as the source says)"
     parser.add_argument("--image-aspect", choices=("pad", "crop", "squash"), help=aspect)
@@ -49,12 +53,20 @@ def main(argv: list[str] | None = None) -> int:
     from llava_jax.hf.tensorfile import CheckpointError
     from llava_jax.lora import LLM, VISION
     from llava_jax.merge_check import check_merged
+    from llava_jax.part import convert_part, open_part
 
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}
     try:
         check_free(given.destination)
+        source = parse_source(given.source) or given.source
+        if given.base is None and (part := open_part(source)) is not None:
+            if given.to != "hf":
+                raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf")
+            convert_part(part, given.destination, given.dtype)
+            print(f"wrote {given.destination}")
+            return 0
         opened = open_source(
-            parse_source(given.source) or given.source,
+            source,
             parse_source(given.base) if given.base else None,
             alphas={stack: alpha for stack, alpha in alphas.items() if alpha is not None},
         )

@@ -254,6 +254,16 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and cast("list[int]", tokenizer("").input_ids)[:1] == [bos]
 
 
+def end_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token that ends an answer; None where text does.
+
+    Raises:
+        ConfigError: The tokenizer lacks it.
+    """
+    pieces = _parse(template.answer_suffix, tokenizer)
+    return next((piece.token for piece in pieces if piece.token is not None), None)
+
+
 def count_placeholders(turns: Sequence[Turn]) -> int:
     """Counts the images that the human turns ask for."""
     return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.hf.pickles import open_pickle
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_indexed, open_tensors
+from llava_jax.hf.tensorfile import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Tensor,
+    open_indexed,
+    open_tensors,
+)
 from llava_jax.hf.zero import open_zero, zero_directory
 
 _INDEX, _SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def open_any(path: str | Path) -> dict[str, Tensor]:
@@ -31,14 +39,42 @@ def open_any(path: str | Path) -> dict[str, Tensor]:
         return open_indexed(path / _INDEX, open_any)
     if not has_safetensors and (path / _SINGLE).is_file():
         return open_any(path / _SINGLE)
+    if path.is_dir() and not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        raise CheckpointError(_what_is_there(path))
     return open_tensors(path)
 
 
+def _what_is_there(directory: Path) -> str:
+    """Of a directory without weights of its own, what in it may have been meant."""
+    may_be = [entry.name for entry in sorted(directory.iterdir()) if _may_be_weights(entry)]
+    if may_be:
+        return f"{directory} is no checkpoint itself; name what in it is one: {', '.join(may_be)}"
+    found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+    return f"{directory} has no weights, {SINGLE} or {_SINGLE} for example (found: {found})"
+
+
+def _may_be_weights(place: Path) -> bool:
+    if place.is_file():
+        return place.suffix in _ENDINGS
+    files = (file for pattern in ("*.*", "*/*.*") for file in place.glob(pattern))
+    return any(file.suffix in _ENDINGS for file in files)
+
+
 def _is_pickle(path: Path) -> bool:
+    """Whether it is one and no safetensors file.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
     with open(path, "rb") as file:
         start = file.read(9)
     is_safetensors = start[8:] == b"{"  # after a length of 8 bytes, which may be any
-    return start[:2] == b"PK" or (start[:1] == b"\x80" and not is_safetensors)
+    is_pickle = start[:2] == b"PK" or (start[:1] == b"\x80" and not is_safetensors)
+    if not (is_pickle or is_safetensors):
+        raise CheckpointError(
+            f"{path} is neither a safetensors file nor a pickle as torch saves it"
+        )
+    return is_pickle
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class Layout:
     """One way of naming tensors.
 
     Attributes:
-        name: What it is called in messages.
+        name: Whose it is, for messages.
         prefixes: From the start of our name to the start of the file's; the longest match counts.
     """
 
@@ -78,28 +78,28 @@ def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> La
 
 
 A = _llava(
-    "A (Hugging Face LLaVA, transformers 4.36 to 4.51)",
+    "Hugging Face LLaVA, names of transformers 4.36 to 4.51",
     "language_model.model.",
     "language_model.lm_head.",
     "vision_tower.vision_model.",
     "multi_modal_projector.",
 )
 B = _llava(
-    "B (in memory, transformers 4.52 and later)",
+    "Hugging Face LLaVA in memory, names of transformers 4.52 and later",
     "model.language_model.",
     "lm_head.",
     "model.vision_tower.vision_model.",
     "model.multi_modal_projector.",
 )
 C = _llava(
-    "C (in memory, transformers 5)",
+    "Hugging Face LLaVA in memory, names of transformers 5",
     "model.language_model.",
     "lm_head.",
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
 D = _llava(
-    "D (Hugging Face LLaVA, transformers 5)",
+    "Hugging Face LLaVA, names of transformers 5",
     "language_model.model.",
     "language_model.lm_head.",
     "vision_tower.",
@@ -114,7 +114,7 @@ def _mlp(prefix: str) -> dict[str, str]:
 
 
 E = Layout(
-    "E (LLaVA's own code)",
+    "LLaVA's own code",
     {
         "llm.": "model.",
         "llm.lm_head.": "lm_head.",
@@ -123,7 +123,7 @@ E = Layout(
     },
 )
 H = Layout(
-    "H (XTuner)",
+    "XTuner",
     {
         "llm.": "llm.model.",
         "llm.lm_head.": "llm.lm_head.",
@@ -133,17 +133,19 @@ H = Layout(
 )
 
 # Layout J: every part in a place of its own.
-LLAMA = Layout("LlamaForCausalLM", {"llm.": "model.", "llm.lm_head.": "lm_head."})
-CLIP = Layout("CLIPVisionModel", {"vision.": "vision_model."})
-CLIP_BARE = Layout("CLIPVisionModel without prefix", {"vision.": ""})
+LLAMA = Layout("Hugging Face decoder", {"llm.": "model.", "llm.lm_head.": "lm_head."})
+CLIP = Layout("Hugging Face vision tower", {"vision.": "vision_model."})
+CLIP_BARE = Layout("Hugging Face vision tower without prefix", {"vision.": ""})
 
-PROJECTOR = Layout("projector alone", {"projector.": ""})
-PROJECTOR_A = Layout("projector, Hugging Face", {"projector.": "multi_modal_projector."})
-PROJECTOR_B = Layout("projector, in memory", {"projector.": "model.multi_modal_projector."})
-PROJECTOR_LLAVA = Layout("projector, LLaVA", _mlp("model.mm_projector."))
-PROJECTOR_LLAVA_SHORT = Layout("projector, LLaVA", _mlp("mm_projector."))
-PROJECTOR_XTUNER = Layout("projector, XTuner", _mlp("model."))
-PROJECTOR_XTUNER_LONG = Layout("projector, XTuner", _mlp("projector.model."))
+PROJECTOR = Layout("projector without prefix", {"projector.": ""})
+PROJECTOR_A = Layout("Hugging Face projector", {"projector.": "multi_modal_projector."})
+PROJECTOR_B = Layout(
+    "Hugging Face projector in memory", {"projector.": "model.multi_modal_projector."}
+)
+PROJECTOR_LLAVA = Layout("LLaVA's own projector", _mlp("model.mm_projector."))
+PROJECTOR_LLAVA_SHORT = Layout("LLaVA's own projector", _mlp("mm_projector."))
+PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."))
+PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."))
 
 # Of two layouts that explain a file equally well the first is meant.
 LLAVA_LAYOUTS = (A, B, C, D, E, H)
@@ -168,6 +170,11 @@ IGNORED = (
     r"^(visual|text)_projection\.weight$",
 )
 _IGNORED = re.compile("|".join(IGNORED))
+
+
+def is_xtuner(names: Iterable[str]) -> bool:
+    """Whether XTuner wrote what was found in layouts of these names: it has a prompt of its own."""
+    return any("XTuner" in name for name in names)
 
 
 def is_ignored(file_name: str) -> bool:
@@ -212,6 +219,15 @@ def unstacked(path: str, layer: int, config: ModelConfig) -> str:
     if stack == "tail":
         layer += config.used_vision_layers
     return path.replace(f".{stack}.", f".layers.{layer}.", 1)
+
+
+def layers(
+    path: str, shape: tuple[int, ...], config: ModelConfig
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
+    if not is_stacked(path):
+        return [(path, shape)]
+    return [(unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
 
 
 def stacked(parameter: str, config: ModelConfig) -> str:

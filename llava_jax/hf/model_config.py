@@ -91,6 +91,7 @@ ROPE_THETA = 10_000.0
 # The first is meant where a config has no model_type.
 DECODERS = {"llama": LLAMA_DEFAULTS, "mistral": MISTRAL_DEFAULTS, "qwen2": QWEN2_DEFAULTS}
 TOWERS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
+_TWO_TOWERS = ("clip", "siglip")  # a vision tower and a text tower
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -117,6 +118,11 @@ def read_model_config(directory: str | Path) -> ModelConfig:
             f"{file}: model_type is {kind!r}, a LLaVA that cuts images into tiles, which is not "
             "computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and a "
             "vision tower in directories of their own: llm=DIR,vision=DIR"
+        )
+    if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
+        what = "a decoder" if kind in DECODERS else "a vision tower"
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r}, {what} alone; name both parts: llm=DIR,vision=DIR"
         )
     if kind != "llava":
         raise CheckpointError(f"{file}: model_type is {kind!r}, expected 'llava'")
@@ -166,7 +172,7 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
     """
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
-    if kind in ("clip", "siglip"):  # openai's configs say it twice; the second is meant
+    if kind in _TWO_TOWERS:  # openai's configs say it twice; the second is meant
         once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
         raw = {"model_type": f"{kind}_vision_model"} | once | twice
     return _vision_config(file, _given(raw))

@@ -1,9 +1,10 @@
 """LLaVA's own directories: a decoder's, with a projector; the vision tower is mostly elsewhere."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import Aspect, ModelConfig, Parts, VisionConfig
+from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, VisionConfig
 from llava_jax.hf.tensorfile import CheckpointError
 
 DECODERS = {
@@ -110,20 +111,30 @@ def official_settings(
     }
 
 
-def as_parts(path: Path, file: Path, raw: dict[str, Any], *, has_tower: bool) -> Parts:
+def as_parts(
+    path: Path, file: Path, raw: dict[str, Any], find: Callable[[str], Path], *, has_tower: bool
+) -> Parts:
     """LLaVA's own directory as separate parts, of which it may be two.
+
+    Args:
+        path: The directory.
+        file: Its config.json.
+        raw: What that says.
+        find: From a directory or a hub id to where it lies.
+        has_tower: Whether the tower's weights are in the directory.
 
     Raises:
         CheckpointError: Its vision tower is neither in it nor where it says.
     """
-    tower = named_tower(file, raw)
-    if isinstance(tower, str):
-        return Parts(str(path), tower)
-    if has_tower and tower is not None:
+    tower, name = named_tower(file, raw), raw.get("mm_vision_tower")
+    if has_tower and isinstance(tower, VisionConfig):
         return Parts(str(path), str(path))
-    lacks = "the config of its vision tower" if has_tower else "its vision tower"
-    raise CheckpointError(
-        f"{path} has a decoder{' and a projector' if raw.get('mm_projector_type') else ''}, but "
-        f"{lacks} ({raw.get('mm_vision_tower')!r}) is not here; name the tower's directory too: "
-        f"llm={path},vision=DIRECTORY"
-    )
+    try:
+        return Parts(str(path), str(find(tower if isinstance(tower, str) else str(name))))
+    except ConfigError as error:
+        lacks = "the config of its vision tower" if has_tower else "its vision tower"
+        has = f"a decoder{' and a projector' if raw.get('mm_projector_type') else ''}"
+        raise CheckpointError(
+            f"{path} has {has}, but {lacks} ({name!r}) is not here; name the tower's directory "
+            f"too: llm={path},vision=DIRECTORY ({error})"
+        ) from error

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llava_jax.config import Aspect, ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
+from llava_jax.data.conversation import Template
 from llava_jax.hf import layouts
 from llava_jax.hf.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.hf.official import official_settings
@@ -15,7 +17,8 @@ from llava_jax.hf.peft import CONFIG, WEIGHTS, lora_settings, peft_name
 from llava_jax.hf.processor import generation_settings, write_image_processor, write_json
 from llava_jax.hf.tensorfile import write_tensors
 from llava_jax.hf.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
-from llava_jax.hf.weights import VOCABULARY, Stored, save_params, save_tensors
+from llava_jax.hf.weights import VOCABULARY, Stored
+from llava_jax.hf.weights_save import save_params, save_tensors
 from llava_jax.lora import LLM, is_adapter
 
 _TOWER = "vision_tower"
@@ -31,6 +34,7 @@ def save_official(
     dtype: str | None,
     said: str,
     aspect: Aspect | None,
+    template: Template | None,
 ) -> None:
     """Writes a model in layout E, its vision tower in it and once more as a directory beside.
 
@@ -45,6 +49,7 @@ def save_official(
         dtype: Of the weights; None keeps each as it is.
         said: What config.json says of it.
         aspect: As in `official_settings`.
+        template: What conversations look like; None if it is not known.
 
     Raises:
         ConfigError: LLaVA's code has no such model.
@@ -59,12 +64,12 @@ def save_official(
     settings = tower_settings(config.vision) | {"torch_dtype": said}
     write_json(directory / _TOWER / "config.json", settings)
     write_image_processor(inputs, directory / _TOWER)
-    settings = text_settings(llm) | {"torch_dtype": said}
+    settings = text_settings(llm) | _token_ids(inputs) | {"torch_dtype": said}
     place = str(final.absolute() / _TOWER)
     write_json(directory / "config.json", official_settings(config, settings, place, aspect))
     if has_tokenizer(inputs):
         copy_tokenizer(inputs, directory)
-        generation = generation_settings(inputs, load_tokenizer(inputs), config)
+        generation = generation_settings(inputs, load_tokenizer(inputs), config, template)
         write_json(directory / "generation_config.json", generation | {"pad_token_id": None})
 
 
@@ -113,7 +118,8 @@ def save_official_adapter(
     _check(config)
     # LLaVA's code reads the decoder with this config, whose vocabulary is its own, not a grown one.
     llm = read_llm_config(base) if base else _own_llm(config, inputs)
-    own = official_settings(config, text_settings(llm), tower or "", aspect)
+    settings = text_settings(llm) | _token_ids(inputs)
+    own = official_settings(config, settings, tower or "", aspect)
     write_json(directory / "config.json", own | {"unfreeze_mm_vision_tower": False})
 
 
@@ -126,6 +132,14 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
         ) from error
     values = {name: torch.from_numpy(x.read(0).astype(np.float32)) for name, x in params.items()}
     torch.save(values, directory / "non_lora_trainables.bin")
+
+
+def _token_ids(inputs: Path | Parts) -> dict[str, Any]:
+    """What begins and what ends a text, as a decoder's config.json has it."""
+    if not has_tokenizer(inputs):
+        return {}
+    tokenizer = load_tokenizer(inputs)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
 def _check(config: ModelConfig) -> None:

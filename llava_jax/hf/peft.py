@@ -19,11 +19,18 @@ from typing import Any, Literal
 
 import jax
 
-from llava_jax.config import LLM_LINEARS, VISION_LINEARS, LoraConfig, ModelConfig
+from llava_jax.config import (
+    LLM_LINEARS,
+    VISION_LINEARS,
+    LoraConfig,
+    ModelConfig,
+    absolute_source,
+)
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
 from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
-from llava_jax.hf.weights import Stored, save_tensors
+from llava_jax.hf.weights import Stored
+from llava_jax.hf.weights_save import save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -75,7 +82,8 @@ def save_adapter(
             such a vision tower also what did not train, for PEFT takes it only whole.
         adapters: LoRA settings by stack, `LLM` or `VISION`.
         config: Of the model that was trained.
-        base_name: Directory or hub id of the base, for those who load the adapter.
+        base_name: Directory, hub id or parts of the base, for those who load the adapter; paths are
+            written absolute.
         fingerprint: Of the base, as `weights.fingerprint` gives it.
         era: The version of transformers that names the modules: 5, which 4.52 to 4.57 share, or 4,
             up to 4.51.
@@ -92,7 +100,8 @@ def save_adapter(
     if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
         raise ValueError("PEFT takes a vision tower only whole, with the layers behind the feature")
     base = {"fingerprint": fingerprint}
-    written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": base_name}
+    named = None if base_name is None else absolute_source(base_name)
+    written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
     directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
     save_tensors(params, config, partial(peft_name, _ERAS[era]), write)

@@ -375,7 +375,8 @@ def _tensor(view: _View, name: str, path: Path, places: Mapping[str, int]) -> Te
         raise CheckpointError(f"{path}: {name} {fault} (offset, shape and stride {said})")
     if storage.key not in places:
         raise CheckpointError(
-            f"{path}: {name} lacks its storage {storage.key} of {storage.numel} items"
+            f"{path}: {name} lacks its storage {storage.key} of {storage.numel} items "
+            f"({storage.numel * item} bytes); the file has none, or one of another size"
         )
     start = places[storage.key]
     if start + storage.numel * item > path.stat().st_size:

@@ -8,15 +8,20 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ModelConfig, Parts
-from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos
+from llava_jax.config import Aspect, ModelConfig, Parts, format_source
+from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError, read_json
-from llava_jax.hf.tokenizer import load_tokenizer
+from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 
 _BICUBIC = 3  # Pillow's number
 _PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
+
+
+def has_processor(directory: Path) -> bool:
+    """Whether a directory has both a tokenizer and an image processor."""
+    return has_tokenizer(directory) and _image_settings(directory) is not None
 
 
 def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None) -> ImageTransform:
@@ -133,8 +138,8 @@ def save_processor(
         config.image_token_id
     ]:
         raise CheckpointError(
-            f"{source}: the tokenizer has no token {config.image_token_id}, which the model takes "
-            "for an image; they belong to different models"
+            f"{format_source(source)}: the tokenizer has no token {config.image_token_id}, which "
+            "the model takes for an image; they belong to different models"
         )
     try:
         tokenizer.save_pretrained(directory)
@@ -153,7 +158,8 @@ def save_processor(
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     write_json(directory / _PROCESSOR, processor)
-    write_json(directory / "generation_config.json", generation_settings(source, tokenizer, config))
+    generation = generation_settings(source, tokenizer, config, template)
+    write_json(directory / "generation_config.json", generation)
     if template is not None:
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
@@ -217,20 +223,28 @@ def _image_processor(transform: ImageTransform) -> dict[str, Any]:
 
 
 def generation_settings(
-    source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
+    source: str | Path | Parts,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    template: Template | None,
 ) -> dict[str, Any]:
-    """Greedy decoding, and which tokens end it.
+    """Greedy decoding, and which tokens end it: the source's own, and the template's.
 
     Nothing else of the source's settings is kept: some (Vicuna's temperature without sampling) make
     transformers refuse to save the model again.
+
+    Raises:
+        ConfigError: The tokenizer lacks the token that ends the template's answers.
     """
     file = Path(source.llm if isinstance(source, Parts) else source) / "generation_config.json"
     given = read_json(file) if file.is_file() else {}
     ends = given.get("eos_token_id", tokenizer.eos_token_id)
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end = None if template is None else end_token(template, tokenizer)
     settings = {
         "do_sample": False,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends,
+        "eos_token_id": ends if end is None or end in known else [*known, end],
         "pad_token_id": config.pad_token_id,
     }
     return {name: value for name, value in settings.items() if value is not None}
@@ -262,6 +276,34 @@ _JINJA = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ answer_prefix.rstrip(" ") }}{%- endif -%}
 """
+
+
+# What a tokenizer has, or its chat template, of a decoder that was trained with a template.
+_MARKS = {
+    "<|start_header_id|>": "llama_3",
+    "<|im_start|>": "chatml",
+    "<<SYS>>": "llama_2",
+    "[INST]": "mistral_instruct",
+}
+
+
+def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
+    """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
+
+    Args:
+        place: Where the tokenizer lies.
+        is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
+
+    Returns:
+        Its name; None if the chat template that is there takes images, and may stay.
+    """
+    tokenizer = load_tokenizer(place)
+    own = str(tokenizer.chat_template or "")  # a decoder's leaves out what is no text
+    if "image" in own and not is_xtuner:
+        return None
+    words = tokenizer.get_vocab()
+    known = (name for mark, name in _MARKS.items() if mark in words or mark in own)
+    return next(known, "vicuna_xtuner" if is_xtuner else "vicuna_v1")
 
 
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:

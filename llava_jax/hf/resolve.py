@@ -1,13 +1,14 @@
 """From what a user calls a checkpoint to where its files lie."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.config import ConfigError, Parts, format_source, parse_source
 from llava_jax.hf import layouts, official
 from llava_jax.hf.model_config import read_json_config
-from llava_jax.hf.tensorfile import open_tensors
-from llava_jax.hf.trained import is_trained, named_base
+from llava_jax.hf.tensorfile import CheckpointError, open_tensors
+from llava_jax.hf.trained import BESIDE, is_trained, named_base
 from llava_jax.hf.weights import Reader
 
 
@@ -44,34 +45,40 @@ def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoi
 
 def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
     if isinstance(source, Parts):
-        return Checkpoint(format_source(source), _resolve_parts(source))
-    path = _in_run(Path(source))
-    if path.exists() and is_trained(path):
+        return Checkpoint(format_source(source), _resolve_parts(source, read))
+    is_here = Path(source).exists()
+    path = _in_run(Path(source) if is_here else _local(str(source), read))
+    if is_trained(path):
         return _resolve_trained(path, read)
-    if path.is_dir():
-        return Checkpoint(str(path.resolve()), _as_parts(path, read))
-    local = _local(str(source))
-    return Checkpoint(str(source), _as_parts(local, read))
+    name = str(path.resolve()) if is_here else str(source)
+    _refuse_pickles(name, path, read)
+    return Checkpoint(name, _as_parts(path, read))
 
 
 def adapter_in(place: str | Path) -> Path:
     """The adapter that a run has made, if `place` is a run's directory; else the place itself."""
     inner = Path(place) / "adapter"
-    return inner if inner.is_dir() else Path(place)
+    return inner if inner.is_dir() and _is_run(Path(place)) else Path(place)
 
 
 def _in_run(path: Path) -> Path:
     """What a run has made, if `path` is a run's directory."""
-    if (path / "model").is_dir():
-        return path / "model"
-    if (adapter := adapter_in(path)) != path:
-        return adapter
-    if (path / "checkpoints").is_dir():
-        raise ConfigError(f"{path} is a run that is not finished; run its command again first")
-    return path
+    if not _is_run(path):
+        return path
+    for made in ("model", "adapter"):
+        if (path / made).is_dir():
+            return path / made
+    raise ConfigError(f"{path} is a run that is not finished; run its command again first")
 
 
-def _local(name: str) -> Path:
+def _is_run(path: Path) -> bool:
+    """Whether a directory's config.json is as `description` writes it; any checkpoint has one."""
+    if not (path / "config.json").is_file():
+        return (path / "checkpoints").is_dir()
+    return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
+
+
+def _local(name: str, read: Reader) -> Path:
     """A directory, or the snapshot of a hub id."""
     path = Path(name)
     if path.is_dir():
@@ -81,23 +88,52 @@ def _local(name: str) -> Path:
             f"{name!r}: no such directory; a checkpoint is a directory, that of a run included, "
             "or a hub id"
         )
-    return _download(name)
+    return _download(name, pickles=_reads_pickles(read))
 
 
-def _resolve_parts(parts: Parts) -> Parts:
-    llm = _local(parts.llm)
+def _reads_pickles(read: Reader) -> bool:
+    return read is not open_tensors
+
+
+def _resolve_parts(parts: Parts, read: Reader) -> Parts:
+    llm, vision = (_find_part(name, read) for name in (parts.llm, parts.vision))
     projector = parts.projector
-    if projector is None and (llm / "projector").is_dir():  # as XTuner exports
+    if projector is None and _is_export(llm):
         projector = str(llm / "projector")
-    return Parts(str(llm), str(_local(parts.vision)), projector)
+    return Parts(str(llm), str(vision), projector)
+
+
+def _find_part(name: str, read: Reader) -> Path:
+    place = _local(name, read)
+    _refuse_pickles(name, place, read)
+    return place
+
+
+def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
+    """Says how to rewrite pickles, where they are all the weights there are and are not read.
+
+    A snapshot for such a reader is without its pickles, see `_download`.
+    """
+    is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
+    if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
+        return
+    has = f"only {pickles[0].name}" if pickles else "no safetensors"
+    rewritten = f"{Path(name).name}-safetensors"
+    raise CheckpointError(
+        f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
+        f"tools/convert.py {name} {rewritten} --to hf`, then name {rewritten}"
+    )
 
 
 def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
     """What was trained, and the base that it names."""
+    if place.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(place.parent):
+        raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
     base = named_base(place)
     if base in (None, "", "None"):
         raise ConfigError(
-            f"{place} does not say which base it belongs to; give the base and the adapter"
+            f"{place} does not say which base it belongs to; name that too: --base when it is "
+            "converted, --init-from beside --init-adapter when it is trained"
         )
     try:
         found = parse_source(base) or base
@@ -109,9 +145,14 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
 
 
+def _is_export(directory: Path) -> bool:
+    """Whether a directory is as XTuner exports them."""
+    return (directory / "projector").is_dir()
+
+
 def _as_parts(path: Path, read: Reader) -> Path | Parts:
     """A directory of LLaVA's or XTuner's own as separate parts; others as they are."""
-    if (path / "projector").is_dir():
+    if _is_export(path):
         vision = path / "visual_encoder"
         if not vision.is_dir():
             raise ConfigError(
@@ -125,21 +166,31 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
         return path  # reading it will say what is amiss
     if layout.name != layouts.E.name:
         return path
-    has_tower = "vision" in layout.parts(tensors)
-    return official.as_parts(path, *read_json_config(path), has_tower=has_tower)
+    file, raw = read_json_config(path)
+    parts = layout.parts(tensors)
+    if parts == {"llm"} and "mm_vision_tower" not in raw:
+        return path  # a decoder alone, whose names are the same
+    find = partial(_find_part, read=read)
+    return official.as_parts(path, file, raw, find, has_tower="vision" in parts)
 
 
-def _download(hub_id: str) -> Path:
+_BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
+
+
+def _download(hub_id: str, *, pickles: bool) -> Path:
+    """The snapshot of a hub id, with its weights as pickles only where it has no others."""
     from huggingface_hub import snapshot_download  # only for those who name a hub id
 
+    patterns = [*_BESIDE_WEIGHTS, "*.safetensors"]
+    if pickles:  # what LLaVA's code puts beside safetensors too
+        patterns += [f"{name}.bin" for name in BESIDE]
     try:
-        return Path(
-            snapshot_download(
-                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-            )
-        )
+        place = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if pickles and not any(place.rglob("*.safetensors")):
+            place = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
             f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
             f"not give it: {error}"
         ) from error
+    return place

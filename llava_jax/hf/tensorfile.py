@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,13 +97,14 @@ class Tensor:
                 buffer = buffer[count:]
 
     def sample(self) -> bytes:
-        """A few bytes from its start, middle and end."""
+        """A few bytes from its start, middle and end, whatever kind of file it is in."""
         starts = (0, self.size // 2, max(0, self.size - _SAMPLE_BYTES))
+        return b"".join(self.stretch(at, min(_SAMPLE_BYTES, self.size - at)) for at in starts)
+
+    def stretch(self, at: int, count: int) -> bytes:
+        """Some of its bytes, counted as `read` has them: row after row."""
         with open(self.file, "rb", buffering=0) as file:
-            read = lambda at: os.pread(
-                file.fileno(), min(_SAMPLE_BYTES, self.size - at), self.start + at
-            )
-            return b"".join(read(at) for at in starts)
+            return os.pread(file.fileno(), count, self.start + at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,20 @@ class Strided(Tensor):
         view = np.lib.stride_tricks.as_strided(stretch, self.shape, steps)
         values.reshape(self.shape)[...] = view
 
-    def sample(self) -> bytes:
-        return self.read().reshape(-1)[:_SAMPLE_BYTES].tobytes()
+    def stretch(self, at: int, count: int) -> bytes:
+        size = ITEM_BYTES[self.dtype]
+        first, last = at // size, -(-(at + count) // size)
+        places = [self._place(index) for index in range(first, last)]
+        items = [Tensor.stretch(self, size * place, size) for place in places]
+        return b"".join(items)[at - first * size :][:count]
+
+    def _place(self, index: int) -> int:
+        """Where an item lies, given which of them it is row after row."""
+        place = 0
+        for size, step in zip(self.shape[::-1], self.stride[::-1], strict=True):
+            index, along = divmod(index, size)
+            place += along * step
+        return place
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -190,9 +203,13 @@ def parse_json(text: bytes) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"it has {twice!r:.200} twice")
+        raise ValueError(f"it has {commonest(key for key, _ in pairs)!r:.200} twice")
     return values
+
+
+def commonest(names: Iterable[str]) -> str:
+    """The name that comes most often: where some come twice, one of these."""
+    return Counter(names).most_common(1)[0][0]
 
 
 def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -28,6 +28,11 @@ def has_tokenizer(place: str | Path | Parts) -> bool:
     return any((directory / name).is_file() for name in (_FAST, _SENTENCEPIECE))
 
 
+def has_slow_tokenizer(directory: Path) -> bool:
+    """Whether a directory has what transformers' tokenizers in Python are made of."""
+    return any((directory / name).is_file() for name in (_SENTENCEPIECE, "vocab.json"))
+
+
 def load_tokenizer(place: str | Path | Parts) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 

@@ -10,7 +10,6 @@ They are recognised by the names of their tensors. What fits the model in part f
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,19 @@ from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
 from llava_jax.hf.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, read_json
+from llava_jax.hf.tensorfile import CheckpointError, Tensor, commonest, open_tensors, read_json
 from llava_jax.hf.weights import Reader, assemble, find_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.models.layers import Abstract, Params
 
 _LAYOUTS = (
-    *layouts.LLAVA_LAYOUTS,
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
+    *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
 _STACKS = (LLM, VISION)
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
-_BESIDE = ("non_lora_trainables", "mm_projector")
+BESIDE = ("non_lora_trainables", "mm_projector")
 """Files of LLaVA's code, without their endings."""
 
 
@@ -53,7 +52,7 @@ class Trained:
     """What was trained, checked against a model but not read yet.
 
     Attributes:
-        what: The forms it was found in.
+        naming: Whose names its tensors have.
         adapters: LoRA settings by stack, `lora.LLM` or `lora.VISION`.
         abstract: Shape and dtype of every parameter, by our names: `lora_a` and `lora_b` of each
             target, and what was trained in full.
@@ -62,7 +61,7 @@ class Trained:
         fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
     """
 
-    what: str
+    naming: str
     adapters: dict[str, LoraConfig]
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
@@ -77,18 +76,23 @@ class Trained:
 
 def is_trained(place: Path) -> bool:
     """Whether a place holds something to be put on a base, and no whole model."""
+    return not _is_whole(place) and bool(_places(place))
+
+
+def _is_whole(place: Path) -> bool:
+    has_adapter = (place / CONFIG).is_file() or (place / "llm_adapter").is_dir()
+    weights = ("model*.safetensors*", "pytorch_model*.bin*")
+    return not has_adapter and any(any(place.glob(pattern)) for pattern in weights)
+
+
+def _places(place: Path) -> list[Path]:
+    """Files and directories with what was trained: the place itself, and what lies in it."""
     if place.is_file():
-        return True
-    if (place / CONFIG).is_file() or (place / "llm_adapter").is_dir():
-        return True
-    if any(place.glob("model*.safetensors*")) or any(place.glob("pytorch_model*.bin*")):
-        return False
-    has_files = any(_file_beside(place, name) for name in _BESIDE)
-    return (
-        has_files
-        or any((place / part).is_dir() for part in _XTUNER_PARTS)
-        or any(place.rglob("*model_states.pt"))
-    )
+        return [place]
+    has_own = (place / CONFIG).is_file() or _is_whole(place) or any(place.rglob("*model_states.pt"))
+    parts = [place / part for part in _XTUNER_PARTS if (place / part).is_dir()]
+    files = [file for name in BESIDE if (file := _file_beside(place, name))]
+    return [*([place] if has_own else []), *parts, *files]
 
 
 def _file_beside(directory: Path, stem: str) -> Path | None:
@@ -102,16 +106,17 @@ def named_base(place: Path) -> str | None:
     Raises:
         CheckpointError: It has settings that are not LoRA's.
     """
-    name = lambda part: read_settings(place / part / CONFIG).get("base_model_name_or_path")
-    if (place / CONFIG).is_file():
-        llm, vision = name(""), None
+    named = {
+        piece: read_settings(piece / CONFIG).get("base_model_name_or_path")
+        for piece in _places(place)
+        if (piece / CONFIG).is_file()
+    }
+    if place in named:
+        llm, vision = named[place], None
         if (place / "config.json").is_file():  # LLaVA's: the base is the decoder alone
             vision = read_json(place / "config.json").get("mm_vision_tower")
         return format_source(Parts(llm, vision)) if llm and vision else llm
-    adapters = [place / part for part in ("llm_adapter", "visual_encoder_adapter")]
-    if not all(directory.is_dir() for directory in adapters):
-        return None
-    llm, vision = (name(directory.name) for directory in adapters)
+    llm, vision = (named.get(place / part) for part in ("llm_adapter", "visual_encoder_adapter"))
     return format_source(Parts(llm, vision)) if llm and vision else None
 
 
@@ -140,7 +145,7 @@ def open_trained(
             another rank or shape.
     """
     place = Path(place)
-    pieces = [_without_unused(piece, config) for piece in _open_pieces(place, read)]
+    pieces = [_without_unused(_open_piece(p, read), config) for p in _places(place) or [place]]
     adapters: dict[str, LoraConfig] = {}
     paths: set[str] = set()
     for piece in pieces:
@@ -156,38 +161,19 @@ def open_trained(
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
     found = find_tensors(str(place), sources, config, specs, may_grow=True)
     base = read_json(place / BASE) if (place / BASE).is_file() else {}
-    what = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
+    naming = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
     fingerprint = base.get("fingerprint")
-    return Trained(what, adapters, specs, found, named_base(place), fingerprint)
+    return Trained(naming, adapters, specs, found, named_base(place), fingerprint)
 
 
-def _open_pieces(place: Path, read: Reader) -> list[_Piece]:
-    if place.is_dir() and (place / CONFIG).is_file():
-        pieces = [_open_piece(place, read, read_settings(place / CONFIG))]
-    elif place.is_dir() and any((place / part).is_dir() for part in _XTUNER_PARTS):
-        pieces = []
-        for part in _XTUNER_PARTS:
-            if (place / part / CONFIG).is_file():
-                settings = read_settings(place / part / CONFIG)
-                pieces.append(_open_piece(place / part, read, settings))
-            elif (place / part).is_dir():
-                pieces.append(_open_piece(place / part, read))
-    elif place.is_dir() and any(_file_beside(place, name) for name in _BESIDE):
-        pieces = []
-    else:
-        pieces = [_open_piece(place, read)]
-    files = [file for name in _BESIDE if (file := _file_beside(place, name))]
-    return pieces + [_open_piece(file, read) for file in files]
-
-
-def _open_piece(place: Path, read: Reader, settings: dict[str, Any] | None = None) -> _Piece:
+def _open_piece(place: Path, read: Reader) -> _Piece:
+    settings = read_settings(place / CONFIG) if (place / CONFIG).is_file() else None
     own = None if settings is None else _file_beside(place, "adapter_model")
     file = own or place
     named = read(file)
     tensors = {plain_name(name): tensor for name, tensor in named.items()}
     if len(tensors) < len(named):
-        (twice, _), *_ = Counter(map(plain_name, named)).most_common(1)
-        raise CheckpointError(f"{file} has {twice} under two names")
+        raise CheckpointError(f"{file} has {commonest(map(plain_name, named))} under two names")
     try:
         layout = layouts.recognise(tensors, _LAYOUTS)
     except layouts.LayoutError as error:
@@ -217,8 +203,8 @@ def _settings(
     if stack not in alphas:
         raise CheckpointError(
             f"{piece.place} has adapters in {stack}*, and does not say their alpha: it stands in "
-            "the config that they were trained with; give it with --alpha (of the decoder) or "
-            "--vision-alpha"
+            "the config that they were trained with, XTuner's .py, as lora_alpha; give it with "
+            "--alpha (of the decoder) or --vision-alpha"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:

@@ -1,4 +1,4 @@
-"""Parameters from safetensors files and back, one tensor at a time.
+"""Parameters from the files of a checkpoint, one tensor at a time.
 
 A stacked parameter is made on its devices and filled layer by layer, each layer cast where it
 lands. So the host never holds more of a checkpoint than one tensor of a file (on the CPU backend,
@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,8 @@ from jaxtyping import Array, Float, Shaped
 from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
-from llava_jax.hf.tensorfile import (
-    SHARD_BYTES,
-    CheckpointError,
-    Specs,
-    Tensor,
-    is_finite,
-    natural,
-    open_tensors,
-    write_sharded,
-)
-from llava_jax.host import PINNED_HOST, fetch, layer_at
+from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors
+from llava_jax.host import PINNED_HOST
 from llava_jax.models.layers import Abstract, Params
 from llava_jax.quant import QuantisationError, Quantised, quantise
 
@@ -41,7 +32,7 @@ Source = tuple[dict[str, Tensor], Layout]
 Reader = Callable[[Path], dict[str, Tensor]]
 """Finds the tensors of a file or directory."""
 
-VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
+EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
 
 def load_params(
@@ -131,13 +122,14 @@ def find_tensors(
         may_grow: Whether a vocabulary may be smaller than wanted.
 
     Raises:
-        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor; or a
+            stored head differs from the embedding that it is tied to.
     """
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
     missing, misshapen, known = [], [], set()
     for path, spec in abstract.items():
         tensors, layout = next((s for s in sources if s[1].holds(path)), ({}, None))
-        for parameter, shape in _layers(path, spec.shape, config):
+        for parameter, shape in layouts.layers(path, spec.shape, config):
             known.add(parameter)
             name = layout.file_name(parameter) if layout else parameter
             tensor = tensors.get(name)
@@ -149,43 +141,67 @@ def find_tensors(
                 )
             else:
                 found[path].append(tensor)
+    heads = _tied_heads(sources) if config.llm.tie_word_embeddings and found.get(EMBEDDING) else []
     left_over = [
         f"{name} {list(tensor.shape)} ({tensor.file.name})"
         for tensors, layout in sources
         for name, tensor in tensors.items()
-        if layout.parameter(name) not in known and not _is_spare(layout, name, config)
+        if layout.parameter(name) not in known
+        and not layouts.is_ignored(name)
+        and tensor not in heads
     ]
-    problems = {"missing": missing, "left over": left_over, "of the wrong shape": misshapen}
-    if any(problems.values()):
-        names = "; ".join(source[1].name for source in sources)
-        lines = [
-            f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
-            for what, items in problems.items()
-            if items
-        ]
-        raise CheckpointError(
-            f"{where} does not fit the model's config (layout {names})\n" + "\n".join(lines)
-        )
+    _refuse(
+        where,
+        sources,
+        {"missing": missing, "left over": left_over, "of the wrong shape": misshapen},
+    )
+    for head in heads:
+        _check_tied(where, head, found[EMBEDDING][0])
     return found
 
 
-def _layers(
-    path: str, shape: tuple[int, ...], config: ModelConfig
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
-    if not layouts.is_stacked(path):
-        return [(path, shape)]
-    return [(layouts.unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
+def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:
+    """One error of all tensors that are amiss, if there are any."""
+    lines = [
+        f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
+        for what, items in problems.items()
+        if items
+    ]
+    if lines:
+        names = "; ".join(source[1].name for source in sources)
+        raise CheckpointError(
+            f"{where} does not fit the model's config (found: {names})\n" + "\n".join(lines)
+        )
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_grow: bool) -> bool:
     return shape == wanted or (may_grow and shape[1:] == wanted[1:] and 0 < shape[0] < wanted[0])
 
 
-def _is_spare(layout: Layout, name: str, config: ModelConfig) -> bool:
-    """Whether a checkpoint may hold this tensor although no parameter takes it."""
-    tied_head = config.llm.tie_word_embeddings and layout.parameter(name) == "llm.lm_head.weight"
-    return tied_head or layouts.is_ignored(name)
+def _tied_heads(sources: list[Source]) -> list[Tensor]:
+    """Heads that are stored beside an embedding which is the head too."""
+    return [
+        tensor
+        for tensors, layout in sources
+        for name, tensor in tensors.items()
+        if layout.parameter(name) == HEAD
+    ]
+
+
+def _check_tied(where: str, head: Tensor, embedding: Tensor) -> None:
+    dtype = common_dtype([head, embedding])
+
+    def digest(tensor: Tensor) -> bytes:  # so that only one of them is held at a time
+        values = tensor.read().astype(dtype, copy=False)
+        return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()
+
+    if head.shape != embedding.shape or digest(head) != digest(embedding):
+        raise CheckpointError(
+            f"{where} has tie_word_embeddings in its config, but {head.name} "
+            f"{list(head.shape)} ({head.file.name}) is not equal to {embedding.name} "
+            f"{list(embedding.shape)} ({embedding.file.name}): set tie_word_embeddings to false in "
+            "config.json, in its text_config too if there is one, or take the wrong one out"
+        )
 
 
 def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
@@ -302,99 +318,6 @@ def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
     return Stored(
         spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype, copy=False)
     )
-
-
-def save_params(
-    params: Mapping[str, jax.Array | Stored],
-    directory: str | Path,
-    config: ModelConfig,
-    *,
-    layout: Layout = layouts.A,
-    dtype: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes model.safetensors, or shards of at most 5 GB with their index.
-
-    Every process of a run must call it (tensors are gathered one at a time); the first one writes.
-
-    Args:
-        params: A whole model; adapters must be merged first.
-        directory: Made if it does not exist; an earlier save in it is replaced.
-        config: The model that `params` belong to.
-        layout: How tensors are named.
-        dtype: "bfloat16", "float16" or "float32" for all tensors; None keeps each as it is.
-        shard_bytes: Largest size of a file.
-
-    Raises:
-        ValueError: There are adapters among the parameters.
-    """
-    adapters = [path for path in params if path.endswith((".lora_a", ".lora_b"))]
-    if adapters:
-        raise ValueError(f"merge the adapters before saving a model: {', '.join(adapters)}")
-    write = lambda specs, fetch: write_sharded(Path(directory), specs, fetch, shard_bytes)
-    save_tensors(params, config, layout.file_name, write, dtype)
-
-
-def save_tensors(
-    params: Mapping[str, jax.Array | Stored],
-    config: ModelConfig,
-    naming: Callable[[str], str],
-    write: Callable[[Specs, Callable[[str], np.ndarray]], None],
-    dtype: str | None = None,
-) -> None:
-    """Gathers parameters layer by layer, all processes in one order, and writes on the first.
-
-    Args:
-        params: What to write.
-        config: The model that `params` belong to.
-        naming: From our name of one layer to the tensor's name in the file.
-        write: Takes the tensors' shapes and dtypes, and a function that fetches one by its name;
-            must fetch them in that order.
-        dtype: As in `save_params`.
-    """
-    origins, specs = {}, {}
-    for path, param in params.items():
-        for index, (parameter, shape) in enumerate(_layers(path, param.shape, config)):
-            name = naming(parameter)
-            origins[name] = path, index
-            specs[name] = shape, jnp.dtype(dtype or param.dtype)
-    # Wide dtypes first: then every tensor in a file is aligned to its item size.
-    specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
-    fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
-    if jax.process_index() == 0:
-        write(specs, fetch)
-    else:
-        for name in specs:
-            fetch(name)
-
-
-def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        converted = values.astype(dtype)
-    if not is_finite(converted.reshape(-1)):
-        raise CheckpointError(f"{name} has values too large for {dtype}; choose another dtype")
-    return converted
-
-
-def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> np.ndarray:
-    """One layer of a parameter (or all of one that is not stacked), on the host."""
-    param = params[path]
-    if isinstance(param, Stored):
-        return param.read(index)
-    if layouts.is_stacked(path):
-        param = _take(param, np.int32(index))
-    if not param.is_fully_addressable:
-        mesh = cast(NamedSharding, param.sharding).mesh  # only meshes span processes
-        replicated = NamedSharding(mesh, PartitionSpec())
-        param = jax.jit(lambda x: x, out_shardings=replicated)(param).addressable_data(0)
-    return np.asarray(param)
-
-
-@jax.jit
-def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]:
-    return fetch(layer_at(stack, index))
 
 
 def fingerprint(checkpoint: str | Path | Parts) -> str:

@@ -32,8 +32,14 @@ class Joined(Tensor):
             values[start:stop] = piece.read()
             start = stop
 
-    def sample(self) -> bytes:
-        return b"".join(piece.sample() for piece in self.pieces)
+    def stretch(self, at: int, count: int) -> bytes:
+        found, start = [], 0
+        for piece in self.pieces:
+            first, last = max(at - start, 0), min(at + count - start, piece.size)
+            if first < last:
+                found.append(piece.stretch(first, last - first))
+            start += piece.size
+        return b"".join(found)
 
 
 def zero_directory(path: Path) -> Path | None:
@@ -75,6 +81,10 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
             parts = [[groups] for groups in parts]
         else:
             parts = [[[group] for group in groups] for groups in parts]
+        if odd := [len(part) for part in parts if len(part) != len(shapes)]:
+            raise CheckpointError(
+                f"{directory}: {name} has {odd[0]} groups of values; param_shapes has {len(shapes)}"
+            )
         found = {}
         for index, group in enumerate(shapes):
             ranks = [part[index] for part in parts]
@@ -130,6 +140,19 @@ def _cut(
             raise CheckpointError(f"{directory} has {found} of the {size} values of {name}")
         first = pieces[0]
         yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
+    for line in lines:
+        # DeepSpeed pads the whole array to twice the processes; each parameter, to a step.
+        _refuse_surplus(line, at, 1 if by_parameter else 2 * len(ranks))
+
+
+def _refuse_surplus(line: list[Tensor], taken: int, align: int) -> None:
+    """Refuses values that are neither of a parameter nor padding up to a multiple of `align`."""
+    held, most = sum(math.prod(part.shape) for part in line), -(-taken // align) * align
+    if held > most:
+        raise CheckpointError(
+            f"{line[-1].file}: {held} values up to its end, of which the parameters in "
+            f"param_shapes take {taken} and padding {most - taken}; {held - most} belong to none"
+        )
 
 
 def _slice(name: str, line: list[Tensor], start: int, size: int) -> Iterator[Tensor]:

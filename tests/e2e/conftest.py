@@ -13,7 +13,7 @@ from llava_jax import pretrained
 from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.hf.model_config import write_model_config
 from llava_jax.hf.processor import save_processor
-from llava_jax.hf.weights import save_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.sharding import make_mesh, place
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"

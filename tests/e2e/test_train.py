@@ -1,6 +1,7 @@
 """Whole runs of the program on a tiny checkpoint and a LLaVA JSON file of a dozen pictures."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_jax import LlavaModel, host, plan_cache, train
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.devices import GIB
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.metrics import Reporter
 from llava_jax.plan import REST, Usage
 
@@ -114,6 +116,22 @@ def test_another_recipe_is_refused_and_shown(
     assert f", {arguments[1]} here" in error
 
 
+def test_another_recipe_may_be_accepted(
+    start, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(undisturbed, undisturbed.with_name("accepting"))
+    arguments = ["--optimizer.learning-rate", "0.5", "--steps", "6"]
+    assert start("accepting", *arguments)[0] == 1
+    status, directory = start("accepting", *arguments, "--checkpoint.accept-changes")
+    assert status == 0
+    said = capsys.readouterr().out
+    assert "optimizer.learning_rate: 0.01 there, 0.5 here" in said
+    assert "steps: 4 there, 6 here" in said
+    assert [row["step"] for row in metrics(directory)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(directory)[:4] == metrics(undisturbed)
+    assert start("accepting", *arguments)[0] == 0  # it is the run's recipe now
+
+
 def test_another_plan_and_other_measurements_are_no_other_recipe(start, undisturbed: Path):
     status, _ = start(
         "undisturbed", "--mesh.tensor", "2", "--eval.every", "3", "--data.workers", "1"
@@ -198,6 +216,28 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     assert not (directory / "config.json").exists()
 
 
+def fail(*_: object, **__: object) -> None:
+    raise CheckpointError("the disk is full")
+
+
+@pytest.mark.parametrize(
+    "broken", ["export.save_processor", "checkpoint.Checkpoints.save", "metrics.Reporter.log"]
+)
+def test_a_start_that_failed_does_not_bind_the_next(
+    start, undisturbed: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing was trained, so a recipe that is mended may have the same name."""
+    monkeypatch.setattr(f"llava_jax.{broken}", fail)
+    status, directory = start(f"failed-{broken}", "--tune.llm", "full", "--data.template", "plain")
+    assert status == 1
+    assert not list(directory.glob("model*"))
+    monkeypatch.undo()
+    assert start(directory.name)[0] == 0
+    assert_same_run(directory, undisturbed)
+    measured = [(run / "evaluations.jsonl").read_text() for run in (directory, undisturbed)]
+    assert measured[0] == measured[1]
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing in the program catches it."""
 
@@ -240,6 +280,18 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
     assert first[0] == first[1] < metrics(undisturbed)[0]["loss"]
     model = LlavaModel.from_pretrained(undisturbed)
     assert model.llm.layers.mlp.up_proj.lora_b[...].any()
+
+
+def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
+    """Where neither the parts nor what was trained on them has one."""
+    parts = Path(__file__).parents[1] / "parity" / "fixtures" / "base"
+    source = f"llm={parts / 'llm'},vision={parts / 'clip'}"
+    arguments = ["--init-from", source, "--steps", "1", "--data.max-length", "256"]
+    status, first = start("new-projector", *arguments)
+    assert status == 0
+    assert f"{source} has no projector: this is a new one" in capsys.readouterr().out
+    assert start("known-projector", *arguments, "--init-adapter", str(first))[0] == 0
+    assert "no projector" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_jax.config import ConfigError, parse_source
 from llava_jax.convert import Opened, convert, open_source
+from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.processor import load_image_transform
+from llava_jax.hf.processor import chat_template, load_image_transform
 from llava_jax.hf.resolve import resolve
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
+from llava_jax.hf.tokenizer import load_tokenizer
 from llava_jax.hf.trained import open_trained
 from llava_jax.lora import LLM, VISION
 from llava_jax.merge_check import check_merged
@@ -55,6 +57,7 @@ TRAINED = {
     "H ZeRO-2": ("xtuner_pth/zero2/iter_2.pth", BASE),
     "H ZeRO-3": ("xtuner_pth/zero3/iter_2.pth", BASE),
     "I LoRA": ("xtuner_hf/lora", None),
+    "I whole": ("xtuner_hf/full", BASE),
     "I LoRA pickles": ("xtuner_hf/lora_bin", None),
     "PEFT 4.48": ("peft_4_48", "hf_4_48"),
     "PEFT 4.48 pickles": ("peft_4_48_bin", "hf_4_48"),
@@ -184,6 +187,16 @@ def test_llavas_adapter_comes_back_as_it_was(opened: Opened, tmp_path: Path):
     assert config["vocab_size"] == base["vocab_size"]  # or LLaVA's code cannot read the base
 
 
+@pytest.mark.parametrize("to", ["peft", "llava"])
+def test_an_adapter_names_its_base_wherever_it_is_loaded(to: str, tmp_path: Path, monkeypatch):
+    convert(open_source("llava_lora", parse_source(BASE)), tmp_path / "out", to)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("out").adapters
+    named = json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"]
+    llm, vision = FIXTURES / "base/llm", FIXTURES / "base/clip"
+    assert named == (f"llm={llm},vision={vision}" if to == "peft" else str(llm))
+
+
 def test_what_llavas_code_has_not_is_refused(tmp_path: Path):
     opened = open_source("hf_4_48")
     other = dataclasses.replace(opened.config, projector_hidden_act="gelu_pytorch_tanh")
@@ -229,14 +242,26 @@ def test_what_a_form_cannot_hold_is_refused(source, base, to, message, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", ["hf", "llava", "peft"])
+def test_merging_takes_adapters(to: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no adapters to merge: drop --merge"):
+        convert(open_source("hf_4_48"), tmp_path / "out", to, merge=True)
+
+
 def test_what_a_source_lacks_is_said(tmp_path: Path):
     lora = "xtuner_pth/lora/iter_2.pth"
     with pytest.raises(CheckpointError, match=r"does not say their alpha.*--alpha"):
         open_source(lora, parse_source(BASE))
-    with pytest.raises(ConfigError, match="does not say which base"):
+    with pytest.raises(ConfigError, match=r"does not say which base .*: --base"):
         open_source(lora)
-    with pytest.raises(ConfigError, match=r"has no projector; name one"):
+    with pytest.raises(ConfigError, match=rf"^{BASE} has no projector; name one: llm="):
         open_source(parse_source(BASE))
+    with pytest.raises(ConfigError, match=rf"trained, .* base: {BASE} and --base hf_4_48"):
+        open_source(parse_source(BASE), "hf_4_48")
+    with pytest.raises(ConfigError, match=r"a part of what XTuner exported; name xtuner_hf/lora$"):
+        open_source("xtuner_hf/lora/llm_adapter")
+    with pytest.raises(ConfigError, match=r"llm_adapter has no projector; name one: --base llm="):
+        open_source("xtuner_hf/lora/llm_adapter", parse_source(BASE))
     with pytest.raises(ConfigError, match=r"alpha 8, as it says itself, .* not the alpha 9"):
         open_source("llava_lora", alphas={LLM: 9.0})
     for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
@@ -246,12 +271,83 @@ def test_what_a_source_lacks_is_said(tmp_path: Path):
         resolve("llava_full_bin")
 
 
+def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
+    """Not with the advice to convert it, as in training."""
+    for place, message in {
+        "xtuner_hf": "no checkpoint itself; name what in it is one: full, lora, lora_bin$",
+        "xtuner_pth/lora": r"name what in it is one: iter_2\.pth$",
+        str(tmp_path): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            open_source(place)
+    with pytest.raises(CheckpointError, match="neither a safetensors file nor a pickle"):
+        open_source("README.md", "hf_4_48")
+
+
 def test_images_are_padded_as_llavas_config_says(tmp_path: Path):
     convert(open_source("llava_full"), tmp_path / "hf", "hf")
     assert load_image_transform(tmp_path / "hf").aspect == "pad"
     convert(open_source("llava_full"), tmp_path / "llava", "llava", aspect="crop")
     written = json.loads((tmp_path / "llava" / "config.json").read_text())
     assert written["image_aspect_ratio"] == "square"
+
+
+@pytest.mark.parametrize("name", ["H LoRA", "I LoRA", "I full"])
+def test_xtuners_prompt_and_padding(name: str, tmp_path: Path):
+    """XTuner stores neither, and the tower's own image processor crops."""
+    source, base = TRAINED.get(name) or (WHOLE[name], None)
+    opened, said = open_with_base(source, base), []
+    convert(opened, tmp_path / "out", "hf", merge=bool(opened.adapters), say=said.append)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    expected = chat_template(TEMPLATES["vicuna_xtuner"], tokenizer, "<image>")
+    assert tokenizer.chat_template == expected
+    assert load_image_transform(tmp_path / "out").aspect == "pad"
+    assert any("template vicuna_xtuner" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("own", "chosen"),
+    [
+        (None, "vicuna_v1"),
+        ("{{ messages }}", "vicuna_v1"),
+        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "chatml"),
+        ("[INST] <<SYS>> {{ messages }}", "llama_2"),
+        ("[INST] {{ messages }} [/INST]", "mistral_instruct"),
+        ("{% if c['type'] == 'image' %}[INST]{% endif %}", None),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["converted", "saved"])
+def test_a_decoders_own_chat_template_is_not_a_llavas(own, chosen, whole, tmp_path):
+    """It would leave images out; what takes images stays."""
+    llm = shutil.copytree("base/llm", tmp_path / "llm")
+    tokenizer = load_tokenizer(llm)
+    names = ["<image>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": names if chosen == "chatml" else names[:2]}
+    )
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(llm)
+    if whole:
+        LlavaModel.from_parts(llm, "base/clip").save_pretrained(tmp_path / "out")
+    else:
+        source = f"llm={llm},vision=base/clip,projector=llava_stage1/mm_projector.bin"
+        convert(open_source(parse_source(source)), tmp_path / "out", "hf")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    expected = chat_template(TEMPLATES[chosen], tokenizer, "<image>") if chosen else own
+    assert tokenizer.chat_template == expected
+
+
+def test_what_llavas_code_needs_of_a_tokenizer(tmp_path: Path):
+    """Ids in config.json; and its tokenizer is made of tokenizer.model alone."""
+    said = []
+    convert(open_source("llava_full"), tmp_path / "whole", "llava", say=said.append)
+    assert not any("tokenizer.model" in line for line in said)
+    convert(open_source("llava_lora"), tmp_path / "lora", "llava")
+    for name in ("whole", "lora"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    convert(open_source("hf_4_48"), tmp_path / "without", "llava", say=said.append)
+    assert "hf_4_48 has no tokenizer.model" in said[-1]
 
 
 def test_a_failed_proof_leaves_nothing(tmp_path: Path):
@@ -281,7 +377,8 @@ def test_the_command_line_says_what_it_found(tmp_path: Path):
     command = [sys.executable, tool, "llava_lora", out, "--to", "hf", "--merge"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "layout E (LLaVA's own code)" in run.stdout
+    assert "base/llm: Hugging Face decoder\n" in run.stdout
+    assert "projector in full (Hugging Face decoder; LLaVA's own code)\n" in run.stdout
     assert "100.0% of the most likely tokens are the same" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)

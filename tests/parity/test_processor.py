@@ -27,7 +27,12 @@ from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
 from llava_jax.data.conversation import TEMPLATES, Turn, encode, encode_prompt, expand_images
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_parts_config, write_model_config
-from llava_jax.hf.processor import chat_template, load_image_transform, save_processor
+from llava_jax.hf.processor import (
+    chat_template,
+    choose_template,
+    load_image_transform,
+    save_processor,
+)
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import load_tokenizer
 
@@ -98,6 +103,34 @@ CONTROLS = (
 VISION = VisionConfig(28, 14, 16, 16, 2, 2)
 LLM = LlmConfig(320, 16, 16, 1, 2, 2, 8, 128)
 CONFIG = ModelConfig(VISION, LLM, image_token_id=3, pad_token_id=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "ends"),
+    [
+        ("vicuna_v1", None, "</s>"),
+        ("plain", None, "</s>"),
+        ("llama_3", None, ["</s>", "<|eot_id|>"]),
+        ("chatml", None, ["</s>", "<|im_end|>"]),
+        ("chatml", ["<|im_end|>", "</s>"], ["<|im_end|>", "</s>"]),
+        (None, ["<|im_end|>", "</s>"], ["<|im_end|>", "</s>"]),
+    ],
+)
+def test_generation_ends_where_the_templates_answers_do(name, own, ends, byte_level, tmp_path):
+    source = shutil.copytree(byte_level, tmp_path / "source")
+    ids_of = load_tokenizer(source).convert_tokens_to_ids
+    if own:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ids_of(own)}))
+    out = tmp_path / "out"
+    out.mkdir()
+    save_processor(source, out, CONFIG, template=TEMPLATES[name] if name else None)
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["eos_token_id"] == ids_of(ends)
+
+
+def test_a_decoders_control_tokens_choose_the_template(byte_level):
+    """Also where XTuner trained it: only with Vicuna is its prompt another."""
+    assert {choose_template(byte_level, is_xtuner=x) for x in (True, False)} == {"llama_3"}
 
 
 @pytest.mark.parity("tokens and pixels", "sentencepiece")

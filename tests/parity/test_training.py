@@ -27,7 +27,7 @@ from llava_jax.config import (
 from llava_jax.data.batching import Batch
 from llava_jax.hf.model_config import read_model_config, write_model_config
 from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.weights import save_params
+from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params, merge
 from llava_jax.models.llava import head_logits
 from llava_jax.program import Program, build_program
