@@ -33,7 +33,7 @@ def png(level: int) -> bytes:
 
 
 def level(image: str | bytes) -> int:
-    return int(np.asarray(open_image(image))[0, 0])
+    return int(np.asarray(open_image(image))[0, 0, 0])
 
 
 def talk(question: str = "<image>\nwhat?", answer: str = "that") -> list[dict]:

@@ -78,7 +78,7 @@ class ParquetFile:
             try:
                 held = self._held = group, _read_group(self.path, group, self._columns)
             except ConfigError as error:
-                raise SampleError(str(error)) from error
+                raise SampleError(str(error), "not Parquet") from error
         table = held[1]
         return table.slice(number - (int(self._ends[group]) - table.num_rows), 1).to_pylist()[0]
 
