@@ -77,7 +77,7 @@ class ListRecords(list[Record]):
         return f"sample {index}"
 
 
-class FileRecords(Sequence[Record]):
+class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read bad records
     """The records of data files, one file after the other. Can be pickled.
 
     Attributes:
@@ -152,7 +152,7 @@ class FileRecords(Sequence[Record]):
         return file, number - int(self._ends[position]) + len(file)
 
 
-class JoinedRecords(Sequence[Record]):
+class JoinedRecords(Sequence[Any]):
     """Several sources, one after the other. Can be pickled.
 
     Attributes:
