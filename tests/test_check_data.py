@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax.config import ConfigError, RunError, parse_config
-from llava_jax.data.check import check, check_clean_file
+from llava_jax.data.check import check, only_json
 from llava_jax.data.conversation import Turn
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.padding import Padding, measure_padding
@@ -105,19 +105,19 @@ def test_the_tool(folder, load_tool, monkeypatch, capsys, tmp_path):
     assert main(options(clean, written.root)) == 0
     assert f"{len(written.places) - 80} samples: 0 bad" in capsys.readouterr().out
     assert main(options(written.path, written.root, "--write-clean", str(clean))) == 2
-    assert "clean.jsonl exists; move it away" in capsys.readouterr().err
+    assert "clean.jsonl exists; give another name" in capsys.readouterr().err
     assert main(options("nothing.json", "")) == 2
     assert "nothing.json" in capsys.readouterr().err
 
 
-def test_only_json_can_be_written_clean(folder, tmp_path):
+def test_only_json_can_be_written_clean(folder):
     records = open_data(bad_data.write_data(folder, "lines.jsonl", 10)).records
-    check_clean_file(records, tmp_path / "x.jsonl")
+    assert only_json(records) is records
     with pytest.raises(ConfigError, match="one data set at a time"):
-        check_clean_file(JoinedRecords([records]), tmp_path / "x.jsonl")
+        only_json(JoinedRecords([records]))
     records.files[0] = object.__new__(ParquetFile)
-    with pytest.raises(ConfigError, match="JSON lists or lines"):
-        check_clean_file(records, tmp_path / "x.jsonl")
+    with pytest.raises(ConfigError, match="only records of JSON"):
+        only_json(records)
 
 
 class Deadly(ListRecords):

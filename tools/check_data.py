@@ -46,7 +46,8 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from llava_jax.data.check import check, check_clean_file, write_clean
+    from llava_jax.config import ConfigError
+    from llava_jax.data.check import check, only_json, write_clean
     from llava_jax.data.padding import measure_padding
     from llava_jax.hf.resolve import resolve
     from llava_jax.inputs import find_model, open_inputs
@@ -54,8 +55,9 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     source = None if config.init_from is None else resolve(config.init_from).base
     inputs = open_inputs(config, *find_model(config, source))
     records = inputs.records
-    if given.write_clean:
-        check_clean_file(records, given.write_clean)
+    to_write = only_json(records) if given.write_clean else None
+    if to_write is not None and given.write_clean.exists():
+        raise ConfigError(f"--write-clean {given.write_clean} exists; give another name")
     errors = Console(stderr=True)
     with Progress(console=errors, disable=not errors.is_terminal) as bar:
         task = bar.add_task("reading", total=len(records))
@@ -70,12 +72,12 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     report.show(given.shown)
     if given.json:
         report.write(given.json)
-    if given.chart:
+    if given.chart and found.good.any():
         from check_chart import draw
 
         draw(given.chart, report)
-    if given.write_clean:
-        write_clean(records, found, given.write_clean)
+    if to_write is not None:
+        write_clean(to_write, found, given.write_clean)
     return 1 if found.problems else 0
 
 

@@ -106,7 +106,10 @@ class Report:
         console.print("good samples: " + ", ".join(share(name, figures) for name in kinds))
         table = make_table("", *PERCENTILES, "mean")
         for name, values in figures["distributions"].items():
-            table.add_row(name, *(f"{value:,.4g}" for value in values.values()))
+            table.add_row(
+                name,
+                *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()),
+            )
         console.print(table)
         table = make_table("tokens", "samples", "")
         counts, edges = np.histogram(self.of_good("tokens"), BINS)

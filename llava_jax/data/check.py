@@ -97,7 +97,8 @@ def check(
         raise worker_died(error, records) from error
     finally:
         chunks.close()
-    return Findings(*np.concatenate(parts).T, problems)
+    tokens, learned, images, cut = np.concatenate(parts).T
+    return Findings(tokens, learned, images, cut, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +125,18 @@ class _Check:
         return rows, np.frombuffer(json.dumps(problems).encode(), np.uint8)
 
 
-def check_clean_file(records: Records, path: Path) -> None:
-    """Refuses what `write_clean` would refuse, before hours of reading.
+def only_json(records: Records) -> FileRecords:
+    """The records, if `write_clean` can write them.
 
     Raises:
-        ConfigError: The file is there, or the records are not of JSON files.
+        ConfigError: It cannot.
     """
-    if path.exists():
-        raise ConfigError(f"--write-clean {path} exists; move it away, or give another name")
-    json_only = isinstance(records, FileRecords) and all(
-        isinstance(file, JsonFile) for file in records.files
+    if isinstance(records, FileRecords) and all(isinstance(f, JsonFile) for f in records.files):
+        return records
+    raise ConfigError(
+        "only records of JSON lists or lines can be written, and of one data set at a time; of "
+        "other data, --json names the samples to leave out"
     )
-    if not json_only:
-        raise ConfigError(
-            "--write-clean copies records of JSON lists or lines, and of one data set at a time; "
-            "of other data, --json names the rows to leave out"
-        )
 
 
 def write_clean(records: FileRecords, findings: Findings, path: Path) -> None:
