@@ -89,6 +89,8 @@ def open_image(image: str | bytes) -> Image.Image:
             io.BytesIO(image) if embedded else open_file(image) as file,
             Image.open(file) as opened,
         ):
+            if opened.format == "EPS":
+                raise SampleError("EPS is a program, which Pillow would have run", "image")
             _check_pixels(opened, opened.width * opened.height, MOST_FILE_PIXELS)
             opened.load()
             return _to_rgb(opened)
@@ -96,7 +98,9 @@ def open_image(image: str | bytes) -> Image.Image:
         raise SampleError(f"image not found: {image}", "image missing") from None
     except UnidentifiedImageError:
         raise SampleError(f"cannot read {name}: no image that Pillow knows", "image") from None
-    except (SampleError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except SampleError as error:
+        raise SampleError(f"cannot read {name}: {error}", error.kind) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError(f"cannot read {name}: {error}", "image size") from None
     # Pillow's decoders raise errors of many kinds for broken files.
     except Exception as error:
