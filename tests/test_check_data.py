@@ -8,6 +8,8 @@ from pathlib import Path
 
 import bad_data
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llava_jax.config import ConfigError, RunError, parse_config
@@ -60,6 +62,21 @@ def test_every_bad_sample_is_named_and_no_good_one(folder, form, count, workers)
     cut = found.cut[found.good] > 0
     assert 0 < cut.sum() < 0.3 * len(cut)
     assert (found.tokens[found.good][cut] == 256).all()
+
+
+def test_embedded_images_are_named_by_their_rows(folder):
+    root = bad_data.write_data(folder, "list.json", 1).root
+    named = {raw["image"][0]: kind for kind in ("image", "image size") for raw in
+             bad_data.BAD[kind].values() if (root / raw["image"][0][:99]).is_file()}  # fmt: skip
+    names = [name for bad in sorted(named) for name in (bad, "good.jpg")]
+    rows = [bad_data.show({"bytes": (root / name).read_bytes(), "path": name}) for name in names]
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+    inputs = open_data(bad_data.Written(path, root, {}, []))
+    found = check(inputs.records, inputs.encoder)
+    expected = [(f"{path}, row {2 * n}", named[name]) for n, name in enumerate(sorted(named))]
+    assert [(problem.where, problem.kind) for problem in found.problems] == expected
+    assert len(expected) >= 14
 
 
 @pytest.mark.parametrize(("count", "workers"), [(150, 0), MANY])

@@ -206,6 +206,18 @@ def test_a_broken_image_is_a_sample_error(tmp_path):
         open_image(b"png")
 
 
+def test_text_that_is_no_unicode_is_a_bad_sample(tmp_path):
+    said = pa.array([b"what?", b"\xff\xfe", b"who?"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, said.buffers())
+    turns = pa.StructArray.from_arrays([pa.array(["human"] * 3), texts], ["from", "value"])
+    ones = pa.ListArray.from_arrays(pa.array(range(4), pa.int32()), turns)
+    records = load_records(write(tmp_path / "data", pa.table({"conversations": ones})), "")
+    assert records.sizes.images.tolist() == [0, -1, 0]
+    assert records[2].turns == (Turn("human", "who?"),)
+    with pytest.raises(SampleError, match="not UTF-8"):
+        records[1]
+
+
 def test_without_pyarrow(tmp_path, monkeypatch):
     path = write(tmp_path / "data", table())
     find = builtins.__import__
