@@ -98,12 +98,23 @@ def test_an_epoch_skips_the_bad_and_has_each_good_one_once(folder, form, count, 
     assert learned == Counter(dict.fromkeys(good, 1))
 
 
-def test_the_tool(folder, load_tool, monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def main(load_tool, monkeypatch):
     monkeypatch.syspath_prepend(Path(CONFIG).parents[1] / "tools")
-    main = load_tool("check_data").main
+    return load_tool("check_data").main
+
+
+def test_the_chart(folder, main, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = bad_data.write_data(folder, "list.json", 10)
+    assert main(options(written.path, written.root, "--chart", str(tmp_path / "x.png"))) == 1
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tool(folder, main, capsys, tmp_path):
     written = bad_data.write_data(folder, "list.json", 80)
-    clean, report, chart = tmp_path / "clean.jsonl", tmp_path / "report.json", tmp_path / "x.png"
-    files = ["--write-clean", str(clean), "--json", str(report), "--chart", str(chart)]
+    clean, report = tmp_path / "clean.jsonl", tmp_path / "report.json"
+    files = ["--write-clean", str(clean), "--json", str(report)]
     assert main(options(written.path, written.root, *files, "--shown", "1")) == 1
     output = capsys.readouterr().out
     assert f"{len(written.places)} samples: 80 bad" in output
@@ -113,7 +124,6 @@ def test_the_tool(folder, load_tool, monkeypatch, capsys, tmp_path):
     places = {problem["sample"]: problem["where"] for problem in content["problems"]}
     assert places == {number: written.places[number] for number in written.bad}
     assert content["figures"]["padding"][0]["lengths"] == [256]
-    assert chart.read_bytes().startswith(b"\x89PNG")
     originals = json.loads(json.dumps(bad_data.GOOD))
     for line in clean.read_text().splitlines():
         raw = json.loads(line)
