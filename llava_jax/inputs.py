@@ -21,6 +21,7 @@ from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
 from llava_jax.hf.processor import load_image_transform
 from llava_jax.hf.tokenizer import load_tokenizer
+from llava_jax.pretrained import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,24 @@ def make_order(
         shuffle=config.data.shuffle,
         grouping=grouping,
     )
+
+
+def find_model(
+    config: TrainConfig, source: Path | Parts | None
+) -> tuple[ModelConfig, Path | Parts]:
+    """The model's sizes, and where its tokenizer and image processor lie.
+
+    Raises:
+        ConfigError: The config does not say.
+    """
+    processor = source if config.processor is None else Path(config.processor)
+    if processor is None:
+        raise ConfigError("set processor: a model from scratch brings no tokenizer")
+    if source is not None:
+        return read_config(source), processor
+    if config.model is None:
+        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
+    return config.model, processor
 
 
 def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:

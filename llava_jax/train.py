@@ -33,7 +33,7 @@ from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
-from llava_jax.inputs import Inputs, open_inputs
+from llava_jax.inputs import Inputs, find_model, open_inputs
 from llava_jax.journal import Journal
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
@@ -84,7 +84,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
     config, found = _follow_adapter(config)
     source = found.base if found else None
     base = None if source is None else fingerprint(source)
-    model_config, processor = _describe(config, source)
+    model_config, processor = find_model(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(inputs.order.samples)
     mesh = make_mesh(config.mesh)
@@ -333,18 +333,6 @@ def _load(
         wanted=wanted,
         say=_say,
     )
-
-
-def _describe(config: TrainConfig, source: Path | Parts | None) -> tuple[ModelConfig, Path | Parts]:
-    """The model's sizes, and where its tokenizer and image processor lie."""
-    processor = source if config.processor is None else Path(config.processor)
-    if processor is None:
-        raise ConfigError("set processor: a model from scratch brings no tokenizer")
-    if source is not None:
-        return pretrained.read_config(source), processor
-    if config.model is None:
-        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
-    return config.model, processor
 
 
 if __name__ == "__main__":

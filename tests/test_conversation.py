@@ -278,13 +278,13 @@ def test_a_bos_that_the_tokenizer_adds(controlled):
     assert encode(turns, chatml, adding, 3).input_ids.tolist() == [adding.bos_token_id, *ids]
 
 
-@pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫", "\nx", ""])
+@pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫", "\nx"])
 @pytest.mark.parametrize("name", ["vicuna_v1", "plain", "vicuna_xtuner", "llama_2"])
 def test_a_prompt_is_the_start_of_its_sample(name, answer, llama):
     check_prompt(TEMPLATES[name], answer, llama, IMAGE)
 
 
-@pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫", ""])
+@pytest.mark.parametrize("answer", ["Blue.", "1. cup", "一只猫"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_is_the_start_of_its_sample_in_bytes(name, answer, controlled):
     check_prompt(TEMPLATES[name], answer, controlled, controlled.convert_tokens_to_ids("<image>"))

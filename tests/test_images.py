@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llava_jax.data import images
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import (
     CLIP_MEAN,
@@ -121,3 +122,20 @@ def test_unreadable_images_are_sample_errors(tmp_path):
         broken.write_bytes(content)
         with pytest.raises(SampleError, match=f"cannot read image .*{name}"):
             open_image(str(broken))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_what_would_not_fit_memory_is_a_sample_error(aspect, size):
+    image = Image.new("RGB", size)
+    with pytest.raises(SampleError, match=f"{size[0]} x {size[1]} pixels take"):
+        ImageTransform(aspect=aspect)(image)
+    assert ImageTransform(aspect="squash")(image).shape == (3, 336, 336)
+
+
+def test_a_huge_image_is_not_decoded(tmp_path, monkeypatch):
+    picture((64, 64)).save(tmp_path / "whole.png")
+    monkeypatch.setattr(images, "MOST_FILE_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(SampleError, match="its 64 x 64 pixels take 4,096, of at most 4,095"):
+        open_image(str(tmp_path / "whole.png"))

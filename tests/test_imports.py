@@ -51,8 +51,9 @@ LEVELS = (
         "models.stack",
         "data.json_file",
         "data.parquet_file",
+        "data.padding",
     ),
-    ("models.llama", "models.vision", "data.sources", "data.batching"),
+    ("models.llama", "models.vision", "data.sources", "data.batching", "data.check"),
     ("models.llava",),
     ("lora", "loss"),
     (

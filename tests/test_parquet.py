@@ -33,7 +33,7 @@ def png(level: int) -> bytes:
 
 
 def level(image: str | bytes) -> int:
-    return int(np.asarray(open_image(image))[0, 0])
+    return int(np.asarray(open_image(image))[0, 0, 0])
 
 
 def talk(question: str = "<image>\nwhat?", answer: str = "that") -> list[dict]:
@@ -204,6 +204,18 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 def test_a_broken_image_is_a_sample_error(tmp_path):
     with pytest.raises(SampleError, match="cannot read an embedded image of 3 bytes"):
         open_image(b"png")
+
+
+def test_text_that_is_no_unicode_is_a_bad_sample(tmp_path):
+    said = pa.array([b"what?", b"\xff\xfe", b"who?"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, said.buffers())
+    turns = pa.StructArray.from_arrays([pa.array(["human"] * 3), texts], ["from", "value"])
+    ones = pa.ListArray.from_arrays(pa.array(range(4), pa.int32()), turns)
+    records = load_records(write(tmp_path / "data", pa.table({"conversations": ones})), "")
+    assert records.sizes.images.tolist() == [0, -1, 0]
+    assert records[2].turns == (Turn("human", "who?"),)
+    with pytest.raises(SampleError, match="not UTF-8"):
+        records[1]
 
 
 def test_without_pyarrow(tmp_path, monkeypatch):

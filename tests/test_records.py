@@ -206,6 +206,7 @@ BAD = [
     ({"conversations": [{"value": "x"}]}, "turn 0: expected"),
     ({"conversations": ["x"]}, '"conversations" or "messages" must be'),
     ({"conversations": [{"from": [], "value": "x"}]}, "turn 0: expected"),
+    ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0: expected"),
     ({**RAW[0], "image": 3}, '"image" must be'),
     ({**RAW[0], "image": [3]}, '"image" must be'),
     ({**RAW[0], "category": 3}, '"category" must be'),
@@ -290,6 +291,14 @@ def test_a_missing_or_binary_file(tmp_path):
     with pytest.raises(SampleError, match=r"not UTF-8, byte 3"):
         records[0]
     assert records[1].turns[1].text == "日本"
+
+
+def test_half_of_a_character_is_a_bad_sample(tmp_path):
+    """JSON can write it; neither a tokenizer nor a path takes it."""
+    records = load_records(write(tmp_path, [RAW[0], {**RAW[1], "id": "\ud83d"}, RAW[1]]), "")
+    with pytest.raises(SampleError, match="half of a character"):
+        records[1]
+    assert records[2].turns[0].text == 'é🐱 " [ } ,'
 
 
 def test_links_may_leave_the_folder_if_that_is_meant(tmp_path):

@@ -156,12 +156,14 @@ class SampleEncoder:
         count = len(record.images)
         if count > self.max_images:
             raise SampleError(
-                f"it has {count} images, and data.max_images is {self.max_images}; raise that"
+                f"it has {count} images, and data.max_images is {self.max_images}; raise that",
+                "number of images",
             )
         placeholders = count_placeholders(record.turns)
         if placeholders != count:
             raise SampleError(
-                f"its human turns say <image> {placeholders} times, and it has {count} images"
+                f"its human turns say <image> {placeholders} times, and it has {count} images",
+                "number of images",
             )
 
 
@@ -294,11 +296,7 @@ class ReadBatch:
         try:
             yield from read_ahead(self, start, workers, stop=stop, most_bytes=self._most_bytes)
         except WorkerError as error:
-            at = "" if error.record is None else f" at {self.records.where(error.record)}"
-            raise RunError(
-                f"a worker process that reads data died{at}: {error} Exit code -9 is mostly want "
-                "of memory: lower data.workers; else leave that sample out"
-            ) from error
+            raise worker_died(error, self.records) from error
 
     @property
     def _most_bytes(self) -> int:
@@ -320,6 +318,15 @@ class ReadBatch:
             return length, self.encode_fn.add_images(record, encoded) if with_images else None
         except SampleError:
             return length, None
+
+
+def worker_died(error: WorkerError, records: Records) -> RunError:
+    """Says at which record a worker process died."""
+    at = "" if error.record is None else f" at {records.where(error.record)}"
+    return RunError(
+        f"a worker process that reads data died{at}: {error} Exit code -9 is mostly want of "
+        "memory: lower data.workers; else leave that sample out"
+    )
 
 
 def _pad(samples: Sequence[Sample | None], spec: BatchSpec, length: int) -> Batch:

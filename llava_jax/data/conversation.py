@@ -23,7 +23,15 @@ SYSTEM_PLACE = "{system}"
 
 
 class SampleError(Exception):
-    """A sample that cannot be learned from; its text says why. The run goes on without it."""
+    """A sample that cannot be learned from; its text says why. The run goes on without it.
+
+    Attributes:
+        kind: What is wrong, in a word or two that other samples share.
+    """
+
+    def __init__(self, text: str, kind: str = "form"):
+        super().__init__(text)
+        self.kind = kind
 
 
 class Turn(NamedTuple):
@@ -144,10 +152,12 @@ class Encoded:
     Attributes:
         input_ids: Token ids.
         loss_mask: True where the token is to be learned: answers and what ends them.
+        cut: Tokens that followed and were cut off.
     """
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
+    cut: int = 0
 
 
 class _Piece(NamedTuple):
@@ -178,13 +188,13 @@ def encode(
         image_token_id: The token that stands for an image.
 
     Raises:
-        SampleError: The turns do not alternate, or nothing in them is learned.
+        SampleError: The turns do not alternate, an answer is empty, or there is none.
         ConfigError: The tokenizer lacks a control token of the template.
     """
     pieces = _render(turns, template, tokenizer, image_token_id)
     encoded = _tokenize(pieces, tokenizer, image_token_id)
     if not encoded.loss_mask.any():
-        raise SampleError("the conversation has no answer to learn from")
+        raise SampleError("the conversation has no answer to learn from", "no answer")
     return encoded
 
 
@@ -241,11 +251,13 @@ def expand_images(
     input_ids = np.repeat(encoded.input_ids[: len(widths)], widths)
     loss_mask = np.repeat(encoded.loss_mask[: len(widths)], widths)
     if encoded.loss_mask.any() and not loss_mask.any():
+        limit = "data.max_length" + ("" if max_text_length is None else " or max_text_length")
         raise SampleError(
             f"its {length} tokens are cut to {len(input_ids)}, and no answer is left to learn "
-            f"from; raise data.max_length{'' if max_text_length is None else ' or max_text_length'}"
+            f"from; raise {limit}",
+            "no answer after the cut",
         )
-    return Encoded(input_ids, loss_mask)
+    return Encoded(input_ids, loss_mask, length - len(input_ids))
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -279,6 +291,8 @@ def _render(
             pieces += _render_human_prefix("" if index else system, template, tokenizer)
             pieces += _render_question(turn.text, template, tokenizer, image_id)
         else:
+            if not turn.text.strip():
+                raise SampleError(f"answer {index // 2 + 1} is empty", "empty answer")
             prefix = template.answer_prefix.rstrip(" ")
             space = template.answer_prefix[len(prefix) :]
             pieces += _parse(prefix, tokenizer)
@@ -325,7 +339,8 @@ def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Seque
         if turn.role != expected:
             raise SampleError(
                 f"human and gpt do not speak in turn: expected {expected}, found {turn.role} "
-                f"saying {turn.text[:40]!r}"
+                f"saying {turn.text[:40]!r}",
+                "order of turns",
             )
     return system, turns
 

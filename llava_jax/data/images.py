@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from llava_jax.config import Aspect
 from llava_jax.data.conversation import SampleError
@@ -16,6 +16,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's pixels go from -1 to 1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
+MOST_FILE_PIXELS = 2**30 // 4 // 3
+"""Of an image file: Pillow's own limit, which is checked before anything is decoded."""
+MOST_PIXELS = 2**28
+"""Of what an image becomes on its way, 4 bytes each: a narrow one in its square may be huge."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,11 @@ class ImageTransform:
     aspect: Aspect = "pad"
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
-        """Returns the normalised pixels, channels first."""
+        """Returns the normalised pixels, channels first.
+
+        Raises:
+            SampleError: The image is too narrow to be made square in memory.
+        """
         image = _to_rgb(image)
         if self.aspect == "pad":
             image = _pad_to_square(image, self.mean)
@@ -58,32 +67,52 @@ class ImageTransform:
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
         pixels = np.asarray(image)
-        return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+        values = np.empty((3, image.height, image.width), np.float32)
+        for channel in range(3):  # three times as fast as indexing, and no copy
+            np.take(table[channel], pixels[..., channel], out=values[channel], mode="clip")
+        return values
 
 
 def open_image(image: str | bytes) -> Image.Image:
-    """Reads an image file whole.
+    """Reads an image file whole, as RGB.
 
     Args:
         image: The file's path, or what is in it.
 
     Raises:
-        SampleError: There is no such file, or it is not an image that Pillow reads.
+        SampleError: There is no such file, it is not an image that Pillow reads, or a huge one.
     """
     embedded = isinstance(image, bytes)
+    name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
     try:
         with (
             io.BytesIO(image) if embedded else open_file(image) as file,
             Image.open(file) as opened,
         ):
+            if opened.format == "EPS":
+                raise SampleError("EPS is a program, which Pillow would have run", "image")
+            _check_pixels(opened, opened.width * opened.height, MOST_FILE_PIXELS)
             opened.load()
-            return opened
+            return _to_rgb(opened)
     except FileNotFoundError:
-        raise SampleError(f"image not found: {image}") from None
+        raise SampleError(f"image not found: {image}", "image missing") from None
+    except UnidentifiedImageError:
+        raise SampleError(f"cannot read {name}: no image that Pillow knows", "image") from None
+    except SampleError as error:
+        raise SampleError(f"cannot read {name}: {error}", error.kind) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError(f"cannot read {name}: {error}", "image size") from None
     # Pillow's decoders raise errors of many kinds for broken files.
     except Exception as error:
-        name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
-        raise SampleError(f"cannot read {name}: {error}") from error
+        raise SampleError(f"cannot read {name}: {error}", "image") from error
+
+
+def _check_pixels(image: Image.Image, made: int, most: int) -> None:
+    if not 0 < made <= most:
+        raise SampleError(
+            f"its {image.width} x {image.height} pixels take {made:,}, of at most {most:,}",
+            "image size",
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -99,6 +128,7 @@ def _pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Imag
     if width == height:
         return image
     side = max(width, height)
+    _check_pixels(image, side**2, MOST_PIXELS)
     red, green, blue = (int(channel * 255) for channel in mean)
     square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
@@ -108,6 +138,7 @@ def _pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Imag
 def _resize_shortest_edge(image: Image.Image, edge: int) -> Image.Image:
     short, long = sorted(image.size)
     long = int(edge * long / short)  # rounded down, as Hugging Face's processor does
+    _check_pixels(image, edge * long, MOST_PIXELS)
     size = (edge, long) if image.width <= image.height else (long, edge)
     return image.resize(size, Image.Resampling.BICUBIC)
 

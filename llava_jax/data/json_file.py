@@ -69,12 +69,25 @@ class JsonFile:
             file.seek(start)
             text = file.read(stop - start)
         try:
-            return json.loads(text.decode("utf-8"))
+            raw = json.loads(text.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise SampleError(f"not UTF-8, byte {start + error.start} of the file") from None
+            message = f"not UTF-8, byte {start + error.start} of the file"
+            raise SampleError(message, "not JSON") from None
         except (ValueError, RecursionError) as error:
             whole = ", which must hold a whole record" if self._unit == "line" else ""
-            raise SampleError(f"not JSON: {error}, of this {self._unit}{whole}") from None
+            message = f"not JSON: {error}, of this {self._unit}{whole}"
+            raise SampleError(message, "not JSON") from None
+        if b"\\ud" in text.lower():
+            _check_text(raw)
+        return raw
+
+
+def _check_text(raw: Any) -> None:
+    try:
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise SampleError(f"not Unicode: {half!r} is half of a character", "not JSON") from None
 
 
 Scanned = tuple[int, int, int, Any]

@@ -114,6 +114,11 @@ class EpochOrder:
         self._length = self.samples if grouping is None else -(-self.samples // size) * size
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch; the last may have the first records of the next."""
+        return -(-self._length // self.size)
+
     def batch(self, number: int) -> Int64[np.ndarray, " B"]:
         """The records of a batch."""
         positions = np.arange(number * self.size, (number + 1) * self.size)
@@ -126,10 +131,10 @@ class EpochOrder:
     def batches_alike(self) -> tuple[int, int, int]:
         """Batches of an epoch whose samples all have images, none has, and some have."""
         if self._grouping is None:
-            return 0, 0, -(-self.samples // self.size)
+            return 0, 0, self.batches
         count = int(self._grouping.has_images[self._epoch(0)[self._epoch(0) >= 0]].sum())
         alike = count // self.size, (self.samples - count) // self.size
-        return *alike, self._length // self.size - sum(alike)
+        return *alike, self.batches - sum(alike)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_epoch"}

@@ -78,9 +78,9 @@ class ParquetFile:
             try:
                 held = self._held = group, _read_group(self.path, group, self._columns)
             except ConfigError as error:
-                raise SampleError(str(error)) from error
+                raise SampleError(str(error), "not Parquet") from error
         table = held[1]
-        return table.slice(number - (int(self._ends[group]) - table.num_rows), 1).to_pylist()[0]
+        return _row(table, number - (int(self._ends[group]) - table.num_rows))
 
     def where(self, number: int) -> str:
         """Where a record stands, for messages."""
@@ -91,7 +91,25 @@ class ParquetFile:
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
         for group in range(len(self._ends)):
-            yield from _read_group(self.path, group, light).to_pylist()
+            table = _read_group(self.path, group, light)
+            try:
+                yield from table.to_pylist()
+            except UnicodeDecodeError:
+                yield from (_row_or_none(table, row) for row in range(table.num_rows))
+
+
+def _row(table: Any, number: int) -> dict[str, Any]:
+    try:
+        return table.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8: {error}", "not Parquet") from None
+
+
+def _row_or_none(table: Any, number: int) -> dict[str, Any] | None:
+    try:
+        return _row(table, number)
+    except SampleError:
+        return None
 
 
 def _open(path: str) -> Any:

@@ -21,7 +21,7 @@ FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 
 CONVERSATIONS = ("conversations", "messages")
 
-_ROLES: dict[Any, Literal["system", "human", "gpt"]] = {
+_ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "system": "system",
     "human": "human",
     "user": "human",
@@ -121,9 +121,10 @@ def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
     turns: list[Turn] = []
     parts: list[dict[str, Any]] = []
     for index, turn in enumerate(found):
-        role, said = _ROLES.get(turn.get("from") or turn.get("role")), turn.get("value")
+        name, said = turn.get("from") or turn.get("role"), turn.get("value")
         if said is None:  # a table has all its columns, even where they are empty
             said = turn.get("content")
+        role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
             raise SampleError(
                 f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
@@ -217,13 +218,15 @@ def _locate(image: Any, root: str, follow_links: bool) -> str | bytes:
     path = PurePosixPath(image)
     if path.is_absolute() or ".." in path.parts or "\0" in image:
         raise SampleError(
-            f"image path {image!r} leads out of data.image_root; make it relative to that folder"
+            f"image path {image!r} leads out of data.image_root; make it relative to that folder",
+            "image path",
         )
     place = os.path.join(root, image)
     if not follow_links and "://" not in root and not _is_inside(place, root):
         raise SampleError(
             f"image {image!r} is, by a link, outside of data.image_root; set data.follow_links if "
-            "that is meant"
+            "that is meant",
+            "image path",
         )
     return place
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -77,11 +77,12 @@ class ListRecords(list[Record]):
         return f"sample {index}"
 
 
-class FileRecords(Sequence[Record]):
+class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read bad records
     """The records of data files, one file after the other. Can be pickled.
 
     Attributes:
         sizes: Of its records.
+        files: In order.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class FileRecords(Sequence[Record]):
             follow_links: Whether links in it may lead out of it.
         """
         self.sizes = _join([file.sizes for file in files])
-        self._files = files
+        self.files = files
         self._image_root = image_root
         self._follow_links = follow_links
         self._ends = np.cumsum([len(file) for file in files])
@@ -124,12 +125,20 @@ class FileRecords(Sequence[Record]):
             part._numbers = self._numbers[index]
             part.sizes = Sizes(*(column[index] for column in self.sizes))
             return part
+        raw, number = self.read_raw(index), self._numbers[index]
+        return read_record(raw, number, self._image_root, follow_links=self._follow_links)
+
+    def read_raw(self, index: int) -> Any:
+        """Reads a record as its file has it.
+
+        Raises:
+            SampleError: Its part of the file cannot be read.
+            ConfigError: The file changed since it was opened.
+        """
         file, within = self._find(index)
         if file_size(file.path) != file.size:
             raise ConfigError(f"{file.path} changed while it was in use; start again")
-        raw = file.read(within)
-        number = self._numbers[index]
-        return read_record(raw, number, self._image_root, follow_links=self._follow_links)
+        return file.read(within)
 
     def where(self, index: int) -> str:
         """The file of a record, and its line, row or number there."""
@@ -139,11 +148,11 @@ class FileRecords(Sequence[Record]):
     def _find(self, index: int) -> tuple[JsonFile | ParquetFile, int]:
         number = self._numbers[index]
         position = int(np.searchsorted(self._ends, number, side="right"))
-        file = self._files[position]
+        file = self.files[position]
         return file, number - int(self._ends[position]) + len(file)
 
 
-class JoinedRecords(Sequence[Record]):
+class JoinedRecords(Sequence[Any]):
     """Several sources, one after the other. Can be pickled.
 
     Attributes:

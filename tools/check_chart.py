@@ -1,0 +1,41 @@
+"""Draws how long the samples of a data set are, and what padding them costs."""
+
+from pathlib import Path
+
+import numpy as np
+from check_report import Report
+
+
+def draw(path: Path, report: Report) -> None:
+    """Four panels.
+
+    Args:
+        path: A PNG.
+        report: What was found; some sample is good.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise SystemExit("--chart needs matplotlib: pip install -e '.[chart]'") from None
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    (lengths, images), (shares, waste) = figure.subplots(2, 2)
+    tokens, count = report.of_good("tokens"), report.of_good("images")
+    kinds = {"with images": tokens[count > 0], "text only": tokens[count == 0]}
+    lengths.hist(list(kinds.values()), bins=60, stacked=True, label=list(kinds))
+    lengths.legend()
+    lengths.set_xlabel("tokens of a sample, images expanded")
+    numbers, samples = np.unique(count, return_counts=True)
+    images.bar(numbers.astype(str), samples)
+    images.set_xlabel("images of a sample")
+    shares.hist(100 * report.shares, bins=60)
+    shares.set_xlabel("% of a sample's tokens that are learned")
+    for axes in (lengths, images, shares):
+        axes.set_ylabel("samples")
+    choices = report.lengths()
+    labels = [f"{name}: {', '.join(map(str, found))}" for name, found in choices.items()]
+    waste.barh(labels, [100 * report.padding.waste(found) for found in choices.values()])
+    waste.invert_yaxis()
+    waste.set_xlabel("% of the tokens of an epoch that are padding")
+    for axes in (lengths, images, shares, waste):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)

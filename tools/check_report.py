@@ -1,0 +1,155 @@
+"""What check_data.py says of a data set: on the console, and as JSON."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llava_jax.data.batching import BatchSpec
+from llava_jax.data.check import Findings
+from llava_jax.data.padding import Padding
+
+PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
+               "most": 100}  # fmt: skip
+MOST_LENGTHS = 4
+BINS, BAR = 12, 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A data set as it was found.
+
+    Attributes:
+        found: Of each sample.
+        padding: Of the first epoch.
+        spec: The run's batches.
+        where: Names the place of a sample.
+    """
+
+    found: Findings
+    padding: Padding
+    spec: BatchSpec
+    where: Callable[[int], str]
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Of the tokens of each good sample, those that are learned."""
+        return self.of_good("learned") / self.of_good("tokens")
+
+    def of_good(self, column: str) -> np.ndarray:
+        """A column of the findings, of the good samples."""
+        return getattr(self.found, column)[self.found.good]
+
+    def lengths(self) -> dict[str, tuple[int, ...]]:
+        """What batches may be padded to: as the config has it, and the best few lengths."""
+        own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
+        few = range(1, MOST_LENGTHS + 1)
+        return {"config": own} | {f"best {n}": self.padding.best_lengths(n) for n in few}
+
+    def figures(self) -> dict[str, Any]:
+        """All but the samples one by one."""
+        images = self.of_good("images")
+        columns = {name: self.of_good(name) for name in ("tokens", "learned", "images")}
+        return {
+            "samples": len(self.found.tokens),
+            "bad": len(self.found.problems),
+            "cut": int((self.of_good("cut") > 0).sum()),
+            "text only": int((images == 0).sum()),
+            "one image": int((images == 1).sum()),
+            "several images": int((images > 1).sum()),
+            "distributions": {
+                name: percentiles(values)
+                for name, values in (columns | {"learned share": self.shares}).items()
+            },
+            "padding": [
+                {"lengths": list(lengths), "choice": name, "waste": self.padding.waste(lengths)}
+                for name, lengths in self.lengths().items()
+            ],
+        }
+
+    def show(self, shown: int) -> None:
+        """Prints it; of the problems of a kind, the first few."""
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        figures = self.figures()
+        count = figures["samples"]
+        console.print(f"{count:,} samples: {share('bad', figures)}, {share('cut', figures)}")
+        kind = lambda problem: problem.kind
+        for name, group in itertools.groupby(sorted(self.found.problems, key=kind), kind):
+            lines = [f"{problem.where}: {problem.reason}" for problem in group]
+            show_some(console, f"bad, {name}", lines, shown)
+        cut = [f"{self.where(n)}: {self.found.cut[n]} tokens" for n in self._cut()]
+        show_some(console, "cut to data.max_length, and learned from", cut, shown)
+        if self.found.good.any():
+            self._show_tables(console, figures)
+
+    def write(self, path: Path) -> None:
+        """Writes it, with every sample that is bad or cut."""
+        problems = [dataclasses.asdict(problem) for problem in self.found.problems]
+        cut = [
+            {"sample": n, "where": self.where(n), "tokens": int(self.found.cut[n])}
+            for n in self._cut()
+        ]
+        content = {"figures": self.figures(), "problems": problems, "cut": cut}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def _cut(self) -> list[int]:
+        return np.flatnonzero((self.found.cut > 0) & self.found.good).tolist()
+
+    def _show_tables(self, console: Console, figures: dict[str, Any]) -> None:
+        kinds = ("text only", "one image", "several images")
+        console.print("good samples: " + ", ".join(share(name, figures) for name in kinds))
+        table = make_table("", *PERCENTILES, "mean")
+        for name, values in figures["distributions"].items():
+            table.add_row(
+                name,
+                *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values()),
+            )
+        console.print(table)
+        table = make_table("tokens", "samples", "")
+        counts, edges = np.histogram(self.of_good("tokens"), BINS)
+        for number, count in enumerate(counts):
+            bar = "█" * round(BAR * count / counts.max())
+            table.add_row(f"{edges[number]:,.0f} to {edges[number + 1]:,.0f}", f"{count:,}", bar)
+        console.print(table)
+        table = make_table("batches padded to", "lengths", "wasted on padding")
+        for row in figures["padding"]:
+            lengths = ", ".join(map(str, row["lengths"]))
+            table.add_row(row["choice"], lengths, f"{row['waste']:.1%}")
+        console.print(table)
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """Of no values: nothing."""
+    if not len(values):
+        return {}
+    found = np.percentile(values, list(PERCENTILES.values()))
+    return dict(zip(PERCENTILES, found.tolist(), strict=True)) | {"mean": float(values.mean())}
+
+
+def share(name: str, figures: dict[str, Any]) -> str:
+    """A count of samples, with its share of all."""
+    return f"{figures[name]:,} {name} ({figures[name] / figures['samples']:.2%})"
+
+
+def show_some(console: Console, title: str, lines: Sequence[str], shown: int) -> None:
+    """Prints the first few of some lines, and how many there are."""
+    if lines:
+        console.print(f"{title}: {len(lines):,}")
+        for line in lines[:shown]:
+            console.print(f"  {line}")
+        if len(lines) > shown:
+            console.print(f"  and {len(lines) - shown:,} more; --json FILE has all")
+
+
+def make_table(first: str, *columns: str) -> Table:
+    """Its first column is text, the others are numbers."""
+    table = Table(first, box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
