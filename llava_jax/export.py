@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-import jax
-
 from llava_jax.config import Parts, TrainConfig
 from llava_jax.data.conversation import TEMPLATES
 from llava_jax.hf.model_config import write_model_config
@@ -12,6 +10,7 @@ from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.weights import save_params
 from llava_jax.models.layers import Params
+from llava_jax.processes import is_first
 from llava_jax.program import Program
 
 
@@ -45,7 +44,7 @@ def export(
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     if program.adapters:
@@ -62,7 +61,7 @@ def export(
         )
     else:
         save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
-    if jax.process_index() == 0:
+    if is_first():
         if not program.adapters:
             write_model_config(program.model_config, unfinished, config.dtype)
         save_processor(
@@ -77,12 +76,12 @@ def export(
 
 def discard(written: Path) -> None:
     """Removes an export that was only tried."""
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(written)
 
 
 def publish(written: Path, final: Path) -> None:
     """Puts a whole export in its place, in one step where nothing lies there."""
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

@@ -21,6 +21,7 @@ LEVELS = (
         "devices",
         "environment",
         "flops",
+        "guard",
         "metrics",
         "processes",
         "quant",

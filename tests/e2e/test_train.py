@@ -9,98 +9,26 @@ import numpy as np
 import peft
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
-from training import MODEL
+from tiny_run import assert_same_run, metrics, write_config
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax import LlavaModel, host, plan_cache, pretrained, train
+from llava_jax import LlavaModel, host, plan_cache, train
 from llava_jax.checkpoint import Checkpoints
-from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
 from llava_jax.devices import GIB
-from llava_jax.hf.model_config import write_model_config
-from llava_jax.hf.processor import save_processor
-from llava_jax.hf.weights import save_params
 from llava_jax.metrics import Reporter
 from llava_jax.plan import REST, Usage
-from llava_jax.sharding import make_mesh, place
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
-CONFIG = """
-from llava_jax.config import *
-config = TrainConfig(
-    name="run", output_dir={output!r}, init_from={base!r}, steps=4, dtype="float32",
-    tune=TuneConfig(llm="lora", vision="frozen", projector="full"),
-    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
-    data=DataConfig(path={data!r}, image_root={root!r}, eval_path={data!r}, max_length=96,
-                    buckets=(64,), workers=0, max_skipped=0.1),
-    batch=BatchConfig(global_size=8),
-    optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
-    checkpoint=CheckpointConfig(every=2),
-)
-"""
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21 with transformers 5
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA of random weights in layout A, with the embedded tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    config = ModelConfig(
-        VisionConfig(
-            image_size=64,
-            patch_size=32,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        ),
-        MODEL.llm.__class__(**{**vars(MODEL.llm), "vocab_size": 512}),
-        image_token_id=3,
-        pad_token_id=4,
-    )
-    _, shapes = pretrained.build(config, {}, dtype="float32")
-    abstract = place(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
-    save_params(pretrained.initialise(abstract, seed=0), directory, config)
-    write_model_config(config, directory, "float32")
-    save_processor(ASSETS, directory, config)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten conversations: one picture, two, or none; one of them names a picture that is missing."""
-    root = tmp_path_factory.mktemp("data")
-    records = []
-    for index in range(10):
-        count = (1, 2, 0)[index % 3]
-        images = [f"{index}-{image}.png" for image in range(count)]
-        for name in images[: None if index != 9 else 0]:
-            pixels = np.random.default_rng(index).integers(0, 256, (48, 80, 3), np.uint8)
-            Image.fromarray(pixels).save(root / name)
-        record = {
-            "id": str(index),
-            "conversations": [
-                {"from": "human", "value": "<image>\n" * count + "what color is the shape?"},
-                {"from": "gpt", "value": ("red", "teal", "blue")[index % 3]},
-            ],
-        }
-        records.append(record | ({"image": images} if images else {}))
-    (root / "data.json").write_text(json.dumps(records))
-    return root
 
 
 @pytest.fixture(scope="module")
 def start(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """Starts the program for a run of some name; returns its exit status and directory."""
     output = tmp_path_factory.mktemp("runs")
-    file = output / "config.py"
-    text = CONFIG.format(
-        output=str(output), base=str(base), data=str(data / "data.json"), root=str(data)
-    )
-    file.write_text(text)
+    file = write_config(output / "config.py", base, data)
 
     def start(name: str, *arguments: str) -> tuple[int, Path]:
         status = train.main(["--config", str(file), "--name", name, *arguments])
@@ -114,17 +42,6 @@ def undisturbed(start) -> Path:
     status, directory = start("undisturbed")
     assert status == 0
     return directory
-
-
-def metrics(directory: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    name = "adapter/adapter_model.safetensors"
-    assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: Path):
