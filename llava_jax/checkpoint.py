@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.host import is_for_host
-from llava_jax.processes import from_first, is_first, meet
+from llava_jax.processes import from_first, is_first
 from llava_jax.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -202,7 +202,6 @@ class Checkpoints:
         if is_first():
             for step in sorted(self._steps())[: -self._keep]:
                 shutil.rmtree(self._directory / str(step), ignore_errors=True)
-        meet("old checkpoints are removed")
 
 
 def what_is_damaged(place: Path) -> str | None:

@@ -10,6 +10,7 @@ import jax
 
 from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
 from llava_jax.disk import naming
+from llava_jax.processes import is_first
 
 NOT_RECIPE = (
     # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
@@ -48,7 +49,7 @@ def versions() -> dict[str, str]:
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Writes config.json, from the first process."""
-    if jax.process_index() == 0:
+    if is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
         with naming(run_dir / "config.json") as file:
             file.write_text(json.dumps(description, indent=2) + "\n")

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-import jax
-
 from llava_jax.config import Parts, TrainConfig
 from llava_jax.data.conversation import TEMPLATES
 from llava_jax.disk import naming
@@ -13,6 +11,7 @@ from llava_jax.hf.peft import save_adapter
 from llava_jax.hf.processor import save_processor
 from llava_jax.hf.weights_save import save_params
 from llava_jax.models.layers import Params
+from llava_jax.processes import is_first
 from llava_jax.program import Program
 
 
@@ -49,7 +48,7 @@ def export(
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     try:
@@ -87,7 +86,7 @@ def _write(
         )
     else:
         save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
-    if jax.process_index() == 0:
+    if is_first():
         if not program.adapters:
             write_model_config(program.model_config, directory, config.dtype)
         save_processor(
@@ -101,12 +100,12 @@ def _write(
 
 def discard(written: Path) -> None:
     """Removes an export that was only tried."""
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(written)
 
 
 def publish(written: Path, final: Path) -> None:
     """Puts a whole export in its place, in one step where nothing lies there."""
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

@@ -30,6 +30,7 @@ from llava_jax.flops import matmul_flops
 from llava_jax.hf.resolve import resolve
 from llava_jax.host import is_for_host
 from llava_jax.pretrained import read_config
+from llava_jax.processes import is_first
 from llava_jax.program import Program, attention_kind, build_program
 from llava_jax.sharding import make_mesh
 
@@ -396,7 +397,8 @@ def choose_plan(
     """What `find_plan` ends with, or else the closest; prints a line for each trial."""
     trials = []
     for trial in find_plan(config, data_parallel, measure_plan):
-        print(describe_trial(trial), flush=True)
+        if is_first():
+            print(describe_trial(trial), flush=True)
         trials.append(trial)
     return best(trials)
 

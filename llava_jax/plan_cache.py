@@ -11,6 +11,7 @@ import jax
 from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.description import versions
 from llava_jax.plan import Usage, measure_here
+from llava_jax.processes import from_first, is_first, meet
 
 UNRELATED = (
     *("name", "output_dir", "seed", "steps", "epochs", "init_from", "init_adapter", "processor"),
@@ -31,20 +32,21 @@ def measure_once(
         images: Image slots of a sample.
         capacity: Bytes of one device.
     """
-    if jax.process_count() > 1:  # processes compile together, so all must or none
-        return measure_here(config, model, images, capacity)
-    file = directory / f"{_key(config, model, images)}.json"
-    if file.is_file():
-        return dataclasses.replace(Usage(**json.loads(file.read_text())), capacity=capacity)
-    usage = measure_here(config, model, images, capacity)
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
-    unfinished.replace(file)
-    return usage
+    file = directory / f"{from_first(_key(config, model, images)):015x}.json"
+    # Of several processes all must compile, or none. Only the first looks, because on a shared disk
+    # the others might go on not to see what was not there.
+    if not from_first(is_first() and file.is_file()):
+        usage = measure_here(config, model, images, capacity)
+        if is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
+            unfinished.replace(file)
+        meet()
+    return dataclasses.replace(Usage(**json.loads(file.read_text())), capacity=capacity)
 
 
-def _key(config: TrainConfig, model: ModelConfig, images: int) -> str:
+def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     """A hash of all that decides what a plan takes: recipe, plan, code, compiler and devices."""
     memory = dataclasses.replace(config.memory, limit_gib=None)  # decides what fits, later
     fields = to_json(dataclasses.replace(config, model=model, memory=memory))
@@ -58,7 +60,8 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> str:
         "compiler": devices[0].client.platform_version,
         "devices": [device.device_kind for device in devices],
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    return int(digest.hexdigest()[:15], 16)
 
 
 def _code() -> str:

@@ -4,6 +4,9 @@ Everything here is trivial for a process that is alone.
 """
 
 import os
+import platform
+import re
+import zlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -11,15 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # no public function meets without computing
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Int32
 
-HEARTBEAT_SECONDS = 60
+from llava_jax.config import ConfigError
+
+HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
 """A process not heard of for so long is lost, and the others end."""
 
-SHUTDOWN_SECONDS = 60
-"""Longest wait, at the end, for processes that are slower."""
+SHUTDOWN_SECONDS = 600
+"""Longest wait, at a good end, for slower processes; one that is lost is not waited for."""
+
+END_SECONDS = 10
+"""A mistake of all processes is found by all of them in so long."""
 
 
 def join() -> None:
@@ -28,34 +37,66 @@ def join() -> None:
     JAX finds them by itself under SLURM (srun), Open MPI, on TPU slices and in Kubernetes' indexed
     jobs. Elsewhere, each process has JAX_COORDINATOR_ADDRESS (host:port of the first),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must come before JAX is used.
+
+    Raises:
+        ConfigError: The environment does not say enough, or they do not come.
     """
-    if jax.distributed.is_initialized() or not _has_others():
+    if jax.distributed.is_initialized() or not has_others():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     number = lambda name: int(os.environ[name]) if name in os.environ else None
-    jax.distributed.initialize(
-        num_processes=number("JAX_NUM_PROCESSES"),
-        process_id=number("JAX_PROCESS_ID"),
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the environment tells of several processes, but they cannot be joined: {error} Set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or "
+            "JAX_NUM_PROCESSES=1 for a run of one"
+        ) from error
 
 
-def _has_others() -> bool:
+def has_others() -> bool:
+    """Whether the environment tells of several processes."""
     has = os.environ.get
-    in_tpu_vm = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))) and find_spec("libtpu")
+    if "JAX_NUM_PROCESSES" in os.environ:
+        return has("JAX_NUM_PROCESSES") != "1"
+    on_tpu = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))) and find_spec("libtpu")
     return (
         bool(has("JAX_COORDINATOR_ADDRESS"))
         or ("SLURM_STEP_NODELIST" in os.environ and int(has("SLURM_NTASKS", "1")) > 1)
         or int(has("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "," in has("TPU_WORKER_HOSTNAMES", "")
+        or "," in (has("TPU_PROCESS_ADDRESSES") or has("TPU_WORKER_HOSTNAMES", ""))
+        or int(has("MEGASCALE_NUM_SLICES", "1")) > 1
         or "JOB_COMPLETION_INDEX" in os.environ
-        or bool(in_tpu_vm)
+        # A Cloud TPU's own machine, which asks its metadata server.
+        or bool(on_tpu and "TPU_SKIP_MDS_QUERY" not in os.environ)
     )
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes text and speaks."""
-    return jax.process_index() == 0
+    return distributed.global_state.process_id == 0
+
+
+def all_end() -> bool:
+    """Waits whether all processes come here, and so end together; one that is alone does."""
+    client = distributed.global_state.client
+    try:
+        if client is not None:
+            client.wait_at_barrier("all end", 1000 * END_SECONDS)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process could not be reached."""
+    return re.search("gloo|nccl", str(error), re.IGNORECASE) is not None
 
 
 def rows_here(sharding: NamedSharding, size: int) -> list[int]:
@@ -84,35 +125,47 @@ def place_rows(
     return jax.make_array_from_callback((size, *values.shape[1:]), sharding, shard)
 
 
-def any_of(flag: Callable[[], bool]) -> Callable[[], bool]:
-    """Asks all processes, which must all ask: whether the flag of any is set.
+def highest_of(value: Callable[[], int]) -> Callable[[], int]:
+    """Asks all processes, which must all ask, for the highest of their values.
 
     Returns:
         The answer, when it is called; until then nothing waits. It is of the moment of asking, and
         for a process that is alone of the moment of the call.
     """
     if jax.process_count() == 1:
-        return flag
+        return value
     mesh = Mesh(np.array(jax.devices()), ("devices",))
     sharding = NamedSharding(mesh, PartitionSpec("devices"))
     rows = rows_here(sharding, mesh.size)
-    answer = _any(place_rows(np.full(len(rows), flag()), sharding, rows, mesh.size))
-    return lambda: bool(answer)
+    answer = _highest(place_rows(np.full(len(rows), value(), np.int32), sharding, rows, mesh.size))
+    return lambda: int(answer)
 
 
 @jax.jit
-def _any(flags: Bool[Array, " devices"]) -> Bool[Array, ""]:
-    return jnp.any(flags)
+def _highest(values: Int32[Array, " devices"]) -> Int32[Array, ""]:
+    return jnp.max(values)
+
+
+def of_all(value: int) -> list[int]:
+    """What each process says, in their order; all must ask. Up to 64 bits."""
+    if jax.process_count() == 1:
+        return [value]
+    halves = np.array([value], np.int64).view(np.int32)
+    told = np.ascontiguousarray(multihost_utils.process_allgather(halves), np.int32)
+    return told.reshape(-1).view(np.int64).tolist()
 
 
 def from_first(value: int) -> int:
     """What the first process says; all must ask."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return of_all(value)[0]
 
 
-def meet(name: str) -> None:
+def devices_of_machine() -> int:
+    """This run's devices that share this process' machine; all processes must ask."""
+    machine = zlib.crc32(platform.node().encode())
+    return of_all(machine).count(machine) * jax.local_device_count()
+
+
+def meet() -> None:
     """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    of_all(0)

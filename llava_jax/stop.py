@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from llava_jax.processes import is_first
+
 
 class Stopped(BaseException):
     """A signal ended the run; its text says where."""
@@ -56,8 +58,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        is_new, self.signal = self.signal is None, number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self._in_steps:
             raise Stopped(number, "outside of steps")
-        print("stopping: this step is finished and saved; Ctrl-C again ends at once", flush=True)
+        if is_new and is_first():
+            print(
+                "stopping: this step is finished and saved; Ctrl-C again ends at once", flush=True
+            )

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -29,6 +31,7 @@ from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import discard, export, export_dir, publish
+from llava_jax.guard import LOST, guarded
 from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
@@ -39,7 +42,16 @@ from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.plan import attention_here, choose_plan, least_devices
 from llava_jax.plan_cache import measure_once
-from llava_jax.processes import any_of, is_first, join
+from llava_jax.processes import (
+    all_end,
+    devices_of_machine,
+    has_others,
+    highest_of,
+    is_first,
+    is_lost,
+    join,
+    of_all,
+)
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import Metrics, TrainState, init_state, micro_size
@@ -50,18 +62,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax', whose errors come here too
+    prepare_for_training()
     try:
-        config = parse_config(argv)
+        join()
+        config = _parse(argv)
         with StopRequest() as stop:
             return run(config, stop)
     except (ConfigError, CheckpointError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return _end(f"error: {error}")
     except OSError as error:
-        print(f"error: {error}; the same command continues", file=sys.stderr)
+        return _end(f"error: {error}; the same command continues")
     except Stopped as stopped:
-        print(f"stopped {stopped}; the same command continues", file=sys.stderr)
-        return 128 + stopped.signal
-    return 1
+        return _end(f"stopped {stopped}; the same command continues", 128 + stopped.signal)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if is_lost(error):
+            _exit(LOST)
+        return _end(traceback.format_exc())
+
+
+def _parse(argv: Sequence[str] | None) -> TrainConfig:
+    """The config; what is wrong with the command line is, of several processes, said once."""
+    if not jax.distributed.is_initialized():
+        return parse_config(argv)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse_config(argv)
+    except SystemExit as error:  # also of --help
+        status = error.code if isinstance(error.code, int) else 1
+        sys.exit(_end(said.getvalue(), status))
+
+
+def _end(said: str, status: int = 1) -> int:
+    """Says why a run ends, once if it is for all processes; returns the exit status."""
+    together = all_end()
+    if is_first() or not together:
+        print(said, file=sys.stderr)
+    if not together:
+        _exit(status)
+    return status
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends at once, without waiting for other processes; these notice."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(config: TrainConfig, stop: "StopRequest") -> int:
@@ -76,8 +124,6 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
         RunError: Its data or its numbers went bad.
         Stopped: A signal ended it, saved.
     """
-    prepare_for_training()
-    join()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(config.output_dir).absolute() / ".compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -153,7 +199,7 @@ def _train(
     size = config.batch.global_size
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
-    asked = lambda: any_of(lambda: stop.signal is not None)
+    asked = lambda: highest_of(lambda: stop.signal or 0)
     held_out = HeldOut(
         config.run_dir / "evaluations.jsonl",
         lambda trainable, batch: program.eval_step(
@@ -165,11 +211,17 @@ def _train(
         first,
     )
     metrics_file = config.run_dir / "metrics.jsonl"
-    with stop.deferred(), Reporter(metrics_file, first, total, quiet=not is_first()) as reporter:
+    with (
+        stop.deferred(),
+        contextlib.closing(batches),
+        Reporter(metrics_file, first, total, quiet=not is_first()) as reporter,
+    ):
         journal = Journal(config, inputs, reporter, first)
 
         def measure(step: int) -> None:
-            if due(step) and (result := held_out.measure(step, state.trainable, lambda: asked()())):
+            if due(step) and (
+                result := held_out.measure(step, state.trainable, lambda: asked()() > 0)
+            ):
                 reporter.say(result)
                 reporter.skip_time()
 
@@ -196,6 +248,7 @@ def _train(
         if int(state.step) == total:
             for table in held_out.tables():
                 reporter.say(table)
+        stop.signal = asked()() or None  # whichever process it came to
     return state
 
 
@@ -232,11 +285,11 @@ def _choose_plan(
     Raises:
         ConfigError: None fits; names the closest.
     """
-    capacity = _device_memory(config)
-    if capacity is None:  # a CPU without a declared limit
+    capacity = min(of_all(_device_memory(config)))
+    if not capacity:  # a CPU without a declared limit
         return config
     known = Path(config.output_dir) / ".plans"
-    for_host = int(0.9 * host_memory()) // jax.local_device_count()
+    for_host = min(of_all(int(0.9 * host_memory()) // devices_of_machine()))
     as_run = dataclasses.replace(config, steps=steps)  # so that the step need not compile again
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
@@ -256,12 +309,12 @@ def _choose_plan(
     return chosen.plan.apply(config)
 
 
-def _device_memory(config: TrainConfig) -> int | None:
-    """Bytes of one device, as declared or found."""
+def _device_memory(config: TrainConfig) -> int:
+    """Bytes of one device, as declared or found; 0 if they are neither."""
     if config.memory.limit_gib is not None:
         return int(config.memory.limit_gib * GIB)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return None if limit is None else int(limit / (1 - RESERVE_SHARE))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return int(limit / (1 - RESERVE_SHARE))
 
 
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
@@ -336,9 +389,7 @@ def _load(
 
 
 if __name__ == "__main__":
-    status = main()
+    status = guarded(main) if has_others() else main()
     if status == 1:  # threads may wait for a disk, or for a lost process
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _exit(status)
     sys.exit(status)

@@ -22,6 +22,7 @@ LEVELS = (
         "disk",
         "environment",
         "flops",
+        "guard",
         "metrics",
         "processes",
         "quant",

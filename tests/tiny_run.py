@@ -49,18 +49,19 @@ def assert_same_run(one: Path, other: Path) -> None:
 ROOT = Path(__file__).parents[1]
 
 
-def environment(config: Path) -> dict[str, str]:
-    """Of a program in a process of its own, on one device."""
-    return os.environ | {
+def environment(config: Path, **variables: object) -> dict[str, str]:
+    """Of a program in a process of its own, on one device unless variables say more."""
+    own = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / ".cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
+    return os.environ | own | {name: str(value) for name, value in variables.items()}
 
 
-def popen(config: Path, *arguments: str) -> subprocess.Popen[str]:
+def popen(config: Path, *arguments: str, **variables: object) -> subprocess.Popen[str]:
     """Starts the program in a process of its own."""
     command = [sys.executable, "-m", "llava_jax.train", "--config", str(config), *arguments]
     return subprocess.Popen(
@@ -69,5 +70,5 @@ def popen(config: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=environment(config),
+        env=environment(config, **variables),
     )

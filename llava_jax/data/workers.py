@@ -95,15 +95,16 @@ _shared: SharedMemory | None = None
 def _begin(name: str | None, parent: int, worker: int, workers: int) -> None:
     """What a worker process does at first."""
     global _at, _worker, _shared
-    # Ctrl-C reaches every process of a terminal's job, but only the main one may act on it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # They reach every process of a terminal's or SLURM's job, but only the main one may act.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if name is not None:
         _shared = SharedMemory(name)
         _at, _worker = np.ndarray(workers, np.int64, _shared.buf), worker
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process when its parent was killed and could not."""
     while os.getppid() == parent:
         time.sleep(1)

@@ -32,6 +32,7 @@ from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
 from llava_jax.hf.weights import Stored
 from llava_jax.hf.weights_save import save_tensors
 from llava_jax.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
+from llava_jax.processes import is_first
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
@@ -102,10 +103,11 @@ def save_adapter(
     base = {"fingerprint": fingerprint}
     named = None if base_name is None else absolute_source(base_name)
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
-    directory.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
     save_tensors(params, config, partial(peft_name, _ERAS[era]), write)
-    if jax.process_index() == 0:
+    if is_first():
         (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (directory / BASE).write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
 

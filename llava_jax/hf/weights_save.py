@@ -26,6 +26,7 @@ from llava_jax.hf.tensorfile import (
 )
 from llava_jax.hf.weights import Stored
 from llava_jax.host import fetch, layer_at
+from llava_jax.processes import is_first
 
 
 def save_params(
@@ -85,7 +86,7 @@ def save_tensors(
     # Wide dtypes first: then every tensor in a file is aligned to its item size.
     specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
     fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
-    if jax.process_index() == 0:
+    if is_first():
         write(specs, fetch)
     else:
         for name in specs:

@@ -1,0 +1,231 @@
+"""Runs of several processes, with fake devices each: as one process with all of them."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import metrics, popen, rows, write_config
+
+from llava_jax import train
+
+STEPS = 12
+RECIPE = ("--steps", str(STEPS), "--checkpoint.every", "5", "--eval.every", "5")
+GLOO = re.compile(
+    r"\[Gloo\] Rank |is connected to|peer ranks\. |Expected number of connected peer ranks is : "
+)
+"""What JAX's transport says, in pieces, from several threads."""
+
+FIELDS = ("step", "tokens", "supervised_tokens", "samples", "skipped")
+
+Start = Callable[..., list[subprocess.Popen[str]]]
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("many") / "config.py", base, data)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> Callable[..., Path]:
+    """Runs in this process, which has 8 devices; returns the run's directory."""
+
+    def run(name: str, *arguments: str) -> Path:
+        assert train.main(["--config", str(config), "--name", name, *RECIPE, *arguments]) == 0
+        return config.parent / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(alone: Callable[..., Path]) -> Path:
+    return alone("undisturbed")
+
+
+@pytest.fixture
+def start(config: Path) -> Iterator[Start]:
+    """Starts two processes of four devices, or others."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        name: str,
+        *arguments: str,
+        devices: tuple[int, ...] = (4, 4),
+        of_last: tuple[str, ...] = (),
+    ) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        for number, count in enumerate(devices):
+            others = {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": len(devices),
+                "JAX_PROCESS_ID": number,
+                "LLAVA_JAX_HEARTBEAT_SECONDS": 20,
+            }
+            command = ("--name", name, *RECIPE, *arguments)
+            command += of_last if number == len(devices) - 1 else ()
+            started.append(popen(config, *command, JAX_NUM_CPU_DEVICES=count, **others))
+        return started[-len(devices) :]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Waits; each one's exit status, and what it said, but for what JAX's transport does."""
+    found = []
+    for process in processes:
+        said, _ = process.communicate(timeout=240)
+        lines = [line for line in GLOO.sub("", said).splitlines() if re.search("[a-z]", line)]
+        found.append((process.returncode, "\n".join(lines)))
+    return found
+
+
+def wait_for_step(step: int, directory: Path, processes: list[subprocess.Popen[str]]) -> None:
+    file = directory / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < step:
+        assert all(process.poll() is None for process in processes), end(processes)
+        time.sleep(0.01)
+
+
+def assert_as_alone(directory: Path, other: Path) -> None:
+    """The same batches and losses, and an adapter that is close."""
+    ours, theirs = metrics(directory), metrics(other)
+    assert [[row[name] for name in FIELDS] for row in ours] == [
+        [row[name] for name in FIELDS] for row in theirs
+    ]
+    losses = [[row["loss"] for row in table] for table in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    measured = [rows(run / "evaluations.jsonl") for run in (directory, other)]
+    losses = [[row["loss"] for row in table] for table in measured]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    assert rows(directory / "skipped.jsonl") == rows(other / "skipped.jsonl")
+    ours, theirs = (load_file(*run.glob("[am]*/*.safetensors")) for run in (directory, other))
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        np.testing.assert_allclose(value, theirs[path], atol=1e-5, err_msg=path)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_same_command_continues(
+    start: Start, alone: Callable[..., Path], undisturbed: Path
+):
+    directory = undisturbed.with_name("stopped")
+    processes = start("stopped")
+    wait_for_step(2, directory, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (status, said), other = end(processes)
+    step = metrics(directory)[-1]["step"]
+    assert (status, other) == (128 + signal.SIGTERM, (status, ""))
+    assert said.endswith(f"stopped after step {step}; the same command continues")
+    assert 2 <= step < STEPS
+    assert (directory / "checkpoints" / str(step)).is_dir()
+    assert not (directory / "adapter").exists()
+    copied = shutil.copytree(directory, undisturbed.with_name("continued-alone"))
+
+    (status, said), other = end(start("stopped"))
+    assert (status, other) == (0, (0, "")), said
+    assert said.count("wrote ") == 1
+    assert_as_alone(directory, undisturbed)
+
+    assert_as_alone(alone(copied.name), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [(8,), (4,), (1,), (1, 1), (2, 2, 2, 2)], ids=str)
+def test_a_stopped_run_continues_on_any_devices(
+    start: Start, undisturbed: Path, devices: tuple[int, ...]
+):
+    name = f"stopped-for-{len(devices)}-{devices[0]}"
+    directory = undisturbed.with_name(name)
+    processes = start(name)
+    wait_for_step(2, directory, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert [status for status, _ in end(processes)] == [128 + signal.SIGTERM] * 2
+    ended = end(start(name, devices=devices))
+    assert [status for status, _ in ended] == [0] * len(devices), ended
+    # One device sums in another order than eight.
+    losses = [[row["loss"] for row in metrics(run)] for run in (directory, undisturbed)]
+    np.testing.assert_allclose(*losses, rtol=1e-6 if sum(devices) == 8 else 1e-4)
+
+
+PLANNED = ("--memory.plan", "auto", "--memory.limit-gib", "1")
+SHAPES = {
+    "grouped-data2": (
+        "--data.group-by-modality-length",
+        *("--batch.loss-group", "4", "--mesh.data", "2", "--mesh.fsdp", "4"),
+    ),
+    "planned": ("--mesh.data", "2", "--mesh.fsdp", "4"),
+    "tensor8": ("--mesh.fsdp", "1", "--mesh.tensor", "8", "--data.workers", "2"),
+    "accumulated": ("--batch.global-size", "16", "--batch.micro-size", "1"),
+    "full": ("--tune.llm", "full", "--memory.offload-optimizer"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [next(iter(SHAPES)), *(pytest.param(name, marks=pytest.mark.slow) for name in [*SHAPES][1:])],
+)
+def test_two_processes_learn_as_one(start: Start, alone: Callable[..., Path], name: str):
+    planned = PLANNED if name == "planned" else ()  # and that changes no number
+    (status, said), other = end(start(f"{name}-2", *SHAPES[name], *planned))
+    assert (status, other) == (0, (0, "")), said
+    assert said.count("remat none: ") == bool(planned)
+    directory = alone(f"{name}-1", *SHAPES[name])
+    assert_as_alone(directory.with_name(f"{name}-2"), directory)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_with_one_message(
+    start: Start, undisturbed: Path, lost: int
+):
+    directory = undisturbed.with_name(f"lost-{lost}")
+    processes = start(directory.name, "--steps", "10000", "--checkpoint.every", "10000")
+    wait_for_step(2, directory, processes)
+    processes[lost].kill()
+    started = time.monotonic()
+    status, said = end(processes)[1 - lost]
+    assert time.monotonic() - started < 100
+    assert status == 1
+    assert said.count("\n") < 10
+    last = said.splitlines()[-1]
+    assert "has ended or cannot be reached, and so this one ends" in last
+    assert said.count("error") == 1
+    assert "Traceback" not in said
+    assert "stack trace" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--data.path", "nothing.json"), 1, "error: data file nothing.json: No such file"),
+        (("--nonsense",), 2, "Unrecognized options: --nonsense"),
+    ],
+)
+def test_a_mistake_of_all_is_said_once(
+    start: Start, arguments: tuple[str, ...], status: int, message: str
+):
+    (first, said), other = end(start("mistaken", *arguments))
+    assert (first, other) == (status, (status, ""))
+    assert said.count(message) == 1
+    assert "Traceback" not in said
+
+
+def test_a_mistake_of_one_ends_all(start: Start):
+    """As when one machine lacks a file that the others have."""
+    first, other = end(start("mistaken", of_last=("--data.path", "nothing.json")))
+    assert other == (1, other[1])
+    assert other[1].startswith("error: data file nothing.json: No such file")
+    assert first[0] == 1
+    assert first[1].splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in first[1] + other[1]

@@ -1,0 +1,103 @@
+"""What the environment says of other processes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax import guard, processes
+from llava_jax.config import ConfigError
+
+SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
+ENVIRONMENTS = [
+    ({}, False),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1234"}, True),
+    ({"JAX_NUM_PROCESSES": "2"}, True),
+    (SLURM, True),
+    (SLURM | {"SLURM_NTASKS": "1"}, False),
+    ({"SLURM_NTASKS": "8"}, False),  # in sbatch's script, without srun
+    (SLURM | {"JAX_NUM_PROCESSES": "1"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "localhost"}, True),
+    ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "localhost"}, True),
+    ({"JOB_COMPLETION_INDEX": "0"}, True),
+]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in {name for names, _ in ENVIRONMENTS for name in names}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "others"), ENVIRONMENTS, ids=str)
+def test_the_environment_tells_of_others(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], others: bool
+):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert processes.has_others() == others
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "others"),
+    [
+        ("/dev/accel0", {}, True),
+        ("/dev/vfio/0", {}, True),
+        ("/dev/accel0", {"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ],
+)
+def test_a_cloud_tpu_asks_its_metadata_server(
+    environment: pytest.MonkeyPatch, device: str, variables: dict[str, str], others: bool
+):
+    environment.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    environment.setattr(processes.os.path, "exists", lambda path: path == device)
+    environment.setattr(processes, "find_spec", lambda name: True)
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert processes.has_others() == others
+
+
+def test_what_the_environment_lacks_is_said(environment: pytest.MonkeyPatch):
+    environment.setenv("OMPI_COMM_WORLD_SIZE", "2")  # as Open MPI 5 sets it, without an address
+    environment.setattr(
+        jax.distributed, "initialize", lambda **_: (_ for _ in ()).throw(ValueError("no address."))
+    )
+    with pytest.raises(ConfigError, match=r"cannot be joined: no address\. Set JAX_COORD"):
+        processes.join()
+
+
+def test_a_process_that_is_alone_agrees_with_itself():
+    assert processes.of_all(2**40 + 5) == [2**40 + 5]
+    assert processes.from_first(3) == processes.highest_of(lambda: 3)() == 3
+    assert processes.devices_of_machine() == jax.device_count()
+    assert processes.is_first()
+    assert processes.all_end()
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
+def test_rows_are_placed_on_the_devices_that_have_them(shape: tuple[int, int]):
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("rows", "others"))
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    values = np.arange(16).reshape(8, 2)
+    assert processes.rows_here(sharding, 8) == list(range(8))
+    placed = processes.place_rows(values, sharding, range(8), 8)
+    np.testing.assert_array_equal(placed, values)
+
+
+@pytest.mark.parametrize(
+    ("text", "who"),
+    [
+        ("unhealthy (stopped sending heartbeats):\n1\nThe tasks", "process 1 of this run (from 0)"),
+        ("(stopped sending heartbeats):\n1\n12\nThe", "process 1, 12 of this run (from 0)"),
+        ("Either the leader task was preempted/died", "process 0 of this run"),
+        ("terminate called: gloo::EnforceNotMet", "another process of this run"),
+    ],
+)
+def test_a_guard_names_the_process_that_was_lost(text: str, who: str):
+    assert guard._who(text) == who
