@@ -95,7 +95,7 @@ def run(
         for step in range(steps):
             batch = program.place(random_batch(step))
             state, metrics = program.train_step(state, frozen, batch)
-            rows.append({name: value.item() for name, value in metrics.items()})
+            rows.append({name: value.sum().item() for name, value in metrics.items()})
     return rows, program, state
 
 

@@ -180,7 +180,7 @@ def first_step(
     with jax.set_mesh(mesh):
         batch = program.place(first_batch(config, model, parts))
         state, metrics = program.train_step(state, params, batch)
-    metrics = {name: value.item() for name, value in metrics.items()}
+    metrics = {name: value.sum().item() for name, value in metrics.items()}
     moments = first_moments(state.opt_state)
     step = FirstStep(metrics["loss"], metrics["grad_norm"], metrics["supervised_tokens"], moments)
     return step, read("gradients", there)
