@@ -43,12 +43,14 @@ def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoi
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
 
-def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
+def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False) -> Checkpoint:
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source, read))
     is_here = Path(source).exists()
     path = _in_run(Path(source) if is_here else _local(str(source), read))
     if is_trained(path):
+        if is_base:
+            raise ConfigError("that is itself something trained; merge it first")
         return _resolve_trained(path, read)
     name = str(path.resolve()) if is_here else str(source)
     _refuse_pickles(name, path, read)
@@ -117,7 +119,7 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
     is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
     if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
         return
-    has = f"only {pickles[0].name}" if pickles else "no safetensors"
+    has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
     rewritten = f"{Path(name).name}-safetensors"
     raise CheckpointError(
         f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
@@ -136,11 +138,7 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
             "converted, --init-from beside --init-adapter when it is trained"
         )
     try:
-        found = parse_source(base) or base
-        inner = None if isinstance(found, Parts) else _in_run(Path(found))
-        if inner is not None and inner.exists() and is_trained(inner):
-            raise ConfigError("that is itself something trained; merge it first")
-        return _resolve(found, read)._replace(adapter=place)
+        return _resolve(parse_source(base) or base, read, is_base=True)._replace(adapter=place)
     except ConfigError as error:
         raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
 
@@ -181,9 +179,8 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
     """The snapshot of a hub id, with its weights as pickles only where it has no others."""
     from huggingface_hub import snapshot_download  # only for those who name a hub id
 
-    patterns = [*_BESIDE_WEIGHTS, "*.safetensors"]
-    if pickles:  # what LLaVA's code puts beside safetensors too
-        patterns += [f"{name}.bin" for name in BESIDE]
+    # What LLaVA's code puts beside safetensors comes always: it is a part of what was trained.
+    patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
     try:
         place = Path(snapshot_download(hub_id, allow_patterns=patterns))
         if pickles and not any(place.rglob("*.safetensors")):
