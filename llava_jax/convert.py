@@ -154,7 +154,7 @@ def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
     if found.adapter is not None or isinstance(source, Parts):
         given = f"{format_source(source)} and --base {format_source(base)}"
         raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
-    return found._replace(adapter=adapter_in(source))
+    return found._replace(adapter=adapter_in(source, open_any))
 
 
 def _summary(trained: Trained) -> str:

@@ -89,6 +89,14 @@ def test_a_lora_directory_on_the_hub_comes_with_what_lies_beside_it(hub, monkeyp
         LlavaModel.from_pretrained("me/lora")
 
 
+def test_what_was_trained_may_be_on_the_hub_beside_a_base_that_is_named(hub):
+    snapshot = hub("me/lora", FIXTURES / "llava_lora_bin")
+    assert adapter_in("me/lora", open_any) == snapshot
+    assert "adapter_model.bin" in names(snapshot)
+    with pytest.raises(ConfigError, match="no such directory"):
+        adapter_in("nowhere.pth", open_any)
+
+
 @pytest.mark.parametrize("on_hub", [True, False])
 def test_something_trained_is_no_base(on_hub: bool, hub, tmp_path: Path):
     """Else the adapter of the base would be left out."""

@@ -57,10 +57,19 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     return Checkpoint(name, _as_parts(path, read))
 
 
-def adapter_in(place: str | Path) -> Path:
-    """The adapter that a run has made, if `place` is a run's directory; else the place itself."""
-    inner = Path(place) / "adapter"
-    return inner if inner.is_dir() and _is_run(Path(place)) else Path(place)
+def adapter_in(place: str | Path, read: Reader = open_tensors) -> Path:
+    """Where something trained lies: a file, a directory, a run's adapter, or a hub id's snapshot.
+
+    Args:
+        place: What it is called.
+        read: As for `resolve`.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+    """
+    path = Path(place) if Path(place).exists() else _local(str(place), read)
+    inner = path / "adapter"
+    return inner if inner.is_dir() and _is_run(path) else path
 
 
 def _in_run(path: Path) -> Path:

@@ -89,7 +89,8 @@ def _places(place: Path) -> list[Path]:
     """Files and directories with what was trained: the place itself, and what lies in it."""
     if place.is_file():
         return [place]
-    has_own = (place / CONFIG).is_file() or _is_whole(place) or any(place.rglob("*model_states.pt"))
+    is_zero = any(place.glob("*model_states.pt")) or (place / "latest").is_file()  # DeepSpeed's
+    has_own = (place / CONFIG).is_file() or _is_whole(place) or is_zero
     parts = [place / part for part in _XTUNER_PARTS if (place / part).is_dir()]
     files = [file for name in BESIDE if (file := _file_beside(place, name))]
     return [*([place] if has_own else []), *parts, *files]

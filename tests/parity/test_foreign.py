@@ -284,6 +284,15 @@ def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
         open_source("README.md", "hf_4_48")
 
 
+def test_deepspeeds_states_below_do_not_hide_what_was_trained(tmp_path: Path):
+    """A run's own directory, with what it left to go on from."""
+    run = shutil.copytree("llava_stage1", tmp_path / "run")
+    shutil.copytree("xtuner_pth/zero2/iter_2.pth", run / "checkpoint-3" / "global_step3")
+    opened = open_with_base(str(run), BASE)
+    assert opened.trained is not None
+    assert {path.split(".")[0] for path in opened.trained.tensors} == {"projector"}
+
+
 def test_images_are_padded_as_llavas_config_says(tmp_path: Path):
     convert(open_source("llava_full"), tmp_path / "hf", "hf")
     assert load_image_transform(tmp_path / "hf").aspect == "pad"
