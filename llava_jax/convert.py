@@ -276,7 +276,8 @@ def check_free(destination: Path) -> None:
     Raises:
         ConfigError: It does.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    is_free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+    if not is_free or not destination.name:  # "." has no name to give to what is complete
         raise ConfigError(f"{destination} exists; name a place that does not")
 
 
