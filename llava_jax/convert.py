@@ -129,7 +129,9 @@ def open_source(
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
-            say("it does not say which weights it was trained on; those given are unchecked")
+            say(
+                "it has no fingerprint of its base, so whether it was trained on these is unchecked"
+            )
         else:
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
@@ -390,4 +392,5 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        say(f"{format_source(opened.inputs)} has no tokenizer, so none is written")
+        place = format_source(opened.inputs)
+        say(f"{place} has no tokenizer: neither that nor a processor is written")

@@ -8,7 +8,7 @@ from llava_jax.config import ConfigError, Parts, format_source, parse_source
 from llava_jax.hf import layouts, official
 from llava_jax.hf.model_config import read_json_config
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.trained import BESIDE, is_trained, named_base
+from llava_jax.hf.trained import BESIDE, check_readable, is_trained, named_base
 from llava_jax.hf.weights import Reader
 
 
@@ -142,14 +142,20 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
     base = named_base(place)
     if base in (None, "", "None"):
-        raise ConfigError(
-            f"{place} does not say which base it belongs to; name that too: --base when it is "
-            "converted, --init-from beside --init-adapter when it is trained"
-        )
+        check_readable(place, read)
+        raise ConfigError(f"{place} does not say which base it belongs to; {_NAME_BASE}")
     try:
         return _resolve(parse_source(base) or base, read, is_base=True)._replace(adapter=place)
     except ConfigError as error:
-        raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
+        raise ConfigError(
+            f"{place} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
+        ) from error
+
+
+_NAME_BASE = (
+    "name that base where it lies: --base when it is converted, --init-from beside --init-adapter "
+    "when it is trained"
+)
 
 
 def _is_export(directory: Path) -> bool:
@@ -196,7 +202,7 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
             place = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
-            f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
+            f"{hub_id!r} is no directory (has the run that makes it finished?), and the hub does "
             f"not give it: {error}"
         ) from error
     return place

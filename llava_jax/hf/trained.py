@@ -32,6 +32,10 @@ _LAYOUTS = (
     *layouts.PROJECTOR_LAYOUTS,
 )
 _STACKS = (LLM, VISION)
+_SETTINGS = {
+    LLM: "tune.llm and --lora.rank, --lora.alpha, --lora.targets",
+    VISION: "tune.vision and --vision-lora.rank, --vision-lora.alpha, --vision-lora.targets",
+}
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 BESIDE = ("non_lora_trainables", "mm_projector")
 """Files of LLaVA's code, without their endings."""
@@ -99,6 +103,16 @@ def _places(place: Path) -> list[Path]:
 def _file_beside(directory: Path, stem: str) -> Path | None:
     found = [directory / f"{stem}{ending}" for ending in (".safetensors", ".bin")]
     return next((file for file in found if file.is_file()), None)
+
+
+def check_readable(place: Path, read: Reader) -> None:
+    """Refuses what is nothing that was trained, a text file or a directory of checkpoints.
+
+    Raises:
+        CheckpointError: Says what it is instead.
+    """
+    for piece in _places(place):
+        _open_piece(piece, read)
 
 
 def named_base(place: Path) -> str | None:
@@ -298,4 +312,7 @@ def _other_settings(trained: Trained, adapters: Mapping[str, LoraConfig]) -> Ite
     for stack in _STACKS:
         has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))
         if has != wants:
-            yield f"{stack}* has (rank, alpha, targets) {has}, the run {wants}"
+            yield (
+                f"{stack}* has (rank, alpha, targets) {has}, the run {wants}: it must have the "
+                f"same, by {_SETTINGS[stack]}"
+            )
