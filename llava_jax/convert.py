@@ -253,6 +253,8 @@ def convert(
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened, say)
     with unfinished(destination) as directory:
+        if to != "llava":  # first, because what is amiss with these need not wait for the weights
+            _write_inputs(opened, directory, template, aspect, say)
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
@@ -266,8 +268,6 @@ def convert(
                 )
         else:
             _write_hf(opened, directory, to, dtype)
-        if to != "llava":
-            _write_inputs(opened, directory, template, aspect, say)
         if prove is not None:
             prove(opened, directory)
 

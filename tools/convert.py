@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             aspect=given.image_aspect,
             prove=check_merged if given.merge and opened.adapters else None,
         )
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {given.destination}")

@@ -248,6 +248,17 @@ def test_merging_takes_adapters(to: str, tmp_path: Path):
         convert(open_source("hf_4_48"), tmp_path / "out", to, merge=True)
 
 
+def test_a_model_without_a_projector_is_not_made_up(tmp_path: Path):
+    """Neither the base that an adapter names has one, nor the adapter."""
+    lora = tmp_path / "lora"
+    shutil.copytree("xtuner_hf/lora/llm_adapter", lora)
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = BASE
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"{lora} has no projector, nor has {BASE}"):
+        LlavaModel.from_pretrained(lora)
+
+
 def test_what_a_source_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lora = "xtuner_pth/lora/iter_2.pth"
     with pytest.raises(CheckpointError, match=r"does not say their alpha.*--alpha"):
