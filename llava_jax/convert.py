@@ -129,7 +129,9 @@ def open_source(
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
-            say("it does not say which weights it was trained on; those given are unchecked")
+            say(
+                "it has no fingerprint of its base, so whether it was trained on these is unchecked"
+            )
         else:
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
@@ -154,7 +156,7 @@ def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
     if found.adapter is not None or isinstance(source, Parts):
         given = f"{format_source(source)} and --base {format_source(base)}"
         raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
-    return found._replace(adapter=adapter_in(source))
+    return found._replace(adapter=adapter_in(source, open_any))
 
 
 def _summary(trained: Trained) -> str:
@@ -251,6 +253,8 @@ def convert(
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened, say)
     with unfinished(destination) as directory:
+        if to != "llava":  # first, because what is amiss with these need not wait for the weights
+            _write_inputs(opened, directory, template, aspect, say)
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
         elif as_adapter:
@@ -264,8 +268,6 @@ def convert(
                 )
         else:
             _write_hf(opened, directory, to, dtype)
-        if to != "llava":
-            _write_inputs(opened, directory, template, aspect, say)
         if prove is not None:
             prove(opened, directory)
 
@@ -276,7 +278,8 @@ def check_free(destination: Path) -> None:
     Raises:
         ConfigError: It does.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    is_free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+    if not is_free or not destination.name:  # "." has no name to give to what is complete
         raise ConfigError(f"{destination} exists; name a place that does not")
 
 
@@ -389,4 +392,5 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        say(f"{format_source(opened.inputs)} has no tokenizer, so none is written")
+        place = format_source(opened.inputs)
+        say(f"{place} has no tokenizer: neither that nor a processor is written")

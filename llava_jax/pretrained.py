@@ -28,6 +28,7 @@ from llava_jax.hf.layouts import is_stacked
 from llava_jax.hf.model_config import read_model_config, read_parts_config, write_model_config
 from llava_jax.hf.processor import choose_template, save_processor
 from llava_jax.hf.resolve import resolve
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import has_tokenizer
 from llava_jax.hf.trained import check_base, open_trained
 from llava_jax.hf.weights import fingerprint, load_params
@@ -165,9 +166,14 @@ class LlavaModel(Llava):
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
         found = resolve(str(path))
-        model = cls._load(found.base, dtype, mesh, seed=0)
-        if found.adapter is not None:
-            model.load_adapter(found.adapter)
+        lacks: list[str] = []
+        model = cls._load(found.base, dtype, mesh, seed=0, say=lacks.append)
+        brought = () if found.adapter is None else model._add_adapter(found.adapter)
+        if lacks and not any(path.startswith("projector.") for path in brought):
+            raise CheckpointError(
+                f"{path} has no projector, nor has {format_source(found.base)}; name one: "
+                "LlavaModel.from_parts(llm, vision, projector)"
+            )
         return model
 
     @classmethod
@@ -197,12 +203,19 @@ class LlavaModel(Llava):
         return cls._load(resolve(parts).base, dtype, mesh, seed)
 
     @classmethod
-    def _load(cls, source: Path | Parts, dtype: str, mesh: Mesh | None, seed: int) -> "LlavaModel":
+    def _load(
+        cls,
+        source: Path | Parts,
+        dtype: str,
+        mesh: Mesh | None,
+        seed: int,
+        say: Callable[[str], None] | None = None,
+    ) -> "LlavaModel":
         config = read_config(source)
         graph, shapes = split(cls(config, dtype=dtype))
         shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        params = load(source, config, place(shapes, mesh), seed=seed)
+        params = load(source, config, place(shapes, mesh), seed=seed, say=say)
         model = cast("LlavaModel", merge(graph, params))
         model.source = source
         return model
@@ -214,6 +227,10 @@ class LlavaModel(Llava):
             CheckpointError: It is not a LoRA adapter, or not one of this model.
             ValueError: The model has an adapter already.
         """
+        self._add_adapter(path)
+
+    def _add_adapter(self, path: str | Path) -> Collection[str]:
+        """As `load_adapter`; returns the parameters that it has."""
         _, params = split(self)
         if any(map(lora.is_adapter, params)):
             raise ValueError("the model has an adapter already; merge that first")
@@ -226,6 +243,7 @@ class LlavaModel(Llava):
         loaded = adapter.load(place(adapter.abstract, mesh))
         flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
         nnx.update(self, nnx.from_flat_state(flat))
+        return loaded
 
     def merge_adapter(self) -> None:
         """Folds the adapters into the weights."""

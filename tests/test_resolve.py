@@ -15,6 +15,7 @@ from llava_jax.config import ConfigError, Parts
 from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.pretrained import LlavaModel
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 CLIP, VICUNA = "openai/clip", "lmsys/vicuna"
@@ -78,11 +79,40 @@ def test_pickles_stay_on_the_hub_where_there_are_safetensors(hub, tmp_path: Path
 
 
 def test_a_lora_directory_on_the_hub_comes_with_what_lies_beside_it(hub, monkeypatch):
+    """Or training would leave out its projector; it refuses that, for it is a pickle."""
     snapshot = hub("me/lora", FIXTURES / "llava_lora")
     hub("base/llm", FIXTURES / "base" / "llm")
     hub("base/clip", FIXTURES / "base" / "clip")
-    assert resolve("me/lora", open_any).adapter == snapshot
+    assert resolve("me/lora").adapter == snapshot
     assert "non_lora_trainables.bin" in names(snapshot)
+    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin.*tools/convert\.py"):
+        LlavaModel.from_pretrained("me/lora")
+
+
+def test_what_was_trained_may_be_on_the_hub_beside_a_base_that_is_named(hub):
+    snapshot = hub("me/lora", FIXTURES / "llava_lora_bin")
+    assert adapter_in("me/lora", open_any) == snapshot
+    assert "adapter_model.bin" in names(snapshot)
+    with pytest.raises(ConfigError, match="no such directory"):
+        adapter_in("nowhere.pth", open_any)
+
+
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_something_trained_is_no_base(on_hub: bool, hub, tmp_path: Path):
+    """Else the adapter of the base would be left out."""
+
+    def adapter_on(base: str, directory: Path) -> Path:
+        shutil.copytree(FIXTURES / "peft_4_48", directory)
+        settings = json.loads((directory / "adapter_config.json").read_text())
+        written = json.dumps(settings | {"base_model_name_or_path": base})
+        (directory / "adapter_config.json").write_text(written)
+        return directory
+
+    first = adapter_on(str(FIXTURES / "hf_4_48"), tmp_path / "first")
+    hub("me/first", first)
+    second = adapter_on("me/first" if on_hub else str(first), tmp_path / "second")
+    with pytest.raises(ConfigError, match="itself something trained; merge it first"):
+        resolve(str(second))
 
 
 @pytest.mark.parametrize("part", ["llm", "vision"])

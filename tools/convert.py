@@ -60,8 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         check_free(given.destination)
         source = parse_source(given.source) or given.source
         if given.base is None and (part := open_part(source)) is not None:
-            if given.to != "hf":
-                raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf")
+            of_llava = ("merge", "alpha", "vision_alpha", "template", "image_aspect")
+            odd = [f"--{name.replace('_', '-')}" for name in of_llava if getattr(given, name)]
+            if given.to != "hf" or odd:
+                without = f" without {', '.join(odd)}" if odd else ""
+                raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf{without}")
             convert_part(part, given.destination, given.dtype)
             print(f"wrote {given.destination}")
             return 0
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             aspect=given.image_aspect,
             prove=check_merged if given.merge and opened.adapters else None,
         )
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {given.destination}")

@@ -8,7 +8,7 @@ from llava_jax.config import ConfigError, Parts, format_source, parse_source
 from llava_jax.hf import layouts, official
 from llava_jax.hf.model_config import read_json_config
 from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.trained import BESIDE, is_trained, named_base
+from llava_jax.hf.trained import BESIDE, check_readable, is_trained, named_base
 from llava_jax.hf.weights import Reader
 
 
@@ -43,22 +43,33 @@ def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoi
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
 
-def _resolve(source: str | Path | Parts, read: Reader) -> Checkpoint:
+def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False) -> Checkpoint:
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source, read))
     is_here = Path(source).exists()
     path = _in_run(Path(source) if is_here else _local(str(source), read))
     if is_trained(path):
+        if is_base:
+            raise ConfigError("that is itself something trained; merge it first")
         return _resolve_trained(path, read)
     name = str(path.resolve()) if is_here else str(source)
     _refuse_pickles(name, path, read)
     return Checkpoint(name, _as_parts(path, read))
 
 
-def adapter_in(place: str | Path) -> Path:
-    """The adapter that a run has made, if `place` is a run's directory; else the place itself."""
-    inner = Path(place) / "adapter"
-    return inner if inner.is_dir() and _is_run(Path(place)) else Path(place)
+def adapter_in(place: str | Path, read: Reader = open_tensors) -> Path:
+    """Where something trained lies: a file, a directory, a run's adapter, or a hub id's snapshot.
+
+    Args:
+        place: What it is called.
+        read: As for `resolve`.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+    """
+    path = Path(place) if Path(place).exists() else _local(str(place), read)
+    inner = path / "adapter"
+    return inner if inner.is_dir() and _is_run(path) else path
 
 
 def _in_run(path: Path) -> Path:
@@ -117,7 +128,7 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
     is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
     if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
         return
-    has = f"only {pickles[0].name}" if pickles else "no safetensors"
+    has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
     rewritten = f"{Path(name).name}-safetensors"
     raise CheckpointError(
         f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
@@ -131,18 +142,20 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
     base = named_base(place)
     if base in (None, "", "None"):
-        raise ConfigError(
-            f"{place} does not say which base it belongs to; name that too: --base when it is "
-            "converted, --init-from beside --init-adapter when it is trained"
-        )
+        check_readable(place, read)
+        raise ConfigError(f"{place} does not say which base it belongs to; {_NAME_BASE}")
     try:
-        found = parse_source(base) or base
-        inner = None if isinstance(found, Parts) else _in_run(Path(found))
-        if inner is not None and inner.exists() and is_trained(inner):
-            raise ConfigError("that is itself something trained; merge it first")
-        return _resolve(found, read)._replace(adapter=place)
+        return _resolve(parse_source(base) or base, read, is_base=True)._replace(adapter=place)
     except ConfigError as error:
-        raise ConfigError(f"{place} was trained on {base:.200}: {error}") from error
+        raise ConfigError(
+            f"{place} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
+        ) from error
+
+
+_NAME_BASE = (
+    "name that base where it lies: --base when it is converted, --init-from beside --init-adapter "
+    "when it is trained"
+)
 
 
 def _is_export(directory: Path) -> bool:
@@ -181,16 +194,15 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
     """The snapshot of a hub id, with its weights as pickles only where it has no others."""
     from huggingface_hub import snapshot_download  # only for those who name a hub id
 
-    patterns = [*_BESIDE_WEIGHTS, "*.safetensors"]
-    if pickles:  # what LLaVA's code puts beside safetensors too
-        patterns += [f"{name}.bin" for name in BESIDE]
+    # What LLaVA's code puts beside safetensors comes always: it is a part of what was trained.
+    patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
     try:
         place = Path(snapshot_download(hub_id, allow_patterns=patterns))
         if pickles and not any(place.rglob("*.safetensors")):
             place = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
-            f"{hub_id!r} is no directory (is the run that makes it finished?), and the hub does "
+            f"{hub_id!r} is no directory (has the run that makes it finished?), and the hub does "
             f"not give it: {error}"
         ) from error
     return place

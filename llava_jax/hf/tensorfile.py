@@ -167,8 +167,9 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 _ADVICE = (
-    ". Pickles (.bin, .pth) are read by tools/convert.py alone: make a Hugging Face directory of "
-    "them with `python tools/convert.py SOURCE DESTINATION --to hf`"
+    ". If it is a pickle (.bin, .pth), tools/convert.py alone reads it: first `python "
+    "tools/convert.py SOURCE DESTINATION --to hf` for a model, or for parts with a projector; "
+    "`--to peft --base MODEL` for an adapter"
 )
 
 

@@ -32,6 +32,10 @@ _LAYOUTS = (
     *layouts.PROJECTOR_LAYOUTS,
 )
 _STACKS = (LLM, VISION)
+_SETTINGS = {
+    LLM: "tune.llm and --lora.rank, --lora.alpha, --lora.targets",
+    VISION: "tune.vision and --vision-lora.rank, --vision-lora.alpha, --vision-lora.targets",
+}
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 BESIDE = ("non_lora_trainables", "mm_projector")
 """Files of LLaVA's code, without their endings."""
@@ -89,7 +93,8 @@ def _places(place: Path) -> list[Path]:
     """Files and directories with what was trained: the place itself, and what lies in it."""
     if place.is_file():
         return [place]
-    has_own = (place / CONFIG).is_file() or _is_whole(place) or any(place.rglob("*model_states.pt"))
+    is_zero = any(place.glob("*model_states.pt")) or (place / "latest").is_file()  # DeepSpeed's
+    has_own = (place / CONFIG).is_file() or _is_whole(place) or is_zero
     parts = [place / part for part in _XTUNER_PARTS if (place / part).is_dir()]
     files = [file for name in BESIDE if (file := _file_beside(place, name))]
     return [*([place] if has_own else []), *parts, *files]
@@ -98,6 +103,16 @@ def _places(place: Path) -> list[Path]:
 def _file_beside(directory: Path, stem: str) -> Path | None:
     found = [directory / f"{stem}{ending}" for ending in (".safetensors", ".bin")]
     return next((file for file in found if file.is_file()), None)
+
+
+def check_readable(place: Path, read: Reader) -> None:
+    """Refuses what is nothing that was trained, a text file or a directory of checkpoints.
+
+    Raises:
+        CheckpointError: Says what it is instead.
+    """
+    for piece in _places(place):
+        _open_piece(piece, read)
 
 
 def named_base(place: Path) -> str | None:
@@ -297,4 +312,7 @@ def _other_settings(trained: Trained, adapters: Mapping[str, LoraConfig]) -> Ite
     for stack in _STACKS:
         has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))
         if has != wants:
-            yield f"{stack}* has (rank, alpha, targets) {has}, the run {wants}"
+            yield (
+                f"{stack}* has (rank, alpha, targets) {has}, the run {wants}: it must have the "
+                f"same, by {_SETTINGS[stack]}"
+            )

@@ -242,7 +242,7 @@ def test_a_run_refuses_an_adapter_of_another_kind(ours):
         load_adapter(directory, **run | changed)
     for part in (
         r"llm\.layers\.\* has .* \(4, 8\.0, \['down_proj', 'q_proj', 'v_proj'\]\), the run \(8, ",
-        r"vision\.encoder\.layers\.\* has .*, the run None",
+        r"vision\.encoder\.layers\.\* has .*, the run None: .*--vision-lora",
         r"holds projector\.linear_1\.bias, .* keeps frozen",
         r"trained on org/tiny with fingerprint 0123, but the run's base has 4567",
     ):

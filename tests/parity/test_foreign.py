@@ -248,7 +248,18 @@ def test_merging_takes_adapters(to: str, tmp_path: Path):
         convert(open_source("hf_4_48"), tmp_path / "out", to, merge=True)
 
 
-def test_what_a_source_lacks_is_said(tmp_path: Path):
+def test_a_model_without_a_projector_is_not_made_up(tmp_path: Path):
+    """Neither the base that an adapter names has one, nor the adapter."""
+    lora = tmp_path / "lora"
+    shutil.copytree("xtuner_hf/lora/llm_adapter", lora)
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = BASE
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"{lora} has no projector, nor has {BASE}"):
+        LlavaModel.from_pretrained(lora)
+
+
+def test_what_a_source_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lora = "xtuner_pth/lora/iter_2.pth"
     with pytest.raises(CheckpointError, match=r"does not say their alpha.*--alpha"):
         open_source(lora, parse_source(BASE))
@@ -269,19 +280,37 @@ def test_what_a_source_lacks_is_said(tmp_path: Path):
             parse_source(text)
     with pytest.raises(CheckpointError, match=r"tools/convert\.py"):
         resolve("llava_full_bin")
+    with pytest.raises(CheckpointError, match=r"tools/convert\.py .*--to peft --base MODEL"):
+        resolve(lora)
+    monkeypatch.chdir(tmp_path)  # where the names of its base lead nowhere
+    with pytest.raises(ConfigError, match=r"trained on llm=base/llm.*name that base.*--base"):
+        open_source(str(FIXTURES / "llava_lora"))
 
 
 def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
-    """Not with the advice to convert it, as in training."""
+    """Not with the advice to convert it, as in training, nor with a question for its base."""
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "empty").mkdir()
     for place, message in {
+        ".": r"\. is no checkpoint itself; name what in it is one: ",
+        str(tmp_path / "notes.txt"): "neither a safetensors file nor a pickle",
         "xtuner_hf": "no checkpoint itself; name what in it is one: full, lora, lora_bin$",
         "xtuner_pth/lora": r"name what in it is one: iter_2\.pth$",
-        str(tmp_path): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
+        str(tmp_path / "empty"): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             open_source(place)
     with pytest.raises(CheckpointError, match="neither a safetensors file nor a pickle"):
         open_source("README.md", "hf_4_48")
+
+
+def test_deepspeeds_states_below_do_not_hide_what_was_trained(tmp_path: Path):
+    """A run's own directory, with what it left to go on from."""
+    run = shutil.copytree("llava_stage1", tmp_path / "run")
+    shutil.copytree("xtuner_pth/zero2/iter_2.pth", run / "checkpoint-3" / "global_step3")
+    opened = open_with_base(str(run), BASE)
+    assert opened.trained is not None
+    assert {path.split(".")[0] for path in opened.trained.tensors} == {"projector"}
 
 
 def test_images_are_padded_as_llavas_config_says(tmp_path: Path):

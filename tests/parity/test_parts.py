@@ -124,10 +124,16 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
         open_part(str(damaged))
 
 
-def test_the_command_line(load_tool: Callable, tmp_path: Path, capsys):
+def test_the_command_line(load_tool: Callable, tmp_path: Path, capsys, monkeypatch):
     main, source = load_tool("convert").main, str(BASE / "clip_openai")
     assert main([source, str(tmp_path / "out"), "--to", "llava"]) == 1
     assert "is a part alone, no LLaVA: take --to hf" in capsys.readouterr().err
+    odd = ["--merge", "--vision-alpha", "4"]
+    assert main([source, str(tmp_path / "out"), "--to", "hf", *odd]) == 1
+    assert "take --to hf without --merge, --vision-alpha" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main([str(source), ".", "--to", "hf"]) == 1
+    assert ". exists; name a place that does not" in capsys.readouterr().err
     assert main([source, str(tmp_path / "out"), "--to", "hf"]) == 0
     assert "a vision tower alone, Hugging Face vision tower" in capsys.readouterr().out
 
