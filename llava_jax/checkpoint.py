@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.host import is_for_host
-from llava_jax.processes import from_first, is_first
+from llava_jax.processes import from_first, is_first, meet
 from llava_jax.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -102,7 +102,7 @@ class Checkpoints:
             for step in self._steps():
                 shutil.rmtree(self._directory / str(step))
         self._newest = -1
-        meet("all checkpoints are removed")
+        meet()
 
     def check(self) -> None:
         """Notices early if what is being saved cannot be.

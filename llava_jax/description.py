@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
-from llava_jax.disk import naming
+from llava_jax.disk import replace_text
 from llava_jax.processes import is_first
 
 NOT_RECIPE = (
@@ -51,8 +51,7 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Writes config.json, from the first process."""
     if is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
-        with naming(run_dir / "config.json") as file:
-            file.write_text(json.dumps(description, indent=2) + "\n")
+        replace_text(run_dir / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:

@@ -18,6 +18,14 @@ def naming(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or, if that ends in its midst, leaves the one that was there."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with naming(unfinished):
+        unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to a file of JSON lines."""
     with naming(path), path.open("a") as file:

@@ -1,5 +1,6 @@
 """What a run records of its steps, and when that ends it: metrics.jsonl and skipped.jsonl."""
 
+import itertools
 import math
 from functools import partial
 
@@ -37,8 +38,8 @@ class Journal:
         self._nonfinite_file = config.run_dir / "nonfinite.jsonl"
         keep = partial(keep_rows, step=first_step, write=reporter.is_shown)
         self._skipped = {row["sample"] for row in keep(self._skipped_file)}
-        keep(self._nonfinite_file)
-        self.nonfinite = 0
+        before = {row["step"] for row in keep(self._nonfinite_file)}
+        self.nonfinite = next(n for n in itertools.count() if first_step - n not in before)
         self._shown = 0
 
     def log(self, metrics: dict[str, jax.Array], step: int) -> None:

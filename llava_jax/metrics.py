@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llava_jax.disk import append_rows, naming
+from llava_jax.disk import append_rows, replace_text
 
 PLAIN_SECONDS = 10.0
 """Without a terminal, a line of progress at most this often."""
@@ -119,10 +119,7 @@ def keep_rows(path: Path, step: int, *, write: bool = True) -> list[dict[str, An
     kept = [line for line in text.splitlines() if _step_of(line) <= step]
     wanted = "".join(line + "\n" for line in kept)
     if write and wanted != text:
-        temporary = path.with_suffix(".tmp")
-        with naming(temporary):
-            temporary.write_text(wanted)
-        temporary.replace(path)
+        replace_text(path, wanted)
     return [json.loads(line) for line in kept]
 
 

@@ -1,11 +1,14 @@
 """Signals that end a run in order."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
 from llava_jax.processes import is_first
+
+_SAID = b"stopping: this step is finished and saved; Ctrl-C again ends at once\n"
 
 
 class Stopped(BaseException):
@@ -60,9 +63,10 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         is_new, self.signal = self.signal is None, number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not is_new:  # SLURM sends SIGTERM to a process and to its guard, which passes it on
+            return
         if not self._in_steps:
             raise Stopped(number, "outside of steps")
-        if is_new and is_first():
-            print(
-                "stopping: this step is finished and saved; Ctrl-C again ends at once", flush=True
-            )
+        if is_first():
+            with contextlib.suppress(OSError):
+                os.write(1, _SAID)  # print fails where the signal came in the midst of a print

@@ -22,3 +22,15 @@ def test_saving_waits_for_what_lies_in_host_memory(
         assert saved.latest == (0 if on_host else None)
         saved.wait()
         assert saved.latest == 0
+
+
+def test_checkpoints_can_be_removed_to_begin_anew(tmp_path: Path):
+    program, state, _ = start(CONFIG, 1, 3)
+    with Checkpoints(tmp_path, CONFIG.checkpoint) as saved, jax.set_mesh(program.mesh):
+        saved.save(state, {})
+        saved.wait()
+        saved.clear()
+        assert saved.latest is None
+        saved.save(state, {})
+        saved.wait()
+        assert saved.latest == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -354,13 +355,21 @@ def test_a_file_that_changes_is_noticed(tmp_path):
         records[0]
 
 
-@pytest.mark.parametrize("image", ["/etc/passwd", "../x.png", "a/../../x.png", ".."])
-def test_images_stay_in_their_folder(tmp_path, image):
+@pytest.mark.parametrize(
+    ("root", "image"),
+    [
+        *(("root", image) for image in ("/etc/passwd", "../x.png", "a/../../x.png", "..")),
+        *(("", image) for image in ("file:///etc/passwd", "https://host/x.png")),
+        ("memory://root", "x.png::file:///etc/passwd"),
+        ("memory://root", "x.zip::y"),
+    ],
+)
+def test_images_stay_in_their_folder(tmp_path, root, image):
     file = JsonFile(write(tmp_path, [{**RAW[0], "image": image}, RAW[0]]), lines=False)
-    records = FileRecords([file], "root")
+    records = FileRecords([file], root)
     with pytest.raises(SampleError, match=r"leads out of data\.image_root"):
         records[0]
-    assert records[1].images == ("root/a/b.jpg",)
+    assert records[1].images == (os.path.join(root, "a/b.jpg"),)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,8 @@ def _locate(image: Any, root: str, follow_links: bool) -> str | bytes:
     if not isinstance(image, str):
         raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
     path = PurePosixPath(image)
-    if path.is_absolute() or ".." in path.parts or "\0" in image:
+    is_address = "://" in image or ("://" in root and "::" in image)  # fsspec's chains of them
+    if is_address or path.is_absolute() or ".." in path.parts or "\0" in image:
         raise SampleError(
             f"image path {image!r} leads out of data.image_root; make it relative to that folder",
             "image path",

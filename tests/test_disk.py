@@ -1,0 +1,25 @@
+"""Writing to disks that may be full."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from llava_jax.description import write_description
+
+
+def test_a_description_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_description(tmp_path, {"config": {}})
+    before = (tmp_path / "config.json").read_text()
+    write = Path.write_text
+
+    def write_half(path: Path, text: str) -> None:
+        write(path, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
+        write_description(tmp_path, {"config": {"seed": 1}})
+    assert (tmp_path / "config.json").read_text() == before
