@@ -130,11 +130,21 @@ class Checkpoints:
 
         Args:
             abstract: Shapes, dtypes and shardings.
+
+        Raises:
+            CheckpointError: It has others, as after a change of recipe that was accepted.
         """
+        place = self._directory / str(self._newest)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        restored = self._orbax.restore(self._directory / str(self._newest), args=args)
+        try:
+            restored = self._orbax.restore(place, args=args)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{place} is not what this recipe trains; go on with the one it began with, or "
+                f"begin a run with a --name of its own. {_first_line(error)}"
+            ) from error
         return restored["state"], restored["data"]
 
     def __enter__(self) -> "Checkpoints":

@@ -8,6 +8,7 @@ from training import CONFIG, change, start
 
 from llava_jax import host
 from llava_jax.checkpoint import Checkpoints
+from llava_jax.hf.tensorfile import CheckpointError
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -34,3 +35,19 @@ def test_checkpoints_can_be_removed_to_begin_anew(tmp_path: Path):
         saved.save(state, {})
         saved.wait()
         assert saved.latest == 0
+
+
+def test_a_checkpoint_of_another_recipe_is_no_traceback(tmp_path: Path):
+    program, state, _ = start(CONFIG, 1, 3)
+    with Checkpoints(tmp_path, CONFIG.checkpoint) as saved, jax.set_mesh(program.mesh):
+        saved.save(state, {})
+    other_rank = change(CONFIG, lora={"rank": 2})
+    in_full = change(CONFIG, tune={"llm": "full", "vision": "full"})
+    for changed in (other_rank, in_full):
+        program, _, _ = start(changed, 1, 3)
+        with (
+            Checkpoints(tmp_path, CONFIG.checkpoint) as saved,
+            jax.set_mesh(program.mesh),
+            pytest.raises(CheckpointError, match="0 is not what this recipe trains"),
+        ):
+            saved.restore(program.state)
