@@ -140,6 +140,8 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
             _say(line)
         if saved.latest is not None:
             _check_begun(config, saved, describe_run(config))
+        if (saved.latest or 0) > total:
+            raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
         if saved.latest == total and export_dir(config).is_dir():
             _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
@@ -170,6 +172,8 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
                 frozen = _load(config, program, source, program.frozen)
                 state, position = saved.restore(program.state)
                 batches.restore(position)
+                if config.checkpoint.accept_changes:
+                    write_description(config.run_dir, describe_run(config))
             state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
             saved.wait()
             stop.raise_if_asked(f"after step {int(state.step)}")
@@ -343,7 +347,6 @@ def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str,
             "--checkpoint.accept-changes"
         )
     _say(f"{differences}\nwhich is accepted")
-    write_description(config.run_dir, description)
 
 
 def _refuse_to_replace(config: TrainConfig) -> None:

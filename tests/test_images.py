@@ -1,5 +1,7 @@
 """Pixels against Hugging Face's CLIP and SigLIP processors."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
@@ -139,3 +141,9 @@ def test_a_huge_image_is_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     with pytest.raises(SampleError, match="its 64 x 64 pixels take 4,096, of at most 4,095"):
         open_image(str(tmp_path / "whole.png"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SampleError, match=r"pipe\.png: not a file"):
+        open_image(str(tmp_path / "pipe.png"))

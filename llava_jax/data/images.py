@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 
 import numpy as np
 from jaxtyping import Float32
@@ -84,6 +85,8 @@ def open_image(image: str | bytes) -> Image.Image:
     """
     embedded = isinstance(image, bytes)
     name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
+    if not embedded and os.path.exists(image) and not os.path.isfile(image):
+        raise SampleError(f"cannot read {name}: not a file", "image")  # a pipe would wait for ever
     try:
         with (
             io.BytesIO(image) if embedded else open_file(image) as file,

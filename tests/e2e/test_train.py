@@ -130,6 +130,8 @@ def test_another_recipe_may_be_accepted(
     assert [row["step"] for row in metrics(directory)] == [1, 2, 3, 4, 5, 6]
     assert metrics(directory)[:4] == metrics(undisturbed)
     assert start("accepting", *arguments)[0] == 0  # it is the run's recipe now
+    assert start("accepting", "--steps", "3", "--checkpoint.accept-changes")[0] == 1
+    assert "has 6 steps, more than 3" in capsys.readouterr().err
 
 
 def test_another_plan_and_other_measurements_are_no_other_recipe(start, undisturbed: Path):
