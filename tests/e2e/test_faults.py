@@ -243,7 +243,7 @@ def disk(place: Path, size: int) -> Iterator[Callable[[str], None]]:
 
 FULL = [
     pytest.param((1.5,), id="1 size"),
-    pytest.param(tuple(n / 10 for n in range(1, 40, 2)), id="20 sizes", marks=pytest.mark.slow),
+    pytest.param(tuple(n / 10 for n in range(1, 36, 2)), id="18 sizes", marks=pytest.mark.slow),
 ]
 
 
