@@ -515,10 +515,7 @@ def _check(config: Any, prefix: str) -> None:
     for name, kind in get_type_hints(type(config)).items():
         path, value = prefix + name, getattr(config, name)
         if not is_bearable(value, kind, conf=BeartypeConf(is_pep484_tower=True)):
-            allowed = (
-                " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else kind
-            )
-            raise ConfigError(f"{path} = {value!r}: it must be {allowed}")
+            raise ConfigError(f"{path} = {value!r}: it must be {_allowed(kind)}")
         for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
             if path in paths and value is not None and value < least:
                 raise ConfigError(f"{path} = {value!r}: it must be at least {least}")
@@ -526,6 +523,13 @@ def _check(config: Any, prefix: str) -> None:
             raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
         if dataclasses.is_dataclass(value):
             _check(value, f"{path}.")
+
+
+def _allowed(kind: Any) -> str:
+    """An annotation, in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def load_config(path: str | Path) -> TrainConfig:

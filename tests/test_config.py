@@ -114,6 +114,7 @@ def test_steps_come_from_epochs_and_round_up(file: Path):
         ("lora.dropout", 1.0, "lora.dropout = 1.0.*below 1"),
         ("steps", "7", "steps = '7'.*int"),
         ("data", None, "data = None"),
+        ("data.path", None, "data.path = None: it must be str$"),
     ],
 )
 def test_a_value_out_of_place_is_named(field: str, value: Any, message: str):
