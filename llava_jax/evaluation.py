@@ -173,7 +173,11 @@ class HeldOut:
         if halted():
             return None
         if not result.samples:
-            raise ConfigError("none of the held-out samples can be read; check data.eval_path")
+            records = inputs.eval_records
+            raise ConfigError(
+                "none of the held-out samples can be read; check data.eval_path and "
+                f"data.image_root. The first, {records.where(0)}: {inputs.why_skipped(0, records)}"
+            )
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
         if is_first():

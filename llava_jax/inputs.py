@@ -67,10 +67,10 @@ class Inputs:
         lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
         return f"{text}; padded to {lengths} tokens"
 
-    def why_skipped(self, number: int) -> str:
-        """What is wrong with a record, by reading it once more."""
+    def why_skipped(self, number: int, records: Records | None = None) -> str:
+        """What is wrong with a record, of the training data or others, by reading it once more."""
         try:
-            self.encoder(self.records[number])
+            self.encoder((self.records if records is None else records)[number])
         except SampleError as error:
             return str(error)
         return "it could not be read when its turn came, but can be now"

@@ -322,3 +322,14 @@ def test_a_mistake_is_one_clear_message(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_held_out_data_that_cannot_be_read_says_why(
+    start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "held_out.jsonl"
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat.")]
+    turns = [{"from": role, "value": text} for role, text in turns]
+    file.write_text(json.dumps({"image": "missing.png", "conversations": turns}) + "\n")
+    assert start("held-out", "--data.eval-path", str(file))[0] == 1
+    assert "held_out.jsonl, line 1: image not found" in capsys.readouterr().err
