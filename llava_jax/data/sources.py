@@ -42,7 +42,7 @@ def load_records(
     files = [_open_file(file) for file in _find_files(path)]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
-        raise ConfigError(f"{path} has no records; check data.path (or eval_path)")
+        raise ConfigError(f"{path} has no records; check data.path, mixture or eval_path")
     if (records.sizes.images < 0).all():
         try:
             records[0]
@@ -208,7 +208,7 @@ def _open_file(path: str) -> JsonFile | ParquetFile:
             start = file.read(4096).lstrip(b" \t\r\n")
     except OSError as error:
         raise ConfigError(
-            f"data file {path}: {error.strerror or error}; check data.path (or eval_path)"
+            f"data file {path}: {error.strerror or error}; check data.path, mixture or eval_path"
         ) from None
     if start.startswith(b"PAR1"):
         return ParquetFile(path)
@@ -229,7 +229,9 @@ def _find_files(path: str) -> list[str]:
         return [path]
     found = find_files(path)
     if not found:
-        raise ConfigError(f"data file {path}: no file has such a name; check data.path")
+        raise ConfigError(
+            f"data file {path}: no file has such a name; check data.path, mixture or eval_path"
+        )
     return found
 
 
@@ -240,7 +242,7 @@ def _find_shards(folder: str) -> list[str]:
     shards = sorted(name for name in names if PurePosixPath(name).suffix in SHARDS)
     if not shards:
         raise ConfigError(
-            f"{folder} has no {' or '.join(SHARDS)} files; check data.path (or eval_path)"
+            f"{folder} has no {' or '.join(SHARDS)} files; check data.path, mixture or eval_path"
         )
     # As Hugging Face names them: train-00000-of-00003.parquet.
     splits = {re.sub(r"(-\d+-of-\d+.*)?$", "", name) for name in shards if "-of-" in name}
