@@ -120,10 +120,13 @@ def test_the_tool(folder, main, capsys, tmp_path):
     assert f"{len(written.places)} samples: 80 bad" in output
     assert "bad, image missing: 4\n" in output
     assert "and 3 more; --json FILE has all" in output
+    assert f"wrote {len(written.places) - 80} samples to {clean}\n" in output
     content = json.loads(report.read_text())
     places = {problem["sample"]: problem["where"] for problem in content["problems"]}
     assert places == {number: written.places[number] for number in written.bad}
-    assert content["figures"]["padding"][0]["lengths"] == [256]
+    choices = content["figures"]["padding"]
+    assert choices[0]["lengths"] == [256]
+    assert all(row["choice"] == f"best {len(row['lengths'])}" for row in choices[1:])
     originals = json.loads(json.dumps(bad_data.GOOD))
     for line in clean.read_text().splitlines():
         raw = json.loads(line)

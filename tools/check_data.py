@@ -78,6 +78,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
         draw(given.chart, report)
     if to_write is not None:
         write_clean(to_write, found, given.write_clean)
+        print(f"wrote {found.good.sum():,} samples to {given.write_clean}")
     return 1 if found.problems else 0
 
 

@@ -49,8 +49,8 @@ class Report:
     def lengths(self) -> dict[str, tuple[int, ...]]:
         """What batches may be padded to: as the config has it, and the best few lengths."""
         own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
-        few = range(1, MOST_LENGTHS + 1)
-        return {"config": own} | {f"best {n}": self.padding.best_lengths(n) for n in few}
+        best = [self.padding.best_lengths(n) for n in range(1, MOST_LENGTHS + 1)]
+        return {"config": own} | {f"best {len(lengths)}": lengths for lengths in best}
 
     def figures(self) -> dict[str, Any]:
         """All but the samples one by one."""
@@ -112,7 +112,8 @@ class Report:
             )
         console.print(table)
         table = make_table("tokens", "samples", "")
-        counts, edges = np.histogram(self.of_good("tokens"), BINS)
+        tokens = self.of_good("tokens")
+        counts, edges = np.histogram(tokens, min(BINS, int(np.ptp(tokens)) + 1))
         for number, count in enumerate(counts):
             bar = "█" * round(BAR * count / counts.max())
             table.add_row(f"{edges[number]:,.0f} to {edges[number + 1]:,.0f}", f"{count:,}", bar)
