@@ -6,6 +6,7 @@ So the order depends neither on the processes of a run nor on how often it was s
 import dataclasses
 import functools
 
+import grain
 import numpy as np
 from jaxtyping import Int64
 
@@ -111,6 +112,7 @@ class EpochOrder:
         if not self.samples:
             raise ConfigError("the training data has no records; check data.path")
         self._seed, self._shuffle, self._grouping = seed, shuffle, grouping
+        self._shuffled = grain.MapDataset.range(self.samples).shuffle(seed=seed % 2**32).repeat()
         self._length = self.samples if grouping is None else -(-self.samples // size) * size
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
@@ -123,6 +125,8 @@ class EpochOrder:
         """The records of a batch."""
         positions = np.arange(number * self.size, (number + 1) * self.size)
         epochs, places = np.divmod(positions, self._length)
+        if self._grouping is None and self._shuffle:
+            places = np.array([self._shuffled[int(position)] for position in positions])
         records = np.concatenate(
             [self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         )
@@ -145,11 +149,11 @@ class EpochOrder:
 
     def _make_epoch(self, epoch: int) -> Int64[np.ndarray, " N"]:
         records = self._records(epoch)
+        if self._grouping is None:
+            return records  # its places are shuffled
         if self._shuffle:
             records = self._rng(epoch).permutation(records)
-        if self._grouping is not None:
-            records = self._group(records, self._grouping, self._rng(epoch, 1))
-        return records
+        return self._group(records, self._grouping, self._rng(epoch, 1))
 
     def _records(self, epoch: int) -> Int64[np.ndarray, " N"]:
         """What an epoch has, data set after data set."""
