@@ -311,7 +311,7 @@ def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
         (["--memory.remat", "dots", "--memory.stream-weights"], 'offload_activations need "full"'),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
         (["--lora.targets", "q_prj"], "the targets of LoRA name q_prj"),
-        (["--init-adapter", "nowhere"], "nowhere: no such file or directory"),
+        (["--init-adapter", "nowhere"], "'nowhere': no such directory"),
     ],
 )
 def test_a_mistake_is_one_clear_message(
