@@ -1,6 +1,8 @@
 """What a run leaves behind: a PEFT adapter, or a whole Hugging Face model."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llava_jax.config import Parts, TrainConfig
@@ -48,54 +50,46 @@ def export(
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
-    if is_first():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
-        with naming(unfinished):
-            _write(
-                unfinished, config, program, processor, base_name, fingerprint, trainable, frozen
+    with _removed_on_failure(unfinished):
+        if program.adapters:
+            # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
+            beside = ("vision.",) if config.tune.vision == "full" else ()
+            trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
+            save_adapter(
+                unfinished,
+                trained,
+                program.adapters,
+                program.model_config,
+                base_name=base_name,
+                fingerprint=fingerprint,
             )
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        else:
+            save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+        if is_first():
+            if not program.adapters:
+                write_model_config(program.model_config, unfinished, config.dtype)
+            save_processor(
+                processor,
+                unfinished,
+                program.model_config,
+                template=TEMPLATES[config.data.template],
+                aspect=config.data.image_aspect,
+            )
     return unfinished
 
 
-def _write(
-    directory: Path,
-    config: TrainConfig,
-    program: Program,
-    processor: Path | Parts,
-    base_name: str | None,
-    fingerprint: str | None,
-    trainable: Params,
-    frozen: Params,
-) -> None:
-    if program.adapters:
-        # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
-        beside = ("vision.",) if config.tune.vision == "full" else ()
-        trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
-        save_adapter(
-            directory,
-            trained,
-            program.adapters,
-            program.model_config,
-            base_name=base_name,
-            fingerprint=fingerprint,
-        )
-    else:
-        save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
+@contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """A new directory to write in, which is there afterwards only if all went well."""
     if is_first():
-        if not program.adapters:
-            write_model_config(program.model_config, directory, config.dtype)
-        save_processor(
-            processor,
-            directory,
-            program.model_config,
-            template=TEMPLATES[config.data.template],
-            aspect=config.data.image_aspect,
-        )
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    try:
+        with naming(directory):
+            yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def discard(written: Path) -> None:
