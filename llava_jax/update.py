@@ -4,7 +4,7 @@ What lies there is updated in place, a slice at a time: a layer of a stack, some
 AdamW treats every element by itself, so slices give what the whole would.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, cast
 
@@ -37,9 +37,10 @@ def apply_gradients(
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
+    update = partial(_update, tx, scale, apply)
     hosted = [path for path in params if any(map(is_hosted, jax.tree.leaves(pick({path}))))]
-    parts = [_update(tx, scale, apply, *pick(params.keys() - set(hosted)))]
-    parts += [_update_slices(tx, scale, apply, *pick({path})) for path in hosted]
+    parts = [update(*pick(params.keys() - set(hosted)))]
+    parts += [_update_slices(update, *pick({path})) for path in hosted]
     is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
     unite = lambda first, *others: (
         {path: x for part in (first, *others) for path, x in part.items()}
@@ -66,21 +67,19 @@ def _update(
 
 
 def _update_slices(
-    tx: optax.GradientTransformation,
-    scale: Array | None,
-    apply: Array,
+    update: Callable[[Params, Any, Params], tuple[Params, Any]],
     grads: Params,
     state: Any,
     params: Params,
 ) -> tuple[Params, Any]:
-    """The update of one parameter, by slices along its first axis."""
+    """`update` of one parameter, by slices along its first axis."""
     (param,) = params.values()
     size = slice_size(param.shape)
 
     def body(index: Int[Array, ""], carry: tuple[Params, Any]) -> tuple[Params, Any]:
         at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
         here = jax.tree.map(at, (grads, *carry))
-        new = _update(tx, scale, apply, here[0], here[2], here[1])
+        new = update(here[0], here[2], here[1])
         return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
 
     return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))
