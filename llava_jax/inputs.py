@@ -69,11 +69,15 @@ class Inputs:
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
         """What is wrong with a record, of the training data or others, by reading it once more."""
+        found = self._what_is_wrong(self.records if records is None else records, number)
+        return found or "it could not be read when its turn came, but can be now"
+
+    def _what_is_wrong(self, records: Records, number: int) -> str | None:
         try:
-            self.encoder((self.records if records is None else records)[number])
+            self.encoder(records[number])
         except SampleError as error:
             return str(error)
-        return "it could not be read when its turn came, but can be now"
+        return None
 
     def check_some(self) -> None:
         """Tries a few records, spread over the data, before anything is loaded.
@@ -83,12 +87,8 @@ class Inputs:
         """
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
-        bad = {}
-        for number in tried:
-            try:
-                self.encoder(self.records[number])
-            except SampleError as error:
-                bad[number] = str(error)
+        found = {number: self._what_is_wrong(self.records, number) for number in tried}
+        bad = {number: reason for number, reason in found.items() if reason}
         by_chance = _BY_CHANCE if len(tried) < count else 0
         if len(bad) > self.config.data.max_skipped * len(tried) + by_chance:
             number, reason = next(iter(bad.items()))

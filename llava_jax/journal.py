@@ -54,11 +54,12 @@ class Journal:
         self._note_nonfinite(values, step)
 
     def _note_skipped(self, skipped: np.ndarray, step: int) -> None:
-        numbers = self._inputs.order.batch(step - 1)[skipped > 0]
-        new = sorted(set(numbers.tolist()) - self._skipped)
-        self._skipped.update(new)
-        if new and self._reporter.is_shown:
-            self._write_skipped(new, step)
+        if skipped.any():
+            numbers = self._inputs.order.batch(step - 1)[skipped > 0]
+            new = sorted(set(numbers.tolist()) - self._skipped)
+            self._skipped.update(new)
+            if new and self._reporter.is_shown:
+                self._write_skipped(new, step)
         count, allowed = len(self._inputs.records), self._config.data.max_skipped
         if len(self._skipped) > allowed * count:
             raise RunError(
