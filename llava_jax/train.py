@@ -149,7 +149,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
         _say(inputs.summary())
         if config.memory.plan == "auto":
             config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
-        with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        with jax.set_mesh(mesh):
             kind = attention_here(config, model_config)
             _say(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
@@ -158,13 +158,12 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
             write = functools.partial(
                 export, config, program, processor, found.name if found else None, base
             )
-            batches = stack.enter_context(
-                contextlib.closing(inputs.train_batches(program.rows(config.batch.global_size)))
-            )
+            batches = inputs.train_batches(program.rows(config.batch.global_size))
+            description = describe_run(_with_micro_size(config, mesh))
             if saved.latest is None:
                 _refuse_to_replace(config)
                 state, frozen = _start(config, program, source, base)
-                write_description(config.run_dir, describe_run(_with_micro_size(config, mesh)))
+                write_description(config.run_dir, description)
                 discard(write(state.trainable, frozen))  # better now than after ten hours
                 saved.save(state, batches.state())
                 saved.wait()
@@ -173,7 +172,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
                 state, position = saved.restore(program.state)
                 batches.restore(position)
                 if config.checkpoint.accept_changes:
-                    write_description(config.run_dir, describe_run(config))
+                    write_description(config.run_dir, description)
             state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
             saved.wait()
             stop.raise_if_asked(f"after step {int(state.step)}")
