@@ -83,8 +83,8 @@ class Opened:
     @property
     def is_xtuner(self) -> bool:
         """Whether XTuner trained it."""
-        trained = [self.trained.naming] if self.trained else []
-        return layouts.is_xtuner([*(layout.name for _, layout in self.sources), *trained])
+        of_trained = self.trained.layouts if self.trained else []
+        return any(layout.is_xtuner for layout in [*(of for _, of in self.sources), *of_trained])
 
     @property
     def fingerprint(self) -> str:

@@ -23,10 +23,12 @@ class Layout:
     Attributes:
         name: Whose it is, for messages.
         prefixes: From the start of our name to the start of the file's; the longest match counts.
+        is_xtuner: Whether XTuner wrote it, which has a prompt of its own.
     """
 
     name: str
     prefixes: dict[str, str]
+    is_xtuner: bool = False
 
     def holds(self, path: str) -> bool:
         """Whether files of this layout have a tensor for our parameter `path`."""
@@ -59,7 +61,7 @@ class Layout:
     def limited_to(self, parts: Collection[str]) -> "Layout":
         """The same names, of some parts alone."""
         kept = {ours: theirs for ours, theirs in self.prefixes.items() if _part(ours) in parts}
-        return Layout(self.name, kept)
+        return dataclasses.replace(self, prefixes=kept)
 
 
 _PARAMETER = re.compile(
@@ -130,6 +132,7 @@ H = Layout(
         "vision.": "visual_encoder.vision_model.",
         **_mlp("projector.model."),
     },
+    is_xtuner=True,
 )
 
 # Layout J: every part in a place of its own.
@@ -144,8 +147,8 @@ PROJECTOR_B = Layout(
 )
 PROJECTOR_LLAVA = Layout("LLaVA's own projector", _mlp("model.mm_projector."))
 PROJECTOR_LLAVA_SHORT = Layout("LLaVA's own projector", _mlp("mm_projector."))
-PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."))
-PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."))
+PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."), is_xtuner=True)
+PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."), is_xtuner=True)
 
 # Of two layouts that explain a file equally well the first is meant.
 LLAVA_LAYOUTS = (A, B, C, D, E, H)
@@ -170,11 +173,6 @@ IGNORED = (
     r"^(visual|text)_projection\.weight$",
 )
 _IGNORED = re.compile("|".join(IGNORED))
-
-
-def is_xtuner(names: Iterable[str]) -> bool:
-    """Whether XTuner wrote what was found in layouts of these names: it has a prompt of its own."""
-    return any("XTuner" in name for name in names)
 
 
 def is_ignored(file_name: str) -> bool:

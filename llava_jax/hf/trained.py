@@ -56,7 +56,7 @@ class Trained:
     """What was trained, checked against a model but not read yet.
 
     Attributes:
-        naming: Whose names its tensors have.
+        layouts: How its pieces name their tensors.
         adapters: LoRA settings by stack, `lora.LLM` or `lora.VISION`.
         abstract: Shape and dtype of every parameter, by our names: `lora_a` and `lora_b` of each
             target, and what was trained in full.
@@ -65,12 +65,17 @@ class Trained:
         fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
     """
 
-    naming: str
+    layouts: list[Layout]
     adapters: dict[str, LoraConfig]
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
     base_name: str | None
     fingerprint: str | None
+
+    @property
+    def naming(self) -> str:
+        """Whose names its tensors have, for messages."""
+        return "; ".join(dict.fromkeys(layout.name for layout in self.layouts))
 
     def load(self, abstract: Abstract | None = None) -> Params:
         """Reads the parameters that `abstract` names, as it says; None is `self.abstract`."""
@@ -176,9 +181,9 @@ def open_trained(
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
     found = find_tensors(str(place), sources, config, specs, may_grow=True)
     base = read_json(place / BASE) if (place / BASE).is_file() else {}
-    naming = "; ".join(dict.fromkeys(piece.layout.name for piece in pieces))
     fingerprint = base.get("fingerprint")
-    return Trained(naming, adapters, specs, found, named_base(place), fingerprint)
+    named = [piece.layout for piece in pieces]
+    return Trained(named, adapters, specs, found, named_base(place), fingerprint)
 
 
 def _open_piece(place: Path, read: Reader) -> _Piece:
