@@ -10,6 +10,21 @@ from llava_jax.data.conversation import TEMPLATES
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
+    given = parse(argv)
+
+    from llava_jax.hf.tensorfile import CheckpointError  # slow, and not for --help
+
+    try:
+        convert_given(given)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {given.destination}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python tools/convert.py",
         description="Converts between Hugging Face's, PEFT's, LLaVA's and XTuner's checkpoints. "
@@ -47,48 +62,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--template", choices=TEMPLATES, help=template)
     aspect = "images that are not square (default: as the source says)"
     parser.add_argument("--image-aspect", choices=("pad", "crop", "squash"), help=aspect)
-    given = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    from llava_jax.convert import check_free, convert, open_source  # JAX: not for --help
-    from llava_jax.hf.tensorfile import CheckpointError
+
+def convert_given(given: argparse.Namespace) -> None:
+    """Converts what the command line names.
+
+    Raises:
+        ConfigError, CheckpointError, OSError: It cannot be.
+    """
+    from llava_jax.convert import check_free, convert, open_source
     from llava_jax.lora import LLM, VISION
     from llava_jax.merge_check import check_merged
     from llava_jax.part import convert_part, open_part
 
+    check_free(given.destination)
+    source = parse_source(given.source) or given.source
+    if given.base is None and (part := open_part(source)) is not None:
+        of_llava = ("merge", "alpha", "vision_alpha", "template", "image_aspect")
+        odd = [f"--{name.replace('_', '-')}" for name in of_llava if getattr(given, name)]
+        if given.to != "hf" or odd:
+            without = f" without {', '.join(odd)}" if odd else ""
+            raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf{without}")
+        convert_part(part, given.destination, given.dtype)
+        return
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}
-    try:
-        check_free(given.destination)
-        source = parse_source(given.source) or given.source
-        if given.base is None and (part := open_part(source)) is not None:
-            of_llava = ("merge", "alpha", "vision_alpha", "template", "image_aspect")
-            odd = [f"--{name.replace('_', '-')}" for name in of_llava if getattr(given, name)]
-            if given.to != "hf" or odd:
-                without = f" without {', '.join(odd)}" if odd else ""
-                raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf{without}")
-            convert_part(part, given.destination, given.dtype)
-            print(f"wrote {given.destination}")
-            return 0
-        opened = open_source(
-            source,
-            parse_source(given.base) if given.base else None,
-            alphas={stack: alpha for stack, alpha in alphas.items() if alpha is not None},
-        )
-        convert(
-            opened,
-            given.destination,
-            given.to,
-            merge=given.merge,
-            era=given.era,
-            dtype=given.dtype,
-            template=TEMPLATES[given.template] if given.template else None,
-            aspect=given.image_aspect,
-            prove=check_merged if given.merge and opened.adapters else None,
-        )
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {given.destination}")
-    return 0
+    opened = open_source(
+        source,
+        parse_source(given.base) if given.base else None,
+        alphas={stack: alpha for stack, alpha in alphas.items() if alpha is not None},
+    )
+    convert(
+        opened,
+        given.destination,
+        given.to,
+        merge=given.merge,
+        era=given.era,
+        dtype=given.dtype,
+        template=TEMPLATES[given.template] if given.template else None,
+        aspect=given.image_aspect,
+        prove=check_merged if given.merge and opened.adapters else None,
+    )
 
 
 if __name__ == "__main__":
