@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
@@ -135,16 +136,21 @@ class Checkpoints:
             CheckpointError: It has others, as after a change of recipe that was accepted.
         """
         place = self._directory / str(self._newest)
+        # Looked at first: an Orbax that fails in the midst leaves reads behind that fail later.
+        saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(place / "state"))
+        there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
+        here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
+        if other := sorted(dict(there.items() ^ here.items())):
+            path = other[0]
+            raise CheckpointError(
+                f"{place} is not what this recipe trains; go on with the one it began with, or "
+                f"begin a run with a --name of its own. {len(other)} parameters differ: {path} is "
+                f"{there.get(path)} there, {here.get(path)} here"
+            )
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        try:
-            restored = self._orbax.restore(place, args=args)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{place} is not what this recipe trains; go on with the one it began with, or "
-                f"begin a run with a --name of its own. {_first_line(error)}"
-            ) from error
+        restored = self._orbax.restore(place, args=args)
         return restored["state"], restored["data"]
 
     def __enter__(self) -> "Checkpoints":
