@@ -134,11 +134,12 @@ def micro_batch(batch: Any, index: Int[Array, ""], count: int, devices: int) -> 
     """
 
     def take(x: jax.Array) -> jax.Array:
+        samples, rest = x.shape[0] // count, x.shape[1:]  # sizes in full: there may be no image
         if host.is_hosted(x):
-            return host.fetch(host.slice_at(x, index, x.shape[0] // count))
-        shares = x.reshape(devices, count, -1, *x.shape[1:])
+            return host.fetch(host.slice_at(x, index, samples))
+        shares = x.reshape(devices, count, samples // devices, *rest)
         micro = jax.lax.dynamic_index_in_dim(shares, index, axis=1, keepdims=False)
-        return micro.reshape(-1, *x.shape[1:])
+        return micro.reshape(samples, *rest)
 
     return jax.tree.map(take, batch)
 
