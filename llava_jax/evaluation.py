@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llava_jax.config import ConfigError
 from llava_jax.data.batching import Batch, SampleEncoder
+from llava_jax.data.order import NO_RECORD
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
@@ -44,12 +45,14 @@ class Evaluation:
         exact: Samples by category that greedy decoding answers to the letter.
         samples: Samples by category.
         examples: Some questions and answers.
+        skipped: Numbers of the samples that cannot be used.
     """
 
     loss: float
     exact: dict[str, int]
     samples: dict[str, int]
     examples: list[Example]
+    skipped: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def accuracy(self) -> float:
@@ -75,11 +78,14 @@ def evaluate(
     """
     nll, tokens = 0.0, 0
     exact, samples = Counter(), Counter()
-    examples = []
+    examples, skipped = [], []
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
         for row, index in enumerate(indices.tolist()):
-            if not result.tokens[row]:  # could not be read, or fills up the last batch
+            if index == NO_RECORD:  # fills up the last batch
+                continue
+            if not result.tokens[row]:
+                skipped.append(index)
                 continue
             record = records[index]
             category = record.category or UNNAMED
@@ -89,7 +95,7 @@ def evaluate(
             tokens += int(result.tokens[row])
             if index in shown:
                 examples.append(_example(result.predicted[row], record, encoder))
-    return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples)
+    return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples, skipped)
 
 
 def _example(predicted: np.ndarray, record: Record, encoder: SampleEncoder) -> Example:
@@ -184,7 +190,15 @@ class HeldOut:
             append_rows(self._path, [row])
         return (
             f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
+            + self._left_out(result.skipped)
         )
+
+    def _left_out(self, skipped: list[int]) -> str:
+        if not skipped:
+            return ""
+        records, first = self._inputs.eval_records, skipped[0]
+        reason = self._inputs.why_skipped(first, records)
+        return f"; {len(skipped)} left out, the first {records.where(first)}: {reason}"
 
     def tables(self) -> list[Table]:
         """The first measurement beside the last, as tables to print."""

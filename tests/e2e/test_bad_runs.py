@@ -33,7 +33,9 @@ def test_a_skipped_sample_is_named_once(config: Path, capsys: pytest.CaptureFixt
     assert row["sample"] == 9
     assert str(row["place"]).endswith("data.json, record 9")
     assert str(row["reason"]).startswith("image not found")
-    assert f"{row['place']} is left out: {row['reason']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{row['place']} is left out: {row['reason']}" in said
+    assert f"; 1 left out, the first {row['place']}: {row['reason']}" in said  # held-out data, too
     assert sum(int(str(row["skipped"])) for row in metrics(directory)) >= 3
 
 

@@ -60,6 +60,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path):
     assert described["versions"]["jax"] == jax.__version__
     evaluations = (undisturbed / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in evaluations] == [0, 4]
+    assert json.loads(evaluations[0])["skipped"] == [9]
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"2", "4"}
 
 
@@ -266,6 +267,20 @@ def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(
     status, directory = start("killed")
     assert status == 0
     assert_same_run(directory, undisturbed)
+
+
+def test_data_without_any_image_trains(start, tmp_path: Path):
+    turns = [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 10))
+    data = ("--data.path", str(tmp_path / "text.json"), "--data.eval-path", "None")
+    losses = []
+    for name, size in (("text", ["--batch.global-size", "16"]), ("text-accumulated", [])):
+        micro = ["--batch.global-size", "16", "--batch.micro-size", "1"]
+        status, directory = start(name, *data, *(size or micro))
+        assert status == 0
+        losses.append([row["loss"] for row in metrics(directory)])
+    np.testing.assert_allclose(losses[0][:1], losses[1][:1], rtol=1e-6)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
