@@ -10,7 +10,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Checkpoints:
         """Removes them all."""
         if is_first():
             for step in self._steps():
-                shutil.rmtree(self._directory / str(step))
+                self._remove(step)
         self._newest = -1
         meet()
 
@@ -217,7 +217,13 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if is_first():
             for step in sorted(self._steps())[: -self._keep]:
-                shutil.rmtree(self._directory / str(step), ignore_errors=True)
+                with suppress(OSError):  # the next start removes what is left
+                    self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Takes its name first, so that half of one is never taken for a checkpoint."""
+        place = self._directory / str(step)
+        shutil.rmtree(place.rename(place.with_name(f"{step}{_UNFINISHED}")))
 
 
 def what_is_damaged(place: Path) -> str | None:

@@ -1,5 +1,7 @@
-"""What Orbax still reads must not be donated."""
+"""What Orbax still reads is not donated; half of a checkpoint is never taken for one."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -7,7 +9,8 @@ import pytest
 from training import CONFIG, change, start
 
 from llava_jax import host
-from llava_jax.checkpoint import Checkpoints
+from llava_jax.checkpoint import MANIFEST, Checkpoints
+from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
 
 
@@ -35,6 +38,30 @@ def test_checkpoints_can_be_removed_to_begin_anew(tmp_path: Path):
         saved.save(state, {})
         saved.wait()
         assert saved.latest == 0
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_nothing_that_looks_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program, state, _ = start(CONFIG, 1, 3)
+    config = CheckpointConfig(every=1, keep=1)
+
+    def killed(place: Path, **_: bool) -> None:
+        (place / MANIFEST).unlink()
+        raise OSError
+
+    with Checkpoints(tmp_path, config) as saved, jax.set_mesh(program.mesh):
+        saved.save(state, {})
+        saved.wait()
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        saved.save(dataclasses.replace(state, step=state.step + 1), {})
+        saved.wait()
+    monkeypatch.undo()
+    assert (tmp_path / "1").is_dir()
+    assert not (tmp_path / "0").exists()
+    with Checkpoints(tmp_path, config) as saved:
+        assert saved.latest == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_checkpoint_of_another_recipe_is_no_traceback(tmp_path: Path):
