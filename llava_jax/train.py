@@ -231,6 +231,8 @@ def _train(
         measure(first)
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
+            if due(step - 1) and asked()():  # a measurement was given up: it comes first, later
+                break
             stops = asked()
             state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
             for earlier in waiting:

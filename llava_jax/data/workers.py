@@ -1,6 +1,7 @@
 """Batches made ahead, in worker processes or a thread."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -79,6 +80,8 @@ def read_ahead(
             raise WorkerError(record if record >= 0 else None, str(error)) from error
         finally:
             made.close()
+            del made, batches
+            gc.collect()  # what it held in cycles: batches in shared memory, which would outlive us
 
 
 def write_progress(record: int) -> None:
