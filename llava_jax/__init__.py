@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llava_jax.generation import generate as generate
     from llava_jax.pretrained import LlavaModel as LlavaModel
 
-_HOMES = {"LlavaModel": "llava_jax.pretrained"}
+_HOMES = {"LlavaModel": "llava_jax.pretrained", "generate": "llava_jax.generation"}
 
-__all__ = ["LlavaModel"]
+__all__ = ["LlavaModel", "generate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """config.json: what a run is, written when it begins and compared when it goes on."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax
 
-from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
+from llava_jax.config import ConfigError, ModelConfig, Quantisation, TrainConfig, to_json
 from llava_jax.disk import replace_text
 from llava_jax.processes import is_first
 
@@ -52,6 +53,16 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     if is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(run_dir / "config.json", json.dumps(description, indent=2) + "\n")
+
+
+def quantisation_of(place: Path) -> Quantisation | None:
+    """How the base of what a run left was kept while it trained; None if it was whole."""
+    for directory in (place, place.parent):  # a run's directory, or what it left there
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((directory / "config.json").read_text())
+            if "base_fingerprint" in found:
+                return found["config"]["quantize"]
+    return None
 
 
 def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from llava_jax.data.batching import (
 from llava_jax.data.conversation import TEMPLATES, SampleError
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
-from llava_jax.hf.processor import load_image_transform
+from llava_jax.hf.processor import load_fitting_transform
 from llava_jax.hf.tokenizer import load_tokenizer
 from llava_jax.pretrained import read_config
 
@@ -183,13 +183,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     images = data.max_images
     if images is None:
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
-    transform = load_image_transform(processor, data.image_aspect)
-    height, width = size = transform.height, transform.width
-    if not height == width == model.vision.image_size:
-        raise ConfigError(
-            f"{processor}: the image processor gives {height} x {width} pixels, but the vision "
-            f"tower takes {model.vision.image_size}; they belong to different models"
-        )
+    transform = load_fitting_transform(processor, model, data.image_aspect)
     tokenizer = load_tokenizer(processor)
     encoder = SampleEncoder(
         tokenizer=tokenizer,
@@ -204,7 +198,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     spec = BatchSpec(
         size=config.batch.global_size,
         max_images=images,
-        image_size=size,
+        image_size=(transform.height, transform.width),
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
         buckets=data.buckets,

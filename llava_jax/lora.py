@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
 from llava_jax.models.layers import Linear, parameter
 from llava_jax.models.stack import jit_loop
+from llava_jax.quant import Quantised
 
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
 """The stacks that adapters go into."""
@@ -98,9 +99,17 @@ def _merge(
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Folds each adapter into its weight, W + scale B A in float32, and removes it."""
+    """Folds each adapter into its weight, W + scale B A in float32, and removes it.
+
+    Raises:
+        ValueError: A weight is quantised.
+    """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
+            if isinstance(module.weight.get_value(), Quantised):
+                raise ValueError(
+                    "adapters cannot be merged into quantised weights; load them whole"
+                )
             weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
             module.weight = nnx.Param(_merge(weight, a, b, module.lora_scale))
             module.lora_a = module.lora_b = nnx.data(None)

@@ -13,13 +13,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from llava_jax import lora
+from llava_jax import lora, quant
 from llava_jax.config import (
     AttentionKind,
+    ConfigError,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     Parts,
+    Quantisation,
     Remat,
     format_source,
 )
@@ -63,6 +65,21 @@ def build(
     model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
     lora.add_adapters(model, dict(adapters))
     return split(model)
+
+
+def quantised(shapes: Abstract, kind: Quantisation) -> Abstract:
+    """Those weights that are kept in fewer bits, as such.
+
+    Raises:
+        ConfigError: One cannot be.
+    """
+    found = {}
+    for path in filter(quant.is_quantised, shapes):
+        try:
+            found[path] = quant.abstract(kind, shapes[path].shape)
+        except quant.QuantisationError as error:
+            raise ConfigError(f"quantize: {path}: {error}") from error
+    return found
 
 
 def initialise(abstract: Abstract, seed: int) -> Params:
@@ -152,7 +169,11 @@ class LlavaModel(Llava):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+        cls,
+        path: str | Path,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        quantize: Quantisation | None = None,
     ) -> "LlavaModel":
         """Reads a checkpoint.
 
@@ -160,14 +181,15 @@ class LlavaModel(Llava):
             path: A directory in a layout of `hf.layouts`, a run's directory, or a hub id.
             dtype: Of the weights and the computation, "float32" or "bfloat16".
             mesh: From `sharding.make_mesh`; the weights are sharded over it. None is one device.
+            quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
 
         Raises:
-            ConfigError: There is no such checkpoint.
+            ConfigError: There is no such checkpoint, or it cannot be quantised.
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
         found = resolve(str(path))
         lacks: list[str] = []
-        model = cls._load(found.base, dtype, mesh, seed=0, say=lacks.append)
+        model = cls._load(found.base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
         brought = () if found.adapter is None else model._add_adapter(found.adapter)
         if lacks and not any(path.startswith("projector.") for path in brought):
             raise CheckpointError(
@@ -209,11 +231,14 @@ class LlavaModel(Llava):
         dtype: str,
         mesh: Mesh | None,
         seed: int,
+        *,
+        quantize: Quantisation | None = None,
         say: Callable[[str], None] | None = None,
     ) -> "LlavaModel":
         config = read_config(source)
         graph, shapes = split(cls(config, dtype=dtype))
         shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
+        shapes |= quantised(shapes, quantize) if quantize else {}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         params = load(source, config, place(shapes, mesh), seed=seed, say=say)
         model = cast("LlavaModel", merge(graph, params))
@@ -234,7 +259,7 @@ class LlavaModel(Llava):
         _, params = split(self)
         if any(map(lora.is_adapter, params)):
             raise ValueError("the model has an adapter already; merge that first")
-        abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in params.items()}
+        abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
         adapter = open_trained(path, self.config, abstract)
         if adapter.fingerprint and self.source:
             check_base(adapter, path, self.source, fingerprint(self.source))
@@ -246,7 +271,11 @@ class LlavaModel(Llava):
         return loaded
 
     def merge_adapter(self) -> None:
-        """Folds the adapters into the weights."""
+        """Folds the adapters into the weights.
+
+        Raises:
+            ValueError: These are quantised.
+        """
         lora.merge_adapters(self)
 
     def save_pretrained(self, path: str | Path) -> None:

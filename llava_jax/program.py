@@ -11,13 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax import lora, pretrained, quant
+from llava_jax import lora, pretrained
 from llava_jax.config import (
     AttentionKind,
     ConfigError,
     LoraConfig,
     ModelConfig,
-    Quantisation,
     TrainConfig,
 )
 from llava_jax.data.batching import Batch
@@ -178,7 +177,8 @@ def build_program(
         for path, leaf in shapes.items()
     }
     if config.quantize is not None:
-        shapes |= _quantised(config, config.quantize, shapes)
+        _check_quantised(config)
+        shapes |= pretrained.quantised(shapes, config.quantize)
     # Adapters are small, and used in every micro-batch.
     may_stream = lambda path: is_stacked(path) and not lora.is_adapter(path)
     streams = lambda path: memory.stream_weights and may_stream(path)
@@ -243,20 +243,12 @@ def build_program(
     )
 
 
-def _quantised(config: TrainConfig, kind: Quantisation, shapes: Abstract) -> Abstract:
-    """The weights that are kept in fewer bits, as such."""
+def _check_quantised(config: TrainConfig) -> None:
     if config.tune.llm == "full" or "lora" not in (config.tune.llm, config.tune.vision):
         raise ConfigError(
-            f"quantize {kind!r} needs a decoder that does not train, and adapters: without these, "
-            "a run writes a whole model; set tune.llm to 'lora', or quantize to None"
+            f"quantize {config.quantize!r} needs a decoder that does not train, and adapters: "
+            "without these, a run writes a whole model; set tune.llm to 'lora', or quantize to None"
         )
-    quantised = {}
-    for path in filter(quant.is_quantised, shapes):
-        try:
-            quantised[path] = quant.abstract(kind, shapes[path].shape)
-        except quant.QuantisationError as error:
-            raise ConfigError(f"quantize: {path}: {error}") from error
-    return quantised
 
 
 def attention_kind(

@@ -26,6 +26,7 @@ LEVELS = (
         "metrics",
         "processes",
         "quant",
+        "sampling",
         "stop",
         "data.conversation",
         "data.files",
@@ -56,7 +57,7 @@ LEVELS = (
     ),
     ("models.llama", "models.vision", "data.sources", "data.batching", "data.check"),
     ("models.llava",),
-    ("lora", "loss"),
+    ("lora", "loss", "models.cached"),
     (
         "optim",
         "hf.weights",
@@ -67,9 +68,9 @@ LEVELS = (
         "hf.peft",
     ),
     ("hf.trained", "hf.resolve", "hf.official_save"),
-    ("step", "inputs", "pretrained", "description"),
-    ("program", "evaluation", "journal", "convert"),
-    ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part"),
+    ("step", "inputs", "pretrained", "description", "prompts"),
+    ("program", "evaluation", "journal", "convert", "generation"),
+    ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part", "assistant"),
     ("train",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

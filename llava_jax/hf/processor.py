@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ModelConfig, Parts, format_source
-from llava_jax.data.conversation import SYSTEM_PLACE, Template, adds_bos, end_token
+from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, format_source
+from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES, Template, adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError, read_json
@@ -66,6 +66,25 @@ def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None
         rescale=settings.get("rescale_factor", ImageTransform.rescale),
         aspect=aspect or own_aspect,
     )
+
+
+def load_fitting_transform(
+    place: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
+) -> ImageTransform:
+    """As `load_image_transform`, for a model.
+
+    Raises:
+        CheckpointError: As there.
+        ConfigError: The pixels are not of the size that the model takes.
+    """
+    transform = load_image_transform(place, aspect)
+    if not transform.height == transform.width == config.vision.image_size:
+        raise ConfigError(
+            f"{place}: the image processor gives {transform.height} x {transform.width} pixels, "
+            f"but the vision tower takes {config.vision.image_size}; they belong to different "
+            "models"
+        )
+    return transform
 
 
 def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -236,10 +255,8 @@ def generation_settings(
     Raises:
         ConfigError: The tokenizer lacks the token that ends the template's answers.
     """
-    file = Path(source.llm if isinstance(source, Parts) else source) / "generation_config.json"
-    given = read_json(file) if file.is_file() else {}
-    ends = given.get("eos_token_id", tokenizer.eos_token_id)
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = _given_ends(source, cast("int | None", tokenizer.eos_token_id))
+    known = _as_list(ends)
     end = None if template is None else end_token(template, tokenizer)
     settings = {
         "do_sample": False,
@@ -248,6 +265,23 @@ def generation_settings(
         "pad_token_id": config.pad_token_id,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def end_tokens(place: str | Path | Parts) -> frozenset[int]:
+    """The tokens that end what is generated, as a checkpoint's files say."""
+    found = _given_ends(place, None)
+    if found is None and has_tokenizer(place):
+        found = cast("int | None", load_tokenizer(place).eos_token_id)
+    return frozenset(_as_list(found))
+
+
+def _given_ends(place: str | Path | Parts, default: int | None) -> int | list[int] | None:
+    file = Path(place.llm if isinstance(place, Parts) else place) / "generation_config.json"
+    return (read_json(file) if file.is_file() else {}).get("eos_token_id", default)
+
+
+def _as_list(ends: int | list[int] | None) -> list[int]:
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 # What `data.conversation` renders, in Jinja. The names in it are set by `chat_template`.
@@ -304,6 +338,32 @@ def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> st
     words = tokenizer.get_vocab()
     known = (name for mark, name in _MARKS.items() if mark in words or mark in own)
     return next(known, "vicuna_xtuner" if is_xtuner else "vicuna_v1")
+
+
+def read_chat_template(
+    place: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
+) -> tuple[str, Template | None]:
+    """A checkpoint's chat template; if it takes no images, the one that fits its decoder.
+
+    Args:
+        place: A LLaVA's directory, or separate parts.
+        tokenizer: From there.
+        image_token: What stands for an image in its text.
+
+    Returns:
+        Jinja, and the template that it renders where it is not the checkpoint's own.
+    """
+    directory = Path(place.llm if isinstance(place, Parts) else place)
+    file, older = directory / "chat_template.jinja", directory / "chat_template.json"
+    own = str(tokenizer.chat_template or "")
+    if file.is_file():
+        own = file.read_text()
+    elif older.is_file():
+        own = str(read_json(older).get("chat_template", ""))
+    if "image" in own:
+        return own, None
+    template = TEMPLATES[choose_template(place) or "vicuna_v1"]
+    return chat_template(template, tokenizer, image_token), template
 
 
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:

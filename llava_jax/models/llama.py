@@ -5,6 +5,7 @@ Mistral's is the same up to its sliding window; Qwen2's has biases in the attent
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,12 +62,18 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
+"""Cosine and sine of the angles that `rotate` turns by."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Queries [B, T, N, H], keys and values [B, T, K, H] -> [B, T, D]; who sees whom is its own."""
+
+
 class Attention(nnx.Module):
-    def __init__(self, config: LlmConfig, kind: AttentionKind):
+    def __init__(self, config: LlmConfig):
         width, size = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
         self.head_dim = size
-        self.attend = ATTENTION[kind]
         bias = config.has_qkv_bias
         self.q_proj = Linear(width, queries, bias=bias)
         self.k_proj = Linear(width, keys, bias=bias)
@@ -74,16 +81,12 @@ class Attention(nnx.Module):
         self.o_proj = Linear(queries, width, bias=False)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T E"], Float[Array, "B T E"]],
-        segment_ids: Int[Array, "B T"],
-        keys: SampleKeys,
+        self, x: Float[Array, "B T D"], rope: Rope, attend: Attend, keys: SampleKeys = None
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.o_proj(self.attend(q, k, v, segment_ids), keys)
+        return self.o_proj(attend(q, k, v), keys)
 
 
 class Mlp(nnx.Module):
@@ -93,7 +96,7 @@ class Mlp(nnx.Module):
         self.up_proj = Linear(width, hidden, bias=False)
         self.down_proj = Linear(hidden, width, bias=False)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys = None) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
 
 
@@ -127,9 +130,9 @@ def in_chunks(
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlmConfig, kind: AttentionKind):
+    def __init__(self, config: LlmConfig):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, kind)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
@@ -161,11 +164,12 @@ class Llama(nnx.Module):
         gather: bool,
     ):
         self.config = config
+        self.attend = ATTENTION[kind]
         self.remat: Remat = remat
         self.offload = offload
         self.gather = gather
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = stack_blocks(Block(config, kind), config.num_hidden_layers)
+        self.layers = stack_blocks(Block(config), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.data(None) if config.tie_word_embeddings else LmHead(config)
 
@@ -173,6 +177,12 @@ class Llama(nnx.Module):
     def head(self) -> Any:
         """The output matrix [V, D]; the embeddings' own where they are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
+
+    def rope(self, positions: Int[Array, "B T"]) -> Rope:
+        """The angles of positions in a sequence."""
+        frequencies = rope_frequencies(self.config)[None, None]
+        angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
 
     def __call__(
         self,
@@ -197,13 +207,12 @@ class Llama(nnx.Module):
                 f"and attention in a window is not computed; set data.max_length to {window} at "
                 "most"
             )
-        positions = positions_in_segments(segment_ids).astype(jnp.float32)
-        angles = positions[:, :, None] * rope_frequencies(self.config)[None, None]
-        context = (jnp.cos(angles), jnp.sin(angles)), segment_ids
+        context = self.rope(positions_in_segments(segment_ids)), segment_ids
 
         def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
             rope, segment_ids = context
-            x += block.self_attn(block.input_layernorm(x), rope, segment_ids, keys)
+            attend = partial(self.attend, segment_ids=segment_ids)
+            x += block.self_attn(block.input_layernorm(x), rope, attend, keys)
             graph, params = split(block.mlp)
             if self.gather:
                 params = {path: gather(f"llm.layers.mlp.{path}", x) for path, x in params.items()}

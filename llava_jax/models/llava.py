@@ -86,6 +86,18 @@ class Llava(nnx.Module):
             embeds = self._place_images(input_ids, embeds, features)
         return self.llm(embeds, segment_ids, keys)
 
+    def embed(
+        self, input_ids: Int[Array, "B T"], pixel_values: Float[Array, "I C Y X"] | None
+    ) -> Float[Array, "B T D"]:
+        """What the decoder takes: embeddings of tokens, and features of images in their places."""
+        embeds = self.llm.embed_tokens(input_ids, self.dtype)
+        if pixel_values is None:
+            return embeds
+        features = self.image_features(pixel_values)
+        features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
+        row = lambda x: x.reshape(1, -1, *x.shape[2:])
+        return self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
+
     def _place_images(
         self,
         input_ids: Int[Array, "B T"],
@@ -111,12 +123,7 @@ class Llava(nnx.Module):
             attention_mask: 1 for tokens, 0 for padding; None means no padding.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
-        embeds = self.llm.embed_tokens(input_ids, self.dtype)
-        if pixel_values is not None:
-            features = self.image_features(jnp.asarray(pixel_values))
-            features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
-            row = lambda x: x.reshape(1, -1, *x.shape[2:])
-            embeds = self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
+        embeds = self.embed(input_ids, None if pixel_values is None else jnp.asarray(pixel_values))
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(embeds, jnp.asarray(mask, jnp.int32))
         return head_logits(hidden, self.llm.head)

@@ -1,0 +1,183 @@
+"""The decoder for generation: new tokens, given the keys and values of those before them.
+
+Training loops over stacked layers. With few tokens at a time that would be slow: XLA copies each
+layer's weights out of the stack before it multiplies with them, on GPUs and CPUs alike, so they are
+read twice and written once. Here the layers are arrays of their own, and the loop is Python's.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llava_jax.config import LlmConfig
+from llava_jax.models.layers import Params, merge, split
+from llava_jax.models.llama import Block, Rope
+from llava_jax.models.llava import Llava, head_logits
+from llava_jax.models.stack import Leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What is static of a model that was taken apart: all but its blocks, and one block."""
+
+    rest: nnx.GraphDef
+    block: nnx.GraphDef
+
+
+class Weights(NamedTuple):
+    """Its parameters: those of all but the blocks, and of every block."""
+
+    rest: Params
+    layers: list[Leaves]
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer: B sequences of up to S tokens, the first in place 0."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+
+
+def take_apart(model: Llava) -> tuple[Structure, Weights]:
+    """Parts a model into what the functions here take. It is left without its decoder's blocks.
+
+    No more is held at a time than the model and one parameter of its blocks; but what others hold
+    of the model stays in memory.
+    """
+    block, state = nnx.split(model.llm.layers)
+    stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
+    del state
+    model.llm.layers = cast("Any", nnx.data(None))
+    layers: list[Leaves] = [{} for _ in range(model.llm.config.num_hidden_layers)]
+    while stacks:
+        path, stack = stacks.popitem()
+        for layer, leaf in zip(layers, _unstack(stack), strict=True):
+            layer[path] = leaf
+        del stack
+    rest, params = split(model)
+    return Structure(rest, block), Weights(params, layers)
+
+
+@jax.jit
+def _unstack(stack: Any) -> list[Any]:
+    count = jax.tree.leaves(stack)[0].shape[0]
+    return [jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count)]
+
+
+def cache_shape(config: LlmConfig, sequences: int, length: int) -> tuple[int, ...]:
+    """Of the keys or the values of one layer, [B, K, S, H]."""
+    return sequences, config.num_key_value_heads, length, config.head_dim
+
+
+def prefill(
+    structure: Structure,
+    weights: Weights,
+    caches: list[Cache],
+    input_ids: Int[Array, "T"],
+    length: Int[Array, ""],
+    pixel_values: Float[Array, "I C Y X"] | None,
+    row: Int[Array, ""],
+) -> tuple[Float[Array, "1 V"], list[Cache]]:
+    """Reads a prompt into one row of the caches.
+
+    Args:
+        structure: From `take_apart`.
+        weights: Likewise.
+        caches: Of every layer.
+        input_ids: The prompt, images expanded; padded on its right.
+        length: Tokens of it.
+        pixel_values: Its images.
+        row: Where its keys and values go.
+
+    Returns:
+        The logits of the token that follows, and the caches.
+    """
+    model = cast("Llava", merge(structure.rest, weights.rest))
+    segment_ids = (jnp.arange(input_ids.shape[0]) < length).astype(jnp.int32)[None]
+    x = model.embed(input_ids[None], pixel_values)
+    rope = model.llm.rope(jnp.arange(input_ids.shape[0])[None])
+    filled = []
+    for leaves, cache in zip(weights.layers, caches, strict=True):
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache = cache) -> jax.Array:
+            filled.append(Cache(_write_row(cache.keys, k, row), _write_row(cache.values, v, row)))
+            return model.llm.attend(q, k, v, segment_ids)
+
+        x = _apply(structure.block, leaves, x, rope, attend)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    return head_logits(model.llm.norm(last), model.llm.head)[:, 0], filled
+
+
+def decode(
+    structure: Structure,
+    weights: Weights,
+    caches: list[Cache],
+    tokens: Int[Array, "B"],
+    positions: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], list[Cache]]:
+    """Reads one more token of every sequence.
+
+    Args:
+        structure: From `take_apart`.
+        weights: Likewise.
+        caches: Of every layer.
+        tokens: The newest token of each sequence.
+        positions: Its place in the sequence: the tokens before it are in the cache.
+
+    Returns:
+        The logits of the tokens that follow, and the caches.
+    """
+    model = cast("Llava", merge(structure.rest, weights.rest))
+    x = model.embed(tokens[:, None], None)
+    rope = model.llm.rope(positions[:, None])
+    filled = []
+    for leaves, cache in zip(weights.layers, caches, strict=True):
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache = cache) -> jax.Array:
+            written = Cache(
+                _write_token(cache.keys, k, positions), _write_token(cache.values, v, positions)
+            )
+            filled.append(written)
+            return _attend_to_cache(q, written, positions)
+
+        x = _apply(structure.block, leaves, x, rope, attend)
+    return head_logits(model.llm.norm(x), model.llm.head)[:, 0], filled
+
+
+def _apply(
+    graph: nnx.GraphDef, leaves: Leaves, x: Float[Array, "B T D"], rope: Rope, attend: Any
+) -> Float[Array, "B T D"]:
+    params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
+    block = cast("Block", nnx.merge(graph, nnx.from_flat_state(params)))
+    x += block.self_attn(block.input_layernorm(x), rope, attend)
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+def _write_row(
+    cache: Float[Array, "B K S H"], x: Float[Array, "1 T K H"], row: Int[Array, ""]
+) -> Float[Array, "B K S H"]:
+    return jax.lax.dynamic_update_slice(cache, x.swapaxes(1, 2), (row, 0, 0, 0))
+
+
+def _write_token(
+    cache: Float[Array, "B K S H"], x: Float[Array, "B 1 K H"], positions: Int[Array, "B"]
+) -> Float[Array, "B K S H"]:
+    return cache.at[jnp.arange(len(positions)), :, positions].set(x[:, 0])
+
+
+def _attend_to_cache(
+    q: Float[Array, "B 1 N H"], cache: Cache, positions: Int[Array, "B"]
+) -> Float[Array, "B 1 D"]:
+    """Attention of the newest tokens to all of their sequences, with a float32 softmax."""
+    batch, heads, length, size = cache.keys.shape
+    q = q.reshape(batch, heads, -1, size)  # G query heads a key head
+    logits = jnp.einsum("BKGH,BKSH->BKGS", q, cache.keys, preferred_element_type=jnp.float32)
+    logits *= size**-0.5
+    is_there = jnp.arange(length)[None] <= positions[:, None]
+    logits = jnp.where(is_there[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", shares, cache.values).reshape(batch, 1, -1)

@@ -1,0 +1,122 @@
+"""Which token comes next: greedy, or drawn as Hugging Face's generation draws."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from llava_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The defaults take the likeliest.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Only so many of the likeliest are drawn from; None is all.
+        top_p: Only the likeliest that together have this probability are drawn from.
+        repetition_penalty: Divides the logits, where positive, of tokens that the prompt or the
+            answer has, and multiplies negative ones (Keskar et al., 2019).
+        seed: Of the draws. A sequence's do not depend on what is generated beside it.
+
+    Raises:
+        ConfigError: A value that makes no sense.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, is_good, must in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+        ):
+            if not is_good:
+                raise ConfigError(f"{name} = {getattr(self, name)}: it must be {must}")
+
+
+GREEDY = Sampling()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """`Sampling` of B sequences: arrays [B] of its fields; top_k 0 is all."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    repetition_penalty: Any
+    seed: Any
+
+
+def to_rows(samplings: Sequence[Sampling]) -> Rows:
+    """One for each sequence."""
+    column = lambda name, kind: np.array([getattr(s, name) or 0 for s in samplings], kind)
+    return Rows(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        seed=column("seed", np.uint32),
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    positions: Int[Array, "B"],
+    rows: Rows,
+) -> Int[Array, "B"]:
+    """The next token of each sequence.
+
+    Args:
+        logits: float32.
+        seen: Tokens that the sequence has.
+        positions: The new token's place in its sequence; with the seed, it decides the draw.
+        rows: How.
+    """
+    penalty = rows.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = lambda: _draw(warp(logits, rows), positions, rows.seed)
+    drawn = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
+    return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
+    """Logits over the temperature, and -inf for what top_k, and then top_p, leave out."""
+    # Of a greedy row, whatever comes out here is not used.
+    logits /= jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    ordered = -jnp.sort(-logits, axis=-1)
+    places = jnp.arange(logits.shape[-1])[None]
+    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, logits.shape[-1]), places.size)
+    least = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
+    ordered = jnp.where(ordered >= least, ordered, -jnp.inf)
+    chances = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    kept = jnp.sum((before < rows.top_p[:, None]) & (chances > 0), axis=-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, jnp.maximum(kept, 1) - 1, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _draw(
+    logits: Float[Array, "B V"], positions: Int[Array, "B"], seeds: UInt32[Array, "B"]
+) -> Int[Array, "B"]:
+    def one(logits: jax.Array, position: jax.Array, seed: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.categorical(key, logits)
+
+    return jax.vmap(one)(logits, positions, seeds).astype(jnp.int32)
