@@ -107,7 +107,9 @@ def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
     ordered = jnp.where(ordered >= least, ordered, -jnp.inf)
     chances = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(chances, axis=-1) - chances
-    kept = jnp.sum((before < rows.top_p[:, None]) & (chances > 0), axis=-1, keepdims=True)
+    top_p = rows.top_p[:, None]
+    is_kept = ((before < top_p) | (top_p == 1)) & (ordered > -jnp.inf)  # sums may round up to 1
+    kept = jnp.sum(is_kept, axis=-1, keepdims=True)
     least = jnp.take_along_axis(ordered, jnp.maximum(kept, 1) - 1, axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
