@@ -1,7 +1,7 @@
 """Answers to conversations, from any checkpoint: text as it comes, of several at a time."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -203,7 +203,7 @@ class Assistant:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yields an answer piece by piece. As `begin`."""
         answer = self.begin(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         self.add(answer)

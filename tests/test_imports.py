@@ -71,7 +71,7 @@ LEVELS = (
     ("step", "inputs", "pretrained", "description", "prompts"),
     ("program", "evaluation", "journal", "convert", "generation"),
     ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part", "assistant"),
-    ("train",),
+    ("train", "chat", "options"),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
