@@ -415,12 +415,29 @@ class EvalConfig:
     Attributes:
         every: Steps between measurements; None measures before and after the run only.
         batch_size: Held-out samples in a batch, all devices together; None takes a micro-batch.
-        examples: Held-out questions to print with their answers at the end.
+        examples: Held-out questions to show with their answers: in report.html, and printed at the
+            end.
     """
 
     every: int | None = None
     batch_size: int | None = None
-    examples: int = 6
+    examples: int = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where a run can be watched besides its own files. Never changes a result.
+
+    Attributes:
+        tensorboard: Write events to `{run directory}/tensorboard`.
+        wandb: Project at Weights & Biases; None logs nothing there. The environment says all else,
+            such as WANDB_MODE=offline.
+        profile_steps: The first and the last step to profile, into `{run directory}/profile`.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,6 +490,7 @@ class TrainConfig:
     quantize: Quantisation | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
 
     def __post_init__(self):
         _check(self, "")
@@ -521,6 +539,10 @@ def _check(config: Any, prefix: str) -> None:
                 raise ConfigError(f"{path} = {value!r}: it must be at least {least}")
         if isinstance(value, LoraConfig) and not 0 <= value.dropout < 1:
             raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
+        if path == "log.profile_steps" and value is not None and not 1 <= value[0] <= value[1]:
+            raise ConfigError(
+                f"{path} = {value}: it must be a first step, 1 or more, and a last, not before it"
+            )
         if dataclasses.is_dataclass(value):
             _check(value, f"{path}.")
 

@@ -15,7 +15,7 @@ from llava_jax.processes import is_first
 
 NOT_RECIPE = (
     # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
-    *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval"),
+    *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval", "log"),
     *("data.image_root", "data.eval_path", "data.eval_samples", "data.workers"),
     *("data.max_skipped", "nonfinite_limit"),
     *("memory", "mesh", "batch.micro_size"),  # the plan

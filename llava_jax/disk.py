@@ -20,9 +20,14 @@ def naming(path: Path) -> Iterator[Path]:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file whole or, if that ends in its midst, leaves the one that was there."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """As `replace_text`."""
     unfinished = path.with_name(path.name + ".unfinished")
     with naming(unfinished):
-        unfinished.write_text(text)
+        unfinished.write_bytes(data)
     unfinished.replace(path)
 
 

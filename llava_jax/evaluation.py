@@ -18,8 +18,9 @@ from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
-from llava_jax.metrics import keep_rows
+from llava_jax.metrics import Reporter, keep_rows
 from llava_jax.models.layers import Params
+from llava_jax.pictures import find_pictures, keep_pictures
 from llava_jax.processes import from_first, is_first
 from llava_jax.step import EvalResult
 
@@ -29,11 +30,20 @@ UNNAMED = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One held-out question as the model answered it."""
+    """One held-out question as the model answered it.
+
+    Attributes:
+        index: Number of its record; None in measurements of older versions, as is what follows.
+        images: How many the record has.
+        right: Whether greedy decoding gives the answer to the letter.
+    """
 
     question: str
     expected: str
     given: str
+    index: int | None = None
+    images: int | None = None
+    right: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +104,11 @@ def evaluate(
             nll += float(result.nll[row])
             tokens += int(result.tokens[row])
             if index in shown:
-                examples.append(_example(result.predicted[row], record, encoder))
+                examples.append(_example(result.predicted[row], index, record, encoder))
     return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples, skipped)
 
 
-def _example(predicted: np.ndarray, record: Record, encoder: SampleEncoder) -> Example:
+def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
     """The last answer, up to its first wrong token: what follows would not be greedy decoding."""
     encoded = encoder.encode_text(record)
     answer = _last_run(encoded.loss_mask)
@@ -109,6 +119,9 @@ def _example(predicted: np.ndarray, record: Record, encoder: SampleEncoder) -> E
         question=_last_question(record),
         expected=decode(expected),
         given=decode(given[: wrong[0] + 1] if len(wrong) else given),
+        index=index,
+        images=len(record.images),
+        right=not len(wrong),
     )
 
 
@@ -127,34 +140,40 @@ def _last_run(mask: np.ndarray) -> np.ndarray:
 class HeldOut:
     """A run's measurements on held-out data, a line each in evaluations.jsonl.
 
+    The images of what is shown of them are copied to examples/.
+
     Args:
-        path: evaluations.jsonl; measurements after `first_step` are cut off.
+        run_dir: Where these are; measurements after `first_step` are cut off.
         eval_step: (trainable, host batch) -> result.
         inputs: The run's data; without held-out records nothing is measured.
         batch_size: Held-out samples in a batch.
         rows: Those that this process reads.
+        reporter: Told of each measurement.
         first_step: Steps done before.
     """
 
     def __init__(
         self,
-        path: Path,
+        run_dir: Path,
         eval_step: Callable[[Params, Batch], EvalResult],
         inputs: Inputs,
         batch_size: int,
         rows: Sequence[int],
+        reporter: Reporter,
         first_step: int,
     ):
-        self._path, self._eval_step, self._inputs = path, eval_step, inputs
+        self._path, self._pictures = run_dir / "evaluations.jsonl", run_dir / "examples"
+        self._eval_step, self._inputs, self._reporter = eval_step, inputs, reporter
         self._batch_size, self._batch_rows = batch_size, rows
-        self._rows = keep_rows(path, first_step, write=is_first()) if inputs.eval_records else []
+        keep = inputs.eval_records and keep_rows(self._path, first_step, write=is_first())
+        self._rows = keep or []
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
     def measure(
         self, step: int, trainable: Params, halted: Callable[[], bool] = lambda: False
-    ) -> str | None:
-        """Evaluates after `step` steps, unless it was done before; returns what came out.
+    ) -> None:
+        """Evaluates after `step` steps, unless it was done before.
 
         Args:
             step: Steps done.
@@ -166,7 +185,7 @@ class HeldOut:
         """
         inputs = self._inputs
         if not inputs.eval_records or from_first(step in [row["step"] for row in self._rows]):
-            return None
+            return
         batches = inputs.eval_batches(self._batch_size, self._batch_rows)
         batches = itertools.takewhile(lambda _: not halted(), batches)
         result = evaluate(
@@ -177,7 +196,7 @@ class HeldOut:
             self._shown,
         )
         if halted():
-            return None
+            return
         if not result.samples:
             records = inputs.eval_records
             raise ConfigError(
@@ -188,10 +207,14 @@ class HeldOut:
         self._rows.append(row)
         if is_first():
             append_rows(self._path, [row])
-        return (
-            f"held out, step {step}: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
-            + self._left_out(result.skipped)
-        )
+            text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
+            text = f"held out, step {step}: {text}{self._left_out(result.skipped)}"
+            self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
+
+    def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
+        for index in (example.index for example in examples):
+            keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
+        return [find_pictures(self._pictures, example.index) for example in examples]
 
     def _left_out(self, skipped: list[int]) -> str:
         if not skipped:
@@ -200,12 +223,12 @@ class HeldOut:
         reason = self._inputs.why_skipped(first, records)
         return f"; {len(skipped)} left out, the first {records.where(first)}: {reason}"
 
-    def tables(self) -> list[Table]:
-        """The first measurement beside the last, as tables to print."""
-        if not self._rows:
-            return []
-        before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
-        return [comparison_table(before, after), examples_table(before, after)]
+    def say_tables(self) -> None:
+        """Prints the first measurement beside the last."""
+        if self._rows:
+            before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
+            self._reporter.say(comparison_table(before, after))
+            self._reporter.say(examples_table(before, after))
 
 
 def _from_row(row: dict[str, Any]) -> Evaluation:

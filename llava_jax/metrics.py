@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from llava_jax.disk import append_rows, replace_text
+from llava_jax.trackers import Tracker
 
 PLAIN_SECONDS = 10.0
 """Without a terminal, a line of progress at most this often."""
@@ -26,13 +28,23 @@ class Reporter:
         path: metrics.jsonl; rows after `first_step` are cut off, since those steps come again.
         first_step: Steps done before.
         total_steps: Steps of the whole run.
+        trackers: What else is told of each step and measurement.
         quiet: Neither write nor show: for all processes but one.
     """
 
-    def __init__(self, path: Path, first_step: int, total_steps: int, *, quiet: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        first_step: int,
+        total_steps: int,
+        trackers: Sequence[Tracker] = (),
+        *,
+        quiet: bool = False,
+    ):
         self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
         self.is_shown = not quiet
         self._total = total_steps
+        self._trackers = trackers
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
         self._started = (self._last_time, first_step)
@@ -73,24 +85,39 @@ class Reporter:
         Args:
             row: At least step, loss, learning_rate and tokens; the seconds since the last row are
                 added.
-            device_bytes: Peak memory of a device, if it is known.
+            device_bytes: Peak memory of a device, if it is known; then it is added too.
         """
         now = time.monotonic()
         row = row | {"seconds": round(now - self._last_time, 4)}
+        row |= {"device_bytes": device_bytes} if device_bytes else {}
         self._last_time = now
         if self.is_shown:
             append_rows(self._path, [row])
+        speed = row["tokens"] / max(row["seconds"], 1e-9)
+        for tracker in self._trackers:
+            tracker.log_step(row | {"tokens_per_second": speed})
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
         loss = math.nan if row["loss"] is None else row["loss"]
-        text = (
-            f"loss {loss:.4f}  rate {row['learning_rate']:.2e}  "
-            f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s{memory}"
-        )
+        text = f"loss {loss:.4f}  rate {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=text)
         elif now - self._last_plain > PLAIN_SECONDS or row["step"] == self._total:
             self._last_plain = now
             self.console.print(f"step {row['step']}/{self._total}  {text}  {self._left(row, now)}")
+
+    def log_held_out(
+        self, row: dict[str, Any], pictures: Sequence[Sequence[Path]], text: str
+    ) -> None:
+        """Tells of a measurement on held-out data.
+
+        Args:
+            row: Its row of evaluations.jsonl.
+            pictures: Files with the images of each of its examples.
+            text: The same in a line.
+        """
+        self.say(text)
+        for tracker in self._trackers:
+            tracker.log_held_out(row, pictures)
 
     def skip_time(self) -> None:
         """Leaves out the time since the last row: it went into something other than a step."""

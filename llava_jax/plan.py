@@ -7,6 +7,7 @@ must have been prepared by `environment.prepare_for_planning` before JAX was imp
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from llava_jax.config import (
     TrainConfig,
 )
 from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
+from llava_jax.disk import replace_text
 from llava_jax.flops import matmul_flops
 from llava_jax.hf.resolve import resolve
 from llava_jax.host import is_for_host
@@ -407,6 +409,17 @@ def best(trials: Sequence[Trial]) -> Trial:
     """What `find_plan` ended with: the plan that fits, or else the closest."""
     missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)
     return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: missing(t.usage))
+
+
+def write_trial(run_dir: Path, trial: Trial | None) -> None:
+    """Writes plan.json, what a run is to take by its plan; without one, removes an older one's."""
+    file = run_dir / "plan.json"
+    if trial is None:
+        file.unlink(missing_ok=True)
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    usage = dataclasses.asdict(trial.usage) | {"reserve": trial.usage.reserve}
+    replace_text(file, json.dumps({"plan": str(trial.plan), "usage": usage}, indent=2) + "\n")
 
 
 def least_devices(usage: Usage, count: int) -> int | None:

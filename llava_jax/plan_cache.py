@@ -15,7 +15,7 @@ from llava_jax.processes import from_first, is_first, meet
 
 UNRELATED = (
     *("name", "output_dir", "seed", "steps", "epochs", "init_from", "init_adapter", "processor"),
-    *("checkpoint", "eval"),
+    *("checkpoint", "eval", "log"),
 )
 """Fields of a config that decide nothing about the memory of its train step."""
 

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Collection, Sequence
@@ -25,7 +26,7 @@ from llava_jax.config import (
     TrainConfig,
     parse_config,
 )
-from llava_jax.data.batching import Batches
+from llava_jax.data.batching import Batch, Batches
 from llava_jax.description import changes, describe, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory, prepare_for_training
@@ -40,7 +41,7 @@ from llava_jax.inputs import Inputs, find_model, open_inputs
 from llava_jax.journal import Journal
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
-from llava_jax.plan import attention_here, choose_plan, least_devices
+from llava_jax.plan import attention_here, choose_plan, least_devices, write_trial
 from llava_jax.plan_cache import measure_once
 from llava_jax.processes import (
     all_end,
@@ -52,10 +53,13 @@ from llava_jax.processes import (
     join,
     of_all,
 )
+from llava_jax.profiler import Profiler
 from llava_jax.program import Program, build_program
+from llava_jax.report import Report
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
-from llava_jax.step import Metrics, TrainState, init_state, micro_size
+from llava_jax.step import EvalResult, Metrics, TrainState, init_state, micro_size
 from llava_jax.stop import Stopped, StopRequest
+from llava_jax.trackers import Tracker, open_trackers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,9 +151,9 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
             return 0
         inputs.check_some()
         _say(inputs.summary())
-        if config.memory.plan == "auto":
-            config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
-        with jax.set_mesh(mesh):
+        config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
+        trackers = open_trackers(config, saved.latest or 0, write=is_first())
+        with jax.set_mesh(mesh), trackers as trackers:
             kind = attention_here(config, model_config)
             _say(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
@@ -173,7 +177,9 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
                 batches.restore(position)
                 if config.checkpoint.accept_changes:
                     write_description(config.run_dir, description)
-            state = _train(config, program, inputs, batches, saved, state, frozen, stop, total)
+            state = _train(
+                config, program, inputs, batches, saved, state, frozen, stop, total, trackers
+            )
             saved.wait()
             stop.raise_if_asked(f"after step {int(state.step)}")
             publish(write(state.trainable, frozen), export_dir(config))
@@ -196,6 +202,7 @@ def _train(
     frozen: Params,
     stop: StopRequest,
     total: int,
+    trackers: Sequence[Tracker],
 ) -> TrainState:
     """The loop. Metrics are read one step late, so that the device never waits for the host."""
     first = int(state.step)
@@ -203,37 +210,30 @@ def _train(
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
     asked = lambda: highest_of(lambda: stop.signal or 0)
-    held_out = HeldOut(
-        config.run_dir / "evaluations.jsonl",
-        lambda trainable, batch: program.eval_step(
-            trainable, frozen, program.place(batch, program.eval_size, to_train=False)
-        ),
-        inputs,
-        program.eval_size,
-        program.rows(program.eval_size),
-        first,
-    )
     metrics_file = config.run_dir / "metrics.jsonl"
     with (
         stop.deferred(),
         contextlib.closing(batches),
-        Reporter(metrics_file, first, total, quiet=not is_first()) as reporter,
+        Reporter(metrics_file, first, total, trackers, quiet=not is_first()) as reporter,
+        Report(config.run_dir, write=is_first()) as report,
+        Profiler(config.run_dir / "profile", config.log.profile_steps) as profiler,
     ):
         journal = Journal(config, inputs, reporter, first)
+        held_out = _held_out(config, program, inputs, frozen, reporter, first)
 
-        def measure(step: int) -> None:
-            if due(step) and (
-                result := held_out.measure(step, state.trainable, lambda: asked()() > 0)
-            ):
-                reporter.say(result)
-                reporter.skip_time()
+        def look(step: int) -> None:
+            if due(step):
+                held_out.measure(step, state.trainable, lambda: asked()() > 0)
+            report.update()
+            reporter.skip_time()
 
-        measure(first)
+        look(first)
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
             if due(step - 1) and asked()():  # a measurement was given up: it comes first, later
                 break
             stops = asked()
+            profiler.before(step, state)
             state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
             for earlier in waiting:
                 journal.log(*earlier)
@@ -242,19 +242,33 @@ def _train(
                 journal.log(*waiting.pop())
                 if not journal.nonfinite:  # else the last good one stays the last
                     saved.save(state, batches.state())
-                reporter.skip_time()
+                look(step)
             saved.check()
-            measure(step)
             if stops():
                 break
         for earlier in waiting:
             journal.log(*earlier)
         saved.save(state, batches.state())
         if int(state.step) == total:
-            for table in held_out.tables():
-                reporter.say(table)
+            held_out.say_tables()
         stop.signal = asked()() or None  # whichever process it came to
     return state
+
+
+def _held_out(
+    config: TrainConfig,
+    program: Program,
+    inputs: Inputs,
+    frozen: Params,
+    reporter: Reporter,
+    first: int,
+) -> HeldOut:
+    def eval_step(trainable: Params, batch: Batch) -> EvalResult:
+        placed = program.place(batch, program.eval_size, to_train=False)
+        return program.eval_step(trainable, frozen, placed)
+
+    size = program.eval_size
+    return HeldOut(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)
 
 
 def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
@@ -285,11 +299,15 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None
 def _choose_plan(
     config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
 ) -> TrainConfig:
-    """The cheapest plan that fits the attached devices, before a weight is loaded.
+    """The cheapest plan that fits the attached devices, if asked for, before a weight is loaded.
 
     Raises:
         ConfigError: None fits; names the closest.
     """
+    if is_first():
+        write_trial(config.run_dir, None)
+    if config.memory.plan == "manual":
+        return config
     capacity = min(of_all(_device_memory(config)))
     if not capacity:  # a CPU without a declared limit
         return config
@@ -311,6 +329,8 @@ def _choose_plan(
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, data.max_length or lora.rank"
         )
+    if is_first():
+        write_trial(config.run_dir, chosen)
     return chosen.plan.apply(config)
 
 
@@ -339,7 +359,10 @@ def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str,
     rows = config.run_dir / "metrics.jsonl"
     if saved.latest == 0 and not (rows.exists() and rows.stat().st_size):
         saved.clear()
-        (config.run_dir / "evaluations.jsonl").unlink(missing_ok=True)
+        for name in ("evaluations.jsonl", "wandb.json"):
+            (config.run_dir / name).unlink(missing_ok=True)
+        for name in ("examples", "tensorboard"):
+            shutil.rmtree(config.run_dir / name, ignore_errors=True)
         return
     differences = f"{config.run_dir} holds a run with another recipe\n" + "\n".join(found)
     if not config.checkpoint.accept_changes:
