@@ -539,7 +539,7 @@ def _check(config: Any, prefix: str) -> None:
                 raise ConfigError(f"{path} = {value!r}: it must be at least {least}")
         if isinstance(value, LoraConfig) and not 0 <= value.dropout < 1:
             raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
-        if path == "log.profile_steps" and value is not None and not 1 <= value[0] <= value[1]:
+        if name == "profile_steps" and isinstance(value, tuple) and not 1 <= value[0] <= value[1]:
             raise ConfigError(
                 f"{path} = {value}: it must be a first step, 1 or more, and a last, not before it"
             )

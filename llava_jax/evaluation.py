@@ -33,7 +33,7 @@ class Example:
     """One held-out question as the model answered it.
 
     Attributes:
-        index: Number of its record; None in measurements of older versions, as is what follows.
+        index: Number of its record.
         images: How many the record has.
         right: Whether greedy decoding gives the answer to the letter.
     """
@@ -41,9 +41,9 @@ class Example:
     question: str
     expected: str
     given: str
-    index: int | None = None
-    images: int | None = None
-    right: bool | None = None
+    index: int = -1  # measurements of older versions lack these
+    images: int = 0
+    right: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +165,8 @@ class HeldOut:
         self._path, self._pictures = run_dir / "evaluations.jsonl", run_dir / "examples"
         self._eval_step, self._inputs, self._reporter = eval_step, inputs, reporter
         self._batch_size, self._batch_rows = batch_size, rows
-        keep = inputs.eval_records and keep_rows(self._path, first_step, write=is_first())
-        self._rows = keep or []
+        keep = lambda: keep_rows(self._path, first_step, write=is_first())
+        self._rows = keep() if inputs.eval_records else []
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
@@ -212,9 +212,10 @@ class HeldOut:
             self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
 
     def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
-        for index in (example.index for example in examples):
+        indices = [example.index for example in examples]
+        for index in indices:
             keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
-        return [find_pictures(self._pictures, example.index) for example in examples]
+        return [find_pictures(self._pictures, index) for index in indices]
 
     def _left_out(self, skipped: list[int]) -> str:
         if not skipped:

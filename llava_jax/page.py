@@ -4,7 +4,6 @@ import base64
 import datetime
 import html
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from llava_jax.svg import line_chart, number, thin
 MOST_EXAMPLES = 48
 MOST_ROWS = 50
 """Rows of the tables of samples; all are in the run's files."""
+NBSP = "\u00a0"
 RECENT = 10
 """Steps whose mean stands for the end of a run."""
 
@@ -102,7 +102,7 @@ def headline(run: RunFiles) -> Html:
             ("Held-out loss", _maybe(last["loss"]), then(_maybe(first["loss"]))),
         ]
     if recent := np.isfinite(c["loss"][-RECENT:]).sum():
-        loss = number(np.nanmean(c["loss"][-RECENT:]))
+        loss = number(float(np.nanmean(c["loss"][-RECENT:])))
         tiles.append(("Training loss", loss, f"mean of the last {recent} steps"))
     if len(speed := _speed(run)[np.isfinite(_speed(run))]):
         tokens = f"median; {_amount(np.nansum(c['tokens']))} tokens in all"
@@ -160,6 +160,7 @@ def _chart(
         facts += [f"highest {show(most)} (step {highest:,})"]
     if len(series.marked):
         facts.append(f"▲ {len(series.marked):,} not finite")
+    facts = [fact.replace(" ", NBSP) for fact in facts]
     if len(steps) > len(series.steps):
         facts.append(f"means of {len(steps) // len(series.steps):,} steps, and their range")
     last = max(run.step, int(steps[-1]))
@@ -177,7 +178,7 @@ def held_out(run: RunFiles) -> Html:
     rows = [before] if before is after else [before, after]
     parts = [_categories(rows)]
     if skipped := len(after.get("skipped", [])):
-        parts.append(tag("p", f"{skipped:,} held-out samples cannot be used and are left out."))
+        parts.append(tag("p", f"{_times(skipped, 'held-out sample')} cannot be used."))
     given = [{_key(e): e for e in row["examples"]} for row in rows]
     shared = [e for e in rows[-1]["examples"] if all(_key(e) in g for g in given)]
     folder = run.directory / "examples"
@@ -229,7 +230,7 @@ def _card(example: dict[str, Any], given: list[tuple[str, dict[str, Any]]], fold
     if not pictures:
         missing = "no picture in this question" if count == 0 else "its picture cannot be read"
         pictures = [tag("p.nothing", "picture not kept" if count is None else missing)]
-    if (count or 0) > MOST:
+    if count is not None and count > MOST:
         pictures.append(tag("p.note", f"and {count - MOST} more"))
     lines = [("Expected", Html(""), example["expected"], None)]
     for when, answer in given:
@@ -256,10 +257,10 @@ def memory(run: RunFiles) -> Html:
         measured = f"Measured peak of the first device: {_bytes(run.device_bytes)}."
     else:
         kinds = ", ".join(sorted(set(run.described["devices"])))
-        measured = f"The peak is not measured: devices of kind {kinds} do not tell it."
+        measured = f"Peak not measured: devices of the kind {kinds} do not tell what is in use."
     bars, table = [], Html("")
     if run.plan is None:
-        planned = "No plan was made: memory.plan is manual, or the device's memory is not known."
+        planned = _given_plan(run.config)
     else:
         planned, usage = f"Plan: {run.plan['plan']}.", run.plan["usage"]
         scale = max(usage["capacity"], usage["total"], run.device_bytes or 0)
@@ -272,6 +273,17 @@ def memory(run: RunFiles) -> Html:
             bars.append(_bar("Host, planned", parts, max(host, usage["host_capacity"] or 0), host))
         table = _terms(usage)
     return _join([tag("p", f"{planned} {measured}"), tag("div.bars", *bars), table])
+
+
+def _given_plan(config: dict[str, Any]) -> str:
+    given = config["memory"]
+    if given["plan"] == "auto":
+        return (
+            "No plan was made: the device does not tell its memory (memory.limit_gib declares it)."
+        )
+    on = [name.replace("_", " ") for name, value in given.items() if value is True]
+    parts = [f"micro-batch {config['batch']['micro_size']}", f"remat {given['remat']}", *on]
+    return f"Plan as the config gives it (memory.plan manual): {', '.join(parts)}."
 
 
 def _bar(name: str, parts: list[int], scale: int, total: int, reserve: int = 0) -> Html:
@@ -367,14 +379,15 @@ def _fields(config: dict[str, Any]) -> Html:
             group = tag("details", tag("summary", name), _fields(value), open="")
             lines.append(tag("tr", tag("td.group", group, colspan=2)))
         else:
-            lines.append(tag("tr", tag("th", name, scope="row"), tag("td", _value(value))))
+            broken = Html(html.escape(name).replace("_", "_<wbr>"))
+            lines.append(tag("tr", tag("th", broken, scope="row"), tag("td", _value(value))))
     return _table([], lines, kind="fields")
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value) or "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def software(run: RunFiles) -> Html:
@@ -417,33 +430,33 @@ def _speed(run: RunFiles) -> np.ndarray:
     return run.columns["tokens"] / np.where(seconds > 0, seconds, np.nan)
 
 
-def _share(value: float) -> str:
+def _share(value: float | int) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _maybe(value: float | None) -> str:
+def _maybe(value: float | int | None) -> str:
     return "not finite" if value is None else number(value)
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | int) -> str:
     return f"{100 * min(max(share, 0), 1):.2f}%"
 
 
-def _amount(count: float) -> str:
+def _amount(count: float | int) -> str:
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {name}"
     return f"{count:,.0f}"
 
 
-def _bytes(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+def _bytes(size: float | int) -> str:
+    return f"{size / GIB:.2f}{NBSP}GiB" if size >= GIB else f"{size / 2**20:.1f}{NBSP}MiB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | int) -> str:
     if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = math.floor(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds - 60 * minutes:.0f} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
+        return f"{seconds:.1f}{NBSP}s"
+    hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
+    if not hours:
+        return f"{minutes}{NBSP}min {int(seconds) % 60}{NBSP}s"
+    return f"{hours:,}{NBSP}h" + (f" {minutes}{NBSP}min" if hours < 100 else "")

@@ -44,7 +44,7 @@ figure { min-width: 0; }
 figure h3 { margin: 0 0 6px; }
 figure .nothing { padding: 26px 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .axis { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round;
@@ -62,14 +62,16 @@ td { overflow-wrap: anywhere; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .total td { font-weight: 600; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr));
-  gap: 18px; margin-top: 12px; }
+  gap: 18px; margin-top: 12px; align-items: start; }
 article { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   overflow: hidden; min-width: 0; }
-.pictures { display: flex; flex-wrap: wrap; gap: 2px; min-height: 120px; background: var(--rule); }
+.pictures { display: flex; flex-wrap: wrap; gap: 2px; min-height: 120px; background: var(--paper);
+  border-bottom: 1px solid var(--rule); }
 .pictures img { flex: 1 1 40%; min-width: 0; height: 170px; object-fit: contain; }
+.pictures img:not(:only-child) { height: 120px; }
 .pictures p { margin: auto; padding: 8px; }
 .question { padding: 12px 14px 0; margin: 0 0 8px; font-weight: 600; overflow-wrap: anywhere;
-  white-space: pre-line; }
+  white-space: pre-line; max-height: 15em; overflow-y: auto; }
 article dl { padding: 0 14px 14px; }
 article dl div { padding-top: 6px; margin-top: 6px; border-top: 1px solid var(--rule); }
 article dt { font-size: 13px; color: var(--soft); display: flex; justify-content: space-between;
@@ -92,17 +94,19 @@ article b { font-weight: 600; white-space: nowrap; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }
 details { margin-top: 6px; }
 summary { cursor: pointer; font-weight: 500; padding: 3px 0; }
-.fields { margin-left: 4px; }
-.fields .fields { margin-left: 14px; }
+.fields { width: 100%; }
 .fields .fields tr:last-child > * { border-bottom: 0; }
-.fields th { width: 1%; white-space: nowrap; }
+.fields th { width: 260px; overflow-wrap: anywhere; }
+.fields details > .table { margin: 0 0 0 14px; }
 @media (max-width: 560px) {
   main { padding: 24px 16px 48px; }
   h1 { font-size: 25px; }
   .tiles { grid-template-columns: 1fr 1fr; gap: 18px 16px; }
   .tiles dd { font-size: 21px; }
-  th, td { padding-right: 14px; }
-  .fields th { white-space: normal; }
+  th, td { padding-right: 12px; }
+  th:last-child, td:last-child { padding-right: 0; }
+  th.n { white-space: normal; }
+  .fields th { width: 48%; }
 }
 @media print {
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

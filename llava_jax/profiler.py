@@ -17,7 +17,7 @@ class Profiler:
 
     def __init__(self, directory: Path, window: tuple[int, int] | None):
         self._directory, self._window = directory, window
-        self._runs = False
+        self.is_tracing = False
 
     def __enter__(self) -> "Profiler":
         return self
@@ -28,7 +28,7 @@ class Profiler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._runs:
+        if self.is_tracing:
             jax.profiler.stop_trace()
 
     def before(self, step: int, state: Any) -> None:
@@ -42,8 +42,8 @@ class Profiler:
         if step == first:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
-            self._runs = True
-        elif self._runs and step == last + 1:
+            self.is_tracing = True
+        elif self.is_tracing and step == last + 1:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            self._runs = False
+            self.is_tracing = False

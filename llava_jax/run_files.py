@@ -85,12 +85,14 @@ class RunReader:
             described,
             {name: np.array(column) for name, column in self._columns.items()},
             self._latest.get("device_bytes"),
-            *(self._rows(name) for name in ("evaluations", "skipped", "nonfinite")),
+            self._rows("evaluations"),
+            self._rows("skipped"),
+            self._rows("nonfinite"),
             json.loads(plan.read_text()) if plan.exists() else None,
         )
 
     def _read_metrics(self) -> None:
-        """Goes on where it ended: a long run's file takes a third of a second."""
+        """Goes on where it ended: 100,000 rows take half a second."""
         file = self._directory / "metrics.jsonl"
         if not file.exists():
             return

@@ -9,7 +9,7 @@ MOST_POINTS = 300
 """Points of a line; longer ones show means of consecutive values, in a band from least to most."""
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 42, 16, 20, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 24
 MARKS = 200
 """Most steps that are marked."""
 
@@ -58,7 +58,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
     return Series(middle, mean * nothing, low * nothing, high * nothing, marked)
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """A value in four digits, as people write it."""
     if not math.isfinite(value):
         return "not finite"
@@ -72,7 +72,7 @@ def number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')} × {_power(int(exponent))}"
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float | int, high: float | int, most: int) -> list[float]:
     """Round numbers at equal distances, the first at most `low`, the last at least `high`."""
     step = _round_up((high - low) / most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -101,7 +101,7 @@ def line_chart(
     labels, unit = _level_labels(levels, percent=percent)
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(level) + 3.5:.1f}" text-anchor="end">{label}</text>'
+        f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{label}</text>'
         for level, label in zip(levels, labels, strict=True)
     ]
     parts += [

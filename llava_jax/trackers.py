@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import json
+import textwrap
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llava_jax.config import ConfigError, TrainConfig, to_json
 from llava_jax.disk import replace_text
@@ -17,6 +18,7 @@ STEP_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 HELD_OUT_SCALARS = ("loss", "accuracy")
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Is told what a run finds."""
 
@@ -60,6 +62,10 @@ def _scalars(row: dict[str, Any], group: str, names: Sequence[str]) -> dict[str,
     return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
 
 
+def _caption(example: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {example[name]}" for name in ("question", "expected", "given"))
+
+
 @contextmanager
 def open_tensorboard(directory: Path, first_step: int) -> Iterator["TensorBoard"]:
     """Begins an event file. TensorBoard forgets what older ones say of steps that come again."""
@@ -83,9 +89,11 @@ class TensorBoard:
     def __init__(self, writer: Any, first_step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        self._event, self._session = event_pb2.Event, event_pb2.SessionLog
-        self._summary, self._writer = summary_pb2.Summary, writer
-        again = self._session(status=self._session.START)
+        self._event: Any = vars(event_pb2)["Event"]  # made when it is imported, unknown before
+        self._summary: Any = vars(summary_pb2)["Summary"]
+        self._writer = writer
+        session: Any = vars(event_pb2)["SessionLog"]
+        again = session(status=session.START)
         self._writer.add_event(
             self._event(wall_time=time.time(), step=first_step + 1, session_log=again)
         )
@@ -130,9 +138,7 @@ class TensorBoard:
         from tensorboard.plugins.text.metadata import create_summary_metadata
         from tensorboard.util.tensor_util import make_tensor_proto
 
-        # As code, so that nothing in a question is markup.
-        lines = [f"    {name:9}{example[name]}" for name in ("question", "expected", "given")]
-        text = "\n".join(line.replace("\n", "\n" + " " * 13) for line in lines)
+        text = textwrap.indent(_caption(example), " " * 4)  # as code: nothing in it is markup
         metadata = create_summary_metadata(display_name=tag, description="")
         return self._summary.Value(tag=tag, tensor=make_tensor_proto(text), metadata=metadata)
 
@@ -194,14 +200,18 @@ class Wandb:
         self._log("train", row["step"], _scalars(row, "train", STEP_SCALARS))
 
     def log_held_out(self, row: dict[str, Any], pictures: Sequence[Sequence[Path]]) -> None:
-        """Sends scalars, and a table of the examples."""
-        names = ("question", "expected", "given")
-        table = self._wandb.Table(["images", *names])
-        for example, files in zip(row["examples"], pictures, strict=True):
-            images = [self._wandb.Image(str(file)) for file in files]
-            table.add_data(images, *(example[name] for name in names))
-        scalars = _scalars(row, "held_out", HELD_OUT_SCALARS)
-        self._log("held_out", row["step"], scalars | {"held_out/examples": table})
+        """Sends scalars, and the images of the examples with their texts.
+
+        Not as a table, of which images are kept outside of the run's directory.
+        """
+        values: dict[str, Any] = dict(_scalars(row, "held_out", HELD_OUT_SCALARS))
+        images = [
+            self._wandb.Image(str(file), caption=_caption(example))
+            for example, files in zip(row["examples"], pictures, strict=True)
+            for file in files
+        ]
+        values |= {"held_out/examples": images} if images else {}
+        self._log("held_out", row["step"], values)
 
     def _log(self, group: str, step: int, values: dict[str, Any]) -> None:
         if step > self._known[group]:

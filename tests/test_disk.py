@@ -13,13 +13,13 @@ def test_a_description_is_replaced_whole_or_not_at_all(
 ):
     write_description(tmp_path, {"config": {}})
     before = (tmp_path / "config.json").read_text()
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def write_half(path: Path, text: str) -> None:
-        write(path, text[: len(text) // 2])
+    def write_half(path: Path, data: bytes) -> None:
+        write(path, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OSError, match=r"No space left.*config\.json"):
         write_description(tmp_path, {"config": {"seed": 1}})
     assert (tmp_path / "config.json").read_text() == before

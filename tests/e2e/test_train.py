@@ -61,6 +61,12 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path):
     evaluations = (undisturbed / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in evaluations] == [0, 4]
     assert json.loads(evaluations[0])["skipped"] == [9]
+    report = (undisturbed / "report.html").read_text()
+    assert "<strong>4 of 4 steps</strong>" in report
+    assert report.count("<svg") == 6
+    assert report.count("data:image/jpeg;base64,") >= 3
+    assert "1 sample cannot be used" in report.replace("\u00a0", " ")
+    assert "✓ right" in report or "✗ wrong" in report
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"2", "4"}
 
 
@@ -197,6 +203,9 @@ def test_a_planned_run_learns_the_same_and_need_not_be_planned_twice(
         runs.append(directory)
         monkeypatch.setattr(plan_cache, "measure_here", None)  # the figures are known by now
     assert_same_run(*runs)
+    for run in runs:
+        assert json.loads((run / "plan.json").read_text())["usage"]["total"] > 0
+        assert "Device, planned" in (run / "report.html").read_text()
     losses = [[row["loss"] for row in metrics(directory)] for directory in (*runs, undisturbed)]
     np.testing.assert_allclose(losses[1], losses[2], rtol=1e-6)
     assert len(list((runs[0].parent / ".plans").glob("*.json"))) == 1

@@ -1,0 +1,87 @@
+"""Charts: what is drawn of long and of broken series, and round numbers on their axes."""
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from llava_jax.svg import MOST_POINTS, line_chart, number, thin, ticks
+
+
+def draw(values: list[float], **options: bool) -> tuple[str, ElementTree.Element]:
+    steps = np.arange(1.0, len(values) + 1)
+    text = line_chart(thin(steps, np.array(values)), "Loss", last_step=len(values), **options)
+    return text, ElementTree.fromstring(text)
+
+
+def drawn(svg: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
+    return [element for element in svg if element.get("class") == kind]
+
+
+def test_a_short_series_is_drawn_as_it_is():
+    _, svg = draw([3.0, 2.0, 1.0])
+    (line,) = drawn(svg, "line")
+    assert len(line.get("d", "").split()) == 6
+    assert not drawn(svg, "band")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_breaks_the_line_and_is_marked(bad: float):
+    text, svg = draw([1.0, 2.0, bad, 2.0, 1.0])
+    assert len(drawn(svg, "line")) == 2
+    assert len(drawn(svg, "mark")) == 1
+    assert "nan" not in text
+    assert "inf" not in text
+
+
+@pytest.mark.parametrize(
+    "values", [[], [np.nan], [0.0], [7.0], [-2.0, -2.0], [1e-9, 1e12], [1e-300]]
+)
+def test_any_values_can_be_drawn(values: list[float]):
+    for options in ({}, {"from_zero": False}):
+        text, _ = draw(values, **options)
+        assert "nan" not in text
+
+
+def test_a_long_series_is_thinned_to_means_and_ranges():
+    steps, values = np.arange(1.0, 100_001), np.tile([0.0, 4.0], 50_000)
+    values[:1000] = np.nan
+    values[50_000] = 9.0
+    series = thin(steps, values)
+    assert len(series.steps) == MOST_POINTS
+    assert np.isnan(series.mean[0])
+    np.testing.assert_allclose(series.mean[-100:], 2.0, atol=0.01)
+    assert np.nanmin(series.low) == 0.0
+    assert np.nanmax(series.high) == 9.0
+    assert len(series.marked) == 1000
+    text = line_chart(series, "Loss", last_step=100_000)
+    assert 'class="band"' in text
+    assert len(text) < 50_000
+
+
+def test_one_value_far_beyond_the_others_does_not_flatten_them():
+    values = [1.0 + 0.1 * (n % 3) for n in range(500)]
+    values[250] = 1e6
+    text, _ = draw(values)
+    assert ">2.0</text>" in text or ">1.5</text>" in text
+    assert "thousands" not in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (0, 60, [0, 20, 40, 60]),
+        (0, 100_000, range(0, 100_001, 25_000)),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]):
+    assert ticks(low, high, 4) == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1.23456, "1.235"), (12345.6, "12,346"), (2e-5, "2 × 10⁻⁵"), (1e30, "1 × 10³⁰")],
+)
+def test_numbers_as_people_write_them(value: float, text: str):
+    assert number(value) == text
