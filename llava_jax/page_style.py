@@ -57,6 +57,7 @@ table { border-collapse: collapse; font-size: 14px; }
 caption { text-align: left; font-size: 13px; color: var(--soft); padding-bottom: 6px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 24px 5px 0;
   border-bottom: 1px solid var(--rule); }
+th:last-child, td:last-child { padding-right: 0; }
 th { font-weight: 500; color: var(--soft); }
 td { overflow-wrap: anywhere; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -104,7 +105,6 @@ summary { cursor: pointer; font-weight: 500; padding: 3px 0; }
   .tiles { grid-template-columns: 1fr 1fr; gap: 18px 16px; }
   .tiles dd { font-size: 21px; }
   th, td { padding-right: 12px; }
-  th:last-child, td:last-child { padding-right: 0; }
   th.n { white-space: normal; }
   .fields th { width: 48%; }
 }

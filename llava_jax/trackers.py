@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from llava_jax.config import ConfigError, TrainConfig, to_json
+from llava_jax.config import ConfigError, LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
 
 GROUPS = ("train", "held_out")
@@ -29,6 +29,20 @@ class Tracker(Protocol):
         """Takes a row of evaluations.jsonl, and the files with the images of each example."""
 
 
+def check_packages(log: LogConfig) -> None:
+    """Looks for what `open_trackers` will need.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    wanted = {"tensorboard": log.tensorboard, "wandb": log.wandb is not None}
+    for package in (name for name, asked in wanted.items() if asked):
+        try:
+            importlib.metadata.version(package)  # a folder here may be called so too
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(f"log.{package} needs {package}: pip install -e '.[log]'") from None
+
+
 @contextmanager
 def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Iterator[list[Tracker]]:
     """Opens what `config.log` asks for, until the run ends.
@@ -36,23 +50,17 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
     Args:
         config: The run.
         first_step: Steps done before; what was told of later ones is replaced.
-        write: Whether this process is the one that tells; others only look for the packages.
+        write: Whether this process is the one that tells.
 
     Raises:
-        ConfigError: A package is missing, or Weights & Biases does not answer.
+        ConfigError: Weights & Biases does not answer.
     """
-    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
-    for package in (name for name, asked in wanted.items() if asked):
-        try:
-            importlib.metadata.version(package)  # a folder here may be called so too
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(f"log.{package} needs {package}: pip install -e '.[log]'") from None
     with ExitStack() as stack:
         trackers: list[Tracker] = []
-        if write and wanted["tensorboard"]:
+        if write and config.log.tensorboard:
             directory = config.run_dir / "tensorboard"
             trackers.append(stack.enter_context(open_tensorboard(directory, first_step)))
-        if write and wanted["wandb"]:
+        if write and config.log.wandb is not None:
             trackers.append(stack.enter_context(open_wandb(config)))
         yield trackers
 

@@ -59,7 +59,7 @@ from llava_jax.report import Report
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import EvalResult, Metrics, TrainState, init_state, micro_size
 from llava_jax.stop import Stopped, StopRequest
-from llava_jax.trackers import Tracker, open_trackers
+from llava_jax.trackers import Tracker, check_packages, open_trackers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +131,7 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(config.output_dir).absolute() / ".compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    check_packages(config.log)
     config, found = _follow_adapter(config)
     source = found.base if found else None
     base = None if source is None else fingerprint(source)

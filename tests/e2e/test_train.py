@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import assert_same_run, metrics, write_config
 from transformers import LlavaForConditionalGeneration
 
@@ -270,12 +271,18 @@ def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(
 
     monkeypatch.setattr(Checkpoints, "save", save_whole)
     monkeypatch.setattr(Reporter, "log", log_and_die)
+    watched = ["--log.tensorboard", "--log.profile-steps", "2", "3"]
     with pytest.raises(Killed):
-        start("killed")
+        start("killed", *watched)
     monkeypatch.undo()
-    status, directory = start("killed")
+    status, directory = start("killed", *watched)
     assert status == 0
     assert_same_run(directory, undisturbed)
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("held_out/loss")] == [0, 4]
+    assert list((directory / "profile").rglob("*.xplane.pb"))
 
 
 def test_data_without_any_image_trains(start, tmp_path: Path):
