@@ -167,6 +167,7 @@ class HeldOut:
         self._batch_size, self._batch_rows = batch_size, rows
         keep = lambda: keep_rows(self._path, first_step, write=is_first())
         self._rows = keep() if inputs.eval_records else []
+        self._kept: set[int] = set()
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
@@ -212,10 +213,10 @@ class HeldOut:
             self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
 
     def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
-        indices = [example.index for example in examples]
-        for index in indices:
+        for index in {example.index for example in examples} - self._kept:
             keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
-        return [find_pictures(self._pictures, index) for index in indices]
+            self._kept.add(index)
+        return [find_pictures(self._pictures, example.index) for example in examples]
 
     def _left_out(self, skipped: list[int]) -> str:
         if not skipped:

@@ -196,8 +196,8 @@ def held_out(run: RunFiles) -> Html:
 
 
 def _key(example: dict[str, Any]) -> Any:
-    index = example.get("index")  # None in runs of older versions
-    return (example["question"], example["expected"]) if index is None else index
+    """Tells an example from others, also if the data changed while the run was stopped."""
+    return example.get("index"), example["question"], example["expected"]
 
 
 def _categories(rows: Sequence[dict[str, Any]]) -> Html:

@@ -18,7 +18,7 @@ MOST = 4
 
 
 def keep_pictures(directory: Path, index: int, images: Sequence[str | bytes]) -> None:
-    """Writes the copies of one record's images, unless they are there.
+    """Writes the copies of one record's images.
 
     Args:
         directory: Made when needed.
@@ -27,11 +27,10 @@ def keep_pictures(directory: Path, index: int, images: Sequence[str | bytes]) ->
     """
     for number, image in enumerate(images[:MOST]):
         file = directory / f"{index}-{number}.jpg"
-        if file.exists():
-            continue
         try:
             copy = open_image(image)
         except SampleError:
+            file.unlink(missing_ok=True)  # the data may have changed since it was written
             continue
         directory.mkdir(parents=True, exist_ok=True)
         copy.thumbnail((LONGEST_EDGE, LONGEST_EDGE), Image.Resampling.LANCZOS)

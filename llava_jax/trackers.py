@@ -174,16 +174,14 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
             resume="allow",
             dir=config.run_dir,
             config=to_json(config),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.Error as error:
         raise ConfigError(
             f"log.wandb {config.log.wandb}: {error}; see `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    try:
+    with run:  # tells how it ended
         yield Wandb(wandb, run)
-    finally:
-        run.finish()
 
 
 class Wandb:

@@ -160,8 +160,11 @@ def test_a_reader_goes_on_where_it_ended(run: Path):
 
 def test_runs_without_held_out_data_or_of_older_versions(run: Path):
     old = {"question": "what?", "expected": "yes", "given": "no"}
-    write_rows(run / "evaluations.jsonl", [evaluation(2, [old]), evaluation(3, [old])])
+    other = old | {"question": "why?"}  # the data changed while the run was stopped
+    rows = [evaluation(2, [old, old | {"question": "who?"}]), evaluation(3, [old, other])]
+    write_rows(run / "evaluations.jsonl", rows)
     page = read(run)
+    assert page.count("article") == 1
     assert "picture not kept" in page.text
     assert "After 2 steps" in page.text
     (run / "evaluations.jsonl").unlink()
@@ -193,6 +196,9 @@ def test_pictures_are_small_copies_and_broken_images_have_none(tmp_path: Path):
     keep_pictures(folder, 7, images)
     assert [file.name for file in find_pictures(folder, 7)] == ["7-0.jpg", "7-3.jpg"]
     assert len(images) > MOST
+    keep_pictures(folder, 7, [str(tmp_path / "b.png"), *images[1:]])
+    assert [file.name for file in find_pictures(folder, 7)] == ["7-3.jpg"]
+    keep_pictures(folder, 7, images)
     with Image.open(folder / "7-0.jpg") as copy:
         assert copy.size == (320, 3)
         assert copy.getpixel((0, 0)) == (255, 255, 255)
