@@ -9,7 +9,7 @@ MOST_POINTS = 300
 """Points of a line; longer ones show means of consecutive values, in a band from least to most."""
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
 MARKS = 200
 """Most steps that are marked."""
 
@@ -105,7 +105,7 @@ def line_chart(
         for level, label in zip(levels, labels, strict=True)
     ]
     parts += [
-        f'<text x="{x(step):.1f}" y="{bottom + 15}" text-anchor="middle">{_count(step)}</text>'
+        f'<text x="{x(step):.1f}" y="{bottom + 19}" text-anchor="middle">{_count(step)}</text>'
         for step in steps
     ]
     parts += [f'<text x="{LEFT}" y="10">{unit}</text>'] if unit else []
