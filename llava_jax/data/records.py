@@ -69,7 +69,7 @@ def read_record(raw: Any, number: int, image_root: str, *, follow_links: bool = 
     name = raw.get("id")
     return Record(
         id=str(number if name is None else name),
-        images=tuple(_locate(image, image_root, follow_links) for image in images),
+        images=tuple(locate_image(image, image_root, follow_links) for image in images),
         turns=tuple(turns),
         category=raw.get("category"),
     )
@@ -208,7 +208,17 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _locate(image: Any, root: str, follow_links: bool) -> str | bytes:
+def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
+    """The path of an image below a folder, or what is in its file.
+
+    Args:
+        image: A path, its bytes, or {"bytes", "path"} of which one may be None.
+        root: The folder.
+        follow_links: Whether links may lead out of it.
+
+    Raises:
+        SampleError: It is none of these, or its path leads out of the folder.
+    """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):

@@ -1,0 +1,108 @@
+"""Answers as scorers read them: VQA's normal form, yes or no, letters, numbers.
+
+Each rule is a published scorer's, oddities included, for scores are compared only if they are made
+alike. tests/parity holds them to the originals.
+"""
+
+import re
+from collections.abc import Collection
+
+ARTICLES = ("a", "an", "the")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # the original passes the flag re.UNICODE, of that value, as the count
+
+# The VQA challenge's list of contractions: these have one apostrophe, and may come without it ...
+_ONCE = (
+    "'twas ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd "
+    "he's how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't "
+    "not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd "
+    "someone'll someone's something'd something'll that's there'd there're there's they'd they'll "
+    "they're they've wasn't we've weren't what'll what're what's what've when's where'd where's "
+    "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
+    "you'll you're you've"
+)
+# ... these have two, of which either may be missing ...
+_TWICE = (
+    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've "
+    "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll "
+    "you'd've"
+)
+# ... and these follow no rule.
+_ODD = {
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "somebody'd": "somebodyd",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+def _without_apostrophe(word: str) -> list[str]:
+    places = [place for place, letter in enumerate(word) if letter == "'"]
+    return [word[:place] + word[place + 1 :] for place in places]
+
+
+_CONTRACTIONS = _ODD | {
+    short: word for word in (_ONCE + " " + _TWICE).split() for short in _without_apostrophe(word)
+}
+
+
+def normalise(text: str) -> str:
+    """Brings an answer into the form in which VQA's scorers compare answers.
+
+    Lower case, without articles and most punctuation, small numbers as digits, contractions with
+    their apostrophes. It is the processor of EvalAI as M4C has it, and LLaVA for TextVQA and VQAv2.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = _strip_punctuation(text.strip().replace("\n", " ").replace("\t", " ").strip())
+    words = [_DIGITS.get(word, word) for word in text.split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _strip_punctuation(text: str) -> str:
+    stripped = text
+    for mark in _PUNCTUATION:
+        at_a_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if at_a_space else " ")
+    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+
+
+def says_yes(text: str) -> bool:
+    """Reads an answer as POPE's scorer does: yes, unless its first sentence has a "no" or "not"."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def mme_label(text: str) -> str:
+    """Reads an answer as MME's scorer does, by its first four characters: yes, no or other."""
+    start = text.lower()[:4]
+    return next((label for label in ("yes", "no") if label in start), "other")
+
+
+def science_letter(text: str, letters: Collection[str]) -> str | None:
+    """Reads an option's letter as LLaVA's scorer of ScienceQA does; None where it finds none."""
+    if text in letters:
+        return text
+    if text[:1] in letters and text[1:3] == ". ":
+        return text[0]
+    said = re.findall(r"The answer is ([A-Z]).", text)
+    return said[0] if len(said) == 1 else None
+
+
+def first_letter(text: str, letters: Collection[str]) -> str | None:
+    """The option's letter that an answer begins with: "B", "(B)", "B.", "B: a dog"."""
+    found = re.match(r"\(?([A-Z])(?:\W|$)", text.strip())
+    return found[1] if found and found[1] in letters else None
+
+
+def to_number(text: str) -> float | None:
+    """Reads a number, or a percentage as its share; None where it is neither."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
