@@ -1,7 +1,7 @@
 """Answers to conversations, from any checkpoint: text as it comes, of several at a time."""
 
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import MeshConfig, Quantisation, parse_source
+from llava_jax.data.conversation import SampleError
 from llava_jax.description import quantisation_of
 from llava_jax.generation import Engine, Request
 from llava_jax.hf.processor import has_processor
@@ -226,8 +227,16 @@ class Assistant:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        refused: Callable[[int, SampleError], None] | None = None,
     ) -> Iterator[tuple[int, Reply]]:
         """Answers many prompts, taking the next when one is over. As `begin`.
+
+        Args:
+            prompts: Conversations; one is taken when there is a place for it.
+            max_new_tokens: Most tokens of an answer.
+            sampling: How tokens are chosen.
+            stop: Texts that end an answer.
+            refused: Told of each prompt that cannot be used; None lets it end all.
 
         Yields:
             The number of a prompt, and its answer, in the order in which they end.
@@ -236,9 +245,15 @@ class Assistant:
         numbers: dict[Answer, int] = {}
         while True:
             while self.free and (new := next(waiting, None)) is not None:
-                answer = self.begin(
-                    new[1], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-                )
+                try:
+                    answer = self.begin(
+                        new[1], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+                    )
+                except SampleError as error:
+                    if refused is None:
+                        raise
+                    refused(new[0], error)
+                    continue
                 numbers[answer] = new[0]
                 self.add(answer)
             over = [answer for answer in numbers if answer.ending]
