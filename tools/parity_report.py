@@ -18,7 +18,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "parity.md"
-GROUPS = ("checkpoints", "adapters", "tokens and pixels", "quantisation", "training", "sizes")
+GROUPS = (
+    *("checkpoints", "adapters", "tokens and pixels", "quantisation", "training"),
+    *("benchmarks", "sizes"),
+)
 PACKAGES = ("llava_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
 COLUMNS = ("what", "case", "against", "measured", "largest", "limit")
 

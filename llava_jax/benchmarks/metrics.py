@@ -93,11 +93,11 @@ def count_yes_no(answered: Iterable[Answered]) -> Confusion:
     )
 
 
-def mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[int | float]) -> float:
     """The mean; 0 of nothing."""
     values = list(values)
     return _share(sum(values), len(values))
 
 
-def _share(part: float, whole: float) -> float:
+def _share(part: int | float, whole: int | float) -> float:
     return part / whole if whole else 0.0

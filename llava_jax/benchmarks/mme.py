@@ -104,8 +104,13 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
     lines = defaultdict(list)
     for question, text in answered:
         image = str(question.id).rsplit("/", 1)[-1]
-        row = (image, question.extra["mme_question"], question.answers[0], " ".join(text.split()))
+        row = (image, question.extra["mme_question"], question.answers[0], _one_line(text))
         lines[question.category].append("\t".join(row) + "\n")
     for category, rows in lines.items():
         (results / f"{category}.txt").write_text("".join(rows), encoding="utf-8")
     return results
+
+
+def _one_line(text: str) -> str:
+    """Without what would end a field or a line; as long as before, since MME looks at the start."""
+    return text.translate(str.maketrans("\t\r\n", "   "))
