@@ -21,7 +21,7 @@ FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 
 CONVERSATIONS = ("conversations", "messages")
 
-_ROLES: dict[str, Literal["system", "human", "gpt"]] = {
+ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "system": "system",
     "human": "human",
     "user": "human",
@@ -124,7 +124,7 @@ def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
         name, said = turn.get("from") or turn.get("role"), turn.get("value")
         if said is None:  # a table has all its columns, even where they are empty
             said = turn.get("content")
-        role = _ROLES.get(name) if isinstance(name, str) else None
+        role = ROLES.get(name) if isinstance(name, str) else None
         if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
             raise SampleError(
                 f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
