@@ -243,24 +243,28 @@ class Assistant:
         """
         waiting = enumerate(prompts)
         numbers: dict[Answer, int] = {}
-        while True:
-            while self.free and (new := next(waiting, None)) is not None:
-                try:
-                    answer = self.begin(
-                        new[1], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-                    )
-                except SampleError as error:
-                    if refused is None:
-                        raise
-                    refused(new[0], error)
-                    continue
-                numbers[answer] = new[0]
-                self.add(answer)
-            over = [answer for answer in numbers if answer.ending]
-            for answer in over:
-                yield numbers.pop(answer), answer.reply
-            if not over and not self.step():
-                return
+        try:
+            while True:
+                while self.free and (new := next(waiting, None)) is not None:
+                    try:
+                        answer = self.begin(
+                            new[1], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+                        )
+                    except SampleError as error:
+                        if refused is None:
+                            raise
+                        refused(new[0], error)
+                        continue
+                    numbers[answer] = new[0]
+                    self.add(answer)
+                over = [answer for answer in numbers if answer.ending]
+                for answer in over:
+                    yield numbers.pop(answer), answer.reply
+                if not over and not self.step():
+                    return
+        finally:
+            for answer in numbers:  # if this ends before they do
+                self.remove(answer)
 
     def _update(self, answer: Answer) -> None:
         answer.update()

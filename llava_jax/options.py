@@ -54,7 +54,7 @@ def load_assistant(given: argparse.Namespace, *, slots: int) -> "Assistant":
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:
     """How to answer; `read_sampling` takes what was parsed."""
     group = parser.add_argument_group("the answers")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens)

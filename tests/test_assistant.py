@@ -56,6 +56,19 @@ def test_what_is_asked_beside_changes_no_answer(assistant: Assistant):
         assert {together[n].text for n in range(number, 9, 3)} == {alone}
 
 
+def test_prompts_that_cannot_be_used_are_told_of_and_passed_over(assistant: Assistant):
+    broken = Prompt((Turn("human", "<image>\nwhat?"),), (b"x",))
+    prompts = [PROMPTS[0], broken, PROMPTS[1], broken]
+    told: list[tuple[int, str]] = []
+    refused = lambda number, error: told.append((number, str(error)))
+    replies = dict(assistant.answer_all(prompts, max_new_tokens=5, refused=refused))
+    assert sorted(replies) == [0, 2]
+    assert [number for number, _ in told] == [1, 3]
+    assert all("no image that Pillow knows" in error for _, error in told)
+    with pytest.raises(SampleError, match="no image"):
+        dict(assistant.answer_all(prompts, max_new_tokens=5))
+
+
 def test_an_answer_that_is_given_up_leaves_its_place(assistant: Assistant):
     assert assistant.free == 4
     for _ in range(6):

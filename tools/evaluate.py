@@ -5,9 +5,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from llava_jax.config import ConfigError, Quantisation
+from llava_jax.config import ConfigError
+from llava_jax.options import (
+    add_model_options,
+    add_sampling_options,
+    load_assistant,
+    read_sampling,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "be asked, which count as wrong; 2 a mistake.",
     )
     add = parser.add_argument
-    add("checkpoint", help="a run's directory, an adapter's, any checkpoint, or a hub id")
+    add_model_options(parser)
     add("--task", required=True, choices=TASKS, help="the benchmark; json: --data of your own")
     files = "folder of the benchmark's files, laid out as for LLaVA's scripts; json: a data file"
     add("--data", type=Path, help=files)
@@ -48,18 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--metric", choices=JSON_METRICS, help="of json; default exact")
     add("--output", type=Path, help="default: evaluations/CHECKPOINT/TASK")
     add("--limit", type=int, help="only so many questions, the first")
-    add("--max-new-tokens", type=int, help="of an answer (default: as LLaVA's evaluation)")
-    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    add("--top-k", type=int)
-    add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0, help="of what is drawn")
-    add("--base", help="what an adapter was trained on, if not what it names")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU")
-    bits = "the decoder in fewer bits (default: as a run had it)"
-    add("--quantize", choices=("none", *get_args(Quantisation)), help=bits)
     add("--slots", type=int, default=8, help="questions at a time")
-    add("--max-length", type=int, help="of question and answer, in tokens")
+    # None: as LLaVA's evaluation has it
+    add_sampling_options(parser, max_new_tokens=None)
     return parser.parse_args(argv)
 
 
@@ -67,27 +64,23 @@ def evaluate(given: argparse.Namespace) -> int:
     """Reads, asks, scores, writes."""
     from rich.console import Console
 
-    from llava_jax.benchmarks.asking import Answers, describe
+    from llava_jax.benchmarks.asking import Answers, How, describe
     from llava_jax.benchmarks.questions import Files
     from llava_jax.benchmarks.tasks import find_task
-    from llava_jax.sampling import Sampling
 
     check(given)
     task = find_task(given.task, given.metric)
     files = Files(given.data, given.image_root, given.questions, given.annotations)
     questions = task.read(files)
     count = min(given.limit or len(questions), len(questions))
-    sampling = Sampling(
-        given.temperature, given.top_k, given.top_p, given.repetition_penalty, given.seed
-    )
-    longest = given.max_new_tokens or task.max_new_tokens
+    how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
     loaded = {name: getattr(given, name) for name in ("base", "dtype", "quantize", "max_length")}
-    settings = describe(given.task, questions, sampling, longest, given.checkpoint, **loaded)
+    settings = describe(given.task, questions, how, given.checkpoint, **loaded)
     model = Path(settings["checkpoint"]).name
     folder = given.output or Path("evaluations", model, given.task)
     answers = Answers(folder, settings, questions)
     if numbers := answers.missing(count):
-        ask(given, answers, questions, numbers, longest, sampling)
+        ask(given, answers, questions, numbers, how)
     answers.sort()
     answered, refused = answers.answered(count), answers.refused(count)
     scores = task.score(answered)
@@ -137,38 +130,21 @@ def check(given: argparse.Namespace) -> None:
 
 
 def ask(
-    given: argparse.Namespace, answers: Any, questions: Any, numbers: list[int], *how: Any
+    given: argparse.Namespace, answers: Any, questions: Any, numbers: list[int], how: Any
 ) -> None:
     """Loads the checkpoint and asks it the questions."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from llava_jax.assistant import Assistant
     from llava_jax.benchmarks.asking import ask_all
 
-    quantize = {None: "as_trained", "none": None}.get(given.quantize, given.quantize)
-    assistant = Assistant.load(
-        given.checkpoint,
-        base=given.base,
-        dtype=given.dtype,
-        quantize=quantize,
-        slots=given.slots,
-        max_length=given.max_length,
-    )
-    longest, sampling = how
+    assistant = load_assistant(given, slots=given.slots)
     errors = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
         task = bar.add_task(given.task, total=len(numbers))
-        ask_all(
-            assistant,
-            answers,
-            questions,
-            numbers,
-            max_new_tokens=longest,
-            sampling=sampling,
-            advance=lambda: bar.advance(task),
-        )
+        advance = lambda: bar.advance(task)
+        ask_all(assistant, answers, questions, numbers, how, advance)
 
 
 def table(title: str, scores: dict[str, Any]) -> Any:

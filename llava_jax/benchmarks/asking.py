@@ -5,24 +5,31 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_jax.assistant import Assistant, Reply
 from llava_jax.benchmarks.questions import Answered, Question
 from llava_jax.config import ConfigError
 from llava_jax.disk import append_rows, replace_text
 from llava_jax.prompts import Prompt
-from llava_jax.sampling import Sampling
+from llava_jax.sampling import GREEDY, Sampling
 
 WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
 """Files of a checkpoint by which it is known again."""
 
 
+class How(NamedTuple):
+    """How answers are generated, as for `Assistant.answer_all`."""
+
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+
+
 def describe(
     task: str,
     questions: Sequence[Question],
-    sampling: Sampling,
-    max_new_tokens: int,
+    how: How,
     checkpoint: str,
     **loaded: str | None,
 ) -> dict[str, Any]:
@@ -31,8 +38,7 @@ def describe(
     Args:
         task: The benchmark.
         questions: All of its questions.
-        sampling: How tokens are chosen.
-        max_new_tokens: Of an answer.
+        how: How answers are generated.
         checkpoint: What is asked.
         loaded: How it is loaded.
     """
@@ -48,8 +54,9 @@ def describe(
         "checkpoint": str(place.resolve()) if place.exists() else checkpoint,
         "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         **loaded,
-        "max_new_tokens": max_new_tokens,
-        **dataclasses.asdict(sampling),
+        "max_new_tokens": how.max_new_tokens,
+        **dataclasses.asdict(how.sampling),
+        "stop": [*how.stop],
         "questions": digest.hexdigest(),
     }
 
@@ -169,9 +176,7 @@ def ask_all(
     answers: Answers,
     questions: Sequence[Question],
     numbers: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
+    how: How,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Asks questions, several at a time, and keeps each answer as it comes.
@@ -181,8 +186,7 @@ def ask_all(
         answers: Where they are kept.
         questions: All questions of the benchmark.
         numbers: Of those to ask.
-        max_new_tokens: Of an answer.
-        sampling: How tokens are chosen.
+        how: How answers are generated.
         advance: Called after each.
     """
     asked: list[int] = []
@@ -198,7 +202,5 @@ def ask_all(
             asked.append(number)
     prompts = (Prompt(questions[number].turns, questions[number].images) for number in asked)
     refuse = lambda place, error: keep(asked[place], None, str(error))
-    for place, reply in assistant.answer_all(
-        prompts, max_new_tokens=max_new_tokens, sampling=sampling, refused=refuse
-    ):
+    for place, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
         keep(asked[place], reply)
