@@ -154,6 +154,14 @@ def test_the_same_command_asks_only_what_is_missing(run, fake, tmp_path, capsys)
     assert fake.asked == []
 
 
+def test_a_start_that_answered_nothing_binds_nobody(run, fake, tmp_path):
+    fake.stops_after = 0
+    assert run("--max-new-tokens", 7) == 2
+    fake.stops_after = None
+    assert run() == 0
+    assert len(rows_of(tmp_path / "out")) == 10
+
+
 def test_a_limit_may_be_raised(run, fake, tmp_path):
     assert run("--limit", 4) == 0
     assert scores_of(tmp_path / "out")["questions"] == 4

@@ -15,6 +15,8 @@ from llava_jax.options import (
     read_sampling,
 )
 
+SHOWN = 5  # questions that could not be asked, on the console
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 if some questions could not be asked, 2 for a mistake."""
@@ -62,8 +64,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> int:
     """Reads, asks, scores, writes."""
-    from rich.console import Console
-
     from llava_jax.benchmarks.asking import Answers, How, describe
     from llava_jax.benchmarks.questions import Files
     from llava_jax.benchmarks.tasks import find_task
@@ -84,28 +84,43 @@ def evaluate(given: argparse.Namespace) -> int:
     answers.sort()
     answered, refused = answers.answered(count), answers.refused(count)
     scores = task.score(answered)
-    report = {
-        "task": given.task,
-        "checkpoint": settings["checkpoint"],
-        "questions": count,
-        "of": len(questions),
-        "unreadable": len(refused),
-        "metric": given.metric,
-        "scores": scores,
-    }
-    (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
-    title = f"{given.task}: {count:,} of {len(questions):,} questions"
-    Console().print(table(title, scores or {}))
-    for number, reason in refused[:5]:
+    counts = {"questions": count, "of": len(questions), "unreadable": len(refused)}
+    about = {"task": given.task, "metric": given.metric, "checkpoint": settings["checkpoint"]}
+    write_scores(folder, about | counts | {"scores": scores})
+    for number, reason in refused[:SHOWN]:
         print(f"could not be asked: question {questions[number].id}: {reason}", file=sys.stderr)
     if refused:
         print(f"{len(refused)} of {count} could not be asked; they count as wrong", file=sys.stderr)
-    print(f"wrote {folder}/answers.jsonl, scores.json")
     if task.submit is not None and count == len(questions):
         print(f"wrote {task.submit(folder, answered, files)}")
     elif task.submit is not None:
-        print("no submission file: not all questions were asked")
+        print("nothing to hand in was written: not all questions were asked")
     return 1 if refused else 0
+
+
+def write_scores(folder: Path, report: dict[str, Any]) -> None:
+    """Writes and prints them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llava_jax.disk import replace_text
+
+    replace_text(folder / "scores.json", json.dumps(report, indent=2) + "\n")
+    title = f"{report['task']}: {report['questions']:,} of {report['of']:,} questions"
+    table = Table("score", "value", title=title)
+    for name, value in flat(report["scores"] or {}):
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    print(f"wrote {folder / 'answers.jsonl'} and scores.json beside it")
+
+
+def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
+    """Nested scores, named by their path."""
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{lead}{name} ")
+        else:
+            yield lead + name, value
 
 
 def check(given: argparse.Namespace) -> None:
@@ -145,25 +160,6 @@ def ask(
         task = bar.add_task(given.task, total=len(numbers))
         advance = lambda: bar.advance(task)
         ask_all(assistant, answers, questions, numbers, how, advance)
-
-
-def table(title: str, scores: dict[str, Any]) -> Any:
-    """Scores as a table to print."""
-    from rich.table import Table
-
-    made = Table("score", "value", title=title)
-    for name, value in flat(scores):
-        made.add_row(name, f"{value:.4f}")
-    return made
-
-
-def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
-    """Nested scores, named by their path."""
-    for name, value in scores.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{lead}{name} ")
-        else:
-            yield lead + name, value
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def describe(
         digest.update(repr((question.id, question.turns, question.images)).encode())
     place = Path(checkpoint)
     files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
+    files = [place] if place.is_file() else files
     stats = [(str(file.relative_to(place)), file.stat()) for file in files]
     return {
         "task": task,
@@ -151,15 +152,13 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _check_settings(path: Path, settings: dict[str, Any], answers: Path) -> None:
-    if not path.exists():
-        if answers.exists():
-            raise ConfigError(f"{answers} is there without {path.name}; give another --output")
+    if not answers.exists():  # what was asked before and not answered binds nobody
         replace_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         differs = [name for name in there | settings if there.get(name) != settings.get(name)]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give another --output") from None
     if differs:
         lines = [

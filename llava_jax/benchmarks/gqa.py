@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_jax.benchmarks.metrics import mean
 from llava_jax.benchmarks.questions import (
+    EVAL_ZIP,
     Answered,
     Files,
     Question,
@@ -19,7 +20,7 @@ from llava_jax.config import ConfigError
 from llava_jax.disk import replace_text
 
 _SITE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
-QUESTIONS = Source(("llava_gqa_testdev_balanced.jsonl",), "eval.zip of LLaVA", "questions")
+QUESTIONS = Source(("llava_gqa_testdev_balanced.jsonl",), EVAL_ZIP, "questions")
 ANNOTATIONS = Source(
     (
         "data/testdev_balanced_questions.json",

@@ -5,6 +5,7 @@ from typing import Any
 
 from llava_jax.benchmarks.metrics import count_yes_no, mean
 from llava_jax.benchmarks.questions import (
+    EVAL_ZIP,
     SHORT,
     Answered,
     Files,
@@ -23,7 +24,7 @@ LABELS = Source(
     "https://github.com/AoiDragon/POPE, output/coco",
     "annotations",
 )
-QUESTIONS = Source(("llava_pope_test.jsonl",), "eval.zip of LLaVA", "questions")
+QUESTIONS = Source(("llava_pope_test.jsonl",), EVAL_ZIP, "questions")
 IMAGES = Source(("val2014",), "http://images.cocodataset.org/zips/val2014.zip", "image_root")
 
 

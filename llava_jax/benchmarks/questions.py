@@ -11,6 +11,7 @@ from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
 from llava_jax.data.records import locate_image
 
 SHORT = "Answer the question using a single word or phrase."
+EVAL_ZIP = "eval.zip, see https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 LETTER = "Answer with the option's letter from the given choices directly."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from llava_jax.benchmarks.answers import science_letter
 from llava_jax.benchmarks.metrics import mean
 from llava_jax.benchmarks.questions import (
+    EVAL_ZIP,
     LETTER,
     Answered,
     Files,
@@ -23,7 +24,7 @@ from llava_jax.disk import replace_text
 
 LETTERS = ("A", "B", "C", "D", "E")
 _REPOSITORY = "https://github.com/lupantech/ScienceQA, data/scienceqa"
-QUESTIONS = Source(("llava_test_CQM-A.json",), "eval.zip of LLaVA", "questions")
+QUESTIONS = Source(("llava_test_CQM-A.json",), EVAL_ZIP, "questions")
 PROBLEMS = Source(("problems.json",), _REPOSITORY, "annotations")
 SPLITS = Source(("pid_splits.json",), _REPOSITORY, "data")
 IMAGES = Source(("images/test", "test"), _REPOSITORY, "image_root")

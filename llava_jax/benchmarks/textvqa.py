@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_jax.benchmarks.questions import (
+    EVAL_ZIP,
     Files,
     Question,
     Source,
@@ -13,7 +14,7 @@ from llava_jax.benchmarks.questions import (
 )
 from llava_jax.config import ConfigError
 
-QUESTIONS = Source(("llava_textvqa_val_v051_ocr.jsonl",), "eval.zip of LLaVA", "questions")
+QUESTIONS = Source(("llava_textvqa_val_v051_ocr.jsonl",), EVAL_ZIP, "questions")
 ANNOTATIONS = Source(
     ("TextVQA_0.5.1_val.json",),
     "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",

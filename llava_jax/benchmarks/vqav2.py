@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.benchmarks.answers import normalise
 from llava_jax.benchmarks.questions import (
+    EVAL_ZIP,
     Answered,
     Files,
     Question,
@@ -15,8 +16,8 @@ from llava_jax.benchmarks.questions import (
 )
 from llava_jax.disk import replace_text
 
-QUESTIONS = Source(("llava_vqav2_mscoco_test-dev2015.jsonl",), "eval.zip of LLaVA", "questions")
-WHOLE = Source(("llava_vqav2_mscoco_test2015.jsonl",), "eval.zip of LLaVA", "annotations")
+QUESTIONS = Source(("llava_vqav2_mscoco_test-dev2015.jsonl",), EVAL_ZIP, "questions")
+WHOLE = Source(("llava_vqav2_mscoco_test2015.jsonl",), EVAL_ZIP, "annotations")
 IMAGES = Source(("test2015",), "http://images.cocodataset.org/zips/test2015.zip", "image_root")
 
 
