@@ -104,7 +104,7 @@ class Assistant:
     """
 
     def __init__(self, model: LlavaModel, reader: PromptReader, *, slots: int, max_length: int):
-        self.reader = reader
+        self.reader, self.max_length = reader, max_length
         self._engine = Engine(model, slots=slots, length=max_length)
         self._answers: dict[Request, Answer] = {}
 
@@ -196,6 +196,11 @@ class Assistant:
         """Gives an answer up."""
         self._engine.remove(answer.request)
         self._answers.pop(answer.request, None)
+
+    def reset(self) -> None:
+        """Gives all answers up, and starts anew: after an error, nothing can be gone on with."""
+        self._answers.clear()
+        self._engine.reset()
 
     def stream(
         self,

@@ -83,17 +83,21 @@ class Engine:
                 f"sequences of {length} tokens, but the decoder's sliding_window is {window}, and "
                 f"attention in a window is not computed; take a length of {window} at most"
             )
-        dtype = model.dtype
+        self._dtype, self._slots = model.dtype, slots
         self._structure, self._weights = take_apart(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sequences. After an error of a step, which leaves no caches, it must be."""
         sharding = jax.tree.leaves(self._weights.layers)[0].sharding
-        shape = cache_shape(self.config.llm, slots, length)
+        shape = cache_shape(self.config.llm, self._slots, self.length)
         if isinstance(sharding, NamedSharding):  # heads lie where the weights that make them do
             axes = ("whole", "split_outputs", "whole", "whole")
             sharding = NamedSharding(sharding.mesh, to_spec(axes, shape, sharding.mesh.shape))
-        empty = lambda: jnp.zeros(shape, dtype, device=sharding)
+        empty = lambda: jnp.zeros(shape, self._dtype, device=sharding)
         self._caches = [Cache(empty(), empty()) for _ in self._weights.layers]
-        self._seen = jnp.zeros((slots, self.config.llm.vocab_size), bool)
-        self._rows: list[Request | None] = [None] * slots
+        self._seen = jnp.zeros((self._slots, self.config.llm.vocab_size), bool)
+        self._rows: list[Request | None] = [None] * self._slots
 
     @property
     def free(self) -> int:
