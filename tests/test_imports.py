@@ -44,6 +44,11 @@ LEVELS = (
         "hf.layouts",
         "hf.tensorfile",
         "benchmarks.answers",
+        "serving.fetch",
+        "serving.images",
+        "serving.limits",
+        "serving.metrics",
+        "serving.schema",
     ),
     (
         "host",
@@ -94,9 +99,19 @@ LEVELS = (
     ),
     ("hf.trained", "hf.resolve", "hf.official_save"),
     ("step", "inputs", "pretrained", "description", "prompts"),
-    ("program", "evaluation", "journal", "convert", "generation"),
+    ("program", "evaluation", "journal", "convert", "generation", "serving.conversation"),
     ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part", "assistant"),
-    ("train", "chat", "options", "benchmarks.asking", "benchmarks.lmms"),
+    (
+        "train",
+        "chat",
+        "options",
+        "benchmarks.asking",
+        "benchmarks.lmms",
+        "serving.engine",
+        "serving.service",
+        "serving.app",
+        "serving.page",
+    ),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
@@ -145,6 +160,14 @@ def test_only_conversion_imports_what_reads_pickles():
     assert reads == {"hf.anyfile", "hf.zero", "convert", "merge_check", "part"}
 
 
+def test_nothing_else_imports_what_serves():
+    others = [module for module in LEVEL if not module.startswith("serving.")]
+    assert {name for module in others for name in imported(module) if "serving" in name} == set()
+    of_extra = re.compile(r"^\s*(?:import|from) (fastapi|uvicorn|gradio|pydantic|prometheus)", re.M)
+    sources = {module: PACKAGE / (module.replace(".", "/") + ".py") for module in others}
+    assert [m for m, file in sources.items() if of_extra.search(file.read_text())] == []
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -179,6 +202,13 @@ def test_every_name_is_defined(module):
     if module in NEEDS:
         pytest.importorskip(NEEDS[module])
     known = dir(importlib.import_module(f"llava_jax.{module}")) + dir(builtins)
+    try:
+        found = importlib.import_module(f"llava_jax.{module}")
+    except ModuleNotFoundError as error:
+        if not module.startswith("serving."):
+            raise
+        pytest.skip(f"without the extra serve: {error}")
+    known = dir(found) + dir(builtins)
     assert loaded_globals(code) <= set(known)
 
 

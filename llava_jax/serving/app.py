@@ -1,0 +1,263 @@
+"""OpenAI's API over HTTP: chat completions whole or streamed, models, health, metrics."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from llava_jax.assistant import Answer
+from llava_jax.serving.conversation import to_prompt
+from llava_jax.serving.images import read_url
+from llava_jax.serving.limits import RequestError
+from llava_jax.serving.metrics import CONTENT_TYPE
+from llava_jax.serving.schema import ChatRequest, parse_request
+from llava_jax.serving.service import Service, Ticket
+
+_Result = TypeVar("_Result")
+
+
+class ClientGone(BaseException):
+    """Nobody waits for the answer any more."""
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application; it starts the service and stops it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    # Its own pages of documentation would load scripts from elsewhere.
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    started = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "llava_jax"}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return ChatResponse(service, request)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in service.names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.assistant(name)
+        return JSONResponse(card(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        failure = service.engine.failure
+        return JSONResponse({"status": failure or "ok"}, status_code=503 if failure else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def nothing(request: Request) -> Response:
+        text = f"{request.method} {request.url.path[:100]}: this server has no such thing"
+        raise RequestError(text, status=404)
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return refusal(error)
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, __: Exception) -> Response:
+        return refusal(RequestError("the server failed; its log says how", status=500))
+
+    return app
+
+
+def refusal(error: RequestError) -> Response:
+    """What a client is told."""
+    again = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.body, error.status, headers=again)
+
+
+class ChatResponse(Response):
+    """An answer, from reading the request to its last byte, under one ticket."""
+
+    def __init__(self, service: Service, request: Request):
+        super().__init__()
+        self._service, self._request = service, request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers."""
+        reply = Reply(send)
+        with contextlib.suppress(ClientGone):
+            try:
+                with self._service.enter() as ticket:
+                    body = ticket.in_time(self._body(receive))
+                    await unless_gone(receive, self._answer(ticket, await body, reply))
+            except RequestError as error:
+                if reply.has_begun:
+                    await reply.event(error.body)
+                    await reply.end()
+                else:
+                    await refusal(error)(scope, receive, send)
+
+    async def _body(self, receive: Receive) -> bytes:
+        """The request's, if it is JSON and not too large."""
+        headers, most = self._request.headers, self._service.limits.body_bytes
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page elsewhere can make a browser send any other
+            text = f"the Content-Type is {kind[:50]!r}; send application/json"
+            raise RequestError(text, status=415)
+        large = RequestError(f"the body has more than {most:,} bytes", status=413)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > most:
+            raise large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise large
+            if not message.get("more_body"):
+                return bytes(body)
+
+    async def _answer(self, ticket: Ticket, body: bytes, reply: "Reply") -> None:
+        request = await ticket.read(partial(parse_request, body))
+        del body
+        limits = self._service.limits
+        answer = await ticket.begin(
+            request.model,
+            lambda assistant: to_prompt(
+                request.messages, limits, max_length=assistant.max_length, read=read_url
+            ),
+            new_tokens=request.new_tokens,
+            sampling=request.sampling(),
+            stop=request.stops,
+        )
+        request.messages.clear()  # images need not stay for as long as the answer takes
+        if request.stream:
+            await self._stream(ticket, request, answer, reply)
+            return
+        async for _ in ticket.updates():
+            pass
+        whole = answer.reply
+        message = {"role": "assistant", "content": whole.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": whole.ending}
+        named = _naming(request, "chat.completion")
+        await reply.whole(named | {"choices": [choice], "usage": _usage(answer)})
+
+    async def _stream(
+        self, ticket: Ticket, request: ChatRequest, answer: Answer, reply: "Reply"
+    ) -> None:
+        """The answer as server-sent events, a chunk for each text that is new and certain."""
+        wants_usage = request.stream_options is not None and request.stream_options.include_usage
+        named = _naming(request, "chat.completion.chunk")
+        no_usage = {"usage": None} if wants_usage else {}
+
+        async def chunk(delta: dict[str, str], ending: str | None = None) -> None:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": ending}
+            await reply.event(named | {"choices": [choice]} | no_usage)
+
+        await chunk({"role": "assistant", "content": ""})
+        sent = 0
+        async for update in ticket.updates():
+            text = update.text.rstrip()  # spaces at the end are none of the answer
+            if len(text) > sent:
+                await chunk({"content": text[sent:]})
+                sent = len(text)
+            if update.ending:
+                await chunk({}, update.ending)
+        if wants_usage:
+            await reply.event(named | {"choices": [], "usage": _usage(answer)})
+        await reply.end(b"data: [DONE]\n\n")
+
+
+class Reply:
+    """What goes out: one JSON object, or events.
+
+    Args:
+        send: The server's.
+
+    Attributes:
+        has_begun: Whether the status is sent.
+    """
+
+    def __init__(self, send: Send):
+        self._send = send
+        self.has_begun = False
+
+    async def whole(self, value: dict[str, Any]) -> None:
+        """An object, and the end."""
+        body = json.dumps(value).encode()
+        await self._begin("application/json", [(b"content-length", str(len(body)).encode())])
+        await self.end(body)
+
+    async def event(self, value: dict[str, Any]) -> None:
+        """An object as an event."""
+        if not self.has_begun:
+            await self._begin("text/event-stream; charset=utf-8", _NO_BUFFERS)
+        body = b"data: " + json.dumps(value).encode() + b"\n\n"
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        """The last of it."""
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _begin(self, kind: str, more: list[tuple[bytes, bytes]]) -> None:
+        headers = [(b"content-type", kind.encode()), *more]
+        start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
+        await self._send(start)
+        self.has_begun = True
+
+
+_NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
+    """What comes of work, which is given up when the client goes away.
+
+    Raises:
+        ClientGone: It did.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _naming(request: ChatRequest, kind: str) -> dict[str, Any]:
+    name = f"chatcmpl-{secrets.token_hex(12)}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    whole = answer.reply
+    return {
+        "prompt_tokens": whole.prompt_tokens,
+        "completion_tokens": whole.new_tokens,
+        "total_tokens": whole.prompt_tokens + whole.new_tokens,
+    }

@@ -1,0 +1,67 @@
+"""From the messages of a request to a prompt."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
+from llava_jax.prompts import Prompt
+from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.schema import ImagePart, Message
+
+_ROLES: dict[str, Literal["system", "human", "gpt"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "human",
+    "assistant": "gpt",
+}
+
+MOST_CHARACTERS = 64
+"""Of a token, on average: what has more has too many tokens, and is not read to count them."""
+
+
+def to_prompt(
+    messages: list[Message],
+    limits: Limits,
+    *,
+    max_length: int,
+    read: Callable[[str, Limits], bytes],
+) -> Prompt:
+    """The conversation, its images read. In a turn, they come before the text.
+
+    Args:
+        messages: Of the request.
+        limits: Of the server.
+        max_length: Longest conversation in tokens.
+        read: From a URL to a checked image.
+
+    Raises:
+        RequestError: It cannot be used.
+    """
+    turns, urls = [], []
+    for number, message in enumerate(messages):
+        found = [part.url for part in message.parts if isinstance(part, ImagePart)]
+        if found and message.role != "user":
+            where = f"messages.{number}"
+            raise RequestError(f"{where}: only user messages have images", param=where)
+        texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
+        # Clients of LLaVA's habit write the placeholder themselves, beside the image.
+        text = "\n".join(texts).replace(IMAGE_PLACEHOLDER, " ")
+        if found:
+            text = "\n".join([*[IMAGE_PLACEHOLDER] * len(found), text.strip()])
+        turns.append(Turn(_ROLES[message.role], text))
+        urls += found
+    if len(urls) > limits.images:
+        raise RequestError(
+            f"the conversation has {len(urls)} images, of at most {limits.images}",
+            param="messages",
+            code="too_many_images",
+        )
+    characters = sum(len(turn.text) for turn in turns)
+    if characters > MOST_CHARACTERS * max_length:
+        raise RequestError(
+            f"the messages have {characters:,} characters, which is more than the {max_length:,} "
+            "tokens that prompt and answer together may have",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    return Prompt(tuple(turns), tuple(read(url, limits) for url in urls))

@@ -1,0 +1,62 @@
+"""What a request may ask for, and why one is refused."""
+
+import dataclasses
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server takes of its clients.
+
+    Attributes:
+        queue: Requests that wait for their first token; more are told to come again.
+        body_bytes: Of a request.
+        image_bytes: Of an image's file.
+        image_pixels: Of the square around an image, which is made of it.
+        images: In a conversation. The prefill is compiled for each number of them.
+        new_tokens: Of an answer; a request that asks for more is given so many.
+        seconds: From a request's first byte to its answer's last token.
+        remote_images: Whether images are fetched from http and https URLs.
+    """
+
+    queue: int = 64
+    body_bytes: int = 20 * MIB
+    image_bytes: int = 12 * MIB
+    image_pixels: int = 64 * MIB
+    images: int = 4
+    new_tokens: int = 1024
+    seconds: float = 300.0
+    remote_images: bool = False
+
+
+class RequestError(Exception):
+    """A request that gets no answer; its text says why, to the client.
+
+    Attributes:
+        status: HTTP's.
+        code: A word for programs, as OpenAI has them.
+        param: The field that is amiss.
+        retry_after: Seconds after which it may be asked again.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(text)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """It in OpenAI's form."""
+        kinds = {404: "not_found_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = kinds.get(self.status, kind)
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}

@@ -1,0 +1,5 @@
+"""page"""
+
+
+def add_page(app, service):
+    pass

@@ -1,0 +1,175 @@
+"""What clients of OpenAI's chat completions send."""
+
+import random
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_jax.config import ConfigError
+from llava_jax.sampling import Sampling
+from llava_jax.serving.limits import RequestError
+
+MOST_STOPS = 16
+
+
+class _Part(BaseModel):
+    # Fields that are not here, `user` or `detail` for two, change nothing of an answer.
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ImageUrl(_Part):
+    """Where an image is."""
+
+    url: str
+
+
+class TextPart(_Part):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Part):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl | str
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Part):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """Its content; text alone is one part."""
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content
+
+
+class StreamOptions(_Part):
+    """Of a stream."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Part):
+    """The body of a request; `top_k` and `repetition_penalty` are vLLM's extensions."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    # What changes an answer and is not to be had here: taken where it asks for nothing.
+    n: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    response_format: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Most tokens of the answer, if it says."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen: a temperature of 1 unless it says, as OpenAI has it.
+
+        Raises:
+            RequestError: A value that makes no sense.
+        """
+        seed = random.getrandbits(32) if self.seed is None else self.seed % 2**32
+        given = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k in (0, -1) else self.top_k,  # as vLLM has it
+            "repetition_penalty": self.repetition_penalty,
+        }
+        try:
+            return Sampling(seed=seed, **{k: v for k, v in given.items() if v is not None})
+        except ConfigError as error:
+            raise RequestError(str(error), param=str(error).partition(" ")[0]) from error
+
+
+_IDLE: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Reads a request's body.
+
+    Raises:
+        RequestError: It is not of this form, or asks for what is not to be had.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise RequestError(f"the body is not JSON: {first['msg']}") from None
+        # Without the names of a union's members, which are ours.
+        place = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
+        param = ".".join(str(x) for x in place) or None
+        raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from None
+    except ValueError as error:  # a lone surrogate, for one
+        raise RequestError(f"the body cannot be read: {error}") from error
+    for name, idle in _IDLE.items():
+        value = getattr(request, name)
+        if value is not None and value not in idle:
+            raise RequestError(
+                f"{name} = {value!r:.80}: this server has nothing but {idle[0]!r}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    if len(request.stops) > MOST_STOPS:
+        raise RequestError(f"stop has more than {MOST_STOPS} texts", param="stop")
+    return request
+
+
+_NAMES = {
+    name
+    for model in (ChatRequest, Message, TextPart, ImagePart, ImageUrl, StreamOptions)
+    for name in model.model_fields
+}

@@ -1,0 +1,208 @@
+"""Serves a checkpoint, as OpenAI's API and as a web page: `python tools/serve.py --help`."""
+
+import argparse
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+INSTALL = "serving needs more packages: pip install -e '.[serve]'"
+GRACE = 10
+"""Seconds that answers in progress are given when the server is told to end."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
+    given = parse(argv)
+    from llava_jax.environment import prepare_for_training
+
+    prepare_for_training()
+    try:
+        import uvicorn
+
+        from llava_jax.serving.app import make_app
+        from llava_jax.serving.page import add_page
+        from llava_jax.serving.service import Service
+    except ModuleNotFoundError as error:
+        print(f"error: {INSTALL} ({error})", file=sys.stderr)
+        return 1
+    from llava_jax.config import ConfigError
+    from llava_jax.hf.tensorfile import CheckpointError
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes it on when it has ended
+    try:
+        listener = bind(given.host, given.port)
+        service = Service(load(given), limits(given))
+        app = make_app(service)
+        if not given.no_page:
+            add_page(app, service)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+        )
+        listener.listen(1024)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{', '.join(service.names)}: listening on http://{shown}:{port}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/serve.py",
+        description="Serves a checkpoint: OpenAI's chat completions at /v1, a page at /, and "
+        "/health and /metrics. Whoever reaches the port may use it: there are no passwords.",
+    )
+    add = parser.add_argument
+    source = "a run's directory, an adapter's, a checkpoint of any layout, or a hub id"
+    add("checkpoint", help=source)
+    add("--name", help="what the model is called; default: as its directory")
+    add("--compare", action="store_true", help="serve its base too, which takes the memory twice")
+    add("--no-page", action="store_true", help="the API alone")
+    add("--base", help="what an adapter was trained on; default: what it names")
+    quantize = "the decoder's linears in fewer bits; default: a run's as it was trained"
+    kinds = ("as_trained", "none", "nf4", "nf4_double", "int8")
+    add("--quantize", choices=kinds, default="as_trained", help=quantize)
+    dtype = "of weights and computation; default: bfloat16, on a CPU float32"
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype)
+    length = "tokens of prompt and answer together; default: what the model takes, 2048 at most"
+    add("--max-length", type=int, help=length)
+    add("--remote-images", action="store_true", help="fetch images from public http(s) URLs")
+    add("--host", default="127.0.0.1", help="where to listen: 0.0.0.0 is everywhere; default: here")
+    for name, default, text in (
+        ("--port", 7860, "where to listen; 0 is any that is free"),
+        ("--slots", 8, "conversations that are answered at a time"),
+        ("--max-new-tokens", 1024, "of an answer"),
+        ("--max-images", 4, "in a conversation"),
+        ("--max-image-mib", 12.0, "of an image's file"),
+        ("--max-image-side", 8192, "pixels of an image's longer side"),
+        ("--max-body-mib", 20.0, "of a request"),
+        ("--max-queue", 64, "requests that wait; to more the answer is 429"),
+        ("--max-seconds", 300.0, "that a request may take"),
+    ):
+        help_to = f"{text}; default: %(default)s"
+        add(name, type=type(default), default=default, metavar="N", help=help_to)
+    given = parser.parse_args(argv)
+    for name, value in vars(given).items():
+        if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
+    return given
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, before anything is loaded in vain.
+
+    Raises:
+        ConfigError: It is not to be had.
+    """
+    from llava_jax.config import ConfigError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error}") from error
+    return listener
+
+
+def limits(given: argparse.Namespace) -> Any:
+    """What the command line lets requests have."""
+    from llava_jax.serving.limits import MIB, Limits
+
+    return Limits(
+        queue=given.max_queue,
+        body_bytes=int(given.max_body_mib * MIB),
+        image_bytes=int(given.max_image_mib * MIB),
+        image_pixels=given.max_image_side**2,
+        images=given.max_images,
+        new_tokens=given.max_new_tokens,
+        seconds=given.max_seconds,
+        remote_images=given.remote_images,
+    )
+
+
+def load(given: argparse.Namespace) -> dict[str, Any]:
+    """The models, by name and compiled for a usual prompt; the base, if asked for, the second.
+
+    Raises:
+        ConfigError, CheckpointError: One cannot be had.
+    """
+    from llava_jax.assistant import Assistant
+    from llava_jax.description import quantisation_of
+
+    bits = None if given.quantize == "none" else given.quantize
+    if bits == "as_trained":
+        bits = quantisation_of(Path(given.checkpoint))
+    sources = {given.name or name_of(given.checkpoint): (given.checkpoint, given.base)}
+    if given.compare:
+        base = base_of(given)
+        name = name_of(base)
+        sources[f"{name}-base" if name in sources else name] = (base, None)
+    assistants = {}
+    for name, (source, base) in sources.items():
+        print(f"loading {source}", flush=True)
+        assistants[name] = Assistant.load(
+            source,
+            base=base,
+            dtype=given.dtype,
+            quantize=bits,
+            slots=given.slots,
+            max_length=given.max_length,
+        )
+        warm_up(assistants[name])
+    return assistants
+
+
+def name_of(source: str) -> str:
+    """What a model is called: a hub id as it is, a directory by its last name."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    path = path.resolve()
+    is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
+    return path.parent.name if is_made else path.name
+
+
+def base_of(given: argparse.Namespace) -> str:
+    """What the checkpoint was trained on.
+
+    Raises:
+        ConfigError: It does not say.
+    """
+    from llava_jax.config import ConfigError, format_source, parse_source
+    from llava_jax.hf.resolve import resolve
+
+    if given.base:
+        return given.base
+    found = resolve(parse_source(given.checkpoint) or given.checkpoint)
+    if found.adapter is None:
+        raise ConfigError(f"--compare: {given.checkpoint} is no adapter, and has no base beside it")
+    return format_source(found.base)
+
+
+def warm_up(assistant: Any) -> None:
+    """Compiles what most requests need: a prompt alone, one with an image, and the step."""
+    from PIL import Image
+
+    from llava_jax.data.conversation import Turn
+    from llava_jax.prompts import Prompt
+
+    question = "What is in the picture?"
+    for images in ((), (Image.new("RGB", (64, 64)),)):
+        turn = Turn("human", "<image>\n" * len(images) + question)
+        for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
