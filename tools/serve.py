@@ -22,8 +22,11 @@ def main(argv: list[str] | None = None) -> int:
         import uvicorn
 
         from llava_jax.serving.app import make_app
-        from llava_jax.serving.page import add_page
+        from llava_jax.serving.page import add_page, load_gradio
         from llava_jax.serving.service import Service
+
+        if not given.no_page:
+            load_gradio()
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL} ({error})", file=sys.stderr)
         return 1
