@@ -1,6 +1,7 @@
 """Answers to conversations, from any checkpoint: text as it comes, of several at a time."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,9 @@ from llava_jax.sharding import make_mesh
 
 MAX_LENGTH = 2048
 """Tokens of prompt and answer together, unless more or fewer are asked for; as in training."""
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Answer:
     def _uncertain(self, text: str) -> int:
         """Characters at the end that later tokens may change, or make a stop string of."""
         unfinished = len(text) - len(text.rstrip("\ufffd"))
+        # SentencePiece's bytes are characters if all that are beside each other are valid together.
+        if count := self._newest_bytes():
+            before = self._tokenizer.decode(self.request.tokens[:-count], skip_special_tokens=True)
+            unfinished = max(unfinished, len(text) - len(str(before).lstrip()))
         begun = [
             size
             for word in self._stop
@@ -81,6 +89,15 @@ class Answer:
             if text.endswith(word[:size])
         ]
         return max([unfinished, *begun])
+
+    def _newest_bytes(self) -> int:
+        """How many of the newest tokens are a byte each, or nothing."""
+        nothing = self._tokenizer.all_special_ids
+        for count, token in enumerate(reversed(self.request.tokens)):
+            name = str(self._tokenizer.convert_ids_to_tokens(token))
+            if token not in nothing and not _BYTE.fullmatch(name):
+                return count
+        return len(self.request.tokens)
 
     @property
     def reply(self) -> Reply:

@@ -143,7 +143,8 @@ class PromptReader:
         text, images = turn.text, 0
         if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        text = self._special.sub("", text)
+        # What is left may join to another; the space keeps that apart.
+        text = self._special.sub(" ", self._special.sub("", text))
         return [{"type": "image"}] * images + [{"type": "text", "text": text}]
 
 
