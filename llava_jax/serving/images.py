@@ -50,6 +50,8 @@ def check_image(data: bytes, limits: Limits) -> None:
             width, height = image.size
     except UnidentifiedImageError:
         raise _refusal(f"an image is none of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _refusal(f"an image has too many pixels: {error}", "image_too_large") from None
     except Exception as error:  # Pillow's readers raise errors of many kinds
         raise _refusal(f"an image cannot be read: {error}") from error
     if max(width, height) ** 2 > limits.image_pixels:

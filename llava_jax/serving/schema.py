@@ -146,7 +146,8 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        found = error.errors(include_url=False, include_input=False)
+        first = max(found, key=lambda one: len(one["loc"]))  # of a union, what came closest
         if first["type"] == "json_invalid":
             raise RequestError(f"the body is not JSON: {first['msg']}") from None
         # Without the names of a union's members, which are ours.
