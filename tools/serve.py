@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_jax.options import add_model_options, load_assistant
+
 INSTALL = "serving needs more packages: pip install -e '.[serve]'"
 GRACE = 10
 """Seconds that answers in progress are given when the server is told to end."""
@@ -63,20 +65,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Serves a checkpoint: OpenAI's chat completions at /v1, a page at /, and "
         "/health and /metrics. Whoever reaches the port may use it: there are no passwords.",
     )
+    add_model_options(parser)
     add = parser.add_argument
-    source = "a run's directory, an adapter's, a checkpoint of any layout, or a hub id"
-    add("checkpoint", help=source)
     add("--name", help="what the model is called; default: as its directory")
     add("--compare", action="store_true", help="serve its base too, which takes the memory twice")
     add("--no-page", action="store_true", help="the API alone")
-    add("--base", help="what an adapter was trained on; default: what it names")
-    quantize = "the decoder's linears in fewer bits; default: a run's as it was trained"
-    kinds = ("as_trained", "none", "nf4", "nf4_double", "int8")
-    add("--quantize", choices=kinds, default="as_trained", help=quantize)
-    dtype = "of weights and computation; default: bfloat16, on a CPU float32"
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype)
-    length = "tokens of prompt and answer together; default: what the model takes, 2048 at most"
-    add("--max-length", type=int, help=length)
     add("--remote-images", action="store_true", help="fetch images from public http(s) URLs")
     add("--host", default="127.0.0.1", help="where to listen: 0.0.0.0 is everywhere; default: here")
     for name, default, text in (
@@ -140,28 +133,15 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError: One cannot be had.
     """
-    from llava_jax.assistant import Assistant
-    from llava_jax.description import quantisation_of
-
-    bits = None if given.quantize == "none" else given.quantize
-    if bits == "as_trained":
-        bits = quantisation_of(Path(given.checkpoint))
-    sources = {given.name or name_of(given.checkpoint): (given.checkpoint, given.base)}
+    found = {given.name or name_of(given.checkpoint): given}
     if given.compare:
         base = base_of(given)
-        name = name_of(base)
-        sources[f"{name}-base" if name in sources else name] = (base, None)
+        name = name_of(base.checkpoint)
+        found[f"{name}-base" if name in found else name] = base
     assistants = {}
-    for name, (source, base) in sources.items():
-        print(f"loading {source}", flush=True)
-        assistants[name] = Assistant.load(
-            source,
-            base=base,
-            dtype=given.dtype,
-            quantize=bits,
-            slots=given.slots,
-            max_length=given.max_length,
-        )
+    for name, one in found.items():
+        print(f"loading {one.checkpoint}", flush=True)
+        assistants[name] = load_assistant(one, slots=given.slots)
         warm_up(assistants[name])
     return assistants
 
@@ -176,21 +156,24 @@ def name_of(source: str) -> str:
     return path.parent.name if is_made else path.name
 
 
-def base_of(given: argparse.Namespace) -> str:
-    """What the checkpoint was trained on.
+def base_of(given: argparse.Namespace) -> argparse.Namespace:
+    """The same for what the checkpoint was trained on, in as many bits.
 
     Raises:
         ConfigError: It does not say.
     """
     from llava_jax.config import ConfigError, format_source, parse_source
+    from llava_jax.description import quantisation_of
     from llava_jax.hf.resolve import resolve
 
-    if given.base:
-        return given.base
-    found = resolve(parse_source(given.checkpoint) or given.checkpoint)
-    if found.adapter is None:
-        raise ConfigError(f"--compare: {given.checkpoint} is no adapter, and has no base beside it")
-    return format_source(found.base)
+    base = given.base
+    if base is None:
+        found = resolve(parse_source(given.checkpoint) or given.checkpoint)
+        if found.adapter is None:
+            raise ConfigError(f"--compare: {given.checkpoint} is no adapter, and names no base")
+        base = format_source(found.base)
+    bits = given.quantize or quantisation_of(Path(given.checkpoint)) or "none"
+    return argparse.Namespace(**vars(given) | {"checkpoint": base, "base": None, "quantize": bits})
 
 
 def warm_up(assistant: Any) -> None:
