@@ -3,14 +3,15 @@
 import asyncio
 import itertools
 import json
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving import data_url, huge_png, metric, picture, server, user
+from serving import RED_TRIANGLE, data_url, huge_png, metric, picture, server, user
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
@@ -362,3 +363,87 @@ def test_requests_have_an_end():
     with pytest.raises(RequestError, match="it broke") as ended:
         asyncio.run(wait())
     assert ended.value.status == 503
+
+
+def test_fetched_images_come_from_public_addresses_alone():
+    with server("--no-page", "--remote-images") as address:
+        for url in (
+            f"{address}/x.png",
+            "http://localhost/x.png",
+            "http://169.254.169.254/latest/meta-data/",
+            "https://[::1]/x.png",
+            "http://[x/y.png",
+        ):
+            response = post(address, chat(messages=[user("x", url)]))
+            assert response.status_code == 400
+            assert "cannot be had" in response.json()["error"]["message"]
+        body = chat(messages=[user("x", "file:///etc/passwd")])
+        assert "not a URL of an image" in post(address, body).json()["error"]["message"]
+        assert post(address, chat()).status_code == 200
+
+
+@pytest.mark.slow
+def test_64_clients_for_two_minutes(record_property):
+    """No error but 429, every answer what it is alone, and memory that stays as it is."""
+    asked = [[user(question, picture())] for question in QUESTIONS] + [text("hello")]
+    asked += [[user(q, p)] for q in QUESTIONS for p in pictures(range(1, 9))]
+    with server("--no-page", "--max-queue", "48") as address:
+        alone = [post(address, chat(messages=messages)).json() for messages in asked]
+        known = [whole["choices"][0]["message"]["content"] for whole in alone]
+        found = asyncio.run(load(address, list(zip(asked, known, strict=True)), seconds=120.0))
+        again = [post(address, chat(messages=messages)).json() for messages in asked]
+    assert [whole["choices"][0]["message"]["content"] for whole in again] == known
+    for name, value in found.items():
+        record_property(name, value)
+    print(found)
+    assert found["answers"] > 1000
+    assert found["rss_end"] < 1.05 * found["rss_20s"]
+
+
+def pictures(numbers: Iterable[int]) -> list[str]:
+    return [data_url((RED_TRIANGLE.parent / f"{n}.png").read_bytes()) for n in numbers]
+
+
+async def load(
+    address: str, asked: list[tuple[list[dict[str, Any]], str]], *, seconds: float
+) -> dict[str, float]:
+    """64 clients that ask one thing after another, whole and streamed."""
+    found = dict.fromkeys(("answers", "full", "rss_20s", "rss_end"), 0.0)
+    until = time.monotonic() + seconds
+
+    async def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < until:
+            messages, known = draw.choice(asked)
+            stream = draw.random() < 0.5
+            body = chat(messages=messages, stream=stream)
+            response = await http.post(f"{address}/v1/chat/completions", json=body)
+            if response.status_code == 429:
+                found["full"] += 1
+                await asyncio.sleep(float(response.headers["Retry-After"]) * draw.random())
+                continue
+            assert response.status_code == 200, response.text
+            assert said(response) == known
+            found["answers"] += 1
+
+    async def watch() -> None:
+        for name, at in (("rss_20s", until - seconds + 20), ("rss_end", until)):
+            await asyncio.sleep(at - time.monotonic())
+            text = (await http.get(f"{address}/metrics")).text
+            found[name] = metric(text, "process_resident_memory_bytes") / 2**20
+
+    limits = httpx.Limits(max_connections=70)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+        await asyncio.gather(watch(), *(client(number) for number in range(64)))
+    return found
+
+
+def said(response: Any) -> str:
+    """The text of an answer, whole or streamed to its very end."""
+    if response.headers["content-type"] == "application/json":
+        return response.json()["choices"][0]["message"]["content"]
+    *events, done = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert done == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert choices[-1]["finish_reason"] == "stop"
+    return "".join(choice["delta"].get("content", "") for choice in choices)

@@ -65,15 +65,16 @@ def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FetchError("only http and https URLs are fetched")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    usual = 443 if parts.scheme == "https" else 80
+    port = parts.port or usual
     sock = _connected(parts.hostname, port, until, safely=parts.scheme == "https")
     late = threading.Timer(until - time.monotonic(), _shut, (sock,))
     late.start()
     try:
         if isinstance(sock, ssl.SSLSocket):
             sock.do_handshake()
-        connection = http.client.HTTPConnection(parts.hostname, parts.port)
-        connection.default_port = port  # the header Host has others only
+        connection = http.client.HTTPConnection(parts.hostname, port)
+        connection.default_port = usual  # the header Host has others only
         connection.sock = sock
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "image/*"})
