@@ -1,6 +1,7 @@
 """Serves a checkpoint, as OpenAI's API and as a web page: `python tools/serve.py --help`."""
 
 import argparse
+import asyncio
 import signal
 import socket
 import sys
@@ -39,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         listener = bind(given.host, given.port)
         service = Service(load(given), limits(given))
-        app = make_app(service)
+        app, ending = make_app(service), asyncio.Event()
         if not given.no_page:
-            add_page(app, service)
+            add_page(app, service, ending)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
         )
@@ -49,7 +50,15 @@ def main(argv: list[str] | None = None) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{', '.join(service.names)}: listening on http://{shown}:{port}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        end = server.handle_exit
+
+        def handle_exit(number: int, frame: Any) -> None:
+            ending.set()
+            end(number, frame)
+
+        server.handle_exit = handle_exit
+        server.run(sockets=[listener])
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -56,8 +56,14 @@ def load_gradio() -> Any:
     return importlib.import_module("gradio")
 
 
-def add_page(app: FastAPI, service: Service) -> None:
-    """Puts the page on an application, behind all that it has so far. As `load_gradio`."""
+def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
+    """Puts the page on an application, behind all that it has so far. As `load_gradio`.
+
+    Args:
+        app: The application.
+        service: That answers.
+        ending: See `PageGuard`.
+    """
     gr = load_gradio()
     fonts = importlib.import_module("gradio.themes.utils.fonts")
     system = [fonts.Font(name) for name in ("system-ui", "sans-serif")]
@@ -65,7 +71,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     folder = tempfile.TemporaryDirectory(prefix="llava_jax-")
     app.state.uploads = folder  # removed with the application
     os.environ["GRADIO_TEMP_DIR"] = folder.name
-    app.add_middleware(OwnPolicy)
+    app.add_middleware(PageGuard, ending=ending)
     gr.mount_gradio_app(
         app,
         _Page(gr, service, Path(folder.name)).blocks(),
@@ -82,24 +88,45 @@ def add_page(app: FastAPI, service: Service) -> None:
     )
 
 
-class OwnPolicy:
-    """Tells browsers to load nothing from elsewhere, whatever a page says."""
+class PageGuard:
+    """Around the page: browsers load nothing from elsewhere, and hold up no end of the server.
+
+    Args:
+        app: What is guarded.
+        ending: Set when the server is to end: to the application, all clients have then left. A
+            page keeps a connection open for as long as it is shown.
+    """
 
     POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, ending: asyncio.Event):
+        self._app, self._ending = app, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers."""
+        if scope["type"] != "http" or not scope["path"].startswith("/gradio_api/"):
+            await self._app(scope, receive, self._with_policy(send))
+            return
 
+        async def receive_on() -> Message:
+            tasks = [asyncio.ensure_future(x) for x in (receive(), self._ending.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        await self._app(scope, receive_on, self._with_policy(send))
+
+    def _with_policy(self, send: Send) -> Send:
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", self.POLICY.encode())
                 message["headers"] = [*message.get("headers", ()), policy]
             await send(message)
 
-        await self._app(scope, receive, send_on)
+        return send_on
 
 
 class _Page:
