@@ -92,10 +92,10 @@ class Answer:
 
     def _newest_bytes(self) -> int:
         """How many of the newest tokens are a byte each, or nothing."""
-        nothing = self._tokenizer.all_special_ids
+        special = self._tokenizer.all_special_ids
         for count, token in enumerate(reversed(self.request.tokens)):
-            name = str(self._tokenizer.convert_ids_to_tokens(token))
-            if token not in nothing and not _BYTE.fullmatch(name):
+            name = self._tokenizer.convert_ids_to_tokens(token)  # None beyond the vocabulary
+            if name and token not in special and not _BYTE.fullmatch(str(name)):
                 return count
         return len(self.request.tokens)
 

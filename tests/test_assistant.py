@@ -169,6 +169,7 @@ def test_text_that_was_shown_stays(tokenizer: PreTrainedTokenizerBase):
     """SentencePiece's bytes beside each other are characters all together, or none of them is."""
     names = ["a", "<0xC5>", "<0x91>", "</s>", "<0xFF>", "b", "<0xC5>", "<0x91>"]
     tokens = tokenizer.convert_tokens_to_ids(names)
+    tokens.insert(3, len(tokenizer))  # of a model with more embeddings than its tokenizer has
     request = Request(np.zeros(1, np.int32), np.zeros((0, 3, 1, 1), np.float32), 99, frozenset())
     answer, seen = Answer(request, tokenizer), []
     for token in tokens:

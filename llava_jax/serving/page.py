@@ -31,7 +31,8 @@ _DAY = 24 * 60 * 60
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
 .chat .bubble-wrap { padding-top: 2.5rem; }
-.chat button[aria-label="Share"], .chat button[aria-label="Clear"] { display: none; }
+.chat button:is([aria-label="Share"], [aria-label="Clear"]),
+.chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Clear"]) { display: none; }
 .chat { height: calc(100dvh - 20rem) !important; min-height: 16rem; }
 @media (max-width: 700px) { .two .chat { height: 40dvh !important; } }
 """
@@ -109,13 +110,14 @@ class PageGuard:
             return
 
         async def receive_on() -> Message:
-            tasks = [asyncio.ensure_future(x) for x in (receive(), self._ending.wait())]
+            received = asyncio.ensure_future(receive())
+            ending = asyncio.ensure_future(self._ending.wait())
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
+                await asyncio.wait((received, ending), return_when=asyncio.FIRST_COMPLETED)
+                return received.result() if received.done() else {"type": "http.disconnect"}
             finally:
-                for task in tasks:
-                    task.cancel()
+                received.cancel()
+                ending.cancel()
 
         await self._app(scope, receive_on, self._with_policy(send))
 
