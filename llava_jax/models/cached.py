@@ -132,20 +132,18 @@ def decode(
         The logits of the tokens that follow, and the caches.
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
-    x = model.embed(tokens[:, None], None)
-    rope = model.llm.rope(positions[:, None])
+    x = model.embed(tokens[None], None)  # one row of B tokens: products of plain matrices
+    rope = model.llm.rope(positions[None])
     filled = []
     for leaves, cache in zip(weights.layers, caches, strict=True):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache = cache) -> jax.Array:
-            written = Cache(
-                _write_token(cache.keys, k, positions), _write_token(cache.values, v, positions)
-            )
-            filled.append(written)
-            return _attend_to_cache(q, written, positions)
+            write = lambda old, new: old.at[jnp.arange(len(positions)), :, positions].set(new[0])
+            filled.append(Cache(write(cache.keys, k), write(cache.values, v)))
+            return _attend_to_cache(q[0], filled[-1], positions)[None]
 
         x = _apply(structure.block, leaves, x, rope, attend)
-    return head_logits(model.llm.norm(x), model.llm.head)[:, 0], filled
+    return head_logits(model.llm.norm(x), model.llm.head)[0], filled
 
 
 def _apply(
@@ -163,15 +161,9 @@ def _write_row(
     return jax.lax.dynamic_update_slice(cache, x.swapaxes(1, 2), (row, 0, 0, 0))
 
 
-def _write_token(
-    cache: Float[Array, "B K S H"], x: Float[Array, "B 1 K H"], positions: Int[Array, "B"]
-) -> Float[Array, "B K S H"]:
-    return cache.at[jnp.arange(len(positions)), :, positions].set(x[:, 0])
-
-
 def _attend_to_cache(
-    q: Float[Array, "B 1 N H"], cache: Cache, positions: Int[Array, "B"]
-) -> Float[Array, "B 1 D"]:
+    q: Float[Array, "B N H"], cache: Cache, positions: Int[Array, "B"]
+) -> Float[Array, "B D"]:
     """Attention of the newest tokens to all of their sequences, with a float32 softmax."""
     batch, heads, length, size = cache.keys.shape
     q = q.reshape(batch, heads, -1, size)  # G query heads a key head
@@ -180,4 +172,4 @@ def _attend_to_cache(
     is_there = jnp.arange(length)[None] <= positions[:, None]
     logits = jnp.where(is_there[:, None, None], logits, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", shares, cache.values).reshape(batch, 1, -1)
+    return jnp.einsum("BKGS,BKSH->BKGH", shares, cache.values).reshape(batch, -1)
