@@ -1,0 +1,128 @@
+"""Times decoding beside transformers' on this machine's CPU: `python tools/generation_speed.py`.
+
+Models of random weights, float32, the two in turn, as many threads each. What is timed is all but
+the first token, and the medians of the runs are shown.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES = {
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160}
+    | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "smollm2-135m": {"vocab_size": 49216, "hidden_size": 576, "intermediate_size": 1536}
+    | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    | {"tie_word_embeddings": True},
+}
+IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS = 511, 16, 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0."""
+    parser = argparse.ArgumentParser(prog="python tools/generation_speed.py", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=7, help="of each")
+    parser.add_argument("--threads", type=int, default=2, help="of transformers; ours takes all")
+    given = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        make_model(given.shape, Path(directory))
+        for batch in given.batch:
+            prompt = make_prompt(batch)
+            sides = [
+                ours(directory, prompt, given.new_tokens),
+                theirs(directory, prompt, given.threads),
+            ]
+            print(f"{given.shape}, batch {batch}: {compare(sides, given.new_tokens, given.runs)}")
+    return 0
+
+
+def make_model(shape: str, directory: Path) -> None:
+    """Writes a LLaVA of random weights."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**SHAPES[shape], pad_token_id=0),
+        vision_config=CLIPVisionConfig(**tower),
+        image_token_index=IMAGE_TOKEN,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(directory)
+
+
+def make_prompt(batch: int) -> dict[str, np.ndarray]:
+    """An image and some text for each row."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 500, (batch, IMAGE_TOKENS + TEXT_TOKENS), np.int32)
+    ids[:, 2 : 2 + IMAGE_TOKENS] = IMAGE_TOKEN
+    pixels = rng.standard_normal((batch, 3, 56, 56), np.float32)
+    return {"input_ids": ids, "pixel_values": pixels}
+
+
+def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[int], Any]:
+    """Generates so many tokens, with llava_jax."""
+    from llava_jax import LlavaModel
+    from llava_jax.generation import Engine, Request
+
+    ids, pixels = prompt.values()
+    length = ids.shape[1] + most
+    engine = Engine(LlavaModel.from_pretrained(directory), slots=len(ids), length=length)
+    return lambda new: list(
+        engine.run(Request(row, image[None], new) for row, image in zip(ids, pixels, strict=True))
+    )
+
+
+def theirs(directory: str, prompt: dict[str, np.ndarray], threads: int) -> Callable[[int], Any]:
+    """Generates so many tokens, with transformers."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    torch.set_num_threads(threads)
+    model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
+    ids = torch.from_numpy(prompt["input_ids"]).long()
+    rest = {"attention_mask": torch.ones_like(ids)}
+    rest["pixel_values"] = torch.from_numpy(prompt["pixel_values"])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return lambda new: model.generate(
+        input_ids=ids, **rest, max_new_tokens=new, min_new_tokens=new, **settings
+    )
+
+
+def compare(sides: list[Callable[[int], Any]], new: int, runs: int) -> str:
+    """Milliseconds a token of both, and how they compare."""
+    for generate in sides:
+        generate(2)
+    times = []
+    for _ in range(runs):
+        times.append([seconds(generate, new) - seconds(generate, 1) for generate in sides])
+    own, other = (1000 * statistics.median(side) / (new - 1) for side in zip(*times, strict=True))
+    ratio = statistics.median(theirs / ours for ours, theirs in times)
+    return f"{own:.1f} ms a token, transformers {other:.1f}: {ratio:.2f} x its speed"
+
+
+def seconds(generate: Callable[[int], Any], new: int) -> float:
+    """What it takes."""
+    started = time.perf_counter()
+    generate(new)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
