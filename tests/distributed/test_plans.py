@@ -81,7 +81,7 @@ def in_host_memory(tree: Any) -> int:
 
 
 SHORT = [(plan, "lora", 1) for plan in PLANS] + [("all", "full", 8), ("stream_weights", "full", 1)]
-SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1), ("all", "family", 8)]
+SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 

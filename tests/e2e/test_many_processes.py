@@ -185,7 +185,7 @@ def test_two_processes_learn_as_one(start: Start, alone: Callable[..., Path], na
     assert_as_alone(directory.with_name(f"{name}-2"), directory)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_others_with_one_message(
     start: Start, undisturbed: Path, lost: int
 ):
@@ -221,6 +221,7 @@ def test_a_mistake_of_all_is_said_once(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_ends_all(start: Start):
     """As when one machine lacks a file that the others have."""
     first, other = end(start("mistaken", of_last=("--data.path", "nothing.json")))

@@ -170,6 +170,7 @@ def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
     assert_same_run(directory, undisturbed)
 
 
+@pytest.mark.slow  # short: the planned run below
 def test_a_run_by_another_plan_learns_the_same(
     start, undisturbed: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -315,6 +316,7 @@ def test_a_run_can_start_from_an_earlier_one(start, undisturbed: Path):
     assert model.llm.layers.mlp.up_proj.lora_b[...].any()
 
 
+@pytest.mark.slow
 def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
     """Where neither the parts nor what was trained on them has one."""
     parts = Path(__file__).parents[1] / "parity" / "fixtures" / "base"
