@@ -9,14 +9,14 @@ from typing import Literal
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import MeshConfig, Quantisation, parse_source
+from llava_jax.config import ConfigError, MeshConfig, Quantisation, parse_source
 from llava_jax.data.conversation import SampleError
 from llava_jax.description import quantisation_of
 from llava_jax.generation import Engine, Request
 from llava_jax.hf.processor import has_processor
 from llava_jax.hf.resolve import adapter_in, resolve
 from llava_jax.pretrained import LlavaModel
-from llava_jax.prompts import Prompt, PromptReader
+from llava_jax.prompts import Prompt, PromptReader, special_tokens
 from llava_jax.sampling import GREEDY, Sampling
 from llava_jax.sharding import make_mesh
 
@@ -60,6 +60,7 @@ class Answer:
         self.text = ""
         self.ending: Literal["stop", "length"] | None = None
         self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
         self._stop = tuple(filter(None, stop))
 
     def update(self) -> None:
@@ -92,10 +93,9 @@ class Answer:
 
     def _newest_bytes(self) -> int:
         """How many of the newest tokens are a byte each, or nothing."""
-        special = self._tokenizer.all_special_ids
         for count, token in enumerate(reversed(self.request.tokens)):
             name = self._tokenizer.convert_ids_to_tokens(token)  # None beyond the vocabulary
-            if name and token not in special and not _BYTE.fullmatch(str(name)):
+            if name and token not in self._special and not _BYTE.fullmatch(str(name)):
                 return count
         return len(self.request.tokens)
 
@@ -163,9 +163,11 @@ class Assistant:
             model.load_adapter(adapter)
         place = adapter if adapter is not None and has_processor(adapter) else found.base
         llm = model.config.llm
-        limits = [llm.max_position_embeddings, llm.sliding_window or MAX_LENGTH, MAX_LENGTH]
-        reader = PromptReader.open(place, model.config)
-        return cls(model, reader, slots=slots, max_length=max_length or min(limits))
+        most = min(llm.max_position_embeddings, llm.sliding_window or 2**31)
+        length = min(most, MAX_LENGTH) if max_length is None else max_length
+        if not 2 <= length <= most:
+            raise ConfigError(f"a length of {length} tokens: this model takes from 2 to {most}")
+        return cls(model, PromptReader.open(place, model.config), slots=slots, max_length=length)
 
     @property
     def free(self) -> int:
@@ -191,9 +193,8 @@ class Assistant:
         Raises:
             SampleError: It cannot be used: a broken image, turns out of order, too long.
         """
-        input_ids, pixels = self.reader(prompt)
+        input_ids, pixels = self.reader(prompt, self._engine.check)
         request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
-        self._engine.check(request)
         return Answer(request, self.reader.tokenizer, stop)
 
     def add(self, answer: Answer) -> None:
@@ -229,9 +230,9 @@ class Assistant:
     ) -> Generator[str]:
         """Yields an answer piece by piece. As `begin`."""
         answer = self.begin(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
-        self.add(answer)
         sent = 0
         try:
+            self.add(answer)
             while True:
                 if piece := answer.text[sent:]:
                     sent += len(piece)

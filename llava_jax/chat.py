@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.assistant import Assistant
+from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
 from llava_jax.data.images import open_image
 from llava_jax.prompts import Prompt
@@ -16,7 +18,7 @@ COMMANDS = """\
   /image FILE   show it a picture, with your next message; again for several
   /reset        begin a new conversation
   /save FILE    write the conversation, as LLaVA's training data has it
-  /exit         end (or Ctrl-D); Ctrl-C ends an answer"""
+  /exit         end (or Ctrl-D); Ctrl-C ends an answer, or clears the line"""
 
 
 class Chat:
@@ -74,10 +76,12 @@ class Chat:
             stop=self._stop,
         )
         answer = ""
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+        try:
             for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            self._assistant.reset()  # it came in the midst of something
         print()
         self._turns += [asked, Turn("gpt", answer.strip())]
         self._images, self._new_images = [*self._images, *self._new_images], []
@@ -86,14 +90,16 @@ class Chat:
         """Writes the conversation as LLaVA's data has it: a list of one record.
 
         Raises:
+            ConfigError: There is none.
             OSError: The file cannot be written.
         """
-        record = {
-            "id": Path(file).stem,
-            "image": [str(Path(image).absolute()) for image in self._images],
-            "conversations": [{"from": turn.role, "value": turn.text} for turn in self._turns],
-        }
-        Path(file).write_text(json.dumps([record], indent=2, ensure_ascii=False) + "\n")
+        if not any(turn.role == "gpt" for turn in self._turns):
+            raise ConfigError("nothing was said that could be saved")
+        images = [str(Path(image).absolute()) for image in self._images]
+        turns = [{"from": turn.role, "value": turn.text} for turn in self._turns]
+        record = {"id": Path(file).stem, **({"image": images} if images else {})}
+        text = json.dumps([record | {"conversations": turns}], indent=2, ensure_ascii=False)
+        Path(file).write_text(text + "\n")
 
     def converse(self) -> None:
         """Reads messages and commands until the end."""
@@ -102,24 +108,37 @@ class Chat:
         while True:
             try:
                 line = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print()
                 return
-            if line == "/exit":
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line in ("/exit", "/quit"):
                 return
             try:
                 self._take(line)
-            except (SampleError, OSError) as error:
+            except SampleError as error:
+                again = "; /reset begins anew" if error.kind == "length" else ""
+                print(f"error: {error}{again}", file=sys.stderr)
+            except (ConfigError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr)
 
     def _take(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        actions = {"/image": self.show, "/save": self.save}
-        if word == "/reset":
+        file = os.path.expanduser(rest.strip().strip("'\""))
+        if not line.startswith("/"):
+            if line:
+                self.say(line)
+        elif word == "/reset":
             self.reset()
-        elif word in actions and rest.strip():
-            actions[word](rest.strip())
-        elif line.startswith("/"):
-            print(COMMANDS)
-        elif line:
-            self.say(line)
+            print("a new conversation")
+        elif word == "/image" and file:
+            self.show(file)
+            print("shown with your next message")
+        elif word == "/save" and file:
+            self.save(file)
+            print(f"wrote {file}")
+        else:
+            named = f"no command {word}; there are\n" if word not in COMMANDS else ""
+            print(named + COMMANDS)

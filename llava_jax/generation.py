@@ -104,13 +104,12 @@ class Engine:
         """Sequences that may be added."""
         return self._rows.count(None)
 
-    def check(self, request: Request) -> None:
-        """Refuses what cannot be generated from.
+    def check(self, length: int) -> None:
+        """Refuses a prompt of so many tokens if it leaves no place for an answer.
 
         Raises:
-            SampleError: The prompt leaves no place for an answer.
+            SampleError: It does not.
         """
-        length = len(request.input_ids)
         if not 0 < length < self.length:
             raise SampleError(
                 f"the prompt has {length} tokens, and prompt and answer together may have "
@@ -120,8 +119,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Reads a prompt, and generates its first token; there must be a free slot. As `check`."""
-        self.check(request)
         length = len(request.input_ids)
+        self.check(length)
         row = self._rows.index(None)
         input_ids = np.full(_padded(length, self.length), self.config.pad_token_id, np.int32)
         input_ids[:length] = request.input_ids

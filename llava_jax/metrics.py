@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,7 +44,7 @@ class Reporter:
         self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
         self.is_shown = not quiet
         self._total = total_steps
-        self._trackers = trackers
+        self._trackers = [*trackers]
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
         self._started = (self._last_time, first_step)
@@ -94,8 +94,7 @@ class Reporter:
         if self.is_shown:
             append_rows(self._path, [row])
         speed = row["tokens"] / max(row["seconds"], 1e-9)
-        for tracker in self._trackers:
-            tracker.log_step(row | {"tokens_per_second": speed})
+        self._tell(lambda tracker: tracker.log_step(row | {"tokens_per_second": speed}))
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
         loss = math.nan if row["loss"] is None else row["loss"]
         text = f"loss {loss:.4f}  rate {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
@@ -116,8 +115,17 @@ class Reporter:
             text: The same in a line.
         """
         self.say(text)
-        for tracker in self._trackers:
-            tracker.log_held_out(row, pictures)
+        self._tell(lambda tracker: tracker.log_held_out(row, pictures))
+
+    def _tell(self, say: Callable[[Tracker], None]) -> None:
+        """Tells all trackers; one that fails is told nothing more, and ends no run."""
+        for tracker in [*self._trackers]:
+            try:
+                say(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__
+                self.say(f"{name} is told nothing more: {type(error).__name__}: {error}")
 
     def skip_time(self) -> None:
         """Leaves out the time since the last row: it went into something other than a step."""

@@ -42,7 +42,11 @@ def load_assistant(given: argparse.Namespace, *, slots: int) -> "Assistant":
         ConfigError: There is no such checkpoint, or an option makes no sense.
         CheckpointError: It cannot be used.
     """
-    from llava_jax.assistant import Assistant  # slow, and not for --help
+    from llava_jax.environment import prepare_for_training  # slow, and not for --help
+
+    prepare_for_training()  # of a GPU's memory, XLA would leave a quarter unused
+
+    from llava_jax.assistant import Assistant
 
     return Assistant.load(
         given.checkpoint,
@@ -57,15 +61,30 @@ def load_assistant(given: argparse.Namespace, *, slots: int) -> "Assistant":
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:
     """How to answer; `read_sampling` takes what was parsed."""
     group = parser.add_argument_group("the answers")
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
-    group.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
+    most = "the task's own" if max_new_tokens is None else max_new_tokens
     group.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest of this probability"
+        "--max-new-tokens",
+        type=_at_least_one,
+        default=max_new_tokens,
+        help=f"most tokens of an answer (default: {most})",
     )
-    group.add_argument("--repetition-penalty", type=float, default=1.0)
-    group.add_argument("--seed", type=int, default=0)
+    number = lambda name, default, text: group.add_argument(
+        name, type=type(default), default=default, help=f"{text} (default: {default})"
+    )
+    number("--temperature", 0.0, "0 takes the likeliest token, more draws")
+    group.add_argument(
+        "--top-k", type=int, help="draw from so many of the likeliest (default: from all)"
+    )
+    number("--top-p", 1.0, "draw from the likeliest that have this probability together")
+    number("--repetition-penalty", 1.0, "makes tokens that came before less likely")
+    number("--seed", 0, "of what is drawn")
     group.add_argument("--stop", action="append", default=[], help="a text that ends an answer")
+
+
+def _at_least_one(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: it must be at least 1")
+    return value
 
 
 def read_sampling(given: argparse.Namespace) -> "Sampling":

@@ -2,17 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import jinja2
-import jinja2.sandbox
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ConfigError, ModelConfig, Parts
+from llava_jax.config import ModelConfig, Parts
 from llava_jax.data.conversation import (
     IMAGE_PLACEHOLDER,
     Encoded,
@@ -67,13 +66,9 @@ class PromptReader:
     ):
         self.tokenizer, self.transform, self.ends = tokenizer, transform, ends
         self._config = config
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
-        try:
-            self._template = environment.from_string(chat_template)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the checkpoint's chat template is amiss: {error}") from error
-        self._image_token = image_token_of(tokenizer, config)
-        special = sorted({*tokenizer.all_special_tokens, self._image_token}, key=len, reverse=True)
+        self._chat_template = chat_template
+        words = special_tokens(tokenizer).values()
+        special = sorted({*words, image_token_of(tokenizer, config)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
 
     @classmethod
@@ -90,8 +85,14 @@ class PromptReader:
         end = None if template is None else end_token(template, tokenizer)
         return cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
 
-    def __call__(self, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, prompt: Prompt, check: Callable[[int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [T], images expanded, and pixels float32 [I, 3, H, W].
+
+        Args:
+            prompt: The conversation.
+            check: Told the number of tokens before any image is opened; may refuse.
 
         Raises:
             SampleError: The prompt cannot be used.
@@ -111,11 +112,13 @@ class PromptReader:
             raise SampleError("the chat template does not give every image a token", "template")
         encoded = Encoded(ids, np.zeros(len(ids), bool))
         ids = expand_images(encoded, image, self._config.image_tokens).input_ids
-        opened = [x if isinstance(x, Image.Image) else open_image(x) for x in prompt.images]
+        if check is not None:
+            check(len(ids))
         size = self._config.vision.image_size
-        pixels = np.zeros((len(opened), 3, size, size), np.float32)
-        for slot, picture in zip(pixels, opened, strict=True):
-            slot[:] = self.transform(picture)
+        pixels = np.zeros((asked, 3, size, size), np.float32)
+        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time: large files
+            is_open = isinstance(picture, Image.Image)
+            slot[:] = self.transform(picture if is_open else open_image(picture))
         return ids, pixels
 
     def _render(self, turns: Sequence[Turn]) -> str:
@@ -124,20 +127,17 @@ class PromptReader:
             raise SampleError("a prompt ends with a human turn", "order of turns")
         messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
 
-        def refuse(message: str) -> None:
-            raise SampleError(f"the chat template refuses the conversation: {message}", "template")
-
-        tokenizer = self.tokenizer
         try:
-            return self._template.render(
-                messages=messages,
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
                 add_generation_prompt=True,
-                raise_exception=refuse,
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise SampleError(f"the chat template cannot render it: {error}", "template") from error
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = f"the chat template does not render the conversation: {error}"
+            raise SampleError(reason, "template") from error
+        return cast("str", text)
 
     def _parts(self, turn: Turn) -> list[dict[str, str]]:
         text, images = turn.text, 0
@@ -146,6 +146,13 @@ class PromptReader:
         # What is left may join to another; the space keeps that apart.
         text = self._special.sub(" ", self._special.sub("", text))
         return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Control tokens by their ids: those that have a part, and all others that are marked so."""
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    added = tokenizer.added_tokens_decoder.items()
+    return dict(named) | {number: str(token) for number, token in added if token.special}
 
 
 def image_token_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:

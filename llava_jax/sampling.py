@@ -35,15 +35,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        is_scale = lambda x: 1e-6 <= x <= 1e6  # what float32 can divide by
         for name, is_good, must in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+                f"0, or {_SCALE}",
+            ),
+            ("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "from 1 to 2^31 - 1"),
+            ("top_p", 1e-6 <= self.top_p <= 1, "above 0, and at most 1"),
+            ("repetition_penalty", is_scale(self.repetition_penalty), "above 0"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not is_good:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be {must}")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: it must be {must}, and of a usual size"
+                )
 
 
 GREEDY = Sampling()

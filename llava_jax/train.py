@@ -185,6 +185,8 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
             stop.raise_if_asked(f"after step {int(state.step)}")
             publish(write(state.trainable, frozen), export_dir(config))
             _say(f"wrote {export_dir(config)}")
+            _say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
+            _say(f"python tools/chat.py {config.run_dir}")
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from llava_jax.assistant import Answer, Assistant
 from llava_jax.chat import Chat
@@ -226,19 +226,26 @@ def test_a_conversation_in_a_terminal(
     saved = tmp_path / "chat.json"
     lines = iter([
         *(f"/image {picture}", question, "is there a red shape?", f"/save {saved}"),
-        *("/image /nowhere.png", "/what", "/reset", f"/save {tmp_path / 'empty.json'}", "/exit"),
+        *("/image /nowhere.png", "/what", "/image", "/reset", f"/save {tmp_path / 'e.json'}"),
+        f'/image "{picture}"', "/quit",
     ])  # fmt: skip
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     Chat(assistant, GREEDY, max_new_tokens=8).converse()
     out, error = capsys.readouterr()
-    assert out.splitlines()[0] == RECORDS[0].turns[1].text
+    lines = out.splitlines()
+    assert lines[:2] == ["shown with your next message", RECORDS[0].turns[1].text]
+    assert lines[3:5] == [f"wrote {saved}", "no command /what; there are"]
     assert "/image FILE" in out
-    assert error == "error: image not found: /nowhere.png\n"
+    assert lines[-1] == "shown with your next message"
+    assert error.splitlines() == [
+        "error: image not found: /nowhere.png",
+        "error: nothing was said that could be saved",
+    ]
     (record,) = json.loads(saved.read_text())
     assert record["image"] == [str(picture)]
     assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 2
     assert record["conversations"][0]["value"] == f"<image>\n{question}"
-    assert json.loads((tmp_path / "empty.json").read_text())[0]["conversations"] == []
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_the_tool_answers_one_question(
@@ -250,13 +257,64 @@ def test_the_tool_answers_one_question(
     assert capsys.readouterr().out.strip() == RECORDS[0].turns[1].text
     assert chat.main([str(tmp_path), *asked]) == 1
     assert chat.main([str(TINY), "--prompt", "x", "--temperature", "-1"]) == 1
-    assert (
-        capsys.readouterr().err.splitlines()[1] == "error: temperature = -1.0: it must be 0 or more"
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[1].startswith("error: temperature = -1.0: it must be 0 or more")
+
+
+def test_a_template_is_rendered_as_transformers_does(tokenizer: PreTrainedTokenizerBase):
+    """Lines that hold only a statement leave nothing behind."""
+    template = """\
+{% for message in messages %}
+    {% if message['role'] == 'user' %}
+        USER: {{ message['content'][-1]['text'] }}
+    {% endif %}
+{% endfor %}
+"""
+    read = PromptReader(
+        tokenizer, load_image_transform(TINY), template, read_config(TINY), frozenset()
     )
+    ids, _ = read(Prompt((Turn("human", "hi"),)))
+    np.testing.assert_array_equal(ids, tokenizer("        USER: hi\n").input_ids)
+
+
+def test_control_tokens_that_have_no_part_are_taken_out_too():
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.add_tokens([AddedToken("<|start|>", special=True)])
+    assert "<|start|>" not in tokenizer.all_special_tokens
+    read = reader_of(tokenizer, "vicuna_v1")
+    forged, _ = read(Prompt((Turn("human", "say<|start|> it"),)))
+    plain, _ = read(Prompt((Turn("human", "say it"),)))
+    np.testing.assert_array_equal(forged, plain)
+
+
+def test_an_interrupted_first_token_leaves_a_usable_assistant(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    chat = Chat(assistant, GREEDY, max_new_tokens=4)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assistant._engine, "_take", interrupt)
+        chat.say("is there a red shape?")
+    assert assistant.free == 4
+    chat.say("is there a red shape?")
+    assert capsys.readouterr().out.split()[-1] in ("yes", "no")
+
+
+@pytest.mark.parametrize("length", [1, 0, -5, 100_000])
+def test_a_length_that_the_model_does_not_take_is_refused(length: int):
+    with pytest.raises(ConfigError, match=r"this model takes from 2 to 512"):
+        Assistant.load(str(TINY), max_length=length)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"top_p": 0.0}, {"top_k": 0}, {"repetition_penalty": 0.0}, {"seed": -1}]
+    "wrong",
+    [
+        *({"top_p": 0.0}, {"top_k": 0}, {"repetition_penalty": 0.0}, {"seed": -1}),
+        *({"top_k": 2**31}, {"temperature": 1e300}, {"repetition_penalty": 1e-300}),
+    ],
 )
 def test_sampling_that_makes_no_sense_is_refused(wrong: dict):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

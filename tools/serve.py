@@ -18,9 +18,6 @@ GRACE = 10
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
     given = parse(argv)
-    from llava_jax.environment import prepare_for_training
-
-    prepare_for_training()
     try:
         import uvicorn
 
@@ -189,14 +186,18 @@ def warm_up(assistant: Any) -> None:
     """Compiles what most requests need: a prompt alone, one with an image, and the step."""
     from PIL import Image
 
-    from llava_jax.data.conversation import Turn
+    from llava_jax.config import ConfigError
+    from llava_jax.data.conversation import SampleError, Turn
     from llava_jax.prompts import Prompt
 
     question = "What is in the picture?"
     for images in ((), (Image.new("RGB", (64, 64)),)):
         turn = Turn("human", "<image>\n" * len(images) + question)
-        for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
-            pass
+        try:
+            for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
+                pass
+        except SampleError as error:
+            raise ConfigError(f"no place for a picture and a question: {error}") from error
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def to_prompt(
             code="too_many_images",
         )
     characters = sum(len(turn.text) for turn in turns)
-    if characters > MOST_CHARACTERS * max_length:
+    if max(characters / MOST_CHARACTERS, len(messages)) > max_length:
         raise RequestError(
-            f"the messages have {characters:,} characters, which is more than the {max_length:,} "
-            "tokens that prompt and answer together may have",
+            f"{len(messages):,} messages of {characters:,} characters are more than the "
+            f"{max_length:,} tokens that prompt and answer together may have",
             param="messages",
             code="context_length_exceeded",
         )

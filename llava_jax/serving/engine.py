@@ -33,6 +33,9 @@ class EngineFailed(Exception):
     """The model could not go on with an answer."""
 
 
+_ENDED = EngineFailed("the server is ending")
+
+
 class Job:
     """An answer that the thread is to generate; its updates are read in the event loop.
 
@@ -88,6 +91,7 @@ class EngineThread:
         self.failure: str | None = None
         self._lanes = {name: _Lane(assistant) for name, assistant in assistants.items()}
         self._arrivals: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._ending, self._has_ended = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -96,7 +100,11 @@ class EngineThread:
 
     def submit(self, job: Job) -> None:
         """Hands over a job; may be called from any thread."""
-        self._arrivals.put(job)
+        with self._ending:
+            if self._has_ended:
+                job.publish(_ENDED)
+            else:
+                self._arrivals.put(job)
 
     def stop(self) -> None:
         """Ends the thread after its current step; what is not over never will be."""
@@ -112,6 +120,11 @@ class EngineThread:
             self.failure = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         finally:
+            with self._ending:  # nothing arrives after this
+                self._has_ended = True
+            while not self._arrivals.empty():
+                if job := self._arrivals.get():
+                    job.publish(_ENDED)
             for lane in self._lanes.values():
                 lane.end()
 
@@ -157,7 +170,7 @@ class _Lane:
         """Tells all jobs that they get no answer."""
         self._running |= {job.answer: job for job in self.waiting}
         self.waiting.clear()
-        self._fail(EngineFailed("the server is ending"))
+        self._fail(_ENDED)
 
     def _fail(self, error: EngineFailed) -> None:
         for job in self._running.values():
