@@ -37,11 +37,7 @@ class Sampling:
     def __post_init__(self):
         is_scale = lambda x: 1e-6 <= x <= 1e6  # what float32 can divide by
         for name, is_good, must in (
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
-                f"0, or {_SCALE}",
-            ),
+            ("temperature", self.temperature == 0 or is_scale(self.temperature), "0 or more"),
             ("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "from 1 to 2^31 - 1"),
             ("top_p", 1e-6 <= self.top_p <= 1, "above 0, and at most 1"),
             ("repetition_penalty", is_scale(self.repetition_penalty), "above 0"),
