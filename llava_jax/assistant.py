@@ -27,6 +27,11 @@ MAX_LENGTH = 2048
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece names them
 
 
+def default_dtype() -> str:
+    """What is computed in where nobody says: CPUs are slow in 16 bits."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """An answer that is whole.
@@ -152,7 +157,7 @@ class Assistant:
             ConfigError: There is no such checkpoint.
             CheckpointError: It cannot be used.
         """
-        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = dtype or default_dtype()
         bits = quantisation_of(Path(source)) if quantize == "as_trained" else quantize
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=-1))
         found = resolve(parse_source(base or source) or source)

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--questions", type=Path, help="its question file, likewise")
     add("--annotations", type=Path, help="the file or folder of its answers, likewise")
     add("--metric", choices=JSON_METRICS, help="of json; default exact")
-    add("--output", type=Path, help="default: evaluations/CHECKPOINT/TASK")
+    add("--output", type=Path, help="a folder (default: evaluations/CHECKPOINT/TASK here)")
     add("--limit", type=int, help="only so many questions, the first")
     add("--slots", type=int, default=8, help="questions at a time")
     # None: as LLaVA's evaluation has it
@@ -64,6 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> int:
     """Reads, asks, scores, writes."""
+    from llava_jax.assistant import default_dtype
     from llava_jax.benchmarks.asking import Answers, How, describe
     from llava_jax.benchmarks.questions import Files
     from llava_jax.benchmarks.tasks import find_task
@@ -75,9 +76,9 @@ def evaluate(given: argparse.Namespace) -> int:
     count = min(given.limit or len(questions), len(questions))
     how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
     loaded = {name: getattr(given, name) for name in ("base", "dtype", "quantize", "max_length")}
+    loaded["dtype"] = loaded["dtype"] or default_dtype()  # not the same on another machine
     settings = describe(given.task, questions, how, given.checkpoint, **loaded)
-    model = Path(settings["checkpoint"]).name
-    folder = given.output or Path("evaluations", model, given.task)
+    folder = given.output or Path("evaluations", settings["model"], given.task)
     answers = Answers(folder, settings, questions)
     if numbers := answers.missing(count):
         ask(given, answers, questions, numbers, how)

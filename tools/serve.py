@@ -139,10 +139,12 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError: One cannot be had.
     """
-    found = {given.name or name_of(given.checkpoint): given}
+    from llava_jax.hf.resolve import model_name
+
+    found = {given.name or model_name(given.checkpoint): given}
     if given.compare:
         base = base_of(given)
-        name = name_of(base.checkpoint)
+        name = model_name(base.checkpoint)
         found[f"{name}-base" if name in found else name] = base
     assistants = {}
     for name, one in found.items():
@@ -150,16 +152,6 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
         assistants[name] = load_assistant(one, slots=given.slots)
         warm_up(assistants[name])
     return assistants
-
-
-def name_of(source: str) -> str:
-    """What a model is called: a hub id as it is, a directory by its last name."""
-    path = Path(source)
-    if not path.exists():
-        return source
-    path = path.resolve()
-    is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
-    return path.parent.name if is_made else path.name
 
 
 def base_of(given: argparse.Namespace) -> argparse.Namespace:

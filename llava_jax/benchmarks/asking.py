@@ -11,6 +11,7 @@ from llava_jax.assistant import Assistant, Reply
 from llava_jax.benchmarks.questions import Answered, Question
 from llava_jax.config import ConfigError
 from llava_jax.disk import append_rows, replace_text
+from llava_jax.hf.resolve import model_name
 from llava_jax.prompts import Prompt
 from llava_jax.sampling import GREEDY, Sampling
 
@@ -52,6 +53,7 @@ def describe(
     stats = [(str(file.relative_to(place)), file.stat()) for file in files]
     return {
         "task": task,
+        "model": model_name(checkpoint),
         "checkpoint": str(place.resolve()) if place.exists() else checkpoint,
         "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         **loaded,
@@ -77,7 +79,7 @@ class Answers:
     def __init__(self, folder: Path, settings: dict[str, Any], questions: Sequence[Question]):
         self.path = folder / "answers.jsonl"
         self._questions = questions
-        self._model = Path(settings["checkpoint"]).name
+        self._model = settings["model"]
         folder.mkdir(parents=True, exist_ok=True)
         _check_settings(folder / "settings.json", settings, self.path)
         self._rows = self._read()

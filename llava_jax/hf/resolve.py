@@ -57,6 +57,16 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     return Checkpoint(name, _as_parts(path, read))
 
 
+def model_name(source: str) -> str:
+    """What a model is called: a hub id as it is, others by their directory, or their run's."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    path = path.resolve()
+    is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
+    return path.parent.name if is_made else path.name
+
+
 def adapter_in(place: str | Path, read: Reader = open_tensors) -> Path:
     """Where something trained lies: a file, a directory, a run's adapter, or a hub id's snapshot.
 
