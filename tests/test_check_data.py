@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
@@ -151,10 +152,11 @@ def test_only_json_can_be_written_clean(folder):
 
 
 class Deadly(ListRecords):
-    """Records of which one ends the process that reads it."""
+    """Records of which one ends the worker that reads it. Not the tests' own process, in which the
+    runtime type checker reads one now and then, by chance."""
 
     def __getitem__(self, number):
-        if number == 70:
+        if number == 70 and multiprocessing.parent_process() is not None:
             os._exit(9)
         return super().__getitem__(number)
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import random
 import tempfile
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,24 @@ _CSS = """
 
 @dataclasses.dataclass
 class Exchange:
-    """A question and what was answered, by the names of models."""
+    """A question and what became of it, by the names of the models that were asked.
+
+    Attributes:
+        text: The question.
+        images: Files.
+        answers: As far as they have come.
+        errors: Why there is none, or no more of one.
+    """
 
     text: str
     images: tuple[str, ...]
     answers: dict[str, str] = dataclasses.field(default_factory=dict)
+    errors: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def shown(self, name: str) -> str:
+        """What the page shows as a model's answer."""
+        error = f"[{self.errors[name]}]" if name in self.errors else ""
+        return " ".join(filter(None, (self.answers[name], error))) or "…"
 
 
 def load_gradio() -> Any:
@@ -173,10 +187,11 @@ class _Page:
             settings = self._settings()
             outputs = [box, exchanges, *chats]
             inputs = [exchanges, compare, *settings]
-            asked = [
-                box.submit(self._ask, [box, *inputs], outputs, **_UNQUEUED),
-                regenerate.click(self._regenerate, inputs, outputs, **_UNQUEUED),
-            ]
+            submit = box.submit(self._ask, [box, *inputs], outputs, **_UNQUEUED)
+            again = regenerate.click(
+                self._regenerate, inputs, outputs, cancels=[submit], **_UNQUEUED
+            )
+            asked = [submit, again]
             box.stop(self._ready, None, box, cancels=asked)
             clear.click(self._clear, None, outputs, cancels=asked)
             show = lambda on: [gr.Column(visible=on or i == 0) for i in range(len(names))]
@@ -258,9 +273,9 @@ class _Page:
         new_tokens: float,
     ) -> None:
         """Keeps a model's answer to the last question in it as it comes."""
-        answers, limits = exchanges[-1].answers, self._service.limits
+        last, limits = exchanges[-1], self._service.limits
         messages = self._messages(name, exchanges)
-        answers[name] = "…"
+        last.answers[name] = ""
         try:
             with self._service.enter() as ticket:
                 await ticket.begin(
@@ -275,18 +290,26 @@ class _Page:
                     sampling=Sampling(temperature, top_p=top_p, seed=random.getrandbits(32)),
                 )
                 async for update in ticket.updates():
-                    answers[name] = update.text.rstrip() or "…"
+                    last.answers[name] = update.text.rstrip()
         except (RequestError, ConfigError) as error:
-            answers[name] = f"[{error}]"
+            last.errors[name] = str(error)
+        except Exception:
+            traceback.print_exc()
+            last.errors[name] = "something went wrong; the server's console says what"
 
     def _messages(self, name: str, exchanges: list[Exchange]) -> list[ChatMessage]:
-        """The conversation as one model had it; where it was not asked, as the first had it."""
+        """The conversation as one model had it; where it was not asked, as the first had it.
+
+        Questions that nothing was answered to are left out, but for the last.
+        """
         messages = []
         for exchange in exchanges:
+            said = exchange.answers.get(name) or exchange.answers.get(self._names[0], "")
+            if not said and exchange is not exchanges[-1]:
+                continue
             images = [ImagePart(type="image_url", image_url=path) for path in exchange.images]
             text = TextPart(type="text", text=exchange.text)
             messages.append(ChatMessage(role="user", content=[*images, text]))
-            said = exchange.answers.get(name, exchange.answers.get(self._names[0], ""))
             messages.append(ChatMessage(role="assistant", content=said))
         return messages[:-1]
 
@@ -301,7 +324,7 @@ class _Page:
                 files = [{"path": path} for path in exchange.images]
                 text = [_as_text(exchange.text)] if exchange.text else []
                 messages += [{"role": "user", "content": part} for part in (*files, *text)]
-                messages.append({"role": "assistant", "content": _as_text(exchange.answers[name])})
+                messages.append({"role": "assistant", "content": _as_text(exchange.shown(name))})
             chats.append(messages)
         return chats
 
