@@ -136,7 +136,7 @@ def check(given: argparse.Namespace) -> None:
 
     if given.metric and given.task != "json":
         raise ConfigError(f"--metric is for --task json; {given.task} has its own")
-    for name in ("limit", "max_new_tokens", "slots", "max_length"):
+    for name in ("limit", "slots", "max_length"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")

@@ -6,6 +6,7 @@ read twice and written once. Here the layers are arrays of their own, and the lo
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -100,14 +101,12 @@ def prefill(
     segment_ids = (jnp.arange(input_ids.shape[0]) < length).astype(jnp.int32)[None]
     x = model.embed(input_ids[None], pixel_values)
     rope = model.llm.rope(jnp.arange(input_ids.shape[0])[None])
-    filled = []
-    for leaves, cache in zip(weights.layers, caches, strict=True):
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache = cache) -> jax.Array:
-            filled.append(Cache(_write_row(cache.keys, k, row), _write_row(cache.values, v, row)))
-            return model.llm.attend(q, k, v, segment_ids)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        written = Cache(_write_row(cache.keys, k, row), _write_row(cache.values, v, row))
+        return model.llm.attend(q, k, v, segment_ids), written
 
-        x = _apply(structure.block, leaves, x, rope, attend)
+    x, filled = _run(structure.block, weights.layers, caches, x, rope, attend)
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
     return head_logits(model.llm.norm(last), model.llm.head)[:, 0], filled
 
@@ -134,25 +133,38 @@ def decode(
     model = cast("Llava", merge(structure.rest, weights.rest))
     x = model.embed(tokens[None], None)  # one row of B tokens: products of plain matrices
     rope = model.llm.rope(positions[None])
-    filled = []
-    for leaves, cache in zip(weights.layers, caches, strict=True):
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache = cache) -> jax.Array:
-            write = lambda old, new: old.at[jnp.arange(len(positions)), :, positions].set(new[0])
-            filled.append(Cache(write(cache.keys, k), write(cache.values, v)))
-            return _attend_to_cache(q[0], filled[-1], positions)[None]
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        write = lambda old, new: old.at[jnp.arange(len(positions)), :, positions].set(new[0])
+        written = Cache(write(cache.keys, k), write(cache.values, v))
+        return _attend_to_cache(q[0], written, positions)[None], written
 
-        x = _apply(structure.block, leaves, x, rope, attend)
+    x, filled = _run(structure.block, weights.layers, caches, x, rope, attend)
     return head_logits(model.llm.norm(x), model.llm.head)[0], filled
 
 
-def _apply(
-    graph: nnx.GraphDef, leaves: Leaves, x: Float[Array, "B T D"], rope: Rope, attend: Any
-) -> Float[Array, "B T D"]:
-    params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
-    block = cast("Block", nnx.merge(graph, nnx.from_flat_state(params)))
-    x += block.self_attn(block.input_layernorm(x), rope, attend)
-    return x + block.mlp(block.post_attention_layernorm(x))
+def _run(
+    graph: nnx.GraphDef,
+    layers: list[Leaves],
+    caches: list[Cache],
+    x: Float[Array, "B T D"],
+    rope: Rope,
+    attend: Callable[..., tuple[jax.Array, Cache]],
+) -> tuple[Float[Array, "B T D"], list[Cache]]:
+    """x through all blocks; `attend(q, k, v, cache)` also returns the cache with k and v in it."""
+    filled: list[Cache] = []
+
+    def keep(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out, written = attend(q, k, v, caches[len(filled)])
+        filled.append(written)
+        return out
+
+    for leaves in layers:
+        params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
+        block = cast("Block", nnx.merge(graph, nnx.from_flat_state(params)))
+        x += block.self_attn(block.input_layernorm(x), rope, keep)
+        x += block.mlp(block.post_attention_layernorm(x))
+    return x, filled
 
 
 def _write_row(
