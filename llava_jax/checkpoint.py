@@ -187,7 +187,7 @@ class Checkpoints:
                 str(path.relative_to(unfinished)): [path.stat().st_size, value]
                 for path, value in zip(files, sums, strict=True)
             }
-        (unfinished / MANIFEST).write_text(json.dumps(listed, indent=1) + "\n")
+        (unfinished / MANIFEST).write_text(write_manifest(listed))
 
     def _newest_whole(self) -> int | None:
         damaged = {}
@@ -226,13 +226,33 @@ class Checkpoints:
         shutil.rmtree(place.rename(place.with_name(f"{step}{_UNFINISHED}")))
 
 
+def write_manifest(files: dict[str, list[int]]) -> str:
+    """The text of a list of files, name -> [bytes, checksum], with a checksum of its own."""
+    return json.dumps({"files": files, "checksum": _crc(files)}, indent=1) + "\n"
+
+
+def read_manifest(text: str) -> dict[str, list[int]]:
+    """The inverse.
+
+    Raises:
+        ValueError: It is not as it was written.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.get("checksum") != _crc(found.get("files")):
+        raise ValueError("its checksum is not the one that was written")
+    return found["files"]
+
+
+def _crc(value: Any) -> int:
+    return zlib.crc32(json.dumps(value).encode())
+
+
 def what_is_damaged(place: Path) -> str | None:
     """Holds a checkpoint against its list of files; None if it is whole."""
     try:
-        listed = json.loads((place / MANIFEST).read_text())
+        expected = read_manifest((place / MANIFEST).read_text())
         json.loads((place / _OWN).read_text())
-        expected = {name: (size, value) for name, (size, value) in listed.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{place / MANIFEST} or {_OWN} cannot be read ({error})"
     for name, (size, _) in expected.items():
         found = (place / name).stat().st_size if (place / name).is_file() else None

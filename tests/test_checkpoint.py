@@ -1,6 +1,8 @@
 """What Orbax still reads is not donated; half of a checkpoint is never taken for one."""
 
 import dataclasses
+import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from training import CONFIG, change, start
 
 from llava_jax import host
-from llava_jax.checkpoint import MANIFEST, Checkpoints
+from llava_jax.checkpoint import MANIFEST, Checkpoints, read_manifest, write_manifest
 from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
 
@@ -78,3 +80,17 @@ def test_a_checkpoint_of_another_recipe_is_no_traceback(tmp_path: Path):
             pytest.raises(CheckpointError, match="0 is not what this recipe trains"),
         ):
             saved.restore(program.state)
+
+
+def test_a_list_of_files_that_lost_any_stretch_is_no_list():
+    """What is left may be JSON, and name files that never were."""
+    files = {f"d/{name}": [10 * name, name] for name in range(1, 6)}
+    text = write_manifest(files)
+    assert read_manifest(text) == files
+    noticed = 0
+    for first, last in itertools.combinations(range(len(text) + 1), 2):
+        try:
+            assert read_manifest(text[:first] + text[last:]) == files  # but for blanks
+        except ValueError:
+            noticed += 1
+    assert noticed > 0.9 * math.comb(len(text) + 1, 2)
