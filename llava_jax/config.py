@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses. A config file is Python that builds one and calls it `config`.
 
-A run is a *recipe* (what is learned) and a *plan* (how it fits). `memory`, `mesh` and
-`batch.micro_size` are the plan; they never change a number of the recipe.
+A run is a *recipe* (what is learned) and a *plan* (how it fits). `memory`, `mesh`,
+`batch.micro_size` and `data.packing` are the plan; they never change a number of the recipe.
 """
 
 import argparse
@@ -288,6 +288,9 @@ class DataConfig:
         max_text_length: Longest sequence in tokens where an image counts as one, which is XTuner's
             limit; longer ones are cut. None leaves it to max_length.
         buckets: Lengths that batches are padded to; empty means max_length alone.
+        packing: Put several samples of a step, as many as there is room for, into one row of
+            max_length. A sample sees itself alone, so results are those of a row for each; what it
+            saves is padding. Takes the place of buckets.
         max_images: Most images in one sample; None counts them in the data.
         group_by_modality_length: Batches of samples with images, or of samples without, as LLaVA's
             option of this name makes them; else any samples are a batch.
@@ -307,6 +310,7 @@ class DataConfig:
     max_length: int = 2048
     max_text_length: int | None = None
     buckets: tuple[int, ...] = ()
+    packing: bool = False
     max_images: int | None = None
     shuffle: bool = True
     group_by_modality_length: bool = False

@@ -18,7 +18,7 @@ NOT_RECIPE = (
     *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval", "log"),
     *("data.image_root", "data.eval_path", "data.eval_samples", "data.workers"),
     *("data.max_skipped", "nonfinite_limit"),
-    *("memory", "mesh", "batch.micro_size"),  # the plan
+    *("memory", "mesh", "batch.micro_size", "data.packing"),  # the plan
 )
 """Fields that may change while a run goes on: none of them decides what is learned."""
 

@@ -2,13 +2,17 @@
 
 XLA's own analysis counts a loop's body once, whatever its length, and GPU library calls not at all.
 So this reads the module's text: its dots, what they become (convolutions on TPUs, calls of cuBLAS
-and cuDNN on GPUs), and how often the loops around them turn.
+and cuDNN on GPUs), and how often the loops around them turn. Of a loop whose length is known only
+when it runs, the program says how long it may be (`at_most`).
 """
 
 import functools
 import math
 import re
+from contextlib import AbstractContextManager
 from typing import NamedTuple
+
+import jax
 
 COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
@@ -16,6 +20,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(
 NAME = re.compile(r"%[\w.-]+")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+AT_MOST = re.compile(r"at_most_(\d+)_turns")
 SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dkv|dq)_")
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Products in each of the splash kernels: QK, which all of them compute, and those with it."""
@@ -35,6 +40,11 @@ class Instruction(NamedTuple):
 
 
 Computation = dict[str, Instruction]
+
+
+def at_most(turns: int) -> AbstractContextManager:
+    """Names the loops inside it, so that they count as so many turns, the most they take."""
+    return jax.named_scope(f"at_most_{turns}_turns")
 
 
 def matmul_flops(text: str) -> int:
@@ -94,6 +104,8 @@ def _trips(loop: Instruction, module: dict[str, Computation]) -> int:
             limit = condition[NAME.findall(test.operands)[1]]
             if limit.opcode == "constant":
                 return int(limit.operands)
+    if named := AT_MOST.findall(loop.attributes):
+        return int(named[-1])
     raise ValueError(f"a loop of unknown length multiplies matrices: {loop.attributes[:300]}")
 
 

@@ -18,6 +18,7 @@ from llava_jax.data.batching import (
 )
 from llava_jax.data.conversation import TEMPLATES, SampleError
 from llava_jax.data.order import EpochOrder, Grouping
+from llava_jax.data.packing import images_in_row
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
 from llava_jax.hf.processor import load_fitting_transform
 from llava_jax.hf.tokenizer import load_tokenizer
@@ -54,7 +55,8 @@ class Inputs:
         self, size: int, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """All held-out samples in order, `size` at a time, with their indices."""
-        spec = dataclasses.replace(self.spec, size=size)
+        images = self.encoder.max_images
+        spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
         workers = self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
 
@@ -64,6 +66,8 @@ class Inputs:
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
             text += ": an epoch has {:,} with images, {:,} without, {:,} of both".format(*alike)
+        if self.spec.packing:
+            return f"{text}; packed into rows of {self.spec.max_length} tokens"
         lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
         return f"{text}; padded to {lengths} tokens"
 
@@ -159,13 +163,16 @@ def find_model(
     return config.model, processor
 
 
-def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:
+def open_inputs(
+    config: TrainConfig, model: ModelConfig, processor: Path | Parts, *, devices: int = 1
+) -> Inputs:
     """Opens a run's data.
 
     Args:
         config: The run.
         model: The model's sizes and token ids.
         processor: Where the tokenizer and image processor lie.
+        devices: Those that the rows of a batch are divided among.
 
     Raises:
         ConfigError: The data or the template does not exist or fit.
@@ -197,10 +204,12 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     )
     spec = BatchSpec(
         size=config.batch.global_size,
-        max_images=images,
+        max_images=images_in_row(data, model, images),
         image_size=(transform.height, transform.width),
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
         buckets=data.buckets,
+        packing=data.packing,
+        devices=devices,
     )
     return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)

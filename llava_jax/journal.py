@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from llava_jax.config import RunError, TrainConfig
+from llava_jax.data.order import NO_RECORD
 from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
 from llava_jax.metrics import Reporter, keep_rows
@@ -49,13 +50,14 @@ class Journal:
             RunError: Too many samples were skipped, or steps in a row not finite.
         """
         values = jax.device_get(metrics)
-        self._reporter.log(_row(values, step), _device_bytes())
-        self._note_skipped(values["skipped"], step)
+        numbers = self._inputs.order.batch(step - 1)
+        skipped = numbers[(values["present"] == 0) & (numbers != NO_RECORD)]
+        self._reporter.log(_row(values, step) | {"skipped": len(skipped)}, _device_bytes())
+        self._note_skipped(skipped, step)
         self._note_nonfinite(values, step)
 
-    def _note_skipped(self, skipped: np.ndarray, step: int) -> None:
-        if skipped.any():
-            numbers = self._inputs.order.batch(step - 1)[skipped > 0]
+    def _note_skipped(self, numbers: np.ndarray, step: int) -> None:
+        if len(numbers):
             new = sorted(set(numbers.tolist()) - self._skipped)
             self._skipped.update(new)
             if new and self._reporter.is_shown:
@@ -113,7 +115,7 @@ def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | No
     order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
     numbers = {name: values[name].item() for name in order}
     finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-    return {"step": step} | finite | {"skipped": int(values["skipped"].sum())}
+    return {"step": step} | finite
 
 
 def _device_bytes() -> int | None:

@@ -26,6 +26,7 @@ from llava_jax.config import (
     Parts,
     TrainConfig,
 )
+from llava_jax.data.packing import images_in_row
 from llava_jax.devices import GIB, GPUS, RESERVE_SHARE, TPUS, Gpu, Tpu
 from llava_jax.disk import replace_text
 from llava_jax.flops import matmul_flops
@@ -190,6 +191,7 @@ def _program(
         config, model, config.steps or TOTAL_STEPS, mesh, kind=kind, donate=True
     )
     images = 1 if config.data.max_images is None else config.data.max_images
+    images = images_in_row(config.data, model, images)
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
     return program, batch
 

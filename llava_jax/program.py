@@ -107,10 +107,10 @@ class Program:
     def _batch_shardings(self, pixels_on_host: bool) -> Batch:
         sharding = batch_sharding(self.mesh)
         of_pixels = sharding.with_memory_kind(PINNED_HOST) if pixels_on_host else sharding
-        return Batch(sharding, sharding, sharding, of_pixels, sharding)
+        return Batch(sharding, sharding, sharding, of_pixels)
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
-        """Shapes of a batch, for compiling without data."""
+        """Shapes of a batch, for compiling without data; each row has `images`."""
         blank = lambda kind, *shape: np.broadcast_to(np.zeros((), kind), (size, *shape))
         pixels = self.model_config.vision.image_size
         batch = Batch(
@@ -118,7 +118,6 @@ class Program:
             loss_mask=blank(np.bool_, length),
             segment_ids=blank(np.int32, length),
             pixel_values=blank(self.dtype, images, 3, pixels, pixels),
-            skipped=blank(np.int32),
         )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -208,6 +207,7 @@ def build_program(
         accumulation,
         data_parallel_size(mesh),
         gradients,
+        packing=config.data.packing,
     )
     # Of several devices, each has but a few of the samples.
     pixels_on_host = memory.offload_optimizer and data_parallel_size(mesh) == 1

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from llava_jax import host
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
+from llava_jax.flops import at_most
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.host import PINNED_HOST, fits_host
 from llava_jax.loss import loss_weights, next_tokens, token_losses, weighted_loss
@@ -129,8 +130,8 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
 def micro_batch(batch: Any, index: Int[Array, ""], count: int, devices: int) -> Any:
     """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...].
 
-    A batch sharded over its samples stays where it is: each micro-batch takes the next few of every
-    device's own samples. What lies in host memory, beside one device, comes from there.
+    A batch sharded over its rows stays where it is: each micro-batch takes the next few of every
+    device's own rows. What lies in host memory, beside one device, comes from there.
     """
 
     def take(x: jax.Array) -> jax.Array:
@@ -144,12 +145,20 @@ def micro_batch(batch: Any, index: Int[Array, ""], count: int, devices: int) -> 
     return jax.tree.map(take, batch)
 
 
+def filled_micro_batches(
+    segment_ids: Int[Array, "B T"], count: int, devices: int
+) -> Int[Array, ""]:
+    """How many of `count` micro-batches have a token: every device's rows are filled in order."""
+    rows = jnp.any(segment_ids > 0, axis=1).reshape(devices, count, -1)
+    return jnp.max(jnp.where(jnp.any(rows, axis=(0, 2)), 1 + jnp.arange(count), 0))
+
+
 def forward(
-    graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, keys: Key[Array, "B"] | None
+    graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
     """Final hidden states, and the head that they are multiplied by."""
     model = cast("Llava", merge(graph, params))
-    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, keys)
+    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, key)
     return attach_beside(hidden, model.llm.head)
 
 
@@ -162,15 +171,17 @@ def make_train_step(
     accumulation: int,
     devices: int,
     gradients: Abstract,
+    *,
+    packing: bool,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
 
-    An update is left out where the loss or the gradients' norm is not finite. `skipped` stays a
-    number a row, so that rows can be named; the other metrics are sums and means over the batch.
+    An update is left out where the loss or the gradients' norm is not finite. Of the metrics,
+    `present` tells of each sample whether the batch has it, the others are sums and means.
 
-    Only the trainable tree is differentiated; `frozen` is an argument, never copied. A sample's
-    dropout depends on the seed, the step and its place in the global batch, so neither
-    accumulation nor the number of devices changes it.
+    Only the trainable tree is differentiated; `frozen` is an argument, never copied. Dropout and
+    weights depend on a sample's place in the global batch, not on the row that it is in, so neither
+    packing nor accumulation nor the number of devices changes them.
 
     Args:
         graph: The model's structure, see `models.layers.split`.
@@ -178,33 +189,40 @@ def make_train_step(
         learning_rate: Reported with the metrics.
         clip_norm: Largest global norm of the gradients; None is off.
         batch_config: How tokens are weighted.
-        accumulation: Micro-batches a step.
-        devices: Those that the samples are divided among.
+        accumulation: Micro-batches a step; if samples are packed, the most that they fill.
+        devices: Those that the rows are divided among.
         gradients: Where their sums lie.
+        packing: Whether rows have several samples, and micro-batches may be left empty.
     """
 
-    def loss_fn(totals: Params, trainable: Params, frozen: Params, micro: tuple) -> Any:
-        batch, weights, keys = micro
+    def loss_fn(
+        totals: Params, trainable: Params, frozen: Params, micro: tuple[Batch, Array], key: Array
+    ) -> Array:
+        batch, weights = micro
         pair = lambda path: Accumulated if is_stacked(path) or path == HEAD else attach
         params = {path: pair(path)(trainable[path], totals[path]) for path in totals}
-        targets, _ = next_tokens(batch.input_ids, batch.loss_mask)
-        return weighted_loss(*forward(graph, frozen | params, batch, keys), targets, weights)
+        targets, _ = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+        return weighted_loss(*forward(graph, frozen | params, batch, key), targets, weights)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        samples = batch.input_ids.shape[0]
-        _, supervised = next_tokens(batch.input_ids, batch.loss_mask)
-        weights = loss_weights(supervised, batch_config.loss_weighting, batch_config.loss_group)
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(samples))
+        _, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+        weights = loss_weights(
+            learned, batch.segment_ids, batch_config.loss_weighting, batch_config.loss_group
+        )
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def accumulate(index: Int[Array, ""], done: tuple) -> tuple:
             loss, totals = done
-            micro = micro_batch((batch, weights, keys), index, accumulation, devices)
-            new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro)
+            micro = micro_batch((batch, weights), index, accumulation, devices)
+            new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro, key)
             return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
 
+        turns = accumulation
+        if packing and accumulation > 1:
+            turns = filled_micro_batches(batch.segment_ids, accumulation, devices)
         zeros = jnp.zeros(()), jax.tree.map(host.zeros, gradients)
-        loss, grads = jax.lax.fori_loop(0, accumulation, accumulate, zeros)
+        with at_most(accumulation):
+            loss, grads = jax.lax.fori_loop(0, turns, accumulate, zeros)
 
         norm = global_norm(grads)
         scale = clip_scale(norm, clip_norm)
@@ -212,14 +230,16 @@ def make_train_step(
         updated, opt_state = apply_gradients(
             tx, grads, scale, state.opt_state, state.trainable, finite
         )
+        samples = len(batch.segment_ids)
+        present = jnp.zeros(samples + 1, jnp.int32).at[batch.segment_ids].set(1)[1:]
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate(state.step),
             "grad_norm": norm,
             "tokens": jnp.sum(batch.segment_ids > 0),
-            "supervised_tokens": jnp.sum(supervised),
-            "samples": jnp.sum(jnp.any(batch.segment_ids > 0, axis=1)),
-            "skipped": batch.skipped,
+            "supervised_tokens": jnp.sum(learned),
+            "samples": jnp.sum(present),
+            "present": present,
         }
         return TrainState(state.step + 1, updated, opt_state, state.key), metrics
 
@@ -236,7 +256,7 @@ class EvalResult:
         tokens: int32 [B]. Supervised tokens.
         exact: bool [B]. Whether every supervised token is the greedy choice given those before it,
             which is exactly when greedy decoding would give the whole answer.
-        predicted: int32 [B, T]. The greedy choice after each position.
+        predicted: int32 [B, T]. The greedy choice after a position, if a supervised token follows.
     """
 
     nll: Leaf
@@ -249,10 +269,10 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable[[Params, Params, Batch], Eva
     """The evaluation step, to be jitted: (trainable, frozen, batch) -> EvalResult."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
-        targets, supervised = next_tokens(batch.input_ids, batch.loss_mask)
-        losses = token_losses(*forward(graph, frozen | trainable, batch, None), targets)
+        targets, supervised = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+        losses = token_losses(*forward(graph, frozen | trainable, batch, None), targets, supervised)
         return EvalResult(
-            nll=jnp.sum(losses.nll * supervised.astype(jnp.float32), axis=1),
+            nll=jnp.sum(losses.nll, axis=1),
             tokens=jnp.sum(supervised, axis=1),
             exact=jnp.all((losses.predicted == targets) | ~supervised, axis=1),
             predicted=losses.predicted,

@@ -136,9 +136,9 @@ def run(config: TrainConfig, stop: "StopRequest") -> int:
     source = found.base if found else None
     base = None if source is None else fingerprint(source)
     model_config, processor = find_model(config, source)
-    inputs = open_inputs(config, model_config, processor)
-    total = config.total_steps(inputs.order.samples)
     mesh = make_mesh(config.mesh)
+    inputs = open_inputs(config, model_config, processor, devices=data_parallel_size(mesh))
+    total = config.total_steps(inputs.order.samples)
     describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         for line in saved.passed_over:

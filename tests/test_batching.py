@@ -128,18 +128,17 @@ def test_text_one_and_two_images_in_one_batch(make, picture):
     learned = np.zeros((3, 16), bool)
     learned[0, 1:3] = learned[1, 4:6] = learned[2, 7:11] = True
     np.testing.assert_array_equal(batch.loss_mask, learned)
-    np.testing.assert_array_equal(batch.segment_ids, (ids != PAD).astype(np.int32))
+    places = np.array([[1], [2], [3]], np.int32)
+    np.testing.assert_array_equal(batch.segment_ids, np.where(ids != PAD, places, 0))
     values = np.array([[0, 0], [0.2, 0], [0.4, 0.8]], np.float32)
     expected = np.broadcast_to(values[:, :, None, None, None], (3, 2, 3, SIDE, SIDE))
     np.testing.assert_allclose(batch.pixel_values, expected, rtol=1e-6)
-    assert batch.skipped.tolist() == [0, 0, 0]
     dtypes = {name: str(leaf.dtype) for name, leaf in vars(batch).items()}
     assert dtypes == {
         "input_ids": "int32",
         "loss_mask": "bool",
         "segment_ids": "int32",
         "pixel_values": "float32",
-        "skipped": "int32",
     }
 
 
@@ -234,7 +233,6 @@ def test_buckets(make):
 def test_a_bad_sample_is_a_row_of_padding(make):
     records = [record(0), record(1, ("nothing.png",)), record(2)]
     batch = take(make(records, size=3, shuffle=False), 3)[-1]
-    assert batch.skipped.tolist() == [0, 1, 0]
     assert numbers(batch) == [0, -1, 2]
     assert not batch.loss_mask[1].any()
     assert not batch.segment_ids[1].any()
@@ -242,16 +240,73 @@ def test_a_bad_sample_is_a_row_of_padding(make):
     assert not batch.pixel_values[1].any()
 
 
-@pytest.mark.parametrize("buckets", [(), (4, 8)])
-def test_processes_read_their_rows_of_the_same_batches(make, picture, buckets):
+@pytest.mark.parametrize(
+    ("shapes", "count"), [({}, 1), ({"buckets": (4, 8)}, 2), ({"packing": True, "devices": 2}, 1)]
+)
+def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, count):
     """Of like shapes, also where the longest sample is another process' and has a bad image."""
     records = [record(n, (picture(9 * n),) if n % 3 else (), words=1 + n % 5) for n in range(9)]
     records.append(record(9, ("nothing.png",), words=5))
-    whole = take(make(records, buckets=buckets), 6)
-    assert len({batch.input_ids.shape for batch in whole}) == (2 if buckets else 1)
+    whole = take(make(records, **shapes), 6)
+    assert len({batch.input_ids.shape for batch in whole}) == count
     for rows in ([0, 1], [2, 3], [0, 2], [3]):
-        part = take(make(records, buckets=buckets, rows=rows), 6)
+        part = take(make(records, rows=rows, **shapes), 6)
         assert_equal(part, [jax.tree.map(lambda x, rows=rows: x[rows], one) for one in whole])
+
+
+def test_packed_rows_have_the_samples_whole(make, picture):
+    """The longest first, into the first row with room; a bad one is left out."""
+    records = [
+        record(0, (picture(51),), words=3),  # 8 tokens
+        record(1, words=2),  # 4
+        record(2, ("nothing.png", picture(0)), words=2),  # 10
+        record(3, (picture(102),), words=2),  # 7
+        record(4),  # 3
+    ]
+    batch = next(make(records, size=5, shuffle=False, packing=True, max_images=5))
+    one, two, four = [4, 11, 5, EOS], [1, 1, 1, 4, 13, 5, EOS], [4, 14, EOS]
+    ids, places = np.zeros((2, 5, 16), np.int32)
+    ids[0, :4], places[0, :4] = one, 2
+    ids[1, :15], places[1, :15] = [1, 1, 1, 4, 10, 5, 5, EOS, *two], [1] * 8 + [4] * 7
+    ids[2, :3], places[2, :3] = four, 5
+    np.testing.assert_array_equal(batch.input_ids, ids)
+    np.testing.assert_array_equal(batch.segment_ids, places)
+    np.testing.assert_array_equal(batch.loss_mask, (ids >= 5) | (ids == EOS))
+    values = np.zeros((5, 5))
+    values[1, :2] = 0.2, 0.4
+    np.testing.assert_allclose(batch.pixel_values[:, :, 0, 0, 0], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packing_changes_which_row_a_sample_is_in_and_nothing_else(make, picture, workers):
+    records = [record(n, (picture(9 * n),) if n % 3 else (), words=1 + n % 9) for n in range(40)]
+    shapes = {"size": 16, "max_images": 5}
+    rows = take(make(records, **shapes), 3)
+    packed = take(make(records, packing=True, devices=2, workers=workers, **shapes), 3)
+    for one, other in zip(rows, packed, strict=True):
+        assert samples(one) == samples(other)
+        filled = (other.segment_ids > 0).any(axis=1).reshape(2, 8).sum(axis=1)
+        assert filled.sum() <= 10
+        assert abs(filled[0] - filled[1]) <= 1  # devices have alike
+
+
+def samples(batch: Batch) -> list[tuple]:
+    """What every sample of a batch has, in order."""
+    found = {}
+    for ids, mask, segments, pixels in zip(*vars(batch).values(), strict=True):
+        images = iter(pixels)
+        for place in dict.fromkeys(segments[segments > 0].tolist()):
+            here = segments == place
+            count = int((ids[here] == IMAGE).sum()) // IMAGE_TOKENS
+            own = [next(images).tolist() for _ in range(count)]
+            found[place] = ids[here].tolist(), mask[here].tolist(), own
+    assert sorted(found) == list(range(1, len(batch.input_ids) + 1))
+    return [found[place] for place in sorted(found)]
+
+
+def test_packing_takes_the_place_of_buckets():
+    with pytest.raises(ConfigError, match=r"leave out data\.buckets \(8,\)"):
+        spec(packing=True, buckets=(8,))
 
 
 def test_a_bug_is_no_bad_sample(make):
@@ -293,7 +348,6 @@ def test_eval_batches_have_every_record_in_order(tokenizer):
     found = list(eval_batches(ListRecords(records), encoder(tokenizer), spec(4)))
     assert [indices.tolist() for _, indices in found] == [[0, 1, 2, 3], [4, 5, -1, -1]]
     assert [numbers(batch) for batch, _ in found] == [[0, -1, 2, 3], [4, 5, -1, -1]]
-    assert [batch.skipped.tolist() for batch, _ in found] == [[0, 1, 0, 0], [0, 0, 0, 0]]
     assert not found[1][0].loss_mask[2:].any()
     assert found[1][0].input_ids.shape == (4, 16)
 
@@ -306,7 +360,7 @@ def test_a_batch_is_a_pytree(make):
     batch = next(make())
     on_device = jax.tree.map(jax.numpy.asarray, batch)
     assert isinstance(on_device, Batch)
-    assert int(jax.jit(lambda batch: batch.segment_ids.sum())(on_device)) == 12
+    assert int(jax.jit(lambda batch: (batch.segment_ids > 0).sum())(on_device)) == 12
 
 
 def test_little_shared_memory_is_not_overrun(make, picture, monkeypatch):

@@ -53,6 +53,7 @@ LEVELS = (
     (
         "host",
         "models.layers",
+        "data.packing",
         "data.records",
         "data.easy_vqa",
         "hf.official",

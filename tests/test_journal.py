@@ -18,7 +18,7 @@ METRICS: Any = {name: jnp.ones(()) for name in ("loss", "learning_rate", "grad_n
 METRICS |= {
     "supervised_tokens": jnp.ones((), int),
     "samples": jnp.full((), 2),
-    "skipped": jnp.zeros(2, int),
+    "present": jnp.ones(2, int),
 }
 
 

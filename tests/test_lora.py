@@ -55,21 +55,22 @@ def test_what_trains_in_full(tune: TuneConfig, trains: set[str]):
     assert not any("tail" in path or "post_layernorm" in path for path in trainable)
 
 
-def test_dropout_of_a_sample_does_not_depend_on_its_neighbours():
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jnp.ones((4, 64, 32))
+def test_dropout_of_a_token_does_not_depend_on_its_neighbours():
+    keys = jax.random.split(jax.random.key(0), (4, 64))
+    x = jnp.ones((4, 64, 31))
     dropped = dropout(x, 0.25, keys)
     np.testing.assert_array_equal(dropout(x[2:3], 0.25, keys[2:3])[0], dropped[2])
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.75], rtol=1e-6)
     assert abs(float(jnp.mean(dropped == 0)) - 0.25) < 0.02
     assert not np.array_equal(dropped[0], dropped[1])
+    assert not np.array_equal(dropped[0, 0], dropped[0, 1])
 
 
 def test_the_linears_of_a_block_drop_different_elements():
     linear = Linear(8, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 8), parameter(4, 2)
     linear.lora_dropout = 0.5
-    x, keys = jnp.ones((1, 16, 8)), jax.random.split(jax.random.key(0), 1)
+    x, keys = jnp.ones((1, 16, 8)), jax.random.split(jax.random.key(0), (1, 16))
     outputs = []
     for index in range(2):
         linear.lora_index = index

@@ -1,6 +1,7 @@
 """A tiny model and random batches for tests of the training step."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from llava_jax.config import (
     TuneConfig,
     VisionConfig,
 )
-from llava_jax.data.batching import Batch
+from llava_jax.data.batching import Batch, BatchSpec, Sample, fill
+from llava_jax.data.packing import deal, first_fit
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import make_mesh
 from llava_jax.step import TrainState, init_state
@@ -61,7 +63,7 @@ def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -
     """Samples with none, one or two images and different lengths."""
     rng = np.random.default_rng(seed)
     input_ids = rng.integers(3, 60, (size, length), dtype=np.int32)
-    segment_ids = np.ones((size, length), np.int32)
+    segment_ids = np.repeat(1 + np.arange(size, dtype=np.int32)[:, None], length, axis=1)
     for row in range(size):
         for image in range(row % (images + 1)):
             start = 1 + image * 6
@@ -71,7 +73,22 @@ def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -
     loss_mask = (segment_ids > 0) & (input_ids != MODEL.image_token_id)
     loss_mask[:, : length // 2] = False
     pixels = rng.normal(size=(size, images, 3, 28, 28)).astype(np.float32)
-    return Batch(input_ids, loss_mask, segment_ids, pixels, np.zeros(size, np.int32))
+    return Batch(input_ids, loss_mask, segment_ids, pixels)
+
+
+def packed(batch: Batch, room: int, devices: int = 1) -> Batch:
+    """The same samples, several in a row of so many tokens."""
+    samples = {}
+    for place, (ids, mask, segments, pixels) in enumerate(zip(*vars(batch).values(), strict=True)):
+        images = int((ids == MODEL.image_token_id).sum()) // MODEL.image_tokens
+        real = segments > 0
+        samples[place] = Sample(ids[real], mask[real], pixels[:images])
+    layout = first_fit({place: len(s.input_ids) for place, s in samples.items()}, room)
+    size, images = len(samples), room // MODEL.image_tokens
+    spec = BatchSpec(size, images, (28, 28), room, MODEL.pad_token_id)
+    dealt = deal(layout, size, devices)
+    rows = [{at: samples[at] for at in dealt.get(row, ())} for row in range(size)]
+    return fill(rows, spec, room)
 
 
 def start(
@@ -86,14 +103,17 @@ def start(
 
 
 def run(
-    config: TrainConfig, devices: int = 1, steps: int = 3
+    config: TrainConfig,
+    devices: int = 1,
+    steps: int = 3,
+    make: Callable[[int], Batch] = random_batch,
 ) -> tuple[list[dict[str, float]], Program, TrainState]:
-    """Trains on random batches; returns the metrics of each step."""
+    """Trains on batches by number; returns the metrics of each step."""
     program, state, frozen = start(config, devices, steps)
     rows = []
     with jax.set_mesh(program.mesh):
         for step in range(steps):
-            batch = program.place(random_batch(step))
+            batch = program.place(make(step))
             state, metrics = program.train_step(state, frozen, batch)
             rows.append({name: value.sum().item() for name, value in metrics.items()})
     return rows, program, state
@@ -110,4 +130,4 @@ def change(config: TrainConfig, **fields: dict[str, object]) -> TrainConfig:
     )
 
 
-__all__ = ["CONFIG", "MODEL", "MeshConfig", "change", "random_batch", "run", "start"]
+__all__ = ["CONFIG", "MODEL", "MeshConfig", "change", "packed", "random_batch", "run", "start"]

@@ -134,8 +134,8 @@ def make_batch(size: int, length: int) -> Batch:
     loss_mask = np.broadcast_to(np.arange(length) >= length // 2, (size, length))
     pixels = rng.standard_normal((size, 1, 3, *image), np.float32)
     is_real = np.arange(length) < length - np.arange(size)[:, None]
-    skipped = np.zeros(size, np.int32)
-    return Batch(input_ids, loss_mask & is_real, is_real.astype(np.int32), pixels, skipped)
+    segment_ids = np.where(is_real, 1 + np.arange(size, dtype=np.int32)[:, None], 0)
+    return Batch(input_ids, loss_mask & is_real, segment_ids, pixels)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:

@@ -160,7 +160,6 @@ def make_batch(model: ModelConfig) -> Batch:
         loss_mask=ids != model.image_token_id,
         segment_ids=np.ones_like(ids),
         pixel_values=rng.standard_normal((1, 1, 3, side, side), np.float32),
-        skipped=np.zeros(1, np.int32),
     )
 
 

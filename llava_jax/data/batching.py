@@ -1,9 +1,10 @@
 """Records to batches: encoded, padded, from any position."""
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from llava_jax.data.conversation import (
 )
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
+from llava_jax.data.packing import deal, first_fit
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.data.workers import WITHOUT_END, WorkerError, read_ahead, write_progress
@@ -33,22 +35,21 @@ Leaf = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B samples of T tokens, M images each.
+    """B samples in as many rows of T tokens and M images: one in each, unless they are packed.
 
     Attributes:
         input_ids: int32 [B, T]. Token ids, each image as many image tokens as it has features;
             right padded.
         loss_mask: bool [B, T]. True where the token is a target: answers and what ends them.
-        segment_ids: int32 [B, T]. 0 for padding, 1 for the sample.
-        pixel_values: float32 [B, M, 3, H, W]. The images; zeros where a sample has fewer than M.
-        skipped: int32 [B]. 1 where the sample could not be read and the row is all padding, else 0.
+        segment_ids: int32 [B, T]. The token's sample, 1 and its place in the batch; 0 for padding.
+            A sample that could not be read is nowhere.
+        pixel_values: float32 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
     """
 
     input_ids: Leaf
     loss_mask: Leaf
     segment_ids: Leaf
     pixel_values: Leaf
-    skipped: Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +57,15 @@ class BatchSpec:
     """The shapes of batches.
 
     Attributes:
-        size: Samples in a batch, B.
-        max_images: Images of every sample, M.
+        size: Samples in a batch, and rows of it, B.
+        max_images: Images of every row, M.
         image_size: Height and width of the pixels.
         max_length: Longest sample in tokens.
         pad_token_id: Fills rows on their right.
         buckets: Lengths that T is chosen from, beside max_length.
+        packing: Whether rows, then of max_length, have as many samples as fit; the other rows are
+            left empty.
+        devices: Those that rows are divided among. Packed ones are dealt out to them in turn.
     """
 
     size: int
@@ -70,8 +74,14 @@ class BatchSpec:
     max_length: int
     pad_token_id: int
     buckets: tuple[int, ...] = ()
+    packing: bool = False
+    devices: int = 1
 
     def __post_init__(self):
+        if self.packing and self.buckets:
+            raise ConfigError(
+                f"data.packing fills rows of data.max_length; leave out data.buckets {self.buckets}"
+            )
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
             raise ConfigError(
                 f"data.buckets {self.buckets} must lie between 1 and data.max_length "
@@ -81,6 +91,11 @@ class BatchSpec:
     def bucket(self, length: int) -> int:
         """Returns the smallest bucket that holds `length` tokens."""
         return min(b for b in (*self.buckets, self.max_length) if b >= length)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a row's shape and its sample do not depend on other samples."""
+        return not self.packing and not self.buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +251,7 @@ def eval_batches(
 
     Yields:
         A batch and the index of each row's record. Rows that fill up the last batch are padding
-        with index -1; their `skipped` is 0.
+        with index -1.
     """
     order = InOrder(len(records), spec.size)
     read = ReadBatch(order, records, encode_fn, spec, rows)
@@ -252,17 +267,16 @@ def eval_batches(
 class ReadBatch:
     """Number of a batch -> its samples, encoded and padded. Can be pickled.
 
-    A record that raises SampleError becomes a row of padding with `skipped` set. So neither shapes
-    nor order depend on it.
+    A record that raises SampleError becomes padding. So neither shapes nor order depend on it.
 
     Attributes:
         order: Which records a batch has.
         records: Where the samples come from.
         encode_fn: Encodes one of them.
         spec: Shapes of a whole batch.
-        rows: Those of the batch that are made, in order; None is all. Of the others, nothing is
-            read but, where there are buckets, their text: all of a run's processes must take the
-            same.
+        rows: Those of the batch that are made, in order; None is all. Of other rows' samples,
+            nothing is read but, where shapes depend on it, their text: all of a run's processes
+            must take the same.
     """
 
     order: EpochOrder | InOrder
@@ -276,16 +290,20 @@ class ReadBatch:
         object.__setattr__(self, "encode_fn", copy.deepcopy(self.encode_fn))
 
     def __call__(self, number: int) -> Batch:
-        numbers = self.order.batch(number)
-        rows = range(self.spec.size) if self.rows is None else self.rows
-        read = [self._read(int(numbers[row]), with_images=True) for row in rows]
-        lengths = [length for length, _ in read]
-        if self.spec.buckets:
-            others = set(range(self.spec.size)).difference(rows)
-            lengths += [self._read(int(numbers[row]), with_images=False)[0] for row in others]
-        batch = _pad([sample for _, sample in read], self.spec, self.spec.bucket(max(lengths)))
-        skipped = batch.skipped & (numbers[list(rows)] != NO_RECORD)
-        return dataclasses.replace(batch, skipped=skipped.astype(np.int32))
+        numbers = self.order.batch(number).tolist()
+        spec, every = self.spec, range(self.spec.size)
+        own = every if self.rows is None else self.rows
+        read = {
+            place: self._read_text(numbers[place]) for place in (own if spec.is_fixed else every)
+        }
+        texts = {place: text for place, text in read.items() if text}
+        lengths = {place: len(text.encoded.input_ids) for place, text in texts.items()}
+        layout = {place: [place] for place in lengths}
+        if spec.packing:
+            layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
+        length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
+        samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
+        return fill(list(samples), spec, length)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
         """Yields the batches from number `start` on, made ahead.
@@ -305,19 +323,28 @@ class ReadBatch:
         rows = self.spec.size if self.rows is None else len(self.rows)
         return rows * (4 * pixels + 9 * self.spec.max_length)
 
-    def _read(self, number: int, *, with_images: bool) -> tuple[int, Sample | None]:
-        """A record's length in tokens, and the whole of it; None if it cannot be learned from."""
+    def _read_text(self, number: int) -> "_Text | None":
+        """A record and its tokens; None if it cannot be learned from."""
         if number == NO_RECORD:
-            return 0, None
+            return None
         write_progress(number)
-        length = 0
-        try:
+        with contextlib.suppress(SampleError):
             record = self.records[number]
-            encoded = self.encode_fn.encode_text(record)
-            length = len(encoded.input_ids)
-            return length, self.encode_fn.add_images(record, encoded) if with_images else None
-        except SampleError:
-            return length, None
+            return _Text(number, record, self.encode_fn.encode_text(record))
+        return None
+
+    def _add_images(self, text: "_Text") -> Sample | None:
+        """The whole sample; None if an image cannot be read."""
+        write_progress(text.number)
+        with contextlib.suppress(SampleError):
+            return self.encode_fn.add_images(text.record, text.encoded)
+        return None
+
+
+class _Text(NamedTuple):
+    number: int
+    record: Record
+    encoded: Encoded
 
 
 def worker_died(error: WorkerError, records: Records) -> RunError:
@@ -329,19 +356,22 @@ def worker_died(error: WorkerError, records: Records) -> RunError:
     )
 
 
-def _pad(samples: Sequence[Sample | None], spec: BatchSpec, length: int) -> Batch:
-    """A batch of `length` tokens; `skipped` is set where there is no sample."""
-    size = len(samples)
+def fill(rows: Sequence[Mapping[int, Sample | None]], spec: BatchSpec, length: int) -> Batch:
+    """Rows of `length` tokens, each with its samples by their places in the batch."""
+    size = len(rows)
     input_ids = np.full((size, length), spec.pad_token_id, np.int32)
     loss_mask = np.zeros((size, length), bool)
     segment_ids = np.zeros((size, length), np.int32)
     pixels = np.zeros((size, spec.max_images, 3, *spec.image_size), np.float32)
-    for row, sample in enumerate(samples):
-        if sample is not None:
-            tokens = len(sample.input_ids)
-            input_ids[row, :tokens] = sample.input_ids
-            loss_mask[row, :tokens] = sample.loss_mask
-            segment_ids[row, :tokens] = 1
-            pixels[row, : len(sample.pixel_values)] = sample.pixel_values
-    skipped = np.array([sample is None for sample in samples], np.int32)
-    return Batch(input_ids, loss_mask, segment_ids, pixels, skipped)
+    for row, samples in enumerate(rows):
+        at = image = 0
+        for place, sample in samples.items():
+            if sample is None:
+                continue
+            tokens = slice(at, at + len(sample.input_ids))
+            input_ids[row, tokens] = sample.input_ids
+            loss_mask[row, tokens] = sample.loss_mask
+            segment_ids[row, tokens] = 1 + place
+            pixels[row, image : image + len(sample.pixel_values)] = sample.pixel_values
+            at, image = tokens.stop, image + len(sample.pixel_values)
+    return Batch(input_ids, loss_mask, segment_ids, pixels)

@@ -30,8 +30,9 @@ Abstract = dict[str, Any]
 """What stands for `Params` before there are any: ShapeDtypeStructs, once placed with shardings; of
 a quantised weight (`quant.Quantised`) too, of which `Params` then holds the arrays."""
 
-SampleKeys = Key[Array, "B"] | None
-"""One dropout key a sample, so that its mask does not depend on its neighbours; None is off."""
+TokenKeys = Key[Array, "B T"] | None
+"""One dropout key a token, so that its mask depends neither on its neighbours nor on the row that
+it is in; None is off."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -69,7 +70,7 @@ class Linear(nnx.Module):
         self.lora_index = 0  # tells apart the dropout of the linears in one block
 
     def __call__(
-        self, x: Float[Array, "B T in"], keys: SampleKeys = None
+        self, x: Float[Array, "B T in"], keys: TokenKeys = None
     ) -> Float[Array, "B T out"]:
         weight = self.weight.get_value()
         if isinstance(weight, Quantised):
@@ -90,7 +91,7 @@ def _low_rank_product(
     x: Float[Array, "B T in"],
     a: Float[Array, "R in"],
     b: Float[Array, "out R"],
-    keys: SampleKeys,
+    keys: TokenKeys,
     rate: float,
 ) -> Float[Array, "B T out"]:
     x, a, b = gradients_together(x, a, b)
@@ -180,14 +181,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def fold_in(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:
-    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+def fold_in(keys: Key[Array, "B T"], data: int | Int[Array, ""]) -> Key[Array, "B T"]:
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, data)))(keys)
 
 
-def dropout(x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B"]) -> Float[Array, "B T D"]:
+def dropout(
+    x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
+    width = x.shape[2]
     threshold = round((1 - rate) * 2**16)
-    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)  # 16 cost as much as 32
+    bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
+    bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
     return jnp.where(bits < threshold, x / (1 - rate), 0)
 
 

@@ -19,8 +19,7 @@ from llava_jax.models.layers import (
     Embedding,
     Linear,
     RmsNorm,
-    SampleKeys,
-    fold_in,
+    TokenKeys,
     from_chunks,
     merge,
     parameter,
@@ -81,7 +80,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(queries, width, bias=False)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, attend: Attend, keys: SampleKeys = None
+        self, x: Float[Array, "B T D"], rope: Rope, attend: Attend, keys: TokenKeys = None
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
@@ -96,7 +95,7 @@ class Mlp(nnx.Module):
         self.up_proj = Linear(width, hidden, bias=False)
         self.down_proj = Linear(hidden, width, bias=False)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: SampleKeys = None) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
 
 
@@ -105,9 +104,9 @@ CHUNK_TOKENS = 512
 
 
 def in_chunks(
-    f: Callable[[jax.Array, SampleKeys], jax.Array],
+    f: Callable[[jax.Array, TokenKeys], jax.Array],
     x: Float[Array, "B T D"],
-    keys: SampleKeys,
+    keys: TokenKeys,
     *,
     again: bool,
 ) -> Float[Array, "B T D"]:
@@ -116,17 +115,18 @@ def in_chunks(
     Args:
         f: Treats every token by itself.
         x: Its argument.
-        keys: Dropout, folded for every chunk.
+        keys: Of its dropout; None is off.
         again: Compute each chunk again in the backward pass, so that wide arrays are never kept.
     """
-    chunks = to_chunks(x, CHUNK_TOKENS)
+    bare = None if keys is None else jax.random.key_data(keys)  # what can be padded
+    chunks = jax.tree.map(partial(to_chunks, most=CHUNK_TOKENS), (x, bare))
 
-    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, index = inputs
-        return f(x, None if keys is None else fold_in(keys, index))
+    def one_chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        x, keys = inputs
+        return f(x, None if keys is None else jax.random.wrap_key_data(keys))
 
     step = jax.checkpoint(one_chunk) if again else one_chunk
-    return from_chunks(jax.lax.map(step, (chunks, jnp.arange(len(chunks)))), x.shape[1])
+    return from_chunks(jax.lax.map(step, chunks), x.shape[1])
 
 
 class Block(nnx.Module):
@@ -188,7 +188,7 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
-        keys: SampleKeys = None,
+        keys: TokenKeys = None,
     ) -> Float[Array, "B T D"]:
         """Normed final hidden states of embeddings x.
 
@@ -209,7 +209,7 @@ class Llama(nnx.Module):
             )
         context = self.rope(positions_in_segments(segment_ids)), segment_ids
 
-        def apply(block: Block, x: jax.Array, context: Any, keys: SampleKeys) -> jax.Array:
+        def apply(block: Block, x: jax.Array, context: Any, keys: TokenKeys) -> jax.Array:
             rope, segment_ids = context
             attend = partial(self.attend, segment_ids=segment_ids)
             x += block.self_attn(block.input_layernorm(x), rope, attend, keys)

@@ -1,13 +1,15 @@
 """LLaVA-1.5 (Liu et al., 2023): image features projected into the decoder's token sequence."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from llava_jax.config import AttentionKind, ModelConfig, Remat
-from llava_jax.models.layers import ACTIVATIONS, Linear, SampleKeys, fold_in
-from llava_jax.models.llama import Llama
+from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in
+from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
 
 VISION_DROPOUT = 2**31 - 1
@@ -57,9 +59,9 @@ class Llava(nnx.Module):
         self.llm = Llama(config.llm, kind=kind, remat=remat, offload=offload, gather=gather)
 
     def image_features(
-        self, pixel_values: Float[Array, "I C Y X"], keys: SampleKeys = None
+        self, pixel_values: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """What the decoder sees of each image."""
+        """What the decoder sees of each image; `keys` are one for each, of dropout."""
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]  # without CLIP's class token (of SigLIP, a patch)
@@ -70,18 +72,26 @@ class Llava(nnx.Module):
         input_ids: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         pixel_values: Float[Array, "B M C Y X"],
-        keys: SampleKeys = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Normed final hidden states of a batch whose samples have up to M images each.
+        """Normed final hidden states of a batch whose rows have up to M images each.
 
-        The n-th image token of a sample takes the n-th feature of its images; images that no token
+        The n-th image token of a row takes the n-th feature of its images; images that no token
         asks for change nothing.
+
+        Args:
+            input_ids: Token ids, each image as many image tokens as it has features.
+            segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
+            pixel_values: The images of each row.
+            key: Of the dropout of adapters; None is off. What it does to a token depends on its
+                segment's number and its place there, not on the row that it is in.
         """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
+        keys = None if key is None else _token_keys(key, segment_ids)
         batch, images = pixel_values.shape[:2]
         if images:
             flat = pixel_values.reshape(batch * images, *pixel_values.shape[2:])
-            features = self.image_features(flat, _image_keys(keys, images))
+            features = self.image_features(flat, self._image_keys(keys, input_ids, images))
             features = features.reshape(batch, -1, features.shape[-1])
             embeds = self._place_images(input_ids, embeds, features)
         return self.llm(embeds, segment_ids, keys)
@@ -97,6 +107,19 @@ class Llava(nnx.Module):
         features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
         row = lambda x: x.reshape(1, -1, *x.shape[2:])
         return self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
+
+    def _image_keys(
+        self, keys: TokenKeys, input_ids: Int[Array, "B T"], images: int
+    ) -> Key[Array, "I"] | None:
+        """A key for each of the rows' images, [B, M] flattened: that of its first token, turned."""
+        if keys is None:
+            return None
+        is_image = input_ids == self.config.image_token_id
+        so_far = jnp.cumsum(is_image, axis=1)
+        starts = 1 + self.config.image_tokens * jnp.arange(images)
+        firsts = jax.vmap(partial(jnp.searchsorted, v=starts))(so_far)
+        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # of slots that no token asks for
+        return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
 
     def _place_images(
         self,
@@ -136,9 +159,7 @@ def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Flo
     )
 
 
-def _image_keys(keys: SampleKeys, images: int) -> Key[Array, "I"] | None:
-    """A key for each of a sample's images, in the order [B, M] flattened."""
-    if keys is None:
-        return None
-    keys = fold_in(keys, VISION_DROPOUT)
-    return jax.vmap(lambda m: fold_in(keys, m), out_axes=1)(jnp.arange(images)).reshape(-1)
+def _token_keys(key: Key[Array, ""], segment_ids: Int[Array, "B T"]) -> Key[Array, "B T"]:
+    """A key for each token, from its segment and its place in that."""
+    of_token = lambda segment, place: jax.random.fold_in(jax.random.fold_in(key, segment), place)
+    return jax.vmap(jax.vmap(of_token))(segment_ids, positions_in_segments(segment_ids))

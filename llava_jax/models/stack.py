@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.config import Remat
 from llava_jax.host import DEVICE, HOST, fetch, layer_at, move, write_layer
-from llava_jax.models.layers import SampleKeys, fold_in, gradients_together
+from llava_jax.models.layers import TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
@@ -85,7 +85,7 @@ def scan_blocks(
     x: Float[Array, "B T D"],
     apply: Callable[..., jax.Array],
     context: Any,
-    keys: SampleKeys,
+    keys: TokenKeys,
     *,
     remat: Remat,
     offload: bool = False,

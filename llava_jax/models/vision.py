@@ -4,10 +4,13 @@ SigLIP's (Zhai et al., 2023) has no class token, no norm before the blocks, a bi
 embedding, and a pooling head behind the feature.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from llava_jax.config import AttentionKind, Remat, VisionConfig
 from llava_jax.models.attention import ATTENTION
@@ -16,7 +19,7 @@ from llava_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    SampleKeys,
+    TokenKeys,
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
@@ -68,7 +71,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(width, width, bias=True)
         self.out_proj = Linear(width, width, bias=True)
 
-    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+    def __call__(self, x: Float[Array, "I Q D"], keys: TokenKeys) -> Float[Array, "I Q D"]:
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(self.attend(q, k, v), keys)
@@ -80,7 +83,7 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
-    def __call__(self, x: Float[Array, "I Q D"], keys: SampleKeys) -> Float[Array, "I Q D"]:
+    def __call__(self, x: Float[Array, "I Q D"], keys: TokenKeys) -> Float[Array, "I Q D"]:
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x, keys)), keys)
 
 
@@ -92,7 +95,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
     def __call__(
-        self, x: Float[Array, "I Q D"], context: None, keys: SampleKeys
+        self, x: Float[Array, "I Q D"], context: None, keys: TokenKeys
     ) -> Float[Array, "I Q D"]:
         x += self.self_attn(self.layer_norm1(x), keys)
         x += self.mlp(self.layer_norm2(x), keys)
@@ -152,13 +155,21 @@ class VisionTower(nnx.Module):
         self.head = PoolingHead(config) if config.vision_use_head else nnx.data(None)
 
     def __call__(
-        self, pixels: Float[Array, "I C Y X"], keys: SampleKeys = None
+        self, pixels: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """Features of all patches, and of the class token before them; no post-norm."""
+        """Features of all patches, and of the class token before them; no post-norm.
+
+        Args:
+            pixels: The images.
+            keys: One for each image, of the dropout of adapters; None is off.
+        """
         x = self.embeddings(pixels)
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         x = constrain(x, "batch", "patches", "activations")
+        if keys is not None:
+            at = jnp.arange(x.shape[1])
+            keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(at))(keys)
         return scan_blocks(
             self.encoder.layers,
             x,

@@ -109,7 +109,7 @@ def hf_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     ]
     return model(
         input_ids=torch.tensor(batch.input_ids).long(),
-        attention_mask=torch.tensor(batch.segment_ids),
+        attention_mask=torch.tensor(batch.segment_ids > 0).long(),
         pixel_values=torch.tensor(np.stack(images)),
     ).logits
 
