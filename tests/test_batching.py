@@ -304,11 +304,6 @@ def samples(batch: Batch) -> list[tuple]:
     return [found[place] for place in sorted(found)]
 
 
-def test_packing_takes_the_place_of_buckets():
-    with pytest.raises(ConfigError, match=r"leave out data\.buckets \(8,\)"):
-        spec(packing=True, buckets=(8,))
-
-
 def test_a_bug_is_no_bad_sample(make):
     broken = Record("broken", (), (Turn("human", None), Turn("gpt", "a")))  # pyright: ignore
     with pytest.raises(AttributeError):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_jax.config import ConfigError, RunError, parse_config
+from llava_jax.data.batching import Batch
 from llava_jax.data.check import check, only_json
 from llava_jax.data.conversation import Turn
 from llava_jax.data.order import EpochOrder, Grouping
@@ -179,7 +180,7 @@ def brute_force(longest: np.ndarray, count: int) -> int:
 def test_the_best_lengths_are_the_best(seed, count):
     rng = np.random.default_rng(seed)
     longest = rng.integers(1, rng.integers(2, 60), rng.integers(1, 40))
-    padding = Padding(longest, 8, 10)
+    padding = Padding(longest, 8, 10, 20)
     lengths = padding.best_lengths(count)
     assert len(lengths) <= count
     assert padding.padded(lengths) == 8 * brute_force(longest, count)
@@ -190,19 +191,34 @@ def test_padding_is_what_the_run_pads(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.buckets", "60", "150", "--batch.global-size", "4")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, 256)
+    made = an_epoch(inputs)
+    assert padding.padded([60, 150, 256]) == sum(batch.input_ids.size for batch in made)
+    assert padding.tokens == sum(int((batch.segment_ids > 0).sum()) for batch in made)
+
+
+def an_epoch(inputs: Inputs) -> list[Batch]:
     batches = inputs.train_batches()
     made = list(itertools.islice(batches, inputs.order.batches))
     batches.close()
-    assert padding.padded([60, 150, 256]) == sum(batch.input_ids.size for batch in made)
-    assert padding.tokens == sum(int((batch.segment_ids > 0).sum()) for batch in made)
+    return made
+
+
+def test_packed_rows_are_those_of_a_packed_run(folder):
+    written = bad_data.write_data(folder, "lines.jsonl", 80)
+    inputs = open_data(written, "--data.packing", "--batch.global-size", "8")
+    found = check(inputs.records, inputs.encoder)
+    padding = measure_padding(inputs.order, found.tokens, found.good, 256)
+    rows = sum(int((batch.segment_ids > 0).any(axis=1).sum()) for batch in an_epoch(inputs))
+    assert rows <= padding.packed // 256 <= rows + len(written.bad)  # rows of bad images alone
+    assert 0 < padding.packed_waste < padding.waste([256])
 
 
 def test_padding_of_an_order_with_gaps():
     lengths = np.array([5, 7, 9])
     grouping = Grouping(np.array([True, False, True]), lengths, 1)
     order = EpochOrder((3,), 2, seed=0, grouping=grouping)
-    padding = measure_padding(order, lengths, np.array([True, False, True]))
+    padding = measure_padding(order, lengths, np.array([True, False, True]), 10)
     assert sorted(padding.longest.tolist()) == [7, 9]
     assert padding.tokens == 14
     assert padding.waste([9]) == pytest.approx(1 - 14 / 36)

@@ -31,9 +31,9 @@ def draw(path: Path, report: Report) -> None:
     shares.set_xlabel("% of a sample's tokens that are learned")
     for axes in (lengths, images, shares):
         axes.set_ylabel("samples")
-    choices = report.lengths()
-    labels = [f"{name}: {', '.join(map(str, found))}" for name, found in choices.items()]
-    waste.barh(labels, [100 * report.padding.waste(found) for found in choices.values()])
+    rows = report.padding_rows()
+    labels = [f"{row['choice']}: {', '.join(map(str, row['lengths']))}" for row in rows]
+    waste.barh(labels, [100 * row["waste"] for row in rows])
     waste.invert_yaxis()
     waste.set_xlabel("% of the tokens of an epoch that are padding")
     for axes in (lengths, images, shares, waste):

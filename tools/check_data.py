@@ -67,7 +67,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
             workers=workers(given.workers, len(records)),
             advance=lambda count: bar.advance(task, count),
         )
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, config.data.max_length)
     report = Report(found, padding, inputs.spec, records.where)
     report.show(given.shown)
     if given.json:

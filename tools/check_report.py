@@ -46,6 +46,15 @@ class Report:
         """A column of the findings, of the good samples."""
         return getattr(self.found, column)[self.found.good]
 
+    def padding_rows(self) -> list[dict[str, Any]]:
+        """What is wasted on padding, by what batches are padded to; and if they were packed."""
+        rows = [
+            {"lengths": list(lengths), "choice": name, "waste": self.padding.waste(lengths)}
+            for name, lengths in self.lengths().items()
+        ]
+        packed = {"lengths": [self.spec.max_length], "choice": "packed"}
+        return [*rows, packed | {"waste": self.padding.packed_waste}]
+
     def lengths(self) -> dict[str, tuple[int, ...]]:
         """What batches may be padded to: as the config has it, and the best few lengths."""
         own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
@@ -67,10 +76,7 @@ class Report:
                 name: percentiles(values)
                 for name, values in (columns | {"learned share": self.shares}).items()
             },
-            "padding": [
-                {"lengths": list(lengths), "choice": name, "waste": self.padding.waste(lengths)}
-                for name, lengths in self.lengths().items()
-            ],
+            "padding": self.padding_rows(),
         }
 
     def show(self, shown: int) -> None:

@@ -78,10 +78,6 @@ class BatchSpec:
     devices: int = 1
 
     def __post_init__(self):
-        if self.packing and self.buckets:
-            raise ConfigError(
-                f"data.packing fills rows of data.max_length; leave out data.buckets {self.buckets}"
-            )
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
             raise ConfigError(
                 f"data.buckets {self.buckets} must lie between 1 and data.max_length "

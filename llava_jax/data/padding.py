@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from llava_jax.data.order import NO_RECORD, EpochOrder
+from llava_jax.data.packing import first_fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Padding:
         longest: Tokens of the longest sample of each batch; 1 where it has none.
         size: Samples in a batch.
         tokens: Of all samples that are learned from, together.
+        packed: Of all rows, if samples were packed into such of the longest length.
     """
 
     longest: Int64[np.ndarray, " batches"]
     size: int
     tokens: int
+    packed: int
 
     def padded(self, lengths: Sequence[int]) -> int:
         """Tokens of all batches, padded to the first of the lengths that holds each.
@@ -35,6 +38,11 @@ class Padding:
     def waste(self, lengths: Sequence[int]) -> float:
         """The share of `padded` that is no token of a sample."""
         return 1 - self.tokens / self.padded(lengths)
+
+    @property
+    def packed_waste(self) -> float:
+        """The same of `packed`."""
+        return 1 - self.tokens / self.packed
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
         """The lengths, at most so many, with which `padded` is least.
@@ -69,7 +77,7 @@ def _add_run(
 
 
 def measure_padding(
-    order: EpochOrder, tokens: Int[np.ndarray, " N"], good: Bool[np.ndarray, " N"]
+    order: EpochOrder, tokens: Int[np.ndarray, " N"], good: Bool[np.ndarray, " N"], room: int
 ) -> Padding:
     """Measures the first epoch.
 
@@ -78,12 +86,14 @@ def measure_padding(
         tokens: Of each sample. A sample that is bad for its images counts for the length of its
             batch, as it does in the run, but is all padding.
         good: Which samples are learned from.
+        room: Tokens of a packed row.
     """
     longest = np.ones(order.batches, np.int64)
-    learned = 0
+    learned = packed = 0
     for number in range(order.batches):
         rows = order.batch(number)
         rows = rows[rows != NO_RECORD]
         longest[number] = tokens[rows].max(initial=1)
         learned += int(tokens[rows[good[rows]]].sum())
-    return Padding(longest, order.size, learned)
+        packed += room * len(first_fit(dict(enumerate(tokens[rows].tolist())), room))
+    return Padding(longest, order.size, learned, packed)

@@ -71,6 +71,14 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path):
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"2", "4"}
 
 
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+def test_packing_changes_no_number(start, undisturbed: Path, workers: str):
+    status, directory = start(f"packed-{workers}", "--data.packing", "--data.workers", workers)
+    assert status == 0
+    for one, other in zip(metrics(directory), metrics(undisturbed), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_peft_loads_the_adapter_and_computes_the_same(undisturbed: Path, base: Path):
     model = LlavaModel.from_pretrained(base)
     model.load_adapter(undisturbed / "adapter")
