@@ -22,7 +22,7 @@ from beartype.door import is_bearable
 Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
-AttentionKind = Literal["plain", "cudnn", "splash"]
+AttentionKind = Literal["plain", "cudnn", "flash", "splash"]
 Aspect = Literal["pad", "crop", "squash"]
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -24,8 +24,11 @@ AT_MOST = re.compile(r"at_most_(\d+)_turns")
 SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dkv|dq)_")
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Products in each of the splash kernels: QK, which all of them compute, and those with it."""
+FLASH = re.compile(r'op_name="[^"]*/flash_(forward|keys|queries)/')
+FLASH_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
+"""The same of the kernels in `models.flash`."""
 
-LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call")
+LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call", "__gpu$xla.gpu.triton")
 """Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
 
 
@@ -126,6 +129,9 @@ def _products(instruction: Instruction, scope: Computation) -> int:
     if kernel := SPLASH.match(instruction.name):
         query, key = _operands(instruction, scope)[2:4]  # after what tells which blocks to compute
         return SPLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * key[-2]
+    if kernel := FLASH.search(instruction.attributes):
+        query = _operands(instruction, scope)[0]
+        return FLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * query[1]
     if target.startswith(LIBRARIES):
         raise ValueError(f"cannot count the operations of {target}; teach flops.py")
     return 0

@@ -22,6 +22,7 @@ from llava_jax.config import (
 from llava_jax.data.batching import Batch
 from llava_jax.hf.layouts import is_stacked
 from llava_jax.host import PINNED_HOST, is_for_host
+from llava_jax.models.flash import FLASH_HEADS
 from llava_jax.models.layers import Abstract
 from llava_jax.models.stack import CPU_OPTIONS
 from llava_jax.optim import GROUPS, Schedule, group_of, learning_rates, make_optimizer
@@ -268,7 +269,11 @@ def attention_kind(
     if platform == "tpu" and all(size % 64 == 0 for size in sizes):
         return "splash"
     newer = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
-    return "cudnn" if newer and all(size <= 128 and size % 8 == 0 for size in sizes) else "plain"
+    if not newer or not all(size <= 128 and size % 8 == 0 for size in sizes):
+        return "plain"
+    if not config.data.packing:
+        return "cudnn"
+    return "flash" if sizes[0] in FLASH_HEADS else "plain"
 
 
 def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:

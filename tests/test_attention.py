@@ -12,7 +12,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from training import CONFIG
 
 from llava_jax.config import LLAVA_7B, MeshConfig
-from llava_jax.models.attention import plain_attention, splash_attention
+from llava_jax.models import attention
+from llava_jax.models.attention import flash_attention, plain_attention, splash_attention
 from llava_jax.program import attention_kind
 from llava_jax.sharding import make_mesh
 
@@ -24,11 +25,17 @@ ROWS = {  # lengths of each row's segments; what is left of it is padding
 }
 
 
+KERNELS = {"splash": splash_attention, "flash": flash_attention}
+
+
 @pytest.fixture(autouse=True)
-def splash_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    make = splash.make_splash_mha_single_device
-    interpreted = functools.partial(make, interpret=True)
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    for module, name in (
+        (splash, "make_splash_mha_single_device"),
+        (attention, "segment_attention"),
+    ):
+        interpreted = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, interpreted)
 
 
 def segments(name: str) -> jax.Array:
@@ -64,9 +71,21 @@ def assert_alike(found: list[jax.Array], expected: list[jax.Array]):
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("rows", ROWS)
-def test_splash_is_plain_attention(rows: str, key_heads: int):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_are_plain_attention(kernel: str, rows: str, key_heads: int):
     qkv, ids = operands(LENGTH, 4, key_heads), segments(rows)
-    assert_alike(results(splash_attention, qkv, ids), results(plain_attention, qkv, ids))
+    assert_alike(results(KERNELS[kernel], qkv, ids), results(plain_attention, qkv, ids))
+
+
+def test_only_blocks_of_a_segment_are_computed():
+    """What lies in the others may be anything: here, what would spoil all that it meets."""
+    length, block = 4 * attention.BLOCK, attention.BLOCK
+    ids = jnp.repeat(jnp.array([[1, 2, 2, 3]]), block, axis=1)
+    qkv = [x[:1] for x in operands(length, 2, 2)]
+    spoiled = [x.at[:, :block].set(jnp.nan).at[:, 3 * block :].set(jnp.nan) for x in qkv]
+    middle = lambda arrays: [x[:, block : 3 * block] for x in arrays]
+    expected = results(plain_attention, qkv, ids)
+    assert_alike(middle(results(flash_attention, spoiled, ids)), middle(expected))
 
 
 def test_without_segments_all_tokens_see_all():
@@ -75,29 +94,35 @@ def test_without_segments_all_tokens_see_all():
 
 
 @pytest.mark.parametrize("key_heads", [4, 1])
-def test_devices_share_rows_and_heads(key_heads: int):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_devices_share_rows_and_heads(kernel: str, key_heads: int):
     """A single key head cannot be shared: each device of `tensor` then computes all heads."""
     qkv, ids = operands(LENGTH, 4, key_heads), segments("packed")
     expected = results(plain_attention, qkv, ids)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        assert_alike(results(splash_attention, qkv, ids), expected)
+        assert_alike(results(KERNELS[kernel], qkv, ids), expected)
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "change", "kind"),
+    ("platform", "capability", "change", "kind", "packed"),
     [
-        ("tpu", "", {}, "splash"),
-        ("tpu", "", {"head_dim": 32}, "plain"),
-        ("gpu", "8.0", {}, "cudnn"),
-        ("gpu", "10.0", {}, "cudnn"),
-        ("gpu", "7.5", {}, "plain"),
-        ("gpu", "8.6", {"head_dim": 256}, "plain"),
-        ("cpu", "", {}, "plain"),
+        ("tpu", "", {}, "splash", "splash"),
+        ("tpu", "", {"head_dim": 32}, "plain", "plain"),
+        ("gpu", "8.0", {}, "cudnn", "flash"),
+        ("gpu", "10.0", {}, "cudnn", "flash"),
+        ("gpu", "7.5", {}, "plain", "plain"),
+        ("gpu", "8.6", {"head_dim": 96}, "cudnn", "plain"),
+        ("gpu", "8.6", {"head_dim": 256}, "plain", "plain"),
+        ("cpu", "", {}, "plain", "plain"),
     ],
 )
-def test_the_device_decides_the_kind(platform: str, capability: str, change: dict, kind: str):
-    run = dataclasses.replace(CONFIG, dtype="bfloat16")
+def test_the_device_decides_the_kind(
+    platform: str, capability: str, change: dict, kind: str, packed: str
+):
     model = dataclasses.replace(LLAVA_7B, llm=dataclasses.replace(LLAVA_7B.llm, **change))
-    assert attention_kind(run, model, platform, capability) == kind
-    exact = dataclasses.replace(run, dtype="float32")
-    assert attention_kind(exact, model, platform, capability) == "plain"
+    for packing, expected in ((False, kind), (True, packed)):
+        data = dataclasses.replace(CONFIG.data, packing=packing)
+        run = dataclasses.replace(CONFIG, dtype="bfloat16", data=data)
+        assert attention_kind(run, model, platform, capability) == expected
+        exact = dataclasses.replace(run, dtype="float32")
+        assert attention_kind(exact, model, platform, capability) == "plain"

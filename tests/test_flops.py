@@ -199,6 +199,25 @@ ENTRY %main (b: s8[1,4,4], q: bf16[6,16,8], k: bf16[2,24,8]) -> bf16[6,16,8] {
 """  # noqa: E501
 
 
+FLASH_CALLS = """HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[3,16,2,4,8], k: bf16[3,16,2,8], s: s32[3,16]) -> bf16[3,16,2,4,8] {
+  %q = bf16[3,16,2,4,8]{4,3,2,1,0} parameter(0)
+  %k = bf16[3,16,2,8]{3,2,1,0} parameter(1)
+  %s = s32[3,16]{1,0} parameter(2)
+  %pallas_call.1 = (bf16[3,16,2,4,8]{4,3,2,1,0}, f32[3,2,4,16]{3,2,1,0}) custom-call(%q, %k, %k, %s, %s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jvp()/flash_forward/pallas_call"}, backend_config={grid_x = 32 : i32}
+  %pallas_call.2 = (bf16[3,16,2,8]{3,2,1,0}, bf16[3,16,2,8]{3,2,1,0}) custom-call(%q, %k, %k, %s, %s, /*index=5*/%q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/transpose(jvp())/flash_keys/pallas_call"}, backend_config={grid_x = 32 : i32}
+  ROOT %pallas_call.3 = bf16[3,16,2,4,8]{4,3,2,1,0} custom-call(%q, %k, %k, %s, %s, /*index=5*/%q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/transpose(jvp())/flash_queries/pallas_call"}, backend_config={grid_x = 32 : i32}
+}
+"""  # noqa: E501
+
+
+def test_flash_attention_of_gpus():
+    assert matmul_flops(FLASH_CALLS) == (2 + 4 + 3) * 2 * 3 * (2 * 4) * 16 * 16 * 8
+    with pytest.raises(ValueError, match=r"xla\.gpu\.triton"):
+        matmul_flops(FLASH_CALLS.replace("flash_keys", "another"))
+
+
 def test_splash_attention_of_tpus():
     assert matmul_flops(SPLASH_CALLS) == (2 + 4 + 3) * 2 * 6 * 16 * 24 * 8
     with pytest.raises(ValueError, match="tpu_custom_call"):

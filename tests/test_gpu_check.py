@@ -55,6 +55,7 @@ def test_the_exit_status_tells(
 ):
     monkeypatch.setattr(tool, "check_gradients", lambda *_: True)
     monkeypatch.setattr(tool, "check_peaks", lambda: well)
+    monkeypatch.setattr(tool, "check_attention", lambda *_: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert tool.main([]) == status
     assert tool.main(["--small"]) == 0

@@ -43,6 +43,7 @@ LEVELS = (
         "data.workers",
         "hf.layouts",
         "hf.tensorfile",
+        "models.flash",
         "benchmarks.answers",
         "serving.fetch",
         "serving.images",

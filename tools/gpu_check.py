@@ -2,9 +2,11 @@
 
 1. Gradients with everything in host memory equal those with everything on the device. XLA:GPU may
    silently compute wrong ones (openxla/xla #46231; see `program.STREAMING_OPTIONS`).
-2. The memory that plans foretell is what their train steps take.
+2. Attention by kernels is attention written out, in its gradients too.
+3. The memory that plans foretell is what their train steps take.
 
-Without a GPU, or with --small, only the first is done. Weights are made up; nothing is read.
+Without a GPU only the first is done, with --small not the last. Weights are made up; nothing is
+read.
 """
 
 import argparse
@@ -16,11 +18,13 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax import plan
 from llava_jax.config import (
     LLAVA_7B,
+    AttentionKind,
     BatchConfig,
     DataConfig,
     LlmConfig,
@@ -35,6 +39,7 @@ from llava_jax.config import (
 from llava_jax.data.batching import Batch
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import prepare_for_training
+from llava_jax.models.attention import ATTENTION
 from llava_jax.pretrained import initialise
 from llava_jax.program import build_program
 from llava_jax.sharding import make_mesh
@@ -46,6 +51,12 @@ MOST_ERROR = 0.05  # of a planned peak
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest difference of one array, relative to its norm: some roundings of TF32 (2^-11) and of
 bfloat16 (2^-9) fall otherwise where XLA fuses otherwise. A wrong layer's weights give about 1."""
+
+KERNELS: dict[AttentionKind, tuple] = {
+    "cudnn": ((700,), (LENGTH,)),
+    "flash": ((700,), (3, 500, LENGTH - 503)),
+}
+"""What is checked, on rows of segments of these lengths."""
 
 RESIDENT = MemoryConfig()
 HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
@@ -85,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to what is measured
     well = [check_gradients(recipe, dtype) for recipe in RECIPES for dtype in TOLERANCE]
     well += [check_gradients(LORA, dtype, INPUTS_HOSTED) for dtype in TOLERANCE]
+    if jax.default_backend() == "cpu":
+        print("attention by kernels: not checked")
+    else:
+        well += [check_attention(kind, rows) for kind, rows in KERNELS.items()]
     if jax.default_backend() == "cpu" or given.small:
         print("peaks of memory: not measured")
     else:
@@ -108,6 +123,32 @@ def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOST
     passed = worst <= TOLERANCE[dtype]
     shown = f"at most {worst:.1e}, in {path}" if worst else "none, bit for bit"
     print(f"gradients, {recipe.name}, {dtype}: {'pass' if passed else 'FAIL'}; difference {shown}")
+    return passed
+
+
+def check_attention(kind: AttentionKind, rows: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a kernel and attention written out agree in results and gradients, where there are
+    tokens; `rows` are the lengths of each row's segments.
+    """
+    rng = np.random.default_rng(0)
+    shapes = [(len(rows), LENGTH, heads, 128) for heads in (4, 2, 2, 4)]
+    *qkv, grad = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    filled = [np.repeat(np.arange(len(row)) + 1, row) for row in rows]
+    ids = jnp.asarray([np.pad(row, (0, LENGTH - len(row))) for row in filled], jnp.int32)
+    grad = jnp.where(ids[:, :, None] > 0, grad.reshape(len(rows), LENGTH, -1), 0)
+
+    def results(attend: Any, dtype: Any) -> list[jax.Array]:
+        wide = [x.astype(dtype) for x in qkv]
+        out, pull = jax.vjp(lambda *args: attend(*args, ids), *wide)
+        return [jnp.where(ids[:, :, None] > 0, out, 0), *pull(grad.astype(dtype))]
+
+    found, expected = results(ATTENTION[kind], jnp.bfloat16), results(ATTENTION["plain"], "float32")
+    worst = max(
+        difference(np.asarray(x, np.float32), np.asarray(y))
+        for x, y in zip(found, expected, strict=True)
+    )
+    passed = worst <= TOLERANCE["bfloat16"]
+    print(f"attention, {kind}: {'pass' if passed else 'FAIL'}; difference at most {worst:.1e}")
     return passed
 
 

@@ -1,4 +1,4 @@
-"""Attention in three forms: written out, by cuDNN on GPUs, by Pallas' splash kernel on TPUs.
+"""Attention in four forms: written out, by cuDNN or our own kernels on GPUs, by Pallas' on TPUs.
 
 All are grouped-query attention with a float32 softmax, and take the same arguments: queries, keys,
 values, and the segments within which attention is causal; None is all to all. Only the written-out
@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.config import AttentionKind
+from llava_jax.models.flash import BLOCK, segment_attention
 from llava_jax.sharding import on_shards
 
 LEAST_BLOCK, MOST_BLOCK = 128, 512
@@ -83,6 +84,23 @@ def cudnn_attention(
     return out[:, :length].reshape(batch, length, -1)
 
 
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """The same for rows of several segments, where cuDNN's takes one; all to all is left to that.
+
+    A segment is a run of tokens. Lengths that are no multiple of the kernel's block are padded with
+    tokens of segment 0.
+    """
+    if segment_ids is None:
+        return cudnn_attention(q, k, v)
+    kernel = cast("Callable[..., jax.Array]", segment_attention)
+    return _on_shards(kernel, q, k, v, segment_ids, BLOCK)
+
+
 def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -93,16 +111,27 @@ def splash_attention(
 
     Lengths that are no multiple of the kernel's block are padded with tokens of segment 0.
     """
-    batch, length, heads, size = q.shape
     causal = segment_ids is not None
-    segments = segment_ids if causal else jnp.ones((batch, length), jnp.int32)
-    q = (q * size**-0.5).reshape(batch, length, k.shape[2], -1, size)  # sharded as the keys are
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % LEAST_BLOCK), *[(0, 0)] * (x.ndim - 2)])
+    segments = segment_ids if causal else jnp.ones(q.shape[:2], jnp.int32)
+    scaled = q * q.shape[3] ** -0.5
+    return _on_shards(partial(_splash, causal=causal), scaled, k, v, segments, LEAST_BLOCK)
+
+
+def _on_shards(
+    kernel: Callable[..., jax.Array],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    block: int,
+) -> Float[Array, "B T D"]:
+    """Lets every device compute its rows and heads, of lengths that `block` divides."""
+    batch, length, heads, size = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, size)  # sharded as the keys are
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
     axes = ("batch", "tokens", "heads", "whole")
-    attend = on_shards(
-        partial(_splash, causal=causal), ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole")
-    )
-    out = attend(*map(pad, (q, k, v, segments)))
+    attend = on_shards(kernel, ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole"))
+    out = attend(*map(pad, (q, k, v, segment_ids)))
     return out[:, :length].reshape(batch, length, heads * size)
 
 
@@ -142,5 +171,6 @@ def _blocks(length: int) -> splash.BlockSizes:
 ATTENTION: Mapping[AttentionKind, Callable[..., jax.Array]] = {
     "plain": plain_attention,
     "cudnn": cudnn_attention,
+    "flash": flash_attention,
     "splash": splash_attention,
 }

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.config import AttentionKind, ConfigError, LlmConfig, Remat
 from llava_jax.models.attention import ATTENTION
+from llava_jax.models.flash import segment_starts
 from llava_jax.models.layers import (
     Embedding,
     Linear,
@@ -56,9 +57,7 @@ def rotate(
 
 def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Each token's distance from the start of its segment."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    starts = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.arange(segment_ids.shape[1])[None] - segment_starts(segment_ids)
 
 
 Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
