@@ -28,7 +28,8 @@ FLASH = re.compile(r'op_name="[^"]*/flash_(forward|keys|queries)/')
 FLASH_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
 """The same of the kernels in `models.flash`."""
 
-LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call", "__gpu$xla.gpu.triton")
+TRITON = ("__gpu$xla.gpu.triton", "triton_kernel_call")  # of Pallas, before and after jax 0.10.2
+LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call", *TRITON)
 """Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
 
 
