@@ -1,6 +1,7 @@
-"""What must be set before JAX is imported."""
+"""What the environment tells, and what must be set in it, before JAX is imported."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from llava_jax.devices import RESERVE_SHARE
@@ -41,3 +42,21 @@ def prepare_for_planning() -> None:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *PLANNING_FLAGS])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of what does not fit; so do we
+
+
+def has_others() -> bool:
+    """Whether the environment tells of several processes."""
+    has = os.environ.get
+    if "JAX_NUM_PROCESSES" in os.environ:
+        return has("JAX_NUM_PROCESSES") != "1"
+    on_tpu = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))) and find_spec("libtpu")
+    return (
+        bool(has("JAX_COORDINATOR_ADDRESS"))
+        or ("SLURM_STEP_NODELIST" in os.environ and int(has("SLURM_NTASKS", "1")) > 1)
+        or int(has("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "," in (has("TPU_PROCESS_ADDRESSES") or has("TPU_WORKER_HOSTNAMES", ""))
+        or int(has("MEGASCALE_NUM_SLICES", "1")) > 1
+        or "JOB_COMPLETION_INDEX" in os.environ
+        # A Cloud TPU's own machine, which asks its metadata server.
+        or bool(on_tpu and "TPU_SKIP_MDS_QUERY" not in os.environ)
+    )

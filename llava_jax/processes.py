@@ -3,12 +3,14 @@
 Everything here is trivial for a process that is alone.
 """
 
+import contextlib
+import io
 import os
 import platform
 import re
+import sys
 import zlib
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from llava_jax.config import ConfigError
+from llava_jax.environment import has_others
+from llava_jax.guard import leave
 
 HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
 """A process not heard of for so long is lost, and the others end."""
@@ -60,27 +64,40 @@ def join() -> None:
         ) from error
 
 
-def has_others() -> bool:
-    """Whether the environment tells of several processes."""
-    has = os.environ.get
-    if "JAX_NUM_PROCESSES" in os.environ:
-        return has("JAX_NUM_PROCESSES") != "1"
-    on_tpu = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))) and find_spec("libtpu")
-    return (
-        bool(has("JAX_COORDINATOR_ADDRESS"))
-        or ("SLURM_STEP_NODELIST" in os.environ and int(has("SLURM_NTASKS", "1")) > 1)
-        or int(has("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "," in (has("TPU_PROCESS_ADDRESSES") or has("TPU_WORKER_HOSTNAMES", ""))
-        or int(has("MEGASCALE_NUM_SLICES", "1")) > 1
-        or "JOB_COMPLETION_INDEX" in os.environ
-        # A Cloud TPU's own machine, which asks its metadata server.
-        or bool(on_tpu and "TPU_SKIP_MDS_QUERY" not in os.environ)
-    )
-
-
 def is_first() -> bool:
     """Whether this process is the one that writes text and speaks."""
     return distributed.global_state.process_id == 0
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Where all may end at once, by a mistake or by `--help`: what they say then is said once.
+
+    Only those who end join the others for it, so a command line is read before JAX is started.
+
+    Raises:
+        ConfigError: They cannot be joined.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except ConfigError as error:
+        join()
+        sys.exit(end(f"error: {error}"))
+    except SystemExit as error:
+        join()
+        sys.exit(end(said.getvalue(), error.code if isinstance(error.code, int) else 1))
+
+
+def end(said: str, status: int = 1) -> int:
+    """Says why a run ends, once if it is for all processes; returns the exit status."""
+    together = all_end()
+    if is_first() or not together:
+        print(said, file=sys.stderr)
+    if not together:
+        leave(status)
+    return status
 
 
 def all_end() -> bool:

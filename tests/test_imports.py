@@ -104,6 +104,7 @@ LEVELS = (
     ("program", "evaluation", "journal", "convert", "generation", "serving.conversation"),
     ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part", "assistant"),
     (
+        "run",
         "train",
         "chat",
         "options",
@@ -173,7 +174,7 @@ def test_nothing_else_imports_what_serves():
 @pytest.mark.parametrize(
     "program",
     [
-        "import llava_jax.train, llava_jax; llava_jax.LlavaModel",
+        "import llava_jax.run, llava_jax; llava_jax.LlavaModel",
         "import runpy; sys.argv[1:] = ['--help']\n"
         "try: runpy.run_module('llava_jax.train', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"
@@ -218,7 +219,7 @@ def test_every_name_is_defined(module):
 def test_only_the_public_model_needs_jax_and_no_import_runs_it():
     programs = (
         "import sys, llava_jax, llava_jax.config; assert 'jax' not in sys.modules",
-        "import sys, llava_jax.train, jax\n"
+        "import sys, llava_jax.run, jax\n"
         "assert not jax._src.xla_bridge.backends_are_initialized()\n"
         "assert 'torch' not in sys.modules",
     )

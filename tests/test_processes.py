@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax import guard, processes
+from llava_jax import environment, guard, processes
 from llava_jax.config import ConfigError
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
@@ -28,20 +28,20 @@ ENVIRONMENTS = [
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in {name for names, _ in ENVIRONMENTS for name in names}:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(environment.os.path, "exists", lambda path: False)
     return monkeypatch
 
 
 @pytest.mark.parametrize(("variables", "others"), ENVIRONMENTS, ids=str)
 def test_the_environment_tells_of_others(
-    environment: pytest.MonkeyPatch, variables: dict[str, str], others: bool
+    alone: pytest.MonkeyPatch, variables: dict[str, str], others: bool
 ):
     for name, value in variables.items():
-        environment.setenv(name, value)
-    assert processes.has_others() == others
+        alone.setenv(name, value)
+    assert environment.has_others() == others
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_the_environment_tells_of_others(
     ],
 )
 def test_a_cloud_tpu_asks_its_metadata_server(
-    environment: pytest.MonkeyPatch, device: str, variables: dict[str, str], others: bool
+    alone: pytest.MonkeyPatch, device: str, variables: dict[str, str], others: bool
 ):
-    environment.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    environment.setattr(processes.os.path, "exists", lambda path: path == device)
-    environment.setattr(processes, "find_spec", lambda name: True)
+    alone.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    alone.setattr(environment.os.path, "exists", lambda path: path == device)
+    alone.setattr(environment, "find_spec", lambda name: True)
     for name, value in variables.items():
-        environment.setenv(name, value)
-    assert processes.has_others() == others
+        alone.setenv(name, value)
+    assert environment.has_others() == others
 
 
-def test_what_the_environment_lacks_is_said(environment: pytest.MonkeyPatch):
-    environment.setenv("OMPI_COMM_WORLD_SIZE", "2")  # as Open MPI 5 sets it, without an address
-    environment.setattr(
+def test_what_the_environment_lacks_is_said(alone: pytest.MonkeyPatch):
+    alone.setenv("OMPI_COMM_WORLD_SIZE", "2")  # as Open MPI 5 sets it, without an address
+    alone.setattr(
         jax.distributed, "initialize", lambda **_: (_ for _ in ()).throw(ValueError("no address."))
     )
     with pytest.raises(ConfigError, match=r"cannot be joined: no address\. Set JAX_COORD"):

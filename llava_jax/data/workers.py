@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from multiprocessing.shared_memory import SharedMemory
@@ -17,6 +16,8 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+
+from llava_jax.guard import end_with
 
 WITHOUT_END = 2**48
 
@@ -105,13 +106,6 @@ def _begin(name: str | None, parent: int, worker: int, workers: int) -> None:
     if name is not None:
         _shared = SharedMemory(name)
         _at, _worker = np.ndarray(workers, np.int64, _shared.buf), worker
-
-
-def end_with(parent: int) -> None:
-    """Ends this process when its parent was killed and could not."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 @contextlib.contextmanager

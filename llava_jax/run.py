@@ -1,0 +1,379 @@
+"""A run, from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import traceback
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llava_jax import pretrained
+from llava_jax.checkpoint import Checkpoints
+from llava_jax.config import (
+    ConfigError,
+    ModelConfig,
+    Parts,
+    RunError,
+    TrainConfig,
+)
+from llava_jax.data.batching import Batch, Batches
+from llava_jax.description import changes, describe, write_description
+from llava_jax.devices import GIB, RESERVE_SHARE
+from llava_jax.environment import host_memory
+from llava_jax.evaluation import HeldOut
+from llava_jax.export import discard, export, export_dir, publish
+from llava_jax.guard import LOST, leave
+from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
+from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.hf.trained import load_adapter
+from llava_jax.hf.weights import fingerprint
+from llava_jax.inputs import Inputs, find_model, open_inputs
+from llava_jax.journal import Journal
+from llava_jax.metrics import Reporter
+from llava_jax.models.layers import Params
+from llava_jax.plan import attention_here, choose_plan, least_devices, write_trial
+from llava_jax.plan_cache import measure_once
+from llava_jax.processes import (
+    devices_of_machine,
+    end,
+    highest_of,
+    is_first,
+    is_lost,
+    join,
+    of_all,
+)
+from llava_jax.profiler import Profiler
+from llava_jax.program import Program, build_program
+from llava_jax.report import Report
+from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
+from llava_jax.step import EvalResult, Metrics, TrainState, init_state, micro_size
+from llava_jax.stop import Stopped, StopRequest
+from llava_jax.trackers import Tracker, check_packages, open_trackers
+
+
+def run(config: TrainConfig) -> int:
+    """Runs, and says how it ended; returns the exit status."""
+    try:
+        join()
+        with StopRequest() as stop:
+            return _run(config, stop)
+    except (ConfigError, CheckpointError, RunError) as error:
+        return end(f"error: {error}")
+    except OSError as error:
+        return end(f"error: {error}; the same command continues")
+    except Stopped as stopped:
+        return end(f"stopped {stopped}; the same command continues", 128 + stopped.signal)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if is_lost(error):
+            leave(LOST)
+        return end(traceback.format_exc())
+
+
+def _run(config: TrainConfig, stop: StopRequest) -> int:
+    """One run, from its config to the adapter or model it leaves; continues one that was stopped.
+
+    Returns:
+        The exit status: 0 when the run is finished.
+
+    Raises:
+        ConfigError: The config, its data or its devices do not fit together.
+        CheckpointError: The weights to start from cannot be used, or a checkpoint not be written.
+        RunError: Its data or its numbers went bad.
+        Stopped: A signal ended it, saved.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(config.output_dir).absolute() / ".compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    check_packages(config.log)
+    config, found = _follow_adapter(config)
+    source = found.base if found else None
+    base = None if source is None else fingerprint(source)
+    model_config, processor = find_model(config, source)
+    mesh = make_mesh(config.mesh)
+    inputs = open_inputs(config, model_config, processor, devices=data_parallel_size(mesh))
+    total = config.total_steps(inputs.order.samples)
+    describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
+    with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
+        for line in saved.passed_over:
+            _say(line)
+        if saved.latest is not None:
+            _check_begun(config, saved, describe_run(config))
+        if (saved.latest or 0) > total:
+            raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
+        if saved.latest == total and export_dir(config).is_dir():
+            _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
+            return 0
+        inputs.check_some()
+        _say(inputs.summary())
+        config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
+        trackers = open_trackers(config, saved.latest or 0, write=is_first())
+        with jax.set_mesh(mesh), trackers as trackers:
+            kind = attention_here(config, model_config)
+            _say(f"attention: {kind}")
+            program = build_program(config, model_config, total, mesh, kind=kind)
+            if config.mesh.show:
+                _say(layout_table(program.abstract))
+            write = functools.partial(
+                export, config, program, processor, found.name if found else None, base
+            )
+            batches = inputs.train_batches(program.rows(config.batch.global_size))
+            description = describe_run(_with_micro_size(config, mesh))
+            if saved.latest is None:
+                _refuse_to_replace(config)
+                state, frozen = _start(config, program, source, base)
+                write_description(config.run_dir, description)
+                discard(write(state.trainable, frozen))  # better now than after ten hours
+                saved.save(state, batches.state())
+                saved.wait()
+            else:
+                frozen = _load(config, program, source, program.frozen)
+                state, position = saved.restore(program.state)
+                batches.restore(position)
+                if config.checkpoint.accept_changes:
+                    write_description(config.run_dir, description)
+            state = _train(
+                config, program, inputs, batches, saved, state, frozen, stop, total, trackers
+            )
+            saved.wait()
+            stop.raise_if_asked(f"after step {int(state.step)}")
+            publish(write(state.trainable, frozen), export_dir(config))
+            _say(f"wrote {export_dir(config)}")
+            _say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
+            _say(f"python tools/chat.py {config.run_dir}")
+    return 0
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+def _train(
+    config: TrainConfig,
+    program: Program,
+    inputs: Inputs,
+    batches: Batches,
+    saved: Checkpoints,
+    state: TrainState,
+    frozen: Params,
+    stop: StopRequest,
+    total: int,
+    trackers: Sequence[Tracker],
+) -> TrainState:
+    """The loop. Metrics are read one step late, so that the device never waits for the host."""
+    first = int(state.step)
+    size = config.batch.global_size
+    every = config.eval.every
+    due = lambda step: step in (0, total) or (every is not None and step % every == 0)
+    asked = lambda: highest_of(lambda: stop.signal or 0)
+    metrics_file = config.run_dir / "metrics.jsonl"
+    with (
+        stop.deferred(),
+        contextlib.closing(batches),
+        Reporter(metrics_file, first, total, trackers, quiet=not is_first()) as reporter,
+        Report(config.run_dir, write=is_first()) as report,
+        Profiler(config.run_dir / "profile", config.log.profile_steps) as profiler,
+    ):
+        journal = Journal(config, inputs, reporter, first)
+        held_out = _held_out(config, program, inputs, frozen, reporter, first)
+
+        def look(step: int) -> None:
+            if due(step):
+                held_out.measure(step, state.trainable, lambda: asked()() > 0)
+            report.update()
+            reporter.skip_time()
+
+        look(first)
+        waiting: list[tuple[Metrics, int]] = []
+        for step in range(first + 1, total + 1):
+            if due(step - 1) and asked()():  # a measurement was given up: it comes first, later
+                break
+            stops = asked()
+            profiler.before(step, state)
+            state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
+            for earlier in waiting:
+                journal.log(*earlier)
+            waiting = [(metrics, step)]
+            if due(step) or step % config.checkpoint.every == 0:
+                journal.log(*waiting.pop())
+                if not journal.nonfinite:  # else the last good one stays the last
+                    saved.save(state, batches.state())
+                look(step)
+            saved.check()
+            if stops():
+                break
+        for earlier in waiting:
+            journal.log(*earlier)
+        saved.save(state, batches.state())
+        if int(state.step) == total:
+            held_out.say_tables()
+        stop.signal = asked()() or None  # whichever process it came to
+    return state
+
+
+def _held_out(
+    config: TrainConfig,
+    program: Program,
+    inputs: Inputs,
+    frozen: Params,
+    reporter: Reporter,
+    first: int,
+) -> HeldOut:
+    def eval_step(trainable: Params, batch: Batch) -> EvalResult:
+        placed = program.place(batch, program.eval_size, to_train=False)
+        return program.eval_step(trainable, frozen, placed)
+
+    size = program.eval_size
+    return HeldOut(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)
+
+
+def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
+    """Where the weights lie; a run's directory may stand for its base and its adapter."""
+    if (source := config.init_from) is None:
+        if "lora" in (config.tune.llm, config.tune.vision):
+            raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
+        return config, None
+    if config.init_adapter is not None:
+        adapter = str(adapter_in(config.init_adapter))
+        config = dataclasses.replace(config, init_adapter=adapter)
+    found = resolve(source)
+    if found.adapter is None:
+        return config, found
+    if config.init_adapter is not None:
+        raise ConfigError(
+            f"init_from {config.init_from} brings the adapter {found.adapter}, so init_adapter "
+            f"{config.init_adapter} is one too many; name its base {found.name} in init_from"
+        )
+    if "lora" not in (config.tune.llm, config.tune.vision):
+        raise ConfigError(
+            f"init_from {config.init_from} brings the adapter {found.adapter}, but this run trains "
+            "none; merge it first (LlavaModel: merge_adapter, save_pretrained), start from that"
+        )
+    return dataclasses.replace(config, init_adapter=str(found.adapter)), found
+
+
+def _choose_plan(
+    config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
+) -> TrainConfig:
+    """The cheapest plan that fits the attached devices, if asked for, before a weight is loaded.
+
+    Raises:
+        ConfigError: None fits; names the closest.
+    """
+    if is_first():
+        write_trial(config.run_dir, None)
+    if config.memory.plan == "manual":
+        return config
+    capacity = min(of_all(_device_memory(config)))
+    if not capacity:  # a CPU without a declared limit
+        return config
+    known = Path(config.output_dir) / ".plans"
+    for_host = min(of_all(int(0.9 * host_memory()) // devices_of_machine()))
+    as_run = dataclasses.replace(config, steps=steps)  # so that the step need not compile again
+    measure = lambda plan: dataclasses.replace(
+        measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
+    )
+    chosen = choose_plan(config, data_parallel_size(mesh), measure)
+    if not chosen.usage.fits:
+        usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
+        raise ConfigError(
+            f"no plan fits {capacity / GIB:.1f} GiB a device, of which {usage.reserve / GIB:.1f} "
+            f"are left to the runtime, and {for_host / GIB:.1f} GiB of host memory a device; the "
+            f"closest is {chosen.plan}: {usage.total / GIB:.2f} and {usage.host_total / GIB:.2f}; "
+            "take "
+            + ("more host memory, or " if usage.host_headroom < 0 else "")
+            + (f"at least {devices} such devices, or " if devices else "")
+            + "a smaller model, data.max_length or lora.rank"
+        )
+    if is_first():
+        write_trial(config.run_dir, chosen)
+    return chosen.plan.apply(config)
+
+
+def _device_memory(config: TrainConfig) -> int:
+    """Bytes of one device, as declared or found; 0 if they are neither."""
+    if config.memory.limit_gib is not None:
+        return int(config.memory.limit_gib * GIB)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return int(limit / (1 - RESERVE_SHARE))
+
+
+def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    batch = dataclasses.replace(config.batch, micro_size=micro_size(config.batch, mesh))
+    return dataclasses.replace(config, batch=batch)
+
+
+def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str, Any]) -> None:
+    """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+
+    Raises:
+        ConfigError: It has another recipe, and something was trained.
+    """
+    found = changes(config.run_dir, description)
+    if not found:
+        return
+    rows = config.run_dir / "metrics.jsonl"
+    if saved.latest == 0 and not (rows.exists() and rows.stat().st_size):
+        saved.clear()
+        for name in ("evaluations.jsonl", "wandb.json"):
+            (config.run_dir / name).unlink(missing_ok=True)
+        for name in ("examples", "tensorboard"):
+            shutil.rmtree(config.run_dir / name, ignore_errors=True)
+        return
+    differences = f"{config.run_dir} holds a run with another recipe\n" + "\n".join(found)
+    if not config.checkpoint.accept_changes:
+        raise ConfigError(
+            f"{differences}\ngive this one a --name of its own, or go on with it all the same by "
+            "--checkpoint.accept-changes"
+        )
+    _say(f"{differences}\nwhich is accepted")
+
+
+def _refuse_to_replace(config: TrainConfig) -> None:
+    """A run without checkpoints starts anew; it must not do so over a result."""
+    if export_dir(config).exists():
+        raise ConfigError(
+            f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
+            "from; move it away, or give the run a new name"
+        )
+
+
+def _start(
+    config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
+) -> tuple[TrainState, Params]:
+    """The state before the first step, and the frozen parameters."""
+    brought = {}
+    if config.init_adapter is not None:
+        brought = load_adapter(
+            config.init_adapter,
+            program.adapters,
+            program.model_config,
+            program.abstract,
+            program.trainable,
+            base,
+        )
+    wanted = [path for path in program.abstract if path not in brought]
+    params = _load(config, program, source, wanted) | brought
+    trainable = {path: params.pop(path) for path in program.trainable}
+    return init_state(program.state, trainable, config.seed), params
+
+
+def _load(
+    config: TrainConfig, program: Program, source: Path | Parts | None, wanted: Collection[str]
+) -> Params:
+    return pretrained.load(
+        source,
+        program.model_config,
+        program.abstract,
+        seed=config.seed,
+        wanted=wanted,
+        say=_say,
+    )
