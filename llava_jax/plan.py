@@ -177,18 +177,24 @@ def compile_here(
     """As `measure_here`, with the program and its train step, ready to run."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     kind = attention_here(config, model)
-    program, batch = _program(config, model, jax.devices(), kind)
+    program, batch = _program(config, model, jax.devices(), kind, donate=False)
     compiled = program.trace_train_step(batch).lower().compile()
     text = compiled.as_text() or ""
     return program, compiled, _usage(program, config, compiled.memory_analysis(), text, capacity)
 
 
 def _program(
-    config: TrainConfig, model: ModelConfig, devices: list[Any], kind: AttentionKind
+    config: TrainConfig,
+    model: ModelConfig,
+    devices: list[Any],
+    kind: AttentionKind,
+    *,
+    donate: bool,
 ) -> tuple[Program, Any]:
+    """A program and its batch's shapes; `donate` is for devices that stand for others."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
-        config, model, config.steps or TOTAL_STEPS, mesh, kind=kind, donate=True
+        config, model, config.steps or TOTAL_STEPS, mesh, kind=kind, donate=donate
     )
     images = 1 if config.data.max_images is None else config.data.max_images
     images = images_in_row(config.data, model, images)
@@ -207,7 +213,7 @@ def _compile_for_gpus(
 
     if len(jax.devices("cpu")) < count:
         raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
-    program, batch = _program(config, model, jax.devices("cpu")[:count], kind)
+    program, batch = _program(config, model, jax.devices("cpu")[:count], kind, donate=True)
     module = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -237,7 +243,7 @@ def _compile_for_tpus(
         known = ", ".join(map(str, target.chips))
         raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
     topology = topologies.get_topology_desc(**target.slice_of(count))
-    program, batch = _program(config, model, list(topology.devices), kind)
+    program, batch = _program(config, model, list(topology.devices), kind, donate=True)
     compiled = program.trace_train_step(batch).lower().compile()
     return program, compiled.memory_analysis(), compiled.as_text() or ""
 

@@ -89,9 +89,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         RunError: Its data or its numbers went bad.
         Stopped: A signal ended it, saved.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(config.output_dir).absolute() / ".compilation_cache"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    _keep_compiled(Path(config.output_dir).absolute() / ".compilation_cache")
     check_packages(config.log)
     config, found = _follow_adapter(config)
     source = found.base if found else None
@@ -149,6 +147,21 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             _say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
             _say(f"python tools/chat.py {config.run_dir}")
     return 0
+
+
+def _keep_compiled(directory: Path) -> None:
+    """Keeps what is compiled, small programs too, so that a second start compiles nothing.
+
+    JAX would keep only what took a second. But a start has some dozens of programs that take a
+    fiftieth, one for each shape of a weight; what the environment says goes before.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in options.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 def _say(text: str) -> None:

@@ -227,7 +227,7 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     terms = {"frozen weights": 9 * GIB, REST: GIB}
     usage = Usage(terms, dict.fromkeys(terms, 0), 10 * GIB, 0, 0, 2 * GIB, 0)
     monkeypatch.setattr(plan_cache, "measure_here", lambda *_: usage)
-    monkeypatch.setattr(train, "_load", None)
+    monkeypatch.setattr("llava_jax.run._load", None)
     arguments = ["--lora.rank", "5", "--memory.plan", "auto", "--memory.limit-gib", "2"]
     status, directory = start("too-large", *arguments)
     assert status == 1
