@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from llava_jax.sharding import make_mesh
 
 @pytest.fixture
 def tool(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load_tool("gpu_check")
+    module = load_tool("gpu_checks")
     monkeypatch.setattr(module, "TOLERANCE", {"float32": 1e-5})
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # what the tool sets goes afterwards
     return module
@@ -27,7 +28,7 @@ def test_gradients_agree(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(tool, "RECIPES", (tool.FULL, tool.QLORA))
-    assert tool.main([]) == 0
+    assert tool.check_all(small=False)
     printed = capsys.readouterr().out
     for recipe in ("full", "QLoRA"):
         assert f"gradients, {recipe}, float32: pass" in printed
@@ -51,16 +52,22 @@ def test_the_wrong_layer_from_host_memory_is_noticed(
 
 @pytest.mark.parametrize(("well", "status"), [([True, True], 0), ([True, False], 1)])
 def test_the_exit_status_tells(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, well: list[bool], status: int
+    tool: ModuleType,
+    load_tool: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    well: list[bool],
+    status: int,
 ):
+    command = load_tool("gpu_check")
+    monkeypatch.setitem(sys.modules, "gpu_checks", tool)
     monkeypatch.setattr(tool, "check_gradients", lambda *_: True)
     monkeypatch.setattr(tool, "check_peaks", lambda: well)
     monkeypatch.setattr(tool, "check_attention", lambda *_: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tool.main([]) == status
-    assert tool.main(["--small"]) == 0
+    assert command.main([]) == status
+    assert command.main(["--small"]) == 0
     monkeypatch.setattr(tool, "check_gradients", lambda *_: False)
-    assert tool.main(["--small"]) == 1
+    assert command.main(["--small"]) == 1
 
 
 def test_the_compared_plan_has_everything_in_host_memory(tool: ModuleType):

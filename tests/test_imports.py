@@ -187,6 +187,32 @@ def test_training_does_not_load_what_reads_pickles(program):
     subprocess.run([sys.executable, "-c", f"import sys\n{program}\n{check}, loaded"], check=True)
 
 
+COMMANDS = [
+    ["-m", "llava_jax.train"],
+    ["-m", "llava_jax.train", "--config", "configs/7b_lora.py"],
+    *(
+        [str(file)]
+        for file in sorted((PACKAGE.parent / "tools").glob("*.py"))
+        if "ArgumentParser(" in file.read_text()
+    ),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_does_not_wait_for_jax(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    assert done.stdout.startswith("usage: ")
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in imported
+    assert imported.isdisjoint({"jax", "flax", "grain", "orbax", "torch"})
+
+
 def loaded_globals(code: types.CodeType) -> set[str]:
     names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     inner = [loaded_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)]

@@ -16,7 +16,7 @@ import jax
 import pytest
 from training import CONFIG, MODEL, change
 
-from llava_jax import host, plan, plan_cache, train
+from llava_jax import host, plan, plan_cache, run
 from llava_jax.config import ConfigError, MemoryConfig, TrainConfig, TuneConfig
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.plan import REST, Plan, Trial, Usage, best, find_plan, levels, micro_sizes
@@ -142,7 +142,7 @@ def measured(config: TrainConfig) -> list[Trial]:
 
 def choose(config: TrainConfig, limit: float, images: int = 1) -> TrainConfig:
     config = change(config, memory={"limit_gib": limit / GIB})
-    return train._choose_plan(config, MODEL, 9, make_mesh(config.mesh), images)
+    return run._choose_plan(config, MODEL, 9, make_mesh(config.mesh), images)
 
 
 def test_more_devices_do_not_help_a_host_that_is_too_small():
