@@ -108,9 +108,9 @@ def test_nothing_is_traced_again_after_the_first_steps(
     shapes: dict[str, set[tuple[int, ...]]] = {"train_step": set(), "eval_step": set()}
     log, place = Reporter.log, Program.place
 
-    def note_trace(event: str, _: float, fun_name: str = "", **__: object) -> None:
+    def note_trace(event: str, duration_secs: float, **about: str | int) -> None:
         if event == "/jax/core/compile/jaxpr_trace_duration":
-            happened.append(fun_name)
+            happened.append(str(about["fun_name"]))
 
     def note_step(self: Reporter, row: dict, device_bytes: int | None = None) -> None:
         happened.append(row["step"])
