@@ -1,0 +1,163 @@
+"""What `packing_speed.py` compares."""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_case import SHAPES
+
+from llava_jax import pretrained
+from llava_jax.config import (
+    BatchConfig,
+    DataConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    TrainConfig,
+    TuneConfig,
+)
+from llava_jax.data.batching import Batch, BatchSpec, Sample, fill
+from llava_jax.data.packing import deal, first_fit, images_in_row
+from llava_jax.loss import next_tokens, token_losses
+from llava_jax.plan import attention_here
+from llava_jax.program import Program, build_program
+from llava_jax.sharding import make_mesh
+from llava_jax.step import forward, init_state
+
+LIMIT = 1e-5  # of a sample's loss, relative
+
+MIXTURE = (
+    # Samples: table 7 of Liu et al., "Improved Baselines with Visual Instruction Tuning" (2023).
+    # Words: our own guess at the median of a sample's tokens beside its image, the prompt's 40
+    # among them, from how many questions a sample has; they vary as a log-normal's do.
+    ("LLaVA", 158, True, 260),
+    ("ShareGPT", 40, False, 1200),
+    ("VQAv2", 83, True, 150),
+    ("GQA", 72, True, 240),
+    ("OKVQA", 9, True, 80),
+    ("OCRVQA", 80, True, 200),
+    ("A-OKVQA", 66, True, 110),
+    ("TextCaps", 22, True, 120),
+    ("RefCOCO", 48, True, 250),
+    ("VG", 86, True, 300),
+)
+SPREAD = 0.5  # standard deviation of the logarithm
+
+
+def compare(given: argparse.Namespace) -> bool:
+    """Times both, prints what they took; whether losses agree."""
+    model = SHAPES[given.shape]
+    config = TrainConfig(
+        "packing",
+        model=model,
+        tune=TuneConfig("lora", "frozen", "full"),
+        lora=LoraConfig(16, 32.0, dropout=0.0),
+        data=DataConfig(max_length=given.max_length),
+        batch=BatchConfig(given.samples, given.micro_size),
+        memory=MemoryConfig(remat="full"),
+        dtype=given.dtype,
+    )
+    packing = dataclasses.replace(config.data, packing=True)
+    sides = [Side(config), Side(dataclasses.replace(config, data=packing))]
+    seconds: list[list[float]] = [[], []]
+    tokens, apart = [], 0.0
+    for step in range(given.rounds + 1):  # the first compiles
+        samples = make_samples(model, given.samples, given.max_length, step)
+        batches = [side.batch(samples) for side in sides]
+        losses = [side.losses(batch) for side, batch in zip(sides, batches, strict=True)]
+        apart = max(apart, float(np.max(np.abs(losses[1] / losses[0] - 1))))
+        tokens.append(sum(len(sample.input_ids) for sample in samples))
+        for side, batch, times in zip(sides, batches, seconds, strict=True):
+            times.append(side.step(batch))
+        rows = [int((batch.segment_ids > 0).any(axis=1).sum()) for batch in batches]
+        print(f"step {step}: {tokens[-1]:,} tokens in {rows[0]} rows and in {rows[1]}", flush=True)
+    speeds = [
+        statistics.median(n / s for n, s in zip(tokens[1:], times[1:], strict=True))
+        for times in seconds
+    ]
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.shape}, {given.dtype}")
+    print(f"tokens/s that are no padding: {speeds[0]:,.0f}; packed {speeds[1]:,.0f}")
+    print(
+        f"packed / not: {speeds[1] / speeds[0]:.2f}; a sample's loss apart by {apart:.1e} at most"
+    )
+    return apart <= LIMIT
+
+
+def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[Sample]:
+    """Random samples, of the mixture's lengths, whose second half of words is learned."""
+    rng = np.random.default_rng(seed)
+    sizes = np.array([size for _, size, _, _ in MIXTURE], float)
+    side = model.vision.image_size
+    samples = []
+    for kind in rng.choice(len(MIXTURE), count, p=sizes / sizes.sum()):
+        _, _, has_image, median = MIXTURE[kind]
+        image = np.full(model.image_tokens * has_image, model.image_token_id, np.int32)
+        room = most - len(image)
+        length = int(np.clip(rng.lognormal(np.log(median), SPREAD), 8, room))
+        words = rng.integers(3, model.image_token_id, length, np.int32)
+        ids = np.concatenate([words[:1], image, words[1:]])
+        learned = np.arange(len(ids)) >= len(ids) - length // 2
+        pixels = rng.standard_normal((int(has_image), 3, side, side), np.float32)
+        samples.append(Sample(ids, learned, pixels))
+    return samples
+
+
+class Side:
+    """A model that trains, on rows of one sample each or on packed ones."""
+
+    def __init__(self, config: TrainConfig):
+        assert config.model is not None
+        self._data, self._model = config.data, config.model
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        kind = attention_here(config, config.model)
+        self._program = build_program(config, config.model, 100, mesh, kind=kind)
+        self._frozen = pretrained.initialise(self._program.abstract, config.seed)
+        trainable = {path: self._frozen.pop(path) for path in self._program.trainable}
+        self._state = init_state(self._program.state, trainable, config.seed)
+        self._losses = jax.jit(lambda params, batch: sample_losses(self._program, params, batch))
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """The samples in rows of the longest length."""
+        length = self._data.max_length
+        layout = {place: [place] for place in range(len(samples))}
+        if self._data.packing:
+            lengths = {place: len(sample.input_ids) for place, sample in enumerate(samples)}
+            layout = deal(first_fit(lengths, length), len(samples), 1)
+        rows = [{at: samples[at] for at in layout.get(row, ())} for row in range(len(samples))]
+        images = images_in_row(self._data, self._model, 1)
+        size = (self._model.vision.image_size,) * 2
+        spec = BatchSpec(len(samples), images, size, length, self._model.pad_token_id)
+        return fill(rows, spec, length)
+
+    def step(self, batch: Batch) -> float:
+        """Seconds of a train step."""
+        placed = self._program.place(batch)
+        start = time.perf_counter()
+        self._state, metrics = self._program.train_step(self._state, self._frozen, placed)
+        loss = metrics["loss"].item()
+        assert np.isfinite(loss)
+        return time.perf_counter() - start
+
+    def losses(self, batch: Batch) -> np.ndarray:
+        """Of each sample, without training; a row at a time, for the sake of memory."""
+        params = self._frozen | self._state.trainable
+        rows = jax.tree.map(lambda x: np.split(x, len(x)), batch)
+        total: Any = 0
+        for row in range(len(batch.input_ids)):
+            one = jax.tree.map(lambda x: x[row], rows, is_leaf=lambda x: isinstance(x, list))
+            if (one.segment_ids > 0).any():
+                place = self._program.place(one)
+                total += np.asarray(self._losses(params, place), np.float64)
+        return total[1 : 1 + len(batch.input_ids)]
+
+
+def sample_losses(program: Program, params: dict[str, Any], batch: Batch) -> jax.Array:
+    """Summed by sample, [most samples + 1]."""
+    targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+    nll = token_losses(*forward(program.graph, params, batch, None), targets, learned).nll
+    return jnp.zeros(1024).at[batch.segment_ids].add(nll)
