@@ -195,7 +195,7 @@ def open_inputs(
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         template=TEMPLATES[data.template],
-        transform=transform,
+        transform=dataclasses.replace(transform, decode=data.image_decode),
         image_token_id=model.image_token_id,
         image_tokens=model.image_tokens,
         max_length=data.max_length,

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError, RunError
-from llava_jax.data import images
 from llava_jax.data.conversation import (
     Encoded,
     SampleError,
@@ -155,7 +154,7 @@ class SampleEncoder:
         """
         # A cut may have left images out.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
-        pixels = [self.transform(images.open_image(image)) for image in record.images[:kept]]
+        pixels = [self.transform.read(image) for image in record.images[:kept]]
         shape = (0, 3, self.transform.height, self.transform.width)
         return Sample(
             encoded.input_ids,

@@ -1,14 +1,17 @@
 """Images as pixels, the way CLIP's and SigLIP's processors make them."""
 
+import contextlib
 import dataclasses
 import io
+import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.config import Aspect
+from llava_jax.config import Aspect, Decode
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.files import open_file
 
@@ -22,6 +25,14 @@ MOST_FILE_PIXELS = 2**30 // 4 // 3
 """Of an image file: Pillow's own limit, which is checked before anything is decoded."""
 MOST_PIXELS = 2**28
 """Of what an image becomes on its way, 4 bytes each: a narrow one in its square may be huge."""
+
+
+LEAST_REDUCED = 0.95
+"""How large a reduced JPEG must be at least, of what is needed. Its error grows slowly here, and so
+the many photographs of 640 pixels can be halved for 336 (docs/performance.md)."""
+
+Box = tuple[float | int, float | int, float | int, float | int]
+"""Left, top, right, bottom."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +50,9 @@ class ImageTransform:
         aspect: "pad" first centres the image on a square of the mean colour, so that the crop
             loses nothing. "crop" keeps the centre. "squash" resizes to height x width at once,
             whatever becomes of the image's proportions.
+        decode: How `read` decodes a JPEG: "exact" as Hugging Face's processors do. "draft" at a
+            half, a quarter or an eighth of its size, if that leaves about as many pixels as are
+            needed; they differ by 1 to 3 steps of 1/255 on average.
     """
 
     shortest_edge: int = 336
@@ -48,6 +62,7 @@ class ImageTransform:
     std: tuple[float, float, float] = CLIP_STD
     rescale: float = 1 / 255
     aspect: Aspect = "pad"
+    decode: Decode = "exact"
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
         """Returns the normalised pixels, channels first.
@@ -55,14 +70,80 @@ class ImageTransform:
         Raises:
             SampleError: The image is too narrow to be made square in memory.
         """
-        image = _to_rgb(image)
-        if self.aspect == "pad":
-            image = _pad_to_square(image, self.mean)
+        return self._normalise(self._fit(_to_rgb(image), image.size, 1))
+
+    def read(self, image: str | bytes) -> Float32[np.ndarray, "3 H W"]:
+        """Returns the same of an image file.
+
+        Args:
+            image: The file's path, or what is in it.
+
+        Raises:
+            SampleError: As `open_image` does, or the transform.
+        """
+        with _opened(image) as file:
+            size = file.size
+            scale = self._reduce(file) if self.decode == "draft" else 1
+            rgb = _to_rgb(file)
+        return self._normalise(self._fit(rgb, size, scale))
+
+    def _reduce(self, file: Image.Image) -> int:
+        """Has a JPEG decoded at 1 / scale of its size; returns the scale."""
+        width, height = file.size
+        (left, top, right, bottom), size = self._place(width, height)
+        drafted = file.draft(
+            None,
+            (
+                max(1, int(LEAST_REDUCED * size[0] * width / (right - left))),
+                max(1, int(LEAST_REDUCED * size[1] * height / (bottom - top))),
+            ),
+        )
+        return 1 if drafted is None else round(width / drafted[1][2])
+
+    def _place(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+        """The part of an image that is resized, perhaps larger than the image, and its new size."""
         if self.aspect == "squash":
-            image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        else:
-            image = _resize_shortest_edge(image, self.shortest_edge)
-            image = _center_crop(image, self.height, self.width)
+            return (0, 0, width, height), (self.width, self.height)
+        left = top = 0
+        if self.aspect == "pad":
+            side = max(width, height)
+            _check_pixels((width, height), side**2, MOST_PIXELS)
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            width = height = side
+        # The longer side is rounded down, as Hugging Face's processor does.
+        new = [int(self.shortest_edge * side / min(width, height)) for side in (width, height)]
+        _check_pixels((width, height), math.prod(new), MOST_PIXELS)
+        return (left, top, left + width, top + height), (new[0], new[1])
+
+    def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:
+        """Resizes and crops an image that was decoded at 1 / scale of its size.
+
+        Pillow resizes across, rounds, and resizes down. Here these are two calls, so that only the
+        second goes through what is added above and below, and neither through what is cropped.
+        """
+        box, (width, height) = self._place(*size)
+        left, top, right, bottom = (side / scale for side in box)
+        image, box = self._enlarge(image, (left, 0, right, image.height))
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC, box)
+        image = _center_crop(image, image.height, self.width)
+        image, box = self._enlarge(image, (0, top, self.width, bottom))
+        image = image.resize((self.width, height), Image.Resampling.BICUBIC, box)
+        return _center_crop(image, self.height, self.width)
+
+    def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+        """Adds the mean colour where a box reaches beyond an image; the box in the result."""
+        left, top = (max(0, math.ceil(-side)) for side in box[:2])
+        right, bottom = (math.ceil(side) for side in box[2:])
+        box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
+        size = left + max(image.width, right), top + max(image.height, bottom)
+        if size == image.size:
+            return image, box
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        enlarged = Image.new("RGB", size, (red, green, blue))
+        enlarged.paste(image, (left, top))
+        return enlarged, box
+
+    def _normalise(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
         # Each level once, in double precision and back as Hugging Face's processor does.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
@@ -83,6 +164,13 @@ def open_image(image: str | bytes) -> Image.Image:
     Raises:
         SampleError: There is no such file, it is not an image that Pillow reads, or a huge one.
     """
+    with _opened(image) as file:
+        return _to_rgb(file)
+
+
+@contextlib.contextmanager
+def _opened(image: str | bytes) -> Iterator[Image.Image]:
+    """An image file of which but the head is read. What goes wrong while it is open names it."""
     embedded = isinstance(image, bytes)
     name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
     if not embedded and os.path.exists(image) and not os.path.isfile(image):
@@ -94,9 +182,8 @@ def open_image(image: str | bytes) -> Image.Image:
         ):
             if opened.format == "EPS":
                 raise SampleError("EPS is a program, which Pillow would have run", "image")
-            _check_pixels(opened, opened.width * opened.height, MOST_FILE_PIXELS)
-            opened.load()
-            return _to_rgb(opened)
+            _check_pixels(opened.size, math.prod(opened.size), MOST_FILE_PIXELS)
+            yield opened
     except FileNotFoundError:
         raise SampleError(f"image not found: {image}", "image missing") from None
     except UnidentifiedImageError:
@@ -110,40 +197,20 @@ def open_image(image: str | bytes) -> Image.Image:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
 
 
-def _check_pixels(image: Image.Image, made: int, most: int) -> None:
+def _check_pixels(size: tuple[int, int], made: int, most: int) -> None:
     if not 0 < made <= most:
         raise SampleError(
-            f"its {image.width} x {image.height} pixels take {made:,}, of at most {most:,}",
-            "image size",
+            f"its {size[0]} x {size[1]} pixels take {made:,}, of at most {most:,}", "image size"
         )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Lays what is transparent on white, as Hugging Face's processor does (LLaVA dropped it)."""
+    image.load()  # of some files, this tells what is transparent
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    _check_pixels(image, side**2, MOST_PIXELS)
-    red, green, blue = (int(channel * 255) for channel in mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def _resize_shortest_edge(image: Image.Image, edge: int) -> Image.Image:
-    short, long = sorted(image.size)
-    long = int(edge * long / short)  # rounded down, as Hugging Face's processor does
-    _check_pixels(image, edge * long, MOST_PIXELS)
-    size = (edge, long) if image.width <= image.height else (long, edge)
-    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
