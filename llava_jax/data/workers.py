@@ -1,21 +1,22 @@
 """Batches made ahead, in worker processes or a thread."""
 
+import atexit
 import contextlib
-import gc
+import dataclasses
+import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 from llava_jax.guard import end_with
 
@@ -47,89 +48,145 @@ def read_ahead(
         start: Number of the first.
         workers: Processes that make whole batches; 0 makes them in a thread of this one.
         stop: Number behind the last.
-        most_bytes: Of one batch.
+        most_bytes: Of one batch. What is more goes from a worker through a pipe, which is slower.
 
     Raises:
         WorkerError: A worker process died.
     """
-    # Grain's own buffers are meant for small elements: of whole batches, one ahead is enough.
-    ahead = 0 if workers else 1
-    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-    batches = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
     if not workers:
-        yield from batches
+        # Grain's own buffers are meant for small elements: of whole batches, one ahead is enough.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
         return
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which we do not use.
-    if not _fits_shared_memory(3 * workers * most_bytes):
-        # A container's 64 MB of shared memory would end the run with a bus error: use pipes.
-        in_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        batches = grain.experimental.WithOptionsIterDataset(batches, in_pipes)
-    many = grain.MultiprocessingOptions(num_workers=workers)
-    with _shared_numbers(workers) as (name, at):
-        begin = partial(_begin, name, os.getpid())
-        made = iter(batches.mp_prefetch(many, worker_init_fn=begin).map(_own))
-        number = start
+    # A container's 64 MB of shared memory would end the run with a bus error.
+    most_bytes = most_bytes if _fits_shared_memory(workers * most_bytes) else 0
+    with contextlib.ExitStack() as open_workers:
+        take = [
+            open_workers.enter_context(_worker(read, range(first, stop, workers), most_bytes))
+            for first in range(start, min(start + workers, stop))
+        ]
+        for number in range(start, stop):
+            yield take[(number - start) % workers]()
+
+
+@contextlib.contextmanager
+def _worker(read: Read, numbers: range, most_bytes: int) -> Iterator[Callable[[], Any]]:
+    """A process that makes batches, of which it holds two: what this yields takes the next."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
+        name = None if shared is None else shared.name
+        process = context.Process(target=_work, args=(theirs, read, numbers, name, os.getpid()))
+        process.start()
+        atexit.register(process.kill)  # before Python would wait for it
+        theirs.close()
         try:
-            while number < stop:
-                yield next(made)
-                number += 1
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
-                raise
-            record = int(at[(number - start) % workers]) if at is not None else -1
-            raise WorkerError(record if record >= 0 else None, str(error)) from error
+            yield lambda: _take(pipe, process, shared)
         finally:
-            made.close()
-            del made, batches
-            gc.collect()  # what it held in cycles: batches in shared memory, which would outlive us
+            process.kill()
+            process.join()
+            atexit.unregister(process.kill)
+            pipe.close()
+
+
+_HEAD = 64
+"""Bytes of a worker's shared memory before its batch: the record it is at, or -1."""
+_ALIGNMENT, _LEAVES = 64, 16
+"""Bytes that arrays are aligned to, and how many of them a batch may have at no further cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Left:
+    """An array that was left in shared memory."""
+
+    place: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def find(self, shared: SharedMemory) -> np.ndarray:
+        return np.ndarray(self.shape, self.dtype, shared.buf, self.place)
+
+
+def _take(pipe: Connection, process: Any, shared: SharedMemory | None) -> Any:
+    """A worker's next batch. Its memory, which is always the same, is then free for one more."""
+    with contextlib.suppress(OSError):  # it is dead, as the next line finds
+        pipe.send_bytes(b"go on")
+    try:
+        made = pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        at = -1 if shared is None else int(np.ndarray((), np.int64, shared.buf))
+        reason = f"it ended with exit code {process.exitcode}."
+        raise WorkerError(at if at >= 0 else None, reason) from None
+    if isinstance(made, Exception):
+        raise made
+    copy = lambda leaf: leaf.find(shared).copy() if isinstance(leaf, _Left) else leaf
+    return jax.tree.map(copy, made)
+
+
+def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent: int) -> None:
+    """What a worker process does."""
+    global _at
+    # They reach every process of a terminal's or SLURM's job, but only the main one may act.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    shared = None if name is None else SharedMemory(name)
+    if shared is not None:
+        _at = np.ndarray((), np.int64, shared.buf)
+    for number in numbers:
+        try:
+            made = read(number)
+        except Exception as error:
+            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+            made = error
+        try:
+            pipe.recv_bytes()
+            pipe.send(made if isinstance(made, Exception) else _leave(made, shared))
+        except (EOFError, OSError):  # nobody wants it
+            return
+
+
+def _leave(batch: Any, shared: SharedMemory | None) -> Any:
+    """A batch whose arrays, if they fit, are left in shared memory."""
+    place, end = _HEAD, 0 if shared is None else shared.size
+
+    def leave(leaf: np.ndarray) -> Any:
+        nonlocal place
+        if shared is None or place + leaf.nbytes > end:
+            return leaf
+        left = _Left(place, leaf.shape, leaf.dtype)
+        left.find(shared)[...] = leaf
+        place += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return left
+
+    return jax.tree.map(leave, batch)
+
+
+_at: np.ndarray | None = None
 
 
 def write_progress(record: int) -> None:
     """Says which record this process is at, for the message if it dies of it."""
     if _at is not None:
-        _at[_worker] = record
-
-
-_at: np.ndarray | None = None
-_worker = 0
-_shared: SharedMemory | None = None
-
-
-def _begin(name: str | None, parent: int, worker: int, workers: int) -> None:
-    """What a worker process does at first."""
-    global _at, _worker, _shared
-    # They reach every process of a terminal's or SLURM's job, but only the main one may act.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    if name is not None:
-        _shared = SharedMemory(name)
-        _at, _worker = np.ndarray(workers, np.int64, _shared.buf), worker
+        _at[...] = record
 
 
 @contextlib.contextmanager
-def _shared_numbers(count: int) -> Iterator[tuple[str | None, np.ndarray | None]]:
-    """Numbers, at first -1, that processes share by a name; none where there is no such memory."""
+def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
+    """Memory that processes share by its name; None where there is no such thing."""
     try:
-        shared = SharedMemory(create=True, size=8 * count)
+        shared = SharedMemory(create=True, size=size)
     except OSError:
-        yield None, None
+        yield None
         return
     try:
-        numbers = np.ndarray(count, np.int64, shared.buf)
-        numbers[:] = -1
-        yield shared.name, numbers
-        del numbers
+        np.ndarray((), np.int64, shared.buf)[...] = -1
+        yield shared
     finally:
         with contextlib.suppress(BufferError):
             shared.close()
         shared.unlink()
-
-
-def _own(batch: Any) -> Any:
-    """Copies a batch out of shared memory, which is then free at once, whoever holds the batch."""
-    return jax.tree.map(np.array, batch)
 
 
 def _fits_shared_memory(size: int) -> bool:
