@@ -1,5 +1,6 @@
 """Pixels against Hugging Face's CLIP and SigLIP processors."""
 
+import io
 import os
 
 import numpy as np
@@ -147,3 +148,60 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(SampleError, match=r"pipe\.png: not a file"):
         open_image(str(tmp_path / "pipe.png"))
+
+
+def photo(size: tuple[int, int], mode: str = "RGB") -> bytes:
+    """A JPEG whose spectrum falls as that of photographs does; its colours are much stronger."""
+    width, height = size
+    frequency = np.hypot(np.fft.fftfreq(height, 1 / height)[:, None], np.arange(width // 2 + 1))
+    frequency[0, 0] = np.inf
+    phases = np.exp(2j * np.pi * np.random.default_rng(0).random((3, *frequency.shape)))
+    pixels = np.fft.irfft2(phases / frequency, (height, width)).transpose(1, 2, 0)
+    pixels = np.clip(118 + 50 * pixels / pixels.std(), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def read(transform: ImageTransform, image: bytes) -> np.ndarray:
+    values = np.empty((3, transform.height, transform.width), np.float32)
+    transform.read(image, values)
+    return values
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+def test_a_file_is_read_as_its_image_is(aspect):
+    transform, image = ImageTransform(aspect=aspect), photo((641, 427))
+    np.testing.assert_array_equal(read(transform, image), transform(open_image(image)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("size", "aspect", "most"),
+    [
+        ((640, 480), "pad", 5),  # halved, to 0.95 of what is needed
+        ((427, 641), "pad", 5),
+        ((1001, 667), "pad", 2.5),
+        ((2000, 1499), "pad", 2),
+        ((2000, 1499), "crop", 4),
+        ((1301, 1024), "squash", 2.5),
+    ],
+)
+def test_draft_pixels_are_near(size, aspect, most, mode):
+    exact, draft = (ImageTransform(aspect=aspect, decode=kind) for kind in ("exact", "draft"))
+    image = photo(size, mode)
+    apart = np.abs(read(draft, image) - read(exact, image))
+    steps = 255 * apart * np.array(CLIP_STD)[:, None, None]
+    assert 0 < steps.mean() < most
+
+
+@pytest.mark.parametrize(("size", "aspect"), [((637, 480), "pad"), ((640, 480), "crop")])
+def test_draft_is_exact_where_half_would_be_too_small(size, aspect):
+    exact, draft = (ImageTransform(aspect=aspect, decode=kind) for kind in ("exact", "draft"))
+    np.testing.assert_array_equal(read(draft, photo(size)), read(exact, photo(size)))
+
+
+def test_a_cut_jpeg_is_bad_in_draft_too():
+    image = photo((640, 480))
+    with pytest.raises(SampleError, match="truncated"):
+        read(ImageTransform(decode="draft"), image[: len(image) // 2])

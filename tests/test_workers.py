@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from llava_jax.config import ConfigError
 from llava_jax.data.workers import WorkerError, read_ahead, write_progress
 
 
@@ -67,3 +68,22 @@ def _is_running(process: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def large(number: int) -> dict[str, np.ndarray]:
+    if number == 3:
+        raise ConfigError("three")
+    return {"small": np.arange(4) + number, "large": np.full((50, 50), number, np.float32)}
+
+
+@pytest.mark.parametrize("most_bytes", [0, 50, 20_000])
+def test_batches_are_the_same_however_they_come(most_bytes):
+    """Through a pipe, in shared memory, or some arrays this way and some that."""
+    made = []
+    with pytest.raises(ConfigError, match="three") as error:
+        made.extend(read_ahead(large, 0, 2, most_bytes=most_bytes))
+    assert "In a worker process" in error.value.__notes__[0]
+    assert len(made) == 3  # none of which a later one has overwritten
+    for number, batch in enumerate(made):
+        np.testing.assert_array_equal(batch["small"], large(number)["small"])
+        np.testing.assert_array_equal(batch["large"], large(number)["large"])

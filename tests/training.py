@@ -88,7 +88,7 @@ def packed(batch: Batch, room: int, devices: int = 1) -> Batch:
     spec = BatchSpec(size, images, (28, 28), room, MODEL.pad_token_id)
     dealt = deal(layout, size, devices)
     rows = [{at: samples[at] for at in dealt.get(row, ())} for row in range(size)]
-    return fill(rows, spec, room)
+    return fill(rows, size, spec, room)
 
 
 def start(

@@ -132,7 +132,7 @@ class Side:
         images = images_in_row(self._data, self._model, 1)
         size = (self._model.vision.image_size,) * 2
         spec = BatchSpec(len(samples), images, size, length, self._model.pad_token_id)
-        return fill(rows, spec, length)
+        return fill(rows, len(samples), spec, length)
 
     def step(self, batch: Batch) -> float:
         """Seconds of a train step."""

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -297,8 +297,9 @@ class ReadBatch:
         if spec.packing:
             layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
         length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
+        # One row at a time: its pixels, once they are copied, make room for the next one's.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
-        return fill(list(samples), spec, length)
+        return fill(samples, len(own), spec, length)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
         """Yields the batches from number `start` on, made ahead.
@@ -351,9 +352,10 @@ def worker_died(error: WorkerError, records: Records) -> RunError:
     )
 
 
-def fill(rows: Sequence[Mapping[int, Sample | None]], spec: BatchSpec, length: int) -> Batch:
-    """Rows of `length` tokens, each with its samples by their places in the batch."""
-    size = len(rows)
+def fill(
+    rows: Iterable[Mapping[int, Sample | None]], size: int, spec: BatchSpec, length: int
+) -> Batch:
+    """`size` rows of `length` tokens, each with its samples by their places in the batch."""
     input_ids = np.full((size, length), spec.pad_token_id, np.int32)
     loss_mask = np.zeros((size, length), bool)
     segment_ids = np.zeros((size, length), np.int32)

@@ -9,7 +9,7 @@ mask cannot drift from the ids.
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -376,41 +376,54 @@ def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _tokenize(
     pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> Encoded:
+    """Tokenises what lies between two control tokens as one string."""
+    is_text = lambda piece: piece.token is None
+    groups = [list(group) for _, group in itertools.groupby(pieces, key=is_text)]
+    runs = iter(_tokenize_runs([group for group in groups if is_text(group[0])], tokenizer))
     ids: list[int] = []
     mask: list[bool] = []
-    for is_text, group in itertools.groupby(pieces, key=lambda piece: piece.token is None):
-        if is_text:
-            run_ids, run_mask = _tokenize_run(list(group), tokenizer)
+    for group in groups:
+        if is_text(group[0]):
+            run_ids, run_mask = next(runs)
             if image_id in run_ids:
                 raise SampleError(f"text other than a placeholder gives the image token {image_id}")
             ids += run_ids
             mask += run_mask
         else:
-            for piece in group:
-                ids.append(cast("int", piece.token))
-                mask.append(piece.learned)
+            ids += [cast("int", piece.token) for piece in group]
+            mask += [piece.learned for piece in group]
     return Encoded(np.array(ids, np.int32), np.array(mask, bool))
 
 
-def _tokenize_run(
-    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Tokenises pieces of text as one string; a token with a learned character is learned."""
-    text = "".join(piece.text for piece in pieces)
-    if not text:
-        return [], []
-    encoding = tokenizer(
-        text,
+def _tokenize_runs(
+    runs: Sequence[Sequence[_Piece]], tokenizer: PreTrainedTokenizerBase
+) -> Iterable[tuple[list[int], list[bool]]]:
+    """Tokenises each run as one string; a token with a learned character is learned.
+
+    All in one call and one array, for most of the time goes into what is around a tokenizer.
+    """
+    if not runs:
+        return ()
+    texts = ["".join(piece.text for piece in run) for run in runs]
+    found = tokenizer(
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
+    ids = cast("list[list[int]]", found["input_ids"])
+    pieces = list(itertools.chain(*runs))
     learned = np.repeat([piece.learned for piece in pieces], [len(piece.text) for piece in pieces])
     learned_before = np.concatenate([[0], np.cumsum(learned)])
-    starts, ends = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+    lengths = np.array([len(text) for text in texts])
+    tokens = [len(run) for run in ids]
+    ends_of_runs = np.repeat(np.cumsum(lengths), tokens)
+    offsets = np.array([*itertools.chain(*found["offset_mapping"])], np.int64).reshape(-1, 2)
+    starts, ends = offsets.T + ends_of_runs - np.repeat(lengths, tokens)
     # A token may cover no character (a leading-space token, for one): it goes with the next.
-    ends = np.minimum(np.maximum(ends, starts + 1), len(text))
-    mask = learned_before[ends] > learned_before[starts]
-    return cast("list[int]", encoding["input_ids"]), mask.tolist()
+    ends = np.minimum(np.maximum(ends, starts + 1), ends_of_runs)
+    mask = (learned_before[ends] > learned_before[starts]).tolist()
+    stops = itertools.accumulate(tokens)
+    return [(run, mask[stop - len(run) : stop]) for run, stop in zip(ids, stops, strict=True)]

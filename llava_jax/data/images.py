@@ -70,13 +70,16 @@ class ImageTransform:
         Raises:
             SampleError: The image is too narrow to be made square in memory.
         """
-        return self._normalise(self._fit(_to_rgb(image), image.size, 1))
+        values = np.empty((3, self.height, self.width), np.float32)
+        self._normalise(self._fit(_to_rgb(image), image.size, 1), values)
+        return values
 
-    def read(self, image: str | bytes) -> Float32[np.ndarray, "3 H W"]:
-        """Returns the same of an image file.
+    def read(self, image: str | bytes, values: Float32[np.ndarray, "3 H W"]) -> None:
+        """Writes the same of an image file to where it is needed.
 
         Args:
             image: The file's path, or what is in it.
+            values: Becomes the pixels.
 
         Raises:
             SampleError: As `open_image` does, or the transform.
@@ -85,7 +88,7 @@ class ImageTransform:
             size = file.size
             scale = self._reduce(file) if self.decode == "draft" else 1
             rgb = _to_rgb(file)
-        return self._normalise(self._fit(rgb, size, scale))
+        self._normalise(self._fit(rgb, size, scale), values)
 
     def _reduce(self, file: Image.Image) -> int:
         """Has a JPEG decoded at 1 / scale of its size; returns the scale."""
@@ -143,16 +146,14 @@ class ImageTransform:
         enlarged.paste(image, (left, top))
         return enlarged, box
 
-    def _normalise(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
+    def _normalise(self, image: Image.Image, values: Float32[np.ndarray, "3 H W"]) -> None:
         # Each level once, in double precision and back as Hugging Face's processor does.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
         pixels = np.asarray(image)
-        values = np.empty((3, image.height, image.width), np.float32)
         for channel in range(3):  # three times as fast as indexing, and no copy
             np.take(table[channel], pixels[..., channel], out=values[channel], mode="clip")
-        return values
 
 
 def open_image(image: str | bytes) -> Image.Image:
@@ -210,9 +211,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

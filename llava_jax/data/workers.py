@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -131,6 +132,7 @@ def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    _keep_memory()
     shared = None if name is None else SharedMemory(name)
     if shared is not None:
         _at = np.ndarray((), np.int64, shared.buf)
@@ -145,6 +147,17 @@ def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent
             pipe.send(made if isinstance(made, Exception) else _leave(made, shared))
         except (EOFError, OSError):  # nobody wants it
             return
+
+
+def _keep_memory() -> None:
+    """Has the C library keep what was freed for the next batch: new pages are dear."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc's can
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _leave(batch: Any, shared: SharedMemory | None) -> Any:
