@@ -286,8 +286,8 @@ class DataConfig:
         image_aspect: What becomes of images that are not square: "pad" to a square of the mean
             colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
         image_decode: How training images are decoded: "exact", or "draft": JPEGs at a half, a
-            quarter or an eighth of their size where that is about what is needed. It is up to four
-            times as fast, and pixels differ by 1 to 3 steps of 1/255 on average.
+            quarter or an eighth of their size where that is about what is needed. Large ones
+            are read twice as fast, and pixels differ by 1 to 3 steps of 1/255 on average.
         max_length: Longest sequence in tokens, images expanded; longer ones are cut.
         max_text_length: Longest sequence in tokens where an image counts as one, which is XTuner's
             limit; longer ones are cut. None leaves it to max_length.
