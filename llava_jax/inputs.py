@@ -208,6 +208,7 @@ def open_inputs(
         image_size=(transform.height, transform.width),
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
+        pixel_scale=transform.scale,
         buckets=() if data.packing else data.buckets,
         packing=data.packing,
         devices=devices,

@@ -89,26 +89,25 @@ class Program:
         return rows_here(batch_sharding(self.mesh), size)
 
     def place(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
-        """A host batch, spread over the devices; pixels in the dtype they are computed in.
+        """A host batch, spread over the devices.
 
         Args:
             batch: From the input pipeline: this process' rows.
             size: Samples of the whole batch; None if `batch` has them all.
             to_train: For the train step, whose pixels lie where the plan has them; else on devices.
         """
-        pixels = np.asarray(batch.pixel_values).astype(self.dtype)
-        size = len(pixels) if size is None else size
+        size = len(batch.input_ids) if size is None else size
         rows = self.rows(size)
         return jax.tree.map(
             lambda x, sharding: place_rows(np.asarray(x), sharding, rows, size),
-            dataclasses.replace(batch, pixel_values=pixels),
+            batch,
             self._batch_shardings(self.pixels_on_host and to_train),
         )
 
     def _batch_shardings(self, pixels_on_host: bool) -> Batch:
         sharding = batch_sharding(self.mesh)
         of_pixels = sharding.with_memory_kind(PINNED_HOST) if pixels_on_host else sharding
-        return Batch(sharding, sharding, sharding, of_pixels)
+        return Batch(sharding, sharding, sharding, of_pixels, sharding)
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
         """Shapes of a batch, for compiling without data; each row has `images`."""
@@ -118,7 +117,8 @@ class Program:
             input_ids=blank(np.int32, length),
             loss_mask=blank(np.bool_, length),
             segment_ids=blank(np.int32, length),
-            pixel_values=blank(self.dtype, images, 3, pixels, pixels),
+            pixel_values=blank(np.uint8, images, 3, pixels, pixels),
+            pixel_scale=blank(np.float32, 2, 3),
         )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

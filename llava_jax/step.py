@@ -153,12 +153,18 @@ def filled_micro_batches(
     return jnp.max(jnp.where(jnp.any(rows, axis=(0, 2)), 1 + jnp.arange(count), 0))
 
 
+def normalised(batch: Batch) -> Float[Array, "B M C Y X"]:
+    """A batch's pixels as the vision tower takes them."""
+    factors, added = (batch.pixel_scale[:, i, None, :, None, None] for i in range(2))
+    return jnp.asarray(batch.pixel_values, jnp.float32) * factors + added
+
+
 def forward(
     graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
     """Final hidden states, and the head that they are multiplied by."""
     model = cast("Llava", merge(graph, params))
-    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, batch.pixel_values, key)
+    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, normalised(batch), key)
     return attach_beside(hidden, model.llm.head)
 
 

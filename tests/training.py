@@ -59,6 +59,10 @@ CONFIG = TrainConfig(
 )
 
 
+SCALE = ((0.015,) * 3, (-1.9, -2.0, -1.8))
+"""Normalises pixels, about."""
+
+
 def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -> Batch:
     """Samples with none, one or two images and different lengths."""
     rng = np.random.default_rng(seed)
@@ -72,20 +76,23 @@ def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -
         input_ids[row, cut:], segment_ids[row, cut:] = MODEL.pad_token_id, 0
     loss_mask = (segment_ids > 0) & (input_ids != MODEL.image_token_id)
     loss_mask[:, : length // 2] = False
-    pixels = rng.normal(size=(size, images, 3, 28, 28)).astype(np.float32)
-    return Batch(input_ids, loss_mask, segment_ids, pixels)
+    pixels = rng.integers(0, 256, (size, images, 3, 28, 28), np.uint8)
+    scale = np.tile(np.array(SCALE, np.float32), (size, 1, 1))
+    return Batch(input_ids, loss_mask, segment_ids, pixels, scale)
 
 
 def packed(batch: Batch, room: int, devices: int = 1) -> Batch:
     """The same samples, several in a row of so many tokens."""
     samples = {}
-    for place, (ids, mask, segments, pixels) in enumerate(zip(*vars(batch).values(), strict=True)):
+    for place, (ids, mask, segments, pixels, _) in enumerate(
+        zip(*vars(batch).values(), strict=True)
+    ):
         images = int((ids == MODEL.image_token_id).sum()) // MODEL.image_tokens
         real = segments > 0
         samples[place] = Sample(ids[real], mask[real], pixels[:images])
     layout = first_fit({place: len(s.input_ids) for place, s in samples.items()}, room)
     size, images = len(samples), room // MODEL.image_tokens
-    spec = BatchSpec(size, images, (28, 28), room, MODEL.pad_token_id)
+    spec = BatchSpec(size, images, (28, 28), room, MODEL.pad_token_id, SCALE)
     dealt = deal(layout, size, devices)
     rows = [{at: samples[at] for at in dealt.get(row, ())} for row in range(size)]
     return fill(rows, size, spec, room)

@@ -28,6 +28,7 @@ from llava_jax.config import (
     VisionConfig,
 )
 from llava_jax.data.batching import Batch
+from llava_jax.data.images import ImageTransform
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.models.attention import ATTENTION
 from llava_jax.pretrained import initialise
@@ -154,10 +155,11 @@ def make_batch(size: int, length: int) -> Batch:
     input_ids = rng.integers(3, SMALL.image_token_id, (size, length), np.int32)
     input_ids[:, 1 : 1 + SMALL.image_tokens] = SMALL.image_token_id
     loss_mask = np.broadcast_to(np.arange(length) >= length // 2, (size, length))
-    pixels = rng.standard_normal((size, 1, 3, *image), np.float32)
+    pixels = rng.integers(0, 256, (size, 1, 3, *image), np.uint8)
+    scale = np.tile(np.array(ImageTransform().scale, np.float32), (size, 1, 1))
     is_real = np.arange(length) < length - np.arange(size)[:, None]
     segment_ids = np.where(is_real, 1 + np.arange(size, dtype=np.int32)[:, None], 0)
-    return Batch(input_ids, loss_mask & is_real, segment_ids, pixels)
+    return Batch(input_ids, loss_mask & is_real, segment_ids, pixels, scale)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:

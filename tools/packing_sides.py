@@ -22,6 +22,7 @@ from llava_jax.config import (
     TuneConfig,
 )
 from llava_jax.data.batching import Batch, BatchSpec, Sample, fill
+from llava_jax.data.images import ImageTransform
 from llava_jax.data.packing import deal, first_fit, images_in_row
 from llava_jax.loss import next_tokens, token_losses
 from llava_jax.plan import attention_here
@@ -102,7 +103,7 @@ def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[S
         words = rng.integers(3, model.image_token_id, length, np.int32)
         ids = np.concatenate([words[:1], image, words[1:]])
         learned = np.arange(len(ids)) >= len(ids) - length // 2
-        pixels = rng.standard_normal((int(has_image), 3, side, side), np.float32)
+        pixels = rng.integers(0, 256, (int(has_image), 3, side, side), np.uint8)
         samples.append(Sample(ids, learned, pixels))
     return samples
 
@@ -131,7 +132,8 @@ class Side:
         rows = [{at: samples[at] for at in layout.get(row, ())} for row in range(len(samples))]
         images = images_in_row(self._data, self._model, 1)
         size = (self._model.vision.image_size,) * 2
-        spec = BatchSpec(len(samples), images, size, length, self._model.pad_token_id)
+        scale = ImageTransform().scale
+        spec = BatchSpec(len(samples), images, size, length, self._model.pad_token_id, scale)
         return fill(rows, len(samples), spec, length)
 
     def step(self, batch: Batch) -> float:

@@ -146,7 +146,7 @@ def own_batches(
     spec = BatchSpec(given.batch, 1, (edge, edge), 2048, 0)
     order = EpochOrder((len(records),), given.batch, seed=0)
     read = ReadBatch(order, records, encoder, spec)
-    most_bytes = given.batch * (4 * 3 * edge**2 + 9 * 2048 + 4)
+    most_bytes = given.batch * (3 * edge**2 + 9 * 2048 + 24)
     return read_ahead(Timed(read), 0, 1, most_bytes=most_bytes)
 
 

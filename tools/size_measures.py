@@ -18,6 +18,7 @@ import numpy as np
 from llava_jax import LlavaModel, pretrained
 from llava_jax.config import LLAVA_7B, BatchConfig, MeshConfig, ModelConfig, TrainConfig, TuneConfig
 from llava_jax.data.batching import Batch
+from llava_jax.data.images import ImageTransform
 from llava_jax.devices import GIB
 from llava_jax.hf import layouts
 from llava_jax.hf.model_config import read_model_config, write_model_config
@@ -147,7 +148,8 @@ def make_batch(model: ModelConfig) -> Batch:
         input_ids=ids,
         loss_mask=ids != model.image_token_id,
         segment_ids=np.ones_like(ids),
-        pixel_values=rng.standard_normal((1, 1, 3, side, side), np.float32),
+        pixel_values=rng.integers(0, 256, (1, 1, 3, side, side), np.uint8),
+        pixel_scale=np.array([ImageTransform().scale], np.float32),
     )
 
 

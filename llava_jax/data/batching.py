@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Int32, Int64, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError, RunError
@@ -20,7 +20,7 @@ from llava_jax.data.conversation import (
     encode,
     expand_images,
 )
-from llava_jax.data.images import ImageTransform
+from llava_jax.data.images import ImageTransform, Triple
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.packing import deal, first_fit
 from llava_jax.data.records import Record
@@ -42,13 +42,16 @@ class Batch:
         loss_mask: bool [B, T]. True where the token is a target: answers and what ends them.
         segment_ids: int32 [B, T]. The token's sample, 1 and its place in the batch; 0 for padding.
             A sample that could not be read is nowhere.
-        pixel_values: float32 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
+        pixel_values: uint8 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
+        pixel_scale: float32 [B, 2, 3]. What these are multiplied by, and what is then added, to
+            normalise each channel.
     """
 
     input_ids: Leaf
     loss_mask: Leaf
     segment_ids: Leaf
     pixel_values: Leaf
+    pixel_scale: Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class BatchSpec:
         image_size: Height and width of the pixels.
         max_length: Longest sample in tokens.
         pad_token_id: Fills rows on their right.
+        pixel_scale: As `ImageTransform.scale`.
         buckets: Lengths that T is chosen from, beside max_length.
         packing: Whether rows, then of max_length, have as many samples as fit; the other rows are
             left empty.
@@ -72,6 +76,7 @@ class BatchSpec:
     image_size: tuple[int, int]
     max_length: int
     pad_token_id: int
+    pixel_scale: tuple[Triple, Triple] = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     buckets: tuple[int, ...] = ()
     packing: bool = False
     devices: int = 1
@@ -99,7 +104,7 @@ class Sample:
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
-    pixel_values: Float32[np.ndarray, "I 3 H W"]
+    pixel_values: UInt8[np.ndarray, "I 3 H W"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +159,10 @@ class SampleEncoder:
         """
         # A cut may have left images out.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
-        pixels = [self.transform.read(image) for image in record.images[:kept]]
-        shape = (0, 3, self.transform.height, self.transform.width)
-        return Sample(
-            encoded.input_ids,
-            encoded.loss_mask,
-            np.stack(pixels) if pixels else np.zeros(shape, np.float32),
-        )
+        pixels = np.empty((kept, 3, self.transform.height, self.transform.width), np.uint8)
+        for image, levels in zip(record.images[:kept], pixels, strict=True):
+            self.transform.read(image, levels)
+        return Sample(encoded.input_ids, encoded.loss_mask, pixels)
 
     def _check_images(self, record: Record) -> None:
         count = len(record.images)
@@ -317,7 +319,7 @@ class ReadBatch:
         """Bytes of a batch in its longest bucket."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)
-        return rows * (4 * pixels + 9 * self.spec.max_length)
+        return rows * (pixels + 4 * 6 + 9 * self.spec.max_length)
 
     def _read_text(self, number: int) -> "_Text | None":
         """A record and its tokens; None if it cannot be learned from."""
@@ -359,7 +361,8 @@ def fill(
     input_ids = np.full((size, length), spec.pad_token_id, np.int32)
     loss_mask = np.zeros((size, length), bool)
     segment_ids = np.zeros((size, length), np.int32)
-    pixels = np.zeros((size, spec.max_images, 3, *spec.image_size), np.float32)
+    pixels = np.zeros((size, spec.max_images, 3, *spec.image_size), np.uint8)
+    scale = np.tile(np.array(spec.pixel_scale, np.float32), (size, 1, 1))
     for row, samples in enumerate(rows):
         at = image = 0
         for place, sample in samples.items():
@@ -371,4 +374,4 @@ def fill(
             segment_ids[row, tokens] = 1 + place
             pixels[row, image : image + len(sample.pixel_values)] = sample.pixel_values
             at, image = tokens.stop, image + len(sample.pixel_values)
-    return Batch(input_ids, loss_mask, segment_ids, pixels)
+    return Batch(input_ids, loss_mask, segment_ids, pixels, scale)

@@ -71,8 +71,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         self: Program, batch: Batch, size: int | None = None, *, to_train: bool = True
     ) -> Batch:
         if to_train and next(calls) in steps:
-            pixels = np.full_like(batch.pixel_values, np.inf)
-            batch = dataclasses.replace(batch, pixel_values=pixels)
+            scale = np.full_like(batch.pixel_scale, np.inf)
+            batch = dataclasses.replace(batch, pixel_scale=scale)
         return place(self, batch, size, to_train=to_train)
 
     monkeypatch.setattr(Program, "place", poisoned)

@@ -32,7 +32,7 @@ from llava_jax.models.layers import Params, merge
 from llava_jax.models.llava import head_logits
 from llava_jax.program import Program, build_program
 from llava_jax.sharding import make_mesh
-from llava_jax.step import init_state
+from llava_jax.step import init_state, normalised
 
 STEPS, SIZE, GROUP = 20, 8, 2
 LIMIT = 1e-5  # rounding makes less than 1e-6; norms that decay, 1e-4
@@ -104,7 +104,7 @@ def hf_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits [B, T, V] of a batch of ours; Hugging Face takes only the images that are there."""
     images = [
         pixels
-        for row, ids in zip(batch.pixel_values, batch.input_ids, strict=True)
+        for row, ids in zip(np.asarray(normalised(batch)), batch.input_ids, strict=True)
         for pixels in row[: int((ids == MODEL.image_token_id).sum()) // MODEL.image_tokens]
     ]
     return model(
@@ -248,7 +248,8 @@ def test_twenty_steps_beside_torch(
         exported = hf_logits(opened(config, base, tmp_path / "trained").eval(), batch).numpy()
     model = merge(program.graph, params)
     on_device = program.place(batch)
-    hidden = model.hidden_states(on_device.input_ids, on_device.segment_ids, on_device.pixel_values)
+    pixels = normalised(on_device)
+    hidden = model.hidden_states(on_device.input_ids, on_device.segment_ids, pixels)
     own = np.asarray(head_logits(hidden, model.llm.head))
     real = batch.segment_ids > 0
     relative = lambda x, y: np.abs(x - y)[real].max() / np.abs(y).max()
