@@ -66,7 +66,7 @@ def results(attend: Callable, qkv: list[jax.Array], ids: jax.Array | None) -> li
 
 def assert_alike(found: list[jax.Array], expected: list[jax.Array]):
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])

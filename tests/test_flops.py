@@ -154,7 +154,8 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
     logits = 2 * length * inner  # QK and PV, for each token
 
     once = weights + adapters + logits
-    backward = weights + 2 * adapters + 2 * logits + (weights if tune.llm == "full" else 0)
+    backward = weights + 2 * adapters + (weights if tune.llm == "full" else 0)
+    backward += 2 * logits + length * inner  # QK is made again
     # A block's result is not needed again: neither its last product nor its adapter's two.
     last_adapter = rank * (hidden + width) if adapters else 0
     again = once - hidden * width - last_adapter if remat == "full" else 0

@@ -1,8 +1,7 @@
 """Attention in four forms: written out, by cuDNN or our own kernels on GPUs, by Pallas' on TPUs.
 
 All are grouped-query attention with a float32 softmax, and take the same arguments: queries, keys,
-values, and the segments within which attention is causal; None is all to all. Only the written-out
-form holds all logits at once.
+values, and the segments within which attention is causal; None is all to all.
 """
 
 import math
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llava_jax.config import AttentionKind
 from llava_jax.models.flash import BLOCK, segment_attention
@@ -25,11 +24,9 @@ LEAST_BLOCK, MOST_BLOCK = 128, 512
 block's logits, 1 MiB, well inside the vector memory of every TPU."""
 
 
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Who sees whom: earlier tokens of the same segment, and oneself."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    return same & jnp.tri(length, dtype=bool)[None]
+QUERIES, MOST_PARTS = 128, 8
+"""Queries that the written-out form takes together, unless that would make more parts than these
+of a sequence: each part is compiled by itself."""
 
 
 def plain_attention(
@@ -38,20 +35,102 @@ def plain_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention written out; heads are merged in the result.
+    """Attention written out, some queries at a time; heads are merged in the result.
 
-    `jax.nn.dot_product_attention` does not lower in bfloat16 under strict dtype promotion (jax
-    0.10).
+    What lies wholly behind the causal border is never computed. The backward pass makes the logits
+    again, from what the softmax summed up to (Dao et al., 2022), so that none are kept.
     """
-    batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)  # G query heads a key head
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    logits *= size**-0.5
-    if segment_ids is not None:
-        mask = causal_mask(segment_ids)
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(batch, length, heads * size)
+    _batch, _length, _heads, _size = q.shape
+    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # G query heads a key head
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
+    return _by_parts(q, k, v, segment_ids)
+
+
+@jax.custom_vjp
+def _by_parts(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T D"]:
+    return _parts_forward(q, k, v, segment_ids)[0]
+
+
+def _parts_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    outs, sums = [], []
+    for queries, keys in _parts(k.shape[2], causal=segment_ids is not None):
+        logits = _logits(q, k, segment_ids, queries, keys)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        shares = jnp.exp(logits - largest)
+        total = jnp.sum(shares, axis=-1, keepdims=True)
+        out = _wide("BKGTS,BKSH->BKGTH", shares.astype(v.dtype), v[:, :, keys]) / total
+        outs.append(out.astype(v.dtype))
+        sums.append(largest + jnp.log(total))
+    out = rearrange(jnp.concatenate(outs, axis=3), "b k g t h -> b t (k g h)")
+    return out, (q, k, v, segment_ids, out, sums)
+
+
+def _parts_backward(residuals: tuple, grad: jax.Array) -> tuple:
+    q, k, v, segment_ids, out, sums = residuals
+    heads = partial(rearrange, pattern="b t (k g h) -> b k g t h", k=k.shape[1], h=k.shape[3])
+    grad = heads(grad)
+    along = jnp.sum(grad * heads(out), axis=-1, keepdims=True, dtype=jnp.float32)
+    parts = _parts(k.shape[2], causal=segment_ids is not None)
+    q_grads, k_grad, v_grad = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for (queries, keys), total in zip(parts, sums, strict=True):
+        shares = jnp.exp(_logits(q, k, segment_ids, queries, keys) - total)
+        here = grad[:, :, :, queries]
+        of_shares = _wide("BKGTH,BKSH->BKGTS", here, v[:, :, keys])
+        of_logits = shares * (of_shares - along[:, :, :, queries]) * q.shape[-1] ** -0.5
+        shares, of_logits = shares.astype(v.dtype), of_logits.astype(q.dtype)
+        q_grads.append(jnp.einsum("BKGTS,BKSH->BKGTH", of_logits, k[:, :, keys]))
+        # Of the operands, XLA's CPU backend transposes the first: the small one.
+        of_keys = _wide("BKGTH,BKGTS->BKHS", q[:, :, :, queries], of_logits)
+        of_values = _wide("BKGTH,BKGTS->BKHS", here, shares)
+        k_grad = k_grad.at[:, :, keys].add(of_keys.swapaxes(2, 3))
+        v_grad = v_grad.at[:, :, keys].add(of_values.swapaxes(2, 3))
+    return jnp.concatenate(q_grads, axis=3), k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+
+
+_by_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _wide(products: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum whose result is float32."""
+    return jnp.einsum(products, x, y, preferred_element_type=jnp.float32)
+
+
+def _parts(length: int, *, causal: bool) -> list[tuple[slice, slice]]:
+    """Queries that are taken together, and the keys that any of them may see."""
+    size = QUERIES * -(-length // (QUERIES * MOST_PARTS))
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    starts = [0, *ends[:-1]]
+    return [
+        (slice(start, end), slice(0, end if causal else length))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _logits(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    segment_ids: Int[Array, "B S"] | None,
+    queries: slice,
+    keys: slice,
+) -> Float[Array, "B K G _ _"]:
+    """Of some queries and keys, in float32; least where one does not see the other.
+
+    Tokens see those of their segment that are not after them.
+    """
+    logits = _wide("BKGTH,BKSH->BKGTS", q[:, :, :, queries], k[:, :, keys]) * q.shape[-1] ** -0.5
+    if segment_ids is None:
+        return logits
+    same = segment_ids[:, queries, None] == segment_ids[:, None, keys]
+    index = jnp.arange(segment_ids.shape[1])
+    sees = same & (index[queries, None] >= index[None, keys])[None]
+    return jnp.where(sees[:, None, None], logits, jnp.finfo(jnp.float32).min)
 
 
 def cudnn_attention(

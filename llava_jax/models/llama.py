@@ -95,7 +95,12 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
+        return self.down_proj(_gated(self.gate_proj(x, keys), self.up_proj(x, keys)), keys)
+
+
+@jax.checkpoint  # little to compute again, and it would keep several arrays of this size
+def _gated(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    return jax.nn.silu(gate) * up
 
 
 CHUNK_TOKENS = 512
@@ -106,26 +111,25 @@ def in_chunks(
     f: Callable[[jax.Array, TokenKeys], jax.Array],
     x: Float[Array, "B T D"],
     keys: TokenKeys,
-    *,
-    again: bool,
 ) -> Float[Array, "B T D"]:
-    """f(x, keys), some tokens at a time.
+    """f(x, keys), some tokens at a time, each time again in the backward pass.
+
+    So wide arrays are never kept.
 
     Args:
         f: Treats every token by itself.
         x: Its argument.
         keys: Of its dropout; None is off.
-        again: Compute each chunk again in the backward pass, so that wide arrays are never kept.
     """
     bare = None if keys is None else jax.random.key_data(keys)  # what can be padded
     chunks = jax.tree.map(partial(to_chunks, most=CHUNK_TOKENS), (x, bare))
 
+    @jax.checkpoint
     def one_chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         x, keys = inputs
         return f(x, None if keys is None else jax.random.wrap_key_data(keys))
 
-    step = jax.checkpoint(one_chunk) if again else one_chunk
-    return from_chunks(jax.lax.map(step, chunks), x.shape[1])
+    return from_chunks(jax.lax.map(one_chunk, chunks), x.shape[1])
 
 
 class Block(nnx.Module):
@@ -217,7 +221,7 @@ class Llama(nnx.Module):
                 params = {path: gather(f"llm.layers.mlp.{path}", x) for path, x in params.items()}
             mlp = merge(graph, params)
             feed = lambda x, keys: mlp(block.post_attention_layernorm(x), keys)
-            x += in_chunks(feed, x, keys, again=self.remat == "full")
+            x += in_chunks(feed, x, keys) if self.remat == "full" else feed(x, keys)
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")
