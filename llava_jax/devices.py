@@ -120,3 +120,21 @@ TPUS = {
 
 RESERVE_SHARE = 0.06
 """The share of a device's memory that plans leave to the driver, its libraries and programs."""
+
+BFLOAT16_TFLOPS = {
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H200": 989.4,
+    "NVIDIA B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+}
+"""10^12 operations a second of dense bfloat16 products with float32 sums, by what a device calls
+itself. Figures from NVIDIA's and Google's data sheets."""

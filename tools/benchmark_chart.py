@@ -1,0 +1,32 @@
+"""Draws what `benchmark.py` measured."""
+
+from pathlib import Path
+
+from benchmark_case import Case
+from benchmark_run import Row
+
+from llava_jax.devices import GIB
+
+COLOURS = ("#4c78a8", "#b3b3b3")
+
+
+def draw(path: Path, case: Case, rows: list[Row]) -> None:
+    """Each side's tokens per second, of every step, and its peak of memory, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise SystemExit("--chart needs matplotlib: pip install -e '.[chart]'") from None
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    tokens = case.samples * case.tokens
+    for row, colour in zip(rows, COLOURS, strict=False):
+        rates = [tokens / seconds for seconds in row.seconds]
+        speed.plot(rates, ".-", color=colour, label=row.name)
+        peak = row.host_peak if row.device_peak is None else row.device_peak
+        memory.bar(row.name, peak / GIB, color=colour)
+    speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
+    memory.set_ylabel("GiB at most")
+    speed.legend()
+    for axes in (speed, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)

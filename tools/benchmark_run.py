@@ -1,0 +1,180 @@
+"""What `benchmark.py` measures: both sides, in processes of their own that take turns."""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, cast
+
+import jax
+import numpy as np
+from benchmark_case import ADAPTER, BASE, Case
+from size_measures import write_checkpoint
+
+from llava_jax import pretrained
+from llava_jax.config import MeshConfig
+from llava_jax.devices import BFLOAT16_TFLOPS, GIB
+from llava_jax.hf.peft import save_adapter
+from llava_jax.program import build_program
+from llava_jax.sharding import make_mesh
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured of one side, of every step after the warm-up.
+
+    Attributes:
+        name: "ours", or the peer's.
+        device: What it calls itself.
+        compile_seconds: None where nothing is compiled.
+        seconds: Of each step.
+        cpu_seconds: Of each turn's mean step, all threads together.
+        waits: Of those, until the step's input was on the device.
+        losses: Of each step.
+        host_peak: Most bytes that the process ever had.
+        device_peak: The same of the device's memory; None where that is the host's.
+    """
+
+    name: str
+    device: str
+    compile_seconds: float | None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    waits: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    host_peak: int = 0
+    device_peak: int | None = None
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Takes down a turn."""
+        for name in ("seconds", "waits", "losses", "cpu_seconds"):
+            getattr(self, name).extend(found[name])
+        self.host_peak, self.device_peak = found["host_peak"], found["device_peak"]
+
+
+def measure(
+    case: Case, names: list[str], directory: Path, warmup: int, rounds: int, steps: int
+) -> list[Row]:
+    """Every side's turns of so many steps, in alternation; the first step's losses are theirs too.
+
+    Args:
+        case: What they run.
+        names: The sides.
+        directory: An empty one, for the weights that both start from.
+        warmup: Steps before, of which the losses alone are kept.
+        rounds: Turns of each side.
+        steps: Of a turn.
+    """
+    write_start(case, directory, with_adapter=len(names) > 1)
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Turns(name, directory)) for name in names]
+        rows = [Row(name, **side.ready()) for name, side in zip(names, sides, strict=True)]
+        for row, side in zip(rows, sides, strict=True):
+            row.losses += side.take(warmup)["losses"]
+        for _ in range(rounds):
+            for row, side in zip(rows, sides, strict=True):
+                row.add(side.take(steps))
+    return rows
+
+
+class Turns:
+    """A side's process."""
+
+    def __init__(self, name: str, directory: Path):
+        command = [sys.executable, Path(__file__).with_name("benchmark_side.py"), name, directory]
+        # Both sides have their share of a GPU's memory only when they ask for it.
+        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._process.kill()
+        self._process.__exit__(None, None, None)  # closes the pipes, and waits
+
+    def ready(self) -> dict[str, Any]:
+        """Waits until it can begin, and returns what it says of itself."""
+        line = cast("IO[str]", self._process.stdout).readline()
+        if not line:
+            raise SystemExit("a side of the benchmark ended, see above")
+        return json.loads(line)
+
+    def take(self, steps: int) -> dict[str, Any]:
+        """Makes so many steps."""
+        print(steps, file=self._process.stdin, flush=True)
+        return self.ready()
+
+
+def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
+    """The weights that both sides start from, as Hugging Face and PEFT have them."""
+    case.save(directory)
+    write_checkpoint(directory / BASE, case.model)
+    if not with_adapter or case.config.tune.llm != "lora":
+        return
+    with jax.default_device(jax.devices("cpu")[0]):
+        mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+        plain = dataclasses.replace(case.config, quantize=None)
+        program = build_program(plain, case.model, 1, mesh)
+        params = pretrained.load(
+            directory / BASE,
+            case.model,
+            program.abstract,
+            seed=case.config.seed,
+            wanted=program.trainable,
+        )
+        names = {"base_name": None, "fingerprint": None}
+        save_adapter(directory / ADAPTER, params, program.adapters, case.model, **names)
+
+
+HEADER = (
+    "side", "step s (p10-p90)", "samples/s", "tokens/s", "TFLOP/s", "MFU",
+    "device GiB", "host GiB", "compile s", "input ms",
+)  # fmt: skip
+
+
+def table(case: Case, rows: list[Row]) -> str:
+    """The figures, as Markdown."""
+    config = case.config
+    head = f"{config.tune.llm}, {config.dtype}, remat {config.memory.remat}, on {rows[0].device}: "
+    head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them learned"
+    lines = [HEADER, ["---"] * len(HEADER), *(cells(case, row) for row in rows)]
+    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def cells(case: Case, row: Row) -> list[str]:
+    """A line of the table."""
+    least, median, most = np.percentile(row.seconds, [10, 50, 90])
+    rate = case.needed_flops / median / 1e12
+    peak = BFLOAT16_TFLOPS.get(row.device) if case.config.dtype == "bfloat16" else None
+    gib = lambda size: "-" if size is None else f"{size / GIB:.2f}"
+    return [
+        row.name,
+        f"{median:.3f} ({least:.3f}-{most:.3f})",
+        f"{case.samples / median:.3g}",
+        f"{case.samples * case.tokens / median:.0f}",
+        f"{rate:.3g}",
+        "-" if peak is None else f"{rate / peak:.1%}",
+        gib(row.device_peak),
+        gib(row.host_peak),
+        "-" if row.compile_seconds is None else f"{row.compile_seconds:.1f}",
+        f"{1000 * statistics.median(row.waits):.1f}",
+    ]
+
+
+def compare(rows: list[Row]) -> dict[str, float]:
+    """Ours beside the peer's: above 1 is better, of the memory below."""
+    ours, theirs = rows
+    ratio = lambda kind: np.median(getattr(theirs, kind)) / np.median(getattr(ours, kind))
+    return {
+        "tokens/s, ours / theirs": ratio("seconds"),
+        "the same by CPU seconds": ratio("cpu_seconds"),
+        "host peak, ours / theirs": ours.host_peak / theirs.host_peak,
+        "losses apart": float(np.max(np.abs(np.divide(ours.losses, theirs.losses) - 1))),
+    }
