@@ -9,6 +9,7 @@ import numpy as np
 from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
+SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # about as CLIP's processor normalises levels
 
 
 def _shape(
@@ -80,11 +81,13 @@ class Case:
         ids[:, 0], ids[:, 1 + self.model.image_tokens :] = words[:, 0], words[:, 1:]
         learned = np.broadcast_to(np.arange(self.tokens) >= self.tokens - self.learned, ids.shape)
         side = self.model.vision.image_size
+        places = 1 + np.arange(self.samples, dtype=np.int32)
         return {
             "input_ids": ids,
             "loss_mask": learned,
-            "segment_ids": np.broadcast_to(1 + np.arange(self.samples)[:, None], ids.shape),
-            "pixel_values": rng.standard_normal((self.samples, 1, 3, side, side), np.float32),
+            "segment_ids": np.broadcast_to(places[:, None], ids.shape),
+            "pixel_values": rng.integers(0, 256, (self.samples, 1, 3, side, side), np.uint8),
+            "pixel_scale": np.tile(np.array(SCALE, np.float32), (self.samples, 1, 1)),
         }
 
     @property

@@ -67,11 +67,13 @@ class Peer:
 
     def place(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(batch["input_ids"]).long()
+        factors, added = (batch["pixel_scale"][:, i, :, None, None] for i in range(2))
+        pixels = batch["pixel_values"][:, 0] * factors + added
         placed = {
             "input_ids": ids,
             "attention_mask": torch.from_numpy(batch["segment_ids"] > 0).long(),
             "labels": ids.masked_fill(~torch.tensor(batch["loss_mask"]), -100),
-            "pixel_values": torch.from_numpy(batch["pixel_values"][:, 0]).to(self.dtype),
+            "pixel_values": torch.from_numpy(pixels).to(self.dtype),
         }
         return {name: x.to(self.device, non_blocking=True) for name, x in placed.items()}
 
