@@ -155,7 +155,9 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
 
     once = weights + adapters + logits
     backward = weights + 2 * adapters + (weights if tune.llm == "full" else 0)
-    backward += 2 * logits + length * inner  # QK is made again
+    backward += 2 * logits
+    if remat == "none":
+        backward += length * inner  # QK is made again, as it is where the whole block is
     # A block's result is not needed again: neither its last product nor its adapter's two.
     last_adapter = rank * (hidden + width) if adapters else 0
     again = once - hidden * width - last_adapter if remat == "full" else 0
