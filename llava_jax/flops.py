@@ -1,26 +1,16 @@
 """Counts the operations of a compiled module's matrix products.
 
 XLA's own analysis counts a loop's body once, whatever its length, and GPU library calls not at all.
-So this reads the module's text: its dots, what they become (convolutions on TPUs, calls of cuBLAS
-and cuDNN on GPUs), and how often the loops around them turn. Of a loop whose length is known only
-when it runs, the program says how long it may be (`at_most`).
+So this reads the module's text: its dots, and what they become (convolutions on TPUs, calls of
+cuBLAS and cuDNN on GPUs), as often as they run.
 """
 
-import functools
 import math
 import re
-from contextlib import AbstractContextManager
-from typing import NamedTuple
 
-import jax
+from llava_jax.hlo import Computation, Instruction, operands, sizes, total
 
-COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
-CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
-NAME = re.compile(r"%[\w.-]+")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-AT_MOST = re.compile(r"at_most_(\d+)_turns")
 SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dkv|dq)_")
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Products in each of the splash kernels: QK, which all of them compute, and those with it."""
@@ -33,29 +23,10 @@ LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call", *TRITON)
 """Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
 
 
-class Instruction(NamedTuple):
-    """A line of a module's text: `%name = shape opcode(operands), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
-
-
-Computation = dict[str, Instruction]
-
-
-def at_most(turns: int) -> AbstractContextManager:
-    """Names the loops inside it, so that they count as so many turns, the most they take."""
-    return jax.named_scope(f"at_most_{turns}_turns")
-
-
 def matmul_flops(text: str) -> int:
     """Floating-point operations of matrix products when a compiled module runs, on one device.
 
-    A multiplication and an addition are two. Attention counts whole, masked or not. Of a
-    conditional's branches the dearest counts.
+    A multiplication and an addition are two. Attention counts whole, masked or not.
 
     Args:
         text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
@@ -64,53 +35,7 @@ def matmul_flops(text: str) -> int:
         ValueError: A loop with products has no fixed length, a library call is not known, or the
             text is none.
     """
-    module, entry = _parse(text)
-
-    @functools.cache
-    def total(name: str) -> int:
-        return sum(cost(instruction, module[name]) for instruction in module[name].values())
-
-    def cost(instruction: Instruction, scope: Computation) -> int:
-        called = CALLED.findall(instruction.attributes)
-        inner = [total(name) for names in called for name in NAME.findall(names)]
-        if instruction.opcode == "while":
-            return sum(inner) and sum(inner) * _trips(instruction, module)
-        if instruction.opcode == "conditional":
-            return max(inner)
-        return _products(instruction, scope) + sum(inner)
-
-    return total(entry)
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The module's computations by name, and which of them is its entry."""
-    module: dict[str, Computation] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if found := INSTRUCTION.match(line):
-            module[name][found[1]] = Instruction(*found.groups())
-        elif found := COMPUTATION.match(line):
-            name = found[2]
-            module[name] = {}
-            entry = name if found[1] else entry
-    if not entry:
-        raise ValueError(f"not the text of a compiled module: {text[:100]!r}")
-    return module, entry
-
-
-def _trips(loop: Instruction, module: dict[str, Computation]) -> int:
-    if known := TRIPS.search(loop.attributes):
-        return int(known[1])
-    # The TPU's compiler does not say. JAX's loops of fixed length run while a count from 0 is < n.
-    condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
-    for test in condition.values():
-        if test.opcode == "compare" and "direction=LT" in test.attributes:
-            limit = condition[NAME.findall(test.operands)[1]]
-            if limit.opcode == "constant":
-                return int(limit.operands)
-    if named := AT_MOST.findall(loop.attributes):
-        return int(named[-1])
-    raise ValueError(f"a loop of unknown length multiplies matrices: {loop.attributes[:300]}")
+    return total(text, lambda *call: {"": _products(*call)})[""]
 
 
 def _products(instruction: Instruction, scope: Computation) -> int:
@@ -166,7 +91,7 @@ def _convolution(product: Instruction, scope: Computation) -> int:
     Batch dimensions of a dot become spatial ones on TPUs, nearly all of whose positions are zeros.
     """
     labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes)[0]
-    shapes = [*_operands(product, scope), _sizes(product.shape)]
+    shapes = [*_operands(product, scope), sizes(product.shape)]
     image, kernel, out = (
         dict(zip(*pair, strict=True)) for pair in zip(labels, shapes, strict=True)
     )
@@ -191,9 +116,4 @@ def _meetings(size: int, taps: int, results: int, window: dict[str, str]) -> int
 
 
 def _operands(instruction: Instruction, scope: Computation) -> list[list[int]]:
-    return [_sizes(scope[name].shape) for name in NAME.findall(instruction.operands)]
-
-
-def _sizes(shape: str) -> list[int]:
-    """[8, 128] of "bf16[8,128]{1,0}", of a tuple its first array's."""
-    return [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[0])]
+    return [sizes(shape) for shape in operands(instruction, scope)]

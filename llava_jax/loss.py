@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_jax.flops import at_most
+from llava_jax.hlo import at_most
 from llava_jax.models.layers import from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
 from llava_jax.sharding import constrain

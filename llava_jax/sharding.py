@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import ConfigError, MeshConfig
 from llava_jax.host import PINNED_HOST, fits_host
@@ -161,7 +162,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
 
-def data_parallel_size(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Devices among which the samples of a batch are divided."""
     return math.prod(mesh.shape[name] for name in MESH_AXES["batch"])
 
@@ -174,32 +175,67 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
-def gather(path: str, x: Any) -> Any:
-    """One layer of a stacked parameter, brought together from the `fsdp` axis.
+def on_rows(
+    function: Callable[..., jax.Array], prefix: str, params: Mapping[str, Any], *rows: Any
+) -> jax.Array:
+    """function(params, *rows), every device with rows of its own and parameters that are whole.
 
-    For a loop whose every turn would do so. The gradient is divided among the devices again.
+    These are gathered once, in the dtype of the rows, and their gradients are added up on each
+    device and divided among all once, however often the function uses them: left to itself, XLA
+    does both in every turn of a loop.
+
+    Args:
+        function: Treats every row by itself; its result is divided as its first rows are.
+        prefix: What makes paths of `params`.
+        params: One layer's.
+        rows: Trees of arrays whose first dimension is the batch; an array is the first.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    divided = to_spec(logical_axes(path)[1:], x.shape, mesh.shape)
-    names = lambda axes: () if axes is None else (axes,) if isinstance(axes, str) else axes
-    whole = PartitionSpec(*(tuple(n for n in names(axes) if n != "fsdp") for axes in divided))
-    if isinstance(x, jax.Array):
-        return _gather(x, whole, divided)
-    constrain = lambda part: jax.lax.with_sharding_constraint(part, whole)
-    return jax.tree.map(lambda part: constrain(part) if part.ndim == len(whole) else part, x)
+    if mesh.empty or data_parallel_size(mesh) == 1:
+        return function(params, *rows)
+    divided = {
+        path: _divided(logical_axes(prefix + path)[1:], x, mesh) for path, x in params.items()
+    }
+    by_row = lambda x: to_spec(("batch", *["whole"] * (x.ndim - 1)), x.shape, mesh.shape)
+    dtype = rows[0].dtype
+
+    def run(params: Mapping[str, Any], *rows: Any) -> jax.Array:
+        whole = {
+            path: jax.tree.map(partial(_whole, dtype), x, divided[path])
+            for path, x in params.items()
+        }
+        return function(whole, *rows)
+
+    specs = jax.tree.map(by_row, rows)
+    return jax.shard_map(
+        run,
+        in_specs=(divided, *specs),
+        out_specs=specs[0],
+        axis_names=set(MESH_AXES["batch"]),
+        check_vma=False,
+    )(params, *rows)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, whole: PartitionSpec, divided: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole)
+def _divided(axes: tuple[str, ...], x: Any, mesh: AbstractMesh) -> Any:
+    """How an array, or those of a quantised weight that have its rank, lie on the `fsdp` axis."""
+
+    def spec(part: jax.Array) -> PartitionSpec:
+        if part.ndim != len(axes):
+            return PartitionSpec()
+        lies = to_spec(axes, part.shape, mesh.shape)
+        return PartitionSpec(*("fsdp" if "fsdp" in (names or ()) else None for names in lies))
+
+    return jax.tree.map(spec, x)
 
 
-_gather.defvjp(
-    lambda x, whole, divided: (_gather(x, whole, divided), None),
-    lambda whole, divided, _, grad: (jax.lax.with_sharding_constraint(grad, divided),),
-)
+def _whole(dtype: Any, x: jax.Array, divided: PartitionSpec) -> jax.Array:
+    """Matrices are cast, as their products are; vectors are added and multiplied in float32."""
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1:
+        x = x.astype(dtype)
+    for axis, name in enumerate(divided):
+        if name is not None:
+            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
 
 
 def on_shards(

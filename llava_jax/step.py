@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from llava_jax import host
 from llava_jax.config import BatchConfig, ConfigError
 from llava_jax.data.batching import Batch, Leaf
-from llava_jax.flops import at_most
 from llava_jax.hf.layouts import is_stacked
+from llava_jax.hlo import at_most
 from llava_jax.host import PINNED_HOST, fits_host
 from llava_jax.loss import loss_weights, next_tokens, token_losses, weighted_loss
 from llava_jax.models.layers import Abstract, Params, merge

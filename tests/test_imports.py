@@ -21,8 +21,8 @@ LEVELS = (
         "devices",
         "disk",
         "environment",
-        "flops",
         "guard",
+        "hlo",
         "metrics",
         "page",
         "page_style",
@@ -52,6 +52,8 @@ LEVELS = (
         "serving.schema",
     ),
     (
+        "collectives",
+        "flops",
         "host",
         "models.layers",
         "data.packing",

@@ -19,6 +19,7 @@ from llava_jax.models.flash import segment_starts
 from llava_jax.models.layers import (
     Embedding,
     Linear,
+    Params,
     RmsNorm,
     TokenKeys,
     from_chunks,
@@ -28,7 +29,7 @@ from llava_jax.models.layers import (
     to_chunks,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.sharding import constrain, gather
+from llava_jax.sharding import constrain, on_rows
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
@@ -108,28 +109,54 @@ CHUNK_TOKENS = 512
 
 
 def in_chunks(
-    f: Callable[[jax.Array, TokenKeys], jax.Array],
+    f: Callable[[Params, jax.Array, TokenKeys], jax.Array],
+    params: Params,
     x: Float[Array, "B T D"],
     keys: TokenKeys,
 ) -> Float[Array, "B T D"]:
-    """f(x, keys), some tokens at a time, each time again in the backward pass.
+    """f(params, x, keys), some tokens at a time, and each time again in the backward pass.
 
-    So wide arrays are never kept.
+    So wide arrays are never kept. The gradients of parameters are added up in float32.
 
     Args:
         f: Treats every token by itself.
+        params: Its parameters.
         x: Its argument.
         keys: Of its dropout; None is off.
     """
     bare = None if keys is None else jax.random.key_data(keys)  # what can be padded
+
+    def one_chunk(params: Params, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        return f(params, x, None if keys is None else jax.random.wrap_key_data(keys))
+
+    @jax.custom_vjp
+    def run(params: Params, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        return jax.lax.map(lambda chunk: one_chunk(params, *chunk), (x, keys))
+
+    def forward(*args: Any) -> tuple[jax.Array, tuple]:
+        return run(*args), args
+
+    def backward(residuals: tuple, grads: jax.Array) -> tuple:
+        params, *chunks = residuals
+        arrays = {path: value for path, value in params.items() if isinstance(value, jax.Array)}
+
+        def body(sums: Params, chunk: tuple) -> tuple[Params, jax.Array]:
+            x, keys, grad = chunk
+            _, pull = jax.vjp(lambda some, x: one_chunk(params | some, x, keys), arrays, x)
+            new, x_grad = pull(grad)
+            return {path: sums[path] + new[path].astype(jnp.float32) for path in new}, x_grad
+
+        zeros = {path: jnp.zeros(value.shape, jnp.float32) for path, value in arrays.items()}
+        sums, x_grads = jax.lax.scan(body, zeros, (*chunks, grads))
+        found = {path: total.astype(arrays[path].dtype) for path, total in sums.items()}
+        return dict.fromkeys(params) | found, x_grads, None
+
+    run.defvjp(forward, backward)
     chunks = jax.tree.map(partial(to_chunks, most=CHUNK_TOKENS), (x, bare))
+    return from_chunks(run(params, *chunks), x.shape[1])
 
-    @jax.checkpoint
-    def one_chunk(inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        x, keys = inputs
-        return f(x, None if keys is None else jax.random.wrap_key_data(keys))
 
-    return from_chunks(jax.lax.map(one_chunk, chunks), x.shape[1])
+FEED_FORWARD = ("post_attention_layernorm.", "mlp.")
 
 
 class Block(nnx.Module):
@@ -216,12 +243,19 @@ class Llama(nnx.Module):
             rope, segment_ids = context
             attend = partial(self.attend, segment_ids=segment_ids)
             x += block.self_attn(block.input_layernorm(x), rope, attend, keys)
-            graph, params = split(block.mlp)
+            graph, params = split(block)
+            blank = dict.fromkeys(params)
+            own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
+
+            def feed(own: Params, x: jax.Array, keys: TokenKeys) -> jax.Array:
+                block = merge(graph, blank | own)
+                return block.mlp(block.post_attention_layernorm(x), keys)
+
+            if self.remat == "full":
+                feed = partial(in_chunks, feed)
             if self.gather:
-                params = {path: gather(f"llm.layers.mlp.{path}", x) for path, x in params.items()}
-            mlp = merge(graph, params)
-            feed = lambda x, keys: mlp(block.post_attention_layernorm(x), keys)
-            x += in_chunks(feed, x, keys) if self.remat == "full" else feed(x, keys)
+                feed = partial(on_rows, feed, "llm.layers.")
+            x += feed(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")

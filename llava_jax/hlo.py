@@ -1,0 +1,123 @@
+"""Reads the text of compiled modules: what an execution does, and how often.
+
+Of a loop whose length is known only when it runs, the program says how long it may be (`at_most`).
+"""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import jax
+
+COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
+CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
+NAME = re.compile(r"%[\w.-]+")
+ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+AT_MOST = re.compile(r"at_most_(\d+)_turns")
+
+
+class Instruction(NamedTuple):
+    """A line of a module's text: `%name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: str
+    attributes: str
+
+
+Computation = dict[str, Instruction]
+
+
+def at_most(turns: int) -> AbstractContextManager:
+    """Names the loops inside it, so that they count as so many turns, the most they take."""
+    return jax.named_scope(f"at_most_{turns}_turns")
+
+
+def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int]]) -> Counter[str]:
+    """What a compiled module's instructions cost when it runs, on one device.
+
+    Of a conditional's branches the dearest counts.
+
+    Args:
+        text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
+        cost: Of an instruction in its computation, without the computations that it calls.
+
+    Raises:
+        ValueError: Something that costs is in a loop of unknown length, or the text is none.
+    """
+    module, entry = _parse(text)
+
+    @functools.cache
+    def of(name: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for instruction in module[name].values():
+            found.update(of_instruction(instruction, module[name]))
+        return found
+
+    def of_instruction(instruction: Instruction, scope: Computation) -> Counter[str]:
+        called = CALLED.findall(instruction.attributes)
+        inner = [of(name) for names in called for name in NAME.findall(names)]
+        if instruction.opcode == "conditional":
+            return max(inner, key=Counter.total)
+        found = sum(inner, Counter(cost(instruction, scope)))
+        if instruction.opcode == "while" and found:
+            turns = _turns(instruction, module)
+            return Counter({kind: turns * count for kind, count in found.items()})
+        return found
+
+    return of(entry)
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The module's computations by name, and which of them is its entry."""
+    module: dict[str, Computation] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if found := INSTRUCTION.match(line):
+            module[name][found[1]] = Instruction(*found.groups())
+        elif found := COMPUTATION.match(line):
+            name = found[2]
+            module[name] = {}
+            entry = name if found[1] else entry
+    if not entry:
+        raise ValueError(f"not the text of a compiled module: {text[:100]!r}")
+    return module, entry
+
+
+def _turns(loop: Instruction, module: dict[str, Computation]) -> int:
+    if known := TRIPS.search(loop.attributes):
+        return int(known[1])
+    # The TPU's compiler does not say. JAX's loops of fixed length run while a count from 0 is < n.
+    condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
+    for test in condition.values():
+        if test.opcode == "compare" and "direction=LT" in test.attributes:
+            limit = condition[NAME.findall(test.operands)[1]]
+            if limit.opcode == "constant":
+                return int(limit.operands)
+    if named := AT_MOST.findall(loop.attributes):
+        return int(named[-1])
+    raise ValueError(f"a loop of unknown length: {loop.attributes[:300]}")
+
+
+def operands(instruction: Instruction, scope: Computation) -> list[str]:
+    """Shapes of the operands."""
+    return [scope[name].shape for name in NAME.findall(instruction.operands)]
+
+
+def sizes(shape: str) -> list[int]:
+    """[8, 128] of "bf16[8,128]{1,0}", of a tuple its first array's."""
+    return [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[0])]
+
+
+def nbytes(shape: str) -> int:
+    """Bytes of an array, or of all arrays in a tuple."""
+    bits = lambda kind: int(re.findall(r"\d+", kind)[0]) if kind != "pred" else 8
+    count = lambda dims: math.prod(int(size) for size in dims.split(",") if size)
+    return sum(bits(kind) * count(dims) for kind, dims in ARRAY.findall(shape)) // 8
