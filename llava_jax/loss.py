@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_jax.hlo import at_most
-from llava_jax.models.layers import from_chunks, to_chunks
+from llava_jax.models.layers import Params, from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
-from llava_jax.sharding import constrain
+from llava_jax.sharding import on_rows
 
 Carry = TypeVar("Carry")
 
@@ -54,7 +54,6 @@ def token_losses(
     return TokenLosses(*(jnp.where(learned, pieces.put_back(x), 0) for x in done))
 
 
-@jax.custom_vjp
 def weighted_loss(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
@@ -64,15 +63,25 @@ def weighted_loss(
     """The sum of weights x negative log-likelihood of `targets`, float32.
 
     Its gradients are computed together with it, as the logits come by: products in the dtype of
-    `hidden`, the head's added up in float32.
+    `hidden`, the head's added up in float32. Every device goes through its own rows only.
     """
-    return jnp.sum(token_losses(hidden, head, targets, weights != 0).nll * weights)
+    axes, params = {"head": ("vocab", "model")}, {"head": head}
+    return jnp.sum(on_rows(_local_loss, axes, params, hidden, targets, weights))
+
+
+@jax.custom_vjp
+def _local_loss(
+    params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Float[Array, "1"]:
+    losses = token_losses(hidden, params["head"], targets, weights != 0)
+    return jnp.sum(losses.nll * weights)[None]
 
 
 def _with_gradients(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    narrow = constrain(head.astype(hidden.dtype), "vocab", "whole")  # gathered once too
+    params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+    head = params["head"]
+    narrow = head.astype(hidden.dtype)
     pieces = _Pieces(weights != 0)
 
     def one_chunk(
@@ -93,14 +102,15 @@ def _with_gradients(
     zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
     empty = pieces.zeros(hidden.shape[2:], hidden.dtype)
     loss, head_grad, hidden_grad = pieces.loop(one_chunk, (*zeros, empty))
-    return loss, (pieces.put_back(hidden_grad), head_grad.astype(head.dtype))
+    grads = {"head": head_grad.astype(head.dtype)}, pieces.put_back(hidden_grad)
+    return loss[None], grads
 
 
-def _scaled(grads: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple:
-    return *(grad * scale.astype(grad.dtype) for grad in grads), None, None
+def _scaled(grads: tuple[Params, jax.Array], scale: jax.Array) -> tuple:
+    return *jax.tree.map(lambda grad: grad * scale[0].astype(grad.dtype), grads), None, None
 
 
-weighted_loss.defvjp(_with_gradients, _scaled)
+_local_loss.defvjp(_with_gradients, _scaled)
 
 
 class _Pieces:

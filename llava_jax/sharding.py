@@ -176,7 +176,10 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def on_rows(
-    function: Callable[..., jax.Array], prefix: str, params: Mapping[str, Any], *rows: Any
+    function: Callable[..., jax.Array],
+    axes: Mapping[str, tuple[str, ...]],
+    params: Mapping[str, Any],
+    *rows: Any,
 ) -> jax.Array:
     """function(params, *rows), every device with rows of its own and parameters that are whole.
 
@@ -185,32 +188,26 @@ def on_rows(
     does both in every turn of a loop.
 
     Args:
-        function: Treats every row by itself; its result is divided as its first rows are.
-        prefix: What makes paths of `params`.
-        params: One layer's.
+        function: Treats rows by themselves, or gives each device's sum of them, [1].
+        axes: Logical axes of each of `params`.
+        params: By name.
         rows: Trees of arrays whose first dimension is the batch; an array is the first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or data_parallel_size(mesh) == 1:
         return function(params, *rows)
-    divided = {
-        path: _divided(logical_axes(prefix + path)[1:], x, mesh) for path, x in params.items()
-    }
-    by_row = lambda x: to_spec(("batch", *["whole"] * (x.ndim - 1)), x.shape, mesh.shape)
-    dtype = rows[0].dtype
+    divided = {name: _divided(axes[name], x, mesh) for name, x in params.items()}
+    batch = to_spec(("batch",), rows[0].shape[:1], mesh.shape)
 
-    def run(params: Mapping[str, Any], *rows: Any) -> jax.Array:
-        whole = {
-            path: jax.tree.map(partial(_whole, dtype), x, divided[path])
-            for path, x in params.items()
-        }
-        return function(whole, *rows)
+    def run(params: Mapping[str, Any], *own: Any) -> jax.Array:
+        bring = partial(_whole, rows[0].dtype)
+        whole = {name: jax.tree.map(bring, x, divided[name]) for name, x in params.items()}
+        return function(whole, *own)
 
-    specs = jax.tree.map(by_row, rows)
     return jax.shard_map(
         run,
-        in_specs=(divided, *specs),
-        out_specs=specs[0],
+        in_specs=(divided, *jax.tree.map(lambda _: batch, rows)),
+        out_specs=batch,
         axis_names=set(MESH_AXES["batch"]),
         check_vma=False,
     )(params, *rows)

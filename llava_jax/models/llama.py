@@ -29,7 +29,7 @@ from llava_jax.models.layers import (
     to_chunks,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.sharding import constrain, on_rows
+from llava_jax.sharding import constrain, logical_axes, on_rows
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
@@ -254,7 +254,8 @@ class Llama(nnx.Module):
             if self.remat == "full":
                 feed = partial(in_chunks, feed)
             if self.gather:
-                feed = partial(on_rows, feed, "llm.layers.")
+                axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
+                feed = partial(on_rows, feed, axes)
             x += feed(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
 
