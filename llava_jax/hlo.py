@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,7 +40,7 @@ def at_most(turns: int) -> AbstractContextManager:
     return jax.named_scope(f"at_most_{turns}_turns")
 
 
-def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int]]) -> Counter[str]:
+def total(text: str, cost: Callable[[Instruction, Computation], Mapping[Any, int]]) -> Counter[Any]:
     """What a compiled module's instructions cost when it runs, on one device.
 
     Of a conditional's branches the dearest counts.
@@ -55,13 +55,13 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int
     module, entry = _parse(text)
 
     @functools.cache
-    def of(name: str) -> Counter[str]:
-        found: Counter[str] = Counter()
+    def of(name: str) -> Counter[Any]:
+        found: Counter[Any] = Counter()
         for instruction in module[name].values():
             found.update(of_instruction(instruction, module[name]))
         return found
 
-    def of_instruction(instruction: Instruction, scope: Computation) -> Counter[str]:
+    def of_instruction(instruction: Instruction, scope: Computation) -> Counter[Any]:
         called = CALLED.findall(instruction.attributes)
         inner = [of(name) for names in called for name in NAME.findall(names)]
         if instruction.opcode == "conditional":

@@ -136,14 +136,20 @@ def measure(
         ConfigError: The device is unknown, its compiler is not installed, or the config does not
             fit so many devices.
     """
+    capacity = find_device(device).memory if capacity is None else capacity
+    program, stats, text = compile_for(config, model, device, count)
+    return _usage(program, config, stats, text, capacity)
+
+
+def compile_for(
+    config: TrainConfig, model: ModelConfig, device: str, count: int
+) -> tuple[Program, Any, str]:
+    """As `measure`; the program, XLA's own figures of its memory, and the compiled module."""
     target = find_device(device)
-    capacity = target.memory if capacity is None else capacity
     kind = attention_for(config, model, target)
     if isinstance(target, Gpu):
-        program, stats, text = _compile_for_gpus(config, model, target, count, kind)
-    else:
-        program, stats, text = _compile_for_tpus(config, model, target, count, kind)
-    return _usage(program, config, stats, text, capacity)
+        return _compile_for_gpus(config, model, target, count, kind)
+    return _compile_for_tpus(config, model, target, count, kind)
 
 
 def attention_for(config: TrainConfig, model: ModelConfig, target: Gpu | Tpu) -> AttentionKind:

@@ -55,6 +55,7 @@ LEVELS = (
         "collectives",
         "flops",
         "host",
+        "needed",
         "models.layers",
         "data.packing",
         "data.records",

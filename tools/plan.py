@@ -77,12 +77,26 @@ def plan(given: argparse.Namespace, config: Any) -> int:
         chosen = planning.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(planning.usage_table(chosen.usage))
+    print(compare_flops(chosen, config, model, given.count))
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
     figures["fits"] = chosen.usage.fits
     write(given, figures, [(str(chosen.plan), chosen.usage)])
     return 0 if chosen.usage.fits else 3
+
+
+def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
+    """The compiled step's FLOPs beside those that are needed."""
+    from llava_jax.data.packing import images_in_row
+    from llava_jax.needed import needed_flops
+
+    config = chosen.plan.apply(config)
+    images = 1 if config.data.max_images is None else config.data.max_images
+    images = images_in_row(config.data, model, images)
+    needed = needed_flops(config, model, images) * config.batch.global_size / count
+    ratio = "" if chosen.usage.flops is None else f"; it takes {chosen.usage.flops / needed:.3f} x"
+    return f"FLOPs needed: {needed:.3e}{ratio}"
 
 
 def table(given: argparse.Namespace) -> int:

@@ -1,0 +1,72 @@
+"""The operations that the mathematics of a train step asks for, to hold a compiled step's against.
+
+Counted are products of matrices, of a row whose tokens are all learned, in multiplications with an
+addition. What a linear layer of weight [out, in] needs, for each token:
+
+    forwards                 out x in          and of an adapter  R x (in + out)
+    its input's gradient     out x in                             R x (in + out)
+    its weight's gradient    out x in if it trains                R x (in + out)
+
+Attention needs two products of T x H for each token and head forwards and four backwards, all T
+keys counted, seen or not. With remat "full" a block's forward products are made again, but for its
+last, whose result nothing in the block depends on.
+"""
+
+from collections.abc import Mapping
+
+from llava_jax.config import LoraConfig, ModelConfig, TrainConfig, Tuning
+
+Linears = Mapping[str, tuple[int, int]]
+"""(in, out) of a block's linear layers, the last one last."""
+
+
+def needed_flops(config: TrainConfig, model: ModelConfig, images: int) -> int:
+    """Floating-point operations of a row of `data.max_length` tokens, forwards and backwards."""
+    llm, vision, tune = model.llm, model.vision, config.tune
+    width, again = llm.hidden_size, config.memory.remat == "full"
+    length, patches = config.data.max_length, vision.num_patches
+    queries, keys = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads))
+    decoder = {
+        "q_proj": (width, queries),
+        "k_proj": (width, keys),
+        "v_proj": (width, keys),
+        "o_proj": (queries, width),
+        "gate_proj": (width, llm.intermediate_size),
+        "up_proj": (width, llm.intermediate_size),
+        "down_proj": (llm.intermediate_size, width),
+    }
+    size, positions = vision.hidden_size, vision.num_positions
+    tower = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), (size, size)),
+        "fc1": (size, vision.intermediate_size),
+        "fc2": (vision.intermediate_size, size),
+    }
+    below = tune.vision != "frozen"  # what trains below a layer asks for its input's gradient
+    blocks = _block(decoder, queries * length, tune.llm, config.lora, again=again, backwards=True)
+    head = llm.vocab_size * width * (3 if tune.llm == "full" else 2)
+    row = length * (llm.num_hidden_layers * blocks + head)
+
+    lora = config.vision_lora
+    blocks = _block(tower, size * positions, tune.vision, lora, again=again, backwards=below)
+    first, second = size * width, width * width
+    trains = tune.projector == "full"
+    projector = first * (1 + trains + below + again) + second * (1 + trains + 1)
+    embed = 3 * vision.patch_size**2 * size * (2 if tune.vision == "full" else 1)
+    image = positions * model.used_vision_layers * blocks + patches * (projector + embed)
+    return 2 * (row + images * image)
+
+
+def _block(
+    linears: Linears, logits: int, tuning: Tuning, lora: LoraConfig, *, again: bool, backwards: bool
+) -> int:
+    """Of a block and one token; `logits` is heads x head size x keys."""
+    ranks = {name: lora.rank * (tuning == "lora" and name in lora.targets) for name in linears}
+    weights = sum(inputs * outputs for inputs, outputs in linears.values())
+    adapters = sum(ranks[name] * sum(linears[name]) for name in linears)
+    count = weights + adapters + 2 * logits
+    if backwards:
+        count += weights * (2 if tuning == "full" else 1) + 2 * adapters + 4 * logits
+    if backwards and again:
+        last, (inputs, outputs) = list(linears.items())[-1]
+        count += weights + adapters + 2 * logits - outputs * (inputs + ranks[last])
+    return count

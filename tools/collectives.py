@@ -1,0 +1,98 @@
+"""What a run's step moves among its devices, as compiled and by formula: `--help`."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from typing import Any
+
+from llava_jax.devices import GPUS, TPUS
+from llava_jax.environment import prepare_for_planning
+
+GIB = 2**30
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/collectives.py",
+        description="Compiles a run's train step, of one micro-batch, for slices of growing size "
+        "with all devices on the fsdp axis, and prints the GiB that a device takes part in moving: "
+        "of a gather the result, of other collectives the operands. Any field of the config can be "
+        "overridden, as in training.",
+    )
+    parser.add_argument("--config", required=True, help="a config file")
+    names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
+    parser.add_argument("--device", default="h100", help=names)
+    parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 256], help="devices")
+    parser.add_argument("--micro-size", type=int, default=2, help="samples a device")
+    given, rest = parser.parse_known_args(argv)
+    prepare_for_planning()
+
+    import jax  # not before the environment is prepared
+
+    from llava_jax.config import parse_config
+
+    jax.config.update("jax_num_cpu_devices", max(given.counts))
+    config = parse_config(["--config", given.config, *rest])
+    print(f"{given.config} on {given.device}, micro-batch {given.micro_size}, GiB a micro-batch")
+    print(f"| devices | {' | '.join(KINDS)} |\n|{'---|' * (1 + len(KINDS))}")
+    for count in given.counts:
+        measured, expected = count_bytes(config, given.device, count, given.micro_size)
+        print(row(str(count), measured), flush=True)
+    print(row("formula", expected))
+    return 0
+
+
+def row(name: str, found: Any) -> str:
+    """A line of the table."""
+    return f"| {name} | {' | '.join(f'{found[kind] / GIB:.3f}' for kind in KINDS)} |"
+
+
+def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
+    """Bytes by kind of one micro-batch: as compiled, and by formula."""
+    from llava_jax import plan
+    from llava_jax.collectives import collective_bytes
+
+    batch = dataclasses.replace(
+        config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
+    )
+    config = dataclasses.replace(config, batch=batch)
+    model = plan.sizes(config)
+    program, _, text = plan.compile_for(config, model, device, count)
+    return collective_bytes(text), formula(program, micro_size, config.data.max_length)
+
+
+def formula(program: Any, rows: int, length: int) -> dict[str, int]:
+    """What must be moved for a micro-batch where remat is "full" and all devices are on fsdp.
+
+    A block's matrices are gathered forwards, and again when the backward pass computes the block
+    again; so are the projector's. Those of a frozen tower are gathered once, as is the head. The
+    gradients of all matrices that train are divided among the devices once. The table of embeddings
+    stays where it is: its columns go to the devices whose tokens they are of, and their gradients
+    back, if it trains.
+    """
+    item = program.dtype.itemsize
+    size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}
+    trained = set(program.trainable)
+    matrices = [path for path in size if len(program.abstract[path].shape) > 1]
+    part = lambda *names: sum(size[path] for path in matrices if path.startswith(names))
+    vision = [path for path in matrices if path.startswith("vision.enc") and ".tail." not in path]
+    turns = 2 if trained & set(vision) else 1
+    gathered = 2 * part("llm.layers.", "projector.") + turns * sum(size[path] for path in vision)
+    gathered += part("llm.lm_head.") or part("llm.embed_tokens.")
+    table = "llm.embed_tokens.weight"
+    divided = sum(size[path] for path in matrices if path in trained and path != table)
+    tokens = rows * length * item * program.abstract[table].shape[1]
+    return {
+        "all-gather": gathered,
+        "reduce-scatter": divided,
+        "all-reduce": 0,
+        "all-to-all": tokens * (2 if table in trained else 1),
+        "collective-permute": 0,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
