@@ -23,8 +23,7 @@ MODULE = """HloModule step, is_scheduled=true
   %start = ((bf16[4,8]{1,0}, bf16[4,8]{1,0}), (bf16[32,8]{1,0}, bf16[32,8]{1,0})) all-gather-start(%a, %a), channel_id=1, dimensions={0}
   %done = (bf16[32,8]{1,0}, bf16[32,8]{1,0}) all-gather-done(%start)
   %b = bf16[32,8]{1,0} get-tuple-element(%done), index=0
-  %piece = bf16[32,8]{1,0} all-gather(%a), channel_id=2, dimensions={0}, frontend_attributes={chain_id="7"}
-  %piece.1 = bf16[32,8]{1,0} all-gather(%a), channel_id=2, dimensions={0}, frontend_attributes={chain_id="7"}
+  %sync = bf16[32,8]{1,0} all-gather(%a), channel_id=2, dimensions={0}
   %scatter = bf16[4,8]{1,0} reduce-scatter(%b), channel_id=3, dimensions={0}, to_apply=%add
   ROOT %out = (s32[], bf16[4,8]{1,0}) tuple(%i, %scatter)
 }
@@ -48,6 +47,8 @@ def test_known_counts():
     whole = 2 * 32 * 8
     expected = {"all-gather": 6 * 3 * whole, "reduce-scatter": 6 * whole, "all-reduce": 12}
     assert collective_bytes(MODULE) == expected
+    with pytest.raises(ValueError, match="TPU"):
+        collective_bytes(MODULE.replace("%body", "%async_collective_fusion"))
 
 
 def test_in_a_loop_parameters_are_gathered_and_their_gradients_divided_once():
@@ -77,7 +78,12 @@ def test_a_step_moves_the_same_in_any_number_of_pieces(monkeypatch: pytest.Monke
     def moved(tokens: int) -> Counter[str]:
         monkeypatch.setattr(llama, "CHUNK_TOKENS", tokens)
         monkeypatch.setattr(loss, "CHUNK_TOKENS", tokens)
-        config = change(CONFIG, tune={"llm": "full"}, mesh={"fsdp": 8}, data={"max_length": 20})
+        config = change(
+            CONFIG,
+            tune={"llm": "full", "vision": "frozen"},
+            mesh={"fsdp": 8},
+            data={"max_length": 20},
+        )
         _, compiled, _ = compile_here(config, MODEL, images=1, capacity=2**30)
         return collective_bytes(compiled.as_text() or "")
 
