@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     for count in given.counts:
         measured, expected = count_bytes(config, given.device, count, given.micro_size)
         print(row(str(count), measured), flush=True)
-    print(row("formula", expected))
+        print(row(f"{count}, formula", expected), flush=True)
     return 0
 
 
@@ -71,14 +71,22 @@ def formula(program: Any, rows: int, length: int) -> dict[str, int]:
     again; so are the projector's. Those of a frozen tower are gathered once, as is the head. The
     gradients of all matrices that train are divided among the devices once. The table of embeddings
     stays where it is: its columns go to the devices whose tokens they are of, and their gradients
-    back, if it trains.
+    back, if it trains. A matrix that the devices do not divide is on all of them, and the sum of
+    its gradients too.
     """
+    from llava_jax.hf.layouts import is_stacked
+
     item = program.dtype.itemsize
     size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}
     trained = set(program.trainable)
-    matrices = [path for path in size if len(program.abstract[path].shape) > 1]
+    lies_on_fsdp = lambda path: "fsdp" in str(program.abstract[path].sharding.spec)
+    matrices = [path for path in size if program.abstract[path].ndim > 1 + is_stacked(path)]
+    shared = [path for path in matrices if path in trained and not lies_on_fsdp(path)]
+    matrices = list(filter(lies_on_fsdp, matrices))
     part = lambda *names: sum(size[path] for path in matrices if path.startswith(names))
-    vision = [path for path in matrices if path.startswith("vision.enc") and ".tail." not in path]
+    unused = ("vision.encoder.tail.", "vision.head.")
+    vision = [path for path in matrices if path.startswith("vision.")]
+    vision = [path for path in vision if not path.startswith(unused)]
     turns = 2 if trained & set(vision) else 1
     gathered = 2 * part("llm.layers.", "projector.") + turns * sum(size[path] for path in vision)
     gathered += part("llm.lm_head.") or part("llm.embed_tokens.")
@@ -88,7 +96,7 @@ def formula(program: Any, rows: int, length: int) -> dict[str, int]:
     return {
         "all-gather": gathered,
         "reduce-scatter": divided,
-        "all-reduce": 0,
+        "all-reduce": sum(size[path] for path in shared),
         "all-to-all": tokens * (2 if table in trained else 1),
         "collective-permute": 0,
     }
