@@ -12,6 +12,7 @@ PLANNING_FLAGS = (
     # See program.STREAMING_OPTIONS; a compile-only client takes no options of a jit.
     "--xla_disable_hlo_passes=dynamic-slice-annotator",
 )
+OVERLAP_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)  # program.OVERLAP_OPTIONS
 
 
 def prepare_for_training() -> None:
@@ -30,7 +31,7 @@ def host_memory() -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def prepare_for_planning() -> None:
+def prepare_for_planning(devices: int = 1) -> None:
     """Lets this process compile for devices that are not here, and use none that are."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -39,7 +40,8 @@ def prepare_for_planning() -> None:
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is used, so none need be free
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *PLANNING_FLAGS])
+    flags = (*PLANNING_FLAGS, *(OVERLAP_FLAGS if devices > 1 else ()))
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of what does not fit; so do we
 

@@ -40,6 +40,10 @@ STREAMING_OPTIONS = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
 """XLA:GPU may compute wrong gradients where a loop slices host memory backwards (openxla/xla
 #46231, seen with jaxlib 0.11.0): the pass that this switches off annotates such slices wrongly."""
 
+OVERLAP_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""Lets XLA:GPU gather and divide among devices while it computes; off unless asked for (jax 0.10).
+The TPU's compiler does so by itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -216,6 +220,7 @@ def build_program(
     uses_host = from_host or pixels_on_host or memory.offload_activations
     platform = mesh.devices.flat[0].platform
     on_cpu = CPU_OPTIONS if platform == "cpu" and config.dtype == "bfloat16" else None
+    on_gpu = (STREAMING_OPTIONS if uses_host else {}) | (OVERLAP_OPTIONS if mesh.size > 1 else {})
     return Program(
         model_config=model_config,
         adapters=adapters,
@@ -233,7 +238,7 @@ def build_program(
             # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
             donate_argnums=0 if donate or not (from_host and platform == "cpu") else (),
             out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
-            compiler_options=STREAMING_OPTIONS if uses_host and platform == "gpu" else on_cpu,
+            compiler_options=on_gpu if platform == "gpu" else on_cpu,
         ),
         eval_step=jax.jit(
             make_eval_step(graph),

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 256], help="devices")
     parser.add_argument("--micro-size", type=int, default=2, help="samples a device")
     given, rest = parser.parse_known_args(argv)
-    prepare_for_planning()
+    prepare_for_planning(max(given.counts))
 
     import jax  # not before the environment is prepared
 

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
     given, rest = parser.parse_known_args(argv)
-    prepare_for_planning()
+    prepare_for_planning(given.count)
 
     import jax  # not before the environment is prepared
 

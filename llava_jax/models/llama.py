@@ -6,7 +6,7 @@ Mistral's is the same up to its sliding window; Qwen2's has biases in the attent
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -248,15 +248,14 @@ class Llama(nnx.Module):
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
 
             def feed(own: Params, x: jax.Array, keys: TokenKeys) -> jax.Array:
-                block = merge(graph, blank | own)
+                block = cast("Block", merge(graph, blank | own))
                 return block.mlp(block.post_attention_layernorm(x), keys)
 
-            if self.remat == "full":
-                feed = partial(in_chunks, feed)
+            run = partial(in_chunks, feed) if self.remat == "full" else feed
             if self.gather:
                 axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
-                feed = partial(on_rows, feed, axes)
-            x += feed(own, x, keys)
+                run = partial(on_rows, run, axes)
+            x += run(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")
