@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from serving import RED_TRIANGLE, TINY, server
+from serving import RED_TRIANGLE, TINY, metric, server
 from tiny_run import ROOT
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,12 @@ def wait_until(is_so: Callable[[], object]) -> None:
     while not is_so():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def generated(address: str) -> float:
+    """Tokens that the run's model has generated so far."""
+    with urlopen(f"{address}/metrics") as figures:
+        return metric(figures.read().decode(), 'llava_generated_tokens_total{model="tiny_lora"}')
 
 
 class Page:
@@ -121,9 +128,12 @@ def test_base_and_adapter_side_by_side(browser: Any, run: Path, tmp_path_factory
         wait_until(lambda: len(page.chats()) == 1)
         page.ask("what color is the shape?")
         wait_until(lambda: page.chats()[0][4:] == ["what color is the shape?", "red"])
-        page.all("#regenerate")[0].click()
         wait_until(page.is_ready)
-        assert page.chats()[0][4:] == ["what color is the shape?", "red"]
+        before = generated(address)
+        page.all("#regenerate")[0].click()
+        wait_until(lambda: generated(address) > before)
+        wait_until(page.is_ready)
+        wait_until(lambda: page.chats()[0][4:] == ["what color is the shape?", "red"])
         phone = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
         wait_until(
