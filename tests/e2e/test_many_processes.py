@@ -78,7 +78,7 @@ def start(config: Path) -> Iterator[Start]:
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()  # and so closes what it wrote to
 
 
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
