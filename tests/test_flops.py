@@ -186,7 +186,7 @@ def test_the_train_step(llm: Any, remat: Remat):
     usage = plan.measure_here(config, MODEL, images=2, capacity=2**30)
     assert usage.flops == train_step_flops(tune, remat)
     needed = 2 * needed_flops(config, MODEL, images=2)
-    assert needed <= usage.flops <= 1.05 * needed
+    assert needed <= usage.flops <= 1.10 * needed
 
 
 SPLASH_CALLS = """HloModule step, is_scheduled=true
