@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -29,3 +30,24 @@ def test_a_signal_may_come_in_the_midst_of_a_print(
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     assert capfd.readouterr().out.startswith("stopping: ")
+
+
+TWICE = """
+import os, signal
+from llava_jax.stop import StopRequest
+with StopRequest() as stop, stop.deferred():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """In a process of its own, which it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.stdout.splitlines()[0].startswith("stopping: ")
+    assert done.stdout.splitlines()[1:] == ["goes on"]

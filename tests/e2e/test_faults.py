@@ -306,9 +306,7 @@ def test_a_disk_that_becomes_read_only_loses_nothing(config: Path, undisturbed: 
         assert_same_run(directory, whole)
 
 
-def test_ctrl_c_twice_ends_at_once_and_once_after_the_step(
-    config: Path, undisturbed: tuple[Path, float]
-):
+def test_ctrl_c_ends_after_the_step(config: Path, undisturbed: tuple[Path, float]):
     directory = config.parent / "interrupted"
     run = start(config, "interrupted")
     when(run, has_step(directory, 2))
