@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -200,8 +199,10 @@ def on_rows(
     batch = to_spec(("batch",), rows[0].shape[:1], mesh.shape)
 
     def run(params: Mapping[str, Any], *own: Any) -> jax.Array:
-        bring = partial(_whole, rows[0].dtype)
-        whole = {name: jax.tree.map(bring, x, divided[name]) for name, x in params.items()}
+        whole = {
+            name: jax.tree.map(_whole, _narrow(x, rows[0].dtype), divided[name])
+            for name, x in params.items()
+        }
         return function(whole, *own)
 
     return jax.shard_map(
@@ -225,10 +226,14 @@ def _divided(axes: tuple[str, ...], x: Any, mesh: AbstractMesh) -> Any:
     return jax.tree.map(spec, x)
 
 
-def _whole(dtype: Any, x: jax.Array, divided: PartitionSpec) -> jax.Array:
-    """Matrices are cast, as their products are; vectors are added and multiplied in float32."""
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1:
-        x = x.astype(dtype)
+def _narrow(x: Any, dtype: Any) -> Any:
+    """Casts matrices, as their products are; vectors, and the scales of a quantised weight, are
+    multiplied in float32.
+    """
+    return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim > 1 else x
+
+
+def _whole(x: jax.Array, divided: PartitionSpec) -> jax.Array:
     for axis, name in enumerate(divided):
         if name is not None:
             x = jax.lax.all_gather(x, name, axis=axis, tiled=True)

@@ -4,12 +4,14 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import CONFIG, change, run
 
 from llava_jax.config import ConfigError, MeshConfig
-from llava_jax.sharding import PARAMETER_RULES, logical_axes, make_mesh, to_spec
+from llava_jax.quant import dequantise, quantise
+from llava_jax.sharding import PARAMETER_RULES, logical_axes, make_mesh, on_rows, to_spec
 from llava_jax.step import accumulation_steps
 
 STEPS = 10
@@ -85,3 +87,16 @@ def test_a_parameter_without_a_rule_is_an_error():
 def test_two_dimensions_on_one_mesh_axis_are_an_error():
     with pytest.raises(ValueError, match="do not fit"):
         to_spec(("model", "rank"), (8, 8), {"data": 1, "fsdp": 2, "tensor": 1})
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double", "int8"])
+def test_quantised_weights_are_the_same_once_gathered(kind):
+    """Their scales stay float32, whatever is computed in."""
+    weight = np.random.default_rng(0).standard_normal((128, 128), np.float32)
+    params = {"weight": jax.tree.map(jnp.asarray, quantise(weight, kind))}
+    rows = jnp.zeros((8, 1, 128), jnp.bfloat16)
+    add = lambda params, x: x + dequantise(params["weight"], x.dtype)[None]
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
+        gather = jax.jit(lambda *args: on_rows(add, {"weight": ("split_outputs", "whole")}, *args))
+        gathered = gather(params, rows)
+    np.testing.assert_array_equal(gathered, add(params, rows))
