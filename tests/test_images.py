@@ -107,11 +107,12 @@ def test_pad_keeps_its_colour_where_an_image_is_transparent():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pad_is_the_recipe(size):
+@pytest.mark.parametrize(("edge", "crop"), [(336, (336, 336)), (65, (65, 33)), (50, (61, 64))])
+def test_pad_is_the_recipe(size, edge, crop):
     """A square of colour (122, 116, 104), the image in its middle, then CLIP's way."""
     image = picture(size)
-    expected = reference(padded(image, (122, 116, 104)), 336, (336, 336))
-    np.testing.assert_array_equal(ImageTransform()(image), expected)
+    expected = reference(padded(image, (122, 116, 104)), edge, crop)
+    np.testing.assert_array_equal(ImageTransform(edge, *crop)(image), expected)
 
 
 def test_unreadable_images_are_sample_errors(tmp_path):

@@ -140,9 +140,9 @@ class ImageTransform:
         left, top, right, bottom = (side / scale for side in box)
         image, box = self._enlarge(image, (left, 0, right, image.height))
         image = image.resize((width, image.height), Image.Resampling.BICUBIC, box)
-        image = _center_crop(image, image.height, self.width)
-        image, box = self._enlarge(image, (0, top, self.width, bottom))
-        image = image.resize((self.width, height), Image.Resampling.BICUBIC, box)
+        image = _center_crop(image, image.height, min(width, self.width))
+        image, box = self._enlarge(image, (0, top, image.width, bottom))
+        image = image.resize((image.width, height), Image.Resampling.BICUBIC, box)
         return _center_crop(image, self.height, self.width)
 
     def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
