@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -87,3 +88,27 @@ def test_batches_are_the_same_however_they_come(most_bytes):
     for number, batch in enumerate(made):
         np.testing.assert_array_equal(batch["small"], large(number)["small"])
         np.testing.assert_array_equal(batch["large"], large(number)["large"])
+
+
+class UnreadableError(Exception):
+    def __init__(self, name: str, place: int):
+        super().__init__(f"{name} at {place}")
+
+
+def unreadable(number: int) -> np.ndarray:
+    raise UnreadableError("nothing", number)
+
+
+def unpicklable(number: int) -> np.ndarray:
+    error = ValueError("nothing at 0")
+    error.lock = threading.Lock()  # pyright: ignore[reportAttributeAccessIssue]
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("read", "name"), [(unreadable, "UnreadableError"), (unpicklable, "ValueError")]
+)
+def test_an_error_that_cannot_be_pickled_is_told_all_the_same(read, name):
+    with pytest.raises(RuntimeError, match=f"{name}: nothing at 0") as error:
+        next(read_ahead(read, 0, 1))
+    assert "In a worker process" in error.value.__notes__[0]

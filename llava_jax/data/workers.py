@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -140,13 +141,22 @@ def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent
         try:
             made = read(number)
         except Exception as error:
-            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-            made = error
+            made = _sendable(error)
+            made.add_note(f"In a worker process:\n{traceback.format_exc()}")
         try:
             pipe.recv_bytes()
             pipe.send(made if isinstance(made, Exception) else _leave(made, shared))
         except (EOFError, OSError):  # nobody wants it
             return
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or another that says the same where a pipe cannot carry it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _keep_memory() -> None:
