@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
-    """What the command line asks for; a constant rate and no dropout, to compare losses by.
+    """What the command line asks for; a constant rate, nothing clipped or dropped, to compare.
 
     Raises:
         ConfigError: The config is wrong, or the peer does not train such a thing.
@@ -87,7 +87,11 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
     else:
         config, model = ladder(given), SHAPES[given.shape]
     optimizer = dataclasses.replace(
-        config.optimizer, schedule="constant", warmup_ratio=0.0, projector_learning_rate=None
+        config.optimizer,
+        schedule="constant",
+        warmup_ratio=0.0,
+        projector_learning_rate=None,
+        clip_norm=None,
     )
     config = dataclasses.replace(
         config, optimizer=optimizer, lora=dataclasses.replace(config.lora, dropout=0.0)
@@ -95,6 +99,8 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
     tune = config.tune
     if given.peer and (tune.llm, tune.vision, tune.projector) not in PEERS:
         raise ConfigError(f"--peer {given.peer} trains decoder and projector, not {tune}")
+    if given.peer and config.quantize not in (None, "nf4"):
+        raise ConfigError(f"--peer {given.peer} has nf4 alone, not {config.quantize}")
     return Case(config, model, given.text_tokens)
 
 

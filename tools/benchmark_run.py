@@ -69,6 +69,7 @@ def measure(
         rounds: Turns of each side.
         steps: Of a turn.
     """
+    jax.config.update("jax_platforms", "cpu")  # or this process, too, would take a GPU's memory
     write_start(case, directory, with_adapter=len(names) > 1)
     with ExitStack() as stack:
         sides = [stack.enter_context(Turns(name, directory)) for name in names]
@@ -118,19 +119,18 @@ def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
     write_checkpoint(directory / BASE, case.model)
     if not with_adapter or case.config.tune.llm != "lora":
         return
-    with jax.default_device(jax.devices("cpu")[0]):
-        mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-        plain = dataclasses.replace(case.config, quantize=None)
-        program = build_program(plain, case.model, 1, mesh)
-        params = pretrained.load(
-            directory / BASE,
-            case.model,
-            program.abstract,
-            seed=case.config.seed,
-            wanted=program.trainable,
-        )
-        names = {"base_name": None, "fingerprint": None}
-        save_adapter(directory / ADAPTER, params, program.adapters, case.model, **names)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    plain = dataclasses.replace(case.config, quantize=None)
+    program = build_program(plain, case.model, 1, mesh)
+    params = pretrained.load(
+        directory / BASE,
+        case.model,
+        program.abstract,
+        seed=case.config.seed,
+        wanted=program.trainable,
+    )
+    names = {"base_name": None, "fingerprint": None}
+    save_adapter(directory / ADAPTER, params, program.adapters, case.model, **names)
 
 
 HEADER = (

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from benchmark_case import BASE, Case, load_case
 
+from llava_jax.environment import prepare_for_training
+
 
 class Side(Protocol):
     """A model that trains.
@@ -126,6 +128,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")  # libraries may print
     os.dup2(2, 1)
     if name == "ours":
+        prepare_for_training()
         side: Side = Ours(case, directory)
     else:
         from benchmark_peer import Peer
