@@ -112,3 +112,33 @@ def test_an_error_that_cannot_be_pickled_is_told_all_the_same(read, name):
     with pytest.raises(RuntimeError, match=f"{name}: nothing at 0") as error:
         next(read_ahead(read, 0, 1))
     assert "In a worker process" in error.value.__notes__[0]
+
+
+_INTERRUPTED = """
+import signal, sys
+sys.path.insert(0, "tests")
+from test_workers import idle
+from llava_jax.data.workers import read_ahead
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    print("begins", flush=True)
+    print(len(list(read_ahead(idle, 0, 2, stop=4))), flush=True)
+"""
+
+
+def test_workers_ignore_an_interrupt_while_they_start(tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(_INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "begins\n"
+        while parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGINT)
+            time.sleep(0.05)
+        assert parent.stdout.read() == "4\n"

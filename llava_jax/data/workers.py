@@ -79,7 +79,12 @@ def _worker(read: Read, numbers: range, most_bytes: int) -> Iterator[Callable[[]
     with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
         name = None if shared is None else shared.name
         process = context.Process(target=_work, args=(theirs, read, numbers, name, os.getpid()))
-        process.start()
+        # They are told of a Ctrl-C too; until they ignore it, it waits.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_MAIN)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         atexit.register(process.kill)  # before Python would wait for it
         theirs.close()
         try:
@@ -91,6 +96,8 @@ def _worker(read: Read, numbers: range, most_bytes: int) -> Iterator[Callable[[]
             pipe.close()
 
 
+_OF_MAIN = (signal.SIGINT, signal.SIGTERM)
+"""They reach every process of a terminal's or SLURM's job, but only the main one may act."""
 _HEAD = 64
 """Bytes of a worker's shared memory before its batch: the record it is at, or -1."""
 _ALIGNMENT, _LEAVES = 64, 16
@@ -129,8 +136,7 @@ def _take(pipe: Connection, process: Any, shared: SharedMemory | None) -> Any:
 def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent: int) -> None:
     """What a worker process does."""
     global _at
-    # They reach every process of a terminal's or SLURM's job, but only the main one may act.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _OF_MAIN:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     _keep_memory()
