@@ -224,3 +224,9 @@ def test_padding_of_an_order_with_gaps():
     assert sorted(padding.longest.tolist()) == [7, 9]
     assert padding.tokens == 14
     assert padding.waste([9]) == pytest.approx(1 - 14 / 36)
+
+
+def test_a_data_set_without_a_good_text_is_all_padding():
+    none = np.zeros(3, int)
+    padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0, 64)
+    assert padding.packed_waste == padding.waste([64]) == 1

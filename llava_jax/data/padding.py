@@ -41,8 +41,8 @@ class Padding:
 
     @property
     def packed_waste(self) -> float:
-        """The same of `packed`."""
-        return 1 - self.tokens / self.packed
+        """The same of `packed`; 1 where no text can be learned from."""
+        return 1 - self.tokens / max(self.packed, 1)
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
         """The lengths, at most so many, with which `padded` is least.
