@@ -6,11 +6,8 @@ import math
 import sys
 from typing import Any
 
-from llava_jax.devices import GPUS, TPUS
+from llava_jax.devices import GIB, GPUS, TPUS
 from llava_jax.environment import prepare_for_planning
-
-GIB = 2**30
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax  # not before the environment is prepared
 
+    from llava_jax.collectives import KINDS
     from llava_jax.config import parse_config
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
@@ -40,14 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"| devices | {' | '.join(KINDS)} |\n|{'---|' * (1 + len(KINDS))}")
     for count in given.counts:
         measured, expected = count_bytes(config, given.device, count, given.micro_size)
-        print(row(str(count), measured), flush=True)
-        print(row(f"{count}, formula", expected), flush=True)
+        for name, found in ((f"{count}", measured), (f"{count}, formula", expected)):
+            cells = [f"{found[kind] / GIB:.3f}" for kind in KINDS]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
-
-
-def row(name: str, found: Any) -> str:
-    """A line of the table."""
-    return f"| {name} | {' | '.join(f'{found[kind] / GIB:.3f}' for kind in KINDS)} |"
 
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:

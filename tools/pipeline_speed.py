@@ -1,8 +1,8 @@
 """Times the input pipeline beside a bare loop over JPEGs: `python tools/pipeline_speed.py`.
 
 The bare loop only makes pixels: it opens, converts, pads (or crops) and resizes with Pillow, and
-stops at 8 bits. A run's own code also reads records, tokenises, masks, normalises, pads and batches
-in a worker process, which hands the batches over. Seconds are those of processors, not of the
+stops at 8 bits. A run's own code also reads records, tokenises, masks, pads and batches in a worker
+process, which hands the batches over. Seconds are those of processors, not of the
 clock, of both processes and all threads together. The three are timed in turn.
 """
 
@@ -146,8 +146,7 @@ def own_batches(
     spec = BatchSpec(given.batch, 1, (edge, edge), 2048, 0)
     order = EpochOrder((len(records),), given.batch, seed=0)
     read = ReadBatch(order, records, encoder, spec)
-    most_bytes = given.batch * (3 * edge**2 + 9 * 2048 + 24)
-    return read_ahead(Timed(read), 0, 1, most_bytes=most_bytes)
+    return read_ahead(Timed(read), 0, 1, most_bytes=read.most_bytes)
 
 
 def record(file: str, number: int) -> dict[str, Any]:

@@ -310,12 +310,12 @@ class ReadBatch:
             RunError: A worker process died; names the record that it was at.
         """
         try:
-            yield from read_ahead(self, start, workers, stop=stop, most_bytes=self._most_bytes)
+            yield from read_ahead(self, start, workers, stop=stop, most_bytes=self.most_bytes)
         except WorkerError as error:
             raise worker_died(error, self.records) from error
 
     @property
-    def _most_bytes(self) -> int:
+    def most_bytes(self) -> int:
         """Bytes of a batch in its longest bucket."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)

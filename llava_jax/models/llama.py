@@ -105,7 +105,7 @@ def _gated(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Arra
 
 
 CHUNK_TOKENS = 512
-"""Most tokens of each sample that an MLP takes at one time."""
+"""Most tokens of each row that an MLP takes at one time."""
 
 
 def in_chunks(
