@@ -209,7 +209,7 @@ def open_inputs(
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
         pixel_scale=transform.scale,
-        buckets=() if data.packing else data.buckets,
+        buckets=data.buckets,
         packing=data.packing,
         devices=devices,
     )

@@ -126,3 +126,25 @@ def test_the_device_decides_the_kind(
         assert attention_kind(run, model, platform, capability) == expected
         exact = dataclasses.replace(run, dtype="float32")
         assert attention_kind(exact, model, platform, capability) == "plain"
+
+
+def test_plain_attention_trains_in_bfloat16_too():
+    """XLA's CPU backend lacks some products of bfloat16."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, 40, heads, 16)).astype(jnp.bfloat16)
+        for i, heads in enumerate((4, 2, 2))
+    )
+    segments = jnp.ones((2, 40), jnp.int32)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(plain_attention(q, k, v, segments).astype(jnp.float32) ** 2)
+
+    narrow, wide = (
+        jax.jit(jax.grad(loss, (0, 1, 2)))(*(x.astype(kind) for x in (q, k, v)))
+        for kind in (jnp.bfloat16, jnp.float32)
+    )
+    for ours, exact in zip(narrow, wide, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), exact, atol=0.05 * jnp.abs(exact).max()
+        )

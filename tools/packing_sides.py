@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,7 +121,7 @@ class Side:
         self._frozen = pretrained.initialise(self._program.abstract, config.seed)
         trainable = {path: self._frozen.pop(path) for path in self._program.trainable}
         self._state = init_state(self._program.state, trainable, config.seed)
-        self._losses = jax.jit(lambda params, batch: sample_losses(self._program, params, batch))
+        self._losses = jax.jit(partial(sample_losses, self._program, config.batch.global_size))
 
     def batch(self, samples: list[Sample]) -> Batch:
         """The samples in rows of the longest length."""
@@ -158,8 +159,8 @@ class Side:
         return total[1 : 1 + len(batch.input_ids)]
 
 
-def sample_losses(program: Program, params: dict[str, Any], batch: Batch) -> jax.Array:
-    """Summed by sample, [most samples + 1]."""
+def sample_losses(program: Program, count: int, params: dict[str, Any], batch: Batch) -> jax.Array:
+    """Summed by sample, [count + 1]: the first is padding's."""
     targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
     nll = token_losses(*forward(program.graph, params, batch, None), targets, learned).nll
-    return jnp.zeros(1024).at[batch.segment_ids].add(nll)
+    return jnp.zeros(count + 1).at[batch.segment_ids].add(nll)

@@ -81,10 +81,9 @@ class ImageTransform:
     @property
     def scale(self) -> tuple[Triple, Triple]:
         """What levels are multiplied by, and what is then added, to normalise each channel."""
-        return (
-            tuple(self.rescale / std for std in self.std),
-            tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True)),
-        )
+        red, green, blue = self.std
+        factors = self.rescale / red, self.rescale / green, self.rescale / blue
+        return factors, (-self.mean[0] / red, -self.mean[1] / green, -self.mean[2] / blue)
 
     def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> None:
         """Writes the pixels of an image file, not yet normalised, to where they are needed.

@@ -12,9 +12,9 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from multiprocessing.connection import Connection
+from functools import partial
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -63,22 +63,33 @@ def read_ahead(
     # A container's 64 MB of shared memory would end the run with a bus error.
     most_bytes = most_bytes if _fits_shared_memory(workers * most_bytes) else 0
     with contextlib.ExitStack() as open_workers:
-        take = [
-            open_workers.enter_context(_worker(read, range(first, stop, workers), most_bytes))
-            for first in range(start, min(start + workers, stop))
-        ]
+        firsts = range(start, min(start + workers, stop))
+        opened = [open_workers.enter_context(_worker(most_bytes)) for _ in firsts]
+        for first, worker in zip(firsts, opened, strict=True):  # all have started by then
+            worker.give(read, range(first, stop, workers))
         for number in range(start, stop):
-            yield take[(number - start) % workers]()
+            yield opened[(number - start) % workers].take()
+
+
+class _Worker(NamedTuple):
+    """A process that makes batches, of which it holds two.
+
+    Attributes:
+        give: Tells it what to read, and the numbers; waits until it has heard.
+        take: Waits for the next batch.
+    """
+
+    give: Callable[[Read, range], None]
+    take: Callable[[], Any]
 
 
 @contextlib.contextmanager
-def _worker(read: Read, numbers: range, most_bytes: int) -> Iterator[Callable[[], Any]]:
-    """A process that makes batches, of which it holds two: what this yields takes the next."""
+def _worker(most_bytes: int) -> Iterator[_Worker]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
         name = None if shared is None else shared.name
-        process = context.Process(target=_work, args=(theirs, read, numbers, name, os.getpid()))
+        process = context.Process(target=_work, args=(theirs, name, os.getpid()))
         # They are told of a Ctrl-C too; until they ignore it, it waits.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_MAIN)
         try:
@@ -88,7 +99,7 @@ def _worker(read: Read, numbers: range, most_bytes: int) -> Iterator[Callable[[]
         atexit.register(process.kill)  # before Python would wait for it
         theirs.close()
         try:
-            yield lambda: _take(pipe, process, shared)
+            yield _Worker(partial(_give, pipe), partial(_take, pipe, process, shared))
         finally:
             process.kill()
             process.join()
@@ -112,11 +123,17 @@ class _Left:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def find(self, shared: SharedMemory) -> np.ndarray:
+    def find(self, shared: SharedMemory | None) -> np.ndarray:
+        assert shared is not None
         return np.ndarray(self.shape, self.dtype, shared.buf, self.place)
 
 
-def _take(pipe: Connection, process: Any, shared: SharedMemory | None) -> Any:
+def _give(pipe: Any, read: Read, numbers: range) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it is dead, as who takes from it finds
+        pipe.send((read, numbers))
+
+
+def _take(pipe: Any, process: Any, shared: SharedMemory | None) -> Any:
     """A worker's next batch. Its memory, which is always the same, is then free for one more."""
     with contextlib.suppress(OSError):  # it is dead, as the next line finds
         pipe.send_bytes(b"go on")
@@ -133,7 +150,7 @@ def _take(pipe: Connection, process: Any, shared: SharedMemory | None) -> Any:
     return jax.tree.map(copy, made)
 
 
-def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent: int) -> None:
+def _work(pipe: Any, name: str | None, parent: int) -> None:
     """What a worker process does."""
     global _at
     for number in _OF_MAIN:
@@ -143,6 +160,10 @@ def _work(pipe: Connection, read: Read, numbers: range, name: str | None, parent
     shared = None if name is None else SharedMemory(name)
     if shared is not None:
         _at = np.ndarray((), np.int64, shared.buf)
+    try:
+        read, numbers = pipe.recv()
+    except (EOFError, OSError):  # nobody wants it
+        return
     for number in numbers:
         try:
             made = read(number)

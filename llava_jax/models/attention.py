@@ -76,7 +76,7 @@ def _parts_backward(residuals: tuple, grad: jax.Array) -> tuple:
     q, k, v, segment_ids, out, sums = residuals
     heads = partial(rearrange, pattern="b t (k g h) -> b k g t h", k=k.shape[1], h=k.shape[3])
     grad = heads(grad)
-    along = jnp.sum(grad * heads(out), axis=-1, keepdims=True, dtype=jnp.float32)
+    along = _wide("BKGTH,BKGTH->BKGT", grad, heads(out))[..., None]
     parts = _parts(k.shape[2], causal=segment_ids is not None)
     q_grads, k_grad, v_grad = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
     for (queries, keys), total in zip(parts, sums, strict=True):
@@ -84,11 +84,13 @@ def _parts_backward(residuals: tuple, grad: jax.Array) -> tuple:
         here = grad[:, :, :, queries]
         of_shares = _wide("BKGTH,BKSH->BKGTS", here, v[:, :, keys])
         of_logits = shares * (of_shares - along[:, :, :, queries]) * q.shape[-1] ** -0.5
-        shares, of_logits = shares.astype(v.dtype), of_logits.astype(q.dtype)
-        q_grads.append(jnp.einsum("BKGTS,BKSH->BKGTH", of_logits, k[:, :, keys]))
-        # Of the operands, XLA's CPU backend transposes the first: the small one.
-        of_keys = _wide("BKGTH,BKGTS->BKHS", q[:, :, :, queries], of_logits)
-        of_values = _wide("BKGTH,BKGTS->BKHS", here, shares)
+        narrow = of_logits.astype(q.dtype)
+        q_grads.append(jnp.einsum("BKGTS,BKSH->BKGTH", narrow, k[:, :, keys]))
+        # Of the operands, XLA's CPU backend transposes the first: the small one. It has no such
+        # product of bfloat16.
+        wide = lambda x: x.astype(jnp.float32)
+        of_keys = jnp.einsum("BKGTH,BKGTS->BKHS", wide(q[:, :, :, queries]), of_logits)
+        of_values = jnp.einsum("BKGTH,BKGTS->BKHS", wide(here), shares)
         k_grad = k_grad.at[:, :, keys].add(of_keys.swapaxes(2, 3))
         v_grad = v_grad.at[:, :, keys].add(of_values.swapaxes(2, 3))
     return jnp.concatenate(q_grads, axis=3), k_grad.astype(k.dtype), v_grad.astype(v.dtype), None

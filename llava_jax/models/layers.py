@@ -190,7 +190,7 @@ def dropout(
 ) -> Float[Array, "B T D"]:
     """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
     width = x.shape[2]
-    threshold = round((1 - rate) * 2**16)
+    threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
     draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)  # 16 cost as much as 32
     bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
     bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
