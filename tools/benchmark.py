@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 import tempfile
@@ -77,8 +78,11 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
     """What the command line asks for; a constant rate, nothing clipped or dropped, to compare.
 
     Raises:
-        ConfigError: The config is wrong, or the peer does not train such a thing.
+        ConfigError: The config is wrong, or the peer is not there or does not train such a thing.
     """
+    missing = [x for x in ("torch", "peft") if given.peer and not importlib.util.find_spec(x)]
+    if missing:
+        raise ConfigError(f"--peer {given.peer} needs pip install {' '.join(missing)}")
     if given.config:
         from llava_jax.plan import sizes
 
