@@ -85,7 +85,8 @@ class BatchSpec:
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
             raise ConfigError(
                 f"data.buckets {self.buckets} must lie between 1 and data.max_length "
-                f"{self.max_length}, which is always a bucket itself"
+                f"{self.max_length}, which is always a bucket itself; give others, or "
+                "--data.buckets with none behind it"
             )
 
     def bucket(self, length: int) -> int:
