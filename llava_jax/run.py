@@ -257,7 +257,10 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None
     if config.init_adapter is not None:
         adapter = str(adapter_in(config.init_adapter))
         config = dataclasses.replace(config, init_adapter=adapter)
-    found = resolve(source)
+    try:
+        found = resolve(source)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from error
     if found.adapter is None:
         return config, found
     if config.init_adapter is not None:
