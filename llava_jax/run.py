@@ -111,6 +111,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             return 0
         inputs.check_some()
         _say(inputs.summary())
+        _say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
         config = _choose_plan(config, model_config, total, mesh, inputs.spec.max_images)
         trackers = open_trackers(config, saved.latest or 0, write=is_first())
         with jax.set_mesh(mesh), trackers as trackers:
