@@ -95,8 +95,8 @@ def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
     images = 1 if config.data.max_images is None else config.data.max_images
     images = images_in_row(config.data, model, images)
     needed = needed_flops(config, model, images) * config.batch.global_size / count
-    ratio = "" if chosen.usage.flops is None else f"; it takes {chosen.usage.flops / needed:.3f} x"
-    return f"FLOPs needed: {needed:.3e}{ratio}"
+    ratio = "" if chosen.usage.flops is None else f"; compiled, {chosen.usage.flops / needed:.3f} x"
+    return f"FLOPs needed: {needed:.3e} a device and optimizer step{ratio}"
 
 
 def table(given: argparse.Namespace) -> int:
