@@ -77,7 +77,11 @@ class Case:
         """The random batch of a step: the arrays of a `llava_jax.data.batching.Batch`."""
         rng = np.random.default_rng(step)
         ids = np.full((self.samples, self.tokens), self.model.image_token_id, np.int32)
-        words = rng.integers(3, self.model.image_token_id, (self.samples, self.text_tokens))
+        model = self.model
+        known = np.setdiff1d(
+            range(model.llm.vocab_size), [model.image_token_id, model.pad_token_id]
+        )
+        words = rng.choice(known, (self.samples, self.text_tokens))
         ids[:, 0], ids[:, 1 + self.model.image_tokens :] = words[:, 0], words[:, 1:]
         learned = np.broadcast_to(np.arange(self.tokens) >= self.tokens - self.learned, ids.shape)
         side = self.model.vision.image_size
