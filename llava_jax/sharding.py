@@ -209,7 +209,11 @@ def on_rows(
         run,
         in_specs=(divided, *jax.tree.map(lambda _: batch, rows)),
         out_specs=batch,
-        axis_names=set(MESH_AXES["batch"]),
+        # All axes, if the others are 1: where some are left to it, XLA's CPU backend cannot add up
+        # bfloat16.
+        axis_names=set(
+            mesh.axis_names if data_parallel_size(mesh) == mesh.size else MESH_AXES["batch"]
+        ),
         check_vma=False,
     )(params, *rows)
 

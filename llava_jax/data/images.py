@@ -132,16 +132,12 @@ class ImageTransform:
     def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:
         """Resizes and crops an image that was decoded at 1 / scale of its size.
 
-        Pillow resizes across, rounds, and resizes down. Here these are two calls, so that only the
-        second goes through what is added above and below, and neither through what is cropped.
+        In one call: it rounds between across and down, and which comes first is up to Pillow.
         """
-        box, (width, height) = self._place(*size)
+        box, new = self._place(*size)
         left, top, right, bottom = (side / scale for side in box)
-        image, box = self._enlarge(image, (left, 0, right, image.height))
-        image = image.resize((width, image.height), Image.Resampling.BICUBIC, box)
-        image = _center_crop(image, image.height, min(width, self.width))
-        image, box = self._enlarge(image, (0, top, image.width, bottom))
-        image = image.resize((image.width, height), Image.Resampling.BICUBIC, box)
+        image, box = self._enlarge(image, (left, top, right, bottom))
+        image = image.resize(new, Image.Resampling.BICUBIC, box)
         return _center_crop(image, self.height, self.width)
 
     def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:

@@ -109,8 +109,8 @@ CHUNK_TOKENS = 512
 
 
 def in_chunks(
-    f: Callable[[Params, jax.Array, TokenKeys], jax.Array],
-    params: Params,
+    f: Callable[[dict[str, Any], jax.Array, TokenKeys], jax.Array],
+    params: dict[str, Any],
     x: Float[Array, "B T D"],
     keys: TokenKeys,
 ) -> Float[Array, "B T D"]:
@@ -120,17 +120,17 @@ def in_chunks(
 
     Args:
         f: Treats every token by itself.
-        params: Its parameters.
+        params: Its parameters; of those that are quantised there are no gradients.
         x: Its argument.
         keys: Of its dropout; None is off.
     """
     bare = None if keys is None else jax.random.key_data(keys)  # what can be padded
 
-    def one_chunk(params: Params, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def one_chunk(params: dict[str, Any], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return f(params, x, None if keys is None else jax.random.wrap_key_data(keys))
 
     @jax.custom_vjp
-    def run(params: Params, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def run(params: dict[str, Any], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return jax.lax.map(lambda chunk: one_chunk(params, *chunk), (x, keys))
 
     def forward(*args: Any) -> tuple[jax.Array, tuple]:
@@ -247,7 +247,7 @@ class Llama(nnx.Module):
             blank = dict.fromkeys(params)
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
 
-            def feed(own: Params, x: jax.Array, keys: TokenKeys) -> jax.Array:
+            def feed(own: dict[str, Any], x: jax.Array, keys: TokenKeys) -> jax.Array:
                 block = cast("Block", merge(graph, blank | own))
                 return block.mlp(block.post_attention_layernorm(x), keys)
 

@@ -92,9 +92,12 @@ LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not i
 def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Callable):
     rows, program, state = run(recipe(name, PLANS[plan], fsdp), devices=fsdp, steps=STEPS)
     expected = resident(name, fsdp)
+    # With other remats, MLPs are not cut into chunks of tokens: sums are in another order, whose
+    # rounding the optimizer's first steps enlarge.
+    limit = 1e-6 if PLANS[plan].remat == "full" else 5e-6
     for column in ("loss", "grad_norm", "learning_rate"):
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
-        np.testing.assert_allclose(*values, rtol=1e-6)
+        np.testing.assert_allclose(*values, rtol=limit)
     memory = PLANS[plan]
     in_full = name in ("full", "family")
     moments = memory.offload_optimizer or (memory.stream_weights and in_full)
