@@ -40,7 +40,6 @@ def plain_attention(
     What lies wholly behind the causal border is never computed. The backward pass makes the logits
     again, from what the softmax summed up to (Dao et al., 2022), so that none are kept.
     """
-    _batch, _length, _heads, _size = q.shape
     q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # G query heads a key head
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     return _by_parts(q, k, v, segment_ids)
