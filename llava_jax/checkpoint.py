@@ -5,8 +5,10 @@ checkpoint takes its name, `{directory}/{step}/`, when it is complete, a list of
 checksums in it. So one that was damaged later is known, and the one before it taken.
 """
 
+import functools
 import json
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
+        _drop_late_callbacks()
         self._directory = directory.absolute()
         self._keep = config.keep
         self.passed_over: list[str] = []
@@ -224,6 +227,23 @@ class Checkpoints:
         """Takes its name first, so that half of one is never taken for a checkpoint."""
         place = self._directory / str(step)
         shutil.rmtree(place.rename(place.with_name(f"{step}{_UNFINISHED}")))
+
+
+@functools.cache
+def _drop_late_callbacks() -> None:
+    """Keeps one useless complaint off a run's output, from now on.
+
+    When a write fails, Orbax raises and closes its event loop while TensorStore still has other
+    writes under way. Each of them then finds that loop closed, and says so on stderr.
+    """
+    others = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def write_manifest(files: dict[str, list[int]]) -> str:

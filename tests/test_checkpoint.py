@@ -1,16 +1,21 @@
 """What Orbax still reads is not donated; half of a checkpoint is never taken for one."""
 
+import asyncio
 import dataclasses
 import itertools
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
+import tensorstore
 from training import CONFIG, change, start
 
-from llava_jax import host
+from llava_jax import checkpoint, host
 from llava_jax.checkpoint import MANIFEST, Checkpoints, read_manifest, write_manifest
 from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
@@ -40,6 +45,34 @@ def test_checkpoints_can_be_removed_to_begin_anew(tmp_path: Path):
         saved.save(state, {})
         saved.wait()
         assert saved.latest == 0
+
+
+def test_writes_that_outlive_a_failed_save_are_not_complained_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: seen.append(str(found.exc_value)))
+
+    async def wait_for(future: tensorstore.Future) -> None:
+        await future
+
+    def complain() -> None:
+        promise, future = tensorstore.Promise.new()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(wait_for(future))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        promise.set_result(task)
+
+    complain()
+    assert seen == ["Event loop is closed"]
+    checkpoint._drop_late_callbacks.cache_clear()
+    with Checkpoints(tmp_path, CONFIG.checkpoint):
+        complain()
+    assert len(seen) == 1
+    other: Any = SimpleNamespace(exc_value=ValueError("other"))
+    sys.unraisablehook(other)
+    assert seen[1:] == ["other"]
 
 
 def test_a_kill_while_an_old_one_is_removed_leaves_nothing_that_looks_like_one(
