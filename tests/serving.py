@@ -29,7 +29,7 @@ def server(*arguments: str, checkpoint: Path = TINY) -> Iterator[str]:
             stderr=(log := open(Path(folder) / "log", "w+")),  # noqa: SIM115 - closed below
             text=True,
             cwd=ROOT,
-            env=environment(Path(folder) / "none", JAX_NUM_CPU_DEVICES=1),
+            env=environment(JAX_NUM_CPU_DEVICES=1),
         )
         with process, log:
             try:

@@ -49,13 +49,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 ROOT = Path(__file__).parents[1]
 
 
-def environment(config: Path, **variables: object) -> dict[str, str]:
+def environment(**variables: object) -> dict[str, str]:
     """Of a program in a process of its own, on one device unless variables say more."""
     own = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(config.parent / ".cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
     return os.environ | own | {name: str(value) for name, value in variables.items()}
@@ -70,5 +68,5 @@ def popen(config: Path, *arguments: str, **variables: object) -> subprocess.Pope
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=environment(config, **variables),
+        env=environment(**variables),
     )

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` runs: models, batches, and the operations that they need. No JAX."""
+"""What `tools/benchmark.py` runs: models, batches, and what they need. No JAX."""
 
 import dataclasses
 import pickle
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
+from llava_jax.needed import Row, needed_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
 SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # about as CLIP's processor normalises levels
@@ -96,29 +97,14 @@ class Case:
 
     @property
     def needed_flops(self) -> float:
-        """Operations of the matrix products that a step needs; docs/performance.md derives them.
+        """Floating-point operations of a step's products; docs/performance.md derives them.
 
-        A multiplication and an addition are two. Nothing is counted twice for being computed again,
-        nor gradients of frozen weights, keys behind the causal border, or logits without a loss.
+        None for being computed again, for keys behind the causal border or for logits without loss.
         """
-        llm, vision = self.model.llm, self.model.vision
-        tunes_all = self.config.tune.llm == "full"
-        width, keys = llm.hidden_size, llm.num_key_value_heads * llm.head_dim
-        queries, wide = llm.num_attention_heads * llm.head_dim, llm.intermediate_size
-        linears = [(width, queries), (width, keys), (width, keys), (queries, width)]
-        linears += [(width, wide), (width, wide), (wide, width)]
-        passes = 3 if tunes_all else 2  # forwards, to the input, and to the weight
-        rank = 0 if tunes_all else self.config.lora.rank
-        layer = sum(passes * i * o + 3 * rank * (i + o) for i, o in linears)
-        layer += 3 * self.tokens * queries  # QK and PV, and back; half of the keys
-        decoder = self.tokens * llm.num_hidden_layers * layer
-        head = self.learned * passes * llm.vocab_size * width
-        size, seen = vision.hidden_size, vision.num_positions
-        block = 4 * size**2 + 2 * size * vision.intermediate_size + 2 * seen * size
-        patches = vision.num_patches * 3 * vision.patch_size**2 * size
-        tower = seen * self.model.used_vision_layers * block + patches
-        projector = self.model.image_tokens * (2 * size * width + 3 * width**2)
-        return 2.0 * self.samples * (decoder + head + tower + projector)
+        memory = dataclasses.replace(self.config.memory, remat="none")
+        config = dataclasses.replace(self.config, memory=memory)
+        row = Row(self.tokens, self.learned, seen=self.tokens / 2, images=1)
+        return self.samples * needed_flops(config, self.model, row)
 
     def save(self, directory: Path) -> None:
         (directory / CASE_FILE).write_bytes(pickle.dumps(self))

@@ -25,6 +25,7 @@ class Peer:
         if self.device == "cpu":
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.dtype = DTYPES[config.dtype]
+        self.micro_size = config.batch.micro_size or case.samples
         full = config.tune.llm == "full"
         quantised = None
         if config.quantize is not None:
@@ -78,12 +79,17 @@ class Peer:
         return {name: x.to(self.device, non_blocking=True) for name, x in placed.items()}
 
     def step(self, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(**batch).loss
-        loss.backward()
+        total = torch.zeros((), device=self.device)
+        samples = len(batch["input_ids"])
+        for start in range(0, samples, self.micro_size):
+            part = {name: x[start : start + self.micro_size] for name, x in batch.items()}
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.model(**part).loss * (self.micro_size / samples)  # learned alike
+            loss.backward()
+            total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach().item
+        return total.item
 
     def device_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None

@@ -89,12 +89,12 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
     """The compiled step's FLOPs beside those that are needed."""
     from llava_jax.data.packing import images_in_row
-    from llava_jax.needed import needed_flops
+    from llava_jax.needed import full_row, needed_flops
 
     config = chosen.plan.apply(config)
     images = 1 if config.data.max_images is None else config.data.max_images
-    images = images_in_row(config.data, model, images)
-    needed = needed_flops(config, model, images) * config.batch.global_size / count
+    row = full_row(config, images_in_row(config.data, model, images))
+    needed = needed_flops(config, model, row) * config.batch.global_size / count
     ratio = "" if chosen.usage.flops is None else f"; compiled, {chosen.usage.flops / needed:.3f} x"
     return f"FLOPs needed: {needed:.3e} a device and optimizer step{ratio}"
 

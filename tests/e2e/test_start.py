@@ -35,7 +35,7 @@ print(json.dumps({"status": status} | events))
 
 def start(config: Path, *names: str) -> tuple[int, int]:
     """Runs, in a process of its own; programs that were compiled, and found compiled."""
-    settings = environment(config)
+    settings = environment()
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         del settings[name]
     command = [sys.executable, "-c", COUNTED, str(config), *names]
@@ -60,9 +60,11 @@ def test_a_second_start_compiles_nothing(base: Path, data: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty place for what is compiled."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    for name in names:
+        monkeypatch.delenv(name.upper())
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
     yield tmp_path / ".compilation_cache"
