@@ -369,7 +369,7 @@ class MemoryConfig:
             "manual" takes the fields as they are.
         limit_gib: Memory of one device, for "auto"; None asks the device.
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
-            its matrix products, "none" everything.
+            also what its linear layers return, "none" everything.
         offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" the
             float32 weights of blocks that train in full; a layer at a time is on the device.
         stream_weights: Keep the blocks' weights, and their gradients where they train, in host

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from llava_jax.quant import Quantised, dequantise
@@ -54,6 +55,10 @@ def parameter(*shape: int) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+LINEAR, LOW_RANK = "linear", "low_rank"
+"""Names of what a linear layer returns and of its adapter's first product, for `jax.checkpoint`."""
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `quant.Quantised`.
 
@@ -76,29 +81,58 @@ class Linear(nnx.Module):
         if isinstance(weight, Quantised):
             y = _quantised_product(x, weight)
         else:
-            y = jnp.einsum("BTD,FD->BTF", x, weight.astype(x.dtype))
+            y = _product(x, weight.astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
             keys = None if keys is None else fold_in(keys, self.lora_index)
             arrays = x, self.lora_a[...], self.lora_b[...], keys
-            y += self.lora_scale * _low_rank_product(*arrays, self.lora_dropout)
-        return y
+            y += _low_rank_product(*arrays, self.lora_scale, self.lora_dropout)
+        return checkpoint_name(y, LINEAR)
 
 
-@partial(jax.checkpoint, static_argnums=4)  # little to compute again, and dropout(x) is large
+# dropout(x) is large, and little to compute again.
+@partial(
+    jax.checkpoint,
+    static_argnums=(4, 5),
+    policy=jax.checkpoint_policies.save_only_these_names(LOW_RANK),
+)
 def _low_rank_product(
     x: Float[Array, "B T in"],
     a: Float[Array, "R in"],
     b: Float[Array, "out R"],
     keys: TokenKeys,
+    scale: float,
     rate: float,
 ) -> Float[Array, "B T out"]:
     x, a, b = gradients_together(x, a, b)
     if keys is not None and rate > 0:
         x = dropout(x, rate, keys)
-    low = jnp.einsum("BTD,RD->BTR", x, a.astype(x.dtype))
-    return jnp.einsum("BTR,FR->BTF", low, b.astype(x.dtype))
+    low = checkpoint_name(scale * _product(x, a.astype(x.dtype)), LOW_RANK)
+    return _product(low, b.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:
+    return jnp.einsum("BTD,FD->BTF", x, weight)
+
+
+def _product_backward(operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
+    """As JAX would have it, but for the order of the weight's product.
+
+    XLA's CPU backend transposes its first operand, and what that was computed by is computed once
+    more, element by element. JAX always has the gradient first; here it is the smaller one.
+    """
+    x, weight = operands
+    of_x = jnp.einsum("BTF,FD->BTD", grad, weight)
+    if x.shape[-1] < grad.shape[-1]:
+        of_weight = jnp.einsum("BTD,BTF->DF", x, grad).T
+    else:
+        of_weight = jnp.einsum("BTF,BTD->FD", grad, x)
+    return of_x, of_weight
+
+
+_product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_backward)
 
 
 @jax.custom_vjp
