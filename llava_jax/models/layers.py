@@ -56,7 +56,8 @@ def parameter(*shape: int) -> nnx.Param:
 
 
 LINEAR, LOW_RANK = "linear", "low_rank"
-"""Names of what a linear layer returns and of its adapter's first product, for `jax.checkpoint`."""
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
+"""Of `jax.checkpoint`: what a linear layer returns, and its adapter's first product, are kept."""
 
 
 class Linear(nnx.Module):
@@ -92,11 +93,7 @@ class Linear(nnx.Module):
 
 
 # dropout(x) is large, and little to compute again.
-@partial(
-    jax.checkpoint,
-    static_argnums=(4, 5),
-    policy=jax.checkpoint_policies.save_only_these_names(LOW_RANK),
-)
+@partial(jax.checkpoint, static_argnums=(4, 5), policy=KEEP_PRODUCTS)
 def _low_rank_product(
     x: Float[Array, "B T in"],
     a: Float[Array, "R in"],
@@ -166,9 +163,14 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.weight[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+        return _rms_norm(x, self.weight[...], self.eps)
+
+
+@partial(jax.checkpoint, static_argnums=2)  # little to compute again, and it is twice as wide as x
+def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    return (x32 * weight.astype(jnp.float32)[None, None]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

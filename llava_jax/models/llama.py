@@ -17,6 +17,7 @@ from llava_jax.config import AttentionKind, ConfigError, LlmConfig, Remat
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.flash import segment_starts
 from llava_jax.models.layers import (
+    KEEP_PRODUCTS,
     Embedding,
     Linear,
     Params,
@@ -96,12 +97,12 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
-        return self.down_proj(_gated(self.gate_proj(x, keys), self.up_proj(x, keys)), keys)
+        @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
+        def down(gate: jax.Array, up: jax.Array) -> jax.Array:
+            """What it is computed from is wide, and little to compute again."""
+            return self.down_proj(jax.nn.silu(gate) * up, keys)
 
-
-@jax.checkpoint  # little to compute again, and it would keep several arrays of this size
-def _gated(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    return jax.nn.silu(gate) * up
+        return down(self.gate_proj(x, keys), self.up_proj(x, keys))
 
 
 CHUNK_TOKENS = 512

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.config import Remat
 from llava_jax.host import DEVICE, HOST, fetch, layer_at, move, write_layer
-from llava_jax.models.layers import LINEAR, LOW_RANK, TokenKeys, fold_in, gradients_together
+from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
@@ -122,8 +122,8 @@ def scan_blocks(
         return step(fetch(block), x, index, (context, keys)), None
 
     if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan already prevents it
+        # prevent_cse: scan already does.
+        body = jax.checkpoint(body, policy=KEEP_PRODUCTS, prevent_cse=False)
     return jax.lax.scan(body, x, (values, _indices(values)))[0]
 
 
