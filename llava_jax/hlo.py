@@ -19,7 +19,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(
 NAME = re.compile(r"%[\w.-]+")
 ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-AT_MOST = re.compile(r"at_most_(\d+)_turns")
+AT_MOST = re.compile(r'at_most_(\d+)_turns\)*/while"')
 
 
 class Instruction(NamedTuple):
@@ -36,7 +36,7 @@ Computation = dict[str, Instruction]
 
 
 def at_most(turns: int) -> AbstractContextManager:
-    """Names the loops inside it, so that they count as so many turns, the most they take."""
+    """Names the loop inside it, so that it counts as so many turns, the most it takes."""
     return jax.named_scope(f"at_most_{turns}_turns")
 
 
@@ -101,8 +101,8 @@ def _turns(loop: Instruction, module: dict[str, Computation]) -> int:
             limit = condition[NAME.findall(test.operands)[1]]
             if limit.opcode == "constant":
                 return int(limit.operands)
-    if named := AT_MOST.findall(loop.attributes):
-        return int(named[-1])
+    if named := AT_MOST.search(loop.attributes):
+        return int(named[1])
     raise ValueError(f"a loop of unknown length: {loop.attributes[:300]}")
 
 

@@ -13,6 +13,7 @@ from training import CONFIG, MODEL, change
 from llava_jax import plan
 from llava_jax.config import Remat, TuneConfig
 from llava_jax.flops import matmul_flops
+from llava_jax.hlo import at_most
 from llava_jax.needed import full_row, needed_flops
 
 ROWS, WIDTH, LAYERS = 8, 16, 5
@@ -74,6 +75,23 @@ def test_a_loop_of_unknown_length_is_an_error_only_if_it_multiplies():
     assert count(grow(lambda x, w: x + w[0, 0, 0]), X, W) == 0
     with pytest.raises(ValueError, match="unknown length"):
         count(grow(lambda x, w: x @ w[0]), X, W)
+
+
+def test_a_loop_of_unknown_length_counts_as_long_as_it_is_said_to_be():
+    def grow(x: jax.Array, turn: Callable) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9.0, turn, x)
+
+    def said(x: jax.Array, w: jax.Array) -> jax.Array:
+        with at_most(3):
+            return grow(x, lambda x: x @ w[0])
+
+    def half_said(x: jax.Array, w: jax.Array) -> jax.Array:
+        with at_most(3):
+            return grow(x, lambda x: grow(x, lambda x: x @ w[0]))
+
+    assert count(said, X, W) == 3 * DOT
+    with pytest.raises(ValueError, match="unknown length"):
+        count(half_said, X, W)
 
 
 def test_no_module_is_an_error():
@@ -159,11 +177,9 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
     backward += 2 * logits
     if remat == "none":
         backward += length * inner  # QK is made again, as it is where the whole block is
-    # A block's result is not needed again: neither its last product nor its adapter's two.
-    last_adapter = rank * (hidden + width) if adapters else 0
+    # A block's result is not needed again: neither its last product nor its adapter's last.
+    last_adapter = rank * width if adapters else 0
     again = once - hidden * width - last_adapter if remat == "full" else 0
-    # Each adapter's first product is made again by itself.
-    again += sum(rank * inputs for inputs, _ in linears.values()) if adapters else 0
     blocks = llm.num_hidden_layers * (once + backward + again)
     head = (3 if tune.llm == "full" else 2) * llm.vocab_size * width
 

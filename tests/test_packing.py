@@ -60,8 +60,7 @@ def test_micro_batches_without_a_token_are_left_out():
 @pytest.mark.parametrize(
     ("devices", "fields"),
     [
-        (1, {}),
-        (1, {"batch": {"micro_size": 2}, "lora": {"dropout": 0.0}}),
+        (1, {"batch": {"micro_size": 2}}),
         (8, {"batch": {"micro_size": 1, "loss_weighting": "sample_mean", "loss_group": 2}}),
     ],
 )

@@ -80,8 +80,8 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [(plan, "lora", 1) for plan in PLANS] + [("all", "full", 8), ("stream_weights", "full", 1)]
-SHORT += [("all", "qlora", 1), ("remat-none", "qlora", 1)]
+SHORT = [("remat-dots", "lora", 1), ("remat-none", "lora", 1), ("stream_weights", "lora", 1)]
+SHORT += [("all", "full", 8), ("all", "qlora", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
