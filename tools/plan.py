@@ -23,10 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a config file")
-    what.add_argument("--table", action="store_true", help="the published recipes, as in README")
+    rows = "README's rows of --count devices"
+    what.add_argument("--table", action="store_true", help=rows)
     names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
-    parser.add_argument("--count", type=int, default=1, help="devices")
+    parser.add_argument("--count", type=int, default=1, help="devices (default: 1)")
     parser.add_argument("--memory", type=float, help="GiB of one device, if other than its own")
     parser.add_argument("--host-memory", type=float, help="GiB of the host, all devices together")
     fit = "find the cheapest plan that fits; always on where the config's memory.plan is auto"
@@ -100,12 +101,15 @@ def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
 
 
 def table(given: argparse.Namespace) -> int:
-    """Prints README's table as the code stands; says which rows take more than they may."""
+    """Prints README's rows of so many devices as the code stands; says which take too much.
+
+    Not all at once, for a process compiles for one device in another way than for several.
+    """
     from plan_table import HEADER, ROWS, describe, measure
 
     print(HEADER)
     found = []
-    for row in ROWS:
+    for row in (row for row in ROWS if row.count == given.count):
         usage, flops = measure(row)
         print(describe(row, usage, flops), flush=True)
         found.append((row, usage))
