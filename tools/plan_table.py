@@ -62,7 +62,7 @@ ROWS = (
     Row("7B full, optimizer on host", "7b_full", "rtx3090", 8, 8, OPTIMIZER, 11.0, 11.0),
     Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 1, STREAMED, 4.5, 104.0),
     Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 16, STREAMED, 16.0, 104.0),
-    Row("13B full, streamed", "13b_full", "rtx3090", 8, 1, STREAMED, 2.5, 25.0),
+    Row("13B full, streamed", "13b_full", "rtx3090", 8, 1, STREAMED, 2.6, 25.0),
     Row("7B LoRA, optimizer on host", "7b_lora", "v5e", 4, 1, OPTIMIZER, 6.5, 1.0),
     Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
 )  # fmt: skip
