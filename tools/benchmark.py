@@ -28,6 +28,7 @@ LIMIT = 1e-4  # relative, of two float32 losses
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 3 if the sides' losses differ, 1 for a mistake."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/benchmark.py",
         description="Trains a LLaVA of random weights on random images and words, an image a "
         "sample, and prints a table. With a config, its fields can be overridden, as in training. "

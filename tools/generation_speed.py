@@ -27,7 +27,11 @@ IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS = 511, 16, 64
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0."""
-    parser = argparse.ArgumentParser(prog="python tools/generation_speed.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python tools/generation_speed.py",
+        description=__doc__,
+    )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=32)

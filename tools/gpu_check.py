@@ -20,7 +20,7 @@ from llava_jax.environment import prepare_for_training
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0 if all is well, 1 if not."""
     parser = argparse.ArgumentParser(prog="python tools/gpu_check.py", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="check gradients only")
+    parser.add_argument("--small", action="store_true", help="without the third check")
     parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
     given = parser.parse_args(argv)
     prepare_for_training()

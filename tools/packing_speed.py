@@ -13,7 +13,11 @@ from benchmark_case import SHAPES
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0 if losses agree."""
-    parser = argparse.ArgumentParser(prog="python tools/packing_speed.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python tools/packing_speed.py",
+        description=__doc__,
+    )
     parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--samples", type=int, default=32, help="of a step")
     parser.add_argument("--micro-size", type=int, default=2, help="rows of a micro-batch")

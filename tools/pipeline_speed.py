@@ -37,7 +37,11 @@ MFU = 0.5
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0."""
-    parser = argparse.ArgumentParser(prog="python tools/pipeline_speed.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python tools/pipeline_speed.py",
+        description=__doc__,
+    )
     parser.add_argument("--size", nargs="+", default=SIZES, help="of the JPEGs, WxH")
     parser.add_argument("--photos", type=Path, help="a folder of JPEGs, in the place of noise")
     parser.add_argument("--tokenizer", default=ASSETS / "tiny-llava", help="a decoder's folder")

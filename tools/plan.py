@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a config file")
-    rows = "README's rows of --count devices"
+    rows = "the rows of README's table that have --count devices"
     what.add_argument("--table", action="store_true", help=rows)
     names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
@@ -113,7 +113,9 @@ def table(given: argparse.Namespace) -> int:
         usage, flops = measure(row)
         print(describe(row, usage, flops), flush=True)
         found.append((row, usage))
-    figures = [dataclasses.asdict(row) | dataclasses.asdict(usage) for row, usage in found]
+    figures = [
+        dataclasses.asdict(row) | {"usage": dataclasses.asdict(usage)} for row, usage in found
+    ]
     write(given, figures, [(str(row), usage) for row, usage in found])
     return 0 if all(row.holds(usage) for row, usage in found) else 3
 
