@@ -234,7 +234,8 @@ def _drop_late_callbacks() -> None:
     """Keeps one useless complaint off a run's output, from now on.
 
     When a write fails, Orbax raises and closes its event loop while TensorStore still has other
-    writes under way. Each of them then finds that loop closed, and says so on stderr.
+    writes under way. Each of them then finds that loop closed, and says so on stderr. That of any
+    other closed loop is dropped too; nothing tells them apart.
     """
     others = sys.unraisablehook
 

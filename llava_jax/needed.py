@@ -7,9 +7,9 @@ Counted are products of matrices, in multiplications with an addition. What a li
     its input's gradient     out x in                             R x (in + out)
     its weight's gradient    out x in if it trains                R x (in + out)
 
-Attention needs two products of T x H for each token and head forwards and four backwards, of the T
-keys that a token sees. With remat "full" a block's forward products are made again, but for its
-last, whose result nothing in the block depends on.
+Attention needs two products of T x H for each token and head forwards and four backwards, of as
+many keys T as the row says. With remat "full" a block's forward products are made again, but for
+its last, whose result nothing in the block depends on.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Row:
     Attributes:
         tokens: All.
         learned: Those that have a loss.
-        seen: Keys that a token's attention is counted for.
+        seen: Keys that a token's attention is counted for; a compiled step's are all.
         images: Images, not tokens.
     """
 

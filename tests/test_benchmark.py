@@ -67,6 +67,15 @@ def test_needed_operations_are_those_of_the_matrices():
         llm.num_hidden_layers * 3 * 4 * (2 * (48 + 64) + 2 * (48 + 32) + 3 * 144) * case.tokens
     )
     head = llm.vocab_size * 48 * case.learned
+    # Six products, and of each half of the keys.
+    attention = llm.num_hidden_layers * 6 * case.tokens * (case.tokens / 2) * 64
+    vision = MODEL.vision
+    size, seen = vision.hidden_size, vision.num_positions
+    tower = seen * (4 * size**2 + 2 * size * vision.intermediate_size + 2 * seen * size)
+    tower = MODEL.used_vision_layers * tower + vision.num_patches * 3 * vision.patch_size**2 * size
+    projector = vision.num_patches * (2 * size * 48 + 3 * 48**2)
+    everything = 3 * frozen + 3 * head + attention + tower + projector
+    assert case.needed_flops == 2 * 2 * everything
     assert case.needed_flops - lora.needed_flops == 2 * 2 * (frozen + head - adapters)
 
 

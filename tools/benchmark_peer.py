@@ -84,7 +84,7 @@ class Peer:
         for start in range(0, samples, self.micro_size):
             part = {name: x[start : start + self.micro_size] for name, x in batch.items()}
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.model(**part).loss * (self.micro_size / samples)  # learned alike
+                loss = self.model(**part).loss * (len(part["input_ids"]) / samples)
             loss.backward()
             total += loss.detach()
         self.optimizer.step()

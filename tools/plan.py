@@ -107,9 +107,14 @@ def table(given: argparse.Namespace) -> int:
     """
     from plan_table import HEADER, ROWS, describe, measure
 
+    rows = [row for row in ROWS if row.count == given.count]
+    if not rows:
+        counts = ", ".join(str(count) for count in sorted({row.count for row in ROWS}))
+        print(f"error: the table has rows of {counts} devices, none of {given.count}")
+        return 1
     print(HEADER)
     found = []
-    for row in (row for row in ROWS if row.count == given.count):
+    for row in rows:
         usage, flops = measure(row)
         print(describe(row, usage, flops), flush=True)
         found.append((row, usage))

@@ -7,7 +7,6 @@ mask cannot drift from the ids.
 """
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -286,7 +285,7 @@ def _render(
     turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> list[_Piece]:
     system, turns = _split_system(turns, template)
-    pieces = [*_parse(template.begin, tokenizer)]
+    pieces = _parse(template.begin, tokenizer)
     for index, turn in enumerate(turns):
         if turn.role == "human":
             pieces += _render_human_prefix("" if index else system, template, tokenizer)
@@ -307,12 +306,12 @@ def _render_human_prefix(
     system: str, template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[_Piece]:
     before, place, after = template.human_prefix.partition(SYSTEM_PLACE)
-    pieces = [*_parse(before, tokenizer)]
+    pieces = _parse(before, tokenizer)
     if place and system:
         pieces += _parse(template.system_prefix, tokenizer)
         pieces.append(_Piece(system, None, learned=False))
         pieces += _parse(template.system_suffix, tokenizer)
-    return [*pieces, *_parse(after, tokenizer)]
+    return pieces + _parse(after, tokenizer)
 
 
 def _render_question(
@@ -323,7 +322,7 @@ def _render_question(
         text = text.replace(IMAGE_PLACEHOLDER, "").strip()
     if not template.keeps_questions:
         text = ""
-    suffix = _parse(template.image_suffix, tokenizer) if text else ()
+    suffix = _parse(template.image_suffix, tokenizer) if text else []
     image = [_Piece("", image_id, learned=False), *suffix]
     return image * images + [_Piece(text, None, learned=False)]
 
@@ -346,10 +345,7 @@ def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Seque
     return system, turns
 
 
-@functools.lru_cache(maxsize=1024)  # a template's texts are the same for every sample
-def _parse(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False
-) -> tuple[_Piece, ...]:
+def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False) -> list[_Piece]:
     """Splits the text of a template at its control tokens."""
     pieces = []
     for index, part in enumerate(re.split(r"\{([^{}]+)\}", text)):
@@ -357,7 +353,7 @@ def _parse(
             pieces.append(_Piece(part, None, learned))
         elif (token := _control_token(part, tokenizer)) is not None:
             pieces.append(_Piece("", token, learned))
-    return tuple(piece for piece in pieces if piece.text or piece.token is not None)
+    return [piece for piece in pieces if piece.text or piece.token is not None]
 
 
 def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:

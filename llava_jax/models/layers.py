@@ -118,7 +118,8 @@ def _product_backward(operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
     """As JAX would have it, but for the order of the weight's product.
 
     XLA's CPU backend transposes its first operand, and what that was computed by is computed once
-    more, element by element. JAX always has the gradient first; here it is the smaller one.
+    more, element by element. JAX always has the gradient first; here it is the smaller one. Of a
+    frozen weight, x is kept in vain, which XLA drops.
     """
     x, weight = operands
     of_x = jnp.einsum("BTF,FD->BTD", grad, weight)
@@ -166,7 +167,8 @@ class RmsNorm(nnx.Module):
         return _rms_norm(x, self.weight[...], self.eps)
 
 
-@partial(jax.checkpoint, static_argnums=2)  # little to compute again, and it is twice as wide as x
+# Little to compute again, and else a wider float32 is kept. A scan prevents CSE already.
+@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)

@@ -43,7 +43,7 @@ def test_a_run_writes_below_its_directory_and_asks_nobody(base: Path, data: Path
     arguments = ["--config", str(config), "--output-dir", str(output)]
     run = subprocess.run(
         [sys.executable, script, report, *arguments],
-        env=environment() | {"HF_HUB_OFFLINE": "0"},
+        env=environment(HF_HUB_OFFLINE=0, JAX_COMPILATION_CACHE_DIR=tmp_path / ".cache"),
         capture_output=True,
         text=True,
         check=False,
@@ -53,7 +53,7 @@ def test_a_run_writes_below_its_directory_and_asks_nobody(base: Path, data: Path
     assert seen["connected"] == []
     assert seen["unpickled"] == []
     inside = [path for path in seen["written"] if Path(path).is_relative_to(output)]
-    allowed = (str(output), os.devnull, str(report), os.environ["JAX_COMPILATION_CACHE_DIR"])
+    allowed = (str(output), os.devnull, str(report), str(tmp_path / ".cache"))
     outside = [path for path in seen["written"] if not path.startswith(allowed)]
     assert inside
     assert outside == []
