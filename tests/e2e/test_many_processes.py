@@ -158,7 +158,7 @@ def test_a_stopped_run_continues_on_any_devices(
 PLANNED = ("--memory.plan", "auto", "--memory.limit-gib", "1")
 SHAPES = {
     "grouped-data2": (
-        *("--steps", "6", "--data.group-by-modality-length"),
+        "--data.group-by-modality-length",
         *("--batch.loss-group", "4", "--mesh.data", "2", "--mesh.fsdp", "4"),
     ),
     "planned": ("--mesh.data", "2", "--mesh.fsdp", "4"),
@@ -168,10 +168,8 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [next(iter(SHAPES)), *(pytest.param(name, marks=pytest.mark.slow) for name in [*SHAPES][1:])],
-)
+@pytest.mark.slow  # the short form is a run that goes on after a signal
+@pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_learn_as_one(start: Start, alone: Callable[..., Path], name: str):
     planned = PLANNED if name == "planned" else ()  # and that changes no number
     (status, said), other = end(start(f"{name}-2", *SHAPES[name], *planned))

@@ -92,7 +92,10 @@ def test_the_step_that_a_plan_was_measured_by_is_not_compiled_again(
     assert len(list(cache.glob("jit_train_step-*-cache"))) == 1
 
 
-@pytest.mark.parametrize(("arguments", "lengths"), [((), {64, 96}), (("--data.packing",), {96})])
+@pytest.mark.parametrize(
+    ("arguments", "lengths"),
+    [((), {64, 96}), pytest.param(("--data.packing",), {96}, marks=pytest.mark.slow)],
+)
 def test_nothing_is_traced_again_after_the_first_steps(
     base: Path,
     data: Path,
