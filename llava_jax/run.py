@@ -29,7 +29,7 @@ from llava_jax.environment import host_memory
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import discard, export, export_dir, publish
 from llava_jax.guard import LOST, leave
-from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve
+from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
@@ -258,10 +258,7 @@ def _follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None
     if config.init_adapter is not None:
         adapter = str(adapter_in(config.init_adapter))
         config = dataclasses.replace(config, init_adapter=adapter)
-    try:
-        found = resolve(source)
-    except ConfigError as error:
-        raise ConfigError(f"init_from: {error}") from error
+    found = resolve_start(source)
     if found.adapter is None:
         return config, found
     if config.init_adapter is not None:

@@ -89,9 +89,9 @@ def test_merging_computes_the_same_and_leaves_no_adapter():
         for i, (path, leaf) in enumerate(abstract.items())
     }
     model = merge(graph, params)
-    run = lambda graph, params: jax.jit(lambda params: merge(graph, params)(ids, pixels))(params)
     ids = jnp.array([[1, 60, 60, 60, 60, 5, 6]], jnp.int32)
     pixels = jax.random.normal(key, (1, 3, 28, 28))
+    run = lambda graph, params: jax.jit(lambda params: merge(graph, params)(ids, pixels))(params)
     before = run(graph, params)
     lora.merge_adapters(model)
     assert not any(lora.is_adapter(path) for path in split(model)[1])

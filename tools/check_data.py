@@ -49,13 +49,10 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from llava_jax.config import ConfigError
     from llava_jax.data.check import check, only_json, write_clean
     from llava_jax.data.padding import measure_padding
-    from llava_jax.hf.resolve import resolve
+    from llava_jax.hf.resolve import resolve_start
     from llava_jax.inputs import find_model, open_inputs
 
-    try:
-        source = None if config.init_from is None else resolve(config.init_from).base
-    except ConfigError as error:
-        raise ConfigError(f"init_from: {error}") from error
+    source = None if config.init_from is None else resolve_start(config.init_from).base
     inputs = open_inputs(config, *find_model(config, source))
     records = inputs.records
     to_write = only_json(records) if given.write_clean else None

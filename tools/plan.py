@@ -107,11 +107,12 @@ def table(given: argparse.Namespace) -> int:
     """
     from plan_table import HEADER, ROWS, describe, measure
 
+    from llava_jax.config import ConfigError
+
     rows = [row for row in ROWS if row.count == given.count]
     if not rows:
         counts = ", ".join(str(count) for count in sorted({row.count for row in ROWS}))
-        print(f"error: the table has rows of {counts} devices, none of {given.count}")
-        return 1
+        raise ConfigError(f"the table has rows of {counts} devices, none of {given.count}")
     print(HEADER)
     found = []
     for row in rows:

@@ -43,6 +43,14 @@ def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoi
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
 
+def resolve_start(source: str | Parts) -> Checkpoint:
+    """`resolve` of a config's `init_from`; what is wrong with it names the field."""
+    try:
+        return resolve(source)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from error
+
+
 def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False) -> Checkpoint:
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source, read))
