@@ -162,6 +162,17 @@ def test_control_tokens_in_the_text_stay_text(llama, byte_level):
     assert byte_level.convert_tokens_to_ids("<|user|>") not in ids
 
 
+def test_what_other_calls_set_does_not_matter(llama):
+    turns = talk("what is this?", "a cat on a mat, and </s>")
+    kept = copy.deepcopy(llama)
+    kept.backend_tokenizer.enable_truncation(3)
+    kept.backend_tokenizer.enable_padding(length=50)
+    kept.backend_tokenizer.encode_special_tokens = False
+    found, expected = (encode(turns, VICUNA, tokenizer, IMAGE) for tokenizer in (kept, llama))
+    np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+    np.testing.assert_array_equal(found.loss_mask, expected.loss_mask)
+
+
 def test_an_image_token_out_of_text_is_refused(byte_level):
     # An added token that is not special is found in any text.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)

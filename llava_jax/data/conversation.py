@@ -9,11 +9,12 @@ mask cannot drift from the ids.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError
@@ -377,14 +378,18 @@ def _tokenize(
     pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> Encoded:
     """Tokenises what lies between two control tokens as one string."""
-    is_text = lambda piece: piece.token is None
-    groups = [list(group) for _, group in itertools.groupby(pieces, key=is_text)]
-    runs = iter(_tokenize_runs([group for group in groups if is_text(group[0])], tokenizer))
+    # The core itself: a call of transformers' takes as long again around it. It keeps the settings
+    # of other calls.
+    core = cast("Tokenizer", tokenizer.backend_tokenizer)
+    core.no_truncation()
+    core.no_padding()
+    core.encode_special_tokens = True  # a control token's name in a text is only text
     ids: list[int] = []
     mask: list[bool] = []
-    for group in groups:
-        if is_text(group[0]):
-            run_ids, run_mask = next(runs)
+    for is_text, pieces_alike in itertools.groupby(pieces, key=lambda piece: piece.token is None):
+        group = [*pieces_alike]
+        if is_text:
+            run_ids, run_mask = _tokenize_run(group, core)
             if image_id in run_ids:
                 raise SampleError(f"text other than a placeholder gives the image token {image_id}")
             ids += run_ids
@@ -395,35 +400,11 @@ def _tokenize(
     return Encoded(np.array(ids, np.int32), np.array(mask, bool))
 
 
-def _tokenize_runs(
-    runs: Sequence[Sequence[_Piece]], tokenizer: PreTrainedTokenizerBase
-) -> Iterable[tuple[list[int], list[bool]]]:
-    """Tokenises each run as one string; a token with a learned character is learned.
-
-    All in one call and one array, for most of the time goes into what is around a tokenizer.
-    """
-    if not runs:
-        return ()
-    texts = ["".join(piece.text for piece in run) for run in runs]
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    ids = cast("list[list[int]]", found["input_ids"])
-    pieces = list(itertools.chain(*runs))
-    learned = np.repeat([piece.learned for piece in pieces], [len(piece.text) for piece in pieces])
-    learned_before = np.concatenate([[0], np.cumsum(learned)])
-    lengths = np.array([len(text) for text in texts])
-    tokens = [len(run) for run in ids]
-    ends_of_runs = np.repeat(np.cumsum(lengths), tokens)
-    offsets = np.array([*itertools.chain(*found["offset_mapping"])], np.int64).reshape(-1, 2)
-    starts, ends = offsets.T + ends_of_runs - np.repeat(lengths, tokens)
+def _tokenize_run(run: Sequence[_Piece], core: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Tokenises it as one string; a token with a learned character is learned."""
+    found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
+    learned = b"".join(
+        bytes([piece.learned]) * len(piece.text) for piece in run
+    )  # a character each
     # A token may cover no character (a leading-space token, for one): it goes with the next.
-    ends = np.minimum(np.maximum(ends, starts + 1), ends_of_runs)
-    mask = (learned_before[ends] > learned_before[starts]).tolist()
-    stops = itertools.accumulate(tokens)
-    return [(run, mask[stop - len(run) : stop]) for run, stop in zip(ids, stops, strict=True)]
+    return found.ids, [any(learned[start : max(end, start + 1)]) for start, end in found.offsets]

@@ -53,7 +53,7 @@ class ImageTransform:
             whatever becomes of the image's proportions.
         decode: How `read` decodes a JPEG: "exact" as Hugging Face's processors do. "draft" at a
             half, a quarter or an eighth of its size, if that leaves about as many pixels as are
-            needed; they differ by 1 to 3 steps of 1/255 on average.
+            needed; they differ by 0.5 to 2.5 steps of 1/255 on average.
     """
 
     shortest_edge: int = 336
@@ -99,7 +99,11 @@ class ImageTransform:
             size = file.size
             scale = self._reduce(file) if self.decode == "draft" else 1
             rgb = _to_rgb(file)
-        levels[...] = np.moveaxis(np.asarray(self._fit(rgb, size, scale)), -1, 0)
+        fitted = self._fit(rgb, size, scale)
+        # A channel at a time is faster than moving an array's axis.
+        for channel, name in zip(levels, "RGB", strict=True):
+            flat = np.frombuffer(fitted.tobytes("raw", name), np.uint8)
+            channel[...] = flat.reshape(channel.shape)
 
     def _reduce(self, file: Image.Image) -> int:
         """Has a JPEG decoded at 1 / scale of its size; returns the scale."""
