@@ -1,6 +1,8 @@
 """The count of what a module moves, and that loops do not move more than they must."""
 
+import dataclasses
 from collections import Counter
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from training import CONFIG, MODEL, change
 from llava_jax import loss
 from llava_jax.collectives import collective_bytes
 from llava_jax.config import MeshConfig
+from llava_jax.lora import is_adapter
 from llava_jax.models import llama
 from llava_jax.plan import compile_here
 from llava_jax.sharding import make_mesh, on_rows
@@ -88,3 +91,26 @@ def test_a_step_moves_the_same_in_any_number_of_pieces(monkeypatch: pytest.Monke
         return collective_bytes(compiled.as_text() or "")
 
     assert moved(4) == moved(20)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_gathered_once_forwards_and_once_backwards(
+    dtype: Literal["float32", "bfloat16"],
+):
+    def gathered(rank: int) -> tuple[int, int]:
+        """Bytes of all that is gathered, and of all adapters."""
+        config = change(
+            dataclasses.replace(CONFIG, dtype=dtype),
+            tune={"llm": "lora", "vision": "frozen"},
+            lora={"rank": rank, "dropout": 0.1},
+            memory={"remat": "full"},
+            mesh={"fsdp": 8},
+            data={"max_length": 20},
+        )
+        program, compiled, _ = compile_here(config, MODEL, images=1, capacity=2**30)
+        adapters = [leaf for path, leaf in program.abstract.items() if is_adapter(path)]
+        moved = collective_bytes(compiled.as_text() or "")["all-gather"]
+        return moved, sum(4 * leaf.size for leaf in adapters)  # CPUs gather bfloat16 as float32
+
+    (moved, adapters), (moved_more, more_adapters) = gathered(8), gathered(16)
+    assert moved_more - moved == 2 * (more_adapters - adapters)

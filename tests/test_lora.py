@@ -1,5 +1,8 @@
 """Adapters: what gets one, what trains, what merging and dropout do."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from training import CONFIG, MODEL
 
 from llava_jax import lora, pretrained
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
-from llava_jax.models.layers import Linear, dropout, merge, parameter, split
+from llava_jax.models.layers import Linear, dropout, fold_in, merge, parameter, split
 
 
 def adapters(**targets: tuple[str, ...]) -> dict[str, LoraConfig]:
@@ -97,3 +100,21 @@ def test_merging_computes_the_same_and_leaves_no_adapter():
     assert not any(lora.is_adapter(path) for path in split(model)[1])
     after = run(*split(model))
     np.testing.assert_allclose(after, before, atol=2e-5 * float(jnp.abs(before).max()))
+
+
+def test_gradients_see_the_dropout_of_the_forward_pass():
+    linear = Linear(7, 4, bias=False)
+    linear.lora_a, linear.lora_b = parameter(2, 7), parameter(4, 2)
+    linear.lora_scale, linear.lora_dropout = 2.0, 0.5
+    graph, shapes = split(linear)
+    keys = jax.random.split(jax.random.key(0), (3, 5))
+    draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
+    params = {path: draw(i, leaf.shape) for i, (path, leaf) in enumerate(shapes.items())}
+
+    def plain(params: Any, x: jax.Array) -> jax.Array:
+        low = dropout(x, 0.5, fold_in(keys, 0)) @ params["lora_a"].T
+        return jnp.sum(jnp.sin(x @ params["weight"].T + 2.0 * low @ params["lora_b"].T))
+
+    ours = lambda params, x: jnp.sum(jnp.sin(merge(graph, params)(x, keys)))
+    found, expected = (jax.grad(f, (0, 1))(params, draw(9, (3, 5, 7))) for f in (ours, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)

@@ -92,8 +92,6 @@ class Linear(nnx.Module):
         return checkpoint_name(y, LINEAR)
 
 
-# dropout(x) is large, and little to compute again.
-@partial(jax.checkpoint, static_argnums=(4, 5), policy=KEEP_PRODUCTS)
 def _low_rank_product(
     x: Float[Array, "B T in"],
     a: Float[Array, "R in"],
@@ -103,10 +101,12 @@ def _low_rank_product(
     rate: float,
 ) -> Float[Array, "B T out"]:
     x, a, b = gradients_together(x, a, b)
-    if keys is not None and rate > 0:
-        x = dropout(x, rate, keys)
-    low = checkpoint_name(scale * _product(x, a.astype(x.dtype)), LOW_RANK)
-    return _product(low, b.astype(x.dtype))
+    # Cast once, and not behind a barrier: else devices that share a weight gather it once more.
+    a, b = a.astype(x.dtype), b.astype(x.dtype)
+    low: jax.Array = (
+        _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
+    )
+    return _product(checkpoint_name(scale * low, LOW_RANK), b)
 
 
 @jax.custom_vjp
@@ -131,6 +131,28 @@ def _product_backward(operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
 
 
 _product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dropped_product(
+    x: Float[Array, "B T D"], weight: Float[Array, "F D"], keys: Key[Array, "B T"], rate: float
+) -> Float[Array, "B T F"]:
+    return _product(dropout(x, rate, keys), weight)
+
+
+def _drop_again(rate: float, operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
+    """The product's gradients. dropout(x) is large, and little to compute again."""
+    x, weight, keys = operands
+    x, keys, grad = jax.lax.optimization_barrier((x, keys, grad))
+    dropped, pull = jax.vjp(lambda x: dropout(x, rate, keys), x)
+    of_dropped, of_weight = _product_backward((dropped, weight), grad)
+    return *pull(of_dropped), of_weight, None
+
+
+_dropped_product.defvjp(
+    lambda x, weight, keys, rate: (_dropped_product(x, weight, keys, rate), (x, weight, keys)),
+    _drop_again,
+)
 
 
 @jax.custom_vjp
