@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,14 @@ def measure(
             fit so many devices.
     """
     capacity = find_device(device).memory if capacity is None else capacity
-    program, stats, text = compile_for(config, model, device, count)
-    return _usage(program, config, stats, text, capacity)
+    program, totals, text = compile_for(config, model, device, count)
+    return _usage(program, config, totals, text, capacity)
 
 
 def compile_for(
     config: TrainConfig, model: ModelConfig, device: str, count: int
-) -> tuple[Program, Any, str]:
-    """As `measure`; the program, XLA's own figures of its memory, and the compiled module."""
+) -> tuple[Program, tuple[int, int], str]:
+    """As `measure`; the program, its bytes on a device and in host memory, and the module."""
     target = find_device(device)
     kind = attention_for(config, model, target)
     if isinstance(target, Gpu):
@@ -174,19 +175,27 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
         images: Image slots of a sample.
         capacity: Bytes of one device.
     """
-    return compile_here(config, model, images, capacity)[2]
+    config, program, batch = _program_here(config, model, images)
+    return _usage(program, config, *_compiled(program, batch), capacity)
 
 
 def compile_here(
     config: TrainConfig, model: ModelConfig, images: int, capacity: int
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
     """As `measure_here`, with the program and its train step, ready to run."""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
-    kind = attention_here(config, model)
-    program, batch = _program(config, model, jax.devices(), kind, donate=False)
+    config, program, batch = _program_here(config, model, images)
     compiled = program.trace_train_step(batch).lower().compile()
     text = compiled.as_text() or ""
-    return program, compiled, _usage(program, config, compiled.memory_analysis(), text, capacity)
+    usage = _usage(program, config, _totals(compiled.memory_analysis()), text, capacity)
+    return program, compiled, usage
+
+
+def _program_here(
+    config: TrainConfig, model: ModelConfig, images: int
+) -> tuple[TrainConfig, Program, Any]:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
+    kind = attention_here(config, model)
+    return config, *_program(config, model, jax.devices(), kind, donate=False)
 
 
 def _program(
@@ -210,7 +219,7 @@ def _program(
 
 def _compile_for_gpus(
     config: TrainConfig, model: ModelConfig, target: Gpu, count: int, kind: AttentionKind
-) -> tuple[Program, Any, str]:
+) -> tuple[Program, tuple[int, int], str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
@@ -237,12 +246,12 @@ def _compile_for_gpus(
         compile_options=options,
     )
     text = executable.hlo_modules()[0].to_string()
-    return program, executable.get_compiled_memory_stats(), text
+    return program, _totals(executable.get_compiled_memory_stats()), text
 
 
 def _compile_for_tpus(
     config: TrainConfig, model: ModelConfig, target: Tpu, count: int, kind: AttentionKind
-) -> tuple[Program, Any, str]:
+) -> tuple[Program, tuple[int, int], str]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
     if count not in target.chips:
@@ -250,20 +259,30 @@ def _compile_for_tpus(
         raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
     topology = topologies.get_topology_desc(**target.slice_of(count))
     program, batch = _program(config, model, list(topology.devices), kind, donate=True)
-    compiled = program.trace_train_step(batch).lower().compile()
-    return program, compiled.memory_analysis(), compiled.as_text() or ""
+    return program, *_compiled(program, batch)
 
 
-def _usage(program: Program, config: TrainConfig, stats: Any, text: str, capacity: int) -> Usage:
-    state, abstract = program.state, program.abstract
-    terms = {
-        "frozen weights": {path: abstract[path] for path in program.frozen},
-        "trainables": {path: abstract[path] for path in program.trainable},
-        "optimizer": jax.tree.leaves(state.opt_state),
-        "gradients": program.gradients,
-    }
-    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
-    host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
+    """Bytes that a step takes on a device and in host memory, and the compiled module.
+
+    A step that does not fit is not compiled for TPUs: of it there is what the compiler says, and no
+    module.
+    """
+    lowered = program.trace_train_step(batch).lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        if found is None:
+            raise
+        needed = int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+        hosted = (_bytes(tree, on_host=True) for tree in _terms(program).values())
+        return (needed, sum(hosted)), ""
+    return _totals(compiled.memory_analysis()), compiled.as_text() or ""
+
+
+def _totals(stats: Any) -> tuple[int, int]:
+    """Arguments, results and temporaries on the device, and in host memory."""
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -276,13 +295,34 @@ def _usage(program: Program, config: TrainConfig, stats: Any, text: str, capacit
         - stats.host_alias_size_in_bytes
         + stats.host_temp_size_in_bytes
     )
+    return total, host_total
+
+
+def _terms(program: Program) -> dict[str, Any]:
+    abstract = program.abstract
+    return {
+        "frozen weights": {path: abstract[path] for path in program.frozen},
+        "trainables": {path: abstract[path] for path in program.trainable},
+        "optimizer": jax.tree.leaves(program.state.opt_state),
+        "gradients": program.gradients,
+    }
+
+
+def _usage(
+    program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
+) -> Usage:
+    total, host_total = totals
+    terms = _terms(program)
+    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
+    host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
     if host_total == 0:  # XLA's CPU backend counts host memory as the device's
         host_total = sum(host.values())
         total -= host_total
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
     pcie = _pcie_bytes(program, host, config)
-    return Usage(device, host, total, host_total, pcie, capacity, _flops(text))
+    flops = _flops(text) if text else None
+    return Usage(device, host, total, host_total, pcie, capacity, flops)
 
 
 def _flops(text: str) -> int | None:

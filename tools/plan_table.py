@@ -99,6 +99,6 @@ def describe(row: Row, usage: plan.Usage, flops: float) -> str:
         str(row.micro_size),
         f"{usage.total / GIB:.2f} ({row.device_gib})",
         f"{usage.host_total / GIB:.2f} ({row.host_gib})",
-        f"{flops:.2f} x",
+        "–" if math.isnan(flops) else f"{flops:.2f} x",
     )
     return f"| {' | '.join(cells)} |" + ("" if row.holds(usage) else " SHORT")
