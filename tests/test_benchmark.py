@@ -26,13 +26,22 @@ def tiny(monkeypatch: pytest.MonkeyPatch):
 def test_both_sides_make_the_same_steps(tune, tmp_path, capfd):
     file = tmp_path / "found.json"
     command = [*SHORT, *TURNS, "--tune", tune, "--peer", "hf", "--json", str(file)]
+    command += ["--micro-size", "1"]  # of two
     assert benchmark.main(command) == 0
     found = json.loads(file.read_text())
+    assert found["case"]["config"]["batch"]["micro_size"] == 1
     ours, theirs = found["sides"]
     assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
     assert len(set(ours["losses"])) == 3
     assert found["compared"]["losses apart"] < 1e-5
-    assert "| hf |" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "| hf |" in out
+    assert "micro-batch 1\n" in out
+
+
+def test_a_micro_batch_that_does_not_divide_is_a_mistake(capsys):
+    assert benchmark.main([*SHORT, "--micro-size", "3"]) == 1
+    assert "2 samples are no multiple of 3" in capsys.readouterr().err
 
 
 def test_losses_that_differ_are_told(monkeypatch, capsys):
@@ -88,6 +97,7 @@ def arguments(tune: str):
         shape="tiny",
         tune=tune,
         rank=4,
+        micro_size=None,
         plan="resident",
         remat="none",
         batch=2,

@@ -34,15 +34,24 @@ def main(argv: list[str] | None = None) -> int:
         "sample, and prints a table. With a config, its fields can be overridden, as in training. "
         "Exit status: 0, 3 if float32 losses of both sides differ by more than 1e-4, 1 a mistake.",
     )
-    parser.add_argument("--config", help="a config file, instead of a shape, a batch and a plan")
+    parser.add_argument("--config", help="a config file, instead of all down to --dtype but text")
     parser.add_argument("--shape", choices=SHAPES, default="25m", help="about so many parameters")
-    parser.add_argument("--tune", choices=("lora", "qlora", "full"), default="lora")
+    parser.add_argument(
+        "--tune", choices=("lora", "qlora", "full"), default="lora", help="with the projector"
+    )
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
-    parser.add_argument("--plan", choices=("resident", "streamed"), default="resident")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
+    parser.add_argument(
+        "--plan", choices=("resident", "streamed"), default="resident", help="where weights lie"
+    )
+    parser.add_argument(
+        "--remat", choices=("none", "dots", "full"), default="full", help="what is computed again"
+    )
     parser.add_argument("--batch", type=int, default=4, help="samples")
+    parser.add_argument("--micro-size", type=int, help="samples at a time; None: all")
     parser.add_argument("--text-tokens", type=int, default=64, help="half of them are learned")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of products"
+    )
     parser.add_argument("--peer", choices=("hf",), help="transformers and peft, in turn with ours")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
@@ -106,6 +115,9 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
         raise ConfigError(f"--peer {given.peer} trains decoder and projector, not {tune}")
     if given.peer and config.quantize not in (None, "nf4"):
         raise ConfigError(f"--peer {given.peer} has nf4 alone, not {config.quantize}")
+    micro_size = config.batch.micro_size or 1
+    if config.batch.global_size % micro_size:
+        raise ConfigError(f"{config.batch.global_size} samples are no multiple of {micro_size}")
     return Case(config, model, given.text_tokens)
 
 
@@ -120,7 +132,7 @@ def ladder(given: argparse.Namespace) -> TrainConfig:
         model=SHAPES[given.shape],
         tune=TuneConfig("full" if full else "lora", "frozen", "full"),
         lora=LoraConfig(given.rank, 2.0 * given.rank),
-        batch=BatchConfig(given.batch),
+        batch=BatchConfig(given.batch, given.micro_size),
         optimizer=OptimizerConfig(1e-5 if full else 1e-4),
         memory=MemoryConfig(remat=given.remat, offload_optimizer=streamed, stream_weights=streamed),
         dtype=given.dtype,

@@ -143,7 +143,8 @@ def table(case: Case, rows: list[Row]) -> str:
     """The figures, as Markdown."""
     config = case.config
     head = f"{config.tune.llm}, {config.dtype}, remat {config.memory.remat}, on {rows[0].device}: "
-    head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them learned"
+    head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them learned, "
+    head += f"micro-batch {config.batch.micro_size or case.samples}"
     lines = [HEADER, ["---"] * len(HEADER), *(cells(case, row) for row in rows)]
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
