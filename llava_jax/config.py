@@ -287,7 +287,7 @@ class DataConfig:
             colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
         image_decode: How training images are decoded: "exact", or "draft": JPEGs at a half, a
             quarter or an eighth of their size where that is about what is needed. Large ones
-            are read twice as fast, and pixels differ by 1 to 3 steps of 1/255 on average.
+            are read twice as fast, and pixels differ by 0.5 to 2.5 steps of 1/255 on average.
         max_length: Longest sequence in tokens, images expanded; longer ones are cut.
         max_text_length: Longest sequence in tokens where an image counts as one, which is XTuner's
             limit; longer ones are cut. None leaves it to max_length.
@@ -369,7 +369,7 @@ class MemoryConfig:
             "manual" takes the fields as they are.
         limit_gib: Memory of one device, for "auto"; None asks the device.
         remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
-            also what its linear layers return, "none" everything.
+            also what its linear layers return, "none" all but norms and gated products.
         offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" the
             float32 weights of blocks that train in full; a layer at a time is on the device.
         stream_weights: Keep the blocks' weights, and their gradients where they train, in host
