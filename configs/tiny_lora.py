@@ -1,6 +1,6 @@
 """Teaches the embedded tiny LLaVA the words "not" and "no", with LoRA on all seven linears.
 
-A minute and a half on 2 CPU cores. The training questions are easy-VQA's, negated ones included,
+Two to three minutes on 2 CPU cores. The training questions are easy-VQA's, negated ones included,
 with "yes" and "no" balanced: most questions with "not" are answered "yes", and a model that learns
 this first takes long to look at the image. The test split's images and questions are held out.
 """

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/collectives.py",
-        description="Compiles a run's train step, of one micro-batch, for slices of growing size "
+        description="Compiles a run's train step, of one micro-batch, for growing numbers of GPUs "
         "with all devices on the fsdp axis, and prints the GiB that a device takes part in moving: "
         "of a gather the result, of other collectives the operands. Any field of the config can be "
         "overridden, as in training.",

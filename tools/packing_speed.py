@@ -1,8 +1,9 @@
 """Times training with `data.packing` beside training without: `python tools/packing_speed.py`.
 
 The samples are random words and images, of lengths like those of LLaVA-1.5's mixture; the model has
-random weights. Both take turns in one process, on the same samples. Returns 0 if every sample has
-the same loss either way, to 1e-5.
+random weights. Both take turns in one process, on the same samples: LoRA of rank 16, remat "full".
+Without packing, rows are padded to --max-length. Returns 0 if every sample has the same loss either
+way, to 1e-5.
 """
 
 import argparse

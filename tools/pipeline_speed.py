@@ -2,8 +2,8 @@
 
 The bare loop only makes pixels: it opens, converts, pads (or crops) and resizes with Pillow, and
 stops at 8 bits. A run's own code also reads records, tokenises, masks, pads and batches in a worker
-process, which hands the batches over. Seconds are those of processors, not of the
-clock, of both processes and all threads together. The three are timed in turn.
+process, which hands the batches over. Seconds are those of processors, not of the clock, of both
+processes and all threads together. Bare, exact and draft are timed in turn.
 """
 
 import argparse

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a config file")
-    rows = "the rows of README's table that have --count devices"
+    rows = "the rows of README's table that have --count devices, each for its own device"
     what.add_argument("--table", action="store_true", help=rows)
     names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
