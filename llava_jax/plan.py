@@ -262,6 +262,10 @@ def _compile_for_tpus(
     return program, *_compiled(program, batch)
 
 
+_REFUSED = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")
+"""In what the compiler of TPUs says, newer and older, the bytes that a step needs."""
+
+
 def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
     """Bytes that a step takes on a device and in host memory, and the compiled module.
 
@@ -272,7 +276,7 @@ def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        found = _REFUSED.search(str(error))
         if found is None:
             raise
         needed = int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))

@@ -188,24 +188,30 @@ def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
     assert arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "the total memory required for HLO temporaries (28.15G) exceeds available HBM (15.75G).",
+        "Used 28.15G of 15.75G hbm. Exceeded hbm capacity by 12.40G.",
+    ],
+)
 def test_what_the_compiler_refuses_does_not_fit(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, words: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """As that of TPUs does, in these words."""
-    said = "(28.15G) exceeds available HBM (15.75G). HLO module: jit_train_step."
+    """As that of TPUs does."""
+    said = words
 
     def refuse(_: Any) -> None:
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: temporaries {said}")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
     monkeypatch.setattr(host, "LEAST_SLICE", 100)
     planned = Plan(1, MemoryConfig(remat="full", stream_weights=True)).apply(config)
-    usual = plan.measure_here(planned, MODEL, 1, 16 * GIB)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     usage = plan.measure_here(planned, MODEL, 1, 16 * GIB)
     assert not usage.fits
     assert usage.total == sum(usage.device.values()) == int(28.15 * GIB)
     assert usage.host_total == sum(usage.host.values()) > 0
-    assert usage.host["frozen weights"] == usual.host["frozen weights"]
+    assert usage.host["trainables"] > 0
     assert usage.flops is None
     said = "something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
