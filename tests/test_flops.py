@@ -194,8 +194,17 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
     return 2 * samples * (length * (blocks + head) + images * (tower + projector))
 
 
-@pytest.mark.parametrize("llm", ["lora", "full"])
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize(
+    ("llm", "remat"),
+    [
+        ("lora", "full"),
+        ("lora", "dots"),
+        ("full", "dots"),
+        pytest.param("full", "full", marks=pytest.mark.slow),
+        pytest.param("lora", "none", marks=pytest.mark.slow),
+        pytest.param("full", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_the_train_step(llm: Any, remat: Remat):
     tune = TuneConfig(llm, "frozen", "full")
     config = dataclasses.replace(

@@ -60,7 +60,7 @@ def test_micro_batches_without_a_token_are_left_out():
 @pytest.mark.parametrize(
     ("devices", "fields"),
     [
-        (1, {"batch": {"micro_size": 2}}),
+        pytest.param(1, {"batch": {"micro_size": 2}}, marks=pytest.mark.slow),
         (8, {"batch": {"micro_size": 1, "loss_weighting": "sample_mean", "loss_group": 2}}),
     ],
 )

@@ -47,6 +47,7 @@ def test_accumulation_equals_the_larger_batch(one_device: list[dict[str, float]]
     np.testing.assert_allclose(losses(rows), losses(one_device), rtol=1e-6)
 
 
+@pytest.mark.slow  # short: accumulation on one device, and eight devices without
 def test_sharded_accumulation_equals_the_larger_batch(one_device: list[dict[str, float]]):
     config = change(CONFIG, batch={"micro_size": 1}, mesh={"fsdp": 8})
     rows, program, _ = run(config, devices=8, steps=4)

@@ -76,7 +76,7 @@ def has_step(directory: Path, step: int) -> Callable[[], bool]:
 
 
 KILLS = [
-    pytest.param(signal.SIGKILL, 2, id="2 kills"),
+    pytest.param(signal.SIGKILL, 1, id="1 kill"),
     pytest.param(signal.SIGKILL, 50, id="50 kills", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, 20, id="20 SIGTERM", marks=pytest.mark.slow),
 ]
@@ -306,6 +306,7 @@ def test_a_disk_that_becomes_read_only_loses_nothing(config: Path, undisturbed: 
         assert_same_run(directory, whole)
 
 
+@pytest.mark.slow  # short: a signal to one of several processes
 def test_ctrl_c_ends_after_the_step(config: Path, undisturbed: tuple[Path, float]):
     directory = config.parent / "interrupted"
     run = start(config, "interrupted")

@@ -243,7 +243,12 @@ def fail(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ["export.save_processor", "checkpoint.Checkpoints.save", "metrics.Reporter.log"]
+    "broken",
+    [
+        "export.save_processor",
+        "checkpoint.Checkpoints.save",
+        pytest.param("metrics.Reporter.log", marks=pytest.mark.slow),
+    ],
 )
 def test_a_start_that_failed_does_not_bind_the_next(
     start, undisturbed: Path, broken: str, monkeypatch: pytest.MonkeyPatch
