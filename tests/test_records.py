@@ -407,7 +407,6 @@ def test_easy_vqa_order_is_the_files():
         assert Path(record.images[0]).name == f"{image}.png"
 
 
-@pytest.mark.slow
 def test_no_test_image_or_question_is_trained_on():
     def images(records):
         return {path for record in records for path in record.images}

@@ -80,7 +80,8 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [("remat-dots", "full", 8), ("stream_weights", "lora", 1), ("all", "full", 8)]
+SHORT = [("remat-dots", "full", 8), ("stream_weights", "lora", 1)]
+SHORT += [("all", "full", 8), ("all", "qlora", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
