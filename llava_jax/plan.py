@@ -185,9 +185,7 @@ def compile_here(
     """As `measure_here`, with the program and its train step, ready to run."""
     config, program, batch = _program_here(config, model, images)
     compiled = program.trace_train_step(batch).lower().compile()
-    text = compiled.as_text() or ""
-    usage = _usage(program, config, _totals(compiled.memory_analysis()), text, capacity)
-    return program, compiled, usage
+    return program, compiled, _usage(program, config, *_read(compiled), capacity)
 
 
 def _program_here(
@@ -282,6 +280,10 @@ def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
         needed = int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
         hosted = (_bytes(tree, on_host=True) for tree in _terms(program).values())
         return (needed, sum(hosted)), ""
+    return _read(compiled)
+
+
+def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
     return _totals(compiled.memory_analysis()), compiled.as_text() or ""
 
 

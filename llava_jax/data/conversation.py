@@ -403,8 +403,7 @@ def _tokenize(
 def _tokenize_run(run: Sequence[_Piece], core: Tokenizer) -> tuple[list[int], list[bool]]:
     """Tokenises it as one string; a token with a learned character is learned."""
     found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
-    learned = b"".join(
-        bytes([piece.learned]) * len(piece.text) for piece in run
-    )  # a character each
+    learned_characters = b"".join(bytes([piece.learned]) * len(piece.text) for piece in run)
     # A token may cover no character (a leading-space token, for one): it goes with the next.
-    return found.ids, [any(learned[start : max(end, start + 1)]) for start, end in found.offsets]
+    spans = (slice(start, max(end, start + 1)) for start, end in found.offsets)
+    return found.ids, [any(learned_characters[span]) for span in spans]
