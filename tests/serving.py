@@ -20,7 +20,7 @@ RED_TRIANGLE = resources.files("easy_vqa") / "data" / "test" / "images" / "0.png
 
 
 @contextlib.contextmanager
-def server(*arguments: str, checkpoint: Path = TINY) -> Iterator[str]:
+def server(*arguments: str, checkpoint: Path = TINY, **variables: object) -> Iterator[str]:
     """Yields the address of a server, which is then told to end, and must do so in order."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -29,7 +29,7 @@ def server(*arguments: str, checkpoint: Path = TINY) -> Iterator[str]:
             stderr=(log := open(Path(folder) / "log", "w+")),  # noqa: SIM115 - closed below
             text=True,
             cwd=ROOT,
-            env=environment(JAX_NUM_CPU_DEVICES=1),
+            env=environment(JAX_NUM_CPU_DEVICES=1, **variables),
         )
         with process, log:
             try:

@@ -49,7 +49,9 @@ LEVELS = (
         "serving.images",
         "serving.limits",
         "serving.metrics",
+        "serving.page_guard",
         "serving.schema",
+        "serving.uploads",
     ),
     (
         "collectives",
@@ -226,6 +228,8 @@ NEEDS = {
     "benchmarks.lmms": "lmms_eval.api",
     "serving.app": "fastapi",
     "serving.page": "fastapi",
+    "serving.page_guard": "fastapi",
+    "serving.uploads": "fastapi",
     "serving.schema": "pydantic",
     "serving.conversation": "pydantic",
     "serving.metrics": "prometheus_client",

@@ -34,8 +34,8 @@ def read_url(url: str, limits: Limits) -> bytes:
     return data
 
 
-def check_image(data: bytes, limits: Limits) -> None:
-    """Refuses what is not an image, or too large a one, by its first bytes.
+def check_image(data: bytes, limits: Limits) -> str:
+    """Refuses what is not an image, or too large a one, by its first bytes; returns its format.
 
     Raises:
         RequestError: Why.
@@ -47,7 +47,7 @@ def check_image(data: bytes, limits: Limits) -> None:
         )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+            (width, height), form = image.size, str(image.format)
     except UnidentifiedImageError:
         raise _refusal(f"an image is none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -60,6 +60,7 @@ def check_image(data: bytes, limits: Limits) -> None:
             f"{int(limits.image_pixels**0.5):,}",
             "image_too_large",
         )
+    return form
 
 
 def _data_url(url: str) -> bytes:

@@ -1,33 +1,36 @@
 """The page at `/`: chat with a model, and with its base beside it, by Gradio."""
 
 import asyncio
+import contextlib
 import dataclasses
 import html
 import importlib
 import os
 import random
-import tempfile
 import traceback
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from llava_jax.config import ConfigError
 from llava_jax.sampling import Sampling
 from llava_jax.serving.conversation import to_prompt
 from llava_jax.serving.images import check_image
 from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.page_guard import PageGuard
 from llava_jax.serving.schema import ImagePart, TextPart
 from llava_jax.serving.schema import Message as ChatMessage
 from llava_jax.serving.service import Service
+from llava_jax.serving.uploads import MAX_SECONDS, Uploads, add_upload_routes
 
 USUAL_NEW_TOKENS = 512  # as LLaVA's own page has it
 _FRAME_SECONDS = 0.05  # between two states of the page that are sent
-_DAY = 24 * 60 * 60
+MAX_SESSIONS = 256
+"""Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
+MAX_EXCHANGES = 100
+"""Questions of one conversation that are kept."""
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
@@ -72,7 +75,7 @@ def load_gradio() -> Any:
 
 
 def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
-    """Puts the page on an application, behind all that it has so far. As `load_gradio`.
+    """Puts the page on an application, behind all routes that it has so far. As `load_gradio`.
 
     Args:
         app: The application.
@@ -83,13 +86,19 @@ def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
     fonts = importlib.import_module("gradio.themes.utils.fonts")
     system = [fonts.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [fonts.Font(name) for name in ("ui-monospace", "monospace")]
-    folder = tempfile.TemporaryDirectory(prefix="llava_jax-")
-    app.state.uploads = folder  # removed with the application
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
-    app.add_middleware(PageGuard, ending=ending)
+    uploads = Uploads(service.limits)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    blocks = _Page(gr, service, uploads).blocks()
+    # Gradio sets this in `launch`, which a mounted page never calls; until then it reads any file
+    # whose path a client sends.
+    blocks.has_launched = True
+    blocks.state_session_capacity = MAX_SESSIONS
+    blocks._queue.pending_messages_per_session.max_size = MAX_SESSIONS
+    page = FastAPI()
+    page.add_middleware(CORSMiddleware)  # allows nobody; without one, Gradio adds its own
     gr.mount_gradio_app(
-        app,
-        _Page(gr, service, Path(folder.name)).blocks(),
+        page,
+        blocks,
         path="/",
         footer_links=[],
         run_history=False,
@@ -97,52 +106,21 @@ def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        max_file_size=service.limits.image_bytes,
         theme=gr.themes.Soft(primary_hue="blue", font=system, font_mono=mono),
         css=_CSS,
     )
+    add_upload_routes(app, uploads)
+    inputs = {index: function.inputs for index, function in blocks.fns.items() if function.fn}
+    app.mount("/", PageGuard(page, ending, uploads, service.limits, inputs))
+    start = app.router.lifespan_context
 
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[Any]:
+        with contextlib.closing(uploads):
+            async with start(app) as state, page.router.lifespan_context(page):
+                yield state
 
-class PageGuard:
-    """Around the page: browsers load nothing from elsewhere, and hold up no end of the server.
-
-    Args:
-        app: What is guarded.
-        ending: Set when the server is to end: to the application, all clients have then left. A
-            page keeps a connection open for as long as it is shown.
-    """
-
-    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-
-    def __init__(self, app: ASGIApp, ending: asyncio.Event):
-        self._app, self._ending = app, ending
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers."""
-        if scope["type"] != "http" or not scope["path"].startswith("/gradio_api/"):
-            await self._app(scope, receive, self._with_policy(send))
-            return
-
-        async def receive_on() -> Message:
-            received = asyncio.ensure_future(receive())
-            ending = asyncio.ensure_future(self._ending.wait())
-            try:
-                await asyncio.wait((received, ending), return_when=asyncio.FIRST_COMPLETED)
-                return received.result() if received.done() else {"type": "http.disconnect"}
-            finally:
-                received.cancel()
-                ending.cancel()
-
-        await self._app(scope, receive_on, self._with_policy(send))
-
-    def _with_policy(self, send: Send) -> Send:
-        async def send_on(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", self.POLICY.encode())
-                message["headers"] = [*message.get("headers", ()), policy]
-            await send(message)
-
-        return send_on
+    app.router.lifespan_context = lifespan
 
 
 class _Page:
@@ -151,19 +129,19 @@ class _Page:
     Args:
         gr: Gradio.
         service: That answers.
-        folder: Where uploaded images are.
+        uploads: Images that were uploaded.
     """
 
-    def __init__(self, gr: Any, service: Service, folder: Path):
-        self._gr, self._service, self._folder = gr, service, folder
+    def __init__(self, gr: Any, service: Service, uploads: Uploads):
+        self._gr, self._service, self._uploads = gr, service, uploads
         self._names = service.names
 
     def blocks(self) -> Any:
         """The page."""
         gr, names = self._gr, self._names
-        with gr.Blocks(title=names[0], delete_cache=(_DAY // 24, _DAY)) as page:
+        with gr.Blocks(title=names[0]) as page:
             # State stays here: a Chatbot as an input would take whatever a client says it holds.
-            exchanges = gr.State([], time_to_live=_DAY)
+            exchanges = gr.State([], time_to_live=MAX_SECONDS)
             with gr.Row(elem_classes="two" if len(names) > 1 else None):
                 columns, chats = zip(*[self._chat(name) for name in names], strict=True)
             box = gr.MultimodalTextbox(
@@ -178,12 +156,9 @@ class _Page:
             with gr.Row():
                 regenerate = gr.Button("Regenerate", size="sm", elem_id="regenerate")
                 clear = gr.Button("Clear", size="sm", elem_id="clear")
-            compare = gr.Checkbox(
-                len(names) > 1,
-                label=f"Compare with {names[-1]}",
-                visible=len(names) > 1,
-                elem_id="compare",
-            )
+            can_compare = len(names) > 1
+            label = f"Compare with {names[-1]}"
+            compare = gr.Checkbox(can_compare, label=label, visible=can_compare, elem_id="compare")
             settings = self._settings()
             outputs = [box, exchanges, *chats]
             inputs = [exchanges, compare, *settings]
@@ -194,8 +169,9 @@ class _Page:
             asked = [submit, again]
             box.stop(self._ready, None, box, cancels=asked)
             clear.click(self._clear, None, outputs, cancels=asked)
-            show = lambda on: [gr.Column(visible=on or i == 0) for i in range(len(names))]
-            compare.change(show, compare, list(columns))
+            if can_compare:
+                show = lambda on: [gr.Column(visible=on or i == 0) for i in range(len(names))]
+                compare.change(show, compare, list(columns))
         return page
 
     def _chat(self, name: str) -> tuple[Any, Any]:
@@ -231,9 +207,10 @@ class _Page:
     async def _ask(
         self, asked: dict[str, Any], exchanges: list[Exchange], compare: bool, *settings: float
     ) -> AsyncIterator[list[Any]]:
-        text, images = (asked.get("text") or "").strip(), tuple(asked.get("files") or ())
+        text = asked["text"].strip()
+        images = tuple(str(self._uploads.path(file)) for file in asked["files"])
         if text or images:
-            exchanges = [*exchanges, Exchange(text, images)]
+            exchanges = [*exchanges, Exchange(text, images)][-MAX_EXCHANGES:]
             async for state in self._answer(exchanges, compare, settings):
                 yield state
 
@@ -284,7 +261,7 @@ class _Page:
                         messages,
                         limits,
                         max_length=assistant.max_length,
-                        read=partial(_read_upload, self._folder),
+                        read=self._read_upload,
                     ),
                     new_tokens=max(1, int(new_tokens)),
                     sampling=Sampling(temperature, top_p=top_p, seed=random.getrandbits(32)),
@@ -296,6 +273,11 @@ class _Page:
         except Exception:
             traceback.print_exc()
             last.errors[name] = "something went wrong; the server's console says what"
+
+    def _read_upload(self, name: str, limits: Limits) -> bytes:
+        data = self._uploads.path(name).read_bytes()
+        check_image(data, limits)
+        return data
 
     def _messages(self, name: str, exchanges: list[Exchange]) -> list[ChatMessage]:
         """The conversation as one model had it; where it was not asked, as the first had it.
@@ -342,23 +324,3 @@ def _as_text(text: str) -> dict[str, str]:
 
 # The service has a queue of its own.
 _UNQUEUED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-
-
-def _read_upload(folder: Path, path: str, limits: Limits) -> bytes:
-    """An image that was uploaded.
-
-    Raises:
-        RequestError: It is gone, or none that may be read.
-    """
-    place = Path(path).resolve()
-    try:
-        if not place.is_relative_to(folder.resolve()) or not place.is_file():
-            raise OSError
-        with place.open("rb") as file:
-            data = file.read(limits.image_bytes + 1)
-    except OSError:
-        raise RequestError(
-            "an image of this conversation is gone; clear it, and upload anew"
-        ) from None
-    check_image(data, limits)
-    return data

@@ -1,0 +1,205 @@
+"""What a browser may ask of Gradio, which is far more than the page needs.
+
+Gradio serves some seventy routes, and reads files and URLs that a client names. So a request comes
+to it only if it is one of the few that the page makes, and an event is not passed on but built
+anew, from values whose types are checked. An image in it is a name of `Uploads`, or the event is
+refused.
+"""
+
+import asyncio
+import json
+import mimetypes
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qs
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.uploads import Uploads
+
+_EVENTS = "/gradio_api/queue/join"
+_CANCEL = "/gradio_api/cancel"
+_SESSION = "[a-z0-9]{1,32}"
+
+_STATIC = re.compile(r"/(|config|theme\.css|manifest\.json|favicon\.ico|(static|assets)/.+)")
+_STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
+
+MAX_TEXT = 100_000
+"""Characters of a question; what the model takes at most is less."""
+
+
+class _File(BaseModel):
+    path: str
+
+
+class _Question(BaseModel):
+    text: str = Field(max_length=MAX_TEXT)
+    files: list[_File]
+
+
+_Value = Annotated[_Question | bool | float | None, Field(union_mode="left_to_right")]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    fn_index: int
+    session_hash: str = Field(pattern=f"^{_SESSION}$")
+    trigger_id: int | None = None
+    data: list[_Value] = Field(max_length=16)
+
+
+class _Cancel(BaseModel):
+    fn_index: int
+    session_hash: str = Field(pattern=f"^{_SESSION}$")
+    event_id: str = Field(pattern="^[0-9a-f]{32}$")
+
+
+class PageGuard:
+    """The page's application, with Gradio behind it: only what the page needs is passed on.
+
+    Args:
+        app: Gradio's application.
+        ending: Set when the server is to end: to the application, all clients have then left. A
+            page keeps a connection open for as long as it is shown.
+        uploads: Images that events may name.
+        limits: Limits of the server.
+        inputs: Gradio's input components of each function, by the function's index.
+    """
+
+    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        ending: asyncio.Event,
+        uploads: Uploads,
+        limits: Limits,
+        inputs: Mapping[int, Sequence[Any]],
+    ):
+        self._app, self._ending, self._uploads = app, ending, uploads
+        self._limits, self._inputs = limits, inputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers.
+
+        Raises:
+            RequestError: The page makes no such request.
+        """
+        if scope["type"] != "http":
+            raise RequestError("this server has no websockets", status=404)
+        path, method = scope["path"], scope["method"]
+        send = self._with_policy(send)
+        if method in ("GET", "HEAD") and _STATIC.fullmatch(path):
+            # Deep links and themes are chosen in the query; the page has none of these.
+            await self._app({**scope, "query_string": b""}, receive, send)
+        elif method == "GET" and _STREAMS.fullmatch(path):
+            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ["0"])
+            if not re.fullmatch(_SESSION, session[-1]):
+                raise RequestError("session_hash: not one of this page's")
+            query = f"session_hash={session[-1]}".encode()
+            await self._app({**scope, "query_string": query}, self._until_end(receive), send)
+        elif method == "POST" and path in (_EVENTS, _CANCEL):
+            build = self._event if path == _EVENTS else _cancel
+            body = json.dumps(build(await Request(scope, receive).body())).encode()
+            headers = [pair for pair in scope["headers"] if pair[0] not in _REPLACED]
+            headers += [(b"content-type", b"application/json"), (b"content-length", _size(body))]
+            scope = {**scope, "headers": headers, "query_string": b""}
+            await self._app(scope, _with_body(body, self._until_end(receive)), send)
+        else:
+            raise RequestError(f"{method} {path[:100]}: this server has no such thing", status=404)
+
+    def _event(self, body: bytes) -> dict[str, Any]:
+        """An event of the page, made of nothing but checked values."""
+        event = _parse(_Event, body)
+        inputs = self._inputs.get(event.fn_index)
+        if inputs is None or len(inputs) != len(event.data):
+            raise RequestError(f"fn_index: the page has no event {event.fn_index} of this form")
+        data = [
+            self._value(component, value)
+            for component, value in zip(inputs, event.data, strict=True)
+        ]
+        return event.model_dump() | {"data": data}
+
+    def _value(self, component: Any, value: _Question | bool | float | None) -> Any:
+        """A component's value, as Gradio takes it from a browser."""
+        kind = component.get_block_name()
+        if kind == "state":
+            return None  # it is kept here
+        if kind == "checkbox" and isinstance(value, bool):
+            return value
+        if kind == "slider" and isinstance(value, float | int) and not isinstance(value, bool):
+            return min(max(value, component.minimum), component.maximum)
+        if kind == "multimodaltextbox" and isinstance(value, _Question):
+            if len(value.files) > self._limits.images:
+                raise RequestError(f"a conversation has at most {self._limits.images} images")
+            return {"text": value.text, "files": [self._file(file.path) for file in value.files]}
+        raise RequestError(f"data: {kind} takes another type of value")
+
+    def _file(self, name: str) -> dict[str, Any]:
+        path = self._uploads.path(name)
+        kind = mimetypes.guess_type(path)[0]
+        meta = {"_type": "gradio.FileData"}
+        return {"path": str(path), "orig_name": path.name, "mime_type": kind, "meta": meta}
+
+    def _until_end(self, receive: Receive) -> Receive:
+        async def receive_on() -> Message:
+            received = asyncio.ensure_future(receive())
+            ending = asyncio.ensure_future(self._ending.wait())
+            try:
+                await asyncio.wait((received, ending), return_when=asyncio.FIRST_COMPLETED)
+                return received.result() if received.done() else {"type": "http.disconnect"}
+            finally:
+                received.cancel()
+                ending.cancel()
+
+        return receive_on
+
+    def _with_policy(self, send: Send) -> Send:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", self.POLICY.encode())
+                message["headers"] = [*message.get("headers", ()), policy]
+            await send(message)
+
+        return send_on
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+_REPLACED = (b"content-type", b"content-length", b"transfer-encoding")
+
+
+def _size(body: bytes) -> bytes:
+    return str(len(body)).encode()
+
+
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """A receiver that gives a body, and then what another one has."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_on() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_on
+
+
+def _cancel(body: bytes) -> dict[str, Any]:
+    return _parse(_Cancel, body).model_dump()
+
+
+def _parse(model: type[_Model], body: bytes) -> _Model:
+    """What a body says.
+
+    Raises:
+        RequestError: It is not of this form.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise RequestError(f"{place}: {first['msg']}") from None
