@@ -72,7 +72,12 @@ class Answer:
         """Takes in the tokens that were generated since."""
         tokens = self.request.tokens
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-        found = [place for word in self._stop if (place := text.find(word)) >= 0]
+        # What was certain before has none in it, and only its end may be the begin of one.
+        found = [
+            position
+            for word in self._stop
+            if (position := text.find(word, max(0, len(self.text) - len(word)))) >= 0
+        ]
         self.ending = "stop" if found else self.request.ending
         if found:
             self.text = text[: min(found)]
@@ -91,7 +96,7 @@ class Answer:
         begun = [
             size
             for word in self._stop
-            for size in range(1, len(word))
+            for size in range(1, min(len(word), len(text) + 1))
             if text.endswith(word[:size])
         ]
         return max([unfinished, *begun])

@@ -45,6 +45,9 @@ LEVELS = (
         "hf.tensorfile",
         "models.flash",
         "benchmarks.answers",
+        "serving.access",
+        "serving.bodies",
+        "serving.connections",
         "serving.fetch",
         "serving.images",
         "serving.limits",
@@ -226,7 +229,13 @@ def loaded_globals(code: types.CodeType) -> set[str]:
 
 NEEDS = {
     "benchmarks.lmms": "lmms_eval.api",
+    "serving.access": "fastapi",
     "serving.app": "fastapi",
+    "serving.bodies": "fastapi",
+    "serving.connections": "httptools",
+    "serving.fetch": "fastapi",
+    "serving.images": "fastapi",
+    "serving.limits": "fastapi",
     "serving.page": "fastapi",
     "serving.page_guard": "fastapi",
     "serving.uploads": "fastapi",

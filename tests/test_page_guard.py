@@ -268,7 +268,7 @@ def test_uploads_are_bounded(tmp_path, monkeypatch):
     kept = uploads.Uploads(Limits())
 
     async def add() -> list[str]:
-        return [kept.add(data) for _ in range(4)]
+        return [await kept.add(data) for _ in range(4)]
 
     names = asyncio.run(add())
     assert len(list(kept.folder.iterdir())) == 2
@@ -277,3 +277,22 @@ def test_uploads_are_bounded(tmp_path, monkeypatch):
     assert kept.path(names[-1]).read_bytes() == data
     kept.close()
     assert not kept.folder.exists()
+
+
+def test_pages_of_others_find_nothing(page):
+    served = (
+        "/",
+        "/config",
+        "/gradio_api/upload",
+        "/gradio_api/queue/join",
+        "/v1/chat/completions",
+    )
+    for path, method in itertools.product(served, ("GET", "POST", "OPTIONS")):
+        for headers in (
+            {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"},
+            {"Origin": "null"},
+            {"Host": "rebound.example"},
+        ):
+            response = page.http.request(method, path, headers=headers)
+            assert response.status_code == 403, (method, path, headers)
+            assert not [name for name in response.headers if name.startswith("access-control")]

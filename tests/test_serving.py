@@ -238,6 +238,73 @@ def test_refusals_of_http(address):
     assert httpx.get(url).status_code == 404
     assert "no such thing" in httpx.post(f"{address}/v1/embeddings").json()["error"]["message"]
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    for path in ("/health", "/v1/models"):
+        response = httpx.head(address + path)
+        assert (response.status_code, response.content) == (200, b"")
+    assert httpx.options(url).status_code == 404
+
+
+SMALL = b'{"model": "tiny-llava", "messages": [%s]}'
+USER = b'{"role": "user", "content": %s}'
+COSTLY = {
+    "messages": SMALL % (b"{}," * 300_000),
+    "few messages": SMALL % (b"{}," * 90_000 + b"{}"),
+    "parts": SMALL % (USER % (b"[" + b"{}," * 90_000 + b"{}]")),
+    "texts": SMALL % (USER % (b"[" + b'{"type":"text","text":""},' * 25_000 + b"{}]")),
+    "numbers": SMALL % (b"1," * 400_000),
+    "another field": SMALL % USER + b', "x": [' + b"[]," * 300_000 + b"[]]}",
+    "tools": b'{"tools": [' + b"{}," * 300_000 + b"{}]}",
+    "depth": b'{"tools": ' + b"[" * 90_000,
+    "digits": b'{"seed": ' + b"9" * 900_000 + b"}",
+    "keys": b"{" + b",".join(b'"%d": 1' % number for number in range(90_000)) + b"}",
+    "stop": json.dumps(chat(stop="x" * 900_000)).encode(),
+    "stops": json.dumps(chat(stop=["x" * 900] * 900)).encode(),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_small_bodies_cost_little(address, case):
+    before = resident(address)
+    began = time.monotonic()
+    response = post(address, COSTLY[case])
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    assert time.monotonic() - began < 2
+    assert resident(address) - before < 100 * 2**20
+
+
+def resident(address: str) -> float:
+    return metric(figures(address), "process_resident_memory_bytes")
+
+
+def test_a_stop_of_the_longest_length_costs_little(address):
+    body = chat(stop=["x" * 1000] * 16, seed=2, **LONG)
+    usual = min(seconds(address, chat(seed=2, **LONG)) for _ in range(2))
+    assert seconds(address, body) < 2 * usual + 1
+
+
+def seconds(address: str, body: dict[str, object]) -> float:
+    began = time.monotonic()
+    assert post(address, body).status_code == 200
+    return time.monotonic() - began
+
+
+def test_one_client_leaves_places_to_others():
+    from llava_jax.serving.limits import Limits, RequestError
+    from llava_jax.serving.service import Service
+
+    async def ask() -> None:
+        with service.enter("a"), service.enter("a"):
+            with pytest.raises(RequestError, match="2 requests of a are waiting") as full:
+                service.enter("a")
+            assert full.value.status == 429
+            with service.enter("b"), pytest.raises(RequestError, match="3 requests are waiting"):
+                service.enter("c")
+        with service.enter("a"):
+            pass
+
+    service = Service({}, Limits(queue=3, client_queue=2))
+    asyncio.run(ask())
 
 
 def figures(address: str) -> str:
@@ -267,7 +334,9 @@ def test_a_client_that_leaves_frees_its_slot(address, stream):
     gone = 'llava_requests_total{code="499"}'
     before = metric(figures(address), gone)
     body = json.dumps(chat(stream=stream, seed=1, **LONG)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    )
     with connect(address) as raw:
         raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         wait_for(address, "llava_requests_running", 1)
@@ -322,7 +391,7 @@ def test_an_error_of_the_model_fails_its_requests_alone():
     prompt = Prompt((Turn("human", "hello"),))
 
     async def answer() -> str:
-        with service.enter() as ticket:
+        with service.enter("client") as ticket:
             answer = await ticket.begin("tiny", lambda _: prompt, new_tokens=9, sampling=GREEDY)
             async for _ in ticket.updates():
                 pass
@@ -351,7 +420,7 @@ def test_requests_have_an_end():
     from llava_jax.serving.service import Service
 
     async def wait() -> None:
-        with service.enter() as ticket:
+        with service.enter("client") as ticket:
             await ticket.read(lambda: asleep.wait(5))
 
     asleep, service = threading.Event(), Service({}, Limits(seconds=0.1))

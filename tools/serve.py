@@ -1,7 +1,9 @@
 """Serves a checkpoint, as OpenAI's API and as a web page: `python tools/serve.py --help`."""
 
 import argparse
-import asyncio
+import ipaddress
+import os
+import re
 import signal
 import socket
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 from llava_jax.options import add_model_options, load_assistant
 
 INSTALL = "serving needs more packages: pip install -e '.[serve]'"
+KEY_VARIABLE = "LLAVA_JAX_API_KEY"
 GRACE = 10
 """Seconds that answers in progress are given when the server is told to end."""
 
@@ -19,11 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
     given = parse(argv)
     try:
-        import uvicorn
-
-        from llava_jax.serving.app import make_app
-        from llava_jax.serving.page import add_page, load_gradio
-        from llava_jax.serving.service import Service
+        from llava_jax.serving import app, connections  # noqa: F401 - to see whether they can be had
+        from llava_jax.serving.page import load_gradio
 
         if not given.no_page:
             load_gradio()
@@ -35,27 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes it on when it has ended
     try:
-        listener = bind(given.host, given.port)
-        service = Service(load(given), limits(given))
-        app, ending = make_app(service), asyncio.Event()
-        if not given.no_page:
-            add_page(app, service, ending)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
-        )
-        listener.listen(1024)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{', '.join(service.names)}: listening on http://{shown}:{port}", flush=True)
-        server = uvicorn.Server(config)
-        end = server.handle_exit
-
-        def handle_exit(number: int, frame: Any) -> None:
-            ending.set()
-            end(number, frame)
-
-        server.handle_exit = handle_exit
-        server.run(sockets=[listener])
+        with bind(given) as listener:
+            run(given, listener)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,12 +45,56 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run(given: argparse.Namespace, listener: socket.socket) -> None:
+    """Loads the models and serves them until a signal ends it.
+
+    Raises:
+        ConfigError, CheckpointError: They cannot be had.
+    """
+    import uvicorn
+
+    from llava_jax.serving.access import guard_access
+    from llava_jax.serving.app import make_app
+    from llava_jax.serving.connections import Connections
+    from llava_jax.serving.page import add_page
+    from llava_jax.serving.service import Service
+
+    service = Service(load(given), limits(given))
+    app = make_app(service)
+    if not given.no_page:
+        add_page(app, service)
+    guard_access(app, host=given.host, api_key=given.api_key, origins=given.allow_origin)
+    config = uvicorn.Config(
+        app,
+        http=Connections().protocol(),  # pyright: ignore[reportArgumentType]
+        ws="none",
+        loop="asyncio",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    listener.listen(1024)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{', '.join(service.names)}: listening on http://{shown}:{port}", flush=True)
+    server = uvicorn.Server(config)
+    end = server.handle_exit
+
+    def handle_exit(number: int, frame: Any) -> None:
+        service.ending.set()
+        end(number, frame)
+
+    server.handle_exit = handle_exit
+    server.run(sockets=[listener])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python tools/serve.py",
         description="Serves a checkpoint: OpenAI's chat completions at /v1, a page at /, and "
-        "/health and /metrics. Whoever reaches the port may use it: there are no passwords.",
+        "/health and /metrics. Without --api-key, whoever reaches the port may use it; so it then "
+        "listens on this machine alone.",
     )
     add_model_options(parser)
     add = parser.add_argument
@@ -78,6 +103,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--no-page", action="store_true", help="the API alone")
     add("--remote-images", action="store_true", help="fetch images from public http(s) URLs")
     add("--host", default="127.0.0.1", help="where to listen: 0.0.0.0 is everywhere; default: here")
+    add(
+        "--api-key",
+        default=os.environ.get(KEY_VARIABLE),
+        help="what clients must send, as `Authorization: Bearer KEY` or to the browser's prompt; "
+        f"better set {KEY_VARIABLE}, which other users of the machine cannot see",
+    )
+    add("--no-auth", action="store_true", help="listen to other machines without a key")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of another origin ask, and answer to its host name too, as for a proxy: "
+        "https://chat.example.org; may be given several times",
+    )
     for name, default, text in (
         ("--port", 7860, "where to listen; 0 is any that is free"),
         ("--slots", 8, "conversations that are answered at a time"),
@@ -87,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("--max-image-side", 8192, "pixels of an image's longer side"),
         ("--max-body-mib", 20.0, "of a request"),
         ("--max-queue", 64, "requests that wait; to more the answer is 429"),
+        ("--max-client-queue", 32, "requests of one address that wait"),
         ("--max-seconds", 300.0, "that a request may take"),
     ):
         help_to = f"{text}; default: %(default)s"
@@ -95,25 +136,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
             parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
+    if given.api_key is not None and not given.api_key.strip():
+        parser.error("--api-key is empty")
+    for origin in given.allow_origin:
+        if not re.fullmatch(r"https?://[^/?#@\\\s]+", origin):
+            parser.error(f"--allow-origin {origin}: an origin is as https://chat.example.org")
     return given
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, before anything is loaded in vain.
+def bind(given: argparse.Namespace) -> socket.socket:
+    """A socket at the address, before anything is loaded in vain.
 
     Raises:
-        ConfigError: It is not to be had.
+        ConfigError: It is not to be had, or other machines could reach a server without a key.
     """
     from llava_jax.config import ConfigError
 
+    host = given.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Of a socket that does not say TCP, asyncio would not send small answers at once.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        listener.bind((host, port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, given.port))
+        address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+        if not (address.is_loopback or given.api_key or given.no_auth):
+            raise ConfigError(
+                f"--host {host!r} lets other machines in, and there is no key: set {KEY_VARIABLE} "
+                "(or give --api-key), or say --no-auth if whoever reaches the port may use it"
+            )
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}, port {port}: {error}") from error
+        raise ConfigError(f"cannot listen on {host}, port {given.port}: {error}") from error
+    except ConfigError:
+        listener.close()
+        raise
     return listener
 
 
@@ -123,6 +180,7 @@ def limits(given: argparse.Namespace) -> Any:
 
     return Limits(
         queue=given.max_queue,
+        client_queue=given.max_client_queue,
         body_bytes=int(given.max_body_mib * MIB),
         image_bytes=int(given.max_image_mib * MIB),
         image_pixels=given.max_image_side**2,

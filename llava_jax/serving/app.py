@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from llava_jax.assistant import Answer
+from llava_jax.serving.bodies import CLIENT_IS_GONE, Body
 from llava_jax.serving.conversation import to_prompt
 from llava_jax.serving.images import read_url
-from llava_jax.serving.limits import RequestError
+from llava_jax.serving.limits import RequestError, refusal
 from llava_jax.serving.metrics import CONTENT_TYPE
 from llava_jax.serving.schema import ChatRequest, parse_request
 from llava_jax.serving.service import Service, Ticket
@@ -24,8 +25,9 @@ from llava_jax.serving.service import Service, Ticket
 _Result = TypeVar("_Result")
 
 
-class ClientGone(BaseException):
-    """Nobody waits for the answer any more."""
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+READ_SECONDS = 30.0
+"""How long a client may take to read an answer, beyond the time that the answer itself may take."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -48,7 +50,7 @@ def make_app(service: Service) -> FastAPI:
     async def chat(request: Request) -> Response:
         return ChatResponse(service, request)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [card(name) for name in service.names]})
 
@@ -57,7 +59,7 @@ def make_app(service: Service) -> FastAPI:
         service.assistant(name)
         return JSONResponse(card(name))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         failure = service.engine.failure
         return JSONResponse({"status": failure or "ok"}, status_code=503 if failure else 200)
@@ -66,7 +68,7 @@ def make_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    @app.api_route("/v1/{path:path}", methods=METHODS)
     async def nothing(request: Request) -> Response:
         text = f"{request.method} {request.url.path[:100]}: this server has no such thing"
         raise RequestError(text, status=404)
@@ -83,12 +85,6 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def refusal(error: RequestError) -> Response:
-    """What a client is told."""
-    again = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.body, error.status, headers=again)
-
-
 class ChatResponse(Response):
     """An answer, from reading the request to its last byte, under one ticket."""
 
@@ -99,43 +95,39 @@ class ChatResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers."""
         reply = Reply(send)
-        with contextlib.suppress(ClientGone):
-            try:
-                with self._service.enter() as ticket:
-                    body = ticket.in_time(self._body(receive))
-                    await unless_gone(receive, self._answer(ticket, await body, reply))
-            except RequestError as error:
-                if reply.has_begun:
-                    await reply.event(error.body)
-                    await reply.end()
-                else:
-                    await refusal(error)(scope, receive, send)
+        client = self._request.client.host if self._request.client else ""
+        try:
+            self._check_type()
+            with self._service.bodies.hold() as body:
+                await body.read(self._request.headers, receive)
+                with self._service.enter(client) as ticket:
+                    await unless_gone(receive, self._read_in_time(ticket, body, reply))
+        except RequestError as error:
+            if error.status == CLIENT_IS_GONE:
+                return
+            if reply.has_begun:
+                await reply.event(error.body)
+                await reply.end()
+            else:
+                await refusal(error)(scope, receive, send)
 
-    async def _body(self, receive: Receive) -> bytes:
-        """The request's, if it is JSON and not too large."""
-        headers, most = self._request.headers, self._service.limits.body_bytes
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    async def _read_in_time(self, ticket: Ticket, body: Body, reply: "Reply") -> None:
+        """Answers a client that reads its answer; sending waits for one that does not."""
+        try:
+            async with asyncio.timeout(self._service.limits.seconds + READ_SECONDS):
+                await self._answer(ticket, body, reply)
+        except TimeoutError:
+            text = "the client does not read its answer"
+            raise RequestError(text, status=CLIENT_IS_GONE) from None
+
+    def _check_type(self) -> None:
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page elsewhere can make a browser send any other
             text = f"the Content-Type is {kind[:50]!r}; send application/json"
             raise RequestError(text, status=415)
-        large = RequestError(f"the body has more than {most:,} bytes", status=413)
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > most:
-            raise large
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            body += message.get("body", b"")
-            if len(body) > most:
-                raise large
-            if not message.get("more_body"):
-                return bytes(body)
 
-    async def _answer(self, ticket: Ticket, body: bytes, reply: "Reply") -> None:
-        request = await ticket.read(partial(parse_request, body))
-        del body
+    async def _answer(self, ticket: Ticket, body: Body, reply: "Reply") -> None:
+        request = await ticket.read(partial(parse_request, body.data))
         limits = self._service.limits
         answer = await ticket.begin(
             request.model,
@@ -147,6 +139,7 @@ class ChatResponse(Response):
             stop=request.stops,
         )
         request.messages.clear()  # images need not stay for as long as the answer takes
+        body.release()
         if request.stream:
             await self._stream(ticket, request, answer, reply)
             return
@@ -229,7 +222,7 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
     """What comes of work, which is given up when the client goes away.
 
     Raises:
-        ClientGone: It did.
+        RequestError: It did.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
@@ -237,7 +230,7 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        raise RequestError("the client went away", status=CLIENT_IS_GONE)
     finally:
         working.cancel()
         leaving.cancel()

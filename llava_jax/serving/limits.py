@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from starlette.responses import JSONResponse
+
 MIB = 2**20
 
 
@@ -11,6 +13,7 @@ class Limits:
 
     Attributes:
         queue: Requests that wait for their first token; more are told to come again.
+        client_queue: Those of one address, so that others find a place.
         body_bytes: Of a request.
         image_bytes: Of an image's file.
         image_pixels: Of the square around an image, which is made of it.
@@ -21,6 +24,7 @@ class Limits:
     """
 
     queue: int = 64
+    client_queue: int = 32
     body_bytes: int = 20 * MIB
     image_bytes: int = 12 * MIB
     image_pixels: int = 64 * MIB
@@ -55,8 +59,16 @@ class RequestError(Exception):
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
         """It in OpenAI's form."""
-        kinds = {404: "not_found_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, kind)
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def refusal(error: RequestError) -> JSONResponse:
+    """What a client gets in place of an answer."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status in (408, 413):  # the rest of the body is not read
+        headers["Connection"] = "close"
+    return JSONResponse(error.body, error.status, headers=headers)

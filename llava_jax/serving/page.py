@@ -27,6 +27,8 @@ from llava_jax.serving.uploads import MAX_SECONDS, Uploads, add_upload_routes
 
 USUAL_NEW_TOKENS = 512  # as LLaVA's own page has it
 _FRAME_SECONDS = 0.05  # between two states of the page that are sent
+_CLIENT = "the page"
+"""Its visitors share the places in the queue that one client may have."""
 MAX_SESSIONS = 256
 """Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
 MAX_EXCHANGES = 100
@@ -74,13 +76,12 @@ def load_gradio() -> Any:
     return importlib.import_module("gradio")
 
 
-def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
+def add_page(app: FastAPI, service: Service) -> None:
     """Puts the page on an application, behind all routes that it has so far. As `load_gradio`.
 
     Args:
         app: The application.
         service: That answers.
-        ending: See `PageGuard`.
     """
     gr = load_gradio()
     fonts = importlib.import_module("gradio.themes.utils.fonts")
@@ -109,9 +110,9 @@ def add_page(app: FastAPI, service: Service, ending: asyncio.Event) -> None:
         theme=gr.themes.Soft(primary_hue="blue", font=system, font_mono=mono),
         css=_CSS,
     )
-    add_upload_routes(app, uploads)
+    add_upload_routes(app, uploads, service.bodies)
     inputs = {index: function.inputs for index, function in blocks.fns.items() if function.fn}
-    app.mount("/", PageGuard(page, ending, uploads, service.limits, inputs))
+    app.mount("/", PageGuard(page, service.bodies, uploads, inputs))
     start = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -254,7 +255,7 @@ class _Page:
         messages = self._messages(name, exchanges)
         last.answers[name] = ""
         try:
-            with self._service.enter() as ticket:
+            with self._service.enter(_CLIENT) as ticket:
                 await ticket.begin(
                     name,
                     lambda assistant: to_prompt(

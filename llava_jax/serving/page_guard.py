@@ -6,19 +6,20 @@ anew, from values whose types are checked. An image in it is a name of `Uploads`
 refused.
 """
 
-import asyncio
 import json
 import mimetypes
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.bodies import Bodies, with_body
+from llava_jax.serving.limits import RequestError
+from llava_jax.serving.schema import parse_json
 from llava_jax.serving.uploads import Uploads
 
 _EVENTS = "/gradio_api/queue/join"
@@ -28,6 +29,8 @@ _SESSION = "[a-z0-9]{1,32}"
 _STATIC = re.compile(r"/(|config|theme\.css|manifest\.json|favicon\.ico|(static|assets)/.+)")
 _STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
 
+MAX_STREAMS = 512
+"""Connections over which pages are told of events; a page has up to two."""
 MAX_TEXT = 100_000
 """Characters of a question; what the model takes at most is less."""
 
@@ -38,7 +41,7 @@ class _File(BaseModel):
 
 class _Question(BaseModel):
     text: str = Field(max_length=MAX_TEXT)
-    files: list[_File]
+    files: list[_File] = Field(max_length=256)
 
 
 _Value = Annotated[_Question | bool | float | None, Field(union_mode="left_to_right")]
@@ -64,10 +67,9 @@ class PageGuard:
 
     Args:
         app: Gradio's application.
-        ending: Set when the server is to end: to the application, all clients have then left. A
-            page keeps a connection open for as long as it is shown.
+        bodies: Reads the bodies of requests. When the server is to end, all clients have left, to
+            Gradio: a page keeps a connection open for as long as it is shown.
         uploads: Images that events may name.
-        limits: Limits of the server.
         inputs: Gradio's input components of each function, by the function's index.
     """
 
@@ -76,13 +78,12 @@ class PageGuard:
     def __init__(
         self,
         app: ASGIApp,
-        ending: asyncio.Event,
+        bodies: Bodies,
         uploads: Uploads,
-        limits: Limits,
         inputs: Mapping[int, Sequence[Any]],
     ):
-        self._app, self._ending, self._uploads = app, ending, uploads
-        self._limits, self._inputs = limits, inputs
+        self._app, self._bodies, self._uploads, self._inputs = app, bodies, uploads, inputs
+        self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers.
@@ -98,24 +99,36 @@ class PageGuard:
             # Deep links and themes are chosen in the query; the page has none of these.
             await self._app({**scope, "query_string": b""}, receive, send)
         elif method == "GET" and _STREAMS.fullmatch(path):
-            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ["0"])
-            if not re.fullmatch(_SESSION, session[-1]):
-                raise RequestError("session_hash: not one of this page's")
-            query = f"session_hash={session[-1]}".encode()
-            await self._app({**scope, "query_string": query}, self._until_end(receive), send)
+            await self._stream(scope, receive, send)
         elif method == "POST" and path in (_EVENTS, _CANCEL):
-            build = self._event if path == _EVENTS else _cancel
-            body = json.dumps(build(await Request(scope, receive).body())).encode()
+            with self._bodies.hold() as held:
+                sent = await held.read(Headers(scope=scope), receive)
+                event = self._event(sent) if path == _EVENTS else _cancel(sent)
+            body = json.dumps(event).encode()
             headers = [pair for pair in scope["headers"] if pair[0] not in _REPLACED]
             headers += [(b"content-type", b"application/json"), (b"content-length", _size(body))]
             scope = {**scope, "headers": headers, "query_string": b""}
-            await self._app(scope, _with_body(body, self._until_end(receive)), send)
+            await self._app(scope, with_body(body, self._bodies.until_end(receive)), send)
         else:
             raise RequestError(f"{method} {path[:100]}: this server has no such thing", status=404)
 
-    def _event(self, body: bytes) -> dict[str, Any]:
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A connection over which the server tells of events, for as long as a page is shown."""
+        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ["0"])[-1]
+        if not re.fullmatch(_SESSION, session):
+            raise RequestError("session_hash: not one of this page's")
+        if self._streams >= MAX_STREAMS:
+            raise RequestError("as many pages are open as may be", status=429, retry_after=60)
+        scope = {**scope, "query_string": f"session_hash={session}".encode()}
+        self._streams += 1
+        try:
+            await self._app(scope, self._bodies.until_end(receive), send)
+        finally:
+            self._streams -= 1
+
+    def _event(self, body: bytearray) -> dict[str, Any]:
         """An event of the page, made of nothing but checked values."""
-        event = _parse(_Event, body)
+        event = parse_json(_Event, body)
         inputs = self._inputs.get(event.fn_index)
         if inputs is None or len(inputs) != len(event.data):
             raise RequestError(f"fn_index: the page has no event {event.fn_index} of this form")
@@ -135,8 +148,10 @@ class PageGuard:
         if kind == "slider" and isinstance(value, float | int) and not isinstance(value, bool):
             return min(max(value, component.minimum), component.maximum)
         if kind == "multimodaltextbox" and isinstance(value, _Question):
-            if len(value.files) > self._limits.images:
-                raise RequestError(f"a conversation has at most {self._limits.images} images")
+            if len(value.files) > self._uploads.limits.images:
+                raise RequestError(
+                    f"a conversation has at most {self._uploads.limits.images} images"
+                )
             return {"text": value.text, "files": [self._file(file.path) for file in value.files]}
         raise RequestError(f"data: {kind} takes another type of value")
 
@@ -145,19 +160,6 @@ class PageGuard:
         kind = mimetypes.guess_type(path)[0]
         meta = {"_type": "gradio.FileData"}
         return {"path": str(path), "orig_name": path.name, "mime_type": kind, "meta": meta}
-
-    def _until_end(self, receive: Receive) -> Receive:
-        async def receive_on() -> Message:
-            received = asyncio.ensure_future(receive())
-            ending = asyncio.ensure_future(self._ending.wait())
-            try:
-                await asyncio.wait((received, ending), return_when=asyncio.FIRST_COMPLETED)
-                return received.result() if received.done() else {"type": "http.disconnect"}
-            finally:
-                received.cancel()
-                ending.cancel()
-
-        return receive_on
 
     def _with_policy(self, send: Send) -> Send:
         async def send_on(message: Message) -> None:
@@ -169,7 +171,6 @@ class PageGuard:
         return send_on
 
 
-_Model = TypeVar("_Model", bound=BaseModel)
 _REPLACED = (b"content-type", b"content-length", b"transfer-encoding")
 
 
@@ -177,29 +178,5 @@ def _size(body: bytes) -> bytes:
     return str(len(body)).encode()
 
 
-def _with_body(body: bytes, receive: Receive) -> Receive:
-    """A receiver that gives a body, and then what another one has."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_on() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return receive_on
-
-
-def _cancel(body: bytes) -> dict[str, Any]:
-    return _parse(_Cancel, body).model_dump()
-
-
-def _parse(model: type[_Model], body: bytes) -> _Model:
-    """What a body says.
-
-    Raises:
-        RequestError: It is not of this form.
-    """
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the body"
-        raise RequestError(f"{place}: {first['msg']}") from None
+def _cancel(body: bytearray) -> dict[str, Any]:
+    return parse_json(_Cancel, body).model_dump()

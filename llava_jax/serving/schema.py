@@ -1,15 +1,22 @@
 """What clients of OpenAI's chat completions send."""
 
 import random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from annotated_types import MaxLen
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from llava_jax.config import ConfigError
 from llava_jax.sampling import Sampling
 from llava_jax.serving.limits import RequestError
 
-MOST_STOPS = 16
+MAX_MESSAGES = 1000
+MAX_PARTS = 256
+MAX_STOPS = 16
+MAX_STOP = 1000
+"""Characters of a text that ends the answer."""
+MAX_VALUES = 100_000
+"""Values in a body, all fields together: each takes some 100 bytes, where it had two."""
 
 
 class _Part(BaseModel):
@@ -43,13 +50,15 @@ class ImagePart(_Part):
 
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[list[ContentPart], MaxLen(MAX_PARTS)]
+Stop = Annotated[str, StringConstraints(max_length=MAX_STOP)]
 
 
 class Message(_Part):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Content
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
@@ -69,7 +78,7 @@ class ChatRequest(_Part):
     """The body of a request; `top_k` and `repetition_penalty` are vLLM's extensions."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -79,7 +88,7 @@ class ChatRequest(_Part):
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], MaxLen(MAX_STOPS)] | None = None
     # What changes an answer and is not to be had here: taken where it asks for nothing.
     n: Any = None
     logprobs: Any = None
@@ -137,14 +146,37 @@ _IDLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse_request(body: bytes) -> ChatRequest:
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def parse_request(body: bytes | bytearray) -> ChatRequest:
     """Reads a request's body.
 
     Raises:
         RequestError: It is not of this form, or asks for what is not to be had.
     """
+    request = parse_json(ChatRequest, body)
+    for name, idle in _IDLE.items():
+        value = getattr(request, name)
+        if value is not None and value not in idle:
+            raise RequestError(
+                f"{name} = {value!r:.80}: this server has nothing but {idle[0]!r}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    return request
+
+
+def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
+    """Reads JSON of a form.
+
+    Raises:
+        RequestError: It has another form, or too many values; says where.
+    """
+    if sum(body.count(sign) for sign in b",[{") > MAX_VALUES:
+        raise RequestError(f"the body has more than {MAX_VALUES:,} values")
     try:
-        request = ChatRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         first = max(found, key=lambda one: len(one["loc"]))  # of a union, what came closest
@@ -156,17 +188,6 @@ def parse_request(body: bytes) -> ChatRequest:
         raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from None
     except ValueError as error:  # a lone surrogate, for one
         raise RequestError(f"the body cannot be read: {error}") from error
-    for name, idle in _IDLE.items():
-        value = getattr(request, name)
-        if value is not None and value not in idle:
-            raise RequestError(
-                f"{name} = {value!r:.80}: this server has nothing but {idle[0]!r}",
-                param=name,
-                code="unsupported_parameter",
-            )
-    if len(request.stops) > MOST_STOPS:
-        raise RequestError(f"stop has more than {MOST_STOPS} texts", param="stop")
-    return request
 
 
 _NAMES = {

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
@@ -11,15 +12,13 @@ from llava_jax.assistant import Answer, Assistant
 from llava_jax.data.conversation import SampleError
 from llava_jax.prompts import Prompt
 from llava_jax.sampling import Sampling
+from llava_jax.serving.bodies import CLIENT_IS_GONE, Bodies
 from llava_jax.serving.engine import EngineFailed, EngineThread, Job, Update
 from llava_jax.serving.limits import Limits, RequestError
 from llava_jax.serving.metrics import Metrics
 
 MOST_READERS = 4
 """Threads that read prompts; each may hold an image as large as the limits let it be."""
-
-CLIENT_IS_GONE = 499
-"""Where HTTP has no status, nginx has this one."""
 
 _Result = TypeVar("_Result")
 
@@ -35,11 +34,16 @@ class Service:
         metrics: Of all requests.
         engine: The thread that generates.
         readers: The threads that read prompts.
+        bodies: Reads the bodies of requests.
+        ending: Set when the server is to end, before answers in progress are given up.
         waiting: Requests without a token.
     """
 
     def __init__(self, assistants: Mapping[str, Assistant], limits: Limits):
         self.limits, self.metrics, self.waiting = limits, Metrics(), 0
+        self.ending = asyncio.Event()
+        self.bodies = Bodies(limits, self.ending)
+        self._waiting_of: Counter[str] = Counter()
         self.engine = EngineThread(assistants)
         self.readers = ThreadPoolExecutor(
             min(MOST_READERS, os.cpu_count() or 1), thread_name_prefix="reader"
@@ -61,8 +65,11 @@ class Service:
         self.readers.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
-    def enter(self) -> "Ticket":
+    def enter(self, client: str) -> "Ticket":
         """Takes a place in the queue; in the event loop alone, as all of a ticket.
+
+        Args:
+            client: The client's address.
 
         Raises:
             RequestError: It is full, or the engine has ended.
@@ -71,16 +78,25 @@ class Service:
             if self.engine.failure:
                 raise RequestError(f"the engine has ended: {self.engine.failure}", status=503)
             if self.waiting >= self.limits.queue:
-                raise RequestError(
-                    f"{self.waiting} requests are waiting, which is as many as may",
-                    status=429,
-                    code="queue_full",
-                    retry_after=min(60, max(1, round(self._usual_wait))),
+                raise self._full(f"{self.waiting} requests are waiting, which is as many as may")
+            if self._waiting_of[client] >= self.limits.client_queue:
+                raise self._full(
+                    f"{self._waiting_of[client]} requests of {client} are waiting already"
                 )
         except RequestError as error:
             self.count(error.status)
             raise
-        return Ticket(self)
+        return Ticket(self, client)
+
+    def _full(self, text: str) -> RequestError:
+        seconds = min(60, max(1, round(self._usual_wait)))
+        return RequestError(text, status=429, code="queue_full", retry_after=seconds)
+
+    def note_waiting(self, client: str, change: int) -> None:
+        """Notes that a client's request begins to wait (1), or waits no more (-1)."""
+        self.waiting += change
+        self._waiting_of[client] += change
+        self._waiting_of += Counter()  # drops those without any
 
     def assistant(self, name: str) -> Assistant:
         """A model by its name.
@@ -113,8 +129,8 @@ class Ticket:
     Leaving it gives up what is not over, which frees the slot.
     """
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, client: str):
+        self._service, self._client = service, client
         self._began = time.monotonic()
         self._deadline = asyncio.get_running_loop().time() + service.limits.seconds
         self._job: Job | None = None
@@ -227,5 +243,5 @@ class Ticket:
             gauges[self._state].dec()
         if state in gauges:
             gauges[state].inc()
-        self._service.waiting += (state == "waiting") - (self._state == "waiting")
+        self._service.note_waiting(self._client, (state == "waiting") - (self._state == "waiting"))
         self._state = state

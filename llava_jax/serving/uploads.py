@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
+from llava_jax.serving.bodies import Bodies, with_body
 from llava_jax.serving.images import check_image
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
@@ -49,13 +50,13 @@ class Uploads:
         """Removes the folder."""
         self._temporary.cleanup()
 
-    def add(self, data: bytes) -> str:
-        """Keeps an image file, and returns its name. Call it in the event loop.
+    async def add(self, data: bytes) -> str:
+        """Keeps an image file, and returns its name.
 
         Raises:
             RequestError: It is not an image that the server takes.
         """
-        kind = check_image(data, self.limits)
+        kind = await asyncio.to_thread(check_image, data, self.limits)
         self._remove_oldest(MAX_BYTES - len(data))
         name = f"{secrets.token_hex(16)}.{kind.lower()}"
         (self.folder / name).write_bytes(data)
@@ -99,16 +100,19 @@ def _size(entry: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def add_upload_routes(app: FastAPI, uploads: Uploads) -> None:
+def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
     """Takes and returns uploads under the paths that Gradio's page asks for, in Gradio's place."""
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        async with request.form(max_files=uploads.limits.images, max_fields=0) as form:
-            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            if not files:
-                raise RequestError("the upload has no file")
-            return JSONResponse([uploads.add(await file.read()) for file in files])
+        with bodies.hold() as held:
+            body = await held.read(request.headers, request.receive)
+            read = Request(request.scope, with_body(body, request.receive))
+            async with read.form(max_files=uploads.limits.images, max_fields=0) as form:
+                files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                if not files:
+                    raise RequestError("the upload has no file")
+                return JSONResponse([await uploads.add(await file.read()) for file in files])
 
     @app.get("/gradio_api/file={name:path}")
     async def file(name: str) -> Response:

@@ -1,0 +1,214 @@
+"""HTTP as clients send it who mean no good: slow, without end, ambiguous, too many."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package)
+pytest.importorskip("httptools")
+
+OPEN = "GET / HTTP/1.1\r\nHost: x\r\n"
+POST = "POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+class Running:
+    """A server whose application answers with the size of the body.
+
+    Args:
+        maximum: Most connections.
+        limits: Options of `Limits`.
+    """
+
+    def __init__(self, maximum: int, **limits: Any):
+        import uvicorn
+
+        from llava_jax.serving.bodies import Bodies
+        from llava_jax.serving.connections import Connections
+        from llava_jax.serving.limits import Limits, RequestError, refusal
+
+        self.ending = asyncio.Event()
+        bodies = Bodies(Limits(**limits), self.ending)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            from starlette.requests import Request
+            from starlette.responses import PlainTextResponse
+
+            request = Request(scope, receive)
+            try:
+                with bodies.hold() as body:
+                    answer = str(len(await body.read(request.headers, receive)))
+                await PlainTextResponse(answer)(scope, receive, send)
+            except RequestError as error:
+                await refusal(error)(scope, receive, send)
+
+        self.connections = Connections()
+        self.connections.maximum = maximum
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        protocol: Any = self.connections.protocol()
+        config = uvicorn.Config(app, http=protocol, loop="asyncio", lifespan="off", log_config=None)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.listener.getsockname(), timeout=10)
+
+    def ask(self, text: str) -> str:
+        """The status line and body of what is answered before the connection ends."""
+        with self.connect() as connection:
+            connection.sendall(text.encode("latin-1"))
+            return read(connection)
+
+
+def read(connection: socket.socket) -> str:
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(2**16):
+            found += piece
+    head, _, body = found.decode().partition("\r\n\r\n")
+    return f"{head.splitlines()[0] if head else ''} {body}".strip()
+
+
+@contextlib.contextmanager
+def running(maximum: int = 64, **limits: Any) -> Iterator[Running]:
+    server = Running(maximum, **limits)
+    server.thread.start()
+    try:
+        yield server
+    finally:
+        server.server.should_exit = True
+        server.thread.join()
+        server.listener.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(body_bytes=100_000) as server:
+        yield server
+
+
+CLOSE = "Connection: close\r\n"
+REFUSED = {
+    "obs-fold": OPEN + CLOSE + "A: b\r\n c\r\n\r\n",
+    "obs-fold by tab": OPEN + CLOSE + "A: b\r\n\tc\r\n\r\n",
+    "bare LF": "GET / HTTP/1.1\nHost: x\nConnection: close\n\n",
+    "one bare LF": OPEN + CLOSE + "A: b\n\r\n",
+    "bare CR": OPEN + CLOSE + "A: b\rc\r\n\r\n",
+    "space before the colon": OPEN + CLOSE + "A : b\r\n\r\n",
+    "NUL": OPEN + CLOSE + "A: b\0\r\n\r\n",
+    "a length beside chunks": POST + CLOSE + "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"
+    "\r\n0\r\n\r\n",
+    "two lengths": POST + CLOSE + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+    "a length with a sign": POST + CLOSE + "Content-Length: +3\r\n\r\nabc",
+    "a huge length": POST + CLOSE + f"Content-Length: {10**30}\r\n\r\n",
+    "bare LF in chunks": POST + CLOSE + "Transfer-Encoding: chunked\r\n\r\n3\nabc\n0\n\n",
+    "no chunk": POST + CLOSE + "Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+    "another version": "GET / HTTP/3.7\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "no HTTP": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_two_parsers_may_read_in_two_ways(server, case):
+    assert server.ask(REFUSED[case])[:12] == "HTTP/1.1 400"
+
+
+def test_usual_requests(server):
+    assert server.ask(OPEN + CLOSE + "\r\n") == "HTTP/1.1 200 OK 0"
+    assert server.ask(POST + CLOSE + "Content-Length: 3\r\n\r\nabc") == "HTTP/1.1 200 OK 3"
+    chunks = (
+        POST + CLOSE + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\nX: y\r\n\r\n"
+    )
+    assert server.ask(chunks) == "HTTP/1.1 200 OK 5"
+
+
+def test_long_headers_and_bodies(server):
+    assert "431" in server.ask(OPEN + "A: " + "b" * 10**6)
+    assert "431" in server.ask(OPEN + "A: b\r\n" * 10**5)
+    assert "413" in server.ask(POST + "Content-Length: 100001\r\n\r\n")
+    endless = POST + "Transfer-Encoding: chunked\r\n\r\n" + ("2710\r\n" + "x" * 10**4 + "\r\n") * 12
+    assert "413" in server.ask(endless)
+
+
+def test_headers_and_bodies_that_do_not_come(server, monkeypatch):
+    from llava_jax.serving import bodies, connections
+
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "MAX_SECONDS", 0.3)
+    began = time.monotonic()
+    for text in ("", "GET", OPEN, POST + "Content-Length: 5\r\n\r\nab"):
+        assert "408" in server.ask(text), text
+    with server.connect() as connection:  # one byte now and then
+        for sign in OPEN:
+            try:
+                connection.sendall(sign.encode())
+            except OSError:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the server waited for all of it")
+    assert time.monotonic() - began < 5
+
+
+def test_the_oldest_that_sends_nothing_makes_room(caplog):
+    with running(maximum=8) as server, contextlib.ExitStack() as idle:
+        caplog.set_level(logging.WARNING, "uvicorn.error")
+        held = [idle.enter_context(server.connect()) for _ in range(8)]
+        for connection in held[1:]:
+            connection.sendall(OPEN.encode())
+        for _ in range(4):
+            assert server.ask(OPEN + CLOSE + "\r\n") == "HTTP/1.1 200 OK 0"
+        assert "408" in read(held[0])
+        assert "all 8 connections are in use, 8 of them by 127.0.0.1" in caplog.text
+        assert len(caplog.records) == 1  # not one for each
+
+
+def test_larger_bodies_are_bounded_together(monkeypatch):
+    from llava_jax.serving import bodies
+
+    monkeypatch.setattr(bodies, "MAX_TOGETHER", 200_000)
+    with running(body_bytes=150_000) as server, server.connect() as half:
+        half.sendall(f"{POST}Content-Length: 150000\r\n\r\n".encode() + b"x" * 140_000)
+        time.sleep(0.3)
+        large = f"{POST}{CLOSE}Content-Length: 100000\r\n\r\n" + "x" * 100_000
+        assert "429" in server.ask(large)
+        assert server.ask(f"{POST}{CLOSE}Content-Length: 3\r\n\r\nabc") == "HTTP/1.1 200 OK 3"
+        half.sendall(b"x" * 10_000)
+        assert b"200" in half.recv(100)
+        assert "200" in server.ask(large)
+
+
+def test_a_server_that_ends_does_not_wait_for_a_body(caplog):
+    with running() as server, server.connect() as waits:
+        waits.sendall(f"{POST}Content-Length: 5\r\n\r\nab".encode())
+        time.sleep(0.2)
+        began = time.monotonic()
+        server.server.should_exit = True
+        loop = server.server.servers[0].get_loop()
+        loop.call_soon_threadsafe(server.ending.set)
+        assert "503" in read(waits)
+        server.thread.join()
+        assert time.monotonic() - began < 3
+    assert "Traceback" not in caplog.text
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_the_limit_of_open_files_is_raised_and_kept_to(monkeypatch):
+    from llava_jax.serving import connections
+
+    limits = [1024, 2**20]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(2), new))
+    assert connections.max_connections() == connections.MAX_CONNECTIONS
+    assert connections.MAX_CONNECTIONS < limits[0] < 2**20
+    limits[:] = [200, 200]
+    assert 8 <= connections.max_connections() < 200 - connections.SPARE_FILES
+    assert limits == [200, 200]
