@@ -17,7 +17,9 @@ def open_regular(path: str | Path) -> BinaryIO:
         OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
     """
     # The kind is asked of what was opened, because the name may mean something else a moment later.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = open(
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    )
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
