@@ -16,14 +16,17 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
     """
-    # The kind is asked of what was opened, because the name may mean something else a moment later.
-    file = open(
-        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    )
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK, opening a pipe would wait for a writer. The kind is asked of what was
+        # opened, because the name may mean something else a moment later.
+        number = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return number
+
+    return open(path, "rb", opener=opener)
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:

@@ -38,11 +38,12 @@ class Prompt:
 
     Attributes:
         turns: The last is human. Every image is an `<image>` in a human turn.
-        images: Image files (paths, or what is in them) or pictures, in their order.
+        images: In their order: image files (paths, or what is in them), pictures, or pixels float32
+            [3, H, W] as the reader's transform makes them.
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[str | bytes | Image.Image, ...] = ()
+    images: tuple[str | bytes | Image.Image | np.ndarray, ...] = ()
 
 
 class PromptReader:
@@ -117,8 +118,9 @@ class PromptReader:
         size = self._config.vision.image_size
         pixels = np.zeros((asked, 3, size, size), np.float32)
         for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time: large files
-            is_open = isinstance(picture, Image.Image)
-            slot[:] = self.transform(picture if is_open else open_image(picture))
+            if isinstance(picture, str | bytes):
+                picture = open_image(picture)
+            slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
     def _render(self, turns: Sequence[Turn]) -> str:

@@ -193,7 +193,7 @@ REFUSED = {
         chat(messages=[user("x", data_url(huge_png()))]),
         400,
         "messages",
-        "1200000000 pixels",
+        "3,600,000,000 bytes in its pixels",
     ),
     "images": (chat(messages=[user("x", *[picture()] * 3)]), 400, "messages", "3 images"),
     "system's image": (
@@ -382,6 +382,7 @@ def test_an_error_of_the_model_fails_its_requests_alone():
     from llava_jax.prompts import Prompt
     from llava_jax.sampling import GREEDY
     from llava_jax.serving.limits import Limits, RequestError
+    from llava_jax.serving.schema import Message
     from llava_jax.serving.service import Service
 
     assistant = Assistant.load(str(TINY), slots=2, max_length=64)
@@ -392,7 +393,10 @@ def test_an_error_of_the_model_fails_its_requests_alone():
 
     async def answer() -> str:
         with service.enter("client") as ticket:
-            answer = await ticket.begin("tiny", lambda _: prompt, new_tokens=9, sampling=GREEDY)
+            messages = [Message(role="user", content="hello")]
+            answer = await ticket.begin(
+                "tiny", messages, service.images.fetch, new_tokens=9, sampling=GREEDY
+            )
             async for _ in ticket.updates():
                 pass
         return answer.reply.text
@@ -412,6 +416,27 @@ def test_an_error_of_the_model_fails_its_requests_alone():
         service.stop()
     assistant.step = healthy
     assert found == "".join(assistant.stream(prompt, max_new_tokens=9)).strip()
+
+
+def test_images_that_cost_much_hold_up_nobody():
+    """Their decoding ends with their request, and others are answered beside it."""
+    from hostile_images import jpeg
+
+    slow = data_url(jpeg(4096, 70))
+    body = chat(messages=[user("x", slow)])
+    with server("--no-page", "--max-seconds", "2") as address:
+        post(address, chat(max_tokens=1))
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(post, address, body) for _ in range(4)]
+            until, waited = time.monotonic() + 3, []
+            while time.monotonic() < until:
+                waited.append(seconds(address, chat(max_tokens=1)))
+            statuses = [one.result().status_code for one in asked]
+        assert set(statuses) <= {200, 400, 504}
+        assert 504 in statuses
+        assert max(waited) < 1.5
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
 
 
 def test_requests_have_an_end():

@@ -172,6 +172,23 @@ class ImageTransform:
         return enlarged, span
 
 
+def read_pixels(
+    data: bytes, transform: ImageTransform, max_side: int
+) -> Float32[np.ndarray, "3 H W"]:
+    """The normalised pixels of an image file, as `ImageTransform` makes them of a picture.
+
+    Args:
+        data: What is in the file.
+        transform: What happens to the image.
+        max_side: Most pixels of its longer side.
+
+    Raises:
+        SampleError: It cannot be read, or costs too much.
+    """
+    with open_checked(data, max_side) as image:
+        return transform(image)
+
+
 def open_image(image: str | bytes) -> Image.Image:
     """Reads an image file whole, as RGB.
 

@@ -15,8 +15,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llava_jax.assistant import Answer
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Body
-from llava_jax.serving.conversation import to_prompt
-from llava_jax.serving.images import read_url
 from llava_jax.serving.limits import RequestError, refusal
 from llava_jax.serving.metrics import CONTENT_TYPE
 from llava_jax.serving.schema import ChatRequest, parse_request
@@ -128,17 +126,14 @@ class ChatResponse(Response):
 
     async def _answer(self, ticket: Ticket, body: Body, reply: "Reply") -> None:
         request = await ticket.read(partial(parse_request, body.data))
-        limits = self._service.limits
         answer = await ticket.begin(
             request.model,
-            lambda assistant: to_prompt(
-                request.messages, limits, max_length=assistant.max_length, read=read_url
-            ),
+            request.messages,
+            self._service.images.fetch,
             new_tokens=request.new_tokens,
             sampling=request.sampling(),
             stop=request.stops,
         )
-        request.messages.clear()  # images need not stay for as long as the answer takes
         body.release()
         if request.stream:
             await self._stream(ticket, request, answer, reply)

@@ -1,6 +1,5 @@
 """From the messages of a request to a prompt."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
@@ -19,20 +18,13 @@ MOST_CHARACTERS = 64
 """Of a token, on average: what has more has too many tokens, and is not read to count them."""
 
 
-def to_prompt(
-    messages: list[Message],
-    limits: Limits,
-    *,
-    max_length: int,
-    read: Callable[[str, Limits], bytes],
-) -> Prompt:
-    """The conversation, its images read. In a turn, they come before the text.
+def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Prompt:
+    """The conversation, with the URLs of its images. In a turn, they come before the text.
 
     Args:
         messages: Of the request.
         limits: Of the server.
         max_length: Longest conversation in tokens.
-        read: From a URL to a checked image.
 
     Raises:
         RequestError: It cannot be used.
@@ -64,4 +56,4 @@ def to_prompt(
             param="messages",
             code="context_length_exceeded",
         )
-    return Prompt(tuple(turns), tuple(read(url, limits) for url in urls))
+    return Prompt(tuple(turns), tuple(urls))

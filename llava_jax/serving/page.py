@@ -16,9 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from llava_jax.config import ConfigError
 from llava_jax.sampling import Sampling
-from llava_jax.serving.conversation import to_prompt
-from llava_jax.serving.images import check_image
-from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.limits import RequestError
 from llava_jax.serving.page_guard import PageGuard
 from llava_jax.serving.schema import ImagePart, TextPart
 from llava_jax.serving.schema import Message as ChatMessage
@@ -251,19 +249,14 @@ class _Page:
         new_tokens: float,
     ) -> None:
         """Keeps a model's answer to the last question in it as it comes."""
-        last, limits = exchanges[-1], self._service.limits
-        messages = self._messages(name, exchanges)
+        last = exchanges[-1]
         last.answers[name] = ""
         try:
             with self._service.enter(_CLIENT) as ticket:
                 await ticket.begin(
                     name,
-                    lambda assistant: to_prompt(
-                        messages,
-                        limits,
-                        max_length=assistant.max_length,
-                        read=self._read_upload,
-                    ),
+                    self._messages(name, exchanges),
+                    self._read_upload,
                     new_tokens=max(1, int(new_tokens)),
                     sampling=Sampling(temperature, top_p=top_p, seed=random.getrandbits(32)),
                 )
@@ -275,10 +268,8 @@ class _Page:
             traceback.print_exc()
             last.errors[name] = "something went wrong; the server's console says what"
 
-    def _read_upload(self, name: str, limits: Limits) -> bytes:
-        data = self._uploads.path(name).read_bytes()
-        check_image(data, limits)
-        return data
+    async def _read_upload(self, name: str) -> bytes:
+        return self._uploads.path(name).read_bytes()
 
     def _messages(self, name: str, exchanges: list[Exchange]) -> list[ChatMessage]:
         """The conversation as one model had it; where it was not asked, as the first had it.

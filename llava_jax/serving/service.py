@@ -1,24 +1,28 @@
 """Answers for the API and the page: models by name, a bounded queue, limits, figures."""
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Literal, TypeVar, cast
 
 from llava_jax.assistant import Answer, Assistant
 from llava_jax.data.conversation import SampleError
-from llava_jax.prompts import Prompt
 from llava_jax.sampling import Sampling
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Bodies
+from llava_jax.serving.conversation import to_prompt
 from llava_jax.serving.engine import EngineFailed, EngineThread, Job, Update
+from llava_jax.serving.images import Images
 from llava_jax.serving.limits import Limits, RequestError
 from llava_jax.serving.metrics import Metrics
+from llava_jax.serving.schema import Message
 
-MOST_READERS = 4
-"""Threads that read prompts; each may hold an image as large as the limits let it be."""
+MAX_READERS = 4
+"""Threads that read prompts."""
 
 _Result = TypeVar("_Result")
 
@@ -35,6 +39,7 @@ class Service:
         engine: The thread that generates.
         readers: The threads that read prompts.
         bodies: Reads the bodies of requests.
+        images: Reads the images of requests.
         ending: Set when the server is to end, before answers in progress are given up.
         waiting: Requests without a token.
     """
@@ -42,11 +47,11 @@ class Service:
     def __init__(self, assistants: Mapping[str, Assistant], limits: Limits):
         self.limits, self.metrics, self.waiting = limits, Metrics(), 0
         self.ending = asyncio.Event()
-        self.bodies = Bodies(limits, self.ending)
+        self.bodies, self.images = Bodies(limits, self.ending), Images(limits)
         self._waiting_of: Counter[str] = Counter()
         self.engine = EngineThread(assistants)
         self.readers = ThreadPoolExecutor(
-            min(MOST_READERS, os.cpu_count() or 1), thread_name_prefix="reader"
+            min(MAX_READERS, os.cpu_count() or 1), thread_name_prefix="reader"
         )
         self._assistants = dict(assistants)
         self._usual_wait = 1.0
@@ -58,11 +63,13 @@ class Service:
 
     def start(self) -> None:
         """Begins to answer."""
+        self.images.start()
         self.engine.start()
 
     def stop(self) -> None:
         """Ends all."""
         self.readers.shutdown(wait=False, cancel_futures=True)
+        self.images.stop()
         self.engine.stop()
 
     def enter(self, client: str) -> "Ticket":
@@ -175,17 +182,19 @@ class Ticket:
     async def begin(
         self,
         model: str,
-        make_prompt: Callable[[Assistant], Prompt],
+        messages: list[Message],
+        fetch: Callable[[str], Awaitable[bytes]],
         *,
         new_tokens: int | None,
         sampling: Sampling,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """Reads a prompt, and asks for its answer.
+        """Reads a conversation, and asks for its answer.
 
         Args:
-            model: Its name.
-            make_prompt: Makes the prompt, in a reader's thread.
+            model: The model's name.
+            messages: The conversation; cleared when it has been read.
+            fetch: Returns the image file that a URL of the conversation names.
             new_tokens: Most tokens of the answer; None is as many as may be.
             sampling: How they are chosen.
             stop: Texts that end it.
@@ -193,12 +202,21 @@ class Ticket:
         Raises:
             RequestError: It cannot be answered.
         """
-        assistant = self._service.assistant(model)
-        most = min(new_tokens or self._service.limits.new_tokens, self._service.limits.new_tokens)
+        assistant, limits = self._service.assistant(model), self._service.limits
+        most = min(new_tokens or limits.new_tokens, limits.new_tokens)
+        prompt = await self.read(
+            partial(to_prompt, messages, limits, max_length=assistant.max_length)
+        )
+        messages.clear()  # images need not stay for as long as the answer takes
+        pixels = []
+        for url in prompt.images:
+            image = await self.in_time(fetch(cast("str", url)))
+            decoding = self._service.images.decode(image, assistant.reader.transform)
+            pixels.append(await self.in_time(decoding))
+        prompt = dataclasses.replace(prompt, images=tuple(pixels))
 
         def task() -> Answer:
             try:
-                prompt = make_prompt(assistant)
                 return assistant.begin(prompt, max_new_tokens=most, sampling=sampling, stop=stop)
             except SampleError as error:
                 code = "context_length_exceeded" if error.kind == "length" else None
