@@ -51,6 +51,7 @@ LEVELS = (
         "serving.access",
         "serving.bodies",
         "serving.connections",
+        "serving.decoder",
         "serving.fetch",
         "serving.images",
         "serving.limits",

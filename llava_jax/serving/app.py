@@ -34,7 +34,9 @@ def make_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        await service.images.start()
         yield
+        await service.images.stop()
         await asyncio.to_thread(service.stop)
 
     # Its own pages of documentation would load scripts from elsewhere.

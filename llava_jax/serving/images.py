@@ -1,41 +1,28 @@
-"""Images that requests bring: fetched, checked, and decoded in processes that can be ended.
-
-A decoder is C code, which nothing in its own process can interrupt. So pictures are decoded in
-others: a request whose time is up takes its decoding with it, and however many pictures there are,
-text is read and answered beside them.
-"""
+"""Images that requests bring: fetched, checked and decoded."""
 
 import asyncio
 import base64
 import binascii
-import contextlib
 import math
-import multiprocessing
 import os
-import resource
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 from jaxtyping import Float32
-from pebble import ProcessExpired, ProcessPool
 
 from llava_jax.data.errors import SampleError
 from llava_jax.data.image_file import open_checked
-from llava_jax.data.images import ImageTransform, read_pixels
+from llava_jax.data.images import ImageTransform
+from llava_jax.serving.decoder import Decoders
 from llava_jax.serving.fetch import FetchError, fetch
-from llava_jax.serving.limits import MIB, Limits, RequestError
+from llava_jax.serving.limits import Limits, RequestError
 
 FETCH_SECONDS = 20.0
 MAX_FETCHES = 4
 """Files that are fetched at a time."""
 DECODERS = max(2, min(4, os.cpu_count() or 1))
 """Pictures that are decoded at a time."""
-DECODE_SECONDS = 20.0
-"""For a picture; what the limits let pass takes a few seconds of a core."""
-DECODE_BYTES = 3072 * MIB
-"""Memory that a process which decodes may ask for; all of Python and NumPy is in it."""
 
 
 class Images:
@@ -48,19 +35,16 @@ class Images:
     def __init__(self, limits: Limits):
         self._limits = limits
         self._fetchers = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="fetcher")
-        context: Any = multiprocessing.get_context("spawn")  # a fork copies locks of JAX's threads
-        self._decoders = ProcessPool(DECODERS, initializer=_become_decoder, context=context)
+        self._decoders = Decoders(DECODERS)
 
-    def start(self) -> None:
-        """Starts the processes, so that the first picture does not wait for them."""
-        for _ in range(DECODERS):
-            self._decoders.schedule(int)
+    async def start(self) -> None:
+        """Makes ready, so that the first image does not wait."""
+        await self._decoders.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends all that is under way."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
-        self._decoders.stop()
-        self._decoders.join()
+        await self._decoders.stop()
 
     async def fetch(self, url: str) -> bytes:
         """The file that a URL holds or names.
@@ -85,24 +69,10 @@ class Images:
         """
         _check_bytes(data, self._limits)
         side = math.isqrt(self._limits.image_pixels)
-        # Cancelled with the request, this ends the process.
-        decoding = self._decoders.schedule(
-            read_pixels, args=(data, transform, side), timeout=DECODE_SECONDS
-        )
         try:
-            return await asyncio.wrap_future(decoding)
+            return await self._decoders.decode(data, transform, side)
         except SampleError as error:
             raise _unreadable(error) from None
-        except TimeoutError:
-            raise _refusal(f"an image took more than {DECODE_SECONDS:g} s to decode") from None
-        except ProcessExpired:
-            raise _refusal("an image could not be decoded: its decoder ended") from None
-
-
-def _become_decoder() -> None:
-    os.nice(10)  # answers come first
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (DECODE_BYTES, DECODE_BYTES))
 
 
 def check_image(data: bytes, limits: Limits) -> str:

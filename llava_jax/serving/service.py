@@ -63,13 +63,11 @@ class Service:
 
     def start(self) -> None:
         """Begins to answer."""
-        self.images.start()
         self.engine.start()
 
     def stop(self) -> None:
         """Ends all."""
         self.readers.shutdown(wait=False, cancel_futures=True)
-        self.images.stop()
         self.engine.stop()
 
     def enter(self, client: str) -> "Ticket":
