@@ -130,12 +130,25 @@ def test_usual_requests(server):
     assert server.ask(chunks) == "HTTP/1.1 200 OK 5"
 
 
-def test_long_headers_and_bodies(server):
+def test_long_headers_and_bodies(server, monkeypatch):
+    from llava_jax.serving import connections
+
     assert "431" in server.ask(OPEN + "A: " + "b" * 10**6)
     assert "431" in server.ask(OPEN + "A: b\r\n" * 10**5)
+    monkeypatch.setattr(connections, "IGNORE_SECONDS", 0.5)
     assert "413" in server.ask(POST + "Content-Length: 100001\r\n\r\n")
-    endless = POST + "Transfer-Encoding: chunked\r\n\r\n" + ("2710\r\n" + "x" * 10**4 + "\r\n") * 12
-    assert "413" in server.ask(endless)
+    chunk = "2710\r\n" + "x" * 10**4 + "\r\n"
+    assert "413" in server.ask(POST + "Transfer-Encoding: chunked\r\n\r\n" + chunk * 12)
+    # A client that sends all of it, and reads only then, still reads why it was refused.
+    with server.connect() as connection:
+        connection.sendall(f"{POST}Content-Length: 10000000\r\n\r\n".encode() + b"x" * 10**7)
+        assert b"413" in connection.recv(100)
+    monkeypatch.setattr(connections, "MAX_IGNORED_BYTES", 10**6)
+    monkeypatch.setattr(connections, "IGNORE_SECONDS", 60)
+    began = time.monotonic()
+    with contextlib.suppress(OSError):
+        server.ask(POST + "Transfer-Encoding: chunked\r\n\r\n" + chunk * 1000)
+    assert time.monotonic() - began < 5
 
 
 def test_headers_and_bodies_that_do_not_come(server, monkeypatch):

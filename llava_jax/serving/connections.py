@@ -18,6 +18,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 HEADER_SECONDS = 10.0
 """From a connection, or the first byte of a later request, to the end of the headers."""
 MAX_HEADER_BYTES = 2**16
+MAX_IGNORED_BYTES = 2**26
+"""Bytes that are read after a request was refused, so that the client comes to read why."""
+IGNORE_SECONDS = 10.0
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 32
 """Files that the server itself may still open when all connections are in use."""
@@ -113,7 +116,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
         self._all = connections
         self._timer: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
+        self._in_headers = self._in_body = False
+        self._counted = 0
         self.address = ""
 
     def connection_made(self, transport: Any) -> None:
@@ -132,35 +136,44 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Reads on; headers without end are refused."""
+        """Reads on; headers without end are refused, and so is a body that nobody reads."""
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self._timer is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self.refuse(431, "the headers are too long")
+        if self._in_headers:
+            self._count(len(data), MAX_HEADER_BYTES, "the headers are too long")
+        elif self._in_body and self.cycle.response_complete:
+            self._count(len(data), MAX_IGNORED_BYTES, "the body is too long")
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        if self._timer is None:
+        if not self._in_headers:
             self._expect_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, or a trailer behind a chunked body, of which nobody here has a use."""
-        if self._timer is not None:
+        if self._in_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A request has its headers."""
         self._stop_timer()
+        self._in_headers, self._in_body, self._counted = False, True, 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        self._in_body = False
         self._all.ask(self)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """A request is answered, perhaps before its body was there."""
+        super().on_response_complete()
+        if self._in_body:  # a client that still sends would not see an answer before a reset
+            self._stop_timer()
+            self._timer = self.loop.call_later(IGNORE_SECONDS, self.transport.close)
 
     def refuse(self, status: int, text: str) -> None:
         """Answers, outside of any application, and closes."""
@@ -173,10 +186,16 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _expect_headers(self) -> None:
-        self._header_bytes = 0
+        self._stop_timer()
+        self._in_headers, self._counted = True, 0
         self._timer = self.loop.call_later(
             HEADER_SECONDS, self.refuse, 408, "the headers took too long"
         )
+
+    def _count(self, size: int, most: int, text: str) -> None:
+        self._counted += size
+        if self._counted > most:
+            self.refuse(431 if self._in_headers else 413, text)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -69,6 +69,6 @@ class RequestError(Exception):
 def refusal(error: RequestError) -> JSONResponse:
     """What a client gets in place of an answer."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status == 408:  # the rest of the body is not waited for
         headers["Connection"] = "close"
     return JSONResponse(error.body, error.status, headers=headers)
