@@ -1,10 +1,40 @@
-"""Writing to disks that may be full."""
+"""Files: reading what strangers put there, and writing to disks that may be full."""
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file for reading; refuses what is none, for a FIFO may block and a device never end.
+
+    Raises:
+        OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
+    """
+    # The kind is asked of what was opened, because the name may mean something else a moment later.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """All of a file that is not large.
+
+    Raises:
+        OSError: As `open_regular`; or the file has more than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
+    return content
 
 
 @contextmanager
