@@ -17,11 +17,15 @@ def open_regular(path: str | Path) -> BinaryIO:
         OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
     """
     # The kind is asked of what was opened, because the name may mean something else a moment later.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
