@@ -325,7 +325,7 @@ def open_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a whole file of torch.save: {said:.500}") from error
 
 
-def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, dict[str, int]]:
+def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
     """The pickle of a zip archive, and where each storage begins."""
     machine = _Machine()
     with zipfile.ZipFile(file) as archive:
@@ -352,7 +352,7 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, dict[str, int]]:
     return root, starts
 
 
-def _start_of(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
+def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
     """Where the bytes of a zip archive's member begin."""
     file.seek(info.header_offset)
     mark, name_size, extra_size = struct.unpack("<4s22x2H", file.read(30))
@@ -365,7 +365,7 @@ def _start_of(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return start
 
 
-def _read_member(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
+def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
     """A member of a zip archive, held against its checksum; 0 is that of who writes none."""
     if info.file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(f"{path}: {info.filename} has {info.file_size:,} bytes, too many")
@@ -376,7 +376,7 @@ def _read_member(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, dict[str, int]]:
+def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
     """As `_read_zip`, for files written before torch 1.6: pickles, then storages one by one."""
     machine = _Machine()
     file.seek(0)
@@ -402,7 +402,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, dict[str, int]]:
     return root, starts
 
 
-def _size_of(file: BinaryIO) -> int:
+def _size_of(file: io.BufferedReader) -> int:
     return os.fstat(file.fileno()).st_size
 
 
