@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
     return content
+
+
+def copy_regular(source: Path, destination: Path) -> None:
+    """Copies a file; raises OSError as `open_regular` does."""
+    with open_regular(source) as file, open(destination, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ LEVELS = (
         "data.order",
         "data.workers",
         "hf.layouts",
+        "hf.limited",
         "hf.tensorfile",
         "models.flash",
         "benchmarks.answers",
