@@ -390,10 +390,12 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, in
     file.seek(pickles.tell())
     starts = {}
     for key in keys:
-        storage = machine.storages.get(key) if isinstance(key, str) else None
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path} names a storage by a {_kind(key)}")
+        storage = machine.storages.get(key)
         # Of a storage that nothing refers to, the size of an item is not known.
         if storage is None:
-            raise CheckpointError(f"{path} has a storage {str(key)[:80]} that no tensor uses")
+            raise CheckpointError(f"{path} has a storage {key:.80} that no tensor uses")
         if int.from_bytes(file.read(8), "little") == storage.numel:
             starts[key] = file.tell()
         file.seek(storage.numel * ITEM_BYTES[storage.dtype], 1)

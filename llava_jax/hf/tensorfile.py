@@ -319,7 +319,7 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
         if (
             len(entry) != 3
             or type(dtype) is not str
-            or not all(type(number) is int for number in numbers)
+            or not all(type(number) is int and number < 2**63 for number in numbers)
         ):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
