@@ -36,6 +36,7 @@ _BUFFER_BYTES = {
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _BUFFER_BYTES
 MAX_JSON_BYTES = 2**24  # a checkpoint's JSON files have a few MB at most
 _MAX_JSON_DEPTH = 64
+_MAX_JSON_PARTS = 10**6
 _MAX_DIMENSIONS = 64  # NumPy's
 _MAX_ITEMS = 2**59  # so that an array of 8-byte items has less than 2**63 bytes
 _SAMPLE_BYTES = 64
@@ -208,9 +209,11 @@ def parse_json(text: bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: It is none, is nested deeper than any that a checkpoint has, or has a key twice:
-            of those Python would take the last, others take the first.
+        ValueError: It is none, has more or deeper parts than any that a checkpoint has, or has a key
+            twice: of those Python would take the last, others take the first.
     """
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its bytes
+        raise ValueError(f"it has more than {_MAX_JSON_PARTS:,} lists and objects")
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
