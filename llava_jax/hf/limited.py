@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 2  # of a processor's time; a real template takes a few milliseconds
+SECONDS = 1  # of a processor's time; a real template takes a few milliseconds
 _MEMORY = 2**29  # address space in bytes
 _MAX_ADDED = 2**20  # characters that a template may add to a conversation
 

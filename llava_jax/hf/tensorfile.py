@@ -209,7 +209,7 @@ def parse_json(text: bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: It is none, has more or deeper parts than any that a checkpoint has, or has a key
+        ValueError: It is none, has more or deeper parts than a checkpoint has, or has a key
             twice: of those Python would take the last, others take the first.
     """
     if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its bytes
