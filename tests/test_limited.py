@@ -33,7 +33,8 @@ def rendered(process: LimitedProcess, template: str) -> str:
     "template",
     [
         "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'system' %}{% continue %}"
-        "{% endif %}{{ m['role'] | upper }}: {{ m.content[1].text | trim }}\n{% endfor %}{{ eos_token }}",
+        "{% endif %}{{ m['role'] | upper }}: {{ m.content[1].text | trim }}\n"
+        "{% endfor %}{{ eos_token }}",
         "{{ messages | tojson(indent=1) }}{{ messages[1] | tojson }}",
         "{% set n = namespace(self=1, x=[]) %}{% for m in messages %}{% set n.x = n.x + [m.role] %}"
         "{% endfor %}{{ n.x }}{{ n.self }}{{ dict(a=1) }}",
