@@ -2,17 +2,19 @@
 
     python tests/fuzz_checkpoints.py KIND FIRST COUNT FOLDER
 
+A kind is tables (safetensors and their index), pickles, directories, or several with commas.
+
 The folder is made, and must not exist.
 
 Mutations change structure (entries of tables, opcodes, fields, members) more than bytes. A case is
 a kind and a number. Prints a JSON object for each that is amiss, and one about all.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import pickletools
-import resource
 import shutil
 import signal
 import sys
@@ -27,6 +29,7 @@ from damage import FIXTURES, INDEX, KINDS, a_file, header_of, make, write_header
 from damage_pickles import BOMBS, members_of, replace_root
 from test_malformed import WAYS
 
+MAX_SECONDS = 10
 TINY = FIXTURES.parents[2] / "assets" / "tiny-llava"
 BRANCHING = "".join(f"{{% for a{i} in range(9999) %}}" for i in range(3)) + "{% endfor %}" * 3
 TEMPLATES = [
@@ -129,6 +132,15 @@ def mutate_json(rng: np.random.Generator, value: Any) -> Any:
     return value
 
 
+def edit(rng: np.random.Generator, file: Path) -> None:
+    """Mutates a JSON file, if it still is one."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(file.read_bytes())
+        for _ in range(rng.integers(1, 4)):
+            value = mutate_json(rng, value)
+        file.write_text(json.dumps(value))
+
+
 def mutated_table(rng: np.random.Generator, place: Path) -> None:
     """A safetensors file: its table changed, now and then its bytes and lengths."""
     file = a_file(rng, place)
@@ -147,11 +159,7 @@ def mutated_table(rng: np.random.Generator, place: Path) -> None:
 def mutated_index(rng: np.random.Generator, place: Path) -> None:
     if not rng.integers(3):
         return odd_member(rng, place / pick(rng, sorted(os.listdir(place))))
-    index = json.loads((place / INDEX).read_text())
-    for _ in range(rng.integers(1, 4)):
-        index = mutate_json(rng, index)
-    (place / INDEX).write_text(json.dumps(index))
-    return None
+    return edit(rng, place / INDEX)
 
 
 def pieces_of(data: bytes) -> list[bytes]:
@@ -226,10 +234,7 @@ def mutated_directory(rng: np.random.Generator, place: Path) -> None:
         elif file.suffix == ".jinja":
             file.write_text(pick(rng, TEMPLATES))
         else:
-            settings = json.loads(file.read_text())
-            for _ in range(rng.integers(1, 4)):
-                settings = mutate_json(rng, settings)
-            file.write_text(json.dumps(settings))
+            edit(rng, file)
 
 
 def chat_reads(place: Path) -> None:
@@ -294,7 +299,7 @@ def stopped(number: int, frame: object) -> None:
     raise TimeoutError("no end in 60 s")
 
 
-def main(kind: str, first: int, count: int, folder: Path) -> None:
+def main(kinds: str, first: int, count: int, folder: Path) -> None:
     from llava_jax.config import ConfigError
     from llava_jax.data.conversation import SampleError
     from llava_jax.hf.tensorfile import CheckpointError
@@ -303,13 +308,15 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
     signal.signal(signal.SIGALRM, stopped)
     shutil.copytree(TINY, folder)
     chat_reads(folder)  # so that what is compiled once is no case's
+    with contextlib.suppress(CheckpointError):  # its base has no tokenizer
+        chat_reads(Path("peft_4_48"))
     ends, slowest = Counter(), 0.0
-    for number in range(first, first + count):
+    for kind, number in itertools.product(kinds.split(","), range(first, first + count)):
         rng = np.random.default_rng([number, *kind.encode()])
         shutil.rmtree(folder, ignore_errors=True)
         place, readers = prepare(kind, rng, folder)
         for read in readers:
-            start, said = time.monotonic(), ""
+            start, said = time.process_time(), ""
             signal.alarm(60)
             try:
                 read(place)
@@ -321,19 +328,12 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
                 ends["traceback"] += 1
                 said = f"{type(error).__name__}: {error}"[:500]
             signal.alarm(0)
-            took = time.monotonic() - start
+            took = time.process_time() - start  # another's work on this machine is not counted
             slowest = max(slowest, took)
-            if said or took > 10:
+            if said or took > MAX_SECONDS:
                 print(json.dumps({"case": [kind, number], "said": said, "seconds": took}))
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    about = {
-        "ends": ends,
-        "slowest": slowest,
-        "mebibytes": int(peak) // 1024,
-        "children": child // 1024,
-    }
-    print(json.dumps(about))
+    print(json.dumps({"ends": ends, "slowest": slowest, "mebibytes": int(peak) // 1024}))
 
 
 if __name__ == "__main__":

@@ -169,3 +169,31 @@ def test_tensors_are_read_from_regular_files(kind: str, tmp_path: Path):
     special(kind, tmp_path / "index" / "model.safetensors.index.json")
     special(kind, tmp_path / "itself") if kind != "directory" else None
     assert_refused(tmp_path)
+
+
+FUZZER = Path(__file__).with_name("fuzz_checkpoints.py")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "count"),
+    [
+        ("tables,pickles,directories", 5),
+        pytest.param("tables", 1500, marks=pytest.mark.slow),
+        pytest.param("pickles", 200, marks=pytest.mark.slow),
+        pytest.param("directories", 100, marks=pytest.mark.slow),
+    ],
+)
+def test_mutated_checkpoints(kinds: str, count: int, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(FUZZER), kinds, "0", str(count), str(tmp_path / "fuzz")],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    *amiss, about = map(json.loads, done.stdout.splitlines())
+    print(about)
+    assert amiss == []
+    assert about["mebibytes"] < MAX_MIB
+    assert about["ends"]["CheckpointError"] > sum(about["ends"].values()) / 3
