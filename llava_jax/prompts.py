@@ -116,7 +116,9 @@ class PromptReader:
         with tokenizing():
             found = self.tokenizer(text, add_special_tokens=not has_bos).input_ids
         if max(found, default=0) >= self._config.llm.vocab_size:
-            raise SampleError("the tokenizer has tokens that the model has not", "tokenizer")
+            raise SampleError(
+                "the tokenizer gives tokens that the model does not have", "tokenizer"
+            )
         ids = np.array(found, np.int32)
         image = self._config.image_token_id
         if (ids == image).sum() != asked:

@@ -303,11 +303,10 @@ def end_tokens(place: str | Path | Parts) -> frozenset[int]:
 
 def _given_ends(place: str | Path | Parts, default: int | None) -> int | list[int] | None:
     file = Path(place.llm if isinstance(place, Parts) else place) / "generation_config.json"
-    found = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
-    if any(type(end) is not int for end in _as_list(found)):
-        raise CheckpointError(
-            f"{file}: eos_token_id is {found!r:.80}; it must be a token or several"
-        )
+    found: Any = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int for end in ends):
+        raise CheckpointError(f"{file}: eos_token_id is {found!r:.80}; it must be one or more ids")
     return found
 
 
