@@ -3,14 +3,16 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading; refuses what is none, for a FIFO may block and a device never end.
 
     Raises:
@@ -40,6 +42,12 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
     return content
+
+
+def copy_regular(source: Path, destination: Path) -> None:
+    """Copies a file; raises OSError as `open_regular` does."""
+    with open_regular(source) as file, open(destination, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 @contextmanager

@@ -4,12 +4,12 @@ On the hub some are pickles only, Vicuna for one, and training reads none; behin
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig, Parts
 from llava_jax.convert import check_free, unfinished
+from llava_jax.disk import copy_regular
 from llava_jax.hf import layouts
 from llava_jax.hf.anyfile import open_any
 from llava_jax.hf.layouts import Layout
@@ -99,7 +99,7 @@ def convert_part(part: Part, destination: Path, dtype: str | None = None) -> Non
         weights = {file for pattern in _WEIGHTS for file in part.place.glob(pattern)}
         beside = (*part.place.glob("*.json"), *part.place.glob("*.jinja"))
         for file in {*beside, *part.place.glob("*.model"), *part.place.glob("*.txt")} - weights:
-            shutil.copyfile(file, directory / file.name)
+            copy_regular(file, directory / file.name)
         save_params(part.params, directory, part.config, layout=part.layout, dtype=dtype)
         own = read_json_config(part.place)[1]
         if part.layout is layouts.CLIP:  # of a CLIPModel only the half that is written

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-import jinja2
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ModelConfig, Parts
+from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.data.conversation import (
     IMAGE_PLACEHOLDER,
     Encoded,
@@ -20,13 +19,16 @@ from llava_jax.data.conversation import (
     count_placeholders,
     end_token,
     expand_images,
+    tokenizing,
 )
 from llava_jax.data.images import ImageTransform, open_image
+from llava_jax.hf.limited import LimitedProcess, ProgramError
 from llava_jax.hf.processor import (
     end_tokens,
     load_fitting_transform,
     read_chat_template,
 )
+from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.tokenizer import load_tokenizer
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -67,7 +69,7 @@ class PromptReader:
     ):
         self.tokenizer, self.transform, self.ends = tokenizer, transform, ends
         self._config = config
-        self._chat_template = chat_template
+        self._chat_template, self._process = chat_template, LimitedProcess()
         words = special_tokens(tokenizer).values()
         special = sorted({*words, image_token_of(tokenizer, config)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
@@ -77,14 +79,19 @@ class PromptReader:
         """That of a checkpoint.
 
         Raises:
-            CheckpointError: Its tokenizer or image processor cannot be used.
+            CheckpointError: Its tokenizer, image processor or chat template cannot be used.
         """
         tokenizer = load_tokenizer(place)
         transform = load_fitting_transform(place, config)
         text, template = read_chat_template(place, tokenizer, image_token_of(tokenizer, config))
         ends = end_tokens(place)
         end = None if template is None else end_token(template, tokenizer)
-        return cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
+        reader = cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
+        try:
+            reader(Prompt((Turn("human", "a"),)))
+        except SampleError as error:
+            raise CheckpointError(f"{format_source(place)}: {error}") from error
+        return reader
 
     def __call__(
         self, prompt: Prompt, check: Callable[[int], None] | None = None
@@ -107,7 +114,13 @@ class PromptReader:
         text = self._render(prompt.turns)
         bos = cast("str | None", self.tokenizer.bos_token)
         has_bos = bool(bos) and text.startswith(bos)
-        ids = np.array(self.tokenizer(text, add_special_tokens=not has_bos).input_ids, np.int32)
+        with tokenizing():
+            found = self.tokenizer(text, add_special_tokens=not has_bos).input_ids
+        if max(found, default=0) >= self._config.llm.vocab_size:
+            raise SampleError(
+                "the tokenizer gives tokens that the model does not have", "tokenizer"
+            )
+        ids = np.array(found, np.int32)
         image = self._config.image_token_id
         if (ids == image).sum() != asked:
             raise SampleError("the chat template does not give every image a token", "template")
@@ -128,18 +141,16 @@ class PromptReader:
         if not turns or turns[-1].role != "human":
             raise SampleError("a prompt ends with a human turn", "order of turns")
         messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
-
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
+            return self._process(
+                "render",
+                template=self._chat_template,
+                messages=messages,
+                variables={**self.tokenizer.special_tokens_map},
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except ProgramError as error:
             reason = f"the chat template does not render the conversation: {error}"
             raise SampleError(reason, "template") from error
-        return cast("str", text)
 
     def _parts(self, turn: Turn) -> list[dict[str, str]]:
         text, images = turn.text, 0

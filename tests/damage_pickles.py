@@ -451,3 +451,116 @@ def zero_of_other_things(rng: np.random.Generator, place: Path) -> Named:
         for file in place.glob("*_optim_states.pt"):
             torch.save(states[rng.integers(len(states))], file)
     return ()
+
+
+# Pickles of a few bytes that ask for much time or memory.
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def doubled(opened: bytes = b"(", closed: bytes = b"t", times: int = 60) -> bytes:
+    """A tuple (or list) of twice a tuple of twice a tuple, and so on: 2 ** times paths into it."""
+    grow = b"".join(
+        b"r%s0%sj%sj%s%s" % (n, opened, n, n, closed)
+        for n in (struct.pack("<I", 1000 + i) for i in range(times))
+    )
+    return b")" + grow
+
+
+STORAGE = (
+    b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"M\x64\x00tQ"
+)
+BUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def view(offset: bytes, shape: bytes, stride: bytes, storage: bytes = STORAGE) -> bytes:
+    """A tensor "w", of a storage of 100 items."""
+    tensor = BUILD + b"(" + storage + offset + shape + stride + b"\x89}tR"
+    return b"}" + text("w") + tensor + b"s."
+
+
+def numbers(*values: int) -> bytes:
+    longs = (b"\x8a" + bytes([len(x)]) + x for x in map(pickle.encode_long, values))
+    return b"(" + b"".join(longs) + b"t"
+
+
+NESTED, LISTS = doubled(), doubled(b"(", b"l")
+MANY = b"(" + text("k") + b"N\x86q\x01" + b"h\x01" * 3000 + b"lq\x02"  # 3000 times the same pair
+BOMBS = {
+    "a root": NESTED + b".",
+    "lists as a root": LISTS + b".",
+    "a global's name": text("os") + NESTED + b"\x93.",
+    "lists as a global's name": LISTS + text("path") + b"\x93.",
+    "a key": b"}" + NESTED + b"Ns.",
+    "a key of a state dict": b"}(" + NESTED + STORAGE + b"u.",
+    "a call": NESTED + b")R.",
+    "a call's arguments": b"ctorch\nSize\n" + NESTED + b"R.",
+    "a Size": b"ctorch\nSize\n(" + NESTED + b"tR.",
+    "an OrderedDict": b"ccollections\nOrderedDict\n(" + LISTS + b"tR.",
+    "a storage": view(b"K\x00", b")", b")", NESTED),
+    "a storage's reference": b"(" + text("storage") + NESTED + b"tQ.",
+    "a storage's key": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + NESTED + b"NK\x01tQ.",
+    "a storage's view": STORAGE[:-2] + NESTED + b"tQ.",
+    "an offset": view(NESTED, b"K\x01\x85", b"K\x01\x85"),
+    "a shape": view(b"K\x00", NESTED, b"K\x01\x85"),
+    "a stride": view(b"K\x00", b"K\x01\x85", LISTS + b"\x85"),
+    "a tensor in a shape": view(b"K\x00", BUILD + b"(" + STORAGE + NESTED + b"))tR\x85", b")"),
+    "65 dimensions": view(b"K\x00", numbers(*[1] * 65), numbers(*[1] * 65)),
+    "10000 dimensions": view(b"K\x00", numbers(*[2**62] * 10_000), numbers(*[0] * 10_000)),
+    "no items, 2 ** 62 of them": view(b"K\x00", numbers(0, 2**62), numbers(1, 1)),
+    "no items, 2 ** 900 of them": view(b"K\x00", numbers(2**900, 0), numbers(1, 1)),
+    "a stride of 0": view(b"K\x00", numbers(2**30), numbers(0)),
+    "a negative stride": view(b"K\x05", numbers(3), numbers(-1)),
+    "a negative offset": view(b"J\xff\xff\xff\xff", numbers(3), numbers(1)),
+    "a stride of 2 ** 1000": view(b"K\x00", numbers(2), numbers(2**1000)),
+    "an offset of 2 ** 1000": view(numbers(2**1000)[1:-1], numbers(2), numbers(1)),
+    "many OrderedDicts of one list": MANY
+    + b"ccollections\nOrderedDict\nq\x03"
+    + b"h\x03h\x02\x85R" * 3000
+    + b"l.",
+    "many Sizes of one list": MANY + b"ctorch\nSize\nq\x03" + b"h\x03h\x02\x85R" * 20_000 + b"l.",
+    "many calls with many arguments": MANY + b"0ctorch\nnn\nq\x03" + b"h\x03h\x02R" * 30_000 + b".",
+    "many calls of calls": b"ctorch._tensor\n_rebuild_from_type_v2\nq\x01(h\x01N)Ntq\x02"
+    + b"(h\x01Nh\x02Ntq\x02" * 900
+    + b"h\x01h\x02R0" * 3000
+    + b".",
+    "many globals of one long name": text("x" * 10**6)
+    + b"q\x01"
+    + b"h\x01h\x01\x93" * 10_000
+    + b".",
+    "keys of one hash": b"}("
+    + b"".join(
+        b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"N" for i in range(1, 60_000)
+    )
+    + b"u.",
+    "a huge number as keys": b"\x8b"
+    + struct.pack("<i", 10**6)
+    + b"\x7f" * 10**6
+    + b"q\x01}("
+    + b"h\x01N" * 10_000
+    + b"u.",
+    "many tensors of one storage": b"}("
+    + BUILD
+    + b"("
+    + STORAGE
+    + b"K\x00K\x64\x85K\x01\x85\x89}tRq\x010"
+    + b"".join(text(str(i)) + b"h\x01" for i in range(20_000))
+    + b"u.",
+}
+LONG_BOMBS = {"many opcodes": b"N0" * 1_100_000 + b"N.", "many objects": b"]" * 2_200_000 + b"."}
+
+
+def write_bomb(file: Path, bomb: bytes, *, as_zip: bool) -> None:
+    """A file of torch.save with a storage "0" of 100 float32 items, and a bomb as its root."""
+    storage = bytes(400)
+    if as_zip:
+        write_members(
+            file, "archive", {"data.pkl": bomb, "byteorder": b"little", "data/0": storage}
+        )
+        return
+    before = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    pickles = b"".join(pickle.dumps(value, protocol=2) for value in before)
+    keys = pickle.dumps(["0"], protocol=2)
+    file.write_bytes(pickles + bomb + keys + struct.pack("<Q", 100) + storage)

@@ -45,6 +45,7 @@ LEVELS = (
         "data.order",
         "data.workers",
         "hf.layouts",
+        "hf.limited",
         "hf.tensorfile",
         "models.flash",
         "benchmarks.answers",

@@ -9,7 +9,8 @@ mask cannot drift from the ids.
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +23,21 @@ from llava_jax.data.errors import SampleError as SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
 SYSTEM_PLACE = "{system}"
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Makes a fault inside the tokenizers library an error of the sample, as others are.
+
+    It is no `Exception` there: a pattern of a hostile tokenizer, for example, that gives up on a
+    text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise SampleError(f"the tokenizer fails at the text: {error}", "tokenizer") from error
 
 
 class Turn(NamedTuple):
@@ -391,7 +407,8 @@ def _tokenize(
 
 def _tokenize_run(run: Sequence[_Piece], core: Tokenizer) -> tuple[list[int], list[bool]]:
     """Tokenises it as one string; a token with a learned character is learned."""
-    found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
+    with tokenizing():
+        found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
     learned_characters = b"".join(bytes([piece.learned]) * len(piece.text) for piece in run)
     # A token may cover no character (a leading-space token, for one): it goes with the next.
     spans = (slice(start, max(end, start + 1)) for start, end in found.offsets)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_jax.disk import open_regular
 from llava_jax.hf.pickles import open_pickle
 from llava_jax.hf.tensorfile import (
     INDEX,
@@ -19,6 +20,7 @@ from llava_jax.hf.tensorfile import (
 from llava_jax.hf.zero import open_zero, zero_directory
 
 _INDEX, _SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_MAX_NAMED, _MAX_NAME = 20, 100  # entries in a message, and characters of each
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 
 
@@ -66,7 +68,7 @@ def _is_pickle(path: Path) -> bool:
     Raises:
         CheckpointError: It is neither.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)
     is_safetensors = start[8:] == b"{"  # after a length of 8 bytes, which may be any
     is_pickle = start[:2] == b"PK" or (start[:1] == b"\x80" and not is_safetensors)
@@ -95,12 +97,14 @@ def _check(named: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Names each, and its global.
     """
+    origin = lambda value, other: str(getattr(value, "origin", other))[:_MAX_NAME]
     odd = {
-        name: getattr(value, "origin", type(value).__name__)
+        name: origin(value, type(value).__name__)
         for name, value in named.items()
         if not isinstance(value, Tensor)
     }
     if odd:
-        lines = "".join(f"\n  {name}: {what}" for name, what in odd.items())
+        listed = [f"\n  {origin(name, name)}: {what}" for name, what in [*odd.items()][:_MAX_NAMED]]
+        lines = "".join(listed) + ("\n  ..." if len(odd) > _MAX_NAMED else "")
         raise CheckpointError(f"{path} holds {len(odd)} entries that are no plain tensors:{lines}")
     return {str(name): tensor for name, tensor in named.items()}

@@ -115,17 +115,17 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     kind = raw.get("model_type")
     if kind in TILED:
         raise CheckpointError(
-            f"{file}: model_type is {kind!r}, a LLaVA that cuts images into tiles, which is not "
-            "computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and a "
-            "vision tower in directories of their own: llm=DIR,vision=DIR"
+            f"{file}: model_type is {kind!r:.80}, a LLaVA that cuts images into tiles, which is "
+            "not computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and "
+            "a vision tower in directories of their own: llm=DIR,vision=DIR"
         )
     if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
         what = "a decoder" if kind in DECODERS else "a vision tower"
         raise CheckpointError(
-            f"{file}: model_type is {kind!r}, {what} alone; name both parts: llm=DIR,vision=DIR"
+            f"{file}: model_type is {kind!r:.80}, {what} alone; name both parts: llm=DIR,vision=DIR"
         )
     if kind != "llava":
-        raise CheckpointError(f"{file}: model_type is {kind!r}, expected 'llava'")
+        raise CheckpointError(f"{file}: model_type is {kind!r:.80}, expected 'llava'")
     given = _given(raw)
     values = LLAVA_DEFAULTS | given
     values["image_token_id"] = values.get("image_token_id", values["image_token_index"])
@@ -287,7 +287,7 @@ _GELUS = ("gelu", "gelu_pytorch_tanh")
 def _require(file: Path, name: str, value: object, supported: tuple[object, ...]) -> None:
     if value not in supported:
         known = " or ".join(repr(choice) for choice in supported)
-        raise CheckpointError(f"{file}: {name} is {value!r}; supported: {known}")
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}; supported: {known}")
 
 
 def _complete(file: Path, part: str, given: Json, defaults: dict[str, Json]) -> Json:
@@ -361,8 +361,8 @@ def _vision_config(file: Path, given: Json) -> VisionConfig:
     image, patch = values["image_size"], values["patch_size"]
     if not isinstance(image, int) or not isinstance(patch, int) or not 0 < patch <= image:
         raise CheckpointError(
-            f"{file}: image_size {image} and patch_size {patch}; supported: square images and "
-            "patches"
+            f"{file}: image_size {image!r:.80} and patch_size {patch!r:.80}; supported: square "
+            "images and patches"
         )
     _check(file, "the vision tower's ", VisionConfig, values)
     if values["hidden_size"] % values["num_attention_heads"]:

@@ -48,7 +48,7 @@ def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     for name, values in supported.items():
         if name in raw and raw[name] not in values:
             raise CheckpointError(
-                f"{file}: {name} is {raw[name]!r}; supported: "
+                f"{file}: {name} is {raw[name]!r:.80}; supported: "
                 + " or ".join(repr(value) for value in values if value is not None)
             )
     return {

@@ -28,6 +28,7 @@ from llava_jax.config import (
 )
 from llava_jax.hf import layouts
 from llava_jax.hf.layouts import Layout
+from llava_jax.hf.limited import LimitedProcess, ProgramError
 from llava_jax.hf.tensorfile import CheckpointError, read_json, write_tensors
 from llava_jax.hf.weights import Stored
 from llava_jax.hf.weights_save import save_tensors
@@ -53,6 +54,7 @@ _KINDS = {
     **{"rank_pattern": dict, "alpha_pattern": dict},
     **{"lora_dropout": int | float, "use_rslora": bool},
 }
+_MAX = 2**24  # beyond every rank and alpha
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
@@ -174,10 +176,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
-    odd = [f"{name} = {settings[name]!r}" for name in _UNSUPPORTED if settings.get(name)]
+        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r:.80}, not 'LORA'")
+    odd = [f"{name} = {settings[name]!r:.80}" for name in _UNSUPPORTED if settings.get(name)]
     if settings.get("bias", "none") != "none":
-        odd.append(f"bias = {settings['bias']!r}")
+        odd.append(f"bias = {settings['bias']!r:.80}")
     if odd:
         raise CheckpointError(f"{file}: not supported: {', '.join(odd)}")
     for name, kind in _KINDS.items():
@@ -207,9 +209,9 @@ def stack_settings(
         names: Its adapters' tensors.
     """
     modules = sorted({name.rsplit(".", 1)[0] for name in names})
-    of_module = partial(_of_module, directory / CONFIG, settings)
-    ranks = {of_module("r", "rank_pattern", int, module) for module in modules}
-    alphas = {of_module("lora_alpha", "alpha_pattern", int | float, module) for module in modules}
+    of_modules = partial(_of_modules, directory / CONFIG, settings, modules)
+    ranks = of_modules("r", "rank_pattern", int)
+    alphas = of_modules("lora_alpha", "alpha_pattern", int | float)
     if len(ranks) > 1 or len(alphas) > 1:
         raise CheckpointError(
             f"{directory / CONFIG}: {stack}* has ranks {sorted(ranks)} and alphas "
@@ -217,10 +219,8 @@ def stack_settings(
         )
     (rank,), (alpha,) = ranks, alphas
     dropout = settings.get("lora_dropout") or 0.0
-    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
-        raise CheckpointError(
-            f"{directory / CONFIG}: r is {rank}, lora_alpha {alpha}, lora_dropout {dropout}"
-        )
+    if not 0 <= dropout < 1:
+        raise CheckpointError(f"{directory / CONFIG}: lora_dropout is {dropout:.5g}")
     if settings.get("use_rslora"):  # scales by alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
     linears = {module.rsplit(".", 1)[1] for module in modules}
@@ -229,18 +229,23 @@ def stack_settings(
     return LoraConfig(rank, float(alpha), float(dropout), targets)
 
 
-def _of_module(
-    file: Path, settings: dict[str, Any], name: str, pattern_name: str, kind: Any, module: str
-) -> Any:
-    """A module's rank or alpha: of the first pattern that its name ends in, as in PEFT."""
-    found = settings.get(name)
-    for pattern, value in (settings.get(pattern_name) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                found = value
-                break
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{file}: {pattern_name} has {pattern!r:.80}: {error}") from error
-    if not isinstance(found, kind) or isinstance(found, bool):
-        raise CheckpointError(f"{file}: {name} of {module} is {found!r:.80}, which is no number")
-    return found
+def _of_modules(
+    file: Path,
+    settings: dict[str, Any],
+    modules: list[str],
+    name: str,
+    pattern_name: str,
+    kind: Any,
+) -> set[Any]:
+    """The modules' ranks or alphas: each of the first pattern that its name ends in, as in PEFT."""
+    patterns = settings.get(pattern_name) or {}
+    try:
+        of = LimitedProcess()("match", patterns=[*patterns], names=modules) if patterns else []
+    except ProgramError as error:
+        raise CheckpointError(f"{file}: {pattern_name} cannot be used: {error}") from error
+    values = [*patterns.values(), settings.get(name)]
+    found = [values[-1 if index is None else index] for index in of or [None]]
+    for value in found:
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < _MAX:
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which is no number for it")
+    return {*found}

@@ -4,27 +4,27 @@ A pickle is a program. The machine here knows its opcodes, plain containers and 
 that describe tensors; every other global, and what is made of it, is an inert `Placeholder`. What
 comes out are `tensorfile.Tensor`s: where a tensor's bytes lie in the file.
 
+A few bytes of pickle can describe a value that takes exponential time to hash, compare or print: a
+list of twice the same list of twice the same list, and so on. So nothing from a pickle is hashed,
+compared or printed unless it is a text or a number, and reading has a budget.
+
 Only tools/convert.py reads pickles; training reads safetensors.
 """
 
 import dataclasses
 import io
 import math
+import os
 import pickletools
-import reprlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from llava_jax.hf.tensorfile import (
-    ITEM_BYTES,
-    CheckpointError,
-    Strided,
-    Tensor,
-)
+from llava_jax.disk import open_regular
+from llava_jax.hf.tensorfile import ITEM_BYTES, CheckpointError, Strided, Tensor, is_shape
 
 _STORAGES = {
     "torch.FloatStorage": "F32",
@@ -41,8 +41,17 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how torch.save began before 1.6
 _LAST_PROTOCOL = 5
 
+_MAX_PICKLE_BYTES = (
+    2**26
+)  # without tensors; a pickle of torch.save has a few hundred bytes for each
+_MAX_OPCODES = 2**21
+_MAX_NAME = 1000  # characters of a global
+_MAX_INTEGER_BITS = 1024
+_MAX_DEPTH = 100  # containers in containers
+_MAX_SHARING = 16  # bytes of all tensors for each byte of the file; tied weights are there twice
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Placeholder:
     """What stands for a global, and for every object that is made of it."""
 
@@ -56,7 +65,7 @@ class _Storage:
     numel: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _View:
     """A tensor as a pickle has it, not checked yet; offset and stride in items."""
 
@@ -84,36 +93,57 @@ def _rebuild_tensor(
     if metadata:  # negated or conjugated
         return Placeholder("torch._utils.set_tensor_metadata")
     if not isinstance(storage, _Storage):
-        raise _Damage(f"a tensor of storage {reprlib.repr(storage)}")
+        raise _Damage(f"a tensor whose storage is a {_kind(storage)}")
     return _View(storage, offset, shape, stride)
 
 
+def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    if not isinstance(items, list | tuple) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in items
+    ):
+        raise _Damage("an OrderedDict of something else than pairs")
+    return _filled({}, [x for pair in items for x in pair])
+
+
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(sizes, list | tuple):
+        raise _Damage(f"a Size of a {_kind(sizes)}")
+    return tuple(sizes)
+
+
 _KNOWN: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda items=(): _filled({}, [x for pair in items for x in pair]),
-    "torch.Size": lambda sizes=(): tuple(sizes),
+    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": _size,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch._tensor._rebuild_from_type_v2": lambda rebuild, _, args, __: _call(rebuild, args),
 }
+_REBUILD_OF_TYPE = "torch._tensor._rebuild_from_type_v2"  # calls another, with its arguments
 
 
-def _call(function: Any, arguments: Any) -> Any:
-    if not isinstance(function, Placeholder):
-        raise _Damage(f"a call of {reprlib.repr(function)}")
-    if function.origin in _KNOWN:
-        return _KNOWN[function.origin](*arguments)
-    return function
+def _kind(value: Any) -> str:
+    return value.origin if isinstance(value, Placeholder) else type(value).__name__
+
+
+def _name(*parts: Any) -> str:
+    """The name of a global."""
+    if not all(isinstance(part, str) and len(part) <= _MAX_NAME for part in parts):
+        raise _Damage("a global whose name is no text, or too long")
+    return ".".join(parts)
 
 
 def _filled(container: Any, items: list[Any]) -> Any:
-    """Puts keys and values into a dict; a key is a text or a number, or stands for itself alone."""
+    """Puts keys and values into a dict.
+
+    A key is a text or a number of 60 bits; any other stands for itself alone. A tuple's hash may
+    take for ever, and as many larger numbers as one likes have the same.
+    """
     if isinstance(container, Placeholder):
         return container
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Of a tuple's hash the depth would be that of the stack.
-        container[key if isinstance(key, str | int) else Placeholder(type(key).__name__)] = value
+        is_plain = isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**60)
+        container[key if is_plain else Placeholder(_kind(key))] = value
     return container
 
 
@@ -144,8 +174,9 @@ class _Machine:
 
     def __init__(self) -> None:
         self.storages: dict[str, _Storage] = {}
+        self._opcodes = self._copied = 0
 
-    def load(self, file: io.BufferedIOBase) -> Any:
+    def load(self, file: io.BytesIO) -> Any:
         """The object of the pickle that begins here; `file` stands behind it then.
 
         Raises:
@@ -154,12 +185,17 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         for opcode, argument, _ in pickletools.genops(cast(BinaryIO, file)):
+            self._opcodes += 1
+            if self._opcodes > _MAX_OPCODES:
+                raise _Damage(f"more than {_MAX_OPCODES:,} opcodes")
             self._step(opcode.name, argument)
         return self._stack.pop()
 
     def _step(self, name: str, argument: Any) -> None:
         stack, memo = self._stack, self._memo
         if name in _VALUES:
+            if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
+                raise _Damage(f"an integer of {argument.bit_length()} bits")
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -207,21 +243,22 @@ class _Machine:
             case "POP_MARK":
                 self._above_mark()
             case "GLOBAL":
-                stack.append(Placeholder(argument.replace(" ", ".")))
+                stack.append(Placeholder(_name(*argument.split(" ", 1))))
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(Placeholder(f"{module}.{attribute}"))
+                stack.append(Placeholder(_name(module, attribute)))
             case "REDUCE" | "NEWOBJ":
                 arguments = stack.pop()
-                stack.append(_call(stack.pop(), arguments))
+                stack.append(self._call(stack.pop(), arguments))
             case "NEWOBJ_EX":
                 _, arguments = stack.pop(), stack.pop()
-                stack.append(_call(stack.pop(), arguments))
+                stack.append(self._call(stack.pop(), arguments))
             case "INST":
-                stack.append(_call(Placeholder(argument.replace(" ", ".")), self._above_mark()))
+                function = Placeholder(_name(*argument.split(" ", 1)))
+                stack.append(self._call(function, self._above_mark()))
             case "OBJ":
                 function, *arguments = self._above_mark()
-                stack.append(_call(function, arguments))
+                stack.append(self._call(function, arguments))
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             case "PROTO" if argument <= _LAST_PROTOCOL:
@@ -229,7 +266,7 @@ class _Machine:
             case "FRAME" | "STOP":
                 pass
             case _:
-                raise _Damage(f"the opcode {name} {reprlib.repr(argument)}")
+                raise _Damage(f"the opcode {name}")
 
     def _above_mark(self) -> list[Any]:
         """Takes what lies above the last mark, and the mark."""
@@ -238,18 +275,34 @@ class _Machine:
             items.append(item)
         return items[::-1]
 
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """What a call gives: a `Placeholder` of what is not known."""
+        if not isinstance(function, Placeholder) or not isinstance(arguments, list | tuple):
+            raise _Damage(f"a call of a {_kind(function)} with a {_kind(arguments)}")
+        self._copied += len(arguments) + sum(
+            len(x) for x in arguments if isinstance(x, list | tuple)
+        )
+        # What a real call copies was put on the stack by as many opcodes.
+        if self._copied > 4 * self._opcodes + 1000:
+            raise _Damage("calls with the same long lists again and again")
+        if function.origin == _REBUILD_OF_TYPE:
+            rebuild, _, inner, _ = arguments
+            return self._call(rebuild, inner)
+        known = _KNOWN.get(function.origin)
+        return function if known is None else known(*arguments)
+
     def _storage(self, reference: Any) -> _Storage | Placeholder:
         match reference:
             case ("storage", Placeholder(origin=origin), str(key), _, int(numel), *view):
                 if numel < 0 or isinstance(numel, bool) or any(x is not None for x in view):
-                    raise _Damage(f"a storage {reprlib.repr(reference)}")
+                    raise _Damage(f"a storage {key!r:.80} of {numel} items, or a view of one")
                 if origin not in _STORAGES:
                     return Placeholder(origin)
                 storage = _Storage(key, _STORAGES[origin], numel)
                 if self.storages.setdefault(key, storage) != storage:
                     raise _Damage(f"two storages {key}")
                 return storage
-        raise _Damage(f"a reference {reprlib.repr(reference)}, which is no storage")
+        raise _Damage("a reference to something else than a storage")
 
 
 def open_pickle(path: Path) -> Any:
@@ -262,13 +315,14 @@ def open_pickle(path: Path) -> Any:
         CheckpointError: Not such a file, or it is damaged.
     """
     try:
-        with open(path, "rb") as file:
-            root, places = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(path, file)
-        return _place(root, "", path, places, {})
+        with open_regular(path) as file:
+            root, starts = (_read_zip if zipfile.is_zipfile(file) else _read_legacy)(path, file)
+        return _Placing(path, starts).place(root, "")
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way; it runs nothing
-        raise CheckpointError(f"{path} is not a whole file of torch.save: {error!r}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is not a whole file of torch.save: {said:.500}") from error
 
 
 def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
@@ -281,19 +335,21 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]
         for name, info in members.items():
             if info.compress_type != zipfile.ZIP_STORED:  # torch.save never does
                 raise CheckpointError(f"{path}: {name} is compressed")
+        if sum(info.file_size for info in members.values()) > _size_of(file):
+            raise CheckpointError(f"{path} has members that overlap")
         if "data.pkl" not in members:
             raise CheckpointError(f"{path} is a zip archive, but no file of torch.save")
     order = members.get("byteorder")
     if order is not None and _read_member(path, file, order) != b"little":
         raise CheckpointError(f"{path} was written by a big-endian machine")
     root = machine.load(io.BytesIO(_read_member(path, file, members["data.pkl"])))
-    places = {}
+    starts = {}
     for key, storage in machine.storages.items():
         info = members.get(f"data/{key}")
         if info is None or info.file_size != storage.numel * ITEM_BYTES[storage.dtype]:
             continue  # `_tensor` names those that lack it
-        places[key] = _start_of(path, file, info)
-    return root, places
+        starts[key] = _start_of(path, file, info)
+    return root, starts
 
 
 def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
@@ -311,6 +367,8 @@ def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int
 
 def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
     """A member of a zip archive, held against its checksum; 0 is that of who writes none."""
+    if info.file_size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{path}: {info.filename} has {info.file_size:,} bytes, too many")
     file.seek(_start_of(path, file, info))
     content = file.read(info.file_size)
     if len(content) != info.file_size or info.CRC not in (0, zlib.crc32(content)):
@@ -322,84 +380,113 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, in
     """As `_read_zip`, for files written before torch 1.6: pickles, then storages one by one."""
     machine = _Machine()
     file.seek(0)
-    if machine.load(file) != _LEGACY_MAGIC:
+    pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    if machine.load(pickles) != _LEGACY_MAGIC:
         raise CheckpointError(f"{path} is not a file of torch.save")
-    _protocol, system = machine.load(file), machine.load(file)
+    _protocol, system = machine.load(pickles), machine.load(pickles)
     if not system["little_endian"]:
         raise CheckpointError(f"{path} was written by a big-endian machine")
-    root, keys = machine.load(file), machine.load(file)
-    places = {}
+    root, keys = machine.load(pickles), machine.load(pickles)
+    file.seek(pickles.tell())
+    starts = {}
     for key in keys:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path} names a storage by a {_kind(key)}")
         storage = machine.storages.get(key)
         # Of a storage that nothing refers to, the size of an item is not known.
         if storage is None:
-            raise CheckpointError(f"{path} has a storage {key} that no tensor uses")
+            raise CheckpointError(f"{path} has a storage {key:.80} that no tensor uses")
         if int.from_bytes(file.read(8), "little") == storage.numel:
-            places[key] = file.tell()
+            starts[key] = file.tell()
         file.seek(storage.numel * ITEM_BYTES[storage.dtype], 1)
-    if file.tell() < path.stat().st_size:
+    if file.tell() < _size_of(file):
         raise CheckpointError(f"{path} has bytes after its last storage")
-    return root, places
+    return root, starts
 
 
-def _place(
-    value: Any, name: str, path: Path, places: Mapping[str, int], done: dict[int, Any]
-) -> Any:
+def _size_of(file: io.BufferedReader) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+class _Placing:
     """Puts tensors in the place of views; each is named by its key.
 
     Args:
-        value: Of a pickle.
-        name: The key that it has.
-        path: For messages.
-        places: Where each storage begins.
-        done: Containers that are finished, by `id`: a pickle may refer to one many times.
+        path: The file.
+        starts: Where each storage begins.
     """
-    if isinstance(value, _View):
-        return _tensor(value, name, path, places)
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if id(value) not in done:
-        placed = lambda item, key: _place(item, key, path, places, done)
-        done[id(value)] = (
-            {key: placed(item, str(key)) for key, item in value.items()}
-            if isinstance(value, dict)
-            else type(value)(placed(item, name) for item in value)
-        )
-    return done[id(value)]
+
+    def __init__(self, path: Path, starts: dict[str, int]):
+        self._path, self._starts, self._end = path, starts, path.stat().st_size
+        # A view may repeat one item without end, and many views may share a storage.
+        self._bytes_left = _MAX_SHARING * max(self._end, 2**16)
+        self._done: dict[int, Any] = {}  # by `id`: a pickle may refer to a container many times
+
+    def place(self, value: Any, name: str, depth: int = 0) -> Any:
+        if isinstance(value, _View):
+            return self._tensor(value, name)
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"{self._path}: {name:.80} is nested more than {_MAX_DEPTH} deep")
+        if id(value) not in self._done:
+            self._done[id(value)] = (
+                {key: self.place(item, _key(key), depth + 1) for key, item in value.items()}
+                if isinstance(value, dict)
+                else type(value)(self.place(item, name, depth + 1) for item in value)
+            )
+        return self._done[id(value)]
+
+    def _tensor(self, view: _View, name: str) -> Tensor:
+        storage, item, path = view.storage, ITEM_BYTES[view.storage.dtype], self._path
+        if fault := _fault(view):
+            raise CheckpointError(f"{path}: {name:.200} {fault}")
+        if storage.key not in self._starts:
+            raise CheckpointError(
+                f"{path}: {name:.200} lacks its storage {storage.key:.80} of {storage.numel} items "
+                f"({storage.numel * item} bytes); the file has none, or one of another size"
+            )
+        start = self._starts[storage.key]
+        if start + storage.numel * item > self._end:
+            raise CheckpointError(f"{path} ends inside {name:.200}; it is cut short")
+        first, size = start + view.offset * item, math.prod(view.shape) * item
+        self._bytes_left -= max(size, _span(view) * item)
+        if self._bytes_left < 0:
+            raise CheckpointError(
+                f"{path}: its tensors up to {name:.200} have more than {_MAX_SHARING} times the "
+                f"bytes of the file ({self._end})"
+            )
+        fields = name, path, storage.dtype, view.shape, first, size
+        axes = zip(view.stride[::-1], view.shape[::-1], strict=True)
+        return Tensor(*fields) if _is_dense(axes) else Strided(*fields, view.stride)
 
 
-def _tensor(view: _View, name: str, path: Path, places: Mapping[str, int]) -> Tensor:
-    storage, item = view.storage, ITEM_BYTES[view.storage.dtype]
-    if fault := _fault(view):
-        said = ", ".join(map(reprlib.repr, (view.offset, view.shape, view.stride)))
-        raise CheckpointError(f"{path}: {name} {fault} (offset, shape and stride {said})")
-    if storage.key not in places:
-        raise CheckpointError(
-            f"{path}: {name} lacks its storage {storage.key} of {storage.numel} items "
-            f"({storage.numel * item} bytes); the file has none, or one of another size"
-        )
-    start = places[storage.key]
-    if start + storage.numel * item > path.stat().st_size:
-        raise CheckpointError(f"{path} ends inside {name}; it is cut short")
-    first, size = start + view.offset * item, math.prod(view.shape) * item
-    fields = name, path, storage.dtype, view.shape, first, size
-    axes = zip(view.stride[::-1], view.shape[::-1], strict=True)
-    return Tensor(*fields) if _is_dense(axes) else Strided(*fields, view.stride)
+def _key(key: Any) -> str:
+    return str(key) if isinstance(key, str | int) else key.origin
+
+
+def _span(view: _View) -> int:
+    """Items of its storage from a view's first to its last."""
+    if not math.prod(view.shape):
+        return 0
+    return 1 + sum((size - 1) * step for step, size in zip(view.stride, view.shape, strict=True))
 
 
 def _fault(view: _View) -> str | None:
     """What is wrong with a view."""
     shape, stride, numel = view.shape, view.stride, view.storage.numel
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
-        return "is no tensor"
-    if any(type(number) is not int or number < 0 for number in (view.offset, *shape, *stride)):
-        return "is no tensor"
+        return "has a shape and a stride that do not go together"
+    if not is_shape(shape):
+        return "has a shape that no array has"
+    if any(type(number) is not int or number < 0 for number in (view.offset, *stride)):
+        return "has an offset or a stride that no array has"
+    said = f"(offset {view.offset}, shape {shape}, stride {stride})"[:300]
+    if math.prod(shape) and view.offset + _span(view) > numel:
+        return f"is outside its storage of {numel} items {said}"
     axes = sorted(zip(stride, shape, strict=True))
-    last = view.offset + sum((size - 1) * step for step, size in axes)
-    if math.prod(shape) and last >= numel:
-        return f"is outside its storage of {numel} items"
     if math.prod(shape) == numel and not _is_dense(axis for axis in axes if axis[1] != 1):
-        return f"has items of its storage of {numel} twice, and others not at all"
+        return f"has items of its storage of {numel} twice, and others not at all {said}"
     return None
 
 

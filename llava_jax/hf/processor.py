@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, format_source
 from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES, Template, adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from llava_jax.disk import copy_regular
 from llava_jax.hf.model_config import read_vision_config
 from llava_jax.hf.tensorfile import CheckpointError, read_json
 from llava_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 
 _BICUBIC = 3  # Pillow's number
+_MAX_LEVEL = 1000  # beyond every mean and deviation
+_MAX_SIDE = 2**14  # beyond every side of a model's images
 _PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
 
 
@@ -49,21 +51,28 @@ def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None
     odd = [f"{step} false" for step in steps if not settings.get(step, True)]
     resample = settings.get("resample", _BICUBIC)
     if resample != _BICUBIC:
-        odd.append(f"resample {resample}")
+        odd.append(f"resample {resample!r:.80}")
     if odd:
         raise CheckpointError(
             f"{file}: images must be resized (bicubic, resample 3), rescaled and normalised; found "
             f"{', '.join(odd)}"
         )
-    is_siglip = settings.get("image_processor_type", "").startswith("Siglip")
+    is_siglip = str(settings.get("image_processor_type", "")).startswith("Siglip")
     mean, std = _statistics(is_siglip)
+    mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
+    rescale = settings.get("rescale_factor", ImageTransform.rescale)
+    if not (_is_numbers(mean, 3) and _is_numbers(std, 3, 1e-6) and _is_numbers([rescale], 1, 1e-6)):
+        raise CheckpointError(
+            f"{file}: image_mean {mean!r:.80}, image_std {std!r:.80}, rescale_factor "
+            f"{rescale!r:.80}; they must be three numbers, three above 0, and one above 0"
+        )
     return ImageTransform(
         shortest_edge=edge,
         height=height,
         width=width,
-        mean=tuple(settings.get("image_mean", mean)),
-        std=tuple(settings.get("image_std", std)),
-        rescale=settings.get("rescale_factor", ImageTransform.rescale),
+        mean=tuple(mean),
+        std=tuple(std),
+        rescale=rescale,
         aspect=aspect or own_aspect,
     )
 
@@ -87,6 +96,14 @@ def load_fitting_transform(
     return transform
 
 
+def _is_numbers(values: Any, count: int, least: float = -_MAX_LEVEL) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(type(value) in (int, float) and least <= value <= _MAX_LEVEL for value in values)
+    )
+
+
 def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of the channels."""
     return (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
@@ -97,6 +114,13 @@ def _sizes(file: Path, settings: dict[str, Any]) -> tuple[int, int, int, Aspect]
     size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    is_side = lambda side: type(side) is int and 0 < side <= _MAX_SIDE
+    if not all(
+        isinstance(sides, dict) and all(map(is_side, sides.values())) for sides in (size, crop)
+    ):
+        raise CheckpointError(
+            f"{file}: size {size!r:.80} and crop_size {crop!r:.80}; they must be sides in pixels"
+        )
     is_exact = {"height", "width"} <= size.keys()
     crops = settings.get("do_center_crop", not is_exact or "crop_size" in settings)
     if is_exact and not crops:
@@ -117,13 +141,15 @@ def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The image processor's settings and their file; transformers 5 nests them in another."""
     for name, inner in ((_PROCESSOR, "image_processor"), (_IMAGES, None)):
         file = directory / name
-        if not file.is_file():
+        if not file.exists():
             continue
         settings = read_json(file)
-        if inner is None:
-            return file, settings
-        if inner in settings:
-            return file, settings[inner]
+        found = settings if inner is None else settings.get(inner)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{file}: {inner} is {found!r:.80}, not an object")
+        return file, {key: value for key, value in found.items() if value is not None}
     return None
 
 
@@ -184,7 +210,7 @@ def save_processor(
         (directory / "chat_template.jinja").write_text(text)
     elif not isinstance(source, Parts) and not directory.samefile(source):
         for file in Path(source).glob("chat_template.j*"):  # .jinja, and .json before it
-            shutil.copy(file, directory)
+            copy_regular(file, directory / file.name)
 
 
 def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
@@ -277,7 +303,11 @@ def end_tokens(place: str | Path | Parts) -> frozenset[int]:
 
 def _given_ends(place: str | Path | Parts, default: int | None) -> int | list[int] | None:
     file = Path(place.llm if isinstance(place, Parts) else place) / "generation_config.json"
-    return (read_json(file) if file.is_file() else {}).get("eos_token_id", default)
+    found: Any = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int for end in ends):
+        raise CheckpointError(f"{file}: eos_token_id is {found!r:.80}; it must be one or more ids")
+    return found
 
 
 def _as_list(ends: int | list[int] | None) -> list[int]:
@@ -354,12 +384,14 @@ def read_chat_template(
         Jinja, and the template that it renders where it is not the checkpoint's own.
     """
     directory = Path(place.llm if isinstance(place, Parts) else place)
-    file, older = directory / "chat_template.jinja", directory / "chat_template.json"
-    own = str(tokenizer.chat_template or "")
-    if file.is_file():
-        own = file.read_text()
-    elif older.is_file():
-        own = str(read_json(older).get("chat_template", ""))
+    newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
+    own = tokenizer.chat_template or ""  # that of chat_template.jinja, if there is one
+    if older.exists() and not newer.exists():
+        own = read_json(older).get("chat_template", "")
+    if isinstance(own, dict):  # several, by name
+        own = own.get("default", "")
+    if not isinstance(own, str):
+        raise CheckpointError(f"{directory}: its chat template is {own!r:.80}, not a text")
     if "image" in own:
         return own, None
     template = TEMPLATES[choose_template(place) or "vicuna_v1"]

@@ -10,12 +10,14 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from llava_jax.disk import open_regular, read_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,7 +34,11 @@ _BUFFER_BYTES = {
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _BUFFER_BYTES
-_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
+MAX_JSON_BYTES = 2**24  # a checkpoint's JSON files have a few MB at most
+_MAX_JSON_DEPTH = 64
+_MAX_JSON_PARTS = 10**6
+_MAX_DIMENSIONS = 64  # NumPy's
+_MAX_ITEMS = 2**59  # so that an array of 8-byte items has less than 2**63 bytes
 _SAMPLE_BYTES = 64
 
 
@@ -88,7 +94,7 @@ class Tensor:
 
     def _read_bytes(self, start: int, values: np.ndarray) -> None:
         buffer = values.view(np.uint8).data
-        with open(self.file, "rb", buffering=0) as file:
+        with open_regular(self.file) as file:
             file.seek(start)
             while buffer:  # one read call stops at 2 GiB
                 count = file.readinto(buffer)
@@ -103,7 +109,7 @@ class Tensor:
 
     def stretch(self, at: int, count: int) -> bytes:
         """Some of its bytes, counted as `read` has them: row after row."""
-        with open(self.file, "rb", buffering=0) as file:
+        with open_regular(self.file) as file:
             return os.pread(file.fileno(), count, self.start + at)
 
 
@@ -135,6 +141,15 @@ class Strided(Tensor):
             index, along = divmod(index, size)
             place += along * step
         return place
+
+
+def is_shape(shape: Sequence[Any]) -> bool:
+    """Whether an array can have a shape. NumPy's limits hold even where it has no items."""
+    return (
+        len(shape) <= _MAX_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in shape)
+        and math.prod(size or 1 for size in shape) < _MAX_ITEMS
+    )
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -180,10 +195,10 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: No such file, or something else in it.
     """
     try:
-        value = parse_json(file.read_bytes())
+        value = parse_json(read_regular(file, MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent} has no {file.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")
@@ -194,11 +209,22 @@ def parse_json(text: bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: It is none, or has a key twice: of those Python would take the last, others
-            take the first.
-        RecursionError: It is nested too deep.
+        ValueError: It is none, has more or deeper parts than a checkpoint has, or has a key
+            twice: of those Python would take the last, others take the first.
     """
-    return json.loads(text, object_pairs_hook=_distinct)
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its bytes
+        raise ValueError(f"it has more than {_MAX_JSON_PARTS:,} lists and objects")
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_JSON_DEPTH):
+        inner = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deep")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,13 +246,14 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         CheckpointError: The index is malformed, or it names what is not there.
     """
     try:
-        placed = parse_json(index.read_bytes())["weight_map"]
+        placed = parse_json(read_regular(index, MAX_JSON_BYTES))["weight_map"]
         files = sorted(set(placed.values()))
         absent = [
             name for name in files if Path(name).name != name or not (index.parent / name).is_file()
         ]
-    except (OSError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index with a weight_map: {error!r}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = f"{error!r:.200}"
+        raise CheckpointError(f"{index} is not an index with a weight_map: {said}") from error
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
     tables = {name: read(index.parent / name) for name in files}
@@ -246,13 +273,15 @@ _FORMATS = ("pt", "tf", "flax", "mlx", "np")  # what transformers takes
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A file's JSON table, and where its data begin."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
+        if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
             raise CheckpointError(f"{path} is not a safetensors file, or is cut short{_ADVICE}")
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has a header of {length:,} bytes, which no model needs")
         try:
             header = parse_json(file.read(length))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: no table of tensors")
@@ -293,12 +322,14 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
         if (
             len(entry) != 3
             or type(dtype) is not str
-            or not all(type(number) is int for number in numbers)
+            or not all(type(number) is int and number < 2**63 for number in numbers)
         ):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name} has a damaged entry: {entry!r:.200}") from error
-    if not 0 <= first <= last <= end or min(shape, default=0) < 0:
+        raise CheckpointError(f"{path}: {name:.200} has a damaged entry: {entry!r:.200}") from error
+    if not is_shape(shape):
+        raise CheckpointError(f"{path}: {name:.200} has a shape that no array has: {shape!r:.200}")
+    if not 0 <= first <= last <= end:
         raise CheckpointError(
             f"{path}: {name} lies outside the file (bytes {first} to {last} of {end}); "
             "the file is damaged or cut short"

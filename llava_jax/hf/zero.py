@@ -8,14 +8,19 @@ cut that array among the processes, stage 3 cuts each parameter.
 import dataclasses
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_jax.disk import read_regular
 from llava_jax.hf.pickles import open_pickle
-from llava_jax.hf.tensorfile import CheckpointError, Tensor
+from llava_jax.hf.tensorfile import CheckpointError, Tensor, is_shape
 
+_MAX_NAME_BYTES = 1000
 _MODEL, _OPTIMIZER = "*model_states.pt", "*_optim_states.pt"
 
 
@@ -49,8 +54,11 @@ def zero_directory(path: Path) -> Path | None:
     latest = path / "latest"
     if not latest.is_file():
         return None
-    name = latest.read_text(errors="replace").strip()
-    if Path(name).name != name or not (path / name).is_dir():
+    try:
+        name = read_regular(latest, _MAX_NAME_BYTES).decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{latest} cannot be read: {error}") from error
+    if "\0" in name or Path(name).name != name or not (path / name).is_dir():
         raise CheckpointError(f"{latest} names {name!r:.80}, which is no directory beside it")
     return path / name if any((path / name).glob(_MODEL)) else None
 
@@ -64,9 +72,11 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
     models, optimizers = (_by_rank(directory, pattern) for pattern in (_MODEL, _OPTIMIZER))
     try:
         states = [open_pickle(file)["optimizer_state_dict"] for file in optimizers]
-        shapes = open_pickle(models[0])["param_shapes"]
+        shapes = _checked(open_pickle(models[0])["param_shapes"])
         count = states[0]["partition_count"]
         count = count[0] if isinstance(count, list) else count
+        if not isinstance(count, int):
+            raise CheckpointError(f"{directory}: partition_count is no number")
         by_parameter = "fp32_flat_groups" in states[0]
         name = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
         parts = [state[name] for state in states]
@@ -92,12 +102,24 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # these are nested dicts and lists of any kind
-        raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {error!r}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {said:.500}") from error
     return found
 
 
+def _checked(groups: Any) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of each group's parameters."""
+    if len({*map(id, groups)}) != len(groups):  # a pickle can name one a million times
+        raise ValueError("param_shapes has a group twice")
+    for group in groups:
+        for name, shape in group.items():
+            if not isinstance(name, str) or not isinstance(shape, tuple) or not is_shape(shape):
+                raise ValueError("param_shapes has something else than shapes by names")
+    return groups
+
+
 def _is_line(part: object) -> bool:
-    """Whether a process's part is what `_slice` takes."""
+    """Whether a process's part is what `_Line` takes."""
     return type(part) is Tensor and part.dtype == "F32" and len(part.shape) == 1
 
 
@@ -124,20 +146,19 @@ def _cut(
         ranks: Each process's part, in one stretch or several.
         by_parameter: Whether each parameter is cut (stage 3), or the whole array.
     """
-    lines = ranks if by_parameter else [[part for line in ranks for part in line]]
+    stretches = ranks if by_parameter else [[part for line in ranks for part in line]]
+    lines = [_Line.of(line) for line in stretches]
     at = 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         step = -(-size // len(lines))
         pieces: list[Tensor] = []
-        for index, line in enumerate(lines):
-            own = min(step, size - index * step)
-            if own > 0:
-                pieces += _slice(name, line, at, own)
+        for line, done in zip(lines, range(0, size, step or 1), strict=False):
+            pieces += line.cut(name, at, min(step, size - done))
         at += step
         found = sum(math.prod(piece.shape) for piece in pieces)
-        if found != size:
-            raise CheckpointError(f"{directory} has {found} of the {size} values of {name}")
+        if found != size or not pieces:
+            raise CheckpointError(f"{directory} has {found} of the {size} values of {name:.200}")
         first = pieces[0]
         yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
     for line in lines:
@@ -145,29 +166,34 @@ def _cut(
         _refuse_surplus(line, at, 1 if by_parameter else 2 * len(ranks))
 
 
-def _refuse_surplus(line: list[Tensor], taken: int, align: int) -> None:
+class _Line(NamedTuple):
+    """Stretches that stand one after the other, and where each ends, in values."""
+
+    stretches: list[Tensor]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, stretches: list[Tensor]) -> "_Line":
+        return cls(stretches, [*accumulate(math.prod(part.shape) for part in stretches)])
+
+    def cut(self, name: str, start: int, size: int) -> Iterator[Tensor]:
+        """Values `start` to `start + size`."""
+        for index in range(bisect_right(self.ends, start), len(self.ends)):
+            stretch = self.stretches[index]
+            before = self.ends[index] - math.prod(stretch.shape)
+            if before >= start + size:
+                return
+            first, last = max(start, before) - before, min(start + size, self.ends[index]) - before
+            if first < last:
+                place, length = stretch.start + 4 * first, last - first
+                yield Tensor(name, stretch.file, stretch.dtype, (length,), place, 4 * length)
+
+
+def _refuse_surplus(line: _Line, taken: int, align: int) -> None:
     """Refuses values that are neither of a parameter nor padding up to a multiple of `align`."""
-    held, most = sum(math.prod(part.shape) for part in line), -(-taken // align) * align
+    held, most = (line.ends or [0])[-1], -(-taken // align) * align
     if held > most:
         raise CheckpointError(
-            f"{line[-1].file}: {held} values up to its end, of which the parameters in "
+            f"{line.stretches[-1].file}: {held} values up to its end, of which the parameters in "
             f"param_shapes take {taken} and padding {most - taken}; {held - most} belong to none"
         )
-
-
-def _slice(name: str, line: list[Tensor], start: int, size: int) -> Iterator[Tensor]:
-    """Values `start` to `start + size` of stretches that stand one after the other."""
-    before = 0
-    for stretch in line:
-        length = math.prod(stretch.shape)
-        first, last = max(start - before, 0), min(start + size - before, length)
-        before += length
-        if first < last:
-            yield Tensor(
-                name,
-                stretch.file,
-                stretch.dtype,
-                (last - first,),
-                stretch.start + 4 * first,
-                4 * (last - first),
-            )
