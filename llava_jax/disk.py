@@ -1,10 +1,31 @@
-"""Writing to disks that may be full."""
+"""Files on disks that may be full, at paths that may be something else than a file."""
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Opens a regular file to be read, in binary.
+
+    Raises:
+        OSError: It cannot be, or is something else: a pipe or a device could be read without end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK, a pipe is waited for before it can be recognised.
+        number = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return number
+
+    return open(path, "rb", opener=opener)
 
 
 @contextmanager

@@ -18,21 +18,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError
+from llava_jax.data.errors import SampleError as SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
 SYSTEM_PLACE = "{system}"
-
-
-class SampleError(Exception):
-    """A sample that cannot be learned from; its text says why. The run goes on without it.
-
-    Attributes:
-        kind: What is wrong, in a word or two that other samples share.
-    """
-
-    def __init__(self, text: str, kind: str = "form"):
-        super().__init__(text)
-        self.kind = kind
 
 
 class Turn(NamedTuple):

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from llava_jax.config import ConfigError
+from llava_jax.disk import open_regular
 
 
 def is_remote(path: str) -> bool:
@@ -16,11 +17,11 @@ def open_file(path: str) -> Any:
     """Opens a file to be read, in binary.
 
     Raises:
-        OSError: It cannot be.
+        OSError: It cannot be, or is a folder, a pipe or a device.
         ConfigError: What reads such paths is not installed.
     """
     if not is_remote(path):
-        return open(path, "rb")
+        return open_regular(path)
     return _file_system(path).open(path, "rb")
 
 

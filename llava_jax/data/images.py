@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
-import io
 import math
-import os
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_jax.config import Aspect, Decode
-from llava_jax.data.conversation import SampleError
+from llava_jax.data.errors import SampleError
 from llava_jax.data.files import open_file
+from llava_jax.data.image_file import open_checked, to_rgb
+from llava_jax.data.image_limits import MAX_FILE_BYTES
 
 # OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,10 +21,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's pixels go from -1 to 1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
-MOST_FILE_PIXELS = 2**30 // 4 // 3
-"""Of an image file: Pillow's own limit, which is checked before anything is decoded."""
+BICUBIC = Image.Resampling.BICUBIC
+
 MOST_PIXELS = 2**28
-"""Of what an image becomes on its way, 4 bytes each: a narrow one in its square may be huge."""
+"""Of what an image becomes on its way: a narrow one in its square may be huge."""
+
+_STRIP_PIXELS = 2**24
+"""What is resized at a time; most images are smaller, even in their square."""
 
 
 LEAST_REDUCED = 0.95
@@ -75,7 +78,7 @@ class ImageTransform:
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
-        pixels = np.asarray(self._fit(_to_rgb(image), image.size, 1))
+        pixels = np.asarray(self._fit(to_rgb(image), image.size, 1))
         return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
     @property
@@ -98,7 +101,7 @@ class ImageTransform:
         with _opened(image) as file:
             size = file.size
             scale = self._reduce(file) if self.decode == "draft" else 1
-            rgb = _to_rgb(file)
+            rgb = to_rgb(file)
         fitted = self._fit(rgb, size, scale)
         # A channel at a time is faster than moving an array's axis.
         for channel, name in zip(levels, "RGB", strict=True):
@@ -136,26 +139,37 @@ class ImageTransform:
     def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:
         """Resizes and crops an image that was decoded at 1 / scale of its size.
 
-        In one call: it rounds between across and down, and which comes first is up to Pillow.
+        As Pillow does in one call: across first, then down, with rounding between. But what is
+        added around the image is never there as a whole, which may be large.
         """
-        box, new = self._place(*size)
+        box, (width, height) = self._place(*size)
         left, top, right, bottom = (side / scale for side in box)
-        image, box = self._enlarge(image, (left, top, right, bottom))
-        image = image.resize(new, Image.Resampling.BICUBIC, box)
+        across = Image.new("RGB", (width, image.height))
+        rows = max(1, _STRIP_PIXELS // max(image.width, width, math.ceil(right - left)))
+        for row in range(0, image.height, rows):
+            strip = image.crop((0, row, image.width, min(image.height, row + rows)))
+            strip, (start, stop) = self._enlarge(strip, (left, right), 0)
+            resized = strip.resize((width, strip.height), BICUBIC, (start, 0, stop, strip.height))
+            across.paste(resized, (0, row))
+        across, (start, stop) = self._enlarge(across, (top, bottom), 1)
+        image = across.resize((width, height), BICUBIC, (0, start, width, stop))
         return _center_crop(image, self.height, self.width)
 
-    def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
-        """Adds the mean colour where a box reaches beyond an image; the box in the result."""
-        left, top = (max(0, math.ceil(-side)) for side in box[:2])
-        right, bottom = (math.ceil(side) for side in box[2:])
-        box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
-        size = left + max(image.width, right), top + max(image.height, bottom)
-        if size == image.size:
-            return image, box
+    def _enlarge(
+        self, image: Image.Image, span: tuple[float, float], axis: int
+    ) -> tuple[Image.Image, tuple[float, float]]:
+        """Adds the mean colour where a span reaches beyond an image; the span in the result."""
+        before = max(0, math.ceil(-span[0]))
+        size, place = [*image.size], [0, 0]
+        size[axis] = before + max(size[axis], math.ceil(span[1]))
+        span = span[0] + before, span[1] + before
+        if size == [*image.size]:
+            return image, span
         red, green, blue = (int(channel * 255) for channel in self.mean)
-        enlarged = Image.new("RGB", size, (red, green, blue))
-        enlarged.paste(image, (left, top))
-        return enlarged, box
+        enlarged = Image.new("RGB", (size[0], size[1]), (red, green, blue))
+        place[axis] = before
+        enlarged.paste(image, (place[0], place[1]))
+        return enlarged, span
 
 
 def open_image(image: str | bytes) -> Image.Image:
@@ -165,10 +179,11 @@ def open_image(image: str | bytes) -> Image.Image:
         image: The file's path, or what is in it.
 
     Raises:
-        SampleError: There is no such file, it is not an image that Pillow reads, or a huge one.
+        SampleError: There is no such file, it is no image in one of `image_file.FORMATS`, or it
+            costs too much to decode.
     """
     with _opened(image) as file:
-        return _to_rgb(file)
+        return to_rgb(file)
 
 
 @contextlib.contextmanager
@@ -176,28 +191,21 @@ def _opened(image: str | bytes) -> Iterator[Image.Image]:
     """An image file of which but the head is read. What goes wrong while it is open names it."""
     embedded = isinstance(image, bytes)
     name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
-    if not embedded and os.path.exists(image) and not os.path.isfile(image):
-        raise SampleError(f"cannot read {name}: not a file", "image")  # a pipe would wait for ever
     try:
-        with (
-            io.BytesIO(image) if embedded else open_file(image) as file,
-            Image.open(file) as opened,
-        ):
-            if opened.format == "EPS":
-                raise SampleError("EPS is a program, which Pillow would have run", "image")
-            _check_pixels(opened.size, math.prod(opened.size), MOST_FILE_PIXELS)
+        with open_checked(image if embedded else _read_file(image)) as opened:
             yield opened
     except FileNotFoundError:
         raise SampleError(f"image not found: {image}", "image missing") from None
-    except UnidentifiedImageError:
-        raise SampleError(f"cannot read {name}: no image that Pillow knows", "image") from None
     except SampleError as error:
         raise SampleError(f"cannot read {name}: {error}", error.kind) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError(f"cannot read {name}: {error}", "image size") from None
-    # Pillow's decoders raise errors of many kinds for broken files.
+    # What reads remote files raises errors of many kinds, as do paths that no system takes.
     except Exception as error:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
+
+
+def _read_file(path: str) -> bytes:
+    with open_file(path) as file:
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def _check_pixels(size: tuple[int, int], made: int, most: int) -> None:
@@ -205,15 +213,6 @@ def _check_pixels(size: tuple[int, int], made: int, most: int) -> None:
         raise SampleError(
             f"its {size[0]} x {size[1]} pixels take {made:,}, of at most {most:,}", "image size"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Lays what is transparent on white, as Hugging Face's processor does (LLaVA dropped it)."""
-    image.load()  # of some files, this tells what is transparent
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:

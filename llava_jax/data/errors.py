@@ -1,0 +1,13 @@
+"""What is wrong with one sample of the data. This imports nothing, for processes of any kind."""
+
+
+class SampleError(Exception):
+    """A sample that cannot be learned from; its text says why. The run goes on without it.
+
+    Attributes:
+        kind: What is wrong, in a word or two that other samples share.
+    """
+
+    def __init__(self, text: str, kind: str = "form"):
+        super().__init__(text)
+        self.kind = kind

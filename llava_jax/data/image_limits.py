@@ -1,0 +1,383 @@
+"""What an image file costs to decode, counted from its bytes before anything is decoded.
+
+A few kilobytes can keep a decoder busy for an hour, or fill the memory: by empty scans of a JPEG,
+tiny chunks of a PNG, tags of a TIFF. Counting finds them on every machine alike, however fast it
+is. The limits are for Pillow's decoders, as measured: what is within them takes at most a few
+seconds of a core, and about a gigabyte.
+"""
+
+import contextlib
+import itertools
+import math
+import re
+import struct
+from collections.abc import Iterator
+
+from llava_jax.data.errors import SampleError
+
+MAX_FILE_BYTES = 2**28
+MAX_PIXELS = 2**30 // 4 // 3
+"""Of a file: Pillow's own limit."""
+
+# Headers and metadata. Pillow reads these in Python, each part in up to a few microseconds.
+MAX_HEADER_BYTES = 2**24
+MAX_JUNK_BYTES = 2**16
+"""Between the parts of a file's head, where Pillow reads a byte at a time."""
+MAX_SEGMENTS = 4096
+"""Of a JPEG: what a marker begins."""
+MAX_CHUNKS = 2**16
+"""Of a PNG."""
+MAX_COMPRESSED_CHUNKS = 128
+"""Of a PNG: metadata that becomes up to 1 MiB each."""
+MAX_GIF_BLOCKS = 2**16
+"""Before the first picture of a GIF."""
+MAX_JOINED_BYTES = 2**20
+"""Of a GIF's comments and a JPEG's Exif data, to which Pillow adds one block after the other."""
+MAX_TAGS = 1000
+"""Of a TIFF or of Exif data. libtiff sorts all tags anew for each that it does not know."""
+MAX_TAG_NUMBERS = 2**21
+"""Bytes of numbers in tags, each of which becomes a Python object."""
+
+# Pixels.
+MAX_JPEG_BYTES = 2**27
+MAX_JPEG_BLOCKS = 2**22
+"""Of a JPEG that is kept in memory until its last scan, at 128 bytes a block."""
+MAX_JPEG_VISITS = 20_000_000
+"""Blocks that all scans of a JPEG go through. A progressive one of three full components, as usual
+encoders write it, goes through each about five times."""
+LEAST_SCAN_VISITS = 2**14
+"""Even an empty scan takes time to begin."""
+MAX_RLE_BYTES = 2**22
+MAX_RLE_PIXELS = 2**23
+"""Of a compressed BMP, which Pillow decodes in Python."""
+MAX_TIFF_TILES = 100_000
+"""Or strips."""
+MAX_TIFF_TILE_BYTES = 2**28
+MAX_TIFF_BYTES = 2**30
+"""Of all tiles, with what of them lies outside of the image."""
+MAX_WEBP_PIXELS = 50_000_000
+"""libwebp keeps two pictures beside the one it gives."""
+
+
+def check_cost(data: bytes) -> None:
+    """Refuses an image file that would cost too much, without decoding any of it.
+
+    What is damaged otherwise is left for the decoder to find.
+
+    Raises:
+        SampleError: It is over a limit, or of a kind whose cost cannot be counted.
+    """
+    _limit("bytes", len(data), MAX_FILE_BYTES)
+    for magic, check in _CHECKS.items():
+        if data.startswith(magic):
+            try:
+                check(data)
+            except (IndexError, struct.error):
+                raise _refusal("it is cut short or damaged") from None
+
+
+def _refusal(text: str) -> SampleError:
+    return SampleError(text, "image")
+
+
+def _limit(what: str, found: int, most: int) -> None:
+    if found > most:
+        raise SampleError(f"it has {found:,} {what}, of at most {most:,}", "image cost")
+
+
+def _check_jpeg(jpeg: bytes) -> None:
+    _limit("bytes", len(jpeg), MAX_JPEG_BYTES)
+    _check_scans(jpeg)
+
+
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""That of a segment. All others stand alone, or are none."""
+_EOI, _SOS, _EXIF, _MPF = 0xD9, 0xDA, 0xE1, 0xE2
+_EXIF_MAGIC = b"Exif\0\0"
+_TABLES = {0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
+_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_PROGRESSIVE = 0xC2
+
+
+def _check_scans(jpeg: bytes) -> int:
+    """Goes through the segments as libjpeg does; returns how many blocks all scans go through."""
+    frame: tuple[int, int, int] | None = None
+    visits, exif, sequential = 0, b"", True
+    for number, (marker, segment) in enumerate(_segments(jpeg), 1):
+        _limit("segments", number, MAX_SEGMENTS)
+        if marker in _FRAMES:
+            if marker > _PROGRESSIVE or frame is not None:
+                raise _refusal("it is a JPEG with arithmetic coding, lossless or of two frames")
+            sequential, frame = marker != _PROGRESSIVE, _frame(segment)
+        elif marker == _SOS:
+            if frame is None:
+                raise _refusal("it is a JPEG without a frame")
+            parts, largest, blocks = frame
+            if sequential and segment[0] == parts and not visits:
+                break  # decoded as it comes, and nothing behind it is
+            _limit("blocks of several scans", blocks, MAX_JPEG_BLOCKS)
+            visits += max(LEAST_SCAN_VISITS, segment[0] * largest)
+            _limit("blocks in all its scans", visits, MAX_JPEG_VISITS)
+        elif marker == _EXIF and segment.startswith(_EXIF_MAGIC):
+            exif += segment[6:]
+            _limit("bytes of Exif data", len(exif), MAX_JOINED_BYTES)
+        elif marker == _MPF and segment.startswith(b"MPF\0"):
+            _check_tags(segment[4:])
+        elif marker not in _TABLES:
+            raise _refusal(f"it is a JPEG with a segment of the unknown kind {marker:#x}")
+    _check_tags(exif)
+    return visits
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and content of each segment."""
+    position, junk, in_head = 2, 0, True
+    while (found := _MARKER.search(jpeg, position)) and found[0][1] != _EOI:
+        start = found.end()
+        stop = start + int.from_bytes(jpeg[start : start + 2])
+        if stop < start + 2:
+            raise _refusal("it is a JPEG with a segment without a length")
+        if in_head:
+            junk += found.start() - position
+            _limit("bytes of junk in its head", junk, MAX_JUNK_BYTES)
+            _limit("bytes in its head", stop, MAX_HEADER_BYTES)
+        yield found[0][1], jpeg[start + 2 : stop]
+        position, in_head = stop, in_head and found[0][1] != _SOS
+
+
+def _frame(segment: bytes) -> tuple[int, int, int]:
+    """Components of a JPEG, blocks of the largest, and blocks of all."""
+    height, width, count = struct.unpack_from(">HHB", segment, 1)
+    samplings = [divmod(segment[at], 16) for at in range(7, 7 + 3 * count, 3)]
+    if not samplings or not all(0 < side < 5 for sampling in samplings for side in sampling):
+        raise _refusal("it is a JPEG whose sampling is wrong")
+    across, down = (max(sides) for sides in zip(*samplings, strict=True))
+    units = math.ceil(width / (8 * across)) * math.ceil(height / (8 * down))
+    return count, units * across * down, units * sum(a * d for a, d in samplings)
+
+
+def _check_png(png: bytes) -> None:
+    at, compressed, other = 8, 0, 0
+    for number in itertools.count(1):
+        if at + 8 > len(png):
+            return
+        length, kind = struct.unpack_from(">I4s", png, at)
+        if kind == b"IEND":
+            return
+        _limit("chunks", number, MAX_CHUNKS)
+        compressed += kind in (b"zTXt", b"iTXt", b"iCCP")
+        _limit("compressed texts and profiles", compressed, MAX_COMPRESSED_CHUNKS)
+        other += 0 if kind in (b"IDAT", b"fdAT") else min(length, len(png))
+        _limit("bytes beside its pixels", other, MAX_HEADER_BYTES)
+        at += 12 + length
+
+
+def _check_gif(gif: bytes) -> None:
+    """Goes to the first picture as Pillow does, with its ways of reading what is malformed."""
+    at = 13 + ((3 << (gif[10] & 7) + 1) if gif[10] & 128 else 0)
+    blocks = comments = 0
+
+    def next_block() -> bytes:
+        nonlocal at, blocks
+        blocks += 1
+        _limit("blocks before its picture", blocks, MAX_GIF_BLOCKS)
+        start, at = at + 1, at + 1 + gif[at]
+        return gif[start:at]
+
+    while gif[at : at + 1] not in (b",", b";", b""):
+        if gif[at] != ord("!"):
+            blocks, at = blocks + 1, at + 1
+            _limit("blocks before its picture", blocks, MAX_GIF_BLOCKS)
+            continue
+        kind, at = gif[at + 1], at + 2
+        block = next_block()
+        if kind == 0xFE:
+            while block:
+                comments += len(block)
+                _limit("bytes of comments", comments, MAX_JOINED_BYTES)
+                block = next_block()
+            continue
+        if kind == 0xFF and block.startswith(b"NETSCAPE2.0"):
+            next_block()
+        while next_block():
+            pass
+
+
+def _check_bmp(bmp: bytes) -> None:
+    size, width, height = struct.unpack_from("<Iii", bmp, 14)
+    if size != 12 and struct.unpack_from("<I", bmp, 30)[0] in (1, 2):
+        _limit("bytes of run lengths", len(bmp), MAX_RLE_BYTES)
+        _limit("pixels in run lengths", abs(width * height), MAX_RLE_PIXELS)
+
+
+def _check_webp(webp: bytes) -> None:
+    if webp[8:12] != b"WEBP":
+        return
+    if webp[12:16] == b"VP8X":
+        width, height = (int.from_bytes(webp[at : at + 3], "little") + 1 for at in (24, 27))
+    elif webp[12:16] == b"VP8L":
+        bits = int.from_bytes(webp[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", webp, 26))
+    _limit("pixels, as WebP,", width * height, MAX_WEBP_PIXELS)
+
+
+Entry = tuple[int, int, int]
+"""Type of a tag, where its values start, and how many there are."""
+
+_UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+"""Bytes of a value of each type."""
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q"}
+_POINTERS = (34665, 34853, 40965)
+"""Tags of further directories that Pillow reads: Exif, GPS, interoperability."""
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR = 256, 257, 258, 259, 277, 284
+_STRIPS, _STRIP_ROWS, _STRIP_BYTES = 273, 278, 279
+_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 322, 323, 324, 325
+_IN_JPEG = 7
+_COMPRESSIONS = {1, 2, 3, 4, 5, _IN_JPEG, 8, 32773, 32946, 50000}
+"""None, CCITT's, LZW, JPEG, Deflate, PackBits, Zstandard."""
+
+
+class _Tags:
+    """Directories of a TIFF. All that are read share the limits."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self._order = "<" if data[:2] == b"II" else ">"
+        self._is_big = data[2] == 43
+        self._count = self._numbers = 0
+        self.repeated: set[int] = set()
+        self.first = self._unpack("Q", 8)[0] if self._is_big else self._unpack("I", 4)[0]
+
+    def read(self, offset: int) -> dict[int, Entry]:
+        """The tags of a directory."""
+        length, form, count, inline = (20, "HHQ", "Q", 8) if self._is_big else (12, "HHI", "H", 4)
+        found: dict[int, Entry] = {}
+        start = offset + struct.calcsize(count)
+        for at in itertools.islice(
+            range(start, len(self._data) - length + 1, length), self._unpack(count, offset)[0]
+        ):
+            self._count += 1
+            _limit("tags", self._count, MAX_TAGS)
+            tag, kind, values = self._unpack(form, at)
+            if kind not in _UNITS:
+                continue
+            place, size = at + length - inline, values * _UNITS[kind]
+            if size > inline:
+                place = self._unpack("Q" if self._is_big else "I", place)[0]
+            self._numbers += min(size, len(self._data)) if _UNITS[kind] > 1 else 0
+            _limit("bytes of numbers in tags", self._numbers, MAX_TAG_NUMBERS)
+            self.repeated |= {tag} & found.keys()
+            found[tag] = kind, place, values
+        return found
+
+    def integers(self, entry: Entry | None) -> tuple[int, ...]:
+        """The values of a tag; none if there is no such tag, or it has no integers."""
+        if entry is None or entry[0] not in _INTEGERS:
+            return ()
+        kind, place, count = entry[0], entry[1], min(entry[2], MAX_TIFF_TILES + 1)
+        return self._unpack(f"{count}{_INTEGERS[kind]}", place)
+
+    def _unpack(self, form: str, at: int) -> tuple[int, ...]:
+        return struct.unpack_from(self._order + form, self._data, at)
+
+
+_USED = {
+    *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, *_POINTERS),
+    *(_STRIPS, _STRIP_ROWS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES),
+}
+
+
+def _check_tags(data: bytes) -> None:
+    """Checks the first directory of a JPEG's Exif data, which may be damaged."""
+    for _ in range(4):  # Pillow goes over any number of these
+        data = data.removeprefix(_EXIF_MAGIC)
+    if data.startswith(_EXIF_MAGIC):
+        raise _refusal("its Exif data begins again and again")
+    if data[:2] in (b"II", b"MM"):
+        with contextlib.suppress(struct.error):
+            tags = _Tags(data)
+            _check_values(data, tags.read(tags.first))
+
+
+def _check_values(data: bytes, *directories: dict[int, Entry]) -> None:
+    """Bytes and texts of all tags, each of which Pillow copies."""
+    entries = itertools.chain.from_iterable(found.values() for found in directories)
+    size = sum(min(count * _UNITS[kind], len(data)) for kind, _, count in entries)
+    _limit("bytes in tags", size, len(data) + MAX_TAG_NUMBERS)
+
+
+def _check_tiff(tiff: bytes) -> None:
+    if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
+        raise _refusal("its header of a TIFF is wrong")
+    tags = _Tags(tiff)
+    first = tags.read(tags.first)
+    if tags.repeated & _USED:  # Pillow takes the last, libtiff the first
+        raise _refusal(f"it is a TIFF that has tag {min(tags.repeated & _USED)} twice")
+    directories = [first]
+    for directory in directories:  # which grows; the number of tags ends it
+        for pointer in _POINTERS:
+            directories += [tags.read(at) for at in tags.integers(directory.get(pointer))]
+    _check_values(tiff, *directories)
+    compression = _first(tags, first, _COMPRESSION, 1)
+    if compression not in _COMPRESSIONS:
+        raise _refusal(f"it is a TIFF of compression {compression}, which is not read")
+    count = _check_tiles(tags, first)
+    places = tags.integers(first.get(_TILES, first.get(_STRIPS)))
+    sizes = tags.integers(first.get(_TILE_BYTES, first.get(_STRIP_BYTES)))
+    _limit("tiles or strips", len(places), MAX_TIFF_TILES)
+    if len(sizes) < count:  # libtiff takes each for as large as the file
+        sizes = (len(tiff),) * count
+    if compression == 1:
+        return
+    stored = sum(min(size, len(tiff)) for size in sizes[:count])
+    _limit("compressed bytes in tiles or strips", stored, 2 * len(tiff))
+    if compression == _IN_JPEG:
+        if len(places) < count:
+            raise _refusal("it is a TIFF that does not say where its tiles or strips are")
+        visits = 0
+        for at, size in zip(places[:count], sizes, strict=False):
+            visits += _check_scans(tiff[at : at + size])
+            _limit("blocks in all scans", visits, MAX_JPEG_VISITS)
+
+
+def _check_tiles(tags: _Tags, first: dict[int, Entry]) -> int:
+    """Checks the size of what is decoded at a time; returns how many tiles or strips there are."""
+    width, height = _first(tags, first, _WIDTH, 0), _first(tags, first, _HEIGHT, 0)
+    samples, bits = (
+        _first(tags, first, _SAMPLES, 1),
+        max(tags.integers(first.get(_BITS)), default=1),
+    )
+    if not (min(width, height) > 0 and 0 < samples <= 16 and 0 < bits <= 64):
+        raise _refusal(f"it is a TIFF of {width} x {height} pixels, {samples} of {bits} bits")
+    if {_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES} & first.keys():
+        if {_STRIPS, _STRIP_BYTES} & first.keys():
+            raise _refusal("it is a TIFF with both tiles and strips")
+        across, down = _first(tags, first, _TILE_WIDTH, 0), _first(tags, first, _TILE_HEIGHT, 0)
+    else:
+        across, down = width, min(height, _first(tags, first, _STRIP_ROWS, height))
+    if across < 1 or down < 1:
+        raise _refusal("it is a TIFF whose tiles or strips have no size")
+    is_planar = _first(tags, first, _PLANAR, 1) == 2
+    count = math.ceil(width / across) * math.ceil(height / down) * (samples if is_planar else 1)
+    size = math.ceil(across * (1 if is_planar else samples) * bits / 8) * down
+    _limit("tiles or strips", count, MAX_TIFF_TILES)
+    _limit("bytes in a tile or strip", size, MAX_TIFF_TILE_BYTES)
+    _limit("bytes in all tiles or strips", count * size, MAX_TIFF_BYTES)
+    return count
+
+
+def _first(tags: _Tags, directory: dict[int, Entry], tag: int, default: int) -> int:
+    return next(iter(tags.integers(directory.get(tag))), default)
+
+
+_CHECKS = {
+    b"\xff\xd8\xff": _check_jpeg,
+    b"\x89PNG\r\n\x1a\n": _check_png,
+    b"GIF8": _check_gif,
+    b"BM": _check_bmp,
+    b"RIFF": _check_webp,
+    b"II": _check_tiff,
+    b"MM": _check_tiff,
+}
