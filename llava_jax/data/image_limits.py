@@ -47,6 +47,7 @@ MAX_JPEG_VISITS = 20_000_000
 encoders write it, goes through each about five times."""
 LEAST_SCAN_VISITS = 2**14
 """Even an empty scan takes time to begin."""
+MAX_PNG_BYTES = 2**29
 MAX_RLE_BYTES = 2**22
 MAX_RLE_PIXELS = 2**23
 """Of a compressed BMP, which Pillow decodes in Python."""
@@ -156,20 +157,28 @@ def _frame(segment: bytes) -> tuple[int, int, int]:
     return count, units * across * down, units * sum(a * d for a, d in samplings)
 
 
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Of a PNG, for each kind of colours."""
+
+
 def _check_png(png: bytes) -> None:
-    at, compressed, other = 8, 0, 0
-    for number in itertools.count(1):
-        if at + 8 > len(png):
-            return
+    """Goes through the chunks; only those of pixels may be large."""
+    at, number, compressed, other = 8, 0, 0, 0
+    while at + 8 <= len(png) and number <= MAX_CHUNKS:
         length, kind = struct.unpack_from(">I4s", png, at)
         if kind == b"IEND":
-            return
-        _limit("chunks", number, MAX_CHUNKS)
+            break
+        if kind == b"IHDR":
+            width, height, depth, colours = struct.unpack_from(">IIBB", png, at + 8)
+            size = width * height * depth * _CHANNELS.get(colours, 0) // 8
+            _limit("bytes in its pixels", size, MAX_PNG_BYTES)
+        number += 1
         compressed += kind in (b"zTXt", b"iTXt", b"iCCP")
-        _limit("compressed texts and profiles", compressed, MAX_COMPRESSED_CHUNKS)
         other += 0 if kind in (b"IDAT", b"fdAT") else min(length, len(png))
-        _limit("bytes beside its pixels", other, MAX_HEADER_BYTES)
         at += 12 + length
+    _limit("chunks", number, MAX_CHUNKS)
+    _limit("compressed texts and profiles", compressed, MAX_COMPRESSED_CHUNKS)
+    _limit("bytes beside its pixels", other, MAX_HEADER_BYTES)
 
 
 def _check_gif(gif: bytes) -> None:
@@ -177,30 +186,29 @@ def _check_gif(gif: bytes) -> None:
     at = 13 + ((3 << (gif[10] & 7) + 1) if gif[10] & 128 else 0)
     blocks = comments = 0
 
-    def next_block() -> bytes:
+    def next_block() -> int:
         nonlocal at, blocks
-        blocks += 1
-        _limit("blocks before its picture", blocks, MAX_GIF_BLOCKS)
-        start, at = at + 1, at + 1 + gif[at]
-        return gif[start:at]
+        length, blocks = gif[at], blocks + 1
+        at += 1 + length
+        return length if blocks <= MAX_GIF_BLOCKS else 0
 
-    while gif[at : at + 1] not in (b",", b";", b""):
+    while gif[at : at + 1] not in (b",", b";", b"") and blocks <= MAX_GIF_BLOCKS:
         if gif[at] != ord("!"):
             blocks, at = blocks + 1, at + 1
-            _limit("blocks before its picture", blocks, MAX_GIF_BLOCKS)
             continue
-        kind, at = gif[at + 1], at + 2
-        block = next_block()
-        if kind == 0xFE:
-            while block:
-                comments += len(block)
-                _limit("bytes of comments", comments, MAX_JOINED_BYTES)
-                block = next_block()
+        start, at = at + 2, at + 2
+        length = next_block()
+        if gif[start - 1] == 0xFE:
+            while length:
+                comments += length
+                length = next_block()
             continue
-        if kind == 0xFF and block.startswith(b"NETSCAPE2.0"):
+        if gif[start - 1] == 0xFF and gif.startswith(b"NETSCAPE2.0", start + 1) and length >= 11:
             next_block()
         while next_block():
             pass
+    _limit("blocks before its picture", blocks, MAX_GIF_BLOCKS)
+    _limit("bytes of comments", comments, MAX_JOINED_BYTES)
 
 
 def _check_bmp(bmp: bytes) -> None:
