@@ -129,9 +129,9 @@ def test_opening_reads_no_image_and_reading_one_row_group(tmp_path, monkeypatch)
     asked = []
     read_group = parquet_file._read_group
 
-    def note(path, group, columns):
+    def note(path, group, columns, rows):
         asked.append((group, "image.bytes" in columns, "embedding.list.element" in columns))
-        return read_group(path, group, columns)
+        return read_group(path, group, columns, rows)
 
     monkeypatch.setattr(parquet_file, "_read_group", note)
     file = ParquetFile(write(tmp_path / "data", table(6), row_group_size=2))
@@ -139,6 +139,13 @@ def test_opening_reads_no_image_and_reading_one_row_group(tmp_path, monkeypatch)
     asked.clear()
     assert [file.read(n)["id"] for n in (2, 3, 0, 5)] == [2, 3, 0, 5]
     assert asked == [(1, True, False), (0, True, False), (2, True, False)]
+
+
+def test_a_row_group_is_read_by_parts_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_file, "_BATCH_ROWS", 3)
+    records = load_records(write(tmp_path / "data", table(20)), "")
+    for order in (range(20), range(19, -1, -1), np.random.default_rng(0).permutation(20).tolist()):
+        assert [records[n].id for n in order] == [str(n) for n in order]
 
 
 def test_two_threads_read_at_once(tmp_path):

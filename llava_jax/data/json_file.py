@@ -1,5 +1,9 @@
 """Records of a JSON file: a list of them, or one on each line."""
 
+import array
+import contextlib
+import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -8,9 +12,16 @@ from typing import IO, Any
 import numpy as np
 
 from llava_jax.config import ConfigError
-from llava_jax.data.conversation import SampleError
+from llava_jax.data.errors import SampleError
 from llava_jax.data.files import file_size, open_file
-from llava_jax.data.records import CONVERSATIONS, Sizes, measure_all
+from llava_jax.data.records import (
+    CONVERSATIONS,
+    MAX_DEPTH,
+    MAX_RECORD_BYTES,
+    Sizes,
+    is_deep,
+    measure_all,
+)
 
 _CHUNK_BYTES = 2**24
 
@@ -36,19 +47,20 @@ class JsonFile:
             lines: Whether each line is a record; else the file is a list of them.
 
         Raises:
-            ConfigError: It is a list that does not end; names the file and the record.
+            ConfigError: It is a list that does not end, or too damaged to find its records; names
+                the file and the record.
         """
         self.path = path
         self.size = file_size(path)
         self._unit = "line" if lines else "record"
-        spans: list[tuple[int, int, int]] = []
+        spans = array.array("q")
 
         def scan() -> Iterator[Any]:
             for number, start, stop, raw in (_scan_lines if lines else _scan_list)(path):
-                spans.append((number, start, stop))
+                spans.extend((number, start, stop))
                 yield raw
 
-        self.sizes: Sizes = measure_all(scan())
+        self.sizes: Sizes = measure_all(scan(), path)
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -65,6 +77,11 @@ class JsonFile:
             SampleError: It is no JSON.
         """
         _, start, stop = self._spans[number].tolist()
+        if stop - start > MAX_RECORD_BYTES:
+            raise SampleError(
+                f"this {self._unit} has {stop - start:,} bytes, of at most {MAX_RECORD_BYTES:,}",
+                "record size",
+            )
         with open_file(self.path) as file:
             file.seek(start)
             text = file.read(stop - start)
@@ -77,6 +94,8 @@ class JsonFile:
             whole = ", which must hold a whole record" if self._unit == "line" else ""
             message = f"not JSON: {error}, of this {self._unit}{whole}"
             raise SampleError(message, "not JSON") from None
+        if is_deep(raw):
+            raise SampleError(f"it has more than {MAX_DEPTH} lists or objects in each other")
         if b"\\ud" in text.lower():
             _check_text(raw)
         return raw
@@ -96,14 +115,21 @@ Scanned = tuple[int, int, int, Any]
 
 def _scan_lines(path: str) -> Iterator[Scanned]:
     stop = 0
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            start, stop = stop, stop + len(line)
+    with open_file(path) as opened:
+        file = io.BufferedReader(opened)  # what reads remote files reads only whole lines
+        for number in itertools.count(1):
+            start, line = stop, file.readline(MAX_RECORD_BYTES)
+            if not line:
+                return
+            stop, rest = stop + len(line), line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(_CHUNK_BYTES)
+                stop += len(rest)
             if line.strip():
-                try:
-                    yield number, start, stop, json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError):
-                    yield number, start, stop, None
+                raw = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    raw = json.loads(line.decode("utf-8"))
+                yield number, start, stop, raw
 
 
 def _scan_list(path: str) -> Iterator[Scanned]:
@@ -119,8 +145,13 @@ def _scan_list(path: str) -> Iterator[Scanned]:
                     "off?"
                 )
             start = text.place
-            raw = text.read_record()
-            yield number, start, text.place, raw
+            raw, stop = text.read_record()
+            if text.is_lost:
+                raise ConfigError(
+                    f"data file {path}: from record {number} on, at byte {start}, it is too "
+                    "damaged to find the next whole one; write it anew, as JSON lines"
+                )
+            yield number, start, stop, raw
             text.skip(",")
             number += 1
         if not text.at_end:
@@ -134,99 +165,120 @@ class _Window:
     """A JSON file, of which a part at a time is in memory: as text of a character a byte.
 
     Attributes:
-        text: The part.
-        position: What is read next in it.
+        is_lost: Whether looking for whole records between damaged ones has taken too long.
     """
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self._start = 0
-        self.text = ""
-        self.position = 0
+        self._text = ""
+        self._position = 0  # of what is read next, in the text
+        self._start = 0  # of the text, in the file
+        self._tried = 0  # characters that were looked at for nothing
+        self.is_lost = False
 
     @property
     def place(self) -> int:
         """The byte that is read next."""
-        return self._start + self.position
+        return self._start + self._position
 
     @property
     def at_end(self) -> bool:
-        return self.position == len(self.text) and not self._grow()
+        return not self._has(1)
 
     def skip(self, mark: str) -> bool:
         """Goes over a mark with the space around it, if it comes next."""
         self._skip_space()
-        found = self.text.startswith(mark, self.position)
-        self.position += found
+        found = self._text.startswith(mark, self._position)
+        self._position += found
         self._skip_space()
         return found
 
-    def read_record(self) -> Any:
-        """Goes over one value and returns it; over a damaged one, and returns None."""
-        if self.position > _CHUNK_BYTES:
-            self._start += self.position
-            self.text, self.position = self.text[self.position :], 0
-        try:
-            raw, stop = self._decode(self.position)
-            span = self.text[self.position : stop]
-            if not span.isascii():
-                raw = json.loads(span.encode("latin-1").decode("utf-8"))
-        except (ValueError, RecursionError):
-            raw, stop = None, None
-        start, self.position = self.position, stop or self.position
+    def read_record(self) -> tuple[Any, int]:
+        """Goes over one value; returns it and the byte where it stops. None is a damaged one."""
+        raw, length = self._decode(0)
+        self._position += length
+        stop = self.place
         self._skip_space()
-        if stop is None or not self.text.startswith((",", "]"), self.position):
-            self.position = self._next_record(start)
-            return None
-        self.position = stop
-        return raw
+        if length and self._text.startswith((",", "]"), self._position):
+            return raw, stop
+        self._go_to_next()
+        return None, self.place
+
+    def _has(self, size: int) -> bool:
+        """Whether so many characters come next; reads on for them."""
+        while len(self._text) - self._position < size:
+            more = self._file.read(_CHUNK_BYTES).decode("latin-1")
+            if not more:
+                return False
+            self._start += self._position
+            self._text, self._position = self._text[self._position :] + more, 0
+        return True
 
     def _skip_space(self) -> None:
         while True:
-            self.position = _SPACE.match(self.text, self.position).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if self.position < len(self.text) or not self._grow():
+            self._position = _SPACE.match(self._text, self._position).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._position < len(self._text) or not self._has(1):
                 return
 
-    def _grow(self) -> bool:
-        more = self._file.read(_CHUNK_BYTES).decode("latin-1")
-        self.text += more
-        return bool(more)
-
-    def _decode(self, start: int) -> tuple[Any, int]:
-        """The value at a position, and where it stops."""
-        while True:
+    def _decode(self, ahead: int) -> tuple[Any, int]:
+        """The value so far behind what comes next, and its length, which is 0 if there is none."""
+        for size in _SIZES:
+            self._has(ahead + size)
+            start = self._position + ahead
+            # A part, for an error of the decoder's costs as much as there is before it.
+            text = self._text[start : start + size]
+            self._tried += len(text)
+            is_all = len(text) < size
             try:
-                return _DECODER.raw_decode(self.text, start)
+                raw, length = _DECODER.raw_decode(text)
+                if is_all or length < size:
+                    self._tried -= len(text)
+                    span = text[:length]
+                    if not span.isascii():
+                        raw = json.loads(span.encode("latin-1").decode("utf-8"))
+                    return raw, length
             except json.JSONDecodeError as error:
-                is_cut = error.pos > len(self.text) - _NEAR or error.msg.startswith("Unterminated")
-                if not is_cut or not self._grow():
-                    raise
+                is_cut = error.pos > size - _NEAR or error.msg.startswith("Unterminated")
+                if is_all or not is_cut:
+                    return None, 0
+            except (ValueError, RecursionError):
+                return None, 0
+        return None, 0
 
-    def _next_record(self, start: int) -> int:
-        """Where a damaged record stops: before the next whole one, or the list's end."""
-        at = start + 1
+    def _go_to_next(self) -> None:
+        """Goes from a damaged record to the next whole one, or to the list's end."""
+        self._position += self._has(1)
         while True:
-            comma = _BETWEEN.search(self.text, at)
+            comma = _BETWEEN.search(self._text, self._position)
             if comma is not None:
-                at = comma.end()
-                if self._is_record(at):
-                    return comma.start()
-            elif self._grow():
-                at = max(at, len(self.text) - _CHUNK_BYTES - _NEAR)
+                self._position = comma.start()
+                if self._is_record(len(comma[0])):
+                    return
+                self._position += 1
+                self._tried += _TRY
+                if self._tried > _MOST_TRIED + self.place * _TRIED_PER_BYTE:
+                    self.is_lost = True
+                    return
             else:
-                rest = self.text.rstrip()
-                return len(rest) - rest.endswith("]")
+                self._position = max(self._position, len(self._text) - _MOST_SPACE)
+                if not self._has(_MOST_SPACE + 1):
+                    rest = self._text.rstrip()
+                    self._position = max(self._position, len(rest) - rest.endswith("]"))
+                    return
 
-    def _is_record(self, at: int) -> bool:
-        try:
-            raw, _ = self._decode(at)
-        except (ValueError, RecursionError):
-            return False
+    def _is_record(self, ahead: int) -> bool:
+        raw, _ = self._decode(ahead)
         return isinstance(raw, dict) and not raw.keys().isdisjoint(CONVERSATIONS)
 
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r",\s*(?=\{)")
+_MOST_SPACE = 2**16
+"""Between a comma and a record behind a damaged one."""
+_SIZES = (2**11, 2**14, 2**17, MAX_RECORD_BYTES)
+"""Of parts that are decoded, one after the other until the record is whole."""
 _NEAR = 64
-"""Bytes: what is wrong so near to the end of a window may be right when there is more of it."""
+"""Bytes: what is wrong so near to the end of a part may be right when there is more of it."""
+_TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 100
+"""What a try in vain costs at least, and what all of them may, in characters."""

@@ -1,28 +1,45 @@
 """Records of a Parquet file, as Hugging Face's `datasets` writes them, with images embedded."""
 
+import collections
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from llava_jax.config import ConfigError
-from llava_jax.data.conversation import SampleError
-from llava_jax.data.files import file_size, is_remote, open_file
-from llava_jax.data.records import CONVERSATIONS, FIELDS, Sizes, measure_all
+from llava_jax.data.errors import SampleError
+from llava_jax.data.files import file_size, open_file
+from llava_jax.data.records import (
+    CONVERSATIONS,
+    FIELDS,
+    MAX_RECORD_BYTES,
+    Sizes,
+    measure_all,
+)
 
 logger = logging.getLogger(__name__)
 
 MOST_GROUP_BYTES = 256 * 2**20
-"""A row group is read for each record of it; beyond this, that is worth a warning."""
+"""A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
+
+_BATCH_ROWS, _BATCH_BYTES = 64, 2**28
+"""Rows that are read at a time: fewer, if one value of each could be larger together."""
+
+# A few kilobytes of Parquet can stand for billions of values; files of samples are far below these.
+_ROWS, _ROWS_PER_BYTE = 10_000, 0.25
+_VALUES, _VALUES_PER_BYTE = 2**16, 16.0
+_UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
 
 
 class ParquetFile:
     """A Parquet file's records, read from disk one by one.
 
-    A Parquet file is read by row groups. The last one is kept, so that reading in order is quick;
-    reading in any other order takes a row group a record.
+    A row group is read from its start, some rows at a time, so that it need not fit the memory.
+    The place is kept: reading in order is quick, and in any other order half a row group is read
+    for each record.
 
     Attributes:
         path: The file.
@@ -34,53 +51,52 @@ class ParquetFile:
         """Reads through the file once, without the bytes of its images.
 
         Raises:
-            ConfigError: pyarrow is not installed, or the file is no such table.
+            ConfigError: pyarrow is not installed, or the file is no such table, or stands for far
+                more than its size.
         """
         self.path = path
         self.size = file_size(path)
-        self._held: tuple[int, Any] | None = None
-        file = _open(path)
-        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-        self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in FIELDS]
-        known = {leaf.split(".")[0] for leaf in self._columns}
-        if known.isdisjoint(CONVERSATIONS):
-            names = ", ".join(file.schema_arrow.names)
-            raise ConfigError(
-                f'data file {path} has no column "conversations" or "messages"; it has {names}'
-            )
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
-        largest = max((group.total_byte_size for group in groups), default=0)
-        if largest > MOST_GROUP_BYTES:
-            logger.warning(
-                "%s has row groups of %d MiB, and one is read for each sample; write it with "
-                "row_group_size=100 to have it read faster",
-                path,
-                largest // 2**20,
-            )
-        self.sizes: Sizes = measure_all(self._scan())
+        with _open(path) as file:
+            leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+            self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in FIELDS]
+            known = {leaf.split(".")[0] for leaf in self._columns}
+            if known.isdisjoint(CONVERSATIONS):
+                names = ", ".join(file.schema_arrow.names)
+                raise ConfigError(
+                    f'data file {path} has no column "conversations" or "messages"; it has '
+                    f"{names:.500}"
+                )
+            self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
+        self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
+        self.sizes: Sizes = measure_all(self._scan(), path)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": None}
 
     def read(self, number: int) -> dict[str, Any]:
         """Reads a record, as it is in the file.
 
         Raises:
-            SampleError: Its part of the file cannot be read.
+            SampleError: Its part of the file cannot be read, or it is too large.
         """
         group = int(np.searchsorted(self._ends, number, side="right"))
-        held = self._held
-        if held is None or held[0] != group:
+        row = number - (int(self._ends[group - 1]) if group else 0)
+        with _lock:
+            place = _places.pop(self, None)
             try:
-                held = self._held = group, _read_group(self.path, group, self._columns)
+                if place is None or place.group != group or row < place.start:
+                    batches = _read_group(self.path, group, self._columns, self._batch_rows)
+                    place = _Place(group, batches)
+                batch, row = place.go_to(row)
             except ConfigError as error:
                 raise SampleError(str(error), "not Parquet") from error
-        table = held[1]
-        return _row(table, number - (int(self._ends[group]) - table.num_rows))
+            except StopIteration:
+                text = f"row group {group} has fewer rows than the file says"
+                raise SampleError(text, "not Parquet") from None
+            _places[self] = place
+            if len(_places) > _MOST_PLACES:
+                _places.popitem(last=False)
+        return _row(batch, row)
 
     def where(self, number: int) -> str:
         """Where a record stands, for messages."""
@@ -90,17 +106,84 @@ class ParquetFile:
         """The rows, without images that have a path beside their bytes."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
-        for group in range(len(self._ends)):
-            table = _read_group(self.path, group, light)
-            try:
-                yield from table.to_pylist()
-            except UnicodeDecodeError:
-                yield from (_row_or_none(table, row) for row in range(table.num_rows))
+        for group in np.flatnonzero(np.diff(self._ends, prepend=0)).tolist():
+            for batch in _read_group(self.path, group, light, self._batch_rows):
+                if _weight(batch) <= MAX_RECORD_BYTES:
+                    with contextlib.suppress(UnicodeDecodeError):
+                        yield from batch.to_pylist()
+                        continue
+                yield from (_row_or_none(batch, row) for row in range(batch.num_rows))
+
+
+class _Place:
+    """How far a row group has been read."""
+
+    def __init__(self, group: int, batches: Iterator[Any]):
+        self.group, self.start, self._batches, self._batch = group, 0, batches, next(batches)
+
+    def go_to(self, row: int) -> tuple[Any, int]:
+        """The batch with a row that has not been passed, and the row's place in it."""
+        while row >= self.start + self._batch.num_rows:
+            self.start += self._batch.num_rows
+            self._batch = next(self._batches)
+        return self._batch, row - self.start
+
+
+_places: collections.OrderedDict[ParquetFile, _Place] = collections.OrderedDict()
+"""Those of the files that were read last, each of which is an open file."""
+_MOST_PLACES = 8
+_lock = threading.Lock()
+
+
+def _measure_groups(
+    path: str, size: int, metadata: Any, columns: list[str]
+) -> tuple[np.ndarray, int]:
+    """Where row groups end, and the bytes of the largest column in one.
+
+    Raises:
+        ConfigError: They stand for more than files of samples do.
+    """
+    largest = most = 0
+
+    def limit(what: str, found: int, most: float) -> None:
+        if found > most:
+            raise ConfigError(
+                f"data file {path}: its {size:,} bytes stand for {found:,} {what}, of at most "
+                f"{int(most):,}; such a file is damaged, or made to fill the memory"
+            )
+
+    limit("rows", metadata.num_rows, _ROWS + _ROWS_PER_BYTE * size)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+    limit("rows", int(ends[-1]) if groups else 0, _ROWS + _ROWS_PER_BYTE * size)
+    for group in groups:
+        parts = [group.column(i) for i in range(group.num_columns)]
+        for part in parts:
+            if part.path_in_schema in columns:
+                limit("values", part.num_values, _VALUES + _VALUES_PER_BYTE * size)
+                unpacked = _UNPACKED + _UNPACKED_PER_BYTE * min(size, part.total_compressed_size)
+                limit("bytes of values", part.total_uncompressed_size, unpacked)
+                largest = max(largest, part.total_uncompressed_size)
+        most = max(most, group.total_byte_size)
+    if most > MOST_GROUP_BYTES:
+        logger.warning(
+            "%s has row groups of %d MiB, and half of one is read for each sample; write it with "
+            "row_group_size=100 to have it read faster",
+            path,
+            most // 2**20,
+        )
+    return ends, largest
 
 
 def _row(table: Any, number: int) -> dict[str, Any]:
+    row = table.slice(number, 1)
+    weight = _weight(row)
+    if weight > MAX_RECORD_BYTES:
+        raise SampleError(
+            f"it has {weight:,} bytes of text, of at most {MAX_RECORD_BYTES:,}", "record size"
+        )
     try:
-        return table.slice(number, 1).to_pylist()[0]
+        return row.to_pylist()[0]
     except UnicodeDecodeError as error:
         raise SampleError(f"not UTF-8: {error}", "not Parquet") from None
 
@@ -112,16 +195,37 @@ def _row_or_none(table: Any, number: int) -> dict[str, Any] | None:
         return None
 
 
-def _open(path: str) -> Any:
-    with _named(path, "the file"):
-        source = open_file(path) if is_remote(path) else path
-        return _import_pyarrow(path).parquet.ParquetFile(source, memory_map=True)
+def _weight(data: Any) -> int:
+    """Bytes of all texts in a batch or an array, as objects of Python would have them."""
+    arrow = _import_pyarrow("")
+    if isinstance(data, arrow.RecordBatch):
+        return sum(map(_weight, data.columns))
+    if isinstance(data, arrow.DictionaryArray):
+        lengths = arrow.compute.binary_length(data.dictionary).take(data.indices)
+        return arrow.compute.sum(lengths).as_py() or 0
+    if isinstance(data, arrow.StructArray):
+        return sum(map(_weight, data.flatten()))
+    if isinstance(data, arrow.ListArray | arrow.LargeListArray):
+        return 8 * len(data) + _weight(data.flatten())
+    return 0 if data.type in (arrow.binary(), arrow.large_binary()) else 8 * len(data)
 
 
-def _read_group(path: str, group: int, columns: list[str]) -> Any:
-    """Reads a row group as a table."""
-    with _open(path) as file, _named(path, f"row group {group}"):
-        return file.read_row_group(group, columns=columns, use_threads=False)
+@contextlib.contextmanager
+def _open(path: str, texts: list[str] | None = None) -> Iterator[Any]:
+    """Opens a file whose texts, of these columns, are then kept once each."""
+    arrow = _import_pyarrow(path)
+    with contextlib.ExitStack() as opened:
+        with _named(path, "the file"):
+            source = opened.enter_context(open_file(path))
+            file = arrow.parquet.ParquetFile(source, read_dictionary=texts, buffer_size=2**20)
+        yield file
+
+
+def _read_group(path: str, group: int, columns: list[str], rows: int) -> Iterator[Any]:
+    """Reads a row group as batches of so many rows."""
+    texts = [column for column in columns if not column.endswith(".bytes")]
+    with _open(path, texts) as file, _named(path, f"row group {group}"):
+        yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 @contextlib.contextmanager
@@ -137,6 +241,7 @@ def _named(path: str, part: str) -> Iterator[None]:
 def _import_pyarrow(path: str) -> Any:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(

@@ -5,6 +5,7 @@ And that of chat templates: `messages` of `{"role", "content"}`, whose content m
 and image parts, and `images`.
 """
 
+import array
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -14,12 +15,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
+from llava_jax.config import ConfigError
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
+from llava_jax.data.errors import SampleError
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 """What is read of a record; all else in it is passed over."""
 
 CONVERSATIONS = ("conversations", "messages")
+
+# What one record may have, so that no record keeps a run waiting or fills its memory.
+MAX_RECORD_BYTES = 2**22
+MAX_IMAGES = 256
+MAX_TURNS = 2000
+"""Or parts of turns."""
+MAX_PATH = 4096
+MAX_CHARACTERS = 2**20
+"""Of all turns."""
+MAX_BAD = 2**18
+"""Records of a file that have no known form, if most have none."""
+MAX_DEPTH = 64
+"""Of lists in lists. Python's own limit depends on who reads a record."""
 
 ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "system": "system",
@@ -92,19 +108,49 @@ class Sizes(NamedTuple):
         return int(self.images.max(initial=0))
 
 
-def measure_all(records: Iterable[Any]) -> Sizes:
-    """Sizes of records as data files hold them; the bytes of their images need not be there."""
-    pairs = [_measure(raw) for raw in records]
-    images, words = np.array(pairs, np.int32).reshape(-1, 2).T
+def measure_all(records: Iterable[Any], path: str) -> Sizes:
+    """Sizes of the records of a data file; the bytes of their images need not be there.
+
+    Raises:
+        ConfigError: Most of a great many have no known form.
+    """
+    sizes, bad = array.array("i"), 0
+    for number, raw in enumerate(records, 1):
+        size = _measure(raw)
+        sizes.extend(size)
+        bad += size[0] < 0
+        if bad > MAX_BAD and 2 * bad > number:
+            raise ConfigError(
+                f"data file {path}: of its first {number:,} records, {bad:,} cannot be used; is it "
+                "a file of samples?"
+            )
+    images, words = np.array(sizes, np.int32).reshape(-1, 2).T
     return Sizes(images, words)
 
 
 def _measure(raw: Any) -> tuple[int, int]:
+    if not isinstance(raw, dict):
+        return -1, 0
     try:
         images, turns = _parse(raw)
     except SampleError:
         return -1, 0
     return len(images), sum(len(turn.text.split()) for turn in turns)
+
+
+def is_deep(raw: Any) -> bool:
+    """Whether lists and objects are inside each other more often than a record may have them."""
+    level = [raw] if isinstance(raw, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
@@ -118,6 +164,7 @@ def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
         raise SampleError(
             f'"conversations" or "messages" must be a list of turns, found {found!r:.60}'
         )
+    _limit("turns", len(found), MAX_TURNS)
     turns: list[Turn] = []
     parts: list[dict[str, Any]] = []
     for index, turn in enumerate(found):
@@ -131,10 +178,19 @@ def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
                 f'{{"role": "user" or "assistant", "content": text or parts}}, found {turn!r:.80}'
             )
         if not isinstance(said, str):
+            _limit("parts in a turn", len(said), MAX_TURNS)
             said, images = _join_parts(said, role, index)
             parts += images
         turns.append(Turn(role, said))
-    return _images_of_parts(parts, _images_beside(raw)), turns
+    _limit("characters", sum(len(turn.text) for turn in turns), MAX_CHARACTERS)
+    images = _images_of_parts(parts, _images_beside(raw))
+    _limit("images", len(images), MAX_IMAGES, "number of images")
+    return images, turns
+
+
+def _limit(what: str, found: int, most: int, kind: str = "record size") -> None:
+    if found > most:
+        raise SampleError(f"it has {found:,} {what}, and a record may have {most:,}", kind)
 
 
 def _join_parts(
@@ -190,7 +246,7 @@ def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any]) -> list[Any
     images = [part[key] for part, key in zip(parts, keys, strict=True) if key]
     if of_record:
         if not all(isinstance(index, int) and 0 <= index < len(beside) for index in images):
-            raise SampleError(f"parts show images {images}, and it has {len(beside)}")
+            raise SampleError(f"parts show images {images!r:.80}, and it has {len(beside)}")
         return [beside[index] for index in images]
     if not all(map(_is_image, images)):
         raise SampleError(
@@ -225,6 +281,8 @@ def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
         return image
     if not isinstance(image, str):
         raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
+    if len(image) > MAX_PATH:
+        raise SampleError(f"an image path has {len(image):,} characters", "image path")
     path = PurePosixPath(image)
     is_address = "://" in image or ("://" in root and "::" in image)  # fsspec's chains of them
     if is_address or path.is_absolute() or ".." in path.parts or "\0" in image:
