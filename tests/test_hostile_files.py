@@ -87,7 +87,7 @@ def test_old_pickles_whose_storages_are_named_by_anything(tmp_path: Path):
 
 def test_archives_that_lie(tmp_path: Path):
     """Of lengths, of places, twice of one name, compressed."""
-    for name in ("size", "overlap", "twice", "bomb"):
+    for name in ("size", "overlap", "twice", "bomb", "directory", "comment"):
         write_bomb(tmp_path / name, b"}" + text("w") + b"Ns.", as_zip=True)
     with zipfile.ZipFile(tmp_path / "size") as archive:
         place = archive.start_dir
@@ -105,7 +105,14 @@ def test_archives_that_lie(tmp_path: Path):
         archive.writestr("other/data.pkl", b"N.")
     with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**8))
+    raw = bytearray((tmp_path / "directory").read_bytes())
+    raw[-10:-6] = struct.pack("<I", 2**31)
+    (tmp_path / "directory").write_bytes(raw)
+    with zipfile.ZipFile(tmp_path / "comment", "a") as archive:
+        archive.comment = b"x" * 1000
     said = read_all(tmp_path)
+    assert "list of members" in said["directory"]
+    assert "list of members" in said["comment"]
     assert "overlap" in said["size"]
     assert "overlap" in said["overlap"]
     assert "two members" in said["twice"]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 SECONDS = 1  # of a processor's time; a real template takes a few milliseconds
-_MEMORY = 2**29  # address space in bytes
+_MEMORY = 2**29  # bytes besides those that it starts with
 _MAX_ADDED = 2**20  # characters that a template may add to a conversation
 
 
@@ -45,17 +45,19 @@ class LimitedProcess:
         Raises:
             ProgramError: The program fails, or takes more time or memory than it may.
         """
-        request = json.dumps([task, arguments]).encode() + b"\n"
+        request = json.dumps([task, arguments], default=str).encode() + b"\n"
         with self._lock:
-            process = self._started()
-            assert process.stdin is not None
-            assert process.stdout is not None
             try:
+                process = self._started()
+                assert process.stdin is not None
+                assert process.stdout is not None
                 process.stdin.write(request)
                 process.stdin.flush()
                 answer = process.stdout.readline()
-            except OSError:  # it is dead, as the next lines find
+            except BrokenPipeError:  # it is dead, as the next lines find
                 answer = b""
+            except OSError as error:
+                raise ProgramError(f"no process can be started for it: {error}") from error
             if not answer.endswith(b"\n"):
                 self._end()
                 raise ProgramError(
@@ -93,7 +95,10 @@ def _serve() -> None:
     import resource
     import signal
 
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    with contextlib.suppress(OSError):  # only Linux says what is used, and only it has such limits
+        with open("/proc/self/statm") as file:
+            most = int(file.read().split()[0]) * resource.getpagesize() + _MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tasks = {"render": render, "match": match}
     for line in sys.stdin.buffer:

@@ -45,6 +45,7 @@ _MAX_PICKLE_BYTES = (
     2**26
 )  # without tensors; a pickle of torch.save has a few hundred bytes for each
 _MAX_OPCODES = 2**21
+_MAX_DIRECTORY_BYTES = 2**24  # of the list of an archive's members, 100 bytes for each
 _MAX_NAME = 1000  # characters of a global
 _MAX_INTEGER_BITS = 1024
 _MAX_DEPTH = 100  # containers in containers
@@ -328,6 +329,8 @@ def open_pickle(path: Path) -> Any:
 def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
     """The pickle of a zip archive, and where each storage begins."""
     machine = _Machine()
+    if (size := _directory_size(file)) > _MAX_DIRECTORY_BYTES:
+        raise CheckpointError(f"{path} has a list of members of {size:,} bytes, too many")
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
@@ -350,6 +353,20 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]
             continue  # `_tensor` names those that lack it
         starts[key] = _start_of(path, file, info)
     return root, starts
+
+
+def _directory_size(file: io.BufferedReader) -> int:
+    """Bytes of a zip archive's list of members, as its end tells; `zipfile` reads all of it.
+
+    An end with a comment, which torch.save does not write, tells nothing, and is as bad.
+    """
+    file.seek(max(0, _size_of(file) - 98))
+    tail = file.read(98).rjust(98, b"\0")
+    large, locator, end = tail[:56], tail[56:76], tail[76:]
+    if not end.startswith(b"PK\x05\x06"):
+        return 2**64
+    part = large[40:48] if locator.startswith(b"PK\x06\x07") else end[12:16]
+    return int.from_bytes(part, "little")
 
 
 def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
