@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.benchmarks.answers import first_letter
 from llava_jax.benchmarks.metrics import mean
-from llava_jax.benchmarks.questions import LETTER, Answered, Files, Question, Source, ask
+from llava_jax.benchmarks.questions import LETTER, Answered, Files, Question, Source, ask, open_text
 from llava_jax.config import ConfigError
 
 LETTERS = ("A", "B", "C", "D")
@@ -48,12 +48,12 @@ def read(files: Files) -> list[Question]:
 
 def _read_table(path: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_text(path, newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         needed = {"index", "question", "image", *LETTERS}
-        if missing := needed - {*(reader.fieldnames or ())}:
-            raise ConfigError(f"{path} has no columns {', '.join(sorted(missing))}")
         try:
+            if missing := needed - {*(reader.fieldnames or ())}:
+                raise ConfigError(f"{path} has no columns {', '.join(sorted(missing))}")
             for row in reader:
                 if not (row["index"] or "").isdecimal():
                     found = f"found {row['index']!r:.40}"

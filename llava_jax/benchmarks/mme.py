@@ -7,7 +7,16 @@ from typing import Any
 
 from llava_jax.benchmarks.answers import mme_label
 from llava_jax.benchmarks.metrics import mean
-from llava_jax.benchmarks.questions import SHORT, Answered, Files, Question, Source, ask
+from llava_jax.benchmarks.questions import (
+    SHORT,
+    Answered,
+    Files,
+    Question,
+    Source,
+    ask,
+    open_text,
+    text_lines,
+)
 from llava_jax.config import ConfigError
 
 GROUPS = {
@@ -64,7 +73,9 @@ def _read_category(root: Path, category: str) -> list[Question]:
         candidates = [images / (path.stem + suffix) for suffix in _SUFFIXES]
         image = next((file for file in candidates if file.exists()), candidates[0])
         name = image.relative_to(root).as_posix()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        with open_text(path) as file:
+            lines = [*text_lines(file, path)]
+        for number, line in enumerate(lines, 1):
             question, tab, answer = line.strip().partition("\t")
             if not tab or answer.lower() not in ("yes", "no"):
                 raise ConfigError(f"{path}, line {number}: expected QUESTION, a tab, and Yes or No")

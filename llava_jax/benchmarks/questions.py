@@ -1,6 +1,7 @@
 """Questions of a benchmark, and the files that they come from."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
-from llava_jax.data.records import locate_image
+from llava_jax.data.records import MAX_RECORD_BYTES, is_deep, locate_image
+from llava_jax.disk import open_regular
 
 SHORT = "Answer the question using a single word or phrase."
 EVAL_ZIP = "eval.zip, see https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
@@ -199,9 +201,22 @@ def read_json(path: Path) -> Any:
         ConfigError: It is none.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_text(path) as file:
+            return json.load(file)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
+
+
+def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
+    """Opens a file of UTF-8.
+
+    Raises:
+        ConfigError: It cannot be opened, or is a folder, a pipe or a device.
+    """
+    try:
+        return io.TextIOWrapper(open_regular(path), encoding="utf-8", **options)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
@@ -215,21 +230,31 @@ def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, 
         ConfigError: A line is not JSON, or lacks a field; names it.
     """
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(_text_lines(file, path), 1):
+    with open_text(path) as file:
+        for number, line in enumerate(text_lines(file, path), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
+                if is_deep(row):
+                    raise ValueError("lists or objects are too deep in each other")
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
             rows.append(check_fields(row, f"{path}, line {number}", **fields))
     return rows
 
 
-def _text_lines(file: Iterator[str], path: Path) -> Iterator[str]:
+def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    """The lines of a file.
+
+    Raises:
+        ConfigError: It is not UTF-8, or a line is too long to be one of questions.
+    """
     try:
-        yield from file
+        while line := file.readline(MAX_RECORD_BYTES + 1):
+            if len(line) > MAX_RECORD_BYTES:
+                raise ConfigError(f"{path} has a line of more than {MAX_RECORD_BYTES:,} characters")
+            yield line
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error}") from None
 

@@ -195,7 +195,7 @@ class _Window:
 
     def read_record(self) -> tuple[Any, int]:
         """Goes over one value; returns it and the byte where it stops. None is a damaged one."""
-        raw, length = self._decode(0)
+        raw, length = self._decode(0, _SIZES[1:])
         self._position += length
         stop = self.place
         self._skip_space()
@@ -215,15 +215,18 @@ class _Window:
         return True
 
     def _skip_space(self) -> None:
+        if self._text[self._position : self._position + 1] > " ":
+            return
         while True:
             self._position = _SPACE.match(self._text, self._position).end()  # pyright: ignore[reportOptionalMemberAccess]
             if self._position < len(self._text) or not self._has(1):
                 return
 
-    def _decode(self, ahead: int) -> tuple[Any, int]:
+    def _decode(self, ahead: int, sizes: tuple[int, ...]) -> tuple[Any, int]:
         """The value so far behind what comes next, and its length, which is 0 if there is none."""
-        for size in _SIZES:
-            self._has(ahead + size)
+        for size in sizes:
+            if self._position + ahead + size > len(self._text):
+                self._has(ahead + size)
             start = self._position + ahead
             # A part, for an error of the decoder's costs as much as there is before it.
             text = self._text[start : start + size]
@@ -267,7 +270,7 @@ class _Window:
                     return
 
     def _is_record(self, ahead: int) -> bool:
-        raw, _ = self._decode(ahead)
+        raw, _ = self._decode(ahead, _SIZES)
         return isinstance(raw, dict) and not raw.keys().isdisjoint(CONVERSATIONS)
 
 
@@ -277,7 +280,8 @@ _BETWEEN = re.compile(r",\s*(?=\{)")
 _MOST_SPACE = 2**16
 """Between a comma and a record behind a damaged one."""
 _SIZES = (2**11, 2**14, 2**17, MAX_RECORD_BYTES)
-"""Of parts that are decoded, one after the other until the record is whole."""
+"""Of parts that are decoded, one after the other until a record is whole. The first is for what may
+be none."""
 _NEAR = 64
 """Bytes: what is wrong so near to the end of a part may be right when there is more of it."""
 _TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 100

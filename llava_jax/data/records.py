@@ -133,23 +133,23 @@ def _measure(raw: Any) -> tuple[int, int]:
         return -1, 0
     try:
         images, turns = _parse(raw)
-    except SampleError:
+    except (SampleError, RecursionError):
         return -1, 0
     return len(images), sum(len(turn.text.split()) for turn in turns)
 
 
 def is_deep(raw: Any) -> bool:
     """Whether lists and objects are inside each other more often than a record may have them."""
-    level = [raw] if isinstance(raw, dict | list) else []
-    for _ in range(MAX_DEPTH):
+    level = [raw]
+    for _ in range(MAX_DEPTH + 1):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return False
         level = [
             item
             for value in level
             for item in (value.values() if isinstance(value, dict) else value)
-            if isinstance(item, dict | list)
         ]
-        if not level:
-            return False
     return True
 
 
