@@ -99,7 +99,7 @@ class Chat:
         turns = [{"from": turn.role, "value": turn.text} for turn in self._turns]
         record = {"id": Path(file).stem, **({"image": images} if images else {})}
         text = json.dumps([record | {"conversations": turns}], indent=2, ensure_ascii=False)
-        Path(file).write_text(text + "\n")
+        Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def converse(self) -> None:
         """Reads messages and commands until the end."""

@@ -2,11 +2,13 @@
 
 The frozen base is not copied: the run's config.json names it and holds its fingerprint. A
 checkpoint takes its name, `{directory}/{step}/`, when it is complete, a list of its files and their
-checksums in it. So one that was damaged later is known, and the one before it taken.
+checksums in it. So one that was damaged later is known, and the one before it taken. It has copies
+of the run's own files, from which `repair.py` restores them.
 """
 
 import functools
 import json
+import re
 import shutil
 import sys
 import zlib
@@ -24,6 +26,7 @@ from llava_jax.config import CheckpointConfig
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.host import is_for_host
 from llava_jax.processes import from_first, is_first, meet
+from llava_jax.repair import copy_files
 from llava_jax.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -34,6 +37,9 @@ _OWN = "_CHECKPOINT_METADATA"
 """Orbax writes the time into it when the checkpoint takes its name."""
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_STEP = re.compile(r"0|[1-9][0-9]{0,14}")
+_FILES = "files"
+"""Beside the data's position: the run's own files."""
 _BLOCK = 2**22
 _THREADS = 8
 
@@ -62,7 +68,7 @@ class Checkpoints:
         if is_first():
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
             newest = self._newest_whole()
         self._newest = from_first(-1 if newest is None else newest)
         self._saving: int | None = None
@@ -93,7 +99,10 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        files = copy_files(self._directory.parent) if is_first() else {}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data | {_FILES: files})
+        )
         with self._explained(step):
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
@@ -150,11 +159,19 @@ class Checkpoints:
                 f"begin a run with a --name of its own. {len(other)} parameters differ: {path} is "
                 f"{there.get(path)} there, {here.get(path)} here"
             )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        )
-        restored = self._orbax.restore(place, args=args)
-        return restored["state"], restored["data"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        data = {name: value for name, value in self._data().items() if name != _FILES}
+        return self._orbax.restore(place, args=args)["state"], data
+
+    def files(self) -> dict[str, str]:
+        """The run's own files as they were when the newest checkpoint was saved; text by name."""
+        return {} if self.latest is None else self._data().get(_FILES, {})
+
+    def _data(self) -> dict[str, Any]:
+        place = self._directory / str(self._newest)
+        return self._orbax.restore(place, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
+            "data"
+        ]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -210,12 +227,13 @@ class Checkpoints:
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, reason in damaged.items():
             place = self._directory / str(step)
-            shutil.rmtree(place.with_name(f"{step}{DAMAGED}"), ignore_errors=True)
+            _remove(place.with_name(f"{step}{DAMAGED}"))
             place.rename(place.with_name(f"{step}{DAMAGED}"))
             self.passed_over.append(f"the checkpoint of step {step} is passed over: {reason}")
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+        names = [path.name for path in self._directory.iterdir()]
+        return [int(name) for name in names if _STEP.fullmatch(name)]
 
     def _remove_old(self) -> None:
         if is_first():
@@ -227,6 +245,15 @@ class Checkpoints:
         """Takes its name first, so that half of one is never taken for a checkpoint."""
         place = self._directory / str(step)
         shutil.rmtree(place.rename(place.with_name(f"{step}{_UNFINISHED}")))
+
+
+def _remove(place: Path) -> None:
+    """Removes a directory, or whatever has its name; what cannot be removed stays."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            place.unlink()
 
 
 @functools.cache
@@ -273,7 +300,7 @@ def what_is_damaged(place: Path) -> str | None:
     try:
         expected = read_manifest((place / MANIFEST).read_text())
         json.loads((place / _OWN).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{place / MANIFEST} or {_OWN} cannot be read ({error})"
     for name, (size, _) in expected.items():
         found = (place / name).stat().st_size if (place / name).is_file() else None

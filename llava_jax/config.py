@@ -30,6 +30,9 @@ LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
+MAX_NAME_BYTES = 200
+
+
 class ConfigError(Exception):
     """A mistake in a config file or on the command line; its text says where and what to do."""
 
@@ -266,6 +269,8 @@ class DataSet:
     weight: float = 1.0
 
     def __post_init__(self):
+        for name in ("path", "image_root"):
+            _check_text(getattr(self, name), f"data.mixture: {name}")
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"data.mixture: {self.path} has weight {self.weight}; it must be > 0")
 
@@ -454,7 +459,8 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        name: The run's directory is `{output_dir}/{name}`.
+        name: The run's directory is `{output_dir}/{name}`. Letters, digits, spaces and signs but
+            slashes, 200 bytes at most; not a dot, a dash or a space at its start.
         output_dir: Nothing is written elsewhere.
         seed: Of new parameters, dropout and the order of the data.
         steps: Optimizer steps; None takes `epochs`.
@@ -503,6 +509,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _check(self, "")
+        _check_name(self.name)
 
     @property
     def run_dir(self) -> Path:
@@ -541,6 +548,7 @@ def _check(config: Any, prefix: str) -> None:
     """
     for name, kind in get_type_hints(type(config)).items():
         path, value = prefix + name, getattr(config, name)
+        _check_text(value, path)
         if not is_bearable(value, kind, conf=BeartypeConf(is_pep484_tower=True)):
             raise ConfigError(f"{path} = {value!r}: it must be {_allowed(kind)}")
         for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
@@ -554,6 +562,43 @@ def _check(config: Any, prefix: str) -> None:
             )
         if dataclasses.is_dataclass(value):
             _check(value, f"{path}.")
+
+
+def _check_text(text: Any, path: str) -> None:
+    """Refuses text that no path, no file and no tokenizer can take.
+
+    Raises:
+        ConfigError: It has half of a character, as names of files may that are not UTF-8, or a NUL.
+    """
+    if not isinstance(text, str):
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = ascii(error.object[error.start])
+        raise ConfigError(f"{path} = {text!a}: {bad} is not a whole character") from None
+    if "\0" in text:
+        raise ConfigError(f"{path} = {text!a}: it has a NUL character")
+
+
+def _check_name(name: str) -> None:
+    """Holds a name against what may name a directory, and neither a path nor an option.
+
+    Raises:
+        ConfigError: It may not.
+    """
+    is_text = name.isprintable() and not {*"/\\"} & {*name}  # half a character is not printable
+    if (
+        not is_text
+        or not 0 < len(name.encode()) <= MAX_NAME_BYTES
+        or name.startswith((".", "-"))
+        or name != name.strip()
+    ):
+        raise ConfigError(
+            f"name = {name!a:.80}: it must be a name, not a path: up to {MAX_NAME_BYTES} bytes of "
+            "printable characters but / and \\, without a dot, a dash or a space at its start or a "
+            "space at its end; output_dir says where the run's directory is"
+        )
 
 
 def _allowed(kind: Any) -> str:

@@ -1,4 +1,4 @@
-"""config.json: what a run is, written when it begins and compared when it goes on."""
+"""config.json and data.json: what a run is, written when it begins, compared when it goes on."""
 
 import contextlib
 import dataclasses
@@ -10,13 +10,16 @@ from typing import Any
 import jax
 
 from llava_jax.config import ConfigError, ModelConfig, Quantisation, TrainConfig, to_json
+from llava_jax.data.digest import data_changes
 from llava_jax.disk import replace_text
 from llava_jax.processes import is_first
 
 NOT_RECIPE = (
-    # Where things are, and how often one looks; `base_fingerprint` stands for the weights.
+    # Where things are, and how often one looks. `base_fingerprint` stands for the weights, and
+    # data.json for the data.
     *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval", "log"),
-    *("data.image_root", "data.eval_path", "data.eval_samples", "data.workers"),
+    *("data.path", "data.mixture", "data.image_root", "data.eval_path", "data.eval_samples"),
+    "data.workers",
     *("data.max_skipped", "nonfinite_limit"),
     *("memory", "mesh", "batch.micro_size", "data.packing"),  # the plan
 )
@@ -24,21 +27,27 @@ NOT_RECIPE = (
 
 
 def describe(
-    config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None
+    config: TrainConfig,
+    model: ModelConfig,
+    steps: int,
+    fingerprint: str | None,
+    data: dict[str, Any],
 ) -> dict[str, Any]:
-    """A run's resolved recipe and plan, versions, and what its frozen weights are.
+    """A run's resolved recipe and plan, versions, and what its frozen weights and its data are.
 
     Args:
         config: The run.
         model: The model's sizes.
         steps: Optimizer steps of the whole run.
         fingerprint: Of the base; None without one.
+        data: As `Inputs.digest` gives it.
     """
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
         "base_fingerprint": fingerprint,
         "versions": versions(),
         "devices": [str(device.device_kind) for device in jax.devices()],
+        "data": data,
     }
 
 
@@ -49,10 +58,13 @@ def versions() -> dict[str, str]:
 
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
-    """Writes config.json, from the first process."""
+    """Writes config.json, and data.json, which is long; from the first process."""
     if is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "config.json", json.dumps(description, indent=2) + "\n")
+        data = description["data"]
+        rest = {name: value for name, value in description.items() if name != "data"}
+        replace_text(run_dir / "data.json", json.dumps(data, indent=1) + "\n")
+        replace_text(run_dir / "config.json", json.dumps(rest, indent=2) + "\n")
 
 
 def quantisation_of(place: Path) -> Quantisation | None:
@@ -66,7 +78,7 @@ def quantisation_of(place: Path) -> Quantisation | None:
 
 
 def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
-    """How a recipe and its base differ from those that a run began with; a line each.
+    """How a recipe, its base and its data differ from those that a run began with; a line each.
 
     Raises:
         ConfigError: What the run began with cannot be read.
@@ -76,9 +88,11 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
         began = json.loads(file.read_text())
         before = _recipe(began["config"])
         base = began["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = _data_changes(run_dir, began["config"]["data"], description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{file} cannot be read ({error}), but there are checkpoints beside it; put it back, "
+            f"{file} or data.json cannot be read ({error}), but there are checkpoints beside it, "
+            "which have no copy; put it back, "
             "remove the checkpoints, or give the run a new --name"
         ) from error
     now = _recipe(description["config"])
@@ -91,7 +105,19 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
         differences.append(
             f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
         )
-    return differences
+    return differences + [f"  {line}" for line in data]
+
+
+def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """Held-out data is only compared if the run is to be measured on the same."""
+    file, now = run_dir / "data.json", description["config"]["data"]
+    if not file.exists():  # the run was begun by an older version
+        return []
+    before = json.loads(file.read_bytes())
+    found = [*data_changes(before["train"], description["data"]["train"])]
+    if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
+        found += data_changes(before["eval"], description["data"]["eval"])
+    return found
 
 
 def _recipe(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

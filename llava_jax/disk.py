@@ -62,16 +62,25 @@ def naming(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or, if that ends in its midst, leaves the one that was there."""
-    replace_bytes(path, text.encode())
+    """Writes a file whole or, if that ends in its midst, leaves the one that was there.
+
+    Half of a character, which JSON and names of files may have and UTF-8 has not, is written as
+    JSON has it: `\\ud800`.
+    """
+    replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """As `replace_text`."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with naming(unfinished):
-        unfinished.write_bytes(data)
-    unfinished.replace(path)
+    # Of this process alone: another may write the same file at the same time.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        with naming(unfinished):
+            unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """What the environment tells, and what must be set in it, before JAX is imported."""
 
+import io
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +23,12 @@ def prepare_for_training() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(1 - RESERVE_SHARE)  # XLA's own is 0.75
     gigabytes = str(host_memory() // 10**9)  # of pinned memory, taken when needed; XLA's own is 64
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", gigabytes)
+
+
+def print_any_text() -> None:
+    """Lets printed lines have names of files that are not UTF-8; their odd bytes are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a test may have put something else there
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def host_memory() -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
-from llava_jax.metrics import Reporter, keep_rows
+from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.pictures import find_pictures, keep_pictures
 from llava_jax.processes import from_first, is_first
+from llava_jax.rows import read_rows
 from llava_jax.step import EvalResult
 
 UNNAMED = "all"
@@ -143,7 +145,7 @@ class HeldOut:
     The images of what is shown of them are copied to examples/.
 
     Args:
-        run_dir: Where these are; measurements after `first_step` are cut off.
+        run_dir: Where these are.
         eval_step: (trainable, host batch) -> result.
         inputs: The run's data; without held-out records nothing is measured.
         batch_size: Held-out samples in a batch.
@@ -165,8 +167,8 @@ class HeldOut:
         self._path, self._pictures = run_dir / "evaluations.jsonl", run_dir / "examples"
         self._eval_step, self._inputs, self._reporter = eval_step, inputs, reporter
         self._batch_size, self._batch_rows = batch_size, rows
-        keep = lambda: keep_rows(self._path, first_step, write=is_first())
-        self._rows = keep() if inputs.eval_records else []
+        found = read_rows(self._path).rows if inputs.eval_records else []
+        self._rows = [row for row in found if row["step"] <= first_step]
         self._kept: set[int] = set()
         count, wanted = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
@@ -234,8 +236,13 @@ class HeldOut:
 
 
 def _from_row(row: dict[str, Any]) -> Evaluation:
-    examples = [Example(**example) for example in row["examples"]]
-    return Evaluation(row["loss"], row["exact"], row["samples"], examples)
+    names = [field.name for field in dataclasses.fields(Example)]
+    examples = [
+        Example(**{name: example[name] for name in names if example.get(name) is not None})
+        for example in row["examples"]
+    ]
+    loss = math.nan if row["loss"] is None else row["loss"]
+    return Evaluation(loss, row["exact"], row["samples"], examples)
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from llava_jax.data.batching import (
     eval_batches,
 )
 from llava_jax.data.conversation import TEMPLATES, SampleError
+from llava_jax.data.digest import data_digest
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
@@ -59,6 +61,13 @@ class Inputs:
         spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
         workers = self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
+
+    def digest(self) -> dict[str, list[dict[str, Any]]]:
+        """What the data is known again by; plain JSON."""
+        return {
+            "train": data_digest(self.records),
+            "eval": data_digest(self.eval_records) if self.eval_records else [],
+        }
 
     def summary(self) -> str:
         """How the data is made into batches."""

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +10,8 @@ from llava_jax.config import RunError, TrainConfig
 from llava_jax.data.order import NO_RECORD
 from llava_jax.disk import append_rows
 from llava_jax.inputs import Inputs
-from llava_jax.metrics import Reporter, keep_rows
+from llava_jax.metrics import Reporter
+from llava_jax.rows import read_rows
 
 MOST_NAMED = 5
 """Samples that a message names; all are in the files."""
@@ -37,10 +37,10 @@ class Journal:
         self._config, self._inputs, self._reporter = config, inputs, reporter
         self._skipped_file = config.run_dir / "skipped.jsonl"
         self._nonfinite_file = config.run_dir / "nonfinite.jsonl"
-        keep = partial(keep_rows, step=first_step, write=reporter.is_shown)
-        self._skipped = {row["sample"] for row in keep(self._skipped_file)}
-        before = {row["step"] for row in keep(self._nonfinite_file)}
-        self.nonfinite = next(n for n in itertools.count() if first_step - n not in before)
+        before = lambda file: [r for r in read_rows(file).rows if r["step"] <= first_step]
+        self._skipped = {row["sample"] for row in before(self._skipped_file)}
+        nonfinite = {row["step"] for row in before(self._nonfinite_file)}
+        self.nonfinite = next(n for n in itertools.count() if first_step - n not in nonfinite)
         self._shown = 0
 
     def log(self, metrics: dict[str, jax.Array], step: int) -> None:
@@ -67,7 +67,8 @@ class Journal:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
                 f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. Mend "
-                "them (see tools/check_data.py), or allow more"
+                "them (see tools/check_data.py) and go on by --checkpoint.accept-changes, or allow "
+                "more"
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:

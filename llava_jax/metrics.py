@@ -1,6 +1,5 @@
 """What a run says while it runs: a progress display, and metrics.jsonl."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llava_jax.disk import append_rows, replace_text
+from llava_jax.disk import append_rows
 from llava_jax.trackers import Tracker
 
 PLAIN_SECONDS = 10.0
@@ -25,7 +24,7 @@ class Reporter:
     On a terminal it is a live bar, elsewhere a plain line from time to time.
 
     Args:
-        path: metrics.jsonl; rows after `first_step` are cut off, since those steps come again.
+        path: metrics.jsonl, in a directory that is there.
         first_step: Steps done before.
         total_steps: Steps of the whole run.
         trackers: What else is told of each step and measurement.
@@ -48,9 +47,6 @@ class Reporter:
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
         self._started = (self._last_time, first_step)
-        if not quiet:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            keep_rows(path, first_step)
         self._path = path
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -140,26 +136,3 @@ class Reporter:
         rate = (now - started) / max(row["step"] - first_step, 1)
         seconds = round(rate * (self._total - row["step"]))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-
-
-def keep_rows(path: Path, step: int, *, write: bool = True) -> list[dict[str, Any]]:
-    """The rows of a file up to `step`; those after it will come again, and are cut off.
-
-    Args:
-        path: The file, with a JSON object on each line.
-        step: The last that is kept.
-        write: Whether to cut; else the file stays as it is.
-    """
-    text = path.read_text() if path.exists() else ""
-    kept = [line for line in text.splitlines() if _step_of(line) <= step]
-    wanted = "".join(line + "\n" for line in kept)
-    if write and wanted != text:
-        replace_text(path, wanted)
-    return [json.loads(line) for line in kept]
-
-
-def _step_of(row: str) -> int | float:
-    try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError, TypeError):  # cut short by a kill
-        return math.inf

@@ -87,6 +87,7 @@ def header(run: RunFiles) -> Html:
         tag("p.kind", "llava_jax training run"),
         tag("h1", run.config["name"]),
         tag("p.status", tag("strong", done), f" · {state} · {now:%-d %B %Y, %H:%M} UTC"),
+        *(tag("p.note", line) for line in run.damaged),
         tag("div.progress", tag("i", style=f"width:{_percent(run.step / max(total, 1))}")),
     )
 

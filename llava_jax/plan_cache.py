@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax
 
-from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
 from llava_jax.description import versions
+from llava_jax.disk import replace_text
 from llava_jax.plan import Usage, measure_here
 from llava_jax.processes import from_first, is_first, meet
 
@@ -35,15 +36,24 @@ def measure_once(
     file = directory / f"{from_first(_key(config, model, images)):015x}.json"
     # Of several processes all must compile, or none. Only the first looks, because on a shared disk
     # the others might go on not to see what was not there.
-    if not from_first(is_first() and file.is_file()):
+    if not from_first(is_first() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
         if is_first():
             directory.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
-            unfinished.replace(file)
+            replace_text(file, json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
         meet()
-    return dataclasses.replace(Usage(**json.loads(file.read_text())), capacity=capacity)
+    usage = _read(file)
+    if usage is None:
+        raise ConfigError(f"{file} cannot be read; remove it, and what plans take is measured anew")
+    return dataclasses.replace(usage, capacity=capacity)
+
+
+def _read(file: Path) -> Usage | None:
+    """What was kept; None where it is missing or damaged."""
+    try:
+        return Usage(**json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:

@@ -140,6 +140,11 @@ class PromptReader:
         """The conversation as text; what in its turns looks like a control token is taken out."""
         if not turns or turns[-1].role != "human":
             raise SampleError("a prompt ends with a human turn", "order of turns")
+        try:
+            "".join(turn.text for turn in turns).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise SampleError(f"not Unicode: {half} is half of a character", "text") from None
         messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
         try:
             return self._process(

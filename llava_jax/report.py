@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from llava_jax.config import ConfigError
 from llava_jax.disk import replace_text
 from llava_jax.page import render
 from llava_jax.run_files import RunReader
+
+_LOG = logging.getLogger(__name__)
 
 SECONDS = 60.0
 """While a run goes on, its report is written at most this often."""
@@ -48,22 +51,29 @@ class Report:
         try:
             write_report(self._run_dir, self._reader)
         except Exception as error:  # whatever it is, training goes on
-            log = logging.getLogger(__name__)
-            log.warning("report.html was not written: %s: %s", type(error).__name__, error)
+            _LOG.warning("report.html was not written: %s: %s", type(error).__name__, error)
         self._next = time.monotonic() + SECONDS
 
 
 def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
-    """Writes a run's report from its files; returns where.
+    """Writes a run's report from its files; returns where. What is damaged of them is logged.
 
     Args:
         run_dir: The run's directory.
         reader: Of its files; may have read some of them before.
 
     Raises:
-        ConfigError: It is no run's directory.
+        ConfigError: It is no run's directory, or its config is not as a run writes it.
     """
     run = (reader or RunReader(run_dir)).read()
+    try:
+        page = render(run)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{run_dir / 'config.json'} is not as a run writes it ({type(error).__name__}: {error})"
+        ) from error
+    for line in run.damaged:
+        _LOG.warning("%s", line)
     file = run_dir / "report.html"
-    replace_text(file, render(run))
+    replace_text(file, page)
     return file

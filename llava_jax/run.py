@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from llava_jax.hf.trained import load_adapter
 from llava_jax.hf.weights import fingerprint
 from llava_jax.inputs import Inputs, find_model, open_inputs
 from llava_jax.journal import Journal
+from llava_jax.lock import hold_for_run
 from llava_jax.metrics import Reporter
 from llava_jax.models.layers import Params
 from llava_jax.plan import attention_here, choose_plan, least_devices, write_trial
@@ -46,10 +47,12 @@ from llava_jax.processes import (
     is_first,
     is_lost,
     join,
+    meet,
     of_all,
 )
 from llava_jax.profiler import Profiler
 from llava_jax.program import Program, build_program
+from llava_jax.repair import repair_objects, repair_rows
 from llava_jax.report import Report
 from llava_jax.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.step import EvalResult, Metrics, TrainState, init_state, micro_size
@@ -61,7 +64,7 @@ def run(config: TrainConfig) -> int:
     """Runs, and says how it ended; returns the exit status."""
     try:
         join()
-        with StopRequest() as stop:
+        with StopRequest() as stop, hold_for_run(config.run_dir):
             return _run(config, stop)
     except (ConfigError, CheckpointError, RunError) as error:
         return end(f"error: {error}")
@@ -98,14 +101,18 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     mesh = make_mesh(config.mesh)
     inputs = open_inputs(config, model_config, processor, devices=data_parallel_size(mesh))
     total = config.total_steps(inputs.order.samples)
-    describe_run = functools.partial(describe, model=model_config, steps=total, fingerprint=base)
+    describe_run = functools.partial(
+        describe, model=model_config, steps=total, fingerprint=base, data=inputs.digest()
+    )
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         for line in saved.passed_over:
             _say(line)
         if saved.latest is not None:
+            _repair(repair_objects(config.run_dir, saved.files()))
             _check_begun(config, saved, describe_run(config))
         if (saved.latest or 0) > total:
             raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
+        _repair(repair_rows(config.run_dir, saved.files(), saved.latest or 0))
         if saved.latest == total and export_dir(config).is_dir():
             _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
@@ -163,6 +170,14 @@ def _keep_compiled(directory: Path) -> None:
     for name, value in options.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+
+
+def _repair(lines: Iterator[str]) -> None:
+    """Lets the first process mend a run's files, line by line; the others read them later."""
+    if is_first():
+        for line in lines:
+            _say(line)
+    meet()
 
 
 def _say(text: str) -> None:
@@ -342,7 +357,9 @@ def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str,
         for name in ("examples", "tensorboard"):
             shutil.rmtree(config.run_dir / name, ignore_errors=True)
         return
-    differences = f"{config.run_dir} holds a run with another recipe\n" + "\n".join(found)
+    differences = f"{config.run_dir} holds a run with another recipe or other data\n" + "\n".join(
+        found
+    )
     if not config.checkpoint.accept_changes:
         raise ConfigError(
             f"{differences}\ngive this one a --name of its own, or go on with it all the same by "

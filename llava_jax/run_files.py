@@ -1,7 +1,6 @@
 """What a run's directory tells of it, also while the run writes to it."""
 
 import dataclasses
-import json
 from array import array
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ConfigError
+from llava_jax.disk import open_regular
+from llava_jax.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
-COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds")
 LATEST = ("device_bytes",)
 """Of these the last value counts: a peak of the process that runs now."""
 
@@ -28,6 +28,7 @@ class RunFiles:
         skipped: skipped.jsonl.
         nonfinite: nonfinite.jsonl.
         plan: plan.json; None where no plan was made.
+        damaged: What was passed over, a line each.
     """
 
     directory: Path
@@ -38,6 +39,7 @@ class RunFiles:
     skipped: list[dict[str, Any]]
     nonfinite: list[dict[str, Any]]
     plan: dict[str, Any] | None
+    damaged: list[str]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -60,9 +62,9 @@ class RunReader:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self._position = 0
-        self._columns = {name: array("d") for name in COLUMNS}
-        self._latest: dict[str, Any] = {}
+        self._position = self._damaged = 0
+        self._columns = {name: array("d") for name in ("step", *COLUMNS)}
+        self._latest: Row = {}
 
     def read(self) -> RunFiles:
         """Reads what is there.
@@ -70,56 +72,58 @@ class RunReader:
         Raises:
             ConfigError: It is no run's directory.
         """
-        file = self._directory / "config.json"
-        try:
-            described = json.loads(file.read_text())
-            described["config"]["name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        described = self._object("config.json") or {}
+        if not isinstance(described.get("config"), dict) or "name" not in described["config"]:
             raise ConfigError(
-                f"{self._directory} is no run's directory: its config.json cannot be read ({error})"
-            ) from error
+                f"{self._directory} is no run's directory, or its config.json is damaged; the "
+                "command that began the run restores it from a checkpoint"
+            )
         self._read_metrics()
-        plan = self._directory / "plan.json"
+        notes = {"metrics.jsonl": self._damaged}
+        found = {}
+        for name in ("evaluations.jsonl", "skipped.jsonl", "nonfinite.jsonl"):
+            found[name], notes[name], _ = read_rows(self._directory / name)
+        plan = self._object("plan.json")
+        notes["plan.json"] = int(plan is not None and not fits(plan, PLAN))
         return RunFiles(
             self._directory,
             described,
-            {name: np.array(column) for name, column in self._columns.items()},
+            self._in_order(),
             self._latest.get("device_bytes"),
-            self._rows("evaluations"),
-            self._rows("skipped"),
-            self._rows("nonfinite"),
-            json.loads(plan.read_text()) if plan.exists() else None,
+            sorted(found["evaluations.jsonl"], key=lambda row: row["step"]),
+            found["skipped.jsonl"],
+            found["nonfinite.jsonl"],
+            None if notes["plan.json"] else plan,
+            [
+                f"{name}: {count} damaged lines are passed over"
+                for name, count in notes.items()
+                if count
+            ],
         )
 
     def _read_metrics(self) -> None:
         """Goes on where it ended: 100,000 rows take half a second."""
-        file = self._directory / "metrics.jsonl"
-        if not file.exists():
-            return
-        with file.open("rb") as opened:
-            opened.seek(self._position)
-            found = opened.read()
-        whole = found[: found.rfind(b"\n") + 1]
-        self._position += len(whole)
-        for row in _parse(whole):
+        rows, damaged, self._position = read_rows(self._directory / "metrics.jsonl", self._position)
+        self._damaged += damaged
+        for row in rows:
             for name, column in self._columns.items():
                 value = row.get(name)
                 column.append(float("nan") if value is None else value)
             self._latest |= {name: row[name] for name in LATEST if name in row}
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        file = self._directory / f"{name}.jsonl"
-        return _parse(file.read_bytes()) if file.exists() else []
+    def _in_order(self) -> dict[str, np.ndarray]:
+        """The columns with each step once: of rows for the same step, the last."""
+        columns = {name: np.array(column) for name, column in self._columns.items()}
+        steps = columns["step"]
+        if (np.diff(steps) > 0).all():
+            return columns
+        places = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
+        return {name: column[places] for name, column in columns.items()}
 
-
-def _parse(text: bytes) -> list[dict[str, Any]]:
-    """The rows of JSON lines, but for those that a kill cut short."""
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    def _object(self, name: str) -> Row | None:
+        """What is in a file of one object; empty if that is damaged, None without the file."""
+        file = self._directory / name
+        if not file.exists():
+            return None
+        with open_regular(file) as opened:
+            return parse_object(opened.read()) or {}

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from llava_jax.config import ConfigError, LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
+from llava_jax.rows import parse_object
 
 GROUPS = ("train", "held_out")
 STEP_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -161,8 +162,8 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
     import wandb
 
     file = config.run_dir / "wandb.json"
-    known = json.loads(file.read_text())["id"] if file.is_file() else None
-    if known is None:
+    known = (parse_object(file.read_bytes()) or {}).get("id") if file.is_file() else None
+    if not isinstance(known, str):
         file.parent.mkdir(parents=True, exist_ok=True)
         known = uuid.uuid4().hex[:12]
         replace_text(file, json.dumps({"id": known}) + "\n")

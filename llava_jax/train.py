@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax.config import ConfigError, TrainConfig, parse_config
-from llava_jax.environment import has_others, prepare_for_training
+from llava_jax.environment import has_others, prepare_for_training, print_any_text
 from llava_jax.guard import guarded, leave
 
 
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax', whose errors come here too
     prepare_for_training()
+    print_any_text()
     try:
         config = _parse(argv)
     except ConfigError as error:

@@ -86,6 +86,7 @@ def test_an_answer_that_is_given_up_leaves_its_place(assistant: Assistant):
         (Prompt((Turn("human", "<image>\nwhat?"),)), "say <image> 1 times, and there are 0 images"),
         (Prompt((Turn("human", "what?"),), (b"x",)), "say <image> 0 times, and there are 1 images"),
         (Prompt((Turn("human", "<image>"),), (b"x",)), "no image that Pillow knows"),
+        (Prompt((Turn("human", "half \ud800"),)), "not Unicode: '.ud800' is half of a character"),
         (Prompt((Turn("human", "word " * 300),)), "prompt and answer together may have 512"),
     ],
 )

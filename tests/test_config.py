@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from llava_jax import train
 from llava_jax.config import (
     ConfigError,
+    DataConfig,
+    DataSet,
     Parts,
     TrainConfig,
     absolute_source,
@@ -127,6 +130,40 @@ def test_a_value_out_of_place_is_named(field: str, value: Any, message: str):
         object.__setattr__(config, groups[0], owner)
     with pytest.raises(ConfigError, match=message):
         config.__post_init__()
+
+
+NAMES = (
+    *("", ".", "..", "../../evil", "/tmp/evil", "a/b", "a\\b", "a\0b", ".hidden", "-x", "--steps"),
+    *(" a", "a ", "a\nb", "a\x1b[2J", "a\x7f", "a\u202eb", "a\u2028b", "\ud800", "caf\udce9"),
+    *("x" * 201, "é" * 101),
+)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
+def test_a_name_is_no_path(name: str, file: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ConfigError, match=r"^name = '") as refused:
+        TrainConfig(name=name)
+    assert len(str(refused.value)) < 500
+    assert str(refused.value).isascii()
+    assert train.main(["--config", str(file), f"--name={name}"]) == 1
+    assert capsys.readouterr().err.startswith("error: name = '")
+
+
+@pytest.mark.parametrize("name", ["7b_lora", "run 3 (new)", "läufe+é", "a.b-c@d=1", "x" * 200])
+def test_a_name_may_have_most_characters(name: str):
+    assert TrainConfig(name=name).run_dir == Path("runs") / name
+
+
+@pytest.mark.parametrize("field", ["output_dir", "data.path", "data.image_root", "data.eval_path"])
+@pytest.mark.parametrize("bad", ["caf\udce9", "a\0b"], ids=ascii)
+def test_a_path_that_is_no_text_is_refused(field: str, bad: str):
+    group, _, name = field.rpartition(".")
+    with pytest.raises(ConfigError, match=rf"{field} = .*(whole character|NUL)"):
+        TrainConfig("run", data=DataConfig(**{name: bad})) if group else TrainConfig(
+            "run", output_dir=bad
+        )
+    with pytest.raises(ConfigError, match=r"data.mixture: path = "):
+        DataSet(bad)
 
 
 def test_whole_numbers_may_stand_for_real_ones():

@@ -30,7 +30,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_description_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write_description(tmp_path, {"config": {}})
+    write_description(tmp_path, {"config": {}, "data": {}})
     before = (tmp_path / "config.json").read_text()
     write = Path.write_bytes
 
@@ -39,6 +39,6 @@ def test_a_description_is_replaced_whole_or_not_at_all(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(OSError, match=r"No space left.*config\.json"):
-        write_description(tmp_path, {"config": {"seed": 1}})
+    with pytest.raises(OSError, match=r"No space left.*\.json"):
+        write_description(tmp_path, {"config": {"seed": 1}, "data": {}})
     assert (tmp_path / "config.json").read_text() == before

@@ -10,7 +10,7 @@ import jax
 import pytest
 from PIL import Image
 
-from llava_jax import evaluation
+from llava_jax import evaluation, lock
 from llava_jax.assistant import Assistant, Reply
 from llava_jax.config import parse_config
 from llava_jax.data.conversation import SampleError
@@ -203,6 +203,25 @@ def test_answers_of_another_checkpoint_or_other_questions_are_refused(
     data.write_text(data.read_text().replace("word9", "word10"))
     assert run() == 2
     assert "questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["../../evil", "/evil", "org/name", "..", "a/../../b"])
+def test_answers_are_written_below_evaluations(tool, fake, data, tmp_path, monkeypatch, checkpoint):
+    """Whatever the name of a checkpoint that is not here looks like."""
+    inner = tmp_path / "x" / "y"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    tool.main([checkpoint, "--task", "json", "--data", str(data)])
+    (scores,) = tmp_path.rglob("scores.json")
+    assert scores.is_relative_to(inner / "evaluations")
+
+
+def test_two_at_once_do_not_write_into_one_folder(run, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "TRY_SECONDS", 0.2)
+    with lock.hold(tmp_path / "out"):
+        assert run() == 2
+    assert f"{tmp_path / 'out'} is in use by process " in capsys.readouterr().err
+    assert run() == 0
 
 
 def test_what_cannot_be_asked_is_said_and_counts_as_wrong(run, fake, data, tmp_path, capsys):

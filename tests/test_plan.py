@@ -252,6 +252,12 @@ def test_figures_are_kept_by_what_decides_them(
     again = plan_cache.measure_once(known, one, MODEL, 1, 2 * GIB)
     assert again == dataclasses.replace(measured[0].usage, capacity=2 * GIB)
     plan_cache.measure_once(known, dataclasses.replace(one, name="other", seed=7), MODEL, 1, GIB)
+    for file in known.iterdir():  # one that is damaged is measured again
+        before = file.read_bytes()
+        for content in (b"", b"{", bytes(9), b"[]", b'{"total": 1}', b"\xff"):
+            file.write_bytes(content)
+            assert plan_cache._read(file) is None
+        file.write_bytes(before)
     smaller = dataclasses.replace(MODEL, vision_feature_layer=-1)
     for other, model, images in (
         (change(one, data={"max_length": 64}), MODEL, 1),

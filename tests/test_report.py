@@ -44,8 +44,9 @@ def run(tmp_path: Path) -> Path:
     """A run that has just begun."""
     directory = tmp_path / "run"
     directory.mkdir()
-    config = TrainConfig(name=EVIL, steps=4, data=DataConfig(path="d.json", eval_path="e.json"))
-    described = {"config": to_json(config), "base_fingerprint": "abc", "versions": {"jax": "0.10"}}
+    config = TrainConfig(name="run", steps=4, data=DataConfig(path="d.json", eval_path="e.json"))
+    written = to_json(config) | {"name": EVIL}
+    described = {"config": written, "base_fingerprint": "abc", "versions": {"jax": "0.10"}}
     (directory / "config.json").write_text(json.dumps(described | {"devices": ["cpu", "cpu"]}))
     return directory
 
@@ -145,6 +146,56 @@ def test_a_line_that_a_kill_cut_short_is_left_out(run: Path):
         file.write('{"step": 3, "lo')
     (run / "evaluations.jsonl").write_text('{"step": 0, "acc')
     assert "2 of 4 steps" in read(run).text
+
+
+def damaged(content: bytes) -> bytes:
+    lines = [b"null", b'{"step": "x"}', b'{"step": -1}', b"[" * 10**5, b"\xff\xfe", bytes(100)]
+    return b"\n".join([*lines, content])
+
+
+def test_damaged_files_have_a_report_that_says_so(run: Path, caplog: pytest.LogCaptureFixture):
+    write_rows(run / "metrics.jsonl", [step_row(step) for step in (2, 1, 3, 2)])
+    write_rows(run / "evaluations.jsonl", [evaluation(4, []), evaluation(0, [example(3, "no")])])
+    write_rows(run / "skipped.jsonl", [{"step": 1, "sample": 9, "place": "d", "reason": "x"}])
+    write_rows(run / "nonfinite.jsonl", [{"step": 2, "samples": ["d, 1"]}])
+    names = [f"{name}.jsonl" for name in ("metrics", "evaluations", "skipped", "nonfinite")]
+    for name in names:
+        (run / name).write_bytes(damaged((run / name).read_bytes()))
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(5, [{"question": 1}])) + "\n")
+        file.write(json.dumps(evaluation(6, [], samples={"all": "2"})) + "\n")
+    (run / "plan.json").write_bytes(b"{}")
+    page = read(run)
+    assert "3 of 4 steps" in page.text
+    assert "After 4 steps" in page.text
+    assert "1 sample cannot be used" in page.text
+    for name in names:
+        count = 8 if name.startswith("evaluations") else 6
+        assert f"{name}: {count} damaged lines are passed over" in page.text
+    assert "plan.json: 1 damaged lines are passed over" in caplog.text
+    for content in (b"", b"[]", b"\xff", b'{"usage": {"total": "many"}, "plan": "x"}'):
+        (run / "plan.json").write_bytes(content)
+        assert "plan.json" in read(run).text
+
+
+def test_half_of_a_character_is_escaped(run: Path):
+    half = "\ud800"
+    write_rows(run / "metrics.jsonl", [step_row(1)])
+    questions = [example(3, "no", question=half, expected=half), example(4, half)]
+    write_rows(run / "evaluations.jsonl", [evaluation(0, questions)])
+    row = {"step": 1, "sample": 9, "place": half, "reason": half}
+    write_rows(run / "skipped.jsonl", [row])
+    assert read(run).text.count("\\ud800") == 5
+
+
+@pytest.mark.parametrize("field", ["steps", "data", "batch", "memory", "tune", "optimizer"])
+def test_a_config_that_lacks_a_field_is_no_traceback(run: Path, field: str):
+    described = json.loads((run / "config.json").read_text())
+    for value in (None, "text"):
+        described["config"][field] = value
+        (run / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ConfigError, match="is not as a run writes it"):
+            write_report(run)
 
 
 def test_a_reader_goes_on_where_it_ended(run: Path):

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_jax.environment import print_any_text
+
 SHOWN = 5  # problems of a kind on the console
 PER_WORKER = 1000  # samples that are worth the start of a process
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes that read (default: all cores)")
     parser.add_argument("--shown", type=int, default=SHOWN, help="samples of a kind to print")
     given, rest = parser.parse_known_args(argv)
+    print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
     from llava_jax.config import ConfigError, RunError, parse_config

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, parse_source
 from llava_jax.data.conversation import TEMPLATES
+from llava_jax.environment import print_any_text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
     given = parse(argv)
+    print_any_text()
 
     from llava_jax.hf.tensorfile import CheckpointError  # slow, and not for --help
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import ConfigError
+from llava_jax.environment import print_any_text
 from llava_jax.options import (
     add_model_options,
     add_sampling_options,
@@ -21,6 +22,7 @@ SHOWN = 5  # questions that could not be asked, on the console
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 if some questions could not be asked, 2 for a mistake."""
     given = parse(argv)
+    print_any_text()
 
     from llava_jax.data.conversation import SampleError  # slow, and not for --help
     from llava_jax.hf.tensorfile import CheckpointError
@@ -68,6 +70,7 @@ def evaluate(given: argparse.Namespace) -> int:
     from llava_jax.benchmarks.asking import Answers, How, describe
     from llava_jax.benchmarks.questions import Files
     from llava_jax.benchmarks.tasks import find_task
+    from llava_jax.lock import hold
 
     check(given)
     task = find_task(given.task, given.metric)
@@ -78,25 +81,31 @@ def evaluate(given: argparse.Namespace) -> int:
     loaded = {name: getattr(given, name) for name in ("base", "dtype", "quantize", "max_length")}
     loaded["dtype"] = loaded["dtype"] or default_dtype()  # not the same on another machine
     settings = describe(given.task, questions, how, given.checkpoint, **loaded)
-    folder = given.output or Path("evaluations", settings["model"], given.task)
-    answers = Answers(folder, settings, questions)
-    if numbers := answers.missing(count):
-        ask(given, answers, questions, numbers, how)
-    answers.sort()
-    answered, refused = answers.answered(count), answers.refused(count)
-    scores = task.score(answered)
-    counts = {"questions": count, "of": len(questions), "unreadable": len(refused)}
-    about = {"task": given.task, "metric": given.metric, "checkpoint": settings["checkpoint"]}
-    write_scores(folder, about | counts | {"scores": scores})
-    for number, reason in refused[:SHOWN]:
-        print(f"could not be asked: question {questions[number].id}: {reason}", file=sys.stderr)
-    if refused:
-        print(f"{len(refused)} of {count} could not be asked; they count as wrong", file=sys.stderr)
-    if task.submit is not None and count == len(questions):
-        print(f"wrote {task.submit(folder, answered, files)}")
-    elif task.submit is not None:
-        print("nothing to hand in was written: not all questions were asked")
-    return 1 if refused else 0
+    # A name that is not there yet may look like a path to anywhere.
+    parts = [part for part in settings["model"].split("/") if part not in ("", ".", "..")]
+    folder = given.output or Path("evaluations", *parts, given.task)
+    with hold(folder):
+        answers = Answers(folder, settings, questions)
+        if numbers := answers.missing(count):
+            ask(given, answers, questions, numbers, how)
+        answers.sort()
+        answered, refused = answers.answered(count), answers.refused(count)
+        scores = task.score(answered)
+        counts = {"questions": count, "of": len(questions), "unreadable": len(refused)}
+        about = {"task": given.task, "metric": given.metric, "checkpoint": settings["checkpoint"]}
+        write_scores(folder, about | counts | {"scores": scores})
+        for number, reason in refused[:SHOWN]:
+            print(f"could not be asked: question {questions[number].id}: {reason}", file=sys.stderr)
+        if refused:
+            print(
+                f"{len(refused)} of {count} could not be asked; they count as wrong",
+                file=sys.stderr,
+            )
+        if task.submit is not None and count == len(questions):
+            print(f"wrote {task.submit(folder, answered, files)}")
+        elif task.submit is not None:
+            print("nothing to hand in was written: not all questions were asked")
+        return 1 if refused else 0
 
 
 def write_scores(folder: Path, report: dict[str, Any]) -> None:

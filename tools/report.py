@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from llava_jax.environment import print_any_text
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
@@ -14,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run_directory", type=Path, help="for example runs/tiny_lora")
     run_dir = parser.parse_args(argv).run_directory
+    print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
     from llava_jax.config import ConfigError

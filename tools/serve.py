@@ -133,6 +133,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help_to = f"{text}; default: %(default)s"
         add(name, type=type(default), default=default, metavar="N", help=help_to)
     given = parser.parse_args(argv)
+    if given.name is not None and not (given.name and given.name.isprintable()):
+        parser.error(f"--name {given.name!a}: it must have characters, and printable ones alone")
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
             parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")

@@ -18,9 +18,9 @@ from llava_jax.data.records import (
     CONVERSATIONS,
     MAX_DEPTH,
     MAX_RECORD_BYTES,
-    Sizes,
+    SAMPLED_IMAGES,
     is_deep,
-    measure_all,
+    survey,
 )
 
 _CHUNK_BYTES = 2**24
@@ -36,15 +36,16 @@ class JsonFile:
     Attributes:
         path: The file.
         size: Its bytes.
-        sizes: Of its records.
+        sizes, digest, images: As `records.Survey` has them.
     """
 
-    def __init__(self, path: str, *, lines: bool):
+    def __init__(self, path: str, *, lines: bool, sampled_images: int = SAMPLED_IMAGES):
         """Reads through the file once.
 
         Args:
             path: UTF-8.
             lines: Whether each line is a record; else the file is a list of them.
+            sampled_images: Image files to remember, at least where there are as many.
 
         Raises:
             ConfigError: It is a list that does not end, or too damaged to find its records; names
@@ -60,7 +61,7 @@ class JsonFile:
                 spans.extend((number, start, stop))
                 yield raw
 
-        self.sizes: Sizes = measure_all(scan(), path)
+        self.sizes, self.digest, self.images = survey(scan(), path, sampled_images)
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from llava_jax.data.records import (
     CONVERSATIONS,
     FIELDS,
     MAX_RECORD_BYTES,
-    Sizes,
-    measure_all,
+    SAMPLED_IMAGES,
+    survey,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,16 @@ class ParquetFile:
     Attributes:
         path: The file.
         size: Its bytes.
-        sizes: Of its records.
+        sizes, images: As `records.Survey` has them.
+        digest: Of its records, and of how many bytes their columns take.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, sampled_images: int = SAMPLED_IMAGES):
         """Reads through the file once, without the bytes of its images.
+
+        Args:
+            path: The file.
+            sampled_images: Image files to remember, at least where there are as many.
 
         Raises:
             ConfigError: pyarrow is not installed, or the file is no such table, or stands for far
@@ -66,9 +72,14 @@ class ParquetFile:
                     f'data file {path} has no column "conversations" or "messages"; it has '
                     f"{names:.500}"
                 )
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+            taken = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
-        self.sizes: Sizes = measure_all(self._scan(), path)
+        self.sizes, records, self.images = survey(self._scan(), path, sampled_images)
+        # Images are not read here, but one that was replaced by another takes another size.
+        self.digest = hashlib.sha256(repr((records, taken)).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

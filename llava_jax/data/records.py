@@ -7,6 +7,7 @@ and image parts, and `images`.
 
 import array
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -108,34 +109,64 @@ class Sizes(NamedTuple):
         return int(self.images.max(initial=0))
 
 
-def measure_all(records: Iterable[Any], path: str) -> Sizes:
-    """Sizes of the records of a data file; the bytes of their images need not be there.
+SAMPLED_IMAGES = 1024
+"""Image files of a data set, evenly spread, by which it is known again; up to twice as many."""
+
+
+class Survey(NamedTuple):
+    """What one pass through records finds.
+
+    Attributes:
+        sizes: Of the records.
+        digest: SHA-256 of what is learned from them, in their order.
+        images: Paths of some of their image files, evenly spread.
+    """
+
+    sizes: Sizes
+    digest: str
+    images: list[str]
+
+
+def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAGES) -> Survey:
+    """Looks at records of a data file; the bytes of their images need not be there.
 
     Raises:
         ConfigError: Most of a great many have no known form.
     """
     sizes, bad = array.array("i"), 0
+    digest = hashlib.sha256()
+    paths: list[str] = []
+    count, stride = 0, 1
     for number, raw in enumerate(records, 1):
-        size = _measure(raw)
-        sizes.extend(size)
-        bad += size[0] < 0
-        if bad > MAX_BAD and 2 * bad > number:
-            raise ConfigError(
-                f"data file {path}: of its first {number:,} records, {bad:,} cannot be used; is it "
-                "a file of samples?"
-            )
-    images, words = np.array(sizes, np.int32).reshape(-1, 2).T
-    return Sizes(images, words)
+        try:
+            images, turns = _parse(raw)
+        except (SampleError, RecursionError):
+            sizes.extend((-1, 0))
+            digest.update(b"no known form")
+            bad += 1
+            if bad > MAX_BAD and 2 * bad > number:
+                raise ConfigError(
+                    f"data file {path}: of its first {number:,} records, {bad:,} cannot be used; "
+                    "is it a file of samples?"
+                ) from None
+            continue
+        digest.update(_bytes_of(images, turns, raw.get("category")))
+        sizes.extend((len(images), sum(len(turn.text.split()) for turn in turns)))
+        for image in images:
+            name = image.get("path") if isinstance(image, dict) else image
+            if count % stride == 0 and isinstance(name, str):
+                paths.append(name)
+            count += 1
+        if len(paths) > 2 * sampled_images:
+            paths, stride = paths[::2], 2 * stride
+    found = Sizes(*np.array(sizes, np.int32).reshape(-1, 2).T)
+    return Survey(found, digest.hexdigest(), paths)
 
 
-def _measure(raw: Any) -> tuple[int, int]:
-    if not isinstance(raw, dict):
-        return -1, 0
-    try:
-        images, turns = _parse(raw)
-    except (SampleError, RecursionError):
-        return -1, 0
-    return len(images), sum(len(turn.text.split()) for turn in turns)
+def _bytes_of(images: list[Any], turns: list[Turn], category: Any) -> bytes:
+    """What is learned from a record; of an image that is embedded, what is there of it."""
+    parts = [repr((images, category)), *(f"{turn.role}:{turn.text}" for turn in turns), ""]
+    return "\0".join(parts).encode(errors="surrogatepass")
 
 
 def is_deep(raw: Any) -> bool:

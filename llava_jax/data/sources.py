@@ -16,7 +16,7 @@ from llava_jax.data.conversation import SampleError
 from llava_jax.data.files import file_size, find_files, is_folder, is_remote, list_folder, open_file
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.parquet_file import ParquetFile
-from llava_jax.data.records import Record, Sizes, read_record
+from llava_jax.data.records import SAMPLED_IMAGES, Record, Sizes, locate_image, read_record
 
 SHARDS = (".parquet", ".jsonl")
 """Endings of the files that are read of a folder."""
@@ -39,7 +39,8 @@ def load_records(
     """
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
-    files = [_open_file(file) for file in _find_files(path)]
+    paths = _find_files(path)
+    files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
         raise ConfigError(f"{path} has no records; check data.path, mixture or eval_path")
@@ -140,6 +141,16 @@ class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read b
             raise ConfigError(f"{file.path} changed while it was in use; start again")
         return file.read(within)
 
+    def locate_image(self, path: str) -> str:
+        """Where an image file lies that a record names.
+
+        Raises:
+            SampleError: It leads out of image_root.
+        """
+        place = locate_image(path, self._image_root, self._follow_links)
+        assert isinstance(place, str)
+        return place
+
     def where(self, index: int) -> str:
         """The file of a record, and its line, row or number there."""
         file, within = self._find(index)
@@ -157,12 +168,13 @@ class JoinedRecords(Sequence[Any]):
 
     Attributes:
         sizes: Of its records.
+        parts: The sources.
     """
 
     def __init__(self, parts: Sequence[ListRecords | FileRecords]):
         """Puts sources together, of which there is at least one."""
         self.sizes = _join([part.sizes for part in parts])
-        self._parts = parts
+        self.parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
@@ -191,7 +203,7 @@ class JoinedRecords(Sequence[Any]):
     def _find(self, index: int) -> tuple[ListRecords | FileRecords, int]:
         number = range(len(self))[index]
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._parts[part], number - int(self._starts[part])
+        return self.parts[part], number - int(self._starts[part])
 
 
 Records = ListRecords | FileRecords | JoinedRecords
@@ -202,7 +214,7 @@ def _join(parts: Sequence[Sizes]) -> Sizes:
     return Sizes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _open_file(path: str) -> JsonFile | ParquetFile:
+def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
     try:
         with open_file(path) as file:
             start = file.read(4096).lstrip(b" \t\r\n")
@@ -211,7 +223,7 @@ def _open_file(path: str) -> JsonFile | ParquetFile:
             f"data file {path}: {error.strerror or error}; check data.path, mixture or eval_path"
         ) from None
     if start.startswith(b"PAR1"):
-        return ParquetFile(path)
+        return ParquetFile(path, sampled_images=sampled_images)
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         raise ConfigError(_saved_to_disk(path))
     if not start.startswith((b"[", b"{")):
@@ -219,7 +231,7 @@ def _open_file(path: str) -> JsonFile | ParquetFile:
             f"data file {path} is not a JSON list, JSON lines or Parquet: it starts with "
             f"{start[:20]!r}"
         )
-    return JsonFile(path, lines=start.startswith(b"{"))
+    return JsonFile(path, lines=start.startswith(b"{"), sampled_images=sampled_images)
 
 
 def _find_files(path: str) -> list[str]:

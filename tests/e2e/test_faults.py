@@ -4,8 +4,10 @@ Each run here is a process of its own, on one device. The long form of each test
 """
 
 import contextlib
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,9 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_run import assert_same_run, metrics, popen, write_config
 
+from llava_jax import train
 from llava_jax.checkpoint import DAMAGED, MANIFEST, what_is_damaged
 
 STEPS = 12
@@ -121,18 +126,48 @@ def steps(directory: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_is_killed_while_it_saves(config: Path, undisturbed: tuple[Path, float]):
-    """At once when an unfinished checkpoint is seen."""
-    name = "killed-saving"
-    directory = config.parent / name
-    for step in (3, 6):
-        run = start(config, name)
-        when(run, lambda step=step: any((directory / "checkpoints").glob(f"{step}.*tmp*")))
-        run.kill()
-        end(run)
-        assert max(steps(directory)) < step + 2
-    finish(config, name)
-    assert not list((directory / "checkpoints").glob("*tmp*"))
-    assert_same_run(directory, undisturbed[0])
+    """Twenty times, at once when an unfinished checkpoint is seen."""
+    for number in range(2):
+        name = f"killed-saving-{number}"
+        directory = config.parent / name
+        for step in range(1, STEPS - 1):
+            run = start(config, name)
+            when(run, lambda step=step: any((directory / "checkpoints").glob(f"{step}.*tmp*")))
+            run.kill()
+            end(run)
+            assert max(steps(directory)) < step + 2
+        said = finish(config, name)
+        assert "was damaged" not in said
+        assert not list((directory / "checkpoints").glob("*tmp*"))
+        assert_same_run(directory, undisturbed[0])
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_of_two_starts_at_once_one_runs(config: Path, undisturbed: tuple[Path, float], times: int):
+    chance = random.Random(times)
+    for number in range(times):
+        name = f"two-{times}-{number}"
+        directory = config.parent / name
+        runs = [start(config, name)]
+        if number % 2:  # also when the first is on its way
+            when(runs[0], has_step(directory, chance.randrange(STEPS)))
+        runs.append(start(config, name))
+        refused = []
+        for run in runs:
+            status, said = end(run)
+            assert "Traceback" not in said, said
+            if status:
+                assert status == 1
+                refused.append(said)
+        assert len(refused) <= 1
+        others = " or ".join(str(run.pid) for run in runs)
+        for said in refused:
+            (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert f"{directory} is in use by process " in line
+            assert re.search(r"process (\d+) on \S+ since 2", line)[1] in others
+        assert refused or "is finished" in said
+        assert_same_run(directory, undisturbed[0])
+        assert not list(directory.glob("in_use*"))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +182,119 @@ def stopped(config: Path, undisturbed: tuple[Path, float]) -> Path:
         shutil.rmtree(left)
     assert len(steps(directory)) >= 2
     return directory
+
+
+def test_damaged_files_of_a_run_are_restored_and_data_may_lie_elsewhere(
+    config: Path, undisturbed: tuple[Path, float], stopped: Path, data: Path, tmp_path: Path
+):
+    directory = shutil.copytree(stopped, config.parent / "damaged-files")
+    newest = steps(directory)[-1]
+    text = (directory / "metrics.jsonl").read_bytes()
+    (directory / "metrics.jsonl").write_bytes(text[: len(text) // 2] + b"\n\xff\xfe" + bytes(99))
+    (directory / "skipped.jsonl").write_text('{"step": 1}\n{"step": "two", "sample": 9}\n')
+    (directory / "evaluations.jsonl").write_bytes(b"\xff\n")
+    (directory / "nonfinite.jsonl").write_bytes(b"null\n[1]\n")
+    (directory / "config.json").write_text("")
+    (directory / "data.json").write_text("{")
+    (directory / "plan.json").write_text("")
+    (directory / "checkpoints" / "²").mkdir()
+    (directory / "checkpoints" / "007").mkdir()
+    (directory / "checkpoints" / ("9" * 200)).mkdir()
+    (directory / "checkpoints" / f"{newest + 1}").mkdir()
+    (directory / "checkpoints" / f"{newest + 1}{DAMAGED}").touch()
+    moved = shutil.copytree(data, tmp_path / "moved", copy_function=shutil.copy)
+    said = finish(config, "damaged-files", *at(moved))
+    for name in ("metrics.jsonl", "skipped.jsonl", "evaluations.jsonl", "nonfinite.jsonl"):
+        assert f"{directory / name} was damaged" in said
+    for name in ("config.json", "data.json"):
+        assert f"{directory / name} was missing or damaged; it is restored" in said
+    assert f"the checkpoint of step {newest + 1} is passed over" in said
+    assert "Traceback" not in said
+    assert_same_run(directory, undisturbed[0])
+
+
+def at(data: Path) -> tuple[str, ...]:
+    return ("--data.path", str(data / "data.json"), "--data.image-root", str(data))
+
+
+def edit_answer(data: Path) -> str:
+    records = json.loads((data / "data.json").read_text())
+    records[3]["conversations"][1]["value"] = "tan"
+    (data / "data.json").write_text(json.dumps(records))
+    return "data.json: its 10 records, or their order, are not the same"
+
+
+def change_order(data: Path) -> str:
+    records = json.loads((data / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(records[::-1]))
+    return "data.json: its 10 records, or their order, are not the same"
+
+
+def replace_image(data: Path) -> str:
+    pixels = np.random.default_rng(99).integers(0, 256, (48, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(data / "3-0.png")
+    return "image 3-0.png: "
+
+
+def refuse(config: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Starts a run in this process, which ends because of its data."""
+    before = (config.parent / name / "metrics.jsonl").read_bytes()
+    assert train.main(["--config", str(config), "--name", name, *RECIPE]) == 1
+    error = capsys.readouterr().err
+    assert f"{config.parent / name} holds a run with another recipe or other data" in error
+    assert said in error
+    assert "--checkpoint.accept-changes" in error
+    assert (config.parent / name / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [edit_answer, change_order, replace_image])
+def test_data_that_changed_stops_a_run(
+    config: Path,
+    base: Path,
+    data: Path,
+    stopped: Path,
+    tmp_path: Path,
+    change: Callable[[Path], str],
+    capsys: pytest.CaptureFixture[str],
+):
+    copy = shutil.copytree(data, tmp_path / "data")
+    said = change(copy)
+    changed = write_config(config.parent / "changed.py", base, copy)
+    text = changed.read_text().replace(f"eval_path={str(copy / 'data.json')!r}", "eval_path=None")
+    changed.write_text(text)
+    refuse(changed, "stopped", said, capsys)
+
+
+def test_held_out_data_that_changed_stops_a_run(
+    config: Path, data: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The training data is as it was, elsewhere."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    changed = config.parent / "changed.py"
+    text = config.read_text()
+    changed.write_text(
+        text.replace(f" path={str(data / 'data.json')!r}", f" path={str(copy / 'data.json')!r}")
+    )
+    shutil.copy(data / "data.json", tmp_path / "kept.json")
+    said = edit_answer(data)
+    try:
+        refuse(changed, "stopped", said, capsys)
+    finally:
+        shutil.move(tmp_path / "kept.json", data / "data.json")
+
+
+@pytest.mark.slow
+def test_data_that_changed_is_accepted(
+    config: Path, undisturbed: tuple[Path, float], stopped: Path, data: Path, tmp_path: Path
+):
+    directory = shutil.copytree(stopped, config.parent / "accepted")
+    copy = shutil.copytree(data, tmp_path / "data")
+    said = edit_answer(copy)
+    step = steps(directory)[-1]
+    assert said in finish(config, "accepted", *at(copy), "--checkpoint.accept-changes")
+    assert metrics(directory)[:step] == metrics(undisturbed[0])[:step]
+    assert len(metrics(directory)) == STEPS
+    assert "is finished" in finish(config, "accepted", *at(copy))
 
 
 def cut(file: Path) -> None:

@@ -1,0 +1,106 @@
+"""Copies of a run's own files in its checkpoints, and their repair when the run goes on.
+
+A checkpoint has all rows of the steps before it, and checksums. So what a crash, a disk or an
+editor did to the files meanwhile costs nothing.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_jax.disk import open_regular, replace_text
+from llava_jax.rows import FORMS, Check, Row, fits, parse_object, read_rows, write_rows
+
+_OBJECTS: dict[str, dict[str, Check]] = {
+    "config.json": {"config": lambda value: isinstance(value, dict) and "name" in value},
+    "data.json": {name: lambda value: isinstance(value, list) for name in ("train", "eval")},
+    "wandb.json": {"id": lambda value: isinstance(value, str)},
+}
+"""Files with one object, and what it has at least."""
+
+
+def copy_files(run_dir: Path) -> dict[str, str]:
+    """The files as text, by name; those that are there."""
+    found = {name: _read(run_dir / name) for name in (*_OBJECTS, *FORMS)}
+    return {name: text.decode(errors="replace") for name, text in found.items() if text is not None}
+
+
+def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
+    """Restores config.json and others that are missing or damaged; says so in a line each.
+
+    Args:
+        run_dir: The run's directory.
+        kept: What `copy_files` gave when the checkpoint was saved.
+    """
+    for name, form in _OBJECTS.items():
+        file = run_dir / name
+        found = _read(file)
+        if fits(parse_object(found or b""), form):
+            continue
+        if name in kept:
+            replace_text(file, kept[name])
+            yield f"{file} was missing or damaged; it is restored from the newest checkpoint"
+        elif found is not None and name != "config.json":  # without that a run cannot go on
+            file.unlink()
+            yield f"{file} was damaged and is removed; the newest checkpoint has no copy of it"
+
+
+def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]:
+    """Leaves the rows up to a step, each once and in order; says what was damaged, a line a file.
+
+    Rows after it come again.
+
+    Args:
+        run_dir: The run's directory.
+        kept: As for `repair_objects`.
+        step: Steps done.
+    """
+    for name in FORMS:
+        file = run_dir / name
+        found = read_rows(file)
+        there = [row for row in found.rows if row["step"] <= step]
+        rows = _rows_of(name, kept) if name in kept else there
+        if (
+            name in kept and name == "evaluations.jsonl"
+        ):  # that of the last step is measured after saving
+            alike = lambda row: all(o == row for o in there if o["step"] == row["step"])
+            rows += filter(alike, there)  # of several, none is known to be the run's
+        before, after = write_rows(there), write_rows(_once_each(name, rows))
+        if found.damaged or before != after:
+            end = "restored from the newest checkpoint"
+            if name not in kept:
+                end = "what can be read is kept, but no checkpoint has what was lost"
+            yield f"{file} was damaged ({_compare(found.damaged, before, after)}): {end}"
+        if after.encode() != (_read(file) or b""):
+            replace_text(file, after)
+
+
+def _compare(damaged: int, before: str, after: str) -> str:
+    there, wanted = before.splitlines(), after.splitlines()
+    kept = {*there} & {*wanted}
+    counts = {
+        "lines that are no rows": damaged,
+        "rows missing": len(wanted) - len(kept),
+        "rows repeated or of another run": len(there) - len(kept),
+    }
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "rows out of order"
+
+
+def _rows_of(name: str, kept: dict[str, str]) -> list[Row]:
+    rows = (parse_object(line.encode()) for line in kept[name].split("\n"))
+    return [row for row in rows if row is not None and fits(row, FORMS[name])]
+
+
+def _once_each(name: str, rows: list[Row]) -> list[Row]:
+    """In order of their steps; of several for one step or sample, the first."""
+    key = "sample" if name == "skipped.jsonl" else "step"
+    first: dict[int, Row] = {}
+    for row in rows:
+        first.setdefault(row[key], row)
+    return sorted(first.values(), key=lambda row: row["step"])
+
+
+def _read(file: Path) -> bytes | None:
+    if not file.exists():
+        return None
+    with open_regular(file) as opened:
+        return opened.read()
