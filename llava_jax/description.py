@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,13 @@ def describe(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    packages = ("llava_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-    return {name: importlib.metadata.version(name) for name in packages}
+    """Of Python and the packages that decide what a run computes."""
+    packages = (
+        *("llava_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+        *("transformers", "tokenizers", "pillow", "grain"),
+    )
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
 
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
@@ -86,7 +92,7 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
     file = run_dir / "config.json"
     try:
         began = json.loads(file.read_text())
-        before = _recipe(began["config"])
+        before = flatten(began["config"], NOT_RECIPE)
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,7 +101,7 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
             "which have no copy; put it back, "
             "remove the checkpoints, or give the run a new --name"
         ) from error
-    now = _recipe(description["config"])
+    now = flatten(description["config"], NOT_RECIPE)
     differences = [
         f"  {field}: {before.get(field)!r} there, {now.get(field)!r} here"
         for field in sorted(before.keys() | now.keys())
@@ -120,12 +126,15 @@ def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, A
     return found
 
 
-def _recipe(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields that decide what is learned, by dotted name."""
+def flatten(
+    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """The fields of a config by dotted name, without some of them."""
     fields = {}
     for name, value in config.items():
         path = prefix + name
-        if path in NOT_RECIPE:
+        if path in leave_out:
             continue
-        fields |= _recipe(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        nested = isinstance(value, dict)
+        fields |= flatten(value, leave_out, f"{path}.") if nested else {path: value}
     return fields

@@ -174,14 +174,18 @@ class HeldOut:
         self._shown = {i * count // wanted for i in range(wanted)} if count else set()
 
     def measure(
-        self, step: int, trainable: Params, halted: Callable[[], bool] = lambda: False
+        self,
+        step: int,
+        trainable: Params,
+        halted: Callable[[int, np.ndarray], bool] = lambda checksum, numbers: False,
     ) -> None:
         """Evaluates after `step` steps, unless it was done before.
 
         Args:
             step: Steps done.
             trainable: What trains.
-            halted: Asked after each batch; True gives this measurement up.
+            halted: Asked before each batch, with the checksum of its texts and the numbers of its
+                records, and with neither at the end; True gives this measurement up.
 
         Raises:
             ConfigError: None of the held-out samples can be read.
@@ -190,7 +194,9 @@ class HeldOut:
         if not inputs.eval_records or from_first(step in [row["step"] for row in self._rows]):
             return
         batches = inputs.eval_batches(self._batch_size, self._batch_rows)
-        batches = itertools.takewhile(lambda _: not halted(), batches)
+        batches = itertools.takewhile(
+            lambda made: not halted(made[0].text_checksum, made[1]), batches
+        )
         result = evaluate(
             lambda batch: self._eval_step(trainable, batch),
             batches,
@@ -198,7 +204,7 @@ class HeldOut:
             inputs.encoder,
             self._shown,
         )
-        if halted():
+        if halted(0, np.array([])):
             return
         if not result.samples:
             records = inputs.eval_records

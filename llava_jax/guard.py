@@ -41,8 +41,8 @@ def guarded(main: Callable[[], int]) -> int:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == LOST or (held and status == -signal.SIGABRT):
         print(
-            f"error: {_who(held)} has ended or cannot be reached, and so this one ends; its own "
-            "message says why. The same command, for all of them, continues",
+            f"error: {_who(held)} has ended or cannot be reached, and so this one ends; what that "
+            "one printed may say why. The same command, for all of them, continues",
             file=sys.stderr,
         )
         return 1
@@ -71,8 +71,10 @@ def _who(held: str) -> str:
     """Which process JAX's message names."""
     if named := re.search(r"stopped sending heartbeats\):\s*(\d[\d\s,]*)", held):
         return f"process {', '.join(re.findall(r'[0-9]+', named[1]))} of this run (from 0)"
+    if "RegisterTask" in held:
+        return "JAX's service in process 0 of this run"
     if "leader task" in held:
-        return "process 0 of this run"
+        return "process 0 of this run (from 0)"
     return "another process of this run"
 
 

@@ -1,6 +1,7 @@
 """What goes into a run besides weights: its tokenizer, its image transform and its data."""
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ class Inputs:
     order: EpochOrder
     eval_records: Records
 
+    def divided(self, devices: int) -> "Inputs":
+        """The same, for so many devices that the rows of a batch are divided among."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, devices=devices))
+
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
         """Batches without end, from the start of the first epoch; of each but some rows."""
         read = ReadBatch(self.order, self.records, self.encoder, self.spec, rows)
@@ -91,6 +96,14 @@ class Inputs:
         except SampleError as error:
             return str(error)
         return None
+
+    def describe_text(self, number: int, records: Records) -> str:
+        """What a record's text is as tokens, short; or why it cannot be used."""
+        try:
+            ids = self.encoder.encode_text(records[number]).input_ids
+        except SampleError as error:
+            return f"none ({error})"
+        return f"{len(ids)} with checksum {zlib.crc32(ids.tobytes()):08x}"
 
     def check_some(self) -> None:
         """Tries a few records, spread over the data, before anything is loaded.
@@ -172,16 +185,13 @@ def find_model(
     return config.model, processor
 
 
-def open_inputs(
-    config: TrainConfig, model: ModelConfig, processor: Path | Parts, *, devices: int = 1
-) -> Inputs:
+def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:
     """Opens a run's data.
 
     Args:
         config: The run.
         model: The model's sizes and token ids.
         processor: Where the tokenizer and image processor lie.
-        devices: Those that the rows of a batch are divided among.
 
     Raises:
         ConfigError: The data or the template does not exist or fit.
@@ -220,6 +230,5 @@ def open_inputs(
         pixel_scale=transform.scale,
         buckets=data.buckets,
         packing=data.packing,
-        devices=devices,
     )
     return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)

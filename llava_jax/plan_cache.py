@@ -64,7 +64,7 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     decisive = {
         "config": {name: value for name, value in fields.items() if name not in UNRELATED},
         "images": images,
-        "code": _code(),
+        "code": hash_code(),
         "versions": versions(),
         "flags": [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
         "compiler": devices[0].client.platform_version,
@@ -74,7 +74,7 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     return int(digest.hexdigest()[:15], 16)
 
 
-def _code() -> str:
+def hash_code() -> str:
     """A hash of this package's source."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):

@@ -6,14 +6,16 @@ import functools
 import os
 import shutil
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax import pretrained
+from llava_jax.agreement import LOCAL, agree, not_shared, refuse_texts, run_facts
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import (
     ConfigError,
@@ -21,14 +23,15 @@ from llava_jax.config import (
     Parts,
     RunError,
     TrainConfig,
+    to_json,
 )
 from llava_jax.data.batching import Batch, Batches
-from llava_jax.description import changes, describe, write_description
+from llava_jax.data.sources import Records
+from llava_jax.description import changes, describe, flatten, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory
 from llava_jax.evaluation import HeldOut
 from llava_jax.export import discard, export, export_dir, publish
-from llava_jax.guard import LOST, leave
 from llava_jax.hf.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.hf.tensorfile import CheckpointError
 from llava_jax.hf.trained import load_adapter
@@ -43,10 +46,14 @@ from llava_jax.plan_cache import measure_once
 from llava_jax.processes import (
     devices_of_machine,
     end,
+    from_first,
     highest_of,
+    is_alone,
     is_first,
     is_lost,
     join,
+    leave_others,
+    local_devices,
     meet,
     of_all,
 )
@@ -66,17 +73,17 @@ def run(config: TrainConfig) -> int:
         join()
         with StopRequest() as stop, hold_for_run(config.run_dir):
             return _run(config, stop)
-    except (ConfigError, CheckpointError, RunError) as error:
-        return end(f"error: {error}")
-    except OSError as error:
-        return end(f"error: {error}; the same command continues")
     except Stopped as stopped:
         return end(f"stopped {stopped}; the same command continues", 128 + stopped.signal)
     except Exception as error:
+        if is_lost(error):  # whatever it is taken for: a save that needs all is no failed disk
+            leave_others()
+        if isinstance(error, ConfigError | CheckpointError | RunError):
+            return end(f"error: {error}")
+        if isinstance(error, OSError):
+            return end(f"error: {error}; the same command continues")
         if not jax.distributed.is_initialized():
             raise
-        if is_lost(error):
-            leave(LOST)
         return end(traceback.format_exc())
 
 
@@ -98,9 +105,14 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     source = found.base if found else None
     base = None if source is None else fingerprint(source)
     model_config, processor = find_model(config, source)
-    mesh = make_mesh(config.mesh)
-    inputs = open_inputs(config, model_config, processor, devices=data_parallel_size(mesh))
+    inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(inputs.order.samples)
+    if not is_alone():
+        facts = run_facts(config, model_config, total, base, inputs)
+        agree(facts, *not_shared(Path(config.output_dir)))
+        agree({"the number of devices": local_devices()})
+    mesh = make_mesh(config.mesh)
+    inputs = inputs.divided(data_parallel_size(mesh))
     describe_run = functools.partial(
         describe, model=model_config, steps=total, fingerprint=base, data=inputs.digest()
     )
@@ -113,7 +125,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         if (saved.latest or 0) > total:
             raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
         _repair(repair_rows(config.run_dir, saved.files(), saved.latest or 0))
-        if saved.latest == total and export_dir(config).is_dir():
+        if from_first(saved.latest == total and export_dir(config).is_dir()):
             _say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
         inputs.check_some()
@@ -123,6 +135,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         trackers = open_trackers(config, saved.latest or 0, write=is_first())
         with jax.set_mesh(mesh), trackers as trackers:
             kind = attention_here(config, model_config)
+            agree(flatten(to_json(config), LOCAL) | {"attention": kind})
             _say(f"attention: {kind}")
             program = build_program(config, model_config, total, mesh, kind=kind)
             if config.mesh.show:
@@ -202,7 +215,8 @@ def _train(
     size = config.batch.global_size
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
-    asked = lambda: highest_of(lambda: stop.signal or 0)
+    asked = functools.partial(_ask, stop, inputs)
+    halted = lambda checksum, numbers: asked(checksum, lambda: numbers, inputs.eval_records)() > 0
     metrics_file = config.run_dir / "metrics.jsonl"
     with (
         stop.deferred(),
@@ -216,7 +230,7 @@ def _train(
 
         def look(step: int) -> None:
             if due(step):
-                held_out.measure(step, state.trainable, lambda: asked()() > 0)
+                held_out.measure(step, state.trainable, halted)
             report.update()
             reporter.skip_time()
 
@@ -225,11 +239,16 @@ def _train(
         for step in range(first + 1, total + 1):
             if due(step - 1) and asked()():  # a measurement was given up: it comes first, later
                 break
-            stops = asked()
+            batch = next(batches)
+            numbers = functools.partial(inputs.order.batch, step - 1)
+            stops = asked(batch.text_checksum, numbers)
+            if not inputs.spec.has_one_shape:
+                stops()  # processes whose shapes differ must not begin the step
             profiler.before(step, state)
-            state, metrics = program.train_step(state, frozen, program.place(next(batches), size))
+            state, metrics = program.train_step(state, frozen, program.place(batch, size))
             for earlier in waiting:
                 journal.log(*earlier)
+            stops()  # before anything of this step is recorded
             waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
                 journal.log(*waiting.pop())
@@ -246,6 +265,36 @@ def _train(
             held_out.say_tables()
         stop.signal = asked()() or None  # whichever process it came to
     return state
+
+
+def _ask(
+    stop: StopRequest,
+    inputs: Inputs,
+    checksum: int = 0,
+    numbers: Callable[[], np.ndarray] = lambda: np.array([]),
+    records: Records | None = None,
+) -> Callable[[], int]:
+    """Asks all processes for signals, and whether they have read the same texts.
+
+    Args:
+        stop: This process' signals.
+        inputs: The data.
+        checksum: Of the texts of a batch.
+        numbers: Gives the records of that batch.
+        records: What these refer to; None is the training data.
+
+    Returns:
+        The highest signal, when it is called; it raises RunError where texts differ.
+    """
+    answer = highest_of(lambda: (stop.signal or 0, checksum, -checksum))
+
+    def read() -> int:
+        signal, highest, lowest = answer()
+        if highest != -lowest:
+            refuse_texts(inputs, inputs.records if records is None else records, numbers().tolist())
+        return signal
+
+    return read
 
 
 def _held_out(
@@ -370,7 +419,7 @@ def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str,
 
 def _refuse_to_replace(config: TrainConfig) -> None:
     """A run without checkpoints starts anew; it must not do so over a result."""
-    if export_dir(config).exists():
+    if from_first(export_dir(config).exists()):
         raise ConfigError(
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
             "from; move it away, or give the run a new name"

@@ -1,5 +1,6 @@
 """The order, shapes and position of batches."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -135,7 +136,7 @@ def test_text_one_and_two_images_in_one_batch(make, picture):
     values = np.array([[0, 0], [0.2, 0], [0.4, 0.8]], np.float32)
     expected = np.broadcast_to(values[:, :, None, None, None], (3, 2, 3, SIDE, SIDE))
     np.testing.assert_allclose(normalised(batch), expected, rtol=1e-6)
-    dtypes = {name: str(leaf.dtype) for name, leaf in vars(batch).items()}
+    dtypes = {name: str(x.dtype) for name, x in vars(batch).items() if name != "text_checksum"}
     assert dtypes == {
         "input_ids": "int32",
         "loss_mask": "bool",
@@ -257,6 +258,23 @@ def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, co
         assert_equal(part, [jax.tree.map(lambda x, rows=rows: x[rows], one) for one in whole])
 
 
+@pytest.mark.parametrize("shapes", [{"buckets": (8,)}, {"packing": True}], ids=str)
+def test_a_batch_knows_the_texts_of_all_its_rows(make, shapes):
+    """Also of those of another process: a text of another length, or content, or none."""
+    whole = {"records": [record(n, words=2) for n in range(4)], "shuffle": False, "rows": [0]}
+    checksum = next(make(**whole, **shapes)).text_checksum
+    assert 0 < checksum < 2**31
+    assert next(make(**whole, **shapes)).text_checksum == checksum
+    bad = dataclasses.replace(record(2), turns=())
+    for other in (record(2, words=3), record(7, words=2), bad):
+        records = [*whole["records"][:2], other, record(3, words=2)]
+        assert next(make(**whole | {"records": records}, **shapes)).text_checksum != checksum
+
+
+def test_a_batch_that_depends_on_its_own_rows_has_no_checksum(make):
+    assert next(make()).text_checksum == 0
+
+
 def test_packed_rows_have_the_samples_whole(make, picture):
     """The longest first, into the first row with room; a bad one is left out."""
     records = [
@@ -296,7 +314,7 @@ def test_packing_changes_which_row_a_sample_is_in_and_nothing_else(make, picture
 def samples(batch: Batch) -> list[tuple]:
     """What every sample of a batch has, in order."""
     found = {}
-    for ids, mask, segments, pixels, _ in zip(*vars(batch).values(), strict=True):
+    for ids, mask, segments, pixels, _ in zip(*jax.tree.leaves(batch), strict=True):
         images = iter(pixels)
         for place in dict.fromkeys(segments[segments > 0].tolist()):
             here = segments == place

@@ -31,6 +31,7 @@ LEVELS = (
         "processes",
         "profiler",
         "quant",
+        "rendezvous",
         "sampling",
         "repair",
         "report",
@@ -121,6 +122,7 @@ LEVELS = (
     ("program", "evaluation", "journal", "convert", "generation", "serving.conversation"),
     ("export", "checkpoint", "plan", "plan_cache", "merge_check", "part", "assistant"),
     (
+        "agreement",
         "run",
         "train",
         "chat",

@@ -85,7 +85,7 @@ def packed(batch: Batch, room: int, devices: int = 1) -> Batch:
     """The same samples, several in a row of so many tokens."""
     samples = {}
     for place, (ids, mask, segments, pixels, _) in enumerate(
-        zip(*vars(batch).values(), strict=True)
+        zip(*jax.tree.leaves(batch), strict=True)
     ):
         images = int((ids == MODEL.image_token_id).sum()) // MODEL.image_tokens
         real = segments > 0

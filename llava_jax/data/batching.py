@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ class Batch:
         pixel_values: uint8 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
         pixel_scale: float32 [B, 2, 3]. What these are multiplied by, and what is then added, to
             normalise each channel.
+        text_checksum: Of the texts of the whole batch, of which this may be some rows, where shapes
+            or places of rows depend on all of them; else 0. Processes whose checksums differ have
+            made parts of different batches. At most 31 bits.
     """
 
     input_ids: Leaf
@@ -52,6 +56,7 @@ class Batch:
     segment_ids: Leaf
     pixel_values: Leaf
     pixel_scale: Leaf
+    text_checksum: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,11 @@ class BatchSpec:
     def is_fixed(self) -> bool:
         """Whether a row's shape and its sample do not depend on other samples."""
         return not self.packing and not self.buckets
+
+    @property
+    def has_one_shape(self) -> bool:
+        """Whether all batches have rows of the same length."""
+        return self.packing or not self.buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +312,9 @@ class ReadBatch:
         length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
         # One row at a time: its pixels, once they are copied, make room for the next one's.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
-        return fill(samples, len(own), spec, length)
+        batch = fill(samples, len(own), spec, length)
+        checksum = 0 if spec.is_fixed else _checksum(read)
+        return dataclasses.replace(batch, text_checksum=checksum)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
         """Yields the batches from number `start` on, made ahead.
@@ -344,6 +356,14 @@ class _Text(NamedTuple):
     number: int
     record: Record
     encoded: Encoded
+
+
+def _checksum(texts: Mapping[int, _Text | None]) -> int:
+    value = 0
+    for place, text in texts.items():
+        ids = b"" if text is None else text.encoded.input_ids.tobytes()
+        value = zlib.crc32(b"%d:%d:" % (place, len(ids)) + ids, value)
+    return value & 0x7FFFFFFF
 
 
 def worker_died(error: WorkerError, records: Records) -> RunError:

@@ -1,17 +1,21 @@
 """Runs of several processes, with fake devices each: as one process with all of them."""
 
+import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import metrics, popen, rows, write_config
+from tiny_run import ROOT, assert_same_run, metrics, popen, rows, write_config
 
 from llava_jax import train
 
@@ -50,7 +54,7 @@ def undisturbed(alone: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def start(config: Path) -> Iterator[Start]:
-    """Starts two processes of four devices, or others."""
+    """Starts two processes of four devices, or others; the last may have what is its own."""
     started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -58,6 +62,8 @@ def start(config: Path) -> Iterator[Start]:
         *arguments: str,
         devices: tuple[int, ...] = (4, 4),
         of_last: tuple[str, ...] = (),
+        cache: Path | None = None,
+        **variables: object,
     ) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -70,7 +76,11 @@ def start(config: Path) -> Iterator[Start]:
                 "LLAVA_JAX_HEARTBEAT_SECONDS": 20,
             }
             command = ("--name", name, *RECIPE, *arguments)
-            command += of_last if number == len(devices) - 1 else ()
+            if cache is not None:
+                others["JAX_COMPILATION_CACHE_DIR"] = cache
+            if number == len(devices) - 1:
+                command += of_last
+                others |= variables
             started.append(popen(config, *command, JAX_NUM_CPU_DEVICES=count, **others))
         return started[-len(devices) :]
 
@@ -199,6 +209,69 @@ def test_a_lost_process_ends_the_others_with_one_message(
     assert "stack trace" not in said
 
 
+def has_rows(file: Path, count: int) -> bool:
+    return file.exists() and len(file.read_text().splitlines()) >= count
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "the first save": lambda run: any(run.glob("checkpoints/0.orbax-checkpoint-tmp*")),
+    "compiling the eval step": lambda run: (run / "checkpoints/0").exists(),
+    "compiling the train step": lambda run: has_rows(run / "evaluations.jsonl", 1),
+    "a save": lambda run: any(run.glob("checkpoints/5.orbax-checkpoint-tmp*")),
+    "evaluation": lambda run: has_rows(run / "metrics.jsonl", 5),
+    "the export": lambda run: (
+        (run / "adapter.unfinished").exists() and has_rows(run / "metrics.jsonl", STEPS)
+    ),
+}
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in task.read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_by_two(undisturbed: Path) -> Path:
+    return undisturbed.with_name("undisturbed-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", [False, True], ids=["process", "guard"])
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_ends_the_other_and_the_same_command_continues(
+    start: Start, undisturbed_by_two: Path, tmp_path: Path, moment: str, lost: int, *, guard: bool
+):
+    if not undisturbed_by_two.exists():
+        ended = end(start(undisturbed_by_two.name, devices=(1, 1)))
+        assert [status for status, _ in ended] == [0, 0], ended
+    directory = undisturbed_by_two.with_name(f"{moment}-{lost}-{guard}".replace(" ", "-"))
+    cache = tmp_path if "compiling" in moment else None
+    processes = start(directory.name, devices=(1, 1), cache=cache)
+    while not MOMENTS[moment](directory):
+        assert all(process.poll() is None for process in processes), end(processes)
+        time.sleep(0.001)
+    (child,) = children(processes[lost])
+    os.kill(processes[lost].pid if guard else child, signal.SIGKILL)
+    started = time.monotonic()
+    other = 1 - lost
+    status, said = end(processes)[other]
+    seconds = time.monotonic() - started
+    print(f"\n{moment}, {lost} lost, guard {guard}: {seconds:.1f} s, {said.splitlines()[-1:]}")
+    assert seconds < 120
+    assert status == 1, said
+    assert re.fullmatch(
+        rf"error: (process {lost} of this run \(from 0\)|another process of this run) has ended or "
+        "cannot be reached, and so this one ends.*",
+        said.splitlines()[-1],
+    ), said
+    assert said.count("error") == 1
+    assert "Traceback" not in said
+    ended = end(start(directory.name, devices=(1, 1)))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_same_run(directory, undisturbed_by_two)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -213,6 +286,127 @@ def test_a_mistake_of_all_is_said_once(
     assert (first, other) == (status, (status, ""))
     assert said.count(message) == 1
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def mismatches(config: Path, data: Path, tmp_path: Path) -> dict[str, tuple[Any, ...]]:
+    """What one process may have of its own: its arguments and variables, and what is said."""
+    text = (data / "data.json").read_text()
+    for name, changed in {
+        "edited": text.replace("teal", "pink", 1),
+        "shorter": json.dumps(json.loads(text)[:-1]),
+    }.items():
+        (tmp_path / name).write_text(changed)
+    package = tmp_path / "optax-0.0.1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    elsewhere = str(tmp_path / "elsewhere")
+    of_data = "data set 0, records and digest of each file: [[10, '"
+    return {
+        "rate": (("--optimizer.learning-rate", "0.02"), {}, "optimizer.learning_rate: 0.01 in pro"),
+        "seed": (("--seed", "1"), {}, "seed: 42 in process 0, 1 in process 1"),
+        "edited": (("--data.path", str(tmp_path / "edited")), {}, f"  {of_data}"),
+        "shorter": (("--data.eval-path", str(tmp_path / "shorter")), {}, f"  held-out {of_data}"),
+        "steps": (("--steps", "13"), {}, "steps: 12 in process 0, 13 in process 1"),
+        "saving": (("--checkpoint.every", "4"), {}, "checkpoint.every: 5 in process 0, 4 in"),
+        "measuring": (("--eval.every", "4"), {}, "eval.every: 5 in process 0, 4 in process 1"),
+        "output_dir": (
+            ("--output-dir", elsewhere),
+            {},
+            f"what process 0 writes into {config.parent} is not in {elsewhere} of process 1",
+        ),
+        "batch": (("--batch.global-size", "16"), {}, "batch.global_size: 8 in process 0, 16 in"),
+        "rank": (("--lora.rank", "8"), {}, "lora.rank: 4 in process 0, 8 in process 1"),
+        "version": ((), path, f"the version of optax: '{version('optax')}' in process 0, '0.0.1' "),
+    }
+
+
+def assert_named(processes: list[subprocess.Popen[str]], *causes: str) -> None:
+    """Each ends soon, and says why; most of the time is that of imports."""
+    started = time.monotonic()
+    for number, (status, said) in enumerate(end(processes)):
+        assert status == 1
+        assert f"differ, so all end; this is process {number} of 2" in said
+        for cause in causes:
+            assert cause in said
+        assert "Traceback" not in said
+    assert time.monotonic() - started < 120  # some 6 on two quiet cores
+
+
+def test_processes_that_differ_end_and_name_all_that_differs(
+    start: Start, config: Path, mismatches: dict[str, tuple[Any, ...]]
+):
+    arguments = [word for of_one, _, _ in mismatches.values() for word in of_one]
+    causes = [cause for _, _, cause in mismatches.values()]
+    assert_named(start("differs", of_last=tuple(arguments), **mismatches["version"][1]), *causes)
+    assert not (config.parent / "differs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumes", [False, True], ids=["fresh", "resumed"])
+def test_each_mismatch_alone_ends_both(
+    start: Start, undisturbed: Path, mismatches: dict[str, tuple[Any, ...]], *, resumes: bool
+):
+    name = undisturbed.name if resumes else "differs"
+    for one, (arguments, variables, cause) in mismatches.items():
+        started = time.monotonic()
+        assert_named(start(name, of_last=arguments, **variables), cause)
+        print(f"\n{one}: {time.monotonic() - started:.1f} s")
+
+
+def test_processes_with_other_numbers_of_devices_end(start: Start):
+    processes = start("unequal", devices=(4, 3))
+    assert_named(processes, "the number of devices: 4 in process 0, 3 in process 1")
+
+
+READS = """
+import json
+loads = json.loads
+
+def other(text, *arguments, **options):
+    raw = loads(text, *arguments, **options)
+    if isinstance(raw, dict) and raw.get("id") == "4":
+        {change}
+    return raw
+
+json.loads = other
+"""
+CHANGES = {
+    "differs": "raw['conversations'][1]['value'] = 'teal, or is it blue, red, green or yellow?'",
+    "fails": "raise ValueError('a disk failed')",
+}
+SAID = {"differs": "'[0-9]+ with checksum .*'", "fails": "'none \\(not JSON: a disk failed.*\\)'"}
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments"),
+    [
+        ("fails", ()),  # held-out texts are read first
+        *(
+            pytest.param(change, ("--data.eval-path", "None", *layout), marks=pytest.mark.slow)
+            for layout in ((), ("--data.packing",))
+            for change in CHANGES
+        ),
+    ],
+)
+def test_a_text_that_one_process_reads_differently_ends_both(
+    start: Start, tmp_path: Path, change: str, arguments: tuple[str, ...]
+):
+    """As when a disk fails; Python runs sitecustomize at its start."""
+    (tmp_path / "sitecustomize.py").write_text(READS.format(change=CHANGES[change]))
+    name = f"reads-{change}-{len(arguments)}"
+    arguments += ("--data.max-skipped", "0.5")
+    for status, said in end(start(name, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}")):
+        assert status == 1
+        *_, which, advice = said.splitlines()
+        assert re.fullmatch(
+            rf"  .*data.json, record 4, as tokens: '[0-9]+ with checksum .*' in process 0, "
+            rf"{SAID[change]} in process 1",
+            which,
+        ), said
+        assert advice.endswith("the same command then continues")
+        assert "Traceback" not in said
 
 
 @pytest.mark.slow

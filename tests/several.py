@@ -1,0 +1,68 @@
+"""Processes of a run as threads of this one, with JAX's own coordination service between them."""
+
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jax._src.lib import _jax
+
+from llava_jax import processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class _PerThread:
+    """Stands in for `jax._src.distributed`, and for the count of turns, of a thread's process."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def be(self, state: SimpleNamespace) -> None:
+        self._local.state = state
+
+    @property
+    def global_state(self) -> SimpleNamespace:
+        return self._local.state
+
+    def __next__(self) -> int:
+        return next(self._local.state.turns)
+
+
+@contextmanager
+def several(count: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
+    """Gives a function that calls one with each process' number, and returns what comes of it."""
+    here, address = _PerThread(), f"127.0.0.1:{free_port()}"
+    patch.setattr(processes, "distributed", here)
+    patch.setattr(processes, "_turn", here)
+    service = _jax.get_distributed_runtime_service(address, count, shutdown_timeout=10)
+
+    def join(number: int) -> SimpleNamespace:
+        client = _jax.get_distributed_runtime_client(address, number, init_timeout=10)
+        client.connect()
+        turns = itertools.count()
+        return SimpleNamespace(process_id=number, num_processes=count, client=client, turns=turns)
+
+    def call(function: Callable[[int], Any], state: SimpleNamespace) -> Any:
+        here.be(state)
+        try:
+            return function(state.process_id)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        states = list(pool.map(join, range(count)))
+        try:
+            yield lambda function: list(pool.map(lambda state: call(function, state), states))
+        finally:
+            list(pool.map(lambda state: state.client.shutdown(), states))
+            service.shutdown()
