@@ -2,7 +2,6 @@
 
 import functools
 import io
-import itertools
 import json
 import os
 import re
@@ -354,7 +353,8 @@ def test_hostile_files_are_read_or_named(seeds, names, tried, root, tmp_path):
     paths = [write(tmp_path / f"{name}.json", SLOW[name](1_600_000).encode()) for name in names]
     paths += [
         write(tmp_path / f"{form}-{seed}", mutated(whole(form, root), np.random.default_rng(seed)))
-        for form, seed in itertools.product(FORMS, seeds)
+        for form in FORMS
+        for seed in seeds
     ]
     found = check_apart(paths, root, tried=tried)
     assert {"error", "bad"} == {next(iter(one)) for one in found}

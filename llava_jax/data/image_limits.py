@@ -170,7 +170,8 @@ def _check_png(png: bytes) -> None:
             break
         if kind == b"IHDR":
             width, height, depth, colours = struct.unpack_from(">IIBB", png, at + 8)
-            size = width * height * depth * _CHANNELS.get(colours, 0) // 8
+            pixels = min(width * height, MAX_PIXELS)  # that there are more is said elsewhere
+            size = pixels * depth * _CHANNELS.get(colours, 0) // 8
             _limit("bytes in its pixels", size, MAX_PNG_BYTES)
         number += 1
         compressed += kind in (b"zTXt", b"iTXt", b"iCCP")
