@@ -25,10 +25,12 @@ class Running:
 
     Args:
         maximum: Most connections.
+        answer: What is answered; None is the size of the body.
+        wait: Seconds before that.
         limits: Options of `Limits`.
     """
 
-    def __init__(self, maximum: int, **limits: Any):
+    def __init__(self, maximum: int, answer: bytes | None, wait: float, **limits: Any):
         import uvicorn
 
         from llava_jax.serving.bodies import Bodies
@@ -44,9 +46,10 @@ class Running:
 
             request = Request(scope, receive)
             try:
-                with bodies.hold() as body:
-                    answer = str(len(await body.read(request.headers, receive)))
-                await PlainTextResponse(answer)(scope, receive, send)
+                with bodies.hold("client") as body:
+                    size = str(len(await body.read(request.headers, receive)))
+                await asyncio.sleep(wait)
+                await PlainTextResponse(answer or size)(scope, receive, send)
             except RequestError as error:
                 await refusal(error)(scope, receive, send)
 
@@ -78,8 +81,10 @@ def read(connection: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def running(maximum: int = 64, **limits: Any) -> Iterator[Running]:
-    server = Running(maximum, **limits)
+def running(
+    maximum: int = 64, answer: bytes | None = None, wait: float = 0.0, **limits: Any
+) -> Iterator[Running]:
+    server = Running(maximum, answer, wait, **limits)
     server.thread.start()
     try:
         yield server
@@ -112,6 +117,10 @@ REFUSED = {
     "bare LF in chunks": POST + CLOSE + "Transfer-Encoding: chunked\r\n\r\n3\nabc\n0\n\n",
     "no chunk": POST + CLOSE + "Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
     "another version": "GET / HTTP/3.7\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "CONNECT": "CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "another's address": "GET http://evil HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a path of bytes": "GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    "an upgrade": POST + "Connection: upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}",
     "no HTTP": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 }
 
@@ -142,7 +151,9 @@ def test_long_headers_and_bodies(server, monkeypatch):
     # A client that sends all of it, and reads only then, still reads why it was refused.
     with server.connect() as connection:
         connection.sendall(f"{POST}Content-Length: 10000000\r\n\r\n".encode() + b"x" * 10**7)
-        assert b"413" in connection.recv(100)
+        assert b"413" in connection.recv(1000)
+        connection.sendall(f"{POST}Content-Length: 3\r\n\r\nabc".encode())  # and may go on
+        assert b"200" in connection.recv(1000)
     monkeypatch.setattr(connections, "MAX_IGNORED_BYTES", 10**6)
     monkeypatch.setattr(connections, "IGNORE_SECONDS", 60)
     began = time.monotonic()
@@ -155,7 +166,7 @@ def test_headers_and_bodies_that_do_not_come(server, monkeypatch):
     from llava_jax.serving import bodies, connections
 
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(bodies, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     began = time.monotonic()
     for text in ("", "GET", OPEN, POST + "Content-Length: 5\r\n\r\nab"):
         assert "408" in server.ask(text), text
@@ -174,18 +185,61 @@ def test_headers_and_bodies_that_do_not_come(server, monkeypatch):
 def test_the_oldest_that_sends_nothing_makes_room(caplog):
     with running(maximum=8) as server, contextlib.ExitStack() as idle:
         caplog.set_level(logging.WARNING, "uvicorn.error")
-        held = [idle.enter_context(server.connect()) for _ in range(8)]
-        for connection in held[1:]:
+        held = [idle.enter_context(server.connect()) for _ in range(6)]
+        for connection in held[1:3]:
             connection.sendall(OPEN.encode())
-        for _ in range(4):
+        for connection in held[3:]:  # which have been answered, and do not go
+            connection.sendall(f"{OPEN}\r\n".encode())
+            assert b"200" in connection.recv(1000)
+        for _ in range(5):
             assert server.ask(OPEN + CLOSE + "\r\n") == "HTTP/1.1 200 OK 0"
         assert "408" in read(held[0])
-        assert "all 8 connections are in use, 8 of them by 127.0.0.1" in caplog.text
+        assert "6 of 8 are used by 127.0.0.1" in caplog.text
         assert len(caplog.records) == 1  # not one for each
+
+
+def test_nothing_keeps_a_connection_that_asks_for_nothing(server, monkeypatch):
+    from llava_jax.serving import connections
+
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    for more in ("", "\r\n", "\r\n\r\n", "GET /"):
+        with server.connect() as connection:
+            connection.sendall(f"{OPEN}\r\n".encode())
+            began = time.monotonic()
+            assert b"200" in connection.recv(1000)
+            connection.sendall(more.encode())
+            assert "408" in read(connection)
+            assert time.monotonic() - began < 3
+
+
+def test_a_client_that_does_not_read_is_thrown_out(monkeypatch):
+    from llava_jax.serving import connections
+
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    with running(body_bytes=2**25, answer=b"x" * 2**25) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.listener.getsockname())
+        connection.sendall(f"{OPEN}\r\n".encode())
+        until = time.monotonic() + 5
+        time.sleep(0.2)
+        while server.connections._open:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_no_request_before_the_last_is_answered(caplog):
+    with running(wait=1.0) as server, server.connect() as connection:
+        began = time.monotonic()
+        connection.sendall(f"{OPEN}\r\n".encode() * 5000)
+        with contextlib.suppress(ConnectionError):
+            assert b"200" not in connection.recv(1000)
+        assert time.monotonic() - began < 0.9
+    assert "Traceback" not in caplog.text
 
 
 def test_larger_bodies_are_bounded_together(monkeypatch):
     from llava_jax.serving import bodies
+    from llava_jax.serving.limits import Limits, RequestError
 
     monkeypatch.setattr(bodies, "MAX_TOGETHER", 200_000)
     with running(body_bytes=150_000) as server, server.connect() as half:
@@ -197,6 +251,11 @@ def test_larger_bodies_are_bounded_together(monkeypatch):
         half.sendall(b"x" * 10_000)
         assert b"200" in half.recv(100)
         assert "200" in server.ask(large)
+    counted = bodies.Bodies(Limits(body_bytes=50_000), asyncio.Event())
+    counted.count("a", 100_000)
+    with pytest.raises(RequestError):
+        counted.count("a", 1)  # half is left to others
+    counted.count("b", 100_000)
 
 
 def test_a_server_that_ends_does_not_wait_for_a_body(caplog):

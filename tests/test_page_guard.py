@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,7 +241,7 @@ def test_an_upload_is_an_image(page, data, name):
 def test_an_upload_has_as_many_images_as_a_conversation(page):
     files = [("files", ("a.png", RED_TRIANGLE.read_bytes()))] * 3
     assert page.http.post("/gradio_api/upload", files=files).status_code == 400
-    assert page.http.post("/gradio_api/upload", content=b"x").status_code == 400
+    assert page.http.post("/gradio_api/upload", content=b"x").status_code == 415
 
 
 def test_events_of_other_forms_are_refused(page):
@@ -257,26 +259,65 @@ def test_events_of_other_forms_are_refused(page):
         assert response.json()["error"]["message"]
 
 
-def test_uploads_are_bounded(tmp_path, monkeypatch):
+def test_uploads_are_bounded(monkeypatch):
     import asyncio
 
     from llava_jax.serving import uploads
     from llava_jax.serving.limits import Limits, RequestError
 
     data = RED_TRIANGLE.read_bytes()
-    monkeypatch.setattr(uploads, "MAX_BYTES", 2 * len(data))
-    kept = uploads.Uploads(Limits())
 
-    async def add() -> list[str]:
-        return [await kept.add(data) for _ in range(4)]
+    async def add(count: int) -> list[str]:
+        return [await kept.add(data) for _ in range(count)]
 
-    names = asyncio.run(add())
-    assert len(list(kept.folder.iterdir())) == 2
-    with pytest.raises(RequestError, match="is gone"):
-        kept.path(names[0])
-    assert kept.path(names[-1]).read_bytes() == data
-    kept.close()
-    assert not kept.folder.exists()
+    for name, most in (("MAX_BYTES", 2 * len(data)), ("MAX_FILES", 2)):
+        kept = uploads.Uploads(Limits())
+        with monkeypatch.context() as patched:
+            patched.setattr(uploads, name, most)
+            names = asyncio.run(add(4))
+        assert len(list(kept.folder.iterdir())) == 2
+        with pytest.raises(RequestError, match="is gone"):
+            kept.path(names[0])
+        assert kept.path(names[-1]).read_bytes() == data
+        kept.close()
+        assert not kept.folder.exists()
+
+
+def test_forms_that_cost_much(page):
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    upload = lambda content, kind: page.http.post(
+        "/gradio_api/upload", content=content, headers=kind
+    )
+    assert upload(b"&" * 2**22, kind).status_code == 415
+    parts = {"Content-Type": "multipart/form-data; boundary=x"}
+    fields = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 10**5
+    for content in (fields, b"--x\r\n" * 10**6, b"\r\n--" * 10**6, b"x" * 2**24):
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(upload, content, parts)
+            waited = []
+            while not asked.done():
+                began = time.monotonic()
+                assert page.http.get("/health").status_code == 200
+                waited.append(time.monotonic() - began)
+        assert asked.result().status_code == 400
+        assert max(waited, default=0) < 2
+
+
+def test_a_session_that_does_not_read(page):
+    question = {"text": "<" * 10_000, "files": []}
+    body = {"fn_index": 0, "data": [question, None, False, 0, 1, 1], "session_hash": "silent"}
+    join = lambda body: page.http.post("/gradio_api/queue/join", json=body).status_code
+    assert [join(body) for _ in range(6)] == [200] * 4 + [429] * 2
+    body["data"][0]["text"] *= 2
+    assert join(body | {"session_hash": "other"}) == 400
+    for session in ("unknown", "", "../x"):
+        url = f"/gradio_api/queue/data?session_hash={session}"
+        assert page.http.get(url).status_code == 404
+    assert page.http.get("/gradio_api/queue/data").status_code == 404
+    for number in range(200):
+        body = {"fn_index": 0, "data": [{"text": "", "files": []}, *[None] * 5]}
+        join(body | {"session_hash": f"s{number}"})
+    assert page.event(0, [{"text": "hello", "files": []}, None, False, 0, 1, 2])[0] == 200
 
 
 def test_pages_of_others_find_nothing(page):

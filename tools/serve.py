@@ -13,6 +13,8 @@ from typing import Any
 from llava_jax.options import add_model_options, load_assistant
 
 INSTALL = "serving needs more packages: pip install -e '.[serve]'"
+ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
+"""As browsers send it."""
 KEY_VARIABLE = "LLAVA_JAX_API_KEY"
 GRACE = 10
 """Seconds that answers in progress are given when the server is told to end."""
@@ -64,9 +66,11 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     if not given.no_page:
         add_page(app, service)
     guard_access(app, host=given.host, api_key=given.api_key, origins=given.allow_origin)
+    connections = Connections()
     config = uvicorn.Config(
         app,
-        http=Connections().protocol(),  # pyright: ignore[reportArgumentType]
+        http=connections.protocol(),  # pyright: ignore[reportArgumentType]
+        proxy_headers=bool(given.allow_origin),  # without a proxy, clients would make them up
         ws="none",
         loop="asyncio",
         log_level="warning",
@@ -82,6 +86,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
     def handle_exit(number: int, frame: Any) -> None:
         service.ending.set()
+        connections.end_in(GRACE - 2)  # before uvicorn would cancel their tasks
         end(number, frame)
 
     server.handle_exit = handle_exit
@@ -138,11 +143,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
             parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
-    if given.api_key is not None and not given.api_key.strip():
-        parser.error("--api-key is empty")
+    if given.api_key is not None:
+        given.api_key = given.api_key.strip()
+        if not given.api_key.isprintable() or not given.api_key:
+            parser.error("the API key is empty, or has characters that cannot be printed")
+    given.allow_origin = [origin.lower() for origin in given.allow_origin]
     for origin in given.allow_origin:
-        if not re.fullmatch(r"https?://[^/?#@\\\s]+", origin):
-            parser.error(f"--allow-origin {origin}: an origin is as https://chat.example.org")
+        if not ORIGIN.fullmatch(origin):
+            parser.error(
+                f"--allow-origin {origin}: an origin is as https://chat.example.org, with the port "
+                "if it is not the usual one"
+            )
     return given
 
 

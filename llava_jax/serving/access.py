@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_jax.serving.limits import RequestError, refusal
 
 OPEN_PATHS = ("/health", "/manifest.json", "/favicon.ico")
-"""Paths that need no key: they tell nothing, and monitors and browsers ask for them without one."""
+"""Paths that need no key: monitors and browsers ask for them without one, and they tell whether the
+server is well, and its name."""
 
 
 def guard_access(
@@ -131,7 +132,7 @@ class KeyCheck:
         if len(given) != 1:
             return False
         scheme, _, value = given[0].partition(" ")
-        key = value.strip().encode("latin-1")
+        key = value.encode("latin-1").strip(b" \t")
         if scheme.lower() == "basic":
             try:
                 key = base64.b64decode(key, validate=True).partition(b":")[2]

@@ -61,8 +61,9 @@ def make_app(service: Service) -> FastAPI:
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        failure = service.engine.failure
-        return JSONResponse({"status": failure or "ok"}, status_code=503 if failure else 200)
+        if service.engine.failure:  # the log says why
+            return JSONResponse({"status": "the engine has ended"}, status_code=503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -98,7 +99,7 @@ class ChatResponse(Response):
         client = self._request.client.host if self._request.client else ""
         try:
             self._check_type()
-            with self._service.bodies.hold() as body:
+            with self._service.bodies.hold(client) as body:
                 await body.read(self._request.headers, receive)
                 with self._service.enter(client) as ticket:
                     await unless_gone(receive, self._read_in_time(ticket, body, reply))

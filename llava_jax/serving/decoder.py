@@ -115,7 +115,7 @@ class Decoders:
                 *(sys.executable, "-P", "-m", "llava_jax.serving.decoder"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=_environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is for the server alone
             )
         return process
@@ -126,6 +126,12 @@ class Decoders:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Paths to import from, and none of the server's secrets: hostile bytes are read there."""
+    kept = {name: value for name, value in os.environ.items() if "KEY" not in name}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
@@ -34,7 +36,7 @@ class Images:
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="fetcher")
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self._decoders = Decoders(DECODERS)
 
     async def start(self) -> None:
@@ -43,7 +45,6 @@ class Images:
 
     async def stop(self) -> None:
         """Ends all that is under way."""
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
         await self._decoders.stop()
 
     async def fetch(self, url: str) -> bytes:
@@ -56,8 +57,8 @@ class Images:
         if scheme == "data":
             return _data_url(url)
         if scheme in ("http", "https"):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._fetchers, _remote, url, self._limits)
+            async with self._fetches:
+                return await _in_thread(lambda: _remote(url, self._limits))
         takes = "data: and http(s): URLs" if self._limits.remote_images else "data: URLs"
         raise _refusal(f"{url[:40]!r} is not a URL of an image; this server takes {takes}")
 
@@ -73,6 +74,31 @@ class Images:
             return await self._decoders.decode(data, transform, side)
         except SampleError as error:
             raise _unreadable(error) from None
+
+
+async def _in_thread(work: Callable[[], bytes]) -> bytes:
+    """What a function returns, run in a thread that the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[bytes] = loop.create_future()
+
+    def tell(result: bytes | Exception) -> None:
+        if done.done():  # nobody waits any more
+            return
+        if isinstance(result, Exception):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
+
+    def run() -> None:
+        try:
+            result: bytes | Exception = work()
+        except Exception as error:
+            result = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
 
 
 def check_image(data: bytes, limits: Limits) -> str:

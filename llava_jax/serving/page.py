@@ -21,16 +21,16 @@ from llava_jax.serving.page_guard import PageGuard
 from llava_jax.serving.schema import ImagePart, TextPart
 from llava_jax.serving.schema import Message as ChatMessage
 from llava_jax.serving.service import Service
-from llava_jax.serving.uploads import MAX_SECONDS, Uploads, add_upload_routes
+from llava_jax.serving.uploads import KEPT_SECONDS, Uploads, add_upload_routes
 
 USUAL_NEW_TOKENS = 512  # as LLaVA's own page has it
-_FRAME_SECONDS = 0.05  # between two states of the page that are sent
+_FRAME_SECONDS = 0.1  # between two states of the page that are sent
 _CLIENT = "the page"
 """Its visitors share the places in the queue that one client may have."""
-MAX_SESSIONS = 256
-"""Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
 MAX_EXCHANGES = 100
 """Questions of one conversation that are kept."""
+MAX_CHARACTERS = 32_000
+"""Characters of a conversation that are kept: each state of the page that is sent has all of it."""
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
@@ -57,6 +57,11 @@ class Exchange:
     images: tuple[str, ...]
     answers: dict[str, str] = dataclasses.field(default_factory=dict)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def characters(self) -> int:
+        """Of all of its text."""
+        return len(self.text) + sum(map(len, self.answers.values()))
 
     def shown(self, name: str) -> str:
         """What the page shows as a model's answer."""
@@ -91,8 +96,6 @@ def add_page(app: FastAPI, service: Service) -> None:
     # Gradio sets this in `launch`, which a mounted page never calls; until then it reads any file
     # whose path a client sends.
     blocks.has_launched = True
-    blocks.state_session_capacity = MAX_SESSIONS
-    blocks._queue.pending_messages_per_session.max_size = MAX_SESSIONS
     page = FastAPI()
     page.add_middleware(CORSMiddleware)  # allows nobody; without one, Gradio adds its own
     gr.mount_gradio_app(
@@ -109,8 +112,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         css=_CSS,
     )
     add_upload_routes(app, uploads, service.bodies)
-    inputs = {index: function.inputs for index, function in blocks.fns.items() if function.fn}
-    app.mount("/", PageGuard(page, service.bodies, uploads, inputs))
+    app.mount("/", PageGuard(page, service.bodies, uploads, blocks))
     start = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -140,7 +142,7 @@ class _Page:
         gr, names = self._gr, self._names
         with gr.Blocks(title=names[0]) as page:
             # State stays here: a Chatbot as an input would take whatever a client says it holds.
-            exchanges = gr.State([], time_to_live=MAX_SECONDS)
+            exchanges = gr.State([], time_to_live=KEPT_SECONDS)
             with gr.Row(elem_classes="two" if len(names) > 1 else None):
                 columns, chats = zip(*[self._chat(name) for name in names], strict=True)
             box = gr.MultimodalTextbox(
@@ -210,6 +212,8 @@ class _Page:
         images = tuple(str(self._uploads.path(file)) for file in asked["files"])
         if text or images:
             exchanges = [*exchanges, Exchange(text, images)][-MAX_EXCHANGES:]
+            while len(exchanges) > 1 and sum(e.characters for e in exchanges) > MAX_CHARACTERS:
+                exchanges = exchanges[1:]
             async for state in self._answer(exchanges, compare, settings):
                 yield state
 

@@ -9,7 +9,6 @@ refused.
 import json
 import mimetypes
 import re
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -31,8 +30,12 @@ _STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
 
 MAX_STREAMS = 512
 """Connections over which pages are told of events; a page has up to two."""
-MAX_TEXT = 100_000
-"""Characters of a question; what the model takes at most is less."""
+MAX_SESSIONS = 128
+"""Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
+MAX_EVENTS = 4
+"""Of a session, that are not over or whose outcome it has not read."""
+MAX_TEXT = 16_000
+"""Characters of a question."""
 
 
 class _File(BaseModel):
@@ -70,7 +73,7 @@ class PageGuard:
         bodies: Reads the bodies of requests. When the server is to end, all clients have left, to
             Gradio: a page keeps a connection open for as long as it is shown.
         uploads: Images that events may name.
-        inputs: Gradio's input components of each function, by the function's index.
+        blocks: Gradio's page.
     """
 
     POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
@@ -80,9 +83,15 @@ class PageGuard:
         app: ASGIApp,
         bodies: Bodies,
         uploads: Uploads,
-        inputs: Mapping[int, Sequence[Any]],
+        blocks: Any,
     ):
-        self._app, self._bodies, self._uploads, self._inputs = app, bodies, uploads, inputs
+        self._app, self._bodies, self._uploads = app, bodies, uploads
+        self._inputs = {i: function.inputs for i, function in blocks.fns.items() if function.fn}
+        # Messages that a session has not read yet, and its events that are not over.
+        self._messages = blocks._queue.pending_messages_per_session
+        self._events = blocks._queue.pending_event_ids_session
+        self._messages.max_size = MAX_SESSIONS
+        blocks.state_session_capacity = MAX_SESSIONS
         self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,34 +110,36 @@ class PageGuard:
         elif method == "GET" and _STREAMS.fullmatch(path):
             await self._stream(scope, receive, send)
         elif method == "POST" and path in (_EVENTS, _CANCEL):
-            with self._bodies.hold() as held:
+            with self._bodies.hold((scope["client"] or ("",))[0]) as held:
                 sent = await held.read(Headers(scope=scope), receive)
                 event = self._event(sent) if path == _EVENTS else _cancel(sent)
             body = json.dumps(event).encode()
             headers = [pair for pair in scope["headers"] if pair[0] not in _REPLACED]
             headers += [(b"content-type", b"application/json"), (b"content-length", _size(body))]
             scope = {**scope, "headers": headers, "query_string": b""}
-            await self._app(scope, with_body(body, self._bodies.until_end(receive)), send)
+            await self._app(scope, with_body(body, self._bodies.leaving_at_end(receive)), send)
         else:
             raise RequestError(f"{method} {path[:100]}: this server has no such thing", status=404)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A connection over which the server tells of events, for as long as a page is shown."""
-        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", ["0"])[-1]
-        if not re.fullmatch(_SESSION, session):
-            raise RequestError("session_hash: not one of this page's")
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        session = query.get("session_hash", [""])[-1]
+        if scope["path"].endswith("/data") and session not in self._messages:
+            raise RequestError("session_hash: this session has no events", status=404)
         if self._streams >= MAX_STREAMS:
             raise RequestError("as many pages are open as may be", status=429, retry_after=60)
         scope = {**scope, "query_string": f"session_hash={session}".encode()}
         self._streams += 1
         try:
-            await self._app(scope, self._bodies.until_end(receive), send)
+            await self._app(scope, self._bodies.leaving_at_end(receive), send)
         finally:
             self._streams -= 1
 
     def _event(self, body: bytearray) -> dict[str, Any]:
         """An event of the page, made of nothing but checked values."""
         event = parse_json(_Event, body)
+        self._make_room(event.session_hash)
         inputs = self._inputs.get(event.fn_index)
         if inputs is None or len(inputs) != len(event.data):
             raise RequestError(f"fn_index: the page has no event {event.fn_index} of this form")
@@ -138,6 +149,13 @@ class PageGuard:
         ]
         return event.model_dump() | {"data": data}
 
+    def _make_room(self, session: str) -> None:
+        """Forgets sessions that are gone; refuses one that does not read what it asked for."""
+        for name in self._events.keys() - self._messages.keys():
+            del self._events[name]
+        if len(self._events.get(session, ())) >= MAX_EVENTS:
+            raise RequestError("the last questions are not answered yet", status=429, retry_after=5)
+
     def _value(self, component: Any, value: _Question | bool | float | None) -> Any:
         """A component's value, as Gradio takes it from a browser."""
         kind = component.get_block_name()
@@ -145,7 +163,7 @@ class PageGuard:
             return None  # it is kept here
         if kind == "checkbox" and isinstance(value, bool):
             return value
-        if kind == "slider" and isinstance(value, float | int) and not isinstance(value, bool):
+        if kind == "slider" and isinstance(value, float):
             return min(max(value, component.minimum), component.maximum)
         if kind == "multimodaltextbox" and isinstance(value, _Question):
             if len(value.files) > self._uploads.limits.images:

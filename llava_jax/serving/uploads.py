@@ -5,13 +5,8 @@ client's ever reaches the file system.
 """
 
 import asyncio
-import os
-import re
 import secrets
-import shutil
-import stat
 import tempfile
-import time
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -22,12 +17,10 @@ from llava_jax.serving.bodies import Bodies, with_body
 from llava_jax.serving.images import check_image
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
-MAX_SECONDS = 24 * 60 * 60
-"""How long an upload is kept."""
+KEPT_SECONDS = 24 * 60 * 60
 MAX_BYTES = 1024 * MIB
 """Bytes of all uploads together; above it, the oldest are removed."""
-
-_NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp|gif|bmp|tiff)")
+MAX_FILES = 2000
 
 
 class Uploads:
@@ -45,9 +38,11 @@ class Uploads:
         self.limits = limits
         self._temporary = tempfile.TemporaryDirectory(prefix="llava_jax-")
         self.folder = Path(self._temporary.name)
+        self._sizes: dict[str, int] = {}  # by name, the oldest first
 
     def close(self) -> None:
         """Removes the folder."""
+        self._sizes.clear()
         self._temporary.cleanup()
 
     async def add(self, data: bytes) -> str:
@@ -57,10 +52,12 @@ class Uploads:
             RequestError: It is not an image that the server takes.
         """
         kind = await asyncio.to_thread(check_image, data, self.limits)
-        self._remove_oldest(MAX_BYTES - len(data))
         name = f"{secrets.token_hex(16)}.{kind.lower()}"
         (self.folder / name).write_bytes(data)
-        asyncio.get_running_loop().call_later(MAX_SECONDS + 1, self._remove_oldest, MAX_BYTES)
+        self._sizes[name] = len(data)
+        while len(self._sizes) > MAX_FILES or sum(self._sizes.values()) > MAX_BYTES:
+            self._remove(next(iter(self._sizes)))
+        asyncio.get_running_loop().call_later(KEPT_SECONDS, self._remove, name)
         return name
 
     def path(self, name: str) -> Path:
@@ -70,34 +67,16 @@ class Uploads:
             RequestError: No such image was uploaded, or it was removed since.
         """
         name = name.rpartition("/")[2]
-        path = self.folder / name
-        try:
-            if _NAME.fullmatch(name) and stat.S_ISREG(os.lstat(path).st_mode):
-                return path
-        except OSError:
-            pass
-        raise RequestError(
-            "an image of this conversation is gone; clear it, and upload the image again",
-            status=404,
-        )
+        if name not in self._sizes:
+            raise RequestError(
+                "an image of this conversation is gone; clear it, and upload the image again",
+                status=404,
+            )
+        return self.folder / name
 
-    def _remove_oldest(self, max_bytes: int) -> None:
-        """Removes what is too old, and then the oldest until at most `max_bytes` are left.
-
-        Gradio's copies of uploads lie in folders here, so all that is in the folder is counted.
-        """
-        found = [(entry.stat().st_mtime, _size(entry), entry) for entry in self.folder.iterdir()]
-        total = sum(size for _, size, _ in found)
-        for modified, size, entry in sorted(found):
-            if total <= max_bytes and modified > time.time() - MAX_SECONDS:
-                return
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-            total -= size
-
-
-def _size(entry: Path) -> int:
-    files = entry.rglob("*") if entry.is_dir() else (entry,)
-    return sum(file.stat().st_size for file in files)
+    def _remove(self, name: str) -> None:
+        if self._sizes.pop(name, None) is not None:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
@@ -105,7 +84,10 @@ def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        with bodies.hold() as held:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "multipart/form-data":  # forms of another kind have no files
+            raise RequestError("an upload is multipart/form-data", status=415)
+        with bodies.hold(request.client.host if request.client else "") as held:
             body = await held.read(request.headers, request.receive)
             read = Request(request.scope, with_body(body, request.receive))
             async with read.form(max_files=uploads.limits.images, max_fields=0) as form:
