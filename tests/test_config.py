@@ -140,16 +140,19 @@ NAMES = (
 )
 
 
+REFUSED_NAME = (
+    r"^--name (is empty|'.* (contains|must|has) )|^name = '.* (has a NUL|is not a whole character)"
+)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
 def test_a_name_is_no_path(name: str, file: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(
-        ConfigError, match=r"^--name (is empty|'.* (contains|must|has) )|has a NUL"
-    ) as refused:
+    with pytest.raises(ConfigError, match=REFUSED_NAME) as refused:
         TrainConfig(name=name)
     assert len(str(refused.value)) < 500
     assert str(refused.value).isascii()
     assert train.main(["--config", str(file), f"--name={name}"]) == 1
-    assert capsys.readouterr().err.startswith(("error: --name ", "error: name = 'a\\x00b'"))
+    assert capsys.readouterr().err.startswith(("error: --name ", "error: name = '"))
 
 
 def test_a_name_that_is_refused_is_told_why():
