@@ -459,8 +459,8 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        name: The run's directory is `{output_dir}/{name}`. Letters, digits, spaces and signs but
-            slashes, 200 bytes at most; not a dot, a dash or a space at its start.
+        name: Name of the run; its directory is `{output_dir}/{name}`. At most 200 bytes,
+            without / or \\. It must not start with a dot, dash or space, nor end with a space.
         output_dir: Nothing is written elsewhere.
         seed: Of new parameters, dropout and the order of the data.
         steps: Optimizer steps; None takes `epochs`.
@@ -582,23 +582,27 @@ def _check_text(text: Any, path: str) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Holds a name against what may name a directory, and neither a path nor an option.
+    """Checks that a run's name can name a directory, and is neither a path nor an option.
 
     Raises:
-        ConfigError: It may not.
+        ConfigError: It cannot; says why.
     """
-    is_text = name.isprintable() and not {*"/\\"} & {*name}  # half a character is not printable
-    if (
-        not is_text
-        or not 0 < len(name.encode()) <= MAX_NAME_BYTES
-        or name.startswith((".", "-"))
-        or name != name.strip()
-    ):
+    shown = f"--name {name!a:.80}"
+    if not name:
+        raise ConfigError("--name is empty; give one, for example --name my_run")
+    if slash := next((sign for sign in name if sign in "/\\"), None):
         raise ConfigError(
-            f"name = {name!a:.80}: it must be a name, not a path: up to {MAX_NAME_BYTES} bytes of "
-            "printable characters but / and \\, without a dot, a dash or a space at its start or a "
-            "space at its end; output_dir says where the run's directory is"
+            f'{shown} contains "{slash}". A name may not contain / or \\; use --output-dir to '
+            "choose the folder"
         )
+    if not name.isprintable():  # half of a character is not printable either
+        raise ConfigError(f"{shown} contains a character that cannot be printed; leave it out")
+    if name.startswith((".", "-", " ")):
+        raise ConfigError(f"{shown} must not start with a dot, a dash or a space")
+    if name.endswith(" "):
+        raise ConfigError(f"{shown} must not end with a space")
+    if (size := len(name.encode())) > MAX_NAME_BYTES:
+        raise ConfigError(f"{shown} has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
 
 
 def _allowed(kind: Any) -> str:

@@ -163,14 +163,20 @@ def _holder(lease: SoftFileLease, file: Path) -> str:
     with suppress(OSError):
         since = re.search(r"^since=(.*)$", file.read_text(errors="replace"), re.MULTILINE)
         host = owner.hostname.partition("?")[0]  # behind it is the container
-        return f"process {owner.pid} on {host}" + (f" since {since[1]}" if since else "")
+        began = f" since {since[1]}" if since else ""
+        return f"process {owner.pid} on machine {host}{began}"
     return f"process {owner.pid}"
 
 
 def _refusal(lease: SoftFileLease, file: Path) -> ConfigError:
+    owner = lease.owner
+    is_here = owner is not None and owner.hostname == _this_host()
+    stop = f"stop it (kill {owner.pid})" if owner and is_here else "stop it there"
     return ConfigError(
-        f"{file.parent} is in use by {_holder(lease, file)}. Wait until that ends, stop it, or "
-        f"take another directory (of a run: --name). If it is gone, remove {file}"
+        f"{file.parent} is used by {_holder(lease, file)}. Wait until it ends, {stop}, or use "
+        "another directory (--name of a run, --output of tools/evaluate.py). The lock of a "
+        "process that is gone is removed by the program itself, within a minute; delete "
+        f"{file} only if you are sure that no process uses it."
     )
 
 

@@ -1,6 +1,7 @@
 """Config files, overrides, and what a user's mistake is answered with."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,32 @@ NAMES = (
 )
 
 
+REFUSED_NAME = (
+    r"^--name (is empty|'.* (contains|must|has) )|^name = '.* (has a NUL|is not a whole character)"
+)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
 def test_a_name_is_no_path(name: str, file: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ConfigError, match=r"^name = '") as refused:
+    with pytest.raises(ConfigError, match=REFUSED_NAME) as refused:
         TrainConfig(name=name)
     assert len(str(refused.value)) < 500
     assert str(refused.value).isascii()
     assert train.main(["--config", str(file), f"--name={name}"]) == 1
-    assert capsys.readouterr().err.startswith("error: name = '")
+    assert capsys.readouterr().err.startswith(("error: --name ", "error: name = '"))
+
+
+def test_a_name_that_is_refused_is_told_why():
+    for name, why in {
+        "": "is empty; give one, for example --name my_run",
+        "../x": """'../x' contains "/". A name may not contain / or \\; use --output-dir""",
+        ".hidden": "'.hidden' must not start with a dot, a dash or a space",
+        "a ": "'a ' must not end with a space",
+        "a\n": "a character that cannot be printed",
+        "é" * 101: "has 202 bytes; at most 200",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            TrainConfig(name=name)
 
 
 @pytest.mark.parametrize("name", ["7b_lora", "run 3 (new)", "läufe+é", "a.b-c@d=1", "x" * 200])

@@ -220,7 +220,7 @@ def test_two_at_once_do_not_write_into_one_folder(run, fake, tmp_path, monkeypat
     monkeypatch.setattr(lock, "TRY_SECONDS", 0.2)
     with lock.hold(tmp_path / "out"):
         assert run() == 2
-    assert f"{tmp_path / 'out'} is in use by process " in capsys.readouterr().err
+    assert f"{tmp_path / 'out'} is used by process " in capsys.readouterr().err
     assert run() == 0
 
 

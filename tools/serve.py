@@ -106,15 +106,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--name", help="what the model is called; default: as its directory")
     add("--compare", action="store_true", help="serve its base too, which takes the memory twice")
     add("--no-page", action="store_true", help="the API alone")
-    add("--remote-images", action="store_true", help="fetch images from public http(s) URLs")
-    add("--host", default="127.0.0.1", help="where to listen: 0.0.0.0 is everywhere; default: here")
+    add(
+        "--remote-images",
+        action="store_true",
+        help="fetch images from public http(s) URLs (off by default)",
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on. Default 127.0.0.1: this machine only. 0.0.0.0: all networks; "
+        "needs a key or --no-auth",
+    )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         help="what clients must send, as `Authorization: Bearer KEY` or to the browser's prompt; "
         f"better set {KEY_VARIABLE}, which other users of the machine cannot see",
     )
-    add("--no-auth", action="store_true", help="listen to other machines without a key")
+    add(
+        "--no-auth",
+        action="store_true",
+        help="allow other machines to connect without a key: anyone who reaches the port can use "
+        "the server",
+    )
     add(
         "--allow-origin",
         action="append",

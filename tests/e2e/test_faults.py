@@ -163,8 +163,8 @@ def test_of_two_starts_at_once_one_runs(config: Path, undisturbed: tuple[Path, f
         others = " or ".join(str(run.pid) for run in runs)
         for said in refused:
             (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-            assert f"{directory} is in use by process " in line
-            assert re.search(r"process (\d+) on \S+ since 2", line)[1] in others
+            assert f"{directory} is used by process " in line
+            assert re.search(r"process (\d+) on machine \S+ since 2", line)[1] in others
         assert refused or "is finished" in said
         assert_same_run(directory, undisturbed[0])
         assert not list(directory.glob("in_use*"))
