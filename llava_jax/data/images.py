@@ -26,6 +26,8 @@ BICUBIC = Image.Resampling.BICUBIC
 MOST_PIXELS = 2**28
 """Of what an image becomes on its way: a narrow one in its square may be huge."""
 
+MAX_WHOLE_PIXELS = 2**26
+"""Of an image, with what is added around it, that is resized in one call."""
 _STRIP_PIXELS = 2**24
 """What is resized at a time; most images are smaller, even in their square."""
 
@@ -139,37 +141,45 @@ class ImageTransform:
     def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:
         """Resizes and crops an image that was decoded at 1 / scale of its size.
 
-        As Pillow does in one call: across first, then down, with rounding between. But what is
-        added around the image is never there as a whole, which may be large.
+        In one call: it rounds between across and down, and which comes first is up to Pillow. Only
+        what would take too much memory, with what is added around it, goes by strips.
         """
-        box, (width, height) = self._place(*size)
+        box, new = self._place(*size)
         left, top, right, bottom = (side / scale for side in box)
+        if max(image.width, right - left) * max(image.height, bottom - top) <= MAX_WHOLE_PIXELS:
+            image = self._resized(image, (left, top, right, bottom), new)
+        else:
+            image = self._resized(
+                self._across(image, left, right, new[0]), (0, top, new[0], bottom), new
+            )
+        return _center_crop(image, self.height, self.width)
+
+    def _across(self, image: Image.Image, left: float, right: float, width: int) -> Image.Image:
+        """Resizes an image between two columns to a width, and leaves its height."""
         across = Image.new("RGB", (width, image.height))
         rows = max(1, _STRIP_PIXELS // max(image.width, width, math.ceil(right - left)))
         for row in range(0, image.height, rows):
             strip = image.crop((0, row, image.width, min(image.height, row + rows)))
-            strip, (start, stop) = self._enlarge(strip, (left, right), 0)
-            resized = strip.resize((width, strip.height), BICUBIC, (start, 0, stop, strip.height))
-            across.paste(resized, (0, row))
-        across, (start, stop) = self._enlarge(across, (top, bottom), 1)
-        image = across.resize((width, height), BICUBIC, (0, start, width, stop))
-        return _center_crop(image, self.height, self.width)
+            box = (left, 0, right, strip.height)
+            across.paste(self._resized(strip, box, (width, strip.height)), (0, row))
+        return across
 
-    def _enlarge(
-        self, image: Image.Image, span: tuple[float, float], axis: int
-    ) -> tuple[Image.Image, tuple[float, float]]:
-        """Adds the mean colour where a span reaches beyond an image; the span in the result."""
-        before = max(0, math.ceil(-span[0]))
-        size, place = [*image.size], [0, 0]
-        size[axis] = before + max(size[axis], math.ceil(span[1]))
-        span = span[0] + before, span[1] + before
-        if size == [*image.size]:
-            return image, span
+    def _resized(self, image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+        image, box = self._enlarge(image, box)
+        return image.resize(size, BICUBIC, box)
+
+    def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+        """Adds the mean colour where a box reaches beyond an image; the box in the result."""
+        left, top = (max(0, math.ceil(-side)) for side in box[:2])
+        right, bottom = (math.ceil(side) for side in box[2:])
+        box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
+        size = left + max(image.width, right), top + max(image.height, bottom)
+        if size == image.size:
+            return image, box
         red, green, blue = (int(channel * 255) for channel in self.mean)
-        enlarged = Image.new("RGB", (size[0], size[1]), (red, green, blue))
-        place[axis] = before
-        enlarged.paste(image, (place[0], place[1]))
-        return enlarged, span
+        enlarged = Image.new("RGB", size, (red, green, blue))
+        enlarged.paste(image, (left, top))
+        return enlarged, box
 
 
 def read_pixels(
