@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 MOST_GROUP_BYTES = 256 * 2**20
 """A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
 
+_WHOLE_BYTES = 2**26
+"""A row group of at most so many bytes is read and kept as a whole."""
+
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
-"""Rows that are read at a time: fewer, if one value of each could be larger together."""
+"""Rows that are read at a time of others: fewer, if one value of each could be larger together."""
 
 # A few kilobytes of Parquet can stand for billions of values; files of samples are far below these.
 _ROWS, _ROWS_PER_BYTE = 10_000, 0.25
@@ -38,9 +41,9 @@ _UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
 class ParquetFile:
     """A Parquet file's records, read from disk one by one.
 
-    A row group is read from its start, some rows at a time, so that it need not fit the memory.
-    The place is kept: reading in order is quick, and in any other order half a row group is read
-    for each record.
+    A row group of up to 64 MiB is read and kept as a whole. A larger one is read from its start,
+    some rows at a time, so that it need not fit the memory. The place is kept: reading in order is
+    quick, and in any other order half a row group is read for each record.
 
     Attributes:
         path: The file.
@@ -75,6 +78,7 @@ class ParquetFile:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             columns = [group.column(i) for group in groups for i in range(group.num_columns)]
             taken = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
+            self._metadata = file.metadata
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
         self.sizes, records, self.images = survey(self._scan(), path, sampled_images)
@@ -96,8 +100,7 @@ class ParquetFile:
             place = _places.pop(self, None)
             try:
                 if place is None or place.group != group or row < place.start:
-                    batches = _read_group(self.path, group, self._columns, self._batch_rows)
-                    place = _Place(group, batches)
+                    place = _Place(group, self._read_group(group, self._columns))
                 batch, row = place.go_to(row)
             except ConfigError as error:
                 raise SampleError(str(error), "not Parquet") from error
@@ -113,12 +116,26 @@ class ParquetFile:
         """Where a record stands, for messages."""
         return f"{self.path}, row {number}"
 
+    def _read_group(self, group: int, columns: list[str]) -> Iterator[Any]:
+        """Reads a row group as batches of rows; as one batch if it is small."""
+        metadata = self._metadata.row_group(group)
+        is_small = metadata.total_byte_size <= _WHOLE_BYTES
+        rows = metadata.num_rows if is_small else self._batch_rows
+        texts = [column for column in columns if not column.endswith(".bytes")]
+        with (
+            _open(self.path, texts, self._metadata) as file,
+            _named(self.path, f"row group {group}"),
+        ):
+            yield from file.iter_batches(
+                rows, row_groups=[group], columns=columns, use_threads=False
+            )
+
     def _scan(self) -> Iterator[Any]:
         """The rows, without images that have a path beside their bytes."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
         for group in np.flatnonzero(np.diff(self._ends, prepend=0)).tolist():
-            for batch in _read_group(self.path, group, light, self._batch_rows):
+            for batch in self._read_group(group, light):
                 if _weight(batch) <= MAX_RECORD_BYTES:
                     with contextlib.suppress(UnicodeDecodeError):
                         yield from batch.to_pylist()
@@ -222,21 +239,16 @@ def _weight(data: Any) -> int:
 
 
 @contextlib.contextmanager
-def _open(path: str, texts: list[str] | None = None) -> Iterator[Any]:
+def _open(path: str, texts: list[str] | None = None, metadata: Any | None = None) -> Iterator[Any]:
     """Opens a file whose texts, of these columns, are then kept once each."""
     arrow = _import_pyarrow(path)
     with contextlib.ExitStack() as opened:
         with _named(path, "the file"):
             source = opened.enter_context(open_file(path))
-            file = arrow.parquet.ParquetFile(source, read_dictionary=texts, buffer_size=2**20)
+            file = arrow.parquet.ParquetFile(
+                source, metadata=metadata, read_dictionary=texts, buffer_size=2**20
+            )
         yield file
-
-
-def _read_group(path: str, group: int, columns: list[str], rows: int) -> Iterator[Any]:
-    """Reads a row group as batches of so many rows."""
-    texts = [column for column in columns if not column.endswith(".bytes")]
-    with _open(path, texts) as file, _named(path, f"row group {group}"):
-        yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 @contextlib.contextmanager
