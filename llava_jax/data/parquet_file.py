@@ -1,5 +1,6 @@
 """Records of a Parquet file, as Hugging Face's `datasets` writes them, with images embedded."""
 
+import bisect
 import collections
 import contextlib
 import hashlib
@@ -26,11 +27,11 @@ logger = logging.getLogger(__name__)
 MOST_GROUP_BYTES = 256 * 2**20
 """A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
 
-_WHOLE_BYTES = 2**26
-"""A row group of at most so many bytes is read and kept as a whole."""
-
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
-"""Rows that are read at a time of others: fewer, if one value of each could be larger together."""
+"""Rows that are read at a time: fewer, if one value of each could be larger together."""
+
+_KEPT_BYTES = 2**26
+"""Of a row group that was read, as values; they may be far more than the file's bytes."""
 
 # A few kilobytes of Parquet can stand for billions of values; files of samples are far below these.
 _ROWS, _ROWS_PER_BYTE = 10_000, 0.25
@@ -41,9 +42,9 @@ _UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
 class ParquetFile:
     """A Parquet file's records, read from disk one by one.
 
-    A row group of up to 64 MiB is read and kept as a whole. A larger one is read from its start,
-    some rows at a time, so that it need not fit the memory. The place is kept: reading in order is
-    quick, and in any other order half a row group is read for each record.
+    A row group is read from its start, some rows at a time, so that it need not fit the memory.
+    Its last 64 MiB that were read are kept: of a group that is no larger, nothing is read twice
+    until another group is read. Of larger ones, half is read for each record unless in order.
 
     Attributes:
         path: The file.
@@ -117,18 +118,12 @@ class ParquetFile:
         return f"{self.path}, row {number}"
 
     def _read_group(self, group: int, columns: list[str]) -> Iterator[Any]:
-        """Reads a row group as batches of rows; as one batch if it is small."""
-        metadata = self._metadata.row_group(group)
-        is_small = metadata.total_byte_size <= _WHOLE_BYTES
-        rows = metadata.num_rows if is_small else self._batch_rows
+        """Reads a row group as batches of some rows."""
         texts = [column for column in columns if not column.endswith(".bytes")]
-        with (
-            _open(self.path, texts, self._metadata) as file,
-            _named(self.path, f"row group {group}"),
-        ):
-            yield from file.iter_batches(
-                rows, row_groups=[group], columns=columns, use_threads=False
-            )
+        options = {"row_groups": [group], "columns": columns, "use_threads": False}
+        opened = _open(self.path, texts, self._metadata)
+        with opened as file, _named(self.path, f"row group {group}"):
+            yield from file.iter_batches(self._batch_rows, **options)
 
     def _scan(self) -> Iterator[Any]:
         """The rows, without images that have a path beside their bytes."""
@@ -144,17 +139,26 @@ class ParquetFile:
 
 
 class _Place:
-    """How far a row group has been read."""
+    """How far a row group has been read, and the batches that were read last."""
 
     def __init__(self, group: int, batches: Iterator[Any]):
-        self.group, self.start, self._batches, self._batch = group, 0, batches, next(batches)
+        self.group, self.start, self._batches = group, 0, batches
+        self._kept: list[Any] = []
+        self._ends: list[int] = []
+        self._bytes = 0
 
     def go_to(self, row: int) -> tuple[Any, int]:
-        """The batch with a row that has not been passed, and the row's place in it."""
-        while row >= self.start + self._batch.num_rows:
-            self.start += self._batch.num_rows
-            self._batch = next(self._batches)
-        return self._batch, row - self.start
+        """The batch with a row from `start` on, and the row's place in it."""
+        while not self._ends or row >= self._ends[-1]:
+            batch = next(self._batches)
+            self._kept.append(batch)
+            self._ends.append((self._ends[-1] if self._ends else 0) + batch.num_rows)
+            self._bytes += batch.nbytes
+            while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.pop(0).nbytes
+                self.start = self._ends.pop(0)
+        at = bisect.bisect_right(self._ends, row)
+        return self._kept[at], row - (self._ends[at - 1] if at else self.start)
 
 
 _places: collections.OrderedDict[ParquetFile, _Place] = collections.OrderedDict()
