@@ -13,18 +13,17 @@ import jax
 from tokenizers import Tokenizer
 
 from llava_jax.config import ConfigError, ModelConfig, RunError, TrainConfig, to_json
-from llava_jax.data.digest import data_digest
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
-from llava_jax.description import flatten, versions
+from llava_jax.description import PLACES, flatten, versions
 from llava_jax.disk import naming
 from llava_jax.hf.tensorfile import open_tensors
 from llava_jax.inputs import Inputs
 from llava_jax.plan_cache import hash_code
 from llava_jax.processes import differences, from_first, is_first, of_all, this_process
 
-LOCAL = ("output_dir", "data.workers")
-"""Fields of a config that may differ: where a disk is mounted, how many cores there are."""
+LOCAL = (*PLACES, "data.workers")
+"""Fields of a config that may differ: where files lie on a machine, how many cores it has."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OPTIONS = (
@@ -40,7 +39,7 @@ _MOST_LINES = 40
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
 ) -> dict[str, Any]:
-    """All that decides what a run does, by name; found without a device.
+    """All that decides what a run does, by name; found without a device. All must ask.
 
     Args:
         config: The run.
@@ -50,12 +49,17 @@ def run_facts(
         inputs: The data.
     """
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), LOCAL)
+    of_images = _of_images("", inputs.digest["train"])
+    of_images |= _of_images("held-out ", inputs.digest["eval"])
+    read_by_all = set.intersection(*map(set, of_all([*of_images])))
     tokenizer = cast("Tokenizer", inputs.tokenizer.backend_tokenizer)
     return fields | {
         "the base's fingerprint": fingerprint,
         **_of_adapter(config.init_adapter),
-        **_of_data("", inputs.records),
-        **_of_data("held-out ", inputs.eval_records),
+        **_of_data("", inputs.records, inputs.digest["train"]),
+        **_of_data("held-out ", inputs.eval_records, inputs.digest["eval"]),
+        **{name: of_images[name] for name in read_by_all},
+        "the order of the samples": inputs.order.identity,
         "the tokenizer's checksum": _crc(tokenizer.to_str()),
         "the image transform": repr(inputs.encoder.transform),
         **{f"the version of {name}": version for name, version in versions().items()},
@@ -112,14 +116,22 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     )
 
 
-def _of_data(kind: str, records: Records) -> dict[str, Any]:
+def _of_data(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[str, Any]:
     """What tells data apart, by name."""
     facts: dict[str, Any] = {f"the number of {kind}samples": len(records)}
-    for number, source in enumerate(data_digest(records)):
+    for number, source in enumerate(digest):
         files = [[count, digest] for _, count, digest in source["files"]]
         facts[f"{kind}data set {number}, records and digest of each file"] = files
-        facts |= {f"{kind}image {name}": what for name, what in source["images"].items()}
     return facts
+
+
+def _of_images(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
+    """Sizes and checksums of the image files that could be read, by name."""
+    return {
+        f"{kind}image {name}": image
+        for source in digest
+        for name, image in source["images"].items()
+    }
 
 
 def _of_adapter(place: str | None) -> dict[str, Any]:

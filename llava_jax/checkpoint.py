@@ -160,8 +160,11 @@ class Checkpoints:
                 f"{there.get(path)} there, {here.get(path)} here"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        data = {name: value for name, value in self._data().items() if name != _FILES}
-        return self._orbax.restore(place, args=args)["state"], data
+        return self._orbax.restore(place, args=args)["state"], self.position()
+
+    def position(self) -> dict[str, Any]:
+        """The data's position when the newest checkpoint was saved."""
+        return {name: value for name, value in self._data().items() if name != _FILES}
 
     def files(self) -> dict[str, str]:
         """The run's own files as they were when the newest checkpoint was saved; text by name."""

@@ -413,8 +413,9 @@ class CheckpointConfig:
     """Save every so many optimizer steps, keep the newest few.
 
     Attributes:
-        accept_changes: Go on with a run though its recipe differs from the one it began with. The
-            differences are shown, and the new recipe takes the old one's place in config.json.
+        accept_changes: Go on with a run though its recipe or its data differs from what it began
+            with; the differences are shown, and the new ones recorded. The number of training
+            records cannot change.
     """
 
     every: int = 500

@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,12 +16,16 @@ from llava_jax.data.digest import data_changes
 from llava_jax.disk import replace_text
 from llava_jax.processes import is_first
 
+PLACES = (
+    *("output_dir", "init_from", "init_adapter"),
+    *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
+)
+"""Fields that say where files lie: fingerprints stand for weights, and digests for data."""
+
 NOT_RECIPE = (
-    # Where things are, and how often one looks. `base_fingerprint` stands for the weights, and
-    # data.json for the data.
-    *("name", "output_dir", "init_from", "init_adapter", "epochs", "checkpoint", "eval", "log"),
-    *("data.path", "data.mixture", "data.image_root", "data.eval_path", "data.eval_samples"),
-    "data.workers",
+    *PLACES,
+    *("name", "epochs", "checkpoint", "eval", "log"),  # among them, how often one looks
+    *("data.eval_samples", "data.workers"),
     *("data.max_skipped", "nonfinite_limit"),
     *("memory", "mesh", "batch.micro_size", "data.packing"),  # the plan
 )
@@ -42,7 +46,7 @@ def describe(
         model: The model's sizes.
         steps: Optimizer steps of the whole run.
         fingerprint: Of the base; None without one.
-        data: As `Inputs.digest` gives it.
+        data: As `Inputs.digest` has it.
     """
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
@@ -83,8 +87,22 @@ def quantisation_of(place: Path) -> Quantisation | None:
     return None
 
 
-def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
-    """How a recipe, its base and its data differ from those that a run began with; a line each.
+class Changes(NamedTuple):
+    """How a run differs from what it began with.
+
+    Attributes:
+        recipe: Lines about its recipe and its base.
+        data: Lines about its data.
+        sources: Where its training data came from when it began.
+    """
+
+    recipe: list[str]
+    data: list[str]
+    sources: str
+
+
+def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
+    """Compares a recipe, its base and its data with those that a run began with.
 
     Raises:
         ConfigError: What the run began with cannot be read.
@@ -95,6 +113,7 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
         before = flatten(began["config"], NOT_RECIPE)
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
+        sources = data_sources(began["config"]["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} or data.json cannot be read ({error}), but there are checkpoints beside it, "
@@ -111,7 +130,12 @@ def changes(run_dir: Path, description: dict[str, Any]) -> list[str]:
         differences.append(
             f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
         )
-    return differences + [f"  {line}" for line in data]
+    return Changes(differences, [f"  {line}" for line in data], sources)
+
+
+def data_sources(data: dict[str, Any]) -> str:
+    """Where training data comes from, by its part of a config as JSON."""
+    return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
 
 
 def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, Any]) -> list[str]:
@@ -122,7 +146,7 @@ def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, A
     before = json.loads(file.read_bytes())
     found = [*data_changes(before["train"], description["data"]["train"])]
     if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
-        found += data_changes(before["eval"], description["data"]["eval"])
+        found += data_changes(before["eval"], description["data"]["eval"], "held-out data")
     return found
 
 

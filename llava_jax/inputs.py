@@ -1,6 +1,7 @@
 """What goes into a run besides weights: its tokenizer, its image transform and its data."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ class Inputs:
         workers = self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
 
+    @functools.cached_property
     def digest(self) -> dict[str, list[dict[str, Any]]]:
         """What the data is known again by; plain JSON."""
         return {

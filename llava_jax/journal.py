@@ -66,9 +66,9 @@ class Journal:
         if len(self._skipped) > allowed * count:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
-                f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. Mend "
-                "them (see tools/check_data.py) and go on by --checkpoint.accept-changes, or allow "
-                "more"
+                f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. See "
+                "tools/check_data.py, mend them in place (their number must stay) and go on by "
+                "--checkpoint.accept-changes, or allow more"
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:

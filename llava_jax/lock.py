@@ -85,19 +85,20 @@ def _acquire(lease: SoftFileLease, file: Path) -> None:
     """Takes a lock, or says who has it."""
     if _try(lease, file, TRY_SECONDS):
         return
-    if file.exists() and not file.stat().st_size:  # its holder was killed before it wrote its name
+    if _is_empty(file):  # its holder was killed before it wrote its name
         with file.open("a") as opened:
             opened.write("damaged=1\n")  # filelock takes over what is damaged, but nothing empty
         if _try(lease, file, TRY_SECONDS):
             return
-    seen = _stamp(file)
+    seen, why = _stamp(file), "cannot be looked at from here"
     if (owner := lease.owner) is not None and owner.hostname == _this_host():
         if _is_alive(owner.pid):
             raise _refusal(lease, file)
         _check_disk(file)
+        why = "has ended, but its lock could not be taken over at once"
     print(
-        f"{file} was left by {_holder(lease, file)}, which cannot be looked at from here; waiting "
-        f"up to {LEASE_SECONDS:.0f} s to see whether it still works there",
+        f"{file} was left by {_holder(lease, file)}, which {why}; waiting up to "
+        f"{LEASE_SECONDS:.0f} s until nobody has touched it for so long",
         flush=True,
     )
     if not _try(lease, file, LEASE_SECONDS + TRY_SECONDS, seen):
@@ -125,6 +126,12 @@ def _stamp(file: Path) -> tuple[int, int] | None:
         status = file.stat()
         return status.st_ino, status.st_mtime_ns
     return None
+
+
+def _is_empty(file: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return not file.stat().st_size
+    return False
 
 
 def _this_host() -> str:

@@ -6,9 +6,19 @@ editor did to the files meanwhile costs nothing.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from llava_jax.disk import open_regular, replace_text
-from llava_jax.rows import FORMS, Check, Row, fits, parse_object, read_rows, write_rows
+from llava_jax.rows import (
+    FORMS,
+    MAX_ROW_BYTES,
+    Check,
+    Row,
+    fits,
+    parse_object,
+    read_rows,
+    write_rows,
+)
 
 _OBJECTS: dict[str, dict[str, Check]] = {
     "config.json": {"config": lambda value: isinstance(value, dict) and "name" in value},
@@ -36,12 +46,12 @@ def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
         found = _read(file)
         if fits(parse_object(found or b""), form):
             continue
-        if name in kept:
+        if name in kept and fits(parse_object(kept[name].encode()), form):
             replace_text(file, kept[name])
             yield f"{file} was missing or damaged; it is restored from the newest checkpoint"
         elif found is not None and name != "config.json":  # without that a run cannot go on
             file.unlink()
-            yield f"{file} was damaged and is removed; the newest checkpoint has no copy of it"
+            yield f"{file} was damaged and is removed; the newest checkpoint has no good copy of it"
 
 
 def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]:
@@ -57,21 +67,35 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
     for name in FORMS:
         file = run_dir / name
         found = read_rows(file)
+        last, damaged = _last_row(file, found.end), found.damaged
+        if last and fits(row := parse_object(last), FORMS[name]):
+            found.rows.append(cast("Row", row))
+        elif last and name not in kept:  # it is damage unless it comes again
+            damaged += step > max((row["step"] for row in found.rows), default=0)
         there = [row for row in found.rows if row["step"] <= step]
         rows = _rows_of(name, kept) if name in kept else there
-        if (
-            name in kept and name == "evaluations.jsonl"
-        ):  # that of the last step is measured after saving
+        # That of the last step is measured after saving.
+        if name in kept and name == "evaluations.jsonl":
             alike = lambda row: all(o == row for o in there if o["step"] == row["step"])
             rows += filter(alike, there)  # of several, none is known to be the run's
         before, after = write_rows(there), write_rows(_once_each(name, rows))
-        if found.damaged or before != after:
+        if damaged or before != after:
             end = "restored from the newest checkpoint"
             if name not in kept:
-                end = "what can be read is kept, but no checkpoint has what was lost"
-            yield f"{file} was damaged ({_compare(found.damaged, before, after)}): {end}"
+                end = "what can be read is kept"
+                end += ", but no checkpoint has what was lost" if step > 0 else ""
+            yield f"{file} was damaged ({_compare(damaged, before, after)}): {end}"
         if after.encode() != (_read(file) or b""):
             replace_text(file, after)
+
+
+def _last_row(file: Path, start: int) -> bytes:
+    """What is behind the last line that ends; of a longer row, as much as a row may have."""
+    if not file.exists():
+        return b""
+    with open_regular(file) as opened:
+        opened.seek(start)
+        return opened.read(MAX_ROW_BYTES)
 
 
 def _compare(damaged: int, before: str, after: str) -> str:

@@ -27,7 +27,7 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch, Batches
 from llava_jax.data.sources import Records
-from llava_jax.description import changes, describe, flatten, write_description
+from llava_jax.description import changes, data_sources, describe, flatten, write_description
 from llava_jax.devices import GIB, RESERVE_SHARE
 from llava_jax.environment import host_memory
 from llava_jax.evaluation import HeldOut
@@ -107,21 +107,21 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     model_config, processor = find_model(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(inputs.order.samples)
+    describe_run = functools.partial(
+        describe, model=model_config, steps=total, fingerprint=base, data=inputs.digest
+    )
     if not is_alone():
         facts = run_facts(config, model_config, total, base, inputs)
         agree(facts, *not_shared(Path(config.output_dir)))
         agree({"the number of devices": local_devices()})
     mesh = make_mesh(config.mesh)
     inputs = inputs.divided(data_parallel_size(mesh))
-    describe_run = functools.partial(
-        describe, model=model_config, steps=total, fingerprint=base, data=inputs.digest()
-    )
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         for line in saved.passed_over:
             _say(line)
         if saved.latest is not None:
             _repair(repair_objects(config.run_dir, saved.files()))
-            _check_begun(config, saved, describe_run(config))
+            _check_begun(config, saved, describe_run(config), inputs.order.identity)
         if (saved.latest or 0) > total:
             raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
         _repair(repair_rows(config.run_dir, saved.files(), saved.latest or 0))
@@ -389,14 +389,27 @@ def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return dataclasses.replace(config, batch=batch)
 
 
-def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str, Any]) -> None:
+def _check_begun(
+    config: TrainConfig,
+    saved: Checkpoints,
+    description: dict[str, Any],
+    identity: dict[str, Any],
+) -> None:
     """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+
+    Args:
+        config: The run.
+        saved: Its checkpoints, of which there is one.
+        description: As `describe` gives it.
+        identity: Of the order of the samples.
 
     Raises:
         ConfigError: It has another recipe, and something was trained.
     """
     found = changes(config.run_dir, description)
-    if not found:
+    position = saved.position()
+    fixed = [name for name, value in identity.items() if position.get(name) != value]
+    if not (found.recipe or found.data or fixed):
         return
     rows = config.run_dir / "metrics.jsonl"
     if saved.latest == 0 and not (rows.exists() and rows.stat().st_size):
@@ -406,15 +419,45 @@ def _check_begun(config: TrainConfig, saved: Checkpoints, description: dict[str,
         for name in ("examples", "tensorboard"):
             shutil.rmtree(config.run_dir / name, ignore_errors=True)
         return
-    differences = f"{config.run_dir} holds a run with another recipe or other data\n" + "\n".join(
-        found
-    )
-    if not config.checkpoint.accept_changes:
-        raise ConfigError(
-            f"{differences}\ngive this one a --name of its own, or go on with it all the same by "
-            "--checkpoint.accept-changes"
+    if fixed:
+        name, now = fixed[0], data_sources(description["config"]["data"])
+        raise _cannot_change(
+            config.run_dir, name, position.get(name), identity[name], (found.sources, now)
         )
-    _say(f"{differences}\nwhich is accepted")
+    what, other = ("recipe", "another recipe") if found.recipe else ("data", "other data")
+    both = " and other data" if found.recipe and found.data else ""
+    lines = [f"the run in {config.run_dir} began with {other}{both}:", *found.recipe, *found.data]
+    if not config.checkpoint.accept_changes:
+        lines += [
+            f"To go on with the changed {what}, add --checkpoint.accept-changes. To train anew, "
+            "give another --name."
+        ]
+        raise ConfigError("\n".join(lines))
+    _say("\n".join([*lines, "These changes are accepted."]))
+
+
+def _cannot_change(
+    run_dir: Path, name: str, before: Any, now: Any, sources: tuple[str, str]
+) -> ConfigError:
+    """Says what of the order of the samples differs from that in which a run was trained."""
+    what = {
+        "records": "number of training records",
+        "weights": "weights of data.mixture",
+        "batch_size": "batch.global_size",
+        "seed": "seed",
+        "group": "number of samples in a group (data.group_by_modality_length, batch.loss_group)",
+    }[name]
+    text = f"{run_dir} was trained with {what} {before}; this command gives {now}"
+    mend = "Give the old value"
+    if name == "records":
+        count = lambda counts: " + ".join(map(str, counts or [0]))
+        text = f"{run_dir} was trained on {count(before)} records of {sources[0]}; "
+        text += f"this command gives {count(now)} ({sources[1]})"
+        mend = "Restore the old data"
+    return ConfigError(
+        f"{text}. The {what} cannot change while a run goes on, even with "
+        f"--checkpoint.accept-changes. {mend}, or start a new run with another --name."
+    )
 
 
 def _refuse_to_replace(config: TrainConfig) -> None:

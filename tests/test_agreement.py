@@ -231,3 +231,11 @@ def test_facts_tell_tokenizers_apart(tmp_path: Path):
     before, now = facts(tmp_path), facts(tmp_path, "--processor", str(other))
     changed = {name for name in before if before[name] != now[name]}
     assert changed == {"processor", "the tokenizer's checksum"}
+
+
+def test_facts_are_the_same_wherever_the_files_lie(tmp_path: Path):
+    copy = shutil.copytree(TINY, tmp_path / "base")
+    before = facts(tmp_path)
+    data = shutil.copy(tmp_path / "data.json", tmp_path / "copy.json")
+    options = ["--data.path", data, "--data.eval-path", data, "--data.image-root", str(tmp_path)]
+    assert facts(tmp_path, *map(str, options), "--init-from", str(copy)) == before

@@ -93,11 +93,11 @@ def remove_image(root: Path) -> None:
 
 
 CHANGES = {
-    edit_answer: "data.json: its 12 records, or their order, are not the same",
-    change_order: "data.json: its 12 records, or their order, are not the same",
-    swap_images: "data.json: its 12 records, or their order, are not the same",
-    change_category: "data.json: its 12 records, or their order, are not the same",
-    shorten: "data.json: 12 records there, 11 here",
+    edit_answer: "data.json: the records (12), or their order, changed since the run began",
+    change_order: "data.json: the records (12), or their order, changed since the run began",
+    swap_images: "data.json: the records (12), or their order, changed since the run began",
+    change_category: "data.json: the records (12), or their order, changed since the run began",
+    shorten: "data.json: 12 records when the run began, 11 now",
     replace_image: "image 7.bmp: 174 bytes, CRC-32",
     remove_image: "image 7.bmp: 174 bytes, CRC-32",
 }
@@ -175,8 +175,11 @@ def test_several_sources(folder: Path):
     edit_answer(folder)
     other = load_records(str(folder / "data.json"), str(folder))
     found = data_changes(joined, data_digest(JoinedRecords([other, ListRecords(other)])))
-    assert [line.split(":")[0] for line in found] == [str(folder / "data.json"), "records"]
-    assert list(data_changes(joined, joined[:1])) == ["2 data sets there, 1 here"]
+    names = [f"training data {folder / 'data.json'}", "training data records"]
+    assert [line.split(":")[0] for line in found] == names
+    assert list(data_changes(joined, joined[:1])) == [
+        "training data: 2 data sets when the run began, 1 now"
+    ]
 
 
 def test_many_images_that_differ_are_counted(folder: Path):
@@ -201,3 +204,34 @@ def test_remote_data():
     assert before[0]["images"]["0.bmp"].startswith("100000 bytes")
     system.pipe("/digest/0.bmp", b"1" + b"0" * 99_999)
     assert len(list(data_changes(before, data_digest(load())))) == 1
+
+
+def test_an_image_path_that_cannot_be_encoded(folder: Path):
+    records = read(folder)
+    records[3]["image"] = "\ud83d.bmp"
+    write(folder, records)
+    assert digest_of(folder)[0]["images"]["\ud83d.bmp"] == "not in image_root"
+
+
+def test_a_passing_read_error_is_no_change(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = digest_of(folder)
+
+    def fail(path: str) -> None:
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "open_file", fail)
+        unread = digest_of(folder)
+    assert unread[0]["images"] == {}
+    assert list(data_changes(whole, unread)) == list(data_changes(unread, whole)) == []
+
+
+def test_both_names_of_data_that_changed_are_said(folder: Path):
+    before = digest_of(folder)
+    shorten(folder)
+    (folder / "data.json").rename(folder / "new.json")
+    (found,) = data_changes(before, digest_of(folder, "new.json"), "held-out data")
+    assert found == (
+        f"held-out data {folder / 'new.json'}, before {folder / 'data.json'}: 12 records when the "
+        "run began, 11 now"
+    )

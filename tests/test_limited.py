@@ -42,6 +42,7 @@ def rendered(process: LimitedProcess, template: str) -> str:
         "{% if add_generation_prompt %}go{% endif %}{{ strftime_now('%Y') }}{{ missing }}",
         "{% macro a(x) %}[{{ x }}]{% endmacro %}{{ a(1) ~ a('b') }}{% break %}",
         "{% macro a(x) %}[{{ x }}]{% endmacro %}{{ a(1) ~ a('b') }}",
+        "{% if tools is not none or documents is not none %}tools{% endif %}{{ tools }}",
         "{{ raise_exception('no') }}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__ }}",

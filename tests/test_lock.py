@@ -75,7 +75,9 @@ def test_one_that_was_killed_and_whose_parent_has_not_noticed(
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with hold(tmp_path):
-        assert f"was left by process {holder.pid}" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"was left by process {holder.pid}" in said
+        assert "has ended, but its lock could not be taken over at once" in said
 
 
 def test_one_of_another_machine_is_taken_over_when_it_is_not_touched(

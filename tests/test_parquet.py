@@ -127,13 +127,13 @@ def test_shards(tmp_path):
 
 def test_opening_reads_no_image_and_reading_one_row_group(tmp_path, monkeypatch):
     asked = []
-    read_group = parquet_file._read_group
+    read_group = ParquetFile._read_group
 
-    def note(path, group, columns, rows):
+    def note(file, group, columns):
         asked.append((group, "image.bytes" in columns, "embedding.list.element" in columns))
-        return read_group(path, group, columns, rows)
+        return read_group(file, group, columns)
 
-    monkeypatch.setattr(parquet_file, "_read_group", note)
+    monkeypatch.setattr(ParquetFile, "_read_group", note)
     file = ParquetFile(write(tmp_path / "data", table(6), row_group_size=2))
     assert asked == [(0, False, False), (1, False, False), (2, False, False)]
     asked.clear()
@@ -141,8 +141,10 @@ def test_opening_reads_no_image_and_reading_one_row_group(tmp_path, monkeypatch)
     assert asked == [(1, True, False), (0, True, False), (2, True, False)]
 
 
-def test_a_row_group_is_read_by_parts_in_any_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 700, 2**26])
+def test_a_row_group_is_read_by_parts_in_any_order(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(parquet_file, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(parquet_file, "_KEPT_BYTES", kept)
     records = load_records(write(tmp_path / "data", table(20)), "")
     for order in (range(20), range(19, -1, -1), np.random.default_rng(0).permutation(20).tolist()):
         assert [records[n].id for n in order] == [str(n) for n in order]
@@ -237,3 +239,21 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'llava_jax\[parquet\]'"):
         load_records(path, "")
+
+
+def test_a_small_row_group_is_read_once_in_any_order(tmp_path, monkeypatch):
+    file = ParquetFile(write(tmp_path / "data", table(300), row_group_size=300))
+    opened = []
+    read = ParquetFile._read_group
+    monkeypatch.setattr(
+        ParquetFile, "_read_group", lambda *given: opened.append(given) or read(*given)
+    )
+    answers = [file.read(n)["conversations"][1]["value"] for n in (299, 0, 130, 64, 63)]
+    assert answers == ["299", "0", "130", "64", "63"]
+    assert len(opened) == 1
+    monkeypatch.setattr(parquet_file, "_KEPT_BYTES", 0)
+    other = ParquetFile(file.path)
+    opened.clear()
+    answers = [other.read(n)["conversations"][1]["value"] for n in (299, 0)]
+    assert answers == ["299", "0"]
+    assert len(opened) == 2

@@ -229,3 +229,30 @@ def test_of_an_older_checkpoint_what_is_not_needed_is_removed(run_dir: Path):
     assert not (run_dir / "wandb.json").exists()
     assert not (run_dir / "data.json").exists()
     assert (run_dir / "config.json").exists()
+
+
+def test_a_last_row_without_its_newline_is_a_row(run_dir: Path):
+    file = run_dir / "metrics.jsonl"
+    write(file, rows_up_to("metrics.jsonl", STEP))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert list(repair_rows(run_dir, {}, STEP)) == []
+    assert read_rows(file).rows == rows_up_to("metrics.jsonl", STEP)
+    file.write_bytes(file.read_bytes()[:-5])
+    (said,) = repair_rows(run_dir, {}, STEP)
+    assert "(1 lines that are no rows)" in said
+    with file.open("a") as opened:
+        opened.write('{"step": 6, "lo')  # behind step 5, and of a step that comes again
+    assert list(repair_rows(run_dir, {}, STEP - 1)) == []
+
+
+def test_before_the_first_step_nothing_is_lost(run_dir: Path):
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    (said,) = repair_rows(run_dir, {}, 0)
+    assert "what was lost" not in said
+
+
+def test_a_damaged_copy_restores_nothing(run_dir: Path, kept: dict[str, str]):
+    (run_dir / "wandb.json").write_text("{")
+    (said,) = repair_objects(run_dir, kept | {"wandb.json": "{}"})
+    assert "is removed" in said
+    assert not (run_dir / "wandb.json").exists()

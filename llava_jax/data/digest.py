@@ -57,19 +57,22 @@ def _of_files(records: FileRecords) -> dict[str, Any]:
         images |= {f"in {os.path.basename(t.path)}": x for t, x in zip(tables, inside, strict=True)}
     return {
         "files": [[file.path, len(file), file.digest] for file in files],
-        "images": images,
+        "images": {path: image for path, image in images.items() if image is not None},
     }
 
 
-def _image(records: FileRecords, path: str) -> str:
+def _image(records: FileRecords, path: str) -> str | None:
     try:
         return _blocks(records.locate_image(path), 1)
     except SampleError:
         return "not in image_root"
 
 
-def _blocks(path: str, count: int) -> str:
-    """The size of a file, and a checksum of some blocks of it, evenly spread from its start on."""
+def _blocks(path: str, count: int) -> str | None:
+    """The size of a file, and a checksum of some blocks of it, evenly spread from its start on.
+
+    None if it cannot be read now: that may pass, and says nothing about the file.
+    """
     if not is_remote(path) and not os.path.isfile(path):
         return "missing"
     try:
@@ -80,32 +83,44 @@ def _blocks(path: str, count: int) -> str:
                 value = zlib.crc32(file.read(_BLOCK), value)
     except FileNotFoundError:
         return "missing"
-    except Exception as error:  # fsspec's file systems have errors of many kinds
-        return f"unreadable ({type(error).__name__})"
+    except Exception:  # fsspec's file systems have errors of many kinds
+        return None
     return f"{size} bytes, CRC-32 {value:08x}"
 
 
-def data_changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
+def data_changes(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], kind: str = "training data"
+) -> Iterator[str]:
     """How data differs from what `data_digest` gave before; a line each.
+
+    Of image files, only those are compared that could be read both times.
+
+    Args:
+        before: What `data_digest` gave when the run began.
+        now: What it gives now.
+        kind: What the data is, for the lines.
 
     Raises:
         KeyError, TypeError, ValueError: `before` is not what `data_digest` gives.
     """
     if len(before) != len(now):
-        yield f"{len(before)} data sets there, {len(now)} here"
+        yield f"{kind}: {len(before)} data sets when the run began, {len(now)} now"
         return
     for old, new in zip(before, now, strict=True):
         if len(old["files"]) != len(new["files"]):
-            yield f"{len(old['files'])} data files there, {len(new['files'])} here"
+            lengths = len(old["files"]), len(new["files"])
+            yield f"{kind}: {lengths[0]} data files when the run began, {lengths[1]} now"
             continue
-        for (_, count, digest), (path, *found) in zip(old["files"], new["files"], strict=True):
+        for (was, count, digest), (path, *found) in zip(old["files"], new["files"], strict=True):
+            name = f"{kind} {path}" if path == was else f"{kind} {path}, before {was}"
             if count != found[0]:
-                yield f"{path}: {count} records there, {found[0]} here"
+                yield f"{name}: {count} records when the run began, {found[0]} now"
             elif digest != found[1]:
-                yield f"{path}: its {count} records, or their order, are not the same"
+                yield f"{name}: the records ({count}), or their order, changed since the run began"
         known = old["images"]
         other = [path for path, image in new["images"].items() if known.get(path, image) != image]
         for path in other[:_NAMED]:
-            yield f"image {path}: {known[path]} there, {new['images'][path]} here"
+            images = known[path], new["images"][path]
+            yield f"{kind}, image {path}: {images[0]} when the run began, {images[1]} now"
         if len(other) > _NAMED:
             yield f"and {len(other) - _NAMED} more of {len(known)} images that were compared"

@@ -1,5 +1,6 @@
 """Records of a Parquet file, as Hugging Face's `datasets` writes them, with images embedded."""
 
+import bisect
 import collections
 import contextlib
 import hashlib
@@ -29,6 +30,9 @@ MOST_GROUP_BYTES = 256 * 2**20
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
 """Rows that are read at a time: fewer, if one value of each could be larger together."""
 
+_KEPT_BYTES = 2**26
+"""Of a row group that was read, as values; they may be far more than the file's bytes."""
+
 # A few kilobytes of Parquet can stand for billions of values; files of samples are far below these.
 _ROWS, _ROWS_PER_BYTE = 10_000, 0.25
 _VALUES, _VALUES_PER_BYTE = 2**16, 16.0
@@ -39,8 +43,8 @@ class ParquetFile:
     """A Parquet file's records, read from disk one by one.
 
     A row group is read from its start, some rows at a time, so that it need not fit the memory.
-    The place is kept: reading in order is quick, and in any other order half a row group is read
-    for each record.
+    Its last 64 MiB that were read are kept: of a group that is no larger, nothing is read twice
+    until another group is read. Of larger ones, half is read for each record unless in order.
 
     Attributes:
         path: The file.
@@ -75,6 +79,7 @@ class ParquetFile:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             columns = [group.column(i) for group in groups for i in range(group.num_columns)]
             taken = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
+            self._metadata = file.metadata
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
         self.sizes, records, self.images = survey(self._scan(), path, sampled_images)
@@ -96,8 +101,7 @@ class ParquetFile:
             place = _places.pop(self, None)
             try:
                 if place is None or place.group != group or row < place.start:
-                    batches = _read_group(self.path, group, self._columns, self._batch_rows)
-                    place = _Place(group, batches)
+                    place = _Place(group, self._read_group(group, self._columns))
                 batch, row = place.go_to(row)
             except ConfigError as error:
                 raise SampleError(str(error), "not Parquet") from error
@@ -113,12 +117,20 @@ class ParquetFile:
         """Where a record stands, for messages."""
         return f"{self.path}, row {number}"
 
+    def _read_group(self, group: int, columns: list[str]) -> Iterator[Any]:
+        """Reads a row group as batches of some rows."""
+        texts = [column for column in columns if not column.endswith(".bytes")]
+        options = {"row_groups": [group], "columns": columns, "use_threads": False}
+        opened = _open(self.path, texts, self._metadata)
+        with opened as file, _named(self.path, f"row group {group}"):
+            yield from file.iter_batches(self._batch_rows, **options)
+
     def _scan(self) -> Iterator[Any]:
         """The rows, without images that have a path beside their bytes."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
         for group in np.flatnonzero(np.diff(self._ends, prepend=0)).tolist():
-            for batch in _read_group(self.path, group, light, self._batch_rows):
+            for batch in self._read_group(group, light):
                 if _weight(batch) <= MAX_RECORD_BYTES:
                     with contextlib.suppress(UnicodeDecodeError):
                         yield from batch.to_pylist()
@@ -127,17 +139,26 @@ class ParquetFile:
 
 
 class _Place:
-    """How far a row group has been read."""
+    """How far a row group has been read, and the batches that were read last."""
 
     def __init__(self, group: int, batches: Iterator[Any]):
-        self.group, self.start, self._batches, self._batch = group, 0, batches, next(batches)
+        self.group, self.start, self._batches = group, 0, batches
+        self._kept: list[Any] = []
+        self._ends: list[int] = []
+        self._bytes = 0
 
     def go_to(self, row: int) -> tuple[Any, int]:
-        """The batch with a row that has not been passed, and the row's place in it."""
-        while row >= self.start + self._batch.num_rows:
-            self.start += self._batch.num_rows
-            self._batch = next(self._batches)
-        return self._batch, row - self.start
+        """The batch with a row from `start` on, and the row's place in it."""
+        while not self._ends or row >= self._ends[-1]:
+            batch = next(self._batches)
+            self._kept.append(batch)
+            self._ends.append((self._ends[-1] if self._ends else 0) + batch.num_rows)
+            self._bytes += batch.nbytes
+            while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.pop(0).nbytes
+                self.start = self._ends.pop(0)
+        at = bisect.bisect_right(self._ends, row)
+        return self._kept[at], row - (self._ends[at - 1] if at else self.start)
 
 
 _places: collections.OrderedDict[ParquetFile, _Place] = collections.OrderedDict()
@@ -222,21 +243,16 @@ def _weight(data: Any) -> int:
 
 
 @contextlib.contextmanager
-def _open(path: str, texts: list[str] | None = None) -> Iterator[Any]:
+def _open(path: str, texts: list[str] | None = None, metadata: Any | None = None) -> Iterator[Any]:
     """Opens a file whose texts, of these columns, are then kept once each."""
     arrow = _import_pyarrow(path)
     with contextlib.ExitStack() as opened:
         with _named(path, "the file"):
             source = opened.enter_context(open_file(path))
-            file = arrow.parquet.ParquetFile(source, read_dictionary=texts, buffer_size=2**20)
+            file = arrow.parquet.ParquetFile(
+                source, metadata=metadata, read_dictionary=texts, buffer_size=2**20
+            )
         yield file
-
-
-def _read_group(path: str, group: int, columns: list[str], rows: int) -> Iterator[Any]:
-    """Reads a row group as batches of so many rows."""
-    texts = [column for column in columns if not column.endswith(".bytes")]
-    with _open(path, texts) as file, _named(path, f"row group {group}"):
-        yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 @contextlib.contextmanager

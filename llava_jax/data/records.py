@@ -314,6 +314,10 @@ def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
         raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
     if len(image) > MAX_PATH:
         raise SampleError(f"an image path has {len(image):,} characters", "image path")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError as error:
+        raise SampleError(f"image path {image!r} is no text: {error}", "image path") from None
     path = PurePosixPath(image)
     is_address = "://" in image or ("://" in root and "::" in image)  # fsspec's chains of them
     if is_address or path.is_absolute() or ".." in path.parts or "\0" in image:

@@ -122,11 +122,11 @@ def match(patterns: list[str], names: list[str]) -> list[int | None]:
 
 def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
     """A conversation as text, as transformers' `apply_chat_template` makes it for generation."""
-    most = (
-        len(json.dumps(messages)) + _MAX_ADDED
-    )  # the template has the messages, to change at will
+    # The template has the messages, to change at will.
+    most = len(json.dumps(messages)) + _MAX_ADDED
     made = _compiled(template)
-    text = made.render({**variables, "messages": messages, "add_generation_prompt": True})
+    given = {"tools": None, "documents": None, **variables}
+    text = made.render({**given, "messages": messages, "add_generation_prompt": True})
     if len(text) > most:
         raise ValueError(f"it makes a text of {len(text):,} characters")
     return text

@@ -41,9 +41,8 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how torch.save began before 1.6
 _LAST_PROTOCOL = 5
 
-_MAX_PICKLE_BYTES = (
-    2**26
-)  # without tensors; a pickle of torch.save has a few hundred bytes for each
+# Without tensors; a pickle of torch.save has a few hundred bytes for each.
+_MAX_PICKLE_BYTES = 2**26
 _MAX_OPCODES = 2**21
 _MAX_DIRECTORY_BYTES = 2**24  # of the list of an archive's members, 100 bytes for each
 _MAX_NAME = 1000  # characters of a global

@@ -77,7 +77,7 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast.from_pretrained(directory, tokenizer_object=backend)
 
 
-_MAX_FILE_BYTES = 2**25
+_MAX_FILE_BYTES = 2**26
 _MAX_LISTED = 10_000  # what transformers puts into a list it searches again for each
 _MAX_ID = 2**24
 

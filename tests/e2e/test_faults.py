@@ -221,13 +221,13 @@ def edit_answer(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     records[3]["conversations"][1]["value"] = "tan"
     (data / "data.json").write_text(json.dumps(records))
-    return "data.json: its 10 records, or their order, are not the same"
+    return "data.json: the records (10), or their order, changed since the run began"
 
 
 def change_order(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(records[::-1]))
-    return "data.json: its 10 records, or their order, are not the same"
+    return "data.json: the records (10), or their order, changed since the run began"
 
 
 def replace_image(data: Path) -> str:
@@ -241,7 +241,7 @@ def refuse(config: Path, name: str, said: str, capsys: pytest.CaptureFixture[str
     before = (config.parent / name / "metrics.jsonl").read_bytes()
     assert train.main(["--config", str(config), "--name", name, *RECIPE]) == 1
     error = capsys.readouterr().err
-    assert f"{config.parent / name} holds a run with another recipe or other data" in error
+    assert f"the run in {config.parent / name} began with other data:" in error
     assert said in error
     assert "--checkpoint.accept-changes" in error
     assert (config.parent / name / "metrics.jsonl").read_bytes() == before
@@ -465,3 +465,23 @@ def test_ctrl_c_ends_after_the_step(config: Path, undisturbed: tuple[Path, float
     assert f"stopped after step {metrics(directory)[-1]['step']}" in said
     finish(config, "interrupted")
     assert_same_run(directory, undisturbed[0])
+
+
+def test_another_number_of_records_cannot_be_accepted(
+    config: Path,
+    base: Path,
+    data: Path,
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    copy = shutil.copytree(data, tmp_path / "data")
+    records = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(records[:-1]))
+    arguments = ["--name", "stopped", *RECIPE, *at(copy), "--checkpoint.accept-changes"]
+    assert train.main(["--config", str(config), *arguments]) == 1
+    said = capsys.readouterr()
+    assert "accepted" not in said.out
+    assert "was trained on 10 records of" in said.err
+    assert "this command gives 9 (" in said.err
+    assert "cannot change while a run goes on" in said.err
