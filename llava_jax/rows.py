@@ -53,7 +53,11 @@ COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds")
 """Of metrics.jsonl, beside the step."""
 
 FORMS: dict[str, dict[str, Check]] = {
-    "metrics.jsonl": {"step": _is_count, **{name: _or_none(_is_number) for name in COLUMNS}},
+    "metrics.jsonl": {
+        "step": _is_count,
+        **{name: _or_none(_is_number) for name in COLUMNS},
+        "device_bytes": _or_none(_is_count),
+    },
     "skipped.jsonl": {
         "step": _is_count,
         "sample": _is_count,

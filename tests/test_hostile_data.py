@@ -136,17 +136,16 @@ LARGE: dict[str, tuple[str, Callable[[int], object]]] = {
 
 @pytest.mark.parametrize("size", [150_000, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_a_record_that_is_too_large_is_a_bad_sample(size, root, tmp_path):
-    texts, kinds = [json.dumps(bad_data.WHOLE)], []
-    for kind, make in LARGE.values():
-        texts += [json.dumps(make(size)), texts[0]]
-        kinds.append(kind.split("|"))
-    (tmp_path / "lines").write_text("\n".join(texts))
-    (tmp_path / "list").write_text(f"[{', '.join(texts)}]")
-    for found in check_apart([tmp_path / "lines", tmp_path / "list"], root):
-        assert [sample for sample, _, _ in found["bad"]] == [*range(1, len(texts), 2)]
-        for (_, kind, reason), known in zip(found["bad"], kinds, strict=True):
-            assert kind in known, reason
-            assert len(reason) < 500
+    paths, good = [], json.dumps(bad_data.WHOLE)
+    for name, (_, make) in LARGE.items():
+        large = json.dumps(make(size))
+        paths.append(write(tmp_path / f"{name}.jsonl", f"{good}\n{large}\n{good}".encode()))
+        paths.append(write(tmp_path / f"{name}.json", f"[{good}, {large}, {good}]".encode()))
+    for path, found in zip(paths, check_apart(paths, root), strict=True):
+        [(sample, kind, reason)] = found["bad"]
+        assert sample == 1
+        assert kind in LARGE[path.stem][0].split("|"), (path, reason)
+        assert len(reason) < 500
 
 
 GOOD = json.dumps(bad_data.WHOLE)

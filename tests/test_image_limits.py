@@ -227,7 +227,9 @@ NEAR_LIMITS = {
     "png pixels": lambda: hostile.png(side=9400),
     "gif comments": lambda: hostile.gif(hostile.fill(hostile.comment(1, 1), 5 * 30_000)),
     "bmp lines": lambda: hostile.bmp(2048, 4096, hostile.fill(b"\1\7\0\0", 2**22 - 2000)),
-    "bmp short runs": lambda: hostile.bmp(2048, 4096, hostile.fill(b"\x8c\x17", 2**22 - 200), 2),
+    "bmp short runs": lambda: hostile.bmp(
+        2048, 4096, hostile.fill(b"\x8c\x17\0\0", 2**22 - 200), 2
+    ),
     "tiff tiles": lambda: hostile.tiff(300, 300, [b"x"], tile=(1, 1), repeat=90_000),
     "tiff strips": lambda: hostile.tiff(
         900, 16_000, [zlib.compress(bytes(900))] * 16_000, compression=8, rows=1
