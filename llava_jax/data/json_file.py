@@ -285,5 +285,5 @@ _SIZES = (2**11, 2**14, 2**17, MAX_RECORD_BYTES)
 be none."""
 _NEAR = 64
 """Bytes: what is wrong so near to the end of a part may be right when there is more of it."""
-_TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 100
+_TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 200
 """What a try in vain costs at least, and what all of them may, in characters."""
