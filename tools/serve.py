@@ -61,6 +61,9 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     from llava_jax.serving.page import add_page
     from llava_jax.serving.service import Service
 
+    # The thread that generates asks for the interpreter many times a token; while requests are
+    # read, it would wait 5 ms each time.
+    sys.setswitchinterval(0.0005)
     service = Service(load(given), limits(given))
     app = make_app(service)
     if not given.no_page:
