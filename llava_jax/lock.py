@@ -72,8 +72,7 @@ def hold(directory: Path) -> Iterator[None]:
         with naming(file):
             _acquire(lease, file)
             now = datetime.datetime.now(datetime.UTC)
-            with file.open("a") as opened:  # the fields that filelock does not know are left alone
-                opened.write(f"since={now:%Y-%m-%d %H:%M:%S} UTC\n")
+            _append(file, f"since={now:%Y-%m-%d %H:%M:%S} UTC\n")
         yield
     finally:
         lease.release()
@@ -86,8 +85,7 @@ def _acquire(lease: SoftFileLease, file: Path) -> None:
     if _try(lease, file, TRY_SECONDS):
         return
     if _is_empty(file):  # its holder was killed before it wrote its name
-        with file.open("a") as opened:
-            opened.write("damaged=1\n")  # filelock takes over what is damaged, but nothing empty
+        _append(file, "damaged=1\n")  # filelock takes over what is damaged, but nothing empty
         if _try(lease, file, TRY_SECONDS):
             return
     seen, why = _stamp(file), "cannot be looked at from here"
@@ -111,14 +109,23 @@ def _try(
     """Whether the lock was to be had; gives up early when its holder touched it since."""
     touched = lambda: _stamp(file) not in (None, seen) if seen else False
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             lease.acquire(timeout=seconds, poll_interval=0.1, cancel_check=touched)
-        except FileNotFoundError:  # the last holder wrote nothing, and so removed the directory
-            continue
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(file.parent) and not file.parent.is_dir():
+                raise
+            continue  # the last holder wrote nothing, and so removed the directory
         except (Timeout, LeaseSettingsMismatch):
             return False
         return True
+
+
+def _append(file: Path, line: str) -> None:
+    """Adds a field that filelock does not know, which it leaves alone; never makes the file."""
+    with suppress(FileNotFoundError), file.open("r+") as opened:
+        opened.seek(0, os.SEEK_END)
+        opened.write(line)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

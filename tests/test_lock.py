@@ -139,6 +139,22 @@ def test_a_directory_that_nothing_was_written_into_is_removed(tmp_path: Path):
     assert not (tmp_path / NAME).exists()
 
 
+def test_a_directory_that_is_removed_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The last holder removes it between two looks that making a directory takes."""
+    make, calls = Path.mkdir, iter(range(9))
+
+    def mkdir(path: Path, **more: bool) -> None:
+        if next(calls) == 0:
+            raise FileExistsError(path)
+        make(path, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with hold(tmp_path / "new"):
+        assert (tmp_path / "new" / NAME).exists()
+
+
 def test_what_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), hold(tmp_path / "file"):
