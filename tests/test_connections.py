@@ -154,6 +154,13 @@ def test_long_headers_and_bodies(server, monkeypatch):
         assert b"413" in connection.recv(1000)
         connection.sendall(f"{POST}Content-Length: 3\r\n\r\nabc".encode())  # and may go on
         assert b"200" in connection.recv(1000)
+    with server.connect() as connection:  # also if the body ends with much of it
+        connection.sendall(f"{POST}Content-Length: 200000\r\n\r\n".encode())
+        assert b"413" in connection.recv(1000)
+        connection.sendall(b"x" * 200_000)
+        time.sleep(0.2)
+        connection.sendall(f"{POST}Content-Length: 3\r\n\r\nabc".encode())
+        assert b"200" in connection.recv(1000)
     monkeypatch.setattr(connections, "MAX_IGNORED_BYTES", 10**6)
     monkeypatch.setattr(connections, "IGNORE_SECONDS", 60)
     began = time.monotonic()

@@ -162,8 +162,9 @@ class Connection(HttpToolsProtocol):
         """Reads on; headers without end are refused, and so is a body that nobody reads."""
         if self.transport.is_closing():
             return
+        was_in_headers = self._in_headers
         super().data_received(data)
-        if self._in_headers:
+        if was_in_headers and self._in_headers:  # else it was the end of a body
             self._count(len(data), MAX_HEADER_BYTES, 431, "the headers are too long")
         elif self._in_body and not self._is_answering:
             self._count(len(data), MAX_IGNORED_BYTES, 413, "the body is too long")
