@@ -7,13 +7,14 @@ import json
 import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from llava_jax.config import ConfigError, ModelConfig, Quantisation, TrainConfig, to_json
 from llava_jax.data.digest import data_changes
-from llava_jax.disk import replace_text
+from llava_jax.disk import read_regular, replace_text
+from llava_jax.hf.tensorfile import MAX_JSON_BYTES
 from llava_jax.processes import is_first
 
 PLACES = (
@@ -80,10 +81,11 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
 def quantisation_of(place: Path) -> Quantisation | None:
     """How the base of what a run left was kept while it trained; None if it was whole."""
     for directory in (place, place.parent):  # a run's directory, or what it left there
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((directory / "config.json").read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))
             if "base_fingerprint" in found:
-                return found["config"]["quantize"]
+                bits = found["config"]["quantize"]
+                return bits if bits in get_args(Quantisation) else None
     return None
 
 

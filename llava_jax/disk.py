@@ -44,6 +44,14 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
     return content
 
 
+def read_if_there(path: Path) -> bytes | None:
+    """All of a file; None if there is none. Raises OSError as `open_regular` does."""
+    if not path.exists():
+        return None
+    with open_regular(path) as file:
+        return file.read()
+
+
 def copy_regular(source: Path, destination: Path) -> None:
     """Copies a file; raises OSError as `open_regular` does."""
     with open_regular(source) as file, open(destination, "wb") as copy:
@@ -87,3 +95,14 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to a file of JSON lines."""
     with naming(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects of a JSON value are inside each other more often than `depth`."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        inner = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        if not level:
+            return False
+    return True

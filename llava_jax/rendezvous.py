@@ -161,7 +161,7 @@ def _receive_all(listener: socket.socket, address: str, count: int) -> None:
             except (OSError, ValueError, KeyError, TypeError):  # nobody came, or it was a stranger
                 continue
             if found and error is None:
-                error, until = found, lines.seconds + _TRY_SECONDS  # so that all are told
+                error, until = found, lines.seconds + _TRY_SECONDS  # so that all learn of it
     if error is None and len(came) < count:
         error = (
             f"after {WAIT_SECONDS} s, {_state(came, count, address)}. Start all, and give them one "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from llava_jax.disk import open_regular, replace_text
+from llava_jax.disk import open_regular, read_if_there, replace_text
 from llava_jax.rows import (
     FORMS,
     MAX_ROW_BYTES,
@@ -30,7 +30,7 @@ _OBJECTS: dict[str, dict[str, Check]] = {
 
 def copy_files(run_dir: Path) -> dict[str, str]:
     """The files as text, by name; those that are there."""
-    found = {name: _read(run_dir / name) for name in (*_OBJECTS, *FORMS)}
+    found = {name: read_if_there(run_dir / name) for name in (*_OBJECTS, *FORMS)}
     return {name: text.decode(errors="replace") for name, text in found.items() if text is not None}
 
 
@@ -43,7 +43,7 @@ def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
     """
     for name, form in _OBJECTS.items():
         file = run_dir / name
-        found = _read(file)
+        found = read_if_there(file)
         if fits(parse_object(found or b""), form):
             continue
         if name in kept and fits(parse_object(kept[name].encode()), form):
@@ -85,7 +85,7 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
                 end = "what can be read is kept"
                 end += ", but no checkpoint has what was lost" if step > 0 else ""
             yield f"{file} was damaged ({_compare(damaged, before, after)}): {end}"
-        if after.encode() != (_read(file) or b""):
+        if after.encode() != (read_if_there(file) or b""):
             replace_text(file, after)
 
 
@@ -121,10 +121,3 @@ def _once_each(name: str, rows: list[Row]) -> list[Row]:
     for row in rows:
         first.setdefault(row[key], row)
     return sorted(first.values(), key=lambda row: row["step"])
-
-
-def _read(file: Path) -> bytes | None:
-    if not file.exists():
-        return None
-    with open_regular(file) as opened:
-        return opened.read()

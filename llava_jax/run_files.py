@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ConfigError
-from llava_jax.disk import open_regular
+from llava_jax.disk import read_if_there
 from llava_jax.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
 LATEST = ("device_bytes",)
@@ -122,8 +122,5 @@ class RunReader:
 
     def _object(self, name: str) -> Row | None:
         """What is in a file of one object; empty if that is damaged, None without the file."""
-        file = self._directory / name
-        if not file.exists():
-            return None
-        with open_regular(file) as opened:
-            return parse_object(opened.read()) or {}
+        text = read_if_there(self._directory / name)
+        return None if text is None else parse_object(text) or {}

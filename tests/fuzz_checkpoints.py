@@ -7,7 +7,7 @@ A kind is tables (safetensors and their index), pickles, directories, or several
 The folder is made, and must not exist.
 
 Mutations change structure (entries of tables, opcodes, fields, members) more than bytes. A case is
-a kind and a number. Prints a JSON object for each that is amiss, and one about all.
+a kind and a number. Prints a JSON object for each case that failed, and one about all.
 """
 
 import contextlib

@@ -271,3 +271,17 @@ def test_a_pattern_that_never_ends_makes_a_sample_unusable(place: Path):
     turns = [Turn("human", TEXT), Turn("gpt", TEXT)]
     with pytest.raises(SampleError, match="the tokenizer fails at the text"):
         encode(turns, TEMPLATES["vicuna_v1"], load_tokenizer(place), 3)
+
+
+@pytest.mark.parametrize("text", [None, '{"a":' * 10**5, '{"base_fingerprint": 1, "config": {}}'])
+def test_how_a_run_was_quantised_is_asked_of_a_regular_file_alone(tmp_path: Path, text):
+    from llava_jax.description import quantisation_of
+
+    file = tmp_path / "config.json"
+    os.mkfifo(file) if text is None else file.write_text(text)
+    assert quantisation_of(tmp_path) is None
+    file.unlink()
+    for given, known in (("nf4", "nf4"), ("other", None), ([], None)):
+        run = {"base_fingerprint": "x", "config": {"quantize": given}}
+        file.write_text(json.dumps(run))
+        assert quantisation_of(tmp_path) == known

@@ -199,8 +199,8 @@ def test_mutated_checkpoints(kinds: str, count: int, tmp_path: Path):
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    *amiss, about = map(json.loads, done.stdout.splitlines())
+    *failed, about = map(json.loads, done.stdout.splitlines())
     print(about)
-    assert amiss == []
+    assert failed == []
     assert about["mebibytes"] < MAX_MIB
     assert about["ends"]["CheckpointError"] > sum(about["ends"].values()) / 3

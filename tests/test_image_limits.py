@@ -18,7 +18,7 @@ from PIL import Image, features
 
 from llava_jax.data import image_limits
 from llava_jax.data.errors import SampleError
-from llava_jax.data.image_file import decode, open_checked
+from llava_jax.data.image_file import open_checked, to_rgb
 from llava_jax.data.image_limits import check_cost
 from llava_jax.data.images import ImageTransform, open_image
 
@@ -119,6 +119,12 @@ def as_before(data: bytes) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def decode(data: bytes) -> tuple[tuple[int, int], bytes]:
+    with open_checked(data) as image:
+        rgb = to_rgb(image)
+        return rgb.size, rgb.tobytes()
 
 
 @pytest.mark.parametrize("name", ORDINARY)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
-from llava_jax.data.records import MAX_RECORD_BYTES, is_deep, locate_image
-from llava_jax.disk import open_regular
+from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, locate_image
+from llava_jax.disk import is_deeper, open_regular
 
 SHORT = "Answer the question using a single word or phrase."
 EVAL_ZIP = "eval.zip, see https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
@@ -236,7 +236,7 @@ def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, 
                 continue
             try:
                 row = json.loads(line)
-                if is_deep(row):
+                if is_deeper(row, MAX_DEPTH):
                     raise ValueError("lists or objects are too deep in each other")
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None

@@ -57,19 +57,6 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
         raise SampleError(str(error) or type(error).__name__, "image") from error
 
 
-def decode(data: bytes, max_side: int | None = None) -> tuple[tuple[int, int], bytes]:
-    """Width and height of an image file, and its pixels: rows of RGB, a byte a channel.
-
-    All of it can be pickled, also the error.
-
-    Raises:
-        SampleError: As `open_checked` does.
-    """
-    with open_checked(data, max_side) as image:
-        rgb = to_rgb(image)
-        return rgb.size, rgb.tobytes()
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Lays what is transparent on white, as Hugging Face's processor does (LLaVA dropped it)."""
     image.load()  # of some files, this tells what is transparent

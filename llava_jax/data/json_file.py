@@ -19,9 +19,9 @@ from llava_jax.data.records import (
     MAX_DEPTH,
     MAX_RECORD_BYTES,
     SAMPLED_IMAGES,
-    is_deep,
     survey,
 )
+from llava_jax.disk import is_deeper
 
 _CHUNK_BYTES = 2**24
 
@@ -95,7 +95,7 @@ class JsonFile:
             whole = ", which must hold a whole record" if self._unit == "line" else ""
             message = f"not JSON: {error}, of this {self._unit}{whole}"
             raise SampleError(message, "not JSON") from None
-        if is_deep(raw):
+        if is_deeper(raw, MAX_DEPTH):
             raise SampleError(f"it has more than {MAX_DEPTH} lists or objects in each other")
         if b"\\ud" in text.lower():
             _check_text(raw)

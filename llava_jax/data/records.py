@@ -169,21 +169,6 @@ def _bytes_of(images: list[Any], turns: list[Turn], category: Any) -> bytes:
     return "\0".join(parts).encode(errors="surrogatepass")
 
 
-def is_deep(raw: Any) -> bool:
-    """Whether lists and objects are inside each other more often than a record may have them."""
-    level = [raw]
-    for _ in range(MAX_DEPTH + 1):
-        level = [value for value in level if isinstance(value, dict | list)]
-        if not level:
-            return False
-        level = [
-            item
-            for value in level
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-    return True
-
-
 def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
     """The images of a record, as it has them, and its turns."""
     if not isinstance(raw, dict):

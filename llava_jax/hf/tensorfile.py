@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llava_jax.disk import open_regular, read_regular
+from llava_jax.disk import is_deeper, open_regular, read_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -218,13 +218,9 @@ def parse_json(text: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MAX_JSON_DEPTH):
-        inner = (x.values() if isinstance(x, dict) else x for x in level)
-        level = [x for values in inner for x in values if isinstance(x, dict | list)]
-        if not level:
-            return value
-    raise ValueError("it is nested too deep")
+    if is_deeper(value, _MAX_JSON_DEPTH):
+        raise ValueError("it is nested too deep")
+    return value
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from llava_jax.assistant import Answer
-from llava_jax.serving.bodies import CLIENT_IS_GONE, Body
+from llava_jax.serving.bodies import CLIENT_IS_GONE, Body, client_of, media_type
 from llava_jax.serving.limits import RequestError, refusal
 from llava_jax.serving.metrics import CONTENT_TYPE
 from llava_jax.serving.schema import ChatRequest, parse_request
@@ -96,7 +96,7 @@ class ChatResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers."""
         reply = Reply(send)
-        client = self._request.client.host if self._request.client else ""
+        client = client_of(scope)
         try:
             self._check_type()
             with self._service.bodies.hold(client) as body:
@@ -122,7 +122,7 @@ class ChatResponse(Response):
             raise RequestError(text, status=CLIENT_IS_GONE) from None
 
     def _check_type(self) -> None:
-        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type(self._request.headers)
         if kind != "application/json":  # a page elsewhere can make a browser send any other
             text = f"the Content-Type is {kind[:50]!r}; send application/json"
             raise RequestError(text, status=415)

@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
@@ -21,6 +21,16 @@ _SLICE = 2**16
 
 CLIENT_IS_GONE = 499
 """Status of a request whose client went away; HTTP has none, this is nginx's."""
+
+
+def client_of(scope: Scope) -> str:
+    """The address of a request's client."""
+    return scope["client"][0] if scope["client"] else ""
+
+
+def media_type(headers: Headers) -> str:
+    """The type of a body, without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class Bodies:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_jax.serving.bodies import Bodies, with_body
+from llava_jax.serving.bodies import Bodies, client_of, with_body
 from llava_jax.serving.limits import RequestError
 from llava_jax.serving.schema import parse_json
 from llava_jax.serving.uploads import Uploads
@@ -29,7 +29,7 @@ _STATIC = re.compile(r"/(|config|theme\.css|manifest\.json|favicon\.ico|(static|
 _STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
 
 MAX_STREAMS = 512
-"""Connections over which pages are told of events; a page has up to two."""
+"""Connections over which the server sends events to pages; a page has up to two."""
 MAX_SESSIONS = 128
 """Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
 MAX_EVENTS = 4
@@ -110,7 +110,7 @@ class PageGuard:
         elif method == "GET" and _STREAMS.fullmatch(path):
             await self._stream(scope, receive, send)
         elif method == "POST" and path in (_EVENTS, _CANCEL):
-            with self._bodies.hold((scope["client"] or ("",))[0]) as held:
+            with self._bodies.hold(client_of(scope)) as held:
                 sent = await held.read(Headers(scope=scope), receive)
                 event = self._event(sent) if path == _EVENTS else _cancel(sent)
             body = json.dumps(event).encode()

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
-from llava_jax.serving.bodies import Bodies, with_body
+from llava_jax.serving.bodies import Bodies, client_of, media_type, with_body
 from llava_jax.serving.images import check_image
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
@@ -84,10 +84,11 @@ def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "multipart/form-data":  # forms of another kind have no files
+        if (
+            media_type(request.headers) != "multipart/form-data"
+        ):  # forms of another kind have no files
             raise RequestError("an upload is multipart/form-data", status=415)
-        with bodies.hold(request.client.host if request.client else "") as held:
+        with bodies.hold(client_of(request.scope)) as held:
             body = await held.read(request.headers, request.receive)
             read = Request(request.scope, with_body(body, request.receive))
             async with read.form(max_files=uploads.limits.images, max_fields=0) as form:
