@@ -207,6 +207,14 @@ class Assistant:
         request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
         return Answer(request, self.reader.tokenizer, stop)
 
+    def is_compiled(self, answer: Answer) -> bool:
+        """Whether nothing has to be compiled before it can be added."""
+        return self._engine.is_compiled(answer.request)
+
+    def compile(self, answer: Answer) -> None:
+        """Compiles what its prompt needs, unless that is done; may be called from any thread."""
+        self._engine.compile(answer.request)
+
     def add(self, answer: Answer) -> None:
         """Generates an answer's first token; one must be `free`."""
         self._answers[answer.request] = answer

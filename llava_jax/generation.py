@@ -6,13 +6,14 @@ others go on.
 """
 
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32
 
 from llava_jax.config import ConfigError
@@ -85,18 +86,22 @@ class Engine:
             )
         self._dtype, self._slots = model.dtype, slots
         self._structure, self._weights = take_apart(model)
+        self._compiled: set[tuple[int, int]] = set()
+        self._compiling = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Forgets all sequences. After an error of a step, which leaves no caches, it must be."""
         sharding = jax.tree.leaves(self._weights.layers)[0].sharding
         shape = cache_shape(self.config.llm, self._slots, self.length)
+        whole = sharding
         if isinstance(sharding, NamedSharding):  # heads lie where the weights that make them do
             axes = ("whole", "split_outputs", "whole", "whole")
+            whole = NamedSharding(sharding.mesh, PartitionSpec())
             sharding = NamedSharding(sharding.mesh, to_spec(axes, shape, sharding.mesh.shape))
         empty = lambda: jnp.zeros(shape, self._dtype, device=sharding)
         self._caches = [Cache(empty(), empty()) for _ in self._weights.layers]
-        self._seen = jnp.zeros((self._slots, self.config.llm.vocab_size), bool)
+        self._seen = jnp.zeros((self._slots, self.config.llm.vocab_size), bool, device=whole)
         self._rows: list[Request | None] = [None] * self._slots
 
     @property
@@ -117,26 +122,56 @@ class Engine:
                 "length",
             )
 
+    def is_compiled(self, request: Request) -> bool:
+        """Whether `compile` has been called for a request of its size."""
+        return self._size(request) in self._compiled
+
+    def compile(self, request: Request) -> None:
+        """Compiles what reads such a prompt, unless that is done.
+
+        Any thread may call it, while another one generates.
+        """
+        if self.is_compiled(request):
+            return
+        with self._compiling:
+            if self.is_compiled(request):
+                return
+            shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            caches, seen = jax.tree.map(shape_of, (self._caches, self._seen))
+            _start.compile(self._structure, self._weights, caches, seen, *self._inputs(request, 0))
+            self._compiled.add(self._size(request))
+
     def add(self, request: Request) -> None:
         """Reads a prompt, and generates its first token; there must be a free slot. As `check`."""
-        length = len(request.input_ids)
-        self.check(length)
+        self.check(len(request.input_ids))
+        self.compile(request)
         row = self._rows.index(None)
-        input_ids = np.full(_padded(length, self.length), self.config.pad_token_id, np.int32)
-        input_ids[:length] = request.input_ids
         token, self._caches, self._seen = _start(
             self._structure,
             self._weights,
             self._caches,
             self._seen,
-            input_ids,
-            np.int32(length),
-            request.pixel_values if len(request.pixel_values) else None,
-            np.int32(row),
-            to_rows([request.sampling]),
+            *self._inputs(request, row),
         )
         self._rows[row] = request
         self._take(row, int(token[0]))
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """Padded tokens and images, which decide what is compiled."""
+        return _padded(len(request.input_ids), self.length), len(request.pixel_values)
+
+    def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
+        """The last arguments of `_start`."""
+        size, images = self._size(request)
+        input_ids = np.full(size, self.config.pad_token_id, np.int32)
+        input_ids[: len(request.input_ids)] = request.input_ids
+        return (
+            input_ids,
+            np.int32(len(request.input_ids)),
+            request.pixel_values if images else None,
+            np.int32(row),
+            to_rows([request.sampling]),
+        )
 
     def step(self) -> list[Request]:
         """Generates a token for every sequence there is, and returns these."""

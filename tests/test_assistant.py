@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,6 +68,22 @@ def test_prompts_that_cannot_be_used_are_told_of_and_passed_over(assistant: Assi
     assert all("none of PNG" in error for _, error in told)
     with pytest.raises(SampleError, match="none of PNG"):
         dict(assistant.answer_all(prompts, max_new_tokens=5))
+
+
+def test_a_prompt_of_a_new_size_is_compiled_beforehand(
+    assistant: Assistant, caplog: pytest.LogCaptureFixture
+):
+    for prompt in (PROMPTS[0], Prompt((Turn("human", "a " * 300),))):
+        answer = assistant.begin(prompt, max_new_tokens=3)
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            if not assistant.is_compiled(answer):
+                assistant.compile(answer)
+                assert "_start_fn" in caplog.text
+            caplog.clear()
+            assert assistant.is_compiled(answer)
+            assistant.add(answer)
+            assert "_start_fn" not in caplog.text
+        assistant.remove(answer)
 
 
 def test_an_answer_that_is_given_up_leaves_its_place(assistant: Assistant):

@@ -1,18 +1,19 @@
 """The server under attack: others are answered meanwhile, and nothing fails."""
 
 import asyncio
-import contextlib
 import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hostile_images import jpeg, plain_jpeg
+from hostile_images import plain_jpeg
 from serving import data_url, metric, picture, server, user
-from test_serving import COSTLY, chat, text
+from test_serving import chat, text
+from tiny_run import ROOT, environment
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httptools"):
     pytest.importorskip(package)
@@ -23,12 +24,12 @@ CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 
 
-class Attack:
-    """Clients of all kinds against one server, for some time.
+class Clients:
+    """Clients that mean well: text, one request after the other.
 
     Args:
         address: The server's.
-        seconds: How long.
+        seconds: How long they ask.
     """
 
     def __init__(self, address: str, seconds: float):
@@ -37,64 +38,21 @@ class Attack:
         self.statuses: Counter[int] = Counter()
         self.latencies: list[float] = []
 
-    async def run(self, clients: int, slow: int) -> None:
-        limits = httpx.Limits(max_connections=clients + 40)
-        images = [data_url(jpeg(4096, 70)), data_url(jpeg(1024, 900)), picture()]
-        bodies = [chat(messages=[user("x", image)], max_tokens=2) for image in images]
-        stops = chat(stop=["x" * 1000] * 16, temperature=9, max_tokens=100)
-        async with httpx.AsyncClient(base_url=self.address, timeout=60, limits=limits) as http:
-            posts = [lambda b=b: self.post(http, json.dumps(b).encode()) for b in [*bodies, stops]]
-            posts += [lambda b=b: self.post(http, b) for b in COSTLY.values()]
-            posts += [
-                lambda: self.post(http, b"x" * (30 * MIB)),  # more than may be
-                lambda: self.post(http, b"{}" * (5 * MIB), "/gradio_api/queue/join"),
-                lambda: self.upload(http, b"x" * (12 * MIB)),
-            ]
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n"
-            raws = [head, "", f"{head}Content-Length: 9\r\n\r\n", "GET / HTTP/1.1\nHost: x\n\n"]
-            raws.append(f"{head}Content-Length: 20000000\r\n\r\n" + "x" * MIB)
-            await asyncio.gather(
-                *(self.ask(http, number) for number in range(clients)),
-                *(self.repeat(post) for post in posts),
-                *(self.hold(raws[number % len(raws)].encode()) for number in range(slow)),
-            )
+    async def run(self, count: int) -> None:
+        await asyncio.gather(*(self.ask(number) for number in range(count)))
 
-    async def ask(self, http: Any, number: int) -> None:
-        """A client that means well: text, one request after the other."""
+    async def ask(self, number: int) -> None:
         draw = random.Random(number)
-        while time.monotonic() < self.until:
-            body = chat(messages=text(draw.choice(("hello", "is it red?", "what is it?"))))
-            began = time.monotonic()
-            response = await http.post(CHAT, json=body)
-            self.latencies.append(time.monotonic() - began)
-            self.statuses[response.status_code] += 1
-            if response.status_code == 429:
-                await asyncio.sleep(0.5 + draw.random())
-
-    async def repeat(self, post: Callable[[], Awaitable[None]]) -> None:
-        while time.monotonic() < self.until:
-            await post()
-            await asyncio.sleep(0.2)
-
-    async def post(self, http: Any, body: bytes, path: str = CHAT) -> None:
-        response = await http.post(path, content=body, headers=JSON)
-        self.statuses[response.status_code] += 1
-
-    async def upload(self, http: Any, data: bytes) -> None:
-        response = await http.post("/gradio_api/upload", files=[("files", ("a.png", data))])
-        self.statuses[response.status_code] += 1
-
-    async def hold(self, sent: bytes) -> None:
-        """A connection that is kept for as long as the server allows, again and again."""
-        host, port = self.address.removeprefix("http://").split(":")
-        while time.monotonic() < self.until:
-            with contextlib.suppress(OSError, TimeoutError):
-                reader, writer = await asyncio.open_connection(host, int(port))
-                with contextlib.closing(writer):
-                    writer.write(sent)
-                    left = self.until - time.monotonic()
-                    await asyncio.wait_for(reader.read(), max(0.1, left))
-            await asyncio.sleep(0.5)  # the clients here share two cores with the server
+        # Each has its own connection: in a common pool they would wait for each other.
+        async with httpx.AsyncClient(base_url=self.address, timeout=60, verify=False) as http:
+            while time.monotonic() < self.until:
+                body = chat(messages=text(draw.choice(("hello", "is it red?", "what is it?"))))
+                began = time.monotonic()
+                response = await http.post(CHAT, json=body)
+                self.latencies.append(time.monotonic() - began)
+                self.statuses[response.status_code] += 1
+                if response.status_code == 429:
+                    await asyncio.sleep(0.5 + draw.random())
 
 
 def resident(address: str) -> float:
@@ -102,14 +60,26 @@ def resident(address: str) -> float:
     return metric(figures, "process_resident_memory_bytes") / MIB
 
 
-def attack(seconds: float, clients: int, slow: int) -> Attack:
-    """Returns what came of it, with the memory that was needed as `grown` MiB."""
+def attack(seconds: float, clients: int, slow: int) -> Clients:
+    """Returns what came of it, with the memory that was needed as `grown` MiB.
+
+    The attackers are a process of their own, so that what the others measure is the server.
+    """
     with server("--max-queue", "128", "--max-client-queue", "128") as address:
-        for number in range(1, 9):  # compiled for as many as come at a time
+        for number in range(1, 9):
             httpx.post(f"{address}{CHAT}", json=chat(messages=text("x " * 2**number)), timeout=60)
         before = resident(address)
-        found = Attack(address, seconds)
-        asyncio.run(found.run(clients, slow))
+        command = [sys.executable, "tests/attackers.py", address, str(seconds + 3), str(slow)]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+        ) as attackers:
+            assert attackers.stdout is not None
+            attackers.stdout.readline()  # they have begun
+            found = Clients(address, seconds)
+            asyncio.run(found.run(clients))
+            statuses = json.loads(attackers.stdout.readline())
+        assert attackers.returncode == 0
+        found.statuses.update({int(status): count for status, count in statuses.items()})
         found.grown = resident(address) - before  # pyright: ignore[reportAttributeAccessIssue]
     return found
 

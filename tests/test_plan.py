@@ -267,7 +267,7 @@ def test_figures_are_kept_by_what_decides_them(
     ):
         with pytest.raises(AssertionError, match="must not be called"):
             plan_cache.measure_once(known, other, model, images, GIB)
-    for name, value in (("_code", lambda: "changed"), ("versions", lambda: {"jax": "9"})):
+    for name, value in (("hash_code", lambda: "changed"), ("versions", lambda: {"jax": "9"})):
         with monkeypatch.context() as patch:
             patch.setattr(plan_cache, name, value)
             with pytest.raises(AssertionError, match="must not be called"):

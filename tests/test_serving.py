@@ -193,7 +193,7 @@ REFUSED = {
         chat(messages=[user("x", data_url(huge_png()))]),
         400,
         "messages",
-        "3,600,000,000 bytes in its pixels",
+        "1200000000 pixels",
     ),
     "images": (chat(messages=[user("x", *[picture()] * 3)]), 400, "messages", "3 images"),
     "system's image": (

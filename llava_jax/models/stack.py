@@ -29,15 +29,28 @@ CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 over layers, and so make a float32 copy of all weights."""
 
 
-def jit_loop(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` for what loops over the layers of stacks; see `CPU_OPTIONS`."""
+class jit_loop:
+    """`jax.jit` for what loops over the layers of stacks; see `CPU_OPTIONS`.
 
-    @functools.cache
-    def jitted(platform: str) -> Callable[..., Any]:
-        compiler_options = CPU_OPTIONS if platform == "cpu" else None
-        return jax.jit(f, compiler_options=compiler_options, **options)
+    Args:
+        f: The function.
+        options: Those of `jax.jit`.
+    """
 
-    return lambda *args: jitted(jax.default_backend())(*args)
+    def __init__(self, f: Callable[..., Any], **options: Any):
+        self._jitted = functools.cache(
+            lambda platform: jax.jit(
+                f, compiler_options=CPU_OPTIONS if platform == "cpu" else None, **options
+            )
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function."""
+        return self._jitted(jax.default_backend())(*args)
+
+    def compile(self, *args: Any) -> None:
+        """Compiles what a call with such arguments needs; they may be shapes."""
+        self._jitted(jax.default_backend()).lower(*args).compile()
 
 
 class Accumulated(NamedTuple):

@@ -116,7 +116,9 @@ class Decoders:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
-                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+                # A terminal's Ctrl-C is for the server alone. A session of its own would give it
+                # its own share of the CPU too, whatever its priority.
+                process_group=0,
             )
         return process
 

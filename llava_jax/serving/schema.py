@@ -15,7 +15,7 @@ MAX_PARTS = 256
 MAX_STOPS = 16
 MAX_STOP = 1000
 """Characters of a text that ends the answer."""
-MAX_VALUES = 100_000
+MAX_VALUES = 20_000
 """Values in a body, all fields together: each takes some 100 bytes, where it had two."""
 
 

@@ -38,6 +38,7 @@ class Service:
         metrics: Of all requests.
         engine: The thread that generates.
         readers: The threads that read prompts.
+        compiler: The thread that compiles for prompts of new sizes.
         bodies: Reads the bodies of requests.
         images: Reads the images of requests.
         ending: Set when the server is to end, before answers in progress are given up.
@@ -53,6 +54,7 @@ class Service:
         self.readers = ThreadPoolExecutor(
             min(MAX_READERS, os.cpu_count() or 1), thread_name_prefix="reader"
         )
+        self.compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self._assistants = dict(assistants)
         self._usual_wait = 1.0
 
@@ -67,7 +69,8 @@ class Service:
 
     def stop(self) -> None:
         """Ends all."""
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.readers, self.compiler):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
     def enter(self, client: str) -> "Ticket":
@@ -158,14 +161,16 @@ class Ticket:
                 self._job.is_cancelled = True
         self._service.count(status)
 
-    async def read(self, task: Callable[[], _Result]) -> _Result:
-        """What a function returns that runs in a reader's thread.
+    async def read(
+        self, task: Callable[[], _Result], threads: ThreadPoolExecutor | None = None
+    ) -> _Result:
+        """What a function returns that runs in a thread: a reader's, unless others are given.
 
         Raises:
             RequestError: Time is up.
         """
         loop = asyncio.get_running_loop()
-        return await self.in_time(loop.run_in_executor(self._service.readers, task))
+        return await self.in_time(loop.run_in_executor(threads or self._service.readers, task))
 
     async def in_time(self, work: Awaitable[_Result]) -> _Result:
         """What comes of it before time is up. As `read`."""
@@ -221,6 +226,8 @@ class Ticket:
                 raise RequestError(str(error), code=code, param="messages") from error
 
         answer = await self.read(task)
+        if not assistant.is_compiled(answer):  # so that the others need not wait for it
+            await self.read(partial(assistant.compile, answer), self._service.compiler)
         self._job = Job(model, answer)
         self._service.engine.submit(self._job)
         return answer
