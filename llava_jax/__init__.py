@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_jax.generation import generate as generate
-    from llava_jax.pretrained import LlavaModel as LlavaModel
+    from llava_jax.generation.engine import generate as generate
+    from llava_jax.pretrained.model import LlavaModel as LlavaModel
 
-_HOMES = {"LlavaModel": "llava_jax.pretrained", "generate": "llava_jax.generation"}
+_HOMES = {"LlavaModel": "llava_jax.pretrained.model", "generate": "llava_jax.generation.engine"}
 
 __all__ = ["LlavaModel", "generate"]
 

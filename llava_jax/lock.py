@@ -18,8 +18,8 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from llava_jax.config import ConfigError
 from llava_jax.disk import naming
-from llava_jax.guard import leave
-from llava_jax.processes import from_first, is_first
+from llava_jax.distributed.watchdog import leave
+from llava_jax.distributed.multihost import from_first, is_first
 
 NAME = "in_use.lock"
 LEASE_SECONDS = 60.0

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax.config import ConfigError, TrainConfig, parse_config
-from llava_jax.environment import has_others, prepare_for_training, print_any_text
-from llava_jax.guard import guarded, leave
+from llava_jax.distributed.environment import has_others, prepare_for_training, print_any_text
+from llava_jax.distributed.watchdog import guarded, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from llava_jax.run import run
+    from llava_jax.training.run import run
 
     return run(config)
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> TrainConfig:
     if not has_others():
         return parse_config(argv)
-    from llava_jax.processes import said_once
+    from llava_jax.distributed.multihost import said_once
 
     with said_once():
         return parse_config(argv)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from llava_jax.hf.tensorfile import write_tensors
+from llava_jax.pretrained.safetensors import write_tensors
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 INDEX = "model.safetensors.index.json"

@@ -242,10 +242,10 @@ def chat_reads(place: Path) -> None:
     from PIL import Image
 
     from llava_jax.data.conversation import Turn
-    from llava_jax.hf.processor import has_processor
-    from llava_jax.hf.resolve import resolve
-    from llava_jax.pretrained import LlavaModel
-    from llava_jax.prompts import Prompt, PromptReader
+    from llava_jax.pretrained.processor import has_processor
+    from llava_jax.pretrained.resolve import resolve
+    from llava_jax.pretrained.model import LlavaModel
+    from llava_jax.generation.prompts import Prompt, PromptReader
 
     model = LlavaModel.from_pretrained(str(place))
     found = resolve(str(place))
@@ -306,7 +306,7 @@ def stopped(number: int, frame: object) -> None:
 def main(kinds: str, first: int, count: int, folder: Path) -> None:
     from llava_jax.config import ConfigError
     from llava_jax.data.conversation import SampleError
-    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.pretrained.safetensors import CheckpointError
 
     os.chdir(FIXTURES)  # an adapter's base is named from there
     signal.signal(signal.SIGALRM, stopped)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jax._src.lib import _jax
 
-from llava_jax import processes
+from llava_jax.distributed import multihost
 
 
 def free_port() -> int:
@@ -42,8 +42,8 @@ class _PerThread:
 def several(count: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
     """Gives a function that calls one with each process' number, and returns what comes of it."""
     here, address = _PerThread(), f"127.0.0.1:{free_port()}"
-    patch.setattr(processes, "distributed", here)
-    patch.setattr(processes, "_turn", here)
+    patch.setattr(multihost, "distributed", here)
+    patch.setattr(multihost, "_turn", here)
     service = _jax.get_distributed_runtime_service(address, count, shutdown_timeout=10)
 
     def join(number: int) -> SimpleNamespace:

@@ -12,8 +12,9 @@ import jax
 import pytest
 from several import several
 
-from llava_jax import agreement, processes
-from llava_jax.agreement import LOCAL, agree, refuse_texts, run_facts
+from llava_jax.training import agreement
+from llava_jax.distributed import multihost
+from llava_jax.training.agreement import LOCAL, agree, refuse_texts, run_facts
 from llava_jax.config import (
     ConfigError,
     ModelConfig,
@@ -24,8 +25,8 @@ from llava_jax.config import (
 )
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.order import NO_RECORD
-from llava_jax.description import flatten
-from llava_jax.inputs import Inputs, find_model, open_inputs
+from llava_jax.training.run_config import flatten
+from llava_jax.training.inputs import Inputs, find_model, open_inputs
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-llava"
@@ -41,10 +42,10 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[Together]:
 
 
 def test_each_process_hears_what_each_says(together: Together):
-    told = together(lambda number: processes.of_all({"number": number, "big": 2**70}))
+    told = together(lambda number: multihost.of_all({"number": number, "big": 2**70}))
     assert told == [[{"number": n, "big": 2**70} for n in range(3)]] * 3
-    assert together(lambda number: processes.from_first(number)) == [0, 0, 0]
-    assert together(lambda number: processes.meet()) == [None] * 3
+    assert together(lambda number: multihost.from_first(number)) == [0, 0, 0]
+    assert together(lambda number: multihost.meet()) == [None] * 3
 
 
 def test_facts_that_are_the_same_are_not_named(together: Together):
@@ -69,16 +70,16 @@ def test_what_differs_is_named_with_values_and_processes(together: Together):
 def test_a_process_that_ends_instead_is_quoted(
     together: Together, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(processes, "END_SECONDS", 1)
+    monkeypatch.setattr(multihost, "END_SECONDS", 1)
     monkeypatch.setattr(
-        processes, "leave", lambda status: (_ for _ in ()).throw(SystemExit(status))
+        multihost, "leave", lambda status: (_ for _ in ()).throw(SystemExit(status))
     )
 
     def run(number: int) -> Any:
         if number < 2:
-            return processes.of_all(number)
+            return multihost.of_all(number)
         with pytest.raises(SystemExit, match="1"):
-            processes.end("error: no such file")
+            multihost.end("error: no such file")
         return None
 
     *others, own = together(run)
@@ -100,7 +101,7 @@ def test_what_ends_all_is_said_once_if_all_say_the_same(
 ):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     said = lambda number: "the same" if same else f"of {number}"
-    assert together(lambda number: processes.end(said(number), 3)) == [3] * 3
+    assert together(lambda number: multihost.end(said(number), 3)) == [3] * 3
     lines = sorted(capsys.readouterr().err.splitlines())
     assert lines == (["the same"] if same else ["of 0", "of 1", "of 2"])
 
@@ -148,9 +149,9 @@ def test_a_batch_of_different_texts_names_the_records(
 
     def read_here(index: int) -> Any:
         raw = read(index)
-        if processes.distributed.global_state.process_id == 2 and index == 1:
+        if multihost.distributed.global_state.process_id == 2 and index == 1:
             raw["conversations"][1]["value"] = "pink, then red"
-        if processes.distributed.global_state.process_id == 1 and index == 2:
+        if multihost.distributed.global_state.process_id == 1 and index == 2:
             raise SampleError("not JSON")
         return raw
 

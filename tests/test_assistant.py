@@ -12,17 +12,17 @@ import pytest
 from PIL import Image
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from llava_jax.assistant import Answer, Assistant
-from llava_jax.chat import Chat
+from llava_jax.generation.assistant import Answer, Assistant
+from llava_jax.generation.chat import Chat
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import TEMPLATES, SampleError, Turn, encode_prompt, expand_images
 from llava_jax.data.easy_vqa import easy_vqa_records
-from llava_jax.generation import Request
-from llava_jax.hf.processor import chat_template, load_image_transform
-from llava_jax.hf.tokenizer import load_tokenizer
-from llava_jax.pretrained import read_config
-from llava_jax.prompts import Prompt, PromptReader
-from llava_jax.sampling import GREEDY, Sampling
+from llava_jax.generation.engine import Request
+from llava_jax.pretrained.processor import chat_template, load_image_transform
+from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.pretrained.model import read_config
+from llava_jax.generation.prompts import Prompt, PromptReader
+from llava_jax.generation.sampling import GREEDY, Sampling
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llava"
 RECORDS = easy_vqa_records("test")[:40]

@@ -14,8 +14,8 @@ from training import CONFIG
 from llava_jax.config import LLAVA_7B, MeshConfig
 from llava_jax.models import attention
 from llava_jax.models.attention import flash_attention, plain_attention, splash_attention
-from llava_jax.program import attention_kind
-from llava_jax.sharding import make_mesh
+from llava_jax.train_step.program import attention_kind
+from llava_jax.distributed.sharding import make_mesh
 
 HEAD = 64
 LENGTH = 300

@@ -26,7 +26,7 @@ from llava_jax.data.images import ImageTransform
 from llava_jax.data.order import EpochOrder
 from llava_jax.data.records import Record
 from llava_jax.data.sources import ListRecords
-from llava_jax.step import normalised
+from llava_jax.train_step.step import normalised
 
 PAD, IMAGE, EOS = 0, 1, 2
 TEMPLATE = Template(system="", answer_prefix=" ", image_suffix=" ")

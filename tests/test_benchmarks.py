@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.benchmarks import mmbench, own, pope, textvqa
-from llava_jax.benchmarks.answers import first_letter
-from llava_jax.benchmarks.metrics import exact, vqa
-from llava_jax.benchmarks.questions import SHORT, Answered, Files, ask
-from llava_jax.benchmarks.tasks import TASKS, find_task
+from llava_jax.evals import mmbench, custom, pope, textvqa
+from llava_jax.evals.parse_answers import first_letter
+from llava_jax.evals.scoring import exact, vqa
+from llava_jax.evals.questions import SHORT, Answered, Files, ask
+from llava_jax.evals.tasks import TASKS, find_task
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import Turn
 
@@ -183,7 +183,7 @@ def test_every_answer_of_a_conversation_is_a_question(tmp_path):
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(rows))
-    one, two, three, bad = own.read_json(Files(data=path))
+    one, two, three, bad = custom.read_json(Files(data=path))
     assert (one.id, one.prompt, one.answers) == ("x#1", "A?", ("a",))
     assert (two.id, two.prompt, two.answers) == ("x#2", "B?", ("b",))
     assert two.turns == tuple(Turn(who, text) for who, text in said[:3])  # type: ignore[arg-type]

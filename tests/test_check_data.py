@@ -22,7 +22,7 @@ from llava_jax.data.padding import Padding, measure_padding
 from llava_jax.data.parquet_file import ParquetFile
 from llava_jax.data.records import Record
 from llava_jax.data.sources import JoinedRecords, ListRecords
-from llava_jax.inputs import Inputs, find_model, open_inputs
+from llava_jax.training.inputs import Inputs, find_model, open_inputs
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny_lora.py")
 MANY = pytest.param(10_000, 2, marks=pytest.mark.slow)

@@ -15,17 +15,18 @@ import pytest
 import tensorstore
 from training import CONFIG, change, start
 
-from llava_jax import checkpoint, host
-from llava_jax.checkpoint import MANIFEST, Checkpoints, read_manifest, write_manifest
+from llava_jax.training import checkpoints
+from llava_jax.distributed import host_memory
+from llava_jax.training.checkpoints import MANIFEST, Checkpoints, read_manifest, write_manifest
 from llava_jax.config import CheckpointConfig
-from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.pretrained.safetensors import CheckpointError
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_saving_waits_for_what_lies_in_host_memory(
     on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(host, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
     config = change(CONFIG, memory={"offload_optimizer": on_host})
     program, state, _ = start(config, 1, 3)
     with Checkpoints(tmp_path, config.checkpoint) as saved, jax.set_mesh(program.mesh):
@@ -66,14 +67,14 @@ def test_writes_that_outlive_a_failed_save_are_not_complained_of(
 
     complain()
     assert seen == ["Event loop is closed"]
-    checkpoint._drop_late_callbacks.cache_clear()
+    checkpoints._drop_late_callbacks.cache_clear()
     with Checkpoints(tmp_path, CONFIG.checkpoint):
         complain()
     assert len(seen) == 1
     other: Any = SimpleNamespace(exc_value=ValueError("other"))
     sys.unraisablehook(other)
     assert seen[1:] == ["other"]
-    checkpoint._drop_late_callbacks.cache_clear()  # what it set is undone
+    checkpoints._drop_late_callbacks.cache_clear()  # what it set is undone
 
 
 def test_a_kill_while_an_old_one_is_removed_leaves_nothing_that_looks_like_one(

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from training import CONFIG, MODEL, change
 
-from llava_jax import loss
-from llava_jax.collectives import collective_bytes
+from llava_jax.train_step import loss
+from llava_jax.planning.collectives import collective_bytes
 from llava_jax.config import MeshConfig
-from llava_jax.lora import is_adapter
+from llava_jax.models.lora import is_adapter
 from llava_jax.models import llama
-from llava_jax.plan import compile_here
-from llava_jax.sharding import make_mesh, on_rows
+from llava_jax.planning.search import compile_here
+from llava_jax.distributed.sharding import make_mesh, on_rows
 
 MODULE = """HloModule step, is_scheduled=true
 

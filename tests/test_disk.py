@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.description import write_description
+from llava_jax.training.run_config import write_description
 from llava_jax.disk import open_regular, read_regular
 
 

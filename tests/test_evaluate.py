@@ -10,16 +10,17 @@ import jax
 import pytest
 from PIL import Image
 
-from llava_jax import evaluation, lock
-from llava_jax.assistant import Assistant, Reply
+from llava_jax.training import evaluation
+from llava_jax import lock
+from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.config import parse_config
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
-from llava_jax.inputs import find_model, open_inputs
+from llava_jax.training.inputs import find_model, open_inputs
 from llava_jax.models.layers import split
-from llava_jax.pretrained import LlavaModel
-from llava_jax.prompts import Prompt
-from llava_jax.step import make_eval_step
+from llava_jax.pretrained.model import LlavaModel
+from llava_jax.generation.prompts import Prompt
+from llava_jax.train_step.step import make_eval_step
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-llava"

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from training import CONFIG, MODEL, change
 
-from llava_jax import plan
+from llava_jax.planning import search
 from llava_jax.config import Remat, TuneConfig
-from llava_jax.flops import matmul_flops
-from llava_jax.hlo import at_most
-from llava_jax.needed import full_row, needed_flops
+from llava_jax.planning.flops import matmul_flops
+from llava_jax.planning.hlo import at_most
+from llava_jax.planning.model_flops import full_row, needed_flops
 
 ROWS, WIDTH, LAYERS = 8, 16, 5
 DOT = 2 * ROWS * WIDTH * WIDTH
@@ -210,7 +210,7 @@ def test_the_train_step(llm: Any, remat: Remat):
     config = dataclasses.replace(
         change(CONFIG, memory={"remat": remat}, data={"max_length": 20}), tune=tune
     )
-    usage = plan.measure_here(config, MODEL, images=2, capacity=2**30)
+    usage = search.measure_here(config, MODEL, images=2, capacity=2**30)
     assert usage.flops == train_step_flops(tune, remat)
     needed = 2 * needed_flops(config, MODEL, full_row(config, images=2))
     assert needed <= usage.flops <= 1.10 * needed

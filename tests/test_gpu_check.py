@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import pytest
 
-from llava_jax.host import is_for_host, is_hosted, layer_at
+from llava_jax.distributed.host_memory import is_for_host, is_hosted, layer_at
 from llava_jax.models import stack
-from llava_jax.program import build_program
-from llava_jax.sharding import make_mesh
+from llava_jax.train_step.program import build_program
+from llava_jax.distributed.sharding import make_mesh
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig
-from llava_jax.host import slice_size
-from llava_jax.sharding import make_mesh, place
+from llava_jax.distributed.host_memory import slice_size
+from llava_jax.distributed.sharding import make_mesh, place
 
 
 @pytest.mark.parametrize(

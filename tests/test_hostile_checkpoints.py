@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_jax.convert import convert, open_source
+from llava_jax.conversion.convert import convert, open_source
 from llava_jax.data.conversation import TEMPLATES, SampleError, Turn, encode
-from llava_jax.hf.model_config import read_model_config
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.hf.tokenizer import load_tokenizer
-from llava_jax.prompts import Prompt, PromptReader
+from llava_jax.pretrained.model_config import read_model_config
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.generation.prompts import Prompt, PromptReader
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llava"
 TEXT = "a" * 50 + "b"
@@ -275,7 +275,7 @@ def test_a_pattern_that_never_ends_makes_a_sample_unusable(place: Path):
 
 @pytest.mark.parametrize("text", [None, '{"a":' * 10**5, '{"base_fingerprint": 1, "config": {}}'])
 def test_how_a_run_was_quantised_is_asked_of_a_regular_file_alone(tmp_path: Path, text):
-    from llava_jax.description import quantisation_of
+    from llava_jax.training.run_config import quantisation_of
 
     file = tmp_path / "config.json"
     os.mkfifo(file) if text is None else file.write_text(text)

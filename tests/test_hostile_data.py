@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_jax.benchmarks.questions import read_json, read_lines
+from llava_jax.evals.questions import read_json, read_lines
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image

@@ -17,7 +17,7 @@ from hostile_images import HOSTILE
 from PIL import Image, features
 
 from llava_jax.data import image_limits
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.image_file import open_checked, to_rgb
 from llava_jax.data.image_limits import check_cost
 from llava_jax.data.images import ImageTransform, open_image

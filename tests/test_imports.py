@@ -193,7 +193,7 @@ def test_nothing_else_imports_what_serves():
 @pytest.mark.parametrize(
     "program",
     [
-        "import llava_jax.run, llava_jax; llava_jax.LlavaModel",
+        "import llava_jax.training.run, llava_jax; llava_jax.LlavaModel",
         "import runpy; sys.argv[1:] = ['--help']\n"
         "try: runpy.run_module('llava_jax.train', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llava_jax.config import RunError, TrainConfig
-from llava_jax.inputs import Inputs
-from llava_jax.journal import Journal
-from llava_jax.metrics import Reporter
+from llava_jax.training.inputs import Inputs
+from llava_jax.training.step_log import Journal
+from llava_jax.training.progress import Reporter
 
 NAN = jnp.array(jnp.nan)
 METRICS: Any = {name: jnp.ones(()) for name in ("loss", "learning_rate", "grad_norm", "tokens")}

@@ -1,7 +1,7 @@
 import pytest
 
 from llava_jax.config import LlmConfig, ModelConfig, VisionConfig
-from llava_jax.hf import layouts
+from llava_jax.pretrained import layouts
 
 CONFIG = ModelConfig(
     vision=VisionConfig(num_hidden_layers=4), llm=LlmConfig(num_hidden_layers=2)

@@ -8,10 +8,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.config import LoraConfig
-from llava_jax.hf.limited import LimitedProcess, ProgramError
-from llava_jax.hf.peft import stack_settings
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.lora import LLM
+from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
+from llava_jax.pretrained.peft import stack_settings
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.models.lora import LLM
 
 MESSAGES = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_jax.assistant import Assistant, Reply
+from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import SampleError, Turn
-from llava_jax.sampling import Sampling
+from llava_jax.generation.sampling import Sampling
 
 
 @dataclass
@@ -39,17 +39,17 @@ STUBS = {
 
 @pytest.fixture
 def lmms(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """llava_jax.benchmarks.lmms, on stubs of what it imports of lmms-eval."""
+    """llava_jax.evals.lmms_eval, on stubs of what it imports of lmms-eval."""
     stubs = STUBS | {name: {} for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models")}
     for name, contents in stubs.items():
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "llava_jax.benchmarks.lmms", raising=False)
-    module = importlib.import_module("llava_jax.benchmarks.lmms")
+    monkeypatch.delitem(sys.modules, "llava_jax.evals.lmms_eval", raising=False)
+    module = importlib.import_module("llava_jax.evals.lmms_eval")
     module.TokenCounts = lambda *counts: counts
     yield module
-    sys.modules.pop("llava_jax.benchmarks.lmms", None)
+    sys.modules.pop("llava_jax.evals.lmms_eval", None)
 
 
 class Echo(Assistant):

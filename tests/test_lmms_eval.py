@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.benchmarks.own import read_easy_vqa
-from llava_jax.benchmarks.questions import Files
+from llava_jax.evals.custom import read_easy_vqa
+from llava_jax.evals.questions import Files
 
 pytest.importorskip("lmms_eval.api")
 

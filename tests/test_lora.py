@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from training import CONFIG, MODEL
 
-from llava_jax import lora, pretrained
+from llava_jax.models import lora
+from llava_jax.pretrained import model
 from llava_jax.config import ConfigError, LoraConfig, TuneConfig
 from llava_jax.models.layers import Linear, dropout, fold_in, merge, parameter, split
 
@@ -20,7 +21,7 @@ def adapters(**targets: tuple[str, ...]) -> dict[str, LoraConfig]:
 
 
 def test_only_targets_get_adapters():
-    _, abstract = pretrained.build(MODEL, adapters(llm=("q_proj", "down_proj")), dtype="float32")
+    _, abstract = model.build(MODEL, adapters(llm=("q_proj", "down_proj")), dtype="float32")
     got = {path: leaf.shape for path, leaf in abstract.items() if lora.is_adapter(path)}
     assert got == {
         "llm.layers.self_attn.q_proj.lora_a": (2, 2, 48),
@@ -31,7 +32,7 @@ def test_only_targets_get_adapters():
 
 
 def test_vision_layers_behind_the_feature_get_none():
-    _, abstract = pretrained.build(MODEL, adapters(vision=("q_proj", "fc2")), dtype="float32")
+    _, abstract = model.build(MODEL, adapters(vision=("q_proj", "fc2")), dtype="float32")
     got = {path for path in abstract if lora.is_adapter(path)}
     assert len(got) == 4
     assert all(path.startswith("vision.encoder.layers.") for path in got)
@@ -39,7 +40,7 @@ def test_vision_layers_behind_the_feature_get_none():
 
 def test_an_unknown_target_is_an_error_that_lists_the_known():
     with pytest.raises(ConfigError, match=r"q_prj.*it has down_proj, gate_proj, k_proj"):
-        pretrained.build(MODEL, adapters(llm=("q_prj",)), dtype="float32")
+        model.build(MODEL, adapters(llm=("q_prj",)), dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_an_unknown_target_is_an_error_that_lists_the_known():
     ],
 )
 def test_what_trains_in_full(tune: TuneConfig, trains: set[str]):
-    _, abstract = pretrained.build(MODEL, {}, dtype="float32")
+    _, abstract = model.build(MODEL, {}, dtype="float32")
     trainable = {path for path in abstract if lora.is_trainable(path, tune)}
     assert {path.split(".")[0] for path in trainable} == trains
     assert not any("tail" in path or "post_layernorm" in path for path in trainable)
@@ -85,7 +86,7 @@ def test_the_linears_of_a_block_drop_different_elements():
 
 def test_merging_computes_the_same_and_leaves_no_adapter():
     settings = lora.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
-    graph, abstract = pretrained.build(MODEL, settings, dtype="float32")
+    graph, abstract = model.build(MODEL, settings, dtype="float32")
     key = jax.random.key(0)
     params = {
         path: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)

@@ -5,14 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.loss import (
-    CHUNK_TOKENS,
-    TokenLosses,
-    loss_weights,
-    next_tokens,
-    token_losses,
-    weighted_loss,
-)
+from llava_jax.train_step.loss import CHUNK_TOKENS, TokenLosses, loss_weights, next_tokens, token_losses, weighted_loss
 
 
 def plain(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:

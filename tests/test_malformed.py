@@ -30,13 +30,13 @@ from damage_pickles import (
 )
 from safetensors.numpy import load_file
 
-from llava_jax import pretrained
+from llava_jax.pretrained import model
 from llava_jax.config import ConfigError, ModelConfig, parse_source
-from llava_jax.convert import convert, open_source
-from llava_jax.hf.resolve import resolve
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.hf.trained import open_trained
-from llava_jax.lora import LLM, VISION
+from llava_jax.conversion.convert import convert, open_source
+from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.adapters import open_trained
+from llava_jax.models.lora import LLM, VISION
 
 BASE = "llm=base/llm,vision=base/clip"
 MAY_BE_EQUAL = {
@@ -57,14 +57,14 @@ def beside_fixtures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def abstract_of(config: ModelConfig) -> Any:
-    return pretrained.build(config, {}, dtype="float32")[1]
+    return model.build(config, {}, dtype="float32")[1]
 
 
 def train_reads(place: Path) -> dict[str, np.ndarray]:
     found = resolve(str(place))
-    config = pretrained.read_config(found.base)
+    config = model.read_config(found.base)
     abstract = abstract_of(config)
-    params = pretrained.load(found.base, config, abstract, seed=0)
+    params = model.load(found.base, config, abstract, seed=0)
     if found.adapter is not None:
         params |= open_trained(found.adapter, config, abstract).load()
     return jax.tree.map(np.asarray, params)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.convert import Opened, convert, open_source
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.merge_check import check_merged
+from llava_jax.conversion.convert import Opened, convert, open_source
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.conversion.verify_merge import check_merged
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 DTYPES = ("float32", "float16", "bfloat16")

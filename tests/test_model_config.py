@@ -6,15 +6,9 @@ import pytest
 from transformers import AutoConfig, LlavaConfig
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
-from llava_jax.hf import model_config
-from llava_jax.hf.model_config import (
-    read_llm_config,
-    read_model_config,
-    read_parts_config,
-    read_vision_config,
-    write_model_config,
-)
-from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.pretrained import model_config
+from llava_jax.pretrained.model_config import read_llm_config, read_model_config, read_parts_config, read_vision_config, write_model_config
+from llava_jax.pretrained.safetensors import CheckpointError
 
 LLAMA3 = {
     "factor": 8.0,

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from llava_jax.config import OptimizerConfig
-from llava_jax.optim import clip_scale, group_of, learning_rates, make_optimizer
-from llava_jax.update import apply_gradients, global_norm
+from llava_jax.train_step.optimizer import clip_scale, group_of, learning_rates, make_optimizer
+from llava_jax.train_step.update import apply_gradients, global_norm
 
 TOTAL = 40
 SCHEDULES = {
@@ -141,7 +141,7 @@ def test_an_update_may_be_left_out(on_host: bool):
 
 
 def test_the_state_begins_with_zeros():
-    """As `step.init_state` makes it."""
+    """As `train_step.step.init_state` makes it."""
     tx = make_optimizer(OptimizerConfig(weight_decay=0.1), 10)
     state = tx.init({"llm.norm.weight": jnp.ones(3), "projector.linear_1.weight": jnp.ones((2, 3))})
     assert len(jax.tree.leaves(state)) > 4

@@ -11,8 +11,8 @@ from training import CONFIG, change, packed, random_batch, run, start
 from llava_jax.config import DataConfig, ModelConfig
 from llava_jax.data.batching import Batch
 from llava_jax.data.packing import deal, first_fit, images_in_row
-from llava_jax.loss import next_tokens, token_losses
-from llava_jax.step import filled_micro_batches, forward
+from llava_jax.train_step.loss import next_tokens, token_losses
+from llava_jax.train_step.step import filled_micro_batches, forward
 
 ROOM = 50
 """Tokens of a packed row: two or three of the samples, which have 16 to 20."""

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from llava_jax.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig
-from llava_jax.hf.peft import CONFIG, save_adapter
-from llava_jax.lora import LLM, VISION
+from llava_jax.pretrained.peft import CONFIG, save_adapter
+from llava_jax.models.lora import LLM, VISION
 
 
 @pytest.mark.parametrize("rule", [r".*\.{}$", r"(.*\.)?({})$"])  # up to 0.14; from 0.15 on

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.pickles import Placeholder, open_pickle
-from llava_jax.hf.tensorfile import CheckpointError, Strided, Tensor, open_tensors
+from llava_jax.conversion.any_file import open_any
+from llava_jax.conversion.torch_pickle import Placeholder, open_pickle
+from llava_jax.pretrained.safetensors import CheckpointError, Strided, Tensor, open_tensors
 
 ZIP = pytest.mark.parametrize("as_zip", [True, False])
 

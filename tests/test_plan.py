@@ -16,11 +16,13 @@ import jax
 import pytest
 from training import CONFIG, MODEL, change
 
-from llava_jax import host, plan, plan_cache, run
+from llava_jax.distributed import host_memory
+from llava_jax.planning import search, cache
+from llava_jax.training import run
 from llava_jax.config import ConfigError, MemoryConfig, TrainConfig, TuneConfig
-from llava_jax.devices import GIB, RESERVE_SHARE
-from llava_jax.plan import REST, Plan, Trial, Usage, best, find_plan, levels, micro_sizes
-from llava_jax.sharding import make_mesh
+from llava_jax.planning.devices import GIB, RESERVE_SHARE
+from llava_jax.planning.search import REST, Plan, Trial, Usage, best, find_plan, levels, micro_sizes
+from llava_jax.distributed.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,9 +114,9 @@ def test_a_plan_changes_nothing_but_how_a_run_fits():
 
 def test_devices_share_what_is_no_activation():
     usage = Usage({"frozen weights": 9 * GIB, REST: GIB}, {}, 10 * GIB, 0, 0, 4 * GIB, 0)
-    assert plan.least_devices(usage, 1) == 4  # 9 GiB over 0.94 x 4 - 1
-    assert plan.least_devices(usage, 8) == 27
-    assert plan.least_devices(dataclasses.replace(usage, capacity=GIB), 1) is None
+    assert search.least_devices(usage, 1) == 4  # 9 GiB over 0.94 x 4 - 1
+    assert search.least_devices(usage, 8) == 27
+    assert search.least_devices(dataclasses.replace(usage, capacity=GIB), 1) is None
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +137,8 @@ def measured(config: TrainConfig) -> list[Trial]:
     known = Path(config.output_dir) / ".plans"
     plans = [Plan(1, memory) for memory in levels(config.memory)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "LEAST_SLICE", 100)
-        measure = lambda p: plan_cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
+        patch.setattr(host_memory, "LEAST_SLICE", 100)
+        measure = lambda p: cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
         return [Trial(p, measure(p)) for p in plans]
 
 
@@ -148,8 +150,8 @@ def choose(config: TrainConfig, limit: float, images: int = 1) -> TrainConfig:
 def test_more_devices_do_not_help_a_host_that_is_too_small():
     usage = dataclasses.replace(used(GIB), host_total=9 * GIB, host_capacity=8 * GIB)
     assert not usage.fits
-    assert plan.least_devices(usage, 1) is None
-    assert "1.00 GiB too much for the host" in plan.describe_trial(
+    assert search.least_devices(usage, 1) is None
+    assert "1.00 GiB too much for the host" in search.describe_trial(
         Trial(Plan(1, MemoryConfig()), usage)
     )
     larger = Trial(Plan(2, MemoryConfig()), used(12 * GIB))  # 2.5 GiB too much
@@ -179,10 +181,10 @@ def test_terms_add_up_and_none_is_negative(measured: list[Trial]):
 def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
     config = Plan(1, MemoryConfig()).apply(config)
     model = dataclasses.replace(MODEL, vision_feature_layer=-1)  # a step lacks unused weights
-    program, compiled, usage = plan.compile_here(config, model, 1, GIB)
+    program, compiled, usage = search.compile_here(config, model, 1, GIB)
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
     named = usage.total - usage.device[REST] - usage.device["gradients"]
-    arguments = named + plan._bytes(batch, on_host=False)
+    arguments = named + search._bytes(batch, on_host=False)
     stats = compiled.memory_analysis()
     assert stats is not None
     assert arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.02)
@@ -204,10 +206,10 @@ def test_what_the_compiler_refuses_does_not_fit(
     def refuse(_: Any) -> None:
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    monkeypatch.setattr(host, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
     planned = Plan(1, MemoryConfig(remat="full", stream_weights=True)).apply(config)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    usage = plan.measure_here(planned, MODEL, 1, 16 * GIB)
+    usage = search.measure_here(planned, MODEL, 1, 16 * GIB)
     assert not usage.fits
     assert usage.total == sum(usage.device.values()) == int(28.15 * GIB)
     assert usage.host_total == sum(usage.host.values()) > 0
@@ -215,7 +217,7 @@ def test_what_the_compiler_refuses_does_not_fit(
     assert usage.flops is None
     said = "something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
-        plan.measure_here(planned, MODEL, 1, 16 * GIB)
+        search.measure_here(planned, MODEL, 1, 16 * GIB)
 
 
 @pytest.mark.parametrize("level", range(5))
@@ -223,7 +225,7 @@ def test_a_declared_limit_decides_what_is_given_up(
     config: TrainConfig, measured: list[Trial], level: int, monkeypatch: pytest.MonkeyPatch
 ):
     """All figures are known by now, so that choosing compiles nothing."""
-    monkeypatch.setattr(plan_cache, "measure_here", never)
+    monkeypatch.setattr(cache, "measure_here", never)
     chosen = choose(config, room_for(measured[level].usage.total))
     assert str(Plan(1, chosen.memory)) == str(measured[level].plan)
     assert chosen.memory.plan == "manual"
@@ -232,7 +234,7 @@ def test_a_declared_limit_decides_what_is_given_up(
 def test_too_small_a_limit_names_the_closest_plan(
     config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan_cache, "measure_here", never)
+    monkeypatch.setattr(cache, "measure_here", never)
     smallest = measured[4].usage
     with pytest.raises(ConfigError, match="no plan fits") as error:
         choose(config, room_for(smallest.total) - 2)
@@ -247,16 +249,16 @@ def test_figures_are_kept_by_what_decides_them(
 ):
     known = Path(config.output_dir) / ".plans"
     assert len(list(known.iterdir())) == len(measured)
-    monkeypatch.setattr(plan_cache, "measure_here", never)
+    monkeypatch.setattr(cache, "measure_here", never)
     one = measured[0].plan.apply(config)
-    again = plan_cache.measure_once(known, one, MODEL, 1, 2 * GIB)
+    again = cache.measure_once(known, one, MODEL, 1, 2 * GIB)
     assert again == dataclasses.replace(measured[0].usage, capacity=2 * GIB)
-    plan_cache.measure_once(known, dataclasses.replace(one, name="other", seed=7), MODEL, 1, GIB)
+    cache.measure_once(known, dataclasses.replace(one, name="other", seed=7), MODEL, 1, GIB)
     for file in known.iterdir():  # one that is damaged is measured again
         before = file.read_bytes()
         for content in (b"", b"{", bytes(9), b"[]", b'{"total": 1}', b"\xff"):
             file.write_bytes(content)
-            assert plan_cache._read(file) is None
+            assert cache._read(file) is None
         file.write_bytes(before)
     smaller = dataclasses.replace(MODEL, vision_feature_layer=-1)
     for other, model, images in (
@@ -266,16 +268,16 @@ def test_figures_are_kept_by_what_decides_them(
         (one, MODEL, 2),
     ):
         with pytest.raises(AssertionError, match="must not be called"):
-            plan_cache.measure_once(known, other, model, images, GIB)
+            cache.measure_once(known, other, model, images, GIB)
     for name, value in (("hash_code", lambda: "changed"), ("versions", lambda: {"jax": "9"})):
         with monkeypatch.context() as patch:
-            patch.setattr(plan_cache, name, value)
+            patch.setattr(cache, name, value)
             with pytest.raises(AssertionError, match="must not be called"):
-                plan_cache.measure_once(known, one, MODEL, 1, GIB)
+                cache.measure_once(known, one, MODEL, 1, GIB)
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     with pytest.raises(AssertionError, match="must not be called"):
-        plan_cache.measure_once(known, one, MODEL, 1, GIB)
+        cache.measure_once(known, one, MODEL, 1, GIB)
 
 
 def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

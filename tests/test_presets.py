@@ -23,9 +23,9 @@ from llava_jax.config import (
     TuneConfig,
     load_config,
 )
-from llava_jax.optim import learning_rates
-from llava_jax.program import build_program
-from llava_jax.sharding import make_mesh
+from llava_jax.train_step.optimizer import learning_rates
+from llava_jax.train_step.program import build_program
+from llava_jax.distributed.sharding import make_mesh
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

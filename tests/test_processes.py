@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax import environment, guard, processes
+from llava_jax.distributed import environment, watchdog, multihost
 from llava_jax.config import ConfigError
-from llava_jax.hf.tensorfile import CheckpointError
+from llava_jax.pretrained.safetensors import CheckpointError
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
 ENVIRONMENTS = [
@@ -86,25 +86,25 @@ def test_what_the_environment_lacks_is_said(
     for name, value in variables.items():
         alone.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
-        processes.join()
+        multihost.join()
 
 
 def test_a_process_that_is_alone_agrees_with_itself():
-    assert processes.of_all(2**40 + 5) == [2**40 + 5]
-    assert processes.from_first(3) == 3
-    assert processes.highest_of(lambda: (3, -4))() == [3, -4]
-    assert processes.devices_of_machine() == jax.device_count()
-    assert processes.differences({"a": 1}) == []
-    assert processes.is_alone()
-    assert processes.is_first()
-    assert processes.all_end()
+    assert multihost.of_all(2**40 + 5) == [2**40 + 5]
+    assert multihost.from_first(3) == 3
+    assert multihost.highest_of(lambda: (3, -4))() == [3, -4]
+    assert multihost.devices_of_machine() == jax.device_count()
+    assert multihost.differences({"a": 1}) == []
+    assert multihost.is_alone()
+    assert multihost.is_first()
+    assert multihost.all_end()
 
 
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
 def test_an_error_of_a_save_that_lost_a_process_is_no_failed_disk(kind: type[Exception]):
     error = CheckpointError("the checkpoint could not be saved")
     error.__cause__ = kind("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer")
-    assert processes.is_lost(error)
+    assert multihost.is_lost(error)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_an_error_of_a_save_that_lost_a_process_is_no_failed_disk(kind: type[Exc
     ],
 )
 def test_another_error_is_no_lost_process(error: Exception):
-    assert not processes.is_lost(error)
+    assert not multihost.is_lost(error)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
@@ -124,8 +124,8 @@ def test_rows_are_placed_on_the_devices_that_have_them(shape: tuple[int, int]):
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("rows", "others"))
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
     values = np.arange(16).reshape(8, 2)
-    assert processes.rows_here(sharding, 8) == list(range(8))
-    placed = processes.place_rows(values, sharding, range(8), 8)
+    assert multihost.rows_here(sharding, 8) == list(range(8))
+    placed = multihost.place_rows(values, sharding, range(8), 8)
     np.testing.assert_array_equal(placed, values)
 
 
@@ -143,4 +143,4 @@ def test_rows_are_placed_on_the_devices_that_have_them(shape: tuple[int, int]):
     ],
 )
 def test_a_guard_names_the_process_that_was_lost(text: str, who: str):
-    assert guard._who(text).startswith(who)
+    assert watchdog._who(text).startswith(who)

@@ -9,23 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig, ModelConfig, Quantisation
-from llava_jax.pretrained import build
-from llava_jax.quant import (
-    BLOCK,
-    CHUNK,
-    DYNAMIC,
-    NF4,
-    Int8Weight,
-    NestedAbsmax,
-    Nf4Weight,
-    QuantisationError,
-    Quantised,
-    abstract,
-    dequantise,
-    is_quantised,
-    quantise,
-)
-from llava_jax.sharding import make_mesh
+from llava_jax.pretrained.model import build
+from llava_jax.models.quant import BLOCK, CHUNK, DYNAMIC, NF4, Int8Weight, NestedAbsmax, Nf4Weight, QuantisationError, Quantised, abstract, dequantise, is_quantised, quantise
+from llava_jax.distributed.sharding import make_mesh
 
 KINDS = get_args(Quantisation)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from several import free_port
 
-from llava_jax import rendezvous
+from llava_jax.distributed import rendezvous
 from llava_jax.config import ConfigError
 
 

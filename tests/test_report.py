@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_jax import report
+from llava_jax.report import report
 from llava_jax.config import ConfigError, DataConfig, TrainConfig, to_json
-from llava_jax.pictures import MOST, find_pictures, keep_pictures
-from llava_jax.report import Report, write_report
-from llava_jax.run_files import RunReader
+from llava_jax.report.thumbnails import MOST, find_pictures, keep_pictures
+from llava_jax.report.report import Report, write_report
+from llava_jax.report.run_files import RunReader
 
 EVIL = "<script>alert(1)</script> & \"'"
 GIB = 2**30

@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 
 from llava_jax.config import ConfigError, Parts
-from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.resolve import adapter_in, resolve
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.pretrained import LlavaModel
+from llava_jax.conversion.any_file import open_any
+from llava_jax.pretrained.resolve import adapter_in, resolve
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.model import LlavaModel
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 CLIP, VICUNA = "openai/clip", "lmsys/vicuna"

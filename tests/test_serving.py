@@ -377,10 +377,10 @@ def test_an_error_of_the_model_fails_its_requests_alone():
     """In this process, where a step can be made to fail."""
     from serving import TINY
 
-    from llava_jax.assistant import Assistant
+    from llava_jax.generation.assistant import Assistant
     from llava_jax.data.conversation import Turn
-    from llava_jax.prompts import Prompt
-    from llava_jax.sampling import GREEDY
+    from llava_jax.generation.prompts import Prompt
+    from llava_jax.generation.sampling import GREEDY
     from llava_jax.serving.limits import Limits, RequestError
     from llava_jax.serving.schema import Message
     from llava_jax.serving.service import Service

@@ -12,9 +12,9 @@ import pytest
 from training import CONFIG, MODEL
 
 from llava_jax.config import LlmConfig
-from llava_jax.hf.tensorfile import open_tensors
-from llava_jax.program import build_program
-from llava_jax.sharding import make_mesh
+from llava_jax.pretrained.safetensors import open_tensors
+from llava_jax.train_step.program import build_program
+from llava_jax.distributed.sharding import make_mesh
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llava_jax.stop import Stopped, StopRequest
+from llava_jax.training.signals import Stopped, StopRequest
 
 
 def test_a_signal_that_comes_twice_ends_once():

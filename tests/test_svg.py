@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from llava_jax.svg import MOST_POINTS, line_chart, number, thin, ticks
+from llava_jax.report.charts import MOST_POINTS, line_chart, number, thin, ticks
 
 
 def draw(values: list[float], **options: bool) -> tuple[str, ElementTree.Element]:

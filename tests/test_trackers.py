@@ -10,8 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_jax.config import ConfigError, LogConfig, TrainConfig
-from llava_jax.profiler import Profiler
-from llava_jax.trackers import check_packages, open_trackers
+from llava_jax.training.profiler import Profiler
+from llava_jax.training.trackers import check_packages, open_trackers
 
 
 def config(directory: Path, **fields: Any) -> TrainConfig:

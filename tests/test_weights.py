@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax import host
+from llava_jax.distributed import host_memory
 from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Parts, Quantisation, VisionConfig
-from llava_jax.hf import layouts
-from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.weights import find_tensors, fingerprint, load_params
-from llava_jax.hf.weights_save import save_params
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.safetensors import CheckpointError, open_tensors
+from llava_jax.pretrained.load import find_tensors, fingerprint, load_params
+from llava_jax.pretrained.save import save_params
 from llava_jax.models.layers import Params
-from llava_jax.pretrained import build
-from llava_jax.quant import abstract, quantise
-from llava_jax.sharding import make_mesh, place, shardings
+from llava_jax.pretrained.model import build
+from llava_jax.models.quant import abstract, quantise
+from llava_jax.distributed.sharding import make_mesh, place, shardings
 
 CONFIG = ModelConfig(
     vision=VisionConfig(28, 14, 16, 32, 3, 2),
@@ -110,7 +110,7 @@ def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
 @pytest.mark.parametrize("kind", get_args(Quantisation))
 def test_weights_are_quantised_as_they_come(kind, memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "LEAST_SLICE", 8)
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 8)
     config = dataclasses.replace(CONFIG, llm=LlmConfig(64, 64, 128, 3, 2, 2, 32, 128))
     values = random_params(config)
     save_params(values, tmp_path, config)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_jax.hf.pickles import open_pickle
-from llava_jax.hf.tensorfile import CheckpointError, Tensor, open_tensors, write_tensors
-from llava_jax.hf.zero import open_zero
+from llava_jax.conversion.torch_pickle import open_pickle
+from llava_jax.pretrained.safetensors import CheckpointError, Tensor, open_tensors, write_tensors
+from llava_jax.conversion.deepspeed import open_zero
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures" / "xtuner_pth"
 STAGES = pytest.mark.parametrize("stage", ["zero2", "zero3"])

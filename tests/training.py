@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from llava_jax import pretrained
+from llava_jax.pretrained import model
 from llava_jax.config import (
     VISION_LINEARS,
     BatchConfig,
@@ -21,9 +21,9 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch, BatchSpec, Sample, fill
 from llava_jax.data.packing import deal, first_fit
-from llava_jax.program import Program, build_program
-from llava_jax.sharding import make_mesh
-from llava_jax.step import TrainState, init_state
+from llava_jax.train_step.program import Program, build_program
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.train_step.step import TrainState, init_state
 
 MODEL = ModelConfig(
     VisionConfig(
@@ -104,7 +104,7 @@ def start(
     """A program on so many devices, its first state and its frozen parameters, from the seed."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     program = build_program(config, config.model or MODEL, steps, mesh)
-    params = pretrained.initialise(program.abstract, config.seed)
+    params = model.initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
     return program, init_state(program.state, trainable, config.seed), params
 

@@ -94,7 +94,7 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
     if missing:
         raise ConfigError(f"--peer {given.peer} needs pip install {' '.join(missing)}")
     if given.config:
-        from llava_jax.plan import sizes
+        from llava_jax.planning.search import sizes
 
         config = parse_config(["--config", given.config, *rest])
         model = sizes(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
-from llava_jax.needed import Row, needed_flops
+from llava_jax.planning.model_flops import Row, needed_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
 SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # about as CLIP's processor normalises levels

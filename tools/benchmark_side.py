@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from benchmark_case import BASE, Case, load_case
 
-from llava_jax.environment import prepare_for_training
+from llava_jax.distributed.environment import prepare_for_training
 
 
 class Side(Protocol):
@@ -54,13 +54,13 @@ class Ours:
     def __init__(self, case: Case, directory: Path):
         import jax
 
-        from llava_jax import pretrained
+        from llava_jax.pretrained import model
         from llava_jax.config import MeshConfig
         from llava_jax.data.batching import Batch
-        from llava_jax.plan import attention_here
-        from llava_jax.program import build_program
-        from llava_jax.sharding import make_mesh
-        from llava_jax.step import init_state
+        from llava_jax.planning.search import attention_here
+        from llava_jax.train_step.program import build_program
+        from llava_jax.distributed.sharding import make_mesh
+        from llava_jax.train_step.step import init_state
 
         self.device = jax.devices()[0]
         self.name = self.device.device_kind
@@ -70,7 +70,7 @@ class Ours:
         mesh = make_mesh(MeshConfig(), [self.device])
         self.program = build_program(case.config, case.model, 1, mesh, kind=kind)
         seed = case.config.seed
-        params = pretrained.load(directory / BASE, case.model, self.program.abstract, seed=seed)
+        params = model.load(directory / BASE, case.model, self.program.abstract, seed=seed)
         trainable = {path: params.pop(path) for path in self.program.trainable}
         self.frozen = params
         self.state = init_state(self.program.state, trainable, seed)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.environment import print_any_text
+from llava_jax.distributed.environment import print_any_text
 
 SHOWN = 5  # problems of a kind on the console
 PER_WORKER = 1000  # samples that are worth the start of a process
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
     from llava_jax.config import ConfigError, RunError, parse_config
-    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.pretrained.safetensors import CheckpointError
 
     try:
         return check_data(given, parse_config(["--config", given.config, *rest]))
@@ -52,8 +52,8 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from llava_jax.config import ConfigError
     from llava_jax.data.check import check, only_json, write_clean
     from llava_jax.data.padding import measure_padding
-    from llava_jax.hf.resolve import resolve_start
-    from llava_jax.inputs import find_model, open_inputs
+    from llava_jax.pretrained.resolve import resolve_start
+    from llava_jax.training.inputs import find_model, open_inputs
 
     source = None if config.init_from is None else resolve_start(config.init_from).base
     inputs = open_inputs(config, *find_model(config, source))

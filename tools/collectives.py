@@ -6,8 +6,8 @@ import math
 import sys
 from typing import Any
 
-from llava_jax.devices import GIB, GPUS
-from llava_jax.environment import prepare_for_planning
+from llava_jax.planning.devices import GIB, GPUS
+from llava_jax.distributed.environment import prepare_for_planning
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax  # not before the environment is prepared
 
-    from llava_jax.collectives import KINDS
+    from llava_jax.planning.collectives import KINDS
     from llava_jax.config import parse_config
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
@@ -47,15 +47,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
     """Bytes by kind of one micro-batch: as compiled, and by formula."""
-    from llava_jax import plan
-    from llava_jax.collectives import collective_bytes
+    from llava_jax.planning import search
+    from llava_jax.planning.collectives import collective_bytes
 
     batch = dataclasses.replace(
         config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
     )
     config = dataclasses.replace(config, batch=batch)
-    model = plan.sizes(config)
-    program, _, text = plan.compile_for(config, model, device, count)
+    model = search.sizes(config)
+    program, _, text = search.compile_for(config, model, device, count)
     return collective_bytes(text), formula(program, micro_size, config.data.max_length)
 
 
@@ -69,7 +69,7 @@ def formula(program: Any, rows: int, length: int) -> dict[str, int]:
     back, if it trains. A matrix that the devices do not divide is on all of them, and the sum of
     its gradients too.
     """
-    from llava_jax.hf.layouts import is_stacked
+    from llava_jax.pretrained.layouts import is_stacked
 
     item = program.dtype.itemsize
     size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, parse_source
 from llava_jax.data.conversation import TEMPLATES
-from llava_jax.environment import print_any_text
+from llava_jax.distributed.environment import print_any_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     print_any_text()
 
-    from llava_jax.hf.tensorfile import CheckpointError  # slow, and not for --help
+    from llava_jax.pretrained.safetensors import CheckpointError  # slow, and not for --help
 
     try:
         convert_given(given)
@@ -73,10 +73,10 @@ def convert_given(given: argparse.Namespace) -> None:
     Raises:
         ConfigError, CheckpointError, OSError: It cannot be.
     """
-    from llava_jax.convert import check_free, convert, open_source
-    from llava_jax.lora import LLM, VISION
-    from llava_jax.merge_check import check_merged
-    from llava_jax.part import convert_part, open_part
+    from llava_jax.conversion.convert import check_free, convert, open_source
+    from llava_jax.models.lora import LLM, VISION
+    from llava_jax.conversion.verify_merge import check_merged
+    from llava_jax.conversion.single_part import convert_part, open_part
 
     check_free(given.destination)
     source = parse_source(given.source) or given.source

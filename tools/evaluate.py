@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import ConfigError
-from llava_jax.environment import print_any_text
-from llava_jax.options import (
-    add_model_options,
-    add_sampling_options,
-    load_assistant,
-    read_sampling,
-)
+from llava_jax.distributed.environment import print_any_text
+from llava_jax.generation.cli_options import add_model_options, add_sampling_options, load_assistant, read_sampling
 
 SHOWN = 5  # questions that could not be asked, on the console
 
@@ -25,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
 
     from llava_jax.data.conversation import SampleError  # slow, and not for --help
-    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.pretrained.safetensors import CheckpointError
 
     try:
         return evaluate(given)
@@ -38,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    from llava_jax.benchmarks.tasks import JSON_METRICS, TASKS
+    from llava_jax.evals.tasks import JSON_METRICS, TASKS
 
     parser = argparse.ArgumentParser(
         prog="python tools/evaluate.py",
@@ -66,10 +61,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> int:
     """Reads, asks, scores, writes."""
-    from llava_jax.assistant import default_dtype
-    from llava_jax.benchmarks.asking import Answers, How, describe
-    from llava_jax.benchmarks.questions import Files
-    from llava_jax.benchmarks.tasks import find_task
+    from llava_jax.generation.assistant import default_dtype
+    from llava_jax.evals.run import Answers, How, describe
+    from llava_jax.evals.questions import Files
+    from llava_jax.evals.tasks import find_task
     from llava_jax.lock import hold
 
     check(given)
@@ -141,7 +136,7 @@ def check(given: argparse.Namespace) -> None:
     """
     from importlib.util import find_spec
 
-    from llava_jax.benchmarks.tasks import TASKS
+    from llava_jax.evals.tasks import TASKS
 
     if given.metric and given.task != "json":
         raise ConfigError(f"--metric is for --task json; {given.task} has its own")
@@ -161,7 +156,7 @@ def ask(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from llava_jax.benchmarks.asking import ask_all
+    from llava_jax.evals.run import ask_all
 
     assistant = load_assistant(given, slots=given.slots)
     errors = Console(stderr=True)

@@ -83,7 +83,7 @@ def make_prompt(batch: int) -> dict[str, np.ndarray]:
 def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[int], Any]:
     """Generates so many tokens, with llava_jax."""
     from llava_jax import LlavaModel
-    from llava_jax.generation import Engine, Request
+    from llava_jax.generation.engine import Engine, Request
 
     ids, pixels = prompt.values()
     length = ids.shape[1] + most

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax import plan
+from llava_jax.planning import search
 from llava_jax.config import (
     LLAVA_7B,
     AttentionKind,
@@ -29,12 +29,12 @@ from llava_jax.config import (
 )
 from llava_jax.data.batching import Batch
 from llava_jax.data.images import ImageTransform
-from llava_jax.devices import GIB, RESERVE_SHARE
+from llava_jax.planning.devices import GIB, RESERVE_SHARE
 from llava_jax.models.attention import ATTENTION
-from llava_jax.pretrained import initialise
-from llava_jax.program import build_program
-from llava_jax.sharding import make_mesh
-from llava_jax.step import init_state, placed_zeros
+from llava_jax.pretrained.model import initialise
+from llava_jax.train_step.program import build_program
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.train_step.step import init_state, placed_zeros
 
 COMMAND = Path(__file__).with_name("gpu_check.py")
 STEPS = 2  # the second starts from what the first left, in its place
@@ -54,7 +54,7 @@ RESIDENT = MemoryConfig()
 HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
 INPUTS_HOSTED = MemoryConfig(offload_activations=True)
 
-# The smallest whose layers may all lie in host memory, see `host.LEAST_SLICE`.
+# The smallest whose layers may all lie in host memory, see `distributed.host_memory.LEAST_SLICE`.
 SMALL = ModelConfig(
     VisionConfig(56, 14, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                  num_attention_heads=4),
@@ -138,7 +138,7 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
     """Parameters, and moments: after the first step these are multiples of the gradients."""
     config = dataclasses.replace(config, memory=memory)
     device = jax.devices()[0]
-    kind = plan.attention_here(config, SMALL)
+    kind = search.attention_here(config, SMALL)
     program = build_program(config, SMALL, STEPS, make_mesh(config.mesh, [device]), kind=kind)
     params = initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
@@ -174,7 +174,7 @@ def check_peaks() -> list[bool]:
     well = []
     print(f"{'run':8} {'planned':>11} {'measured':>12} {'error':>7}  plan")
     for name in MEASURED:
-        for level in range(len(list(plan.levels(RESIDENT)))):
+        for level in range(len(list(search.levels(RESIDENT)))):
             child = subprocess.run(
                 [sys.executable, COMMAND, "--measure", name, str(level)],
                 env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
@@ -209,10 +209,10 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
         data=DataConfig(max_length=LENGTH),
         batch=BatchConfig(global_size=2 * jax.device_count()),
     )
-    chosen = plan.Plan(1, list(plan.levels(RESIDENT))[level])
+    chosen = search.Plan(1, list(search.levels(RESIDENT))[level])
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
     config = chosen.apply(config)
-    program, step, usage = plan.compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
+    program, step, usage = search.compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
     found = {"plan": str(chosen), "planned": usage.total, "measured": None}
     if usage.fits:
         batch = program.abstract_batch(config.batch.global_size, LENGTH, 1)

@@ -129,7 +129,7 @@ def own_batches(
     from llava_jax.data.order import EpochOrder
     from llava_jax.data.sources import load_records
     from llava_jax.data.workers import read_ahead
-    from llava_jax.hf.tokenizer import load_tokenizer
+    from llava_jax.pretrained.tokenizer import load_tokenizer
 
     edge, tokens = given.edge, (given.edge // 14) ** 2
     tokenizer = load_tokenizer(Parts(str(given.tokenizer), "", None))

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.devices import GIB, GPUS, TPUS
-from llava_jax.environment import prepare_for_planning
+from llava_jax.planning.devices import GIB, GPUS, TPUS
+from llava_jax.distributed.environment import prepare_for_planning
 
 MOST_DEVICES = 64  # to look for a number of devices that would do
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     import jax  # not before the environment is prepared
 
     from llava_jax.config import ConfigError, parse_config
-    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.pretrained.safetensors import CheckpointError
 
     jax.config.update("jax_num_cpu_devices", max(given.count, MOST_DEVICES))
     try:
@@ -56,9 +56,9 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     """Plans, prints, writes."""
     import jax
 
-    from llava_jax import plan as planning
-    from llava_jax.sharding import data_parallel_size, make_mesh
-    from llava_jax.step import micro_size
+    from llava_jax.planning import search as planning
+    from llava_jax.distributed.sharding import data_parallel_size, make_mesh
+    from llava_jax.train_step.step import micro_size
 
     model = planning.sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
@@ -90,7 +90,7 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
     """The compiled step's FLOPs beside those that are needed."""
     from llava_jax.data.packing import images_in_row
-    from llava_jax.needed import full_row, needed_flops
+    from llava_jax.planning.model_flops import full_row, needed_flops
 
     config = chosen.plan.apply(config)
     images = 1 if config.data.max_images is None else config.data.max_images

@@ -5,9 +5,9 @@ import functools
 import math
 from pathlib import Path
 
-from llava_jax import plan
+from llava_jax.planning import search
 from llava_jax.config import TrainConfig, load_config
-from llava_jax.devices import GIB
+from llava_jax.planning.devices import GIB
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -39,7 +39,7 @@ class Row:
     def __str__(self) -> str:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
 
-    def holds(self, usage: plan.Usage) -> bool:
+    def holds(self, usage: search.Usage) -> bool:
         """Whether it takes no more than it may."""
         device, host = usage.total / GIB, usage.host_total / GIB
         return device <= self.device_gib and host <= self.host_gib
@@ -72,7 +72,7 @@ HEADER = """\
 |---|---|---|---|---|---|"""
 
 
-def measure(row: Row) -> tuple[plan.Usage, float]:
+def measure(row: Row) -> tuple[search.Usage, float]:
     """What a row takes, and its FLOPs as a multiple of the resident plan's (NaN: not counted)."""
     config = load_config(CONFIGS / f"{row.config}.py")
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
@@ -85,13 +85,13 @@ def measure(row: Row) -> tuple[plan.Usage, float]:
 @functools.cache
 def _measure(
     config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
-) -> plan.Usage:
+) -> search.Usage:
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
-    planned = plan.Plan(micro_size, memory).apply(config)
-    return plan.measure(planned, plan.sizes(config), device, count)
+    planned = search.Plan(micro_size, memory).apply(config)
+    return search.measure(planned, search.sizes(config), device, count)
 
 
-def describe(row: Row, usage: plan.Usage, flops: float) -> str:
+def describe(row: Row, usage: search.Usage, flops: float) -> str:
     """A line of the table."""
     cells = (
         row.run,

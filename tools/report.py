@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from llava_jax.environment import print_any_text
+from llava_jax.distributed.environment import print_any_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
     from llava_jax.config import ConfigError
-    from llava_jax.report import write_report
+    from llava_jax.report.report import write_report
 
     try:
         print(f"wrote {write_report(run_dir)}")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.options import add_model_options, load_assistant
+from llava_jax.generation.cli_options import add_model_options, load_assistant
 
 INSTALL = "serving needs more packages: pip install -e '.[serve]'"
 ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     try:
         from llava_jax.serving import app, connections  # noqa: F401 - to see whether they can be had
-        from llava_jax.serving.page import load_gradio
+        from llava_jax.serving.web_page import load_gradio
 
         if not given.no_page:
             load_gradio()
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {INSTALL} ({error})", file=sys.stderr)
         return 1
     from llava_jax.config import ConfigError
-    from llava_jax.hf.tensorfile import CheckpointError
+    from llava_jax.pretrained.safetensors import CheckpointError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes it on when it has ended
     try:
@@ -58,7 +58,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     from llava_jax.serving.access import guard_access
     from llava_jax.serving.app import make_app
     from llava_jax.serving.connections import Connections
-    from llava_jax.serving.page import add_page
+    from llava_jax.serving.web_page import add_page
     from llava_jax.serving.service import Service
 
     # The thread that generates asks for the interpreter many times a token; while requests are
@@ -227,7 +227,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError: One cannot be had.
     """
-    from llava_jax.hf.resolve import model_name
+    from llava_jax.pretrained.resolve import model_name
 
     found = {given.name or model_name(given.checkpoint): given}
     if given.compare:
@@ -249,8 +249,8 @@ def base_of(given: argparse.Namespace) -> argparse.Namespace:
         ConfigError: It does not say.
     """
     from llava_jax.config import ConfigError, format_source, parse_source
-    from llava_jax.description import quantisation_of
-    from llava_jax.hf.resolve import resolve
+    from llava_jax.training.run_config import quantisation_of
+    from llava_jax.pretrained.resolve import resolve
 
     base = given.base
     if base is None:
@@ -268,7 +268,7 @@ def warm_up(assistant: Any) -> None:
 
     from llava_jax.config import ConfigError
     from llava_jax.data.conversation import SampleError, Turn
-    from llava_jax.prompts import Prompt
+    from llava_jax.generation.prompts import Prompt
 
     question = "What is in the picture?"
     for images in ((), (Image.new("RGB", (64, 64)),)):

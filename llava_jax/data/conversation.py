@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ConfigError
-from llava_jax.data.errors import SampleError as SampleError
+from llava_jax.errors import SampleError as SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
 SYSTEM_PLACE = "{system}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.image_limits import MAX_PIXELS, check_cost
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 
 MAX_FILE_BYTES = 2**28
 MAX_PIXELS = 2**30 // 4 // 3

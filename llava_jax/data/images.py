@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from llava_jax.config import Aspect, Decode
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.files import open_file
 from llava_jax.data.image_file import open_checked, to_rgb
 from llava_jax.data.image_limits import MAX_FILE_BYTES

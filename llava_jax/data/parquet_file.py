@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ConfigError
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.files import file_size, open_file
 from llava_jax.data.records import (
     CONVERSATIONS,

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 """What is read of a record; all else in it is passed over."""

@@ -20,7 +20,7 @@ import grain
 import jax
 import numpy as np
 
-from llava_jax.guard import end_with
+from llava_jax.distributed.watchdog import end_with
 
 WITHOUT_END = 2**48
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.config import AttentionKind
 from llava_jax.models.flash import BLOCK, segment_attention
-from llava_jax.sharding import on_shards
+from llava_jax.distributed.sharding import on_shards
 
 LEAST_BLOCK, MOST_BLOCK = 128, 512
 """Tokens that the splash kernel takes at a time: a vector register's lanes, and what keeps a

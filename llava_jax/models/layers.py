@@ -22,14 +22,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from llava_jax.quant import Quantised, dequantise
+from llava_jax.models.quant import Quantised, dequantise
 
 Params = dict[str, jax.Array]
 """Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
 
 Abstract = dict[str, Any]
 """What stands for `Params` before there are any: ShapeDtypeStructs, once placed with shardings; of
-a quantised weight (`quant.Quantised`) too, of which `Params` then holds the arrays."""
+a quantised weight (`models.quant.Quantised`) too, of which `Params` then holds the arrays."""
 
 TokenKeys = Key[Array, "B T"] | None
 """One dropout key a token, so that its mask depends neither on its neighbours nor on the row that
@@ -61,9 +61,9 @@ KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `quant.Quantised`.
+    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `models.quant.Quantised`.
 
-    `lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
+    `models.lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):

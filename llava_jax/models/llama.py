@@ -30,7 +30,7 @@ from llava_jax.models.layers import (
     to_chunks,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.sharding import constrain, logical_axes, on_rows
+from llava_jax.distributed.sharding import constrain, logical_axes, on_rows
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:

@@ -141,7 +141,7 @@ class Llava(nnx.Module):
         """Logits, in float32.
 
         Args:
-            input_ids: Token ids in which every image is `config.image_tokens` image tokens.
+            input_ids: Token ids in which every image is `config.train.image_tokens` image tokens.
             pixel_values: The images in the order in which the batch's rows mention them.
             attention_mask: 1 for tokens, 0 for padding; None means no padding.
         """

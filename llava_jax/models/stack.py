@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llava_jax.config import Remat
-from llava_jax.host import DEVICE, HOST, fetch, layer_at, move, write_layer
+from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)

@@ -23,7 +23,7 @@ from llava_jax.models.layers import (
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.sharding import constrain
+from llava_jax.distributed.sharding import constrain
 
 
 class PatchEmbedding(nnx.Module):

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from llava_jax.assistant import Answer
+from llava_jax.generation.assistant import Answer
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Body, client_of, media_type
 from llava_jax.serving.limits import RequestError, refusal
 from llava_jax.serving.metrics import CONTENT_TYPE

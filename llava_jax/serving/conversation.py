@@ -3,7 +3,7 @@
 from typing import Literal
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_jax.prompts import Prompt
+from llava_jax.generation.prompts import Prompt
 from llava_jax.serving.limits import Limits, RequestError
 from llava_jax.serving.schema import ImagePart, Message
 

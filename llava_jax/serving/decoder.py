@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from jaxtyping import Float32
 
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.images import ImageTransform, read_pixels
 
 MAX_SECONDS = 20.0

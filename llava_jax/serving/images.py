@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 from jaxtyping import Float32
 
-from llava_jax.data.errors import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.data.image_file import open_checked
 from llava_jax.data.images import ImageTransform
 from llava_jax.serving.decoder import Decoders

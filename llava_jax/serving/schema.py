@@ -7,7 +7,7 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from llava_jax.config import ConfigError
-from llava_jax.sampling import Sampling
+from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.limits import RequestError
 
 MAX_MESSAGES = 1000

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, TypeVar, cast
 
-from llava_jax.assistant import Answer, Assistant
+from llava_jax.generation.assistant import Answer, Assistant
 from llava_jax.data.conversation import SampleError
-from llava_jax.sampling import Sampling
+from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Bodies
 from llava_jax.serving.conversation import to_prompt
-from llava_jax.serving.engine import EngineFailed, EngineThread, Job, Update
+from llava_jax.serving.engine_thread import EngineFailed, EngineThread, Job, Update
 from llava_jax.serving.images import Images
 from llava_jax.serving.limits import Limits, RequestError
 from llava_jax.serving.metrics import Metrics

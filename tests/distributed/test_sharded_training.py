@@ -10,9 +10,9 @@ import pytest
 from training import CONFIG, change, run
 
 from llava_jax.config import ConfigError, MeshConfig
-from llava_jax.quant import dequantise, quantise
-from llava_jax.sharding import PARAMETER_RULES, logical_axes, make_mesh, on_rows, to_spec
-from llava_jax.step import accumulation_steps
+from llava_jax.models.quant import dequantise, quantise
+from llava_jax.distributed.sharding import PARAMETER_RULES, logical_axes, make_mesh, on_rows, to_spec
+from llava_jax.train_step.step import accumulation_steps
 
 STEPS = 10
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_run import assert_same_run, metrics, popen, write_config
 
 from llava_jax import train
-from llava_jax.checkpoint import DAMAGED, MANIFEST, what_is_damaged
+from llava_jax.training.checkpoints import DAMAGED, MANIFEST, what_is_damaged
 
 STEPS = 12
 RECIPE = ("--steps", str(STEPS), "--checkpoint.every", "1", "--eval.every", "5")

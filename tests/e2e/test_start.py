@@ -14,11 +14,13 @@ from jax._src import monitoring  # no public function takes a listener away
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import environment, metrics, write_config
 
-from llava_jax import host, plan, train
+from llava_jax.distributed import host_memory
+from llava_jax.planning import search
+from llava_jax import train
 from llava_jax.config import MemoryConfig
 from llava_jax.data.batching import Batch
-from llava_jax.metrics import Reporter
-from llava_jax.program import Program
+from llava_jax.training.progress import Reporter
+from llava_jax.train_step.program import Program
 
 COUNTED = """
 import collections, json, sys
@@ -81,8 +83,8 @@ def test_the_step_that_a_plan_was_measured_by_is_not_compiled_again(
     monkeypatch: pytest.MonkeyPatch,
 ):
     memory = MemoryConfig(offload_optimizer=True, stream_weights=True)
-    monkeypatch.setattr(host, "LEAST_SLICE", 100)
-    monkeypatch.setattr(plan, "levels", lambda _: [memory])
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    monkeypatch.setattr(search, "levels", lambda _: [memory])
     config = write_config(tmp_path / "config.py", base, data)
     auto = ["--memory.plan", "auto", "--memory.limit-gib", "1", "--batch.micro-size", "1"]
     once = ["--steps", "1", "--data.buckets", "96", "--data.eval-path", "None"]

@@ -15,12 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import assert_same_run, metrics, write_config
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax import LlavaModel, host, plan_cache, train
-from llava_jax.checkpoint import Checkpoints
-from llava_jax.devices import GIB
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.metrics import Reporter
-from llava_jax.plan import REST, Usage
+from llava_jax import LlavaModel, train
+from llava_jax.distributed import host_memory
+from llava_jax.planning import cache
+from llava_jax.training.checkpoints import Checkpoints
+from llava_jax.planning.devices import GIB
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.training.progress import Reporter
+from llava_jax.planning.search import REST, Usage
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -183,7 +185,7 @@ def test_a_run_by_another_plan_learns_the_same(
     start, undisturbed: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Weights go to host memory when they are loaded, and come back from there when saved."""
-    monkeypatch.setattr(host, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
     flags = ("offload-optimizer", "stream-weights", "offload-activations")
     recipes = {"lora": [], "int8": ["--quantize", "int8"], "full": ["--tune.llm", "full"]}
     for name, tuning in recipes.items():
@@ -211,7 +213,7 @@ def test_a_planned_run_learns_the_same_and_need_not_be_planned_twice(
         assert status == 0
         assert "micro-batch 1, remat none: " in capsys.readouterr().out
         runs.append(directory)
-        monkeypatch.setattr(plan_cache, "measure_here", None)  # the figures are known by now
+        monkeypatch.setattr(cache, "measure_here", None)  # the figures are known by now
     assert_same_run(*runs)
     for run in runs:
         assert json.loads((run / "plan.json").read_text())["usage"]["total"] > 0
@@ -226,8 +228,8 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
 ):
     terms = {"frozen weights": 9 * GIB, REST: GIB}
     usage = Usage(terms, dict.fromkeys(terms, 0), 10 * GIB, 0, 0, 2 * GIB, 0)
-    monkeypatch.setattr(plan_cache, "measure_here", lambda *_: usage)
-    monkeypatch.setattr("llava_jax.run._load", None)
+    monkeypatch.setattr(cache, "measure_here", lambda *_: usage)
+    monkeypatch.setattr("llava_jax.training.run._load", None)
     arguments = ["--lora.rank", "5", "--memory.plan", "auto", "--memory.limit-gib", "2"]
     status, directory = start("too-large", *arguments)
     assert status == 1

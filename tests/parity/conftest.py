@@ -15,10 +15,10 @@ from flax import nnx
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import ModelConfig
-from llava_jax.hf.model_config import read_model_config
-from llava_jax.hf.weights import load_params
+from llava_jax.pretrained.model_config import read_model_config
+from llava_jax.pretrained.load import load_params
 from llava_jax.models.layers import Params, merge
-from llava_jax.pretrained import build
+from llava_jax.pretrained.model import build
 
 IMAGE, PAD, VOCABULARY = 60, 61, 64
 IMAGE_TOKENS, IMAGE_SIZE = 4, 28  # in patches of 14

@@ -15,12 +15,12 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
-from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.hf.trained import load_adapter, open_trained
-from llava_jax.lora import LLM, VISION
+from llava_jax.pretrained.peft import save_adapter
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.adapters import load_adapter, open_trained
+from llava_jax.models.lora import LLM, VISION
 from llava_jax.models.layers import Params
-from llava_jax.pretrained import build
+from llava_jax.pretrained.model import build
 
 pytestmark = [
     # peft 0.21.2 asks transformers 5.23 for it; nothing of ours.

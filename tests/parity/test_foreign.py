@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax.config import ConfigError, parse_source
-from llava_jax.convert import Opened, convert, open_source
+from llava_jax.conversion.convert import Opened, convert, open_source
 from llava_jax.data.conversation import TEMPLATES
-from llava_jax.hf.anyfile import open_any
-from llava_jax.hf.processor import chat_template, load_image_transform
-from llava_jax.hf.resolve import resolve
-from llava_jax.hf.tensorfile import CheckpointError, open_tensors
-from llava_jax.hf.tokenizer import load_tokenizer
-from llava_jax.hf.trained import open_trained
-from llava_jax.lora import LLM, VISION
-from llava_jax.merge_check import check_merged
-from llava_jax.pretrained import LlavaModel
+from llava_jax.conversion.any_file import open_any
+from llava_jax.pretrained.processor import chat_template, load_image_transform
+from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.safetensors import CheckpointError, open_tensors
+from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.pretrained.adapters import open_trained
+from llava_jax.models.lora import LLM, VISION
+from llava_jax.conversion.verify_merge import check_merged
+from llava_jax.pretrained.model import LlavaModel
 
 IMAGE = 60  # in the fixtures' batches
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -395,7 +395,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch):
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_jax.convert.write_model_config", stop)
+    monkeypatch.setattr("llava_jax.conversion.convert.write_model_config", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(opened, tmp_path / "out", "hf")
     assert not list(tmp_path.iterdir())

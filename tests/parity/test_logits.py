@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from llava_jax.config import ConfigError, Parts
-from llava_jax.hf.model_config import read_parts_config, write_model_config
-from llava_jax.hf.weights import load_params
-from llava_jax.hf.weights_save import save_params
+from llava_jax.pretrained.model_config import read_parts_config, write_model_config
+from llava_jax.pretrained.load import load_params
+from llava_jax.pretrained.save import save_params
 
 pytestmark = pytest.mark.parity("checkpoints", "transformers")
 

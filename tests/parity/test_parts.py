@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llava_jax.config import ConfigError, Parts
-from llava_jax.hf.tensorfile import CheckpointError
-from llava_jax.part import convert_part, open_part
-from llava_jax.pretrained import LlavaModel
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.conversion.single_part import convert_part, open_part
+from llava_jax.pretrained.model import LlavaModel
 
 BASE = Path(__file__).parent / "fixtures" / "base"
 

@@ -9,7 +9,7 @@ import torch
 from test_training import CONFIG, apart, ours, theirs
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from llava_jax.quant import Nf4Weight
+from llava_jax.models.quant import Nf4Weight
 
 DOUBLE = {"nf4": False, "nf4_double": True}
 UNTOUCHED = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]

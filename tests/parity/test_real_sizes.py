@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import MeshConfig
-from llava_jax.hf import layouts
-from llava_jax.hf.model_config import read_model_config, write_model_config
-from llava_jax.sharding import make_mesh, place
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.model_config import read_model_config, write_model_config
+from llava_jax.distributed.sharding import make_mesh, place
 
 CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
           "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llava_jax.benchmarks import answers, metrics
-from llava_jax.benchmarks.questions import Answered, Files
-from llava_jax.benchmarks.tasks import TASKS
+from llava_jax.evals import parse_answers, scoring
+from llava_jax.evals.questions import Answered, Files
+from llava_jax.evals.tasks import TASKS
 
 MADE = json.loads((Path(__file__).parent / "fixtures" / "benchmarks.json").read_text())
 LLAVA = "llava-torch 1.2.2.post1"
@@ -71,7 +71,7 @@ def test_scores(name: str, opened: Open, assert_parity: Callable[..., None]):
 @pytest.mark.parity("benchmarks", LLAVA)
 def test_normal_form_of_answers(assert_parity: Callable[..., None]):
     theirs = MADE["textvqa"]["normal"]
-    ours = {text: answers.normalise(text) for text in theirs}
+    ours = {text: parse_answers.normalise(text) for text in theirs}
     assert len(theirs) > 300
     assert_parity(f"answers that differ, of {len(theirs)}", count_different(ours, theirs), 0)
 
@@ -79,7 +79,7 @@ def test_normal_form_of_answers(assert_parity: Callable[..., None]):
 @pytest.mark.parity("benchmarks", "lmms-eval 0.7.3")
 def test_relaxed_match(assert_parity: Callable[..., None]):
     theirs = {(given, expected): right for given, expected, right in MADE["relaxed"]}
-    ours = {pair: bool(metrics.relaxed(pair[0], [pair[1]])) for pair in theirs}
+    ours = {pair: bool(scoring.relaxed(pair[0], [pair[1]])) for pair in theirs}
     assert_parity(f"pairs that differ, of {len(theirs)}", count_different(ours, theirs), 0)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from llava_jax import LlavaModel, generate
 from llava_jax.config import Parts
-from llava_jax.hf.tokenizer import load_tokenizer
+from llava_jax.pretrained.tokenizer import load_tokenizer
 from llava_jax.models.layers import Params, split
 
 pytest.importorskip("gguf")

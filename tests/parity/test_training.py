@@ -16,7 +16,7 @@ from training import MODEL, change, random_batch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.trainer_pt_utils import get_parameter_names
 
-from llava_jax import pretrained
+from llava_jax.pretrained import model
 from llava_jax.config import (
     BatchConfig,
     LoraConfig,
@@ -25,14 +25,14 @@ from llava_jax.config import (
     TuneConfig,
 )
 from llava_jax.data.batching import Batch
-from llava_jax.hf.model_config import read_model_config, write_model_config
-from llava_jax.hf.peft import save_adapter
-from llava_jax.hf.weights_save import save_params
+from llava_jax.pretrained.model_config import read_model_config, write_model_config
+from llava_jax.pretrained.peft import save_adapter
+from llava_jax.pretrained.save import save_params
 from llava_jax.models.layers import Params, merge
 from llava_jax.models.llava import head_logits
-from llava_jax.program import Program, build_program
-from llava_jax.sharding import make_mesh
-from llava_jax.step import init_state, normalised
+from llava_jax.train_step.program import Program, build_program
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.train_step.step import init_state, normalised
 
 STEPS, SIZE, GROUP = 20, 8, 2
 LIMIT = 1e-5  # rounding makes less than 1e-6; norms that decay, 1e-4
@@ -147,7 +147,7 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, model_config, STEPS, mesh)
-    params = pretrained.load(base, model_config, program.abstract, seed=3)
+    params = model.load(base, model_config, program.abstract, seed=3)
     save(program, params, start)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=3)

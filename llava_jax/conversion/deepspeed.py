@@ -1,0 +1,199 @@
+"""Tensors out of a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
+
+Each process wrote a part of one long float32 array, in which the parameters stand one after the
+other; the shapes beside it tell where (as deepspeed/utils/zero_to_fp32.py has it). Stages 1 and 2
+cut that array among the processes, stage 3 cuts each parameter.
+"""
+
+import dataclasses
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava_jax.disk import read_regular
+from llava_jax.conversion.torch_pickle import open_pickle
+from llava_jax.pretrained.safetensors import CheckpointError, Tensor, is_shape
+
+_MAX_NAME_BYTES = 1000
+_MODEL, _OPTIMIZER = "*model_states.pt", "*_optim_states.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Tensor):
+    """A tensor in several pieces, one after the other."""
+
+    pieces: tuple[Tensor, ...] = ()
+
+    def _read_into(self, values: np.ndarray) -> None:
+        start = 0
+        for piece in self.pieces:
+            stop = start + math.prod(piece.shape)
+            values[start:stop] = piece.read()
+            start = stop
+
+    def stretch(self, at: int, count: int) -> bytes:
+        found, start = [], 0
+        for piece in self.pieces:
+            first, last = max(at - start, 0), min(at + count - start, piece.size)
+            if first < last:
+                found.append(piece.stretch(first, last - first))
+            start += piece.size
+        return b"".join(found)
+
+
+def zero_directory(path: Path) -> Path | None:
+    """The directory of a ZeRO checkpoint: `path`, or the one in it that its `latest` names."""
+    if any(path.glob(_MODEL)):
+        return path
+    latest = path / "latest"
+    if not latest.is_file():
+        return None
+    try:
+        name = read_regular(latest, _MAX_NAME_BYTES).decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{latest} cannot be read: {error}") from error
+    if "\0" in name or Path(name).name != name or not (path / name).is_dir():
+        raise CheckpointError(f"{latest} names {name!r:.80}, which is no directory beside it")
+    return path / name if any((path / name).glob(_MODEL)) else None
+
+
+def open_zero(directory: Path) -> dict[str, Tensor]:
+    """The trained parameters, in float32, by the names of the model that DeepSpeed wrapped.
+
+    Raises:
+        CheckpointError: A process's file is missing, or they do not fit together.
+    """
+    models, optimizers = (_by_rank(directory, pattern) for pattern in (_MODEL, _OPTIMIZER))
+    try:
+        states = [open_pickle(file)["optimizer_state_dict"] for file in optimizers]
+        shapes = _checked(open_pickle(models[0])["param_shapes"])
+        count = states[0]["partition_count"]
+        count = count[0] if isinstance(count, list) else count
+        if not isinstance(count, int):
+            raise CheckpointError(f"{directory}: partition_count is no number")
+        by_parameter = "fp32_flat_groups" in states[0]
+        name = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
+        parts = [state[name] for state in states]
+        if not all(_is_line(part) for line in parts for part in line):
+            raise CheckpointError(f"{directory}: {name} holds something else than float32 arrays")
+        if len(parts) != count:
+            raise CheckpointError(
+                f"{directory} has the files of {len(parts)} processes; {count} wrote it"
+            )
+        if by_parameter:  # one line of all groups
+            shapes = [{name: shape for group in shapes for name, shape in group.items()}]
+            parts = [[groups] for groups in parts]
+        else:
+            parts = [[[group] for group in groups] for groups in parts]
+        if odd := [len(part) for part in parts if len(part) != len(shapes)]:
+            raise CheckpointError(
+                f"{directory}: {name} has {odd[0]} groups of values; param_shapes has {len(shapes)}"
+            )
+        found = {}
+        for index, group in enumerate(shapes):
+            ranks = [part[index] for part in parts]
+            found |= dict(_cut(directory, group, ranks, by_parameter=by_parameter))
+    except CheckpointError:
+        raise
+    except Exception as error:  # these are nested dicts and lists of any kind
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {said:.500}") from error
+    return found
+
+
+def _checked(groups: Any) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of each group's parameters."""
+    if len({*map(id, groups)}) != len(groups):  # a pickle can name one a million times
+        raise ValueError("param_shapes has a group twice")
+    for group in groups:
+        for name, shape in group.items():
+            if not isinstance(name, str) or not isinstance(shape, tuple) or not is_shape(shape):
+                raise ValueError("param_shapes has something else than shapes by names")
+    return groups
+
+
+def _is_line(part: object) -> bool:
+    """Whether a process's part is what `_Line` takes."""
+    return type(part) is Tensor and part.dtype == "F32" and len(part.shape) == 1
+
+
+def _by_rank(directory: Path, pattern: str) -> list[Path]:
+    rank = lambda file: int((re.search(r"pp_rank_(\d+)", file.name) or ["", "0"])[1])
+    found = sorted(directory.glob(pattern), key=rank)
+    if not found:
+        raise CheckpointError(f"{directory} has no {pattern}")
+    return found
+
+
+def _cut(
+    directory: Path,
+    shapes: dict[str, tuple[int, ...]],
+    ranks: list[list[Tensor]],
+    *,
+    by_parameter: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of one group.
+
+    Args:
+        directory: For messages.
+        shapes: In the order in which they stand.
+        ranks: Each process's part, in one stretch or several.
+        by_parameter: Whether each parameter is cut (stage 3), or the whole array.
+    """
+    stretches = ranks if by_parameter else [[part for line in ranks for part in line]]
+    lines = [_Line.of(line) for line in stretches]
+    at = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        step = -(-size // len(lines))
+        pieces: list[Tensor] = []
+        for line, done in zip(lines, range(0, size, step or 1), strict=False):
+            pieces += line.cut(name, at, min(step, size - done))
+        at += step
+        found = sum(math.prod(piece.shape) for piece in pieces)
+        if found != size or not pieces:
+            raise CheckpointError(f"{directory} has {found} of the {size} values of {name:.200}")
+        first = pieces[0]
+        yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
+    for line in lines:
+        # DeepSpeed pads the whole array to twice the processes; each parameter, to a step.
+        _refuse_surplus(line, at, 1 if by_parameter else 2 * len(ranks))
+
+
+class _Line(NamedTuple):
+    """Stretches that stand one after the other, and where each ends, in values."""
+
+    stretches: list[Tensor]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, stretches: list[Tensor]) -> "_Line":
+        return cls(stretches, [*accumulate(math.prod(part.shape) for part in stretches)])
+
+    def cut(self, name: str, start: int, size: int) -> Iterator[Tensor]:
+        """Values `start` to `start + size`."""
+        for index in range(bisect_right(self.ends, start), len(self.ends)):
+            stretch = self.stretches[index]
+            before = self.ends[index] - math.prod(stretch.shape)
+            if before >= start + size:
+                return
+            first, last = max(start, before) - before, min(start + size, self.ends[index]) - before
+            if first < last:
+                place, length = stretch.start + 4 * first, last - first
+                yield Tensor(name, stretch.file, stretch.dtype, (length,), place, 4 * length)
+
+
+def _refuse_surplus(line: _Line, taken: int, align: int) -> None:
+    """Refuses values that are neither of a parameter nor padding up to a multiple of `align`."""
+    held, most = (line.ends or [0])[-1], -(-taken // align) * align
+    if held > most:
+        raise CheckpointError(
+            f"{line.stretches[-1].file}: {held} values up to its end, of which the parameters in "
+            f"param_shapes take {taken} and padding {most - taken}; {held - most} belong to none"
+        )

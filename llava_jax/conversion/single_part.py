@@ -1,0 +1,104 @@
+"""A decoder or a vision tower alone, rewritten as its own software's safetensors directory.
+
+On the hub some are pickles only, Vicuna for one, and training reads none; behind tools/convert.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_jax.config import ConfigError, ModelConfig, Parts
+from llava_jax.conversion.convert import check_free, unfinished
+from llava_jax.disk import copy_regular
+from llava_jax.pretrained import layouts
+from llava_jax.conversion.any_file import open_any
+from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained.model_config import read_json_config, read_llm_config, read_vision_config, tower_settings
+from llava_jax.pretrained.processor import write_json
+from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.load import Stored, find_tensors, stored
+from llava_jax.pretrained.save import save_params
+from llava_jax.pretrained.model import build
+
+_WEIGHTS = ("*.bin", "*.bin.index.json", "*.safetensors", "*.safetensors.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part alone, opened and checked, not read.
+
+    Attributes:
+        place: Its directory.
+        config: Of a LLaVA with this part in it; the others in it mean nothing.
+        layout: How its software names the tensors.
+        params: Where they lie.
+    """
+
+    place: Path
+    config: ModelConfig
+    layout: Layout
+    params: dict[str, Stored]
+
+
+def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part | None:
+    """Opens a source that is a decoder or a vision tower alone, by its tensors; None if it is not.
+
+    Raises:
+        ConfigError: There is no such source, or it is a projector alone.
+        CheckpointError: It cannot be read, or does not fit its config.
+    """
+    found = resolve(source, open_any)
+    if isinstance(found.base, Parts) or found.adapter is not None:
+        return None
+    place, tensors = found.base, open_any(found.base)
+    alone = (layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE, *layouts.PROJECTOR_LAYOUTS)
+    try:
+        own = layouts.recognise(tensors, (*layouts.LLAVA_LAYOUTS, *alone))
+    except layouts.LayoutError:
+        return None  # opening it as a whole model will say what is amiss
+    parts = own.parts(tensors)
+    if parts == {"projector"}:
+        raise ConfigError(
+            f"{place} is a projector alone; name what it belongs between: "
+            f"llm=DIR,vision=DIR,projector={place}"
+        )
+    if parts == {"llm"}:
+        known, layout, what = layouts.LLM_LAYOUTS, layouts.LLAMA, "a decoder"
+        config = ModelConfig(llm=read_llm_config(place))
+    elif parts == {"vision"}:
+        known, layout, what = layouts.VISION_LAYOUTS, layouts.CLIP, "a vision tower"
+        config = ModelConfig(vision=read_vision_config(place), vision_feature_layer=-1)
+    else:
+        return None
+    own = layouts.recognise(tensors, known)
+    _, abstract = build(config, {}, dtype="float32")
+    specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
+    paths = find_tensors(str(place), [(tensors, own)], config, specs)
+    say(f"{place}: {what} alone, {own.name}")
+    return Part(place, config, layout, {p: stored(p, t, specs[p]) for p, t in paths.items()})
+
+
+def convert_part(part: Part, destination: Path, dtype: str | None = None) -> None:
+    """Writes a part as a directory of transformers', with all that lies beside its weights.
+
+    Args:
+        part: From `open_part`.
+        destination: Must not exist, or be empty.
+        dtype: Of the weights; None keeps each as it is.
+
+    Raises:
+        ConfigError: The destination is taken.
+    """
+    check_free(destination)
+    with unfinished(destination) as directory:
+        weights = {file for pattern in _WEIGHTS for file in part.place.glob(pattern)}
+        beside = (*part.place.glob("*.json"), *part.place.glob("*.jinja"))
+        for file in {*beside, *part.place.glob("*.model"), *part.place.glob("*.txt")} - weights:
+            copy_regular(file, directory / file.name)
+        save_params(part.params, directory, part.config, layout=part.layout, dtype=dtype)
+        own = read_json_config(part.place)[1]
+        if part.layout is layouts.CLIP:  # of a CLIPModel only the half that is written
+            own = tower_settings(part.config.vision)
+        said = dtype or str(next(iter(part.params.values())).dtype)
+        own.pop("dtype", None)  # what transformers 5 calls it
+        write_json(directory / "config.json", own | {"torch_dtype": said})

@@ -1,0 +1,165 @@
+"""Writes what LLaVA's own code reads: whole models (layout E) and LoRA directories (layout G)."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.config import Aspect, ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
+from llava_jax.data.conversation import Template
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings
+from llava_jax.pretrained.llava_directory import official_settings
+from llava_jax.pretrained.peft import CONFIG, WEIGHTS, lora_settings, peft_name
+from llava_jax.pretrained.processor import generation_settings, write_image_processor, write_json
+from llava_jax.pretrained.safetensors import write_tensors
+from llava_jax.pretrained.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
+from llava_jax.pretrained.load import VOCABULARY, Stored
+from llava_jax.pretrained.save import save_params, save_tensors
+from llava_jax.models.lora import LLM, is_adapter
+
+_TOWER = "vision_tower"
+
+
+def save_official(
+    directory: Path,
+    final: Path,
+    params: Mapping[str, Stored],
+    config: ModelConfig,
+    inputs: Path | Parts,
+    *,
+    dtype: str | None,
+    said: str,
+    aspect: Aspect | None,
+    template: Template | None,
+) -> None:
+    """Writes a model in layout E, its vision tower in it and once more as a directory beside.
+
+    LLaVA's code builds a tower from that directory, and fills it from the checkpoint.
+
+    Args:
+        directory: Must exist.
+        final: Where the directory will be: config.json names the tower's place in it.
+        params: The whole model.
+        config: Of it.
+        inputs: Where the tokenizer lies.
+        dtype: Of the weights; None keeps each as it is.
+        said: What config.json says of it.
+        aspect: As in `official_settings`.
+        template: What conversations look like; None if it is not known.
+
+    Raises:
+        ConfigError: LLaVA's code has no such model.
+    """
+    _check(config)
+    llm = _own_llm(config, inputs)
+    cut = {path: _first_rows(params[path], llm.vocab_size) for path in VOCABULARY if path in params}
+    save_params({**params, **cut}, directory, config, layout=layouts.E, dtype=dtype)
+    tower = {path: x for path, x in params.items() if path.startswith("vision.")}
+    (directory / _TOWER).mkdir()
+    save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
+    settings = tower_settings(config.vision) | {"torch_dtype": said}
+    write_json(directory / _TOWER / "config.json", settings)
+    write_image_processor(inputs, directory / _TOWER)
+    settings = text_settings(llm) | _token_ids(inputs) | {"torch_dtype": said}
+    place = str(final.absolute() / _TOWER)
+    write_json(directory / "config.json", official_settings(config, settings, place, aspect))
+    if has_tokenizer(inputs):
+        copy_tokenizer(inputs, directory)
+        generation = generation_settings(inputs, load_tokenizer(inputs), config, template)
+        write_json(directory / "generation_config.json", generation | {"pad_token_id": None})
+
+
+def save_official_adapter(
+    directory: Path,
+    params: Mapping[str, Stored],
+    adapters: Mapping[str, LoraConfig],
+    config: ModelConfig,
+    base: str | None,
+    tower: str | None,
+    inputs: Path | Parts,
+    aspect: Aspect | None,
+) -> None:
+    """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
+
+    Args:
+        directory: Must exist.
+        params: What was trained.
+        adapters: By stack.
+        config: Of the model.
+        base: The decoder that they belong on, None if it is not in a place of its own.
+        tower: Where the vision tower lies, likewise.
+        inputs: Where the tokenizer lies.
+        aspect: As in `official_settings`.
+
+    Raises:
+        ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
+    """
+    lora = {path: x for path, x in params.items() if path.startswith(LLM) and is_adapter(path)}
+    projector = {path: x for path, x in params.items() if path.startswith("projector.")}
+    if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
+        raise ConfigError(
+            f"LLaVA's LoRA directories have no room for {len(foreign)} parameters, {foreign[0]} "
+            "for one; add --merge"
+        )
+    naming = partial(peft_name, layouts.E)
+    save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
+    _save_pickle({naming(p): x for p, x in projector.items()}, directory)
+    written = lora_settings(adapters[LLM]) | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": list(adapters[LLM].targets),
+        "modules_to_save": None,
+    }
+    write_json(directory / CONFIG, written)
+    _check(config)
+    # LLaVA's code reads the decoder with this config, whose vocabulary is its own, not a grown one.
+    llm = read_llm_config(base) if base else _own_llm(config, inputs)
+    settings = text_settings(llm) | _token_ids(inputs)
+    own = official_settings(config, settings, tower or "", aspect)
+    write_json(directory / "config.json", own | {"unfreeze_mm_vision_tower": False})
+
+
+def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(
+            "LLaVA's LoRA directories hold a pickle, which takes PyTorch (pip install torch)"
+        ) from error
+    values = {name: torch.from_numpy(x.read(0).astype(np.float32)) for name, x in params.items()}
+    torch.save(values, directory / "non_lora_trainables.bin")
+
+
+def _token_ids(inputs: Path | Parts) -> dict[str, Any]:
+    """What begins and what ends a text, as a decoder's config.json has it."""
+    if not has_tokenizer(inputs):
+        return {}
+    tokenizer = load_tokenizer(inputs)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def _check(config: ModelConfig) -> None:
+    if config.vision.model_type != "clip_vision_model" or config.projector_hidden_act != "gelu":
+        raise ConfigError(
+            f"LLaVA's own code has no {config.vision.model_type} with a projector of "
+            f"{config.projector_hidden_act}, only CLIP's with gelu; take --to hf"
+        )
+
+
+def _own_llm(config: ModelConfig, inputs: Path | Parts) -> LlmConfig:
+    """The decoder without an `<image>` and a `<pad>` at its end; LLaVA's code has neither."""
+    if not has_tokenizer(inputs):  # which tokens are words is not known
+        return config.llm
+    added = {config.image_token_id, config.pad_token_id}
+    rows = known = len(load_tokenizer(inputs))
+    while rows - 1 in added:
+        rows -= 1
+    return dataclasses.replace(config.llm, vocab_size=rows) if rows < known else config.llm
+
+
+def _first_rows(param: Stored, rows: int) -> Stored:
+    return Stored((rows, *param.shape[1:]), param.dtype, lambda index: param.read(index)[:rows])

@@ -1,0 +1,146 @@
+"""MMBench: questions of up to four choices, in a table with its images inside."""
+
+import base64
+import binascii
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_jax.evals.parse_answers import first_letter
+from llava_jax.evals.scoring import mean
+from llava_jax.evals.questions import LETTER, Answered, Files, Question, Source, ask, open_text
+from llava_jax.config import ConfigError
+
+LETTERS = ("A", "B", "C", "D")
+TABLE = Source(
+    ("mmbench_dev_20230712.tsv", "mmbench_dev_*.tsv", "*.tsv"),
+    "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv",
+    "questions",
+)
+LETTER_CN = "请直接回答选项字母。"
+_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+_PLACE = 6  # of the predictions among the columns
+_TURNED = 1_000_000  # the same question, its choices in another order, has a number above this
+# What pandas, with which LLaVA reads the table, takes for nothing; and what LLaVA does.
+_NOTHING = {
+    "",
+    *("#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "NA", "n/a", "NULL", "null", "-NaN", "-nan"),
+    *("-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN"),
+}
+_LONGEST_REFERENCE = 64  # an image that is no longer is the number of the row that has it
+
+
+def read(files: Files) -> list[Question]:
+    """Reads the table, as the first round of LLaVA's evaluation does.
+
+    Raises:
+        ConfigError: It is missing or has another form.
+    """
+    path = files.find(TABLE)
+    rows = list(_read_table(path))
+    images = {row["index"]: row["image"] for row in rows}
+    prompt = LETTER_CN if "_cn" in path.stem else LETTER
+    return [_question(row, images, prompt) for row in rows]
+
+
+def _read_table(path: Path) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(sys.maxsize)
+    with open_text(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        needed = {"index", "question", "image", *LETTERS}
+        try:
+            if missing := needed - {*(reader.fieldnames or ())}:
+                raise ConfigError(f"{path} has no columns {', '.join(sorted(missing))}")
+            for row in reader:
+                if not (row["index"] or "").isdecimal():
+                    found = f"found {row['index']!r:.40}"
+                    raise ConfigError(f"{path}, line {reader.line_num}: no index, {found}")
+                yield {name: value or "" for name, value in row.items() if name}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _is_nothing(text: str) -> bool:
+    return text in _NOTHING or text.lower() in ("nan", "none")
+
+
+def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Question:
+    options = {}
+    for letter in LETTERS:
+        if _is_nothing(row[letter]):
+            break
+        options[letter] = row[letter]
+    hint = row.get("hint", "")
+    lines = [] if _is_nothing(hint) else [hint]
+    lines += [row["question"], *(f"{letter}. {option}" for letter, option in options.items())]
+    text = "\n".join(lines)
+    answer = row.get("answer", "")
+    extra = {
+        "round_id": 0,
+        "options": [*options.values()],
+        "option_char": [*options],
+        "row": {name: value for name, value in row.items() if name not in _DROPPED},
+    }
+    more: dict[str, Any] = {"category": row.get("category") or None, "extra": extra}
+    image: bytes | None = None
+    try:
+        image = base64.b64decode(_image(row["image"], images), validate=True)
+    except (binascii.Error, ValueError) as error:
+        more["problem"] = f"its image is no base64: {error}"
+    return ask(int(row["index"]), f"{text}\n{prompt}", image, [answer] if answer else [], **more)
+
+
+def _image(text: str, images: dict[str, str]) -> str:
+    return images.get(text, text) if len(text) <= _LONGEST_REFERENCE else text
+
+
+def score(answered: Sequence[Answered]) -> dict[str, Any] | None:
+    """The share of right letters, and of questions that are right in every order of their choices.
+
+    None for a table without answers. The server reads answers that are no letter with an LLM.
+    """
+    turns: dict[int, list[bool]] = defaultdict(list)
+    for question, text in answered:
+        if question.answers:
+            letter = first_letter(text, question.extra["option_char"])
+            turns[int(question.id) % _TURNED].append(letter == question.answers[0])
+    if not turns:
+        return None
+    return {
+        "accuracy": mean(right for turn in turns.values() for right in turn),
+        "circular": mean(all(turn) for turn in turns.values()),
+    }
+
+
+def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
+    """Writes the sheet that MMBench's server takes."""
+    from openpyxl import Workbook  # pyright: ignore[reportMissingModuleSource]
+
+    columns = list(answered[0].question.extra["row"])
+    columns.insert(_PLACE, "prediction")
+    book = Workbook()
+    sheet: Any = book.active
+    table = [dict(zip(columns, columns, strict=True))]
+    table += [question.extra["row"] | {"prediction": text} for question, text in answered]
+    for line, row in enumerate(table, 1):
+        for column, name in enumerate(columns, 1):
+            _write(sheet.cell(line, column), row.get(name, ""))
+    path = folder / "mmbench_submission.xlsx"
+    book.save(path)
+    return path
+
+
+def _write(cell: Any, value: str) -> None:
+    """Writes a value as a number or as text, never as the formula that it may look like."""
+    from openpyxl.cell.cell import (  # pyright: ignore[reportMissingModuleSource]
+        ILLEGAL_CHARACTERS_RE,
+    )
+
+    if value.isascii() and value.isdecimal() and len(value) < 16:
+        cell.value = int(value)
+    elif value:
+        cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+        cell.data_type = "s"

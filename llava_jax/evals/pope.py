@@ -1,0 +1,66 @@
+"""POPE: is there such a thing in the image? Three sets of questions about COCO's images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava_jax.evals.scoring import count_yes_no, mean
+from llava_jax.evals.questions import EVAL_ZIP, SHORT, Answered, Files, Question, Source, ask, read_lines, read_questions, without_prompt
+from llava_jax.config import ConfigError
+
+SETS = ("adversarial", "popular", "random")
+LABELS = Source(
+    ("coco_pope_*.json", "coco/coco_pope_*.json"),
+    "https://github.com/AoiDragon/POPE, output/coco",
+    "annotations",
+)
+QUESTIONS = Source(("llava_pope_test.jsonl",), EVAL_ZIP, "questions")
+IMAGES = Source(("val2014",), "http://images.cocodataset.org/zips/val2014.zip", "image_root")
+
+
+def read(files: Files) -> list[Question]:
+    """Reads the questions: those of LLaVA's file if it is there, else all of POPE's own.
+
+    Raises:
+        ConfigError: A file is missing or has another form, or a question has no label.
+    """
+    root = files.find(IMAGES)
+    labelled = []
+    for path in files.find_all(LABELS):
+        category = path.stem.removeprefix("coco_pope_")
+        if category not in SETS:
+            raise ConfigError(f"{path}: expected coco_pope_SET.json, SET one of {', '.join(SETS)}")
+        rows = read_lines(path, question_id=(str, int), image=str, text=str, label=str)
+        labelled += [(category, row) for row in rows]
+    if not (asked := files.look(QUESTIONS)):
+        return [
+            ask(
+                f"{category}/{row['question_id']}",
+                f"{row['text']}\n{SHORT}",
+                row["image"],
+                [row["label"]],
+                root=root,
+                category=category,
+            )
+            for category, row in labelled
+        ]
+    labels = {
+        (category, row["image"], row["text"].strip()): row["label"] for category, row in labelled
+    }
+
+    def label(row: dict[str, Any]) -> Sequence[str]:
+        key = row.get("category"), row["image"], without_prompt(row["text"])
+        if key not in labels:
+            raise ConfigError(
+                f"{asked[0]}: question {row['question_id']} is in none of the label files; they "
+                f"are of another version: get those from {LABELS.origin}"
+            )
+        return [labels[key]]
+
+    return read_questions(asked[0], root, label)
+
+
+def score(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Scores each set; `f1` is the mean of theirs, the number that is published."""
+    of = lambda name: [answer for answer in answered if answer.question.category == name]
+    sets = {name: count_yes_no(of(name)).scores for name in SETS if of(name)}
+    return {"f1": mean(scores["f1"] for scores in sets.values()), "sets": sets}

@@ -1,0 +1,207 @@
+"""Asking a model the questions of a benchmark, once each, over any number of starts."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_jax.generation.assistant import Assistant, Reply
+from llava_jax.evals.questions import Answered, Question
+from llava_jax.config import ConfigError
+from llava_jax.disk import append_rows, replace_text
+from llava_jax.pretrained.resolve import model_name
+from llava_jax.generation.prompts import Prompt
+from llava_jax.generation.sampling import GREEDY, Sampling
+
+WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
+"""Files of a checkpoint by which it is known again."""
+
+
+class How(NamedTuple):
+    """How answers are generated, as for `Assistant.answer_all`."""
+
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+
+
+def describe(
+    task: str,
+    questions: Sequence[Question],
+    how: How,
+    checkpoint: str,
+    **loaded: str | None,
+) -> dict[str, Any]:
+    """All that answers depend on, for settings.json.
+
+    Args:
+        task: The benchmark.
+        questions: All of its questions.
+        how: How answers are generated.
+        checkpoint: What is asked.
+        loaded: How it is loaded.
+    """
+    digest = hashlib.sha256()
+    for question in questions:
+        # repr, since ids may be numbers or texts and images paths or bytes
+        digest.update(repr((question.id, question.turns, question.images)).encode())
+    place = Path(checkpoint)
+    files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
+    files = [place] if place.is_file() else files
+    stats = [(str(file.relative_to(place)), file.stat()) for file in files]
+    return {
+        "task": task,
+        "model": model_name(checkpoint),
+        "checkpoint": str(place.resolve()) if place.exists() else checkpoint,
+        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        **loaded,
+        "max_new_tokens": how.max_new_tokens,
+        **dataclasses.asdict(how.sampling),
+        "stop": [*how.stop],
+        "questions": digest.hexdigest(),
+    }
+
+
+class Answers:
+    """The answers of one model to one benchmark: answers.jsonl, and settings.json beside it.
+
+    Args:
+        folder: Where they are, and are looked for.
+        settings: What they depend on.
+        questions: All questions of the benchmark.
+
+    Raises:
+        ConfigError: The folder has answers to other settings, or is damaged.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], questions: Sequence[Question]):
+        self.path = folder / "answers.jsonl"
+        self._questions = questions
+        self._model = settings["model"]
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_settings(folder / "settings.json", settings, self.path)
+        self._rows = self._read()
+
+    def missing(self, count: int) -> list[int]:
+        """Numbers of the first `count` questions that were not asked yet."""
+        return [number for number in range(count) if number not in self._rows]
+
+    def refused(self, count: int) -> list[tuple[int, str]]:
+        """Those of the first `count` that could not be asked, and why."""
+        rows = ((number, self._rows[number]) for number in range(count))
+        return [(number, row["error"]) for number, row in rows if row.get("error")]
+
+    def answered(self, count: int) -> list[Answered]:
+        """The first `count` questions, which were all asked, with their answers."""
+        return [Answered(self._questions[n], self._rows[n]["text"]) for n in range(count)]
+
+    def add(self, number: int, reply: Reply | None, error: str | None = None) -> None:
+        """Keeps an answer, or why there is none."""
+        question = self._questions[number]
+        row = {
+            "question_id": question.id,
+            "prompt": question.prompt,
+            "text": reply.text if reply else "",
+            "answer_id": str(number),
+            "model_id": self._model,
+            "metadata": {},
+            **{name: value for name, value in question.extra.items() if name != "row"},
+            "number": number,
+            "category": question.category,
+            "expected": question.answers,
+            "ending": reply.ending if reply else None,
+            "prompt_tokens": reply.prompt_tokens if reply else 0,
+            "new_tokens": reply.new_tokens if reply else 0,
+            "error": error,
+        }
+        append_rows(self.path, [row])
+        self._rows[number] = row
+
+    def sort(self) -> None:
+        """Brings the file into the questions' order, on which LLaVA's scripts rely."""
+        rows = [self._rows[number] for number in sorted(self._rows)]
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        if not self.path.exists():
+            return {}
+        *whole, last = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = {}
+        for line, text in enumerate(whole, 1):
+            row = _parse(text)
+            number = row.get("number", -1)
+            known = number in range(len(self._questions)) and isinstance(row.get("text"), str)
+            if not known or row.get("question_id") != self._questions[number].id:
+                raise ConfigError(
+                    f"{self.path}, line {line} is no answer to this benchmark; take the line out, "
+                    "or give another --output"
+                )
+            rows[number] = row
+        if last:  # cut short by a kill
+            replace_text(self.path, "".join(text + "\n" for text in whole))
+        return rows
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The object in a line; empty where there is none."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _check_settings(path: Path, settings: dict[str, Any], answers: Path) -> None:
+    if not answers.exists():  # what was asked before and not answered binds nobody
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differs = [name for name in there | settings if there.get(name) != settings.get(name)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give another --output") from None
+    if differs:
+        lines = [
+            f"  {name}: {there.get(name)} there, {settings.get(name)} here" for name in differs
+        ]
+        raise ConfigError(
+            f"{answers} has answers of other settings; give another --output, or delete it:\n"
+            + "\n".join(line[:300] for line in lines)
+        )
+
+
+def ask_all(
+    assistant: Assistant,
+    answers: Answers,
+    questions: Sequence[Question],
+    numbers: Sequence[int],
+    how: How,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Asks questions, several at a time, and keeps each answer as it comes.
+
+    Args:
+        assistant: Who answers.
+        answers: Where they are kept.
+        questions: All questions of the benchmark.
+        numbers: Of those to ask.
+        how: How answers are generated.
+        advance: Called after each.
+    """
+    asked: list[int] = []
+
+    def keep(number: int, reply: Reply | None, error: str | None = None) -> None:
+        answers.add(number, reply, error)
+        advance()
+
+    for number in numbers:
+        if problem := questions[number].problem:
+            keep(number, None, problem)
+        else:
+            asked.append(number)
+    prompts = (Prompt(questions[number].turns, questions[number].images) for number in asked)
+    refuse = lambda place, error: keep(asked[place], None, str(error))
+    for place, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
+        keep(asked[place], reply)

@@ -1,0 +1,50 @@
+"""The table of benchmarks: how each is read, scored, and handed in."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_jax.evals import gqa, mmbench, mme, custom, pope, scienceqa, textvqa, vqav2
+from llava_jax.evals.scoring import METRICS
+from llava_jax.evals.questions import Answered, Files, Question
+
+JSON_METRICS = (*METRICS, custom.YES_NO)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        read: Reads its questions.
+        score: Scores answers; None where only a server can.
+        submit: Writes what its server or its own script takes into a folder, and returns where.
+        max_new_tokens: Of an answer, as LLaVA's evaluation has it.
+        needs: A package that `submit` needs.
+    """
+
+    read: Callable[[Files], list[Question]]
+    score: Callable[[Sequence[Answered]], dict[str, Any] | None]
+    submit: Callable[[Path, Sequence[Answered], Files], Path] | None = None
+    max_new_tokens: int = 128
+    needs: str | None = None
+
+
+TASKS = {
+    "easy_vqa": Task(custom.read_easy_vqa, custom.scorer("exact"), max_new_tokens=16),
+    "pope": Task(pope.read, pope.score),
+    "mme": Task(mme.read, mme.score, mme.submit),
+    "scienceqa": Task(scienceqa.read, scienceqa.score, scienceqa.submit, 1024),
+    "textvqa": Task(textvqa.read, custom.scorer("vqa")),
+    "vqav2": Task(vqav2.read, lambda _: None, vqav2.submit),
+    "gqa": Task(gqa.read, gqa.score, gqa.submit),
+    "mmbench": Task(mmbench.read, mmbench.score, mmbench.submit, 1024, "openpyxl"),
+    "json": Task(custom.read_json, custom.scorer("exact")),
+}
+
+
+def find_task(name: str, metric: str | None = None) -> Task:
+    """A benchmark of the table; a metric is that of "json"."""
+    task = TASKS[name]
+    return task if metric is None else dataclasses.replace(task, score=custom.scorer(metric))

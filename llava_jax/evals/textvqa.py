@@ -1,0 +1,55 @@
+"""TextVQA: questions about text in images, each with the answers of ten people."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava_jax.evals.questions import EVAL_ZIP, Files, Question, Source, check_fields, read_json, read_questions
+from llava_jax.config import ConfigError
+
+QUESTIONS = Source(("llava_textvqa_val_v051_ocr.jsonl",), EVAL_ZIP, "questions")
+ANNOTATIONS = Source(
+    ("TextVQA_0.5.1_val.json",),
+    "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
+    "annotations",
+)
+IMAGES = Source(
+    ("train_images", "train_val_images/train_images"),
+    "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+    "image_root",
+)
+_OCR = "Reference OCR token: "
+
+
+def read(files: Files) -> list[Question]:
+    """Reads LLaVA's questions, whose ids are those of images, with TextVQA's answers.
+
+    Raises:
+        ConfigError: A file is missing or has another form, or a question has no answers.
+    """
+    path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
+    known = {}
+    for number, row in enumerate(check_fields(read_json(annotations), "", data=list)["data"]):
+        place = f"{annotations}, question {number}"
+        row = check_fields(row, place, image_id=str, question=str, answers=list)
+        known[row["image_id"], row["question"].lower()] = [str(a) for a in row["answers"]]
+
+    def answers(row: dict[str, Any]) -> Sequence[str]:
+        key = row["question_id"], asked(row["text"]).lower()
+        if key not in known:
+            raise ConfigError(f"{path}: {annotations} has no answers to {key[1]!r} on {key[0]}")
+        return known[key]
+
+    return read_questions(path, root, answers)
+
+
+def asked(prompt: str) -> str:
+    """The question in LLaVA's prompt, which has what OCR read of the image on a line of its own.
+
+    Raises:
+        ConfigError: It is no such prompt.
+    """
+    lines = prompt.split("\n")
+    with_ocr = len(lines) == 3 and _OCR in prompt
+    if not with_ocr and len(lines) != 2:
+        raise ConfigError(f"expected a question, perhaps a line of OCR, and a prompt: {prompt!r}")
+    return lines[1] if with_ocr and lines[0].startswith(_OCR.strip()) else lines[0]

@@ -1,0 +1,144 @@
+"""A conversation in a terminal."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_jax.generation.assistant import Assistant
+from llava_jax.config import ConfigError
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
+from llava_jax.data.images import open_image
+from llava_jax.generation.prompts import Prompt
+from llava_jax.generation.sampling import Sampling
+
+COMMANDS = """\
+  /image FILE   show it a picture, with your next message; again for several
+  /reset        begin a new conversation
+  /save FILE    write the conversation, as LLaVA's training data has it
+  /exit         end (or Ctrl-D); Ctrl-C ends an answer, or clears the line"""
+
+
+class Chat:
+    """What was said and shown so far.
+
+    Args:
+        assistant: With a free slot.
+        sampling: How tokens are chosen.
+        max_new_tokens: Most tokens of an answer.
+        stop: Texts that end one.
+        system: What the system says; None is the template's own.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        system: str | None = None,
+    ):
+        self._assistant, self._sampling = assistant, sampling
+        self._max_new_tokens, self._stop, self._system = max_new_tokens, stop, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was said and shown."""
+        self._turns = [Turn("system", self._system)] if self._system else []
+        self._images: list[str] = []
+        self._new_images: list[str] = []
+
+    def show(self, file: str) -> None:
+        """Takes a picture for the next message.
+
+        Raises:
+            SampleError: It cannot be read.
+        """
+        open_image(file)
+        self._new_images.append(file)
+
+    def say(self, text: str) -> None:
+        """Asks, and prints the answer as it comes; what fails leaves all as it was.
+
+        Raises:
+            SampleError: The conversation cannot be used, as when it has become too long.
+        """
+        text = text.replace(IMAGE_PLACEHOLDER, "")
+        asked = Turn("human", f"{IMAGE_PLACEHOLDER}\n" * len(self._new_images) + text)
+        prompt = Prompt((*self._turns, asked), (*self._images, *self._new_images))
+        pieces = self._assistant.stream(
+            prompt,
+            max_new_tokens=self._max_new_tokens,
+            sampling=self._sampling,
+            stop=self._stop,
+        )
+        answer = ""
+        try:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            self._assistant.reset()  # it came in the midst of something
+        print()
+        self._turns += [asked, Turn("gpt", answer.strip())]
+        self._images, self._new_images = [*self._images, *self._new_images], []
+
+    def save(self, file: str) -> None:
+        """Writes the conversation as LLaVA's data has it: a list of one record.
+
+        Raises:
+            ConfigError: There is none.
+            OSError: The file cannot be written.
+        """
+        if not any(turn.role == "gpt" for turn in self._turns):
+            raise ConfigError("nothing was said that could be saved")
+        images = [str(Path(image).absolute()) for image in self._images]
+        turns = [{"from": turn.role, "value": turn.text} for turn in self._turns]
+        record = {"id": Path(file).stem, **({"image": images} if images else {})}
+        text = json.dumps([record | {"conversations": turns}], indent=2, ensure_ascii=False)
+        Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+    def converse(self) -> None:
+        """Reads messages and commands until the end."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - its import lets input() edit lines and remember them
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                self._take(line)
+            except SampleError as error:
+                again = "; /reset begins anew" if error.kind == "length" else ""
+                print(f"error: {error}{again}", file=sys.stderr)
+            except (ConfigError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def _take(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        file = os.path.expanduser(rest.strip().strip("'\""))
+        if not line.startswith("/"):
+            if line:
+                self.say(line)
+        elif word == "/reset":
+            self.reset()
+            print("a new conversation")
+        elif word == "/image" and file:
+            self.show(file)
+            print("shown with your next message")
+        elif word == "/save" and file:
+            self.save(file)
+            print(f"wrote {file}")
+        else:
+            named = f"no command {word}; there are\n" if word not in COMMANDS else ""
+            print(named + COMMANDS)

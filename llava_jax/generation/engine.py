@@ -1,0 +1,359 @@
+"""Generating: sequences come and go, and one compiled step gives each that is there a token.
+
+Every sequence has a row of preallocated caches. Its prompt is read into the row by itself, so what
+is generated does not depend on its neighbours, and rows that have ended take new prompts while the
+others go on.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32
+
+from llava_jax.config import ConfigError
+from llava_jax.data.conversation import SampleError
+from llava_jax.pretrained.processor import end_tokens
+from llava_jax.generation.decoder import Cache, Structure, Weights, cache_shape, decode, prefill, take_apart
+from llava_jax.models.layers import merge, split
+from llava_jax.models.llava import Llava
+from llava_jax.models.stack import jit_loop
+from llava_jax.pretrained.model import LlavaModel
+from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
+from llava_jax.distributed.sharding import to_spec
+
+SHORTEST = 32
+"""Tokens that every prompt is padded to; longer ones to this or 1.5 times a power of two."""
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt, and what was generated from it so far.
+
+    Attributes:
+        input_ids: int32 [T]. The prompt, every image as many image tokens as it has features.
+        pixel_values: float32 [I, 3, H, W]. Its images, in their order.
+        max_new_tokens: Most tokens to generate.
+        ends: Tokens that end it.
+        sampling: How tokens are chosen.
+        tokens: What was generated, with the token that ended it.
+        ending: Why it is over: one of `ends`, or its length. None while it is not.
+    """
+
+    input_ids: Int32[np.ndarray, " T"]
+    pixel_values: Float32[np.ndarray, "I 3 H W"]
+    max_new_tokens: int
+    ends: frozenset[int] = frozenset()
+    sampling: Sampling = GREEDY
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ending: Literal["stop", "length"] | None = None
+
+
+class Engine:
+    """A model, ready to generate from several prompts at a time.
+
+    Args:
+        model: With its weights, which may be quantised, adapted, and sharded over a mesh. It is
+            taken apart: it cannot be used afterwards.
+        slots: Most sequences at a time.
+        length: Longest sequence in tokens, prompt and answer together.
+
+    Raises:
+        ConfigError: The decoder computes no sequences of that length.
+    """
+
+    def __init__(self, model: Llava, *, slots: int, length: int):
+        self.config = model.config
+        self.length = length
+        window = model.config.llm.sliding_window
+        if window is not None and length > window:
+            raise ConfigError(
+                f"sequences of {length} tokens, but the decoder's sliding_window is {window}, and "
+                f"attention in a window is not computed; take a length of {window} at most"
+            )
+        self._dtype, self._slots = model.dtype, slots
+        self._structure, self._weights = take_apart(model)
+        self._compiled: set[tuple[int, int]] = set()
+        self._compiling = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sequences. After an error of a step, which leaves no caches, it must be."""
+        sharding = jax.tree.leaves(self._weights.layers)[0].sharding
+        shape = cache_shape(self.config.llm, self._slots, self.length)
+        whole = sharding
+        if isinstance(sharding, NamedSharding):  # heads lie where the weights that make them do
+            axes = ("whole", "split_outputs", "whole", "whole")
+            whole = NamedSharding(sharding.mesh, PartitionSpec())
+            sharding = NamedSharding(sharding.mesh, to_spec(axes, shape, sharding.mesh.shape))
+        empty = lambda: jnp.zeros(shape, self._dtype, device=sharding)
+        self._caches = [Cache(empty(), empty()) for _ in self._weights.layers]
+        self._seen = jnp.zeros((self._slots, self.config.llm.vocab_size), bool, device=whole)
+        self._rows: list[Request | None] = [None] * self._slots
+
+    @property
+    def free(self) -> int:
+        """Sequences that may be added."""
+        return self._rows.count(None)
+
+    def check(self, length: int) -> None:
+        """Refuses a prompt of so many tokens if it leaves no place for an answer.
+
+        Raises:
+            SampleError: It does not.
+        """
+        if not 0 < length < self.length:
+            raise SampleError(
+                f"the prompt has {length} tokens, and prompt and answer together may have "
+                f"{self.length}",
+                "length",
+            )
+
+    def is_compiled(self, request: Request) -> bool:
+        """Whether `compile` has been called for a request of its size."""
+        return self._size(request) in self._compiled
+
+    def compile(self, request: Request) -> None:
+        """Compiles what reads such a prompt, unless that is done.
+
+        Any thread may call it, while another one generates.
+        """
+        if self.is_compiled(request):
+            return
+        with self._compiling:
+            if self.is_compiled(request):
+                return
+            shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            caches, seen = jax.tree.map(shape_of, (self._caches, self._seen))
+            _start.compile(self._structure, self._weights, caches, seen, *self._inputs(request, 0))
+            self._compiled.add(self._size(request))
+
+    def add(self, request: Request) -> None:
+        """Reads a prompt, and generates its first token; there must be a free slot. As `check`."""
+        self.check(len(request.input_ids))
+        self.compile(request)
+        row = self._rows.index(None)
+        token, self._caches, self._seen = _start(
+            self._structure,
+            self._weights,
+            self._caches,
+            self._seen,
+            *self._inputs(request, row),
+        )
+        self._rows[row] = request
+        self._take(row, int(token[0]))
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """Padded tokens and images, which decide what is compiled."""
+        return _padded(len(request.input_ids), self.length), len(request.pixel_values)
+
+    def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
+        """The last arguments of `_start`."""
+        size, images = self._size(request)
+        input_ids = np.full(size, self.config.pad_token_id, np.int32)
+        input_ids[: len(request.input_ids)] = request.input_ids
+        return (
+            input_ids,
+            np.int32(len(request.input_ids)),
+            request.pixel_values if images else None,
+            np.int32(row),
+            to_rows([request.sampling]),
+        )
+
+    def step(self) -> list[Request]:
+        """Generates a token for every sequence there is, and returns these."""
+        running = [request for request in self._rows if request is not None]
+        if not running:
+            return []
+        newest = [0 if request is None else request.tokens[-1] for request in self._rows]
+        tokens, self._caches, self._seen = _advance(
+            self._structure,
+            self._weights,
+            self._caches,
+            self._seen,
+            np.array(newest, np.int32),
+            np.array([_length(request) - 1 for request in self._rows], np.int32),
+            to_rows([GREEDY if r is None else r.sampling for r in self._rows]),
+        )
+        tokens = np.asarray(tokens).tolist()
+        for row, token in enumerate(tokens):
+            if self._rows[row] is not None:
+                self._take(row, token)
+        return running
+
+    def remove(self, request: Request) -> None:
+        """Forgets a sequence that need not go on."""
+        if request in self._rows:
+            self._rows[self._rows.index(request)] = None
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Takes requests as slots become free, and yields each when it is over."""
+        waiting = iter(requests)
+        exhausted = False
+        while True:
+            while self.free and not exhausted:
+                if (request := next(waiting, None)) is None:
+                    exhausted = True
+                    break
+                self.add(request)
+                if request.ending:
+                    yield request
+            running = self.step()
+            if exhausted and not running:
+                return
+            yield from (request for request in running if request.ending)
+
+    def _take(self, row: int, token: int) -> None:
+        """Adds a token to a row's sequence, which it may end."""
+        request = cast("Request", self._rows[row])
+        request.tokens.append(token)
+        if token in request.ends:
+            request.ending = "stop"
+        elif len(request.tokens) >= request.max_new_tokens or _length(request) >= self.length:
+            request.ending = "length"
+        if request.ending:
+            self._rows[row] = None
+
+
+def _length(request: Request | None) -> int:
+    return 1 if request is None else len(request.input_ids) + len(request.tokens)
+
+
+def _padded(length: int, most: int) -> int:
+    """What a prompt is padded to, so that few lengths are compiled."""
+    size = SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, most)
+
+
+def _start_fn(
+    structure: Structure,
+    weights: Weights,
+    caches: list[Cache],
+    seen: Bool[jax.Array, "B V"],
+    input_ids: Int[jax.Array, "T"],
+    length: Int[jax.Array, ""],
+    pixel_values: Float[jax.Array, "I 3 H W"] | None,
+    row: Int[jax.Array, ""],
+    rows: Rows,
+) -> tuple[Int[jax.Array, "1"], list[Cache], Bool[jax.Array, "B V"]]:
+    """A prompt into a row, and its first token."""
+    logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
+    is_prompt = jnp.arange(input_ids.shape[0]) < length
+    mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
+    seen = jax.lax.dynamic_update_slice(seen, mine[None], (row, 0))
+    return choose(logits, mine[None], length[None], rows), caches, seen
+
+
+def _advance_fn(
+    structure: Structure,
+    weights: Weights,
+    caches: list[Cache],
+    seen: Bool[jax.Array, "B V"],
+    tokens: Int[jax.Array, "B"],
+    positions: Int[jax.Array, "B"],
+    rows: Rows,
+) -> tuple[Int[jax.Array, "B"], list[Cache], Bool[jax.Array, "B V"]]:
+    """The newest tokens into all rows, and those that follow."""
+    logits, caches = decode(structure, weights, caches, tokens, positions)
+    seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
+    return choose(logits, seen, positions + 1, rows), caches, seen
+
+
+_start = jit_loop(_start_fn, static_argnums=0, donate_argnums=(2, 3))
+_advance = jit_loop(_advance_fn, static_argnums=0, donate_argnums=(2, 3))
+
+
+def generate(
+    model: LlavaModel,
+    input_ids: Int[ArrayLike, "B T"],
+    pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+    attention_mask: Int[ArrayLike, "B T"] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Int32[np.ndarray, "B new"]:
+    """Generates from a batch of prompts; each gives what it would give alone.
+
+    Args:
+        model: With its weights, of which the decoder's are held twice meanwhile.
+        input_ids: Prompts in which every image is `config.train.image_tokens` image tokens.
+        pixel_values: The images in the order in which the batch's rows mention them.
+        attention_mask: 1 for tokens, 0 for padding, on either side; None means no padding.
+        max_new_tokens: Most tokens to generate.
+        temperature: As the rest, see `sampling.Sampling`; 0 is greedy.
+        top_k: Likewise.
+        top_p: Likewise.
+        repetition_penalty: Likewise.
+        seed: Of the first row; those that follow count on from it.
+        eos_token_id: Tokens that end a row; None takes those of the checkpoint.
+
+    Returns:
+        The new tokens, those that end a row included; after them comes `config.train.pad_token_id`.
+
+    Raises:
+        ConfigError: A setting that makes no sense.
+        ValueError: The images are not as many as the prompts ask for.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
+    if eos_token_id is None:
+        ends = end_tokens(model.source) if model.source else frozenset()
+    else:
+        ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    requests = [
+        Request(ids, pixels, max_new_tokens, ends)
+        for ids, pixels in _rows_of(model, input_ids, pixel_values, attention_mask)
+    ]
+    for number, request in enumerate(requests):
+        row_seed = (seed + number) % 2**32
+        request.sampling = Sampling(temperature, top_k, top_p, repetition_penalty, row_seed)
+    longest = max((len(request.input_ids) for request in requests), default=1)
+    length = _padded(longest + max_new_tokens, 2**30)
+    engine = Engine(cast("Llava", merge(*split(model))), slots=len(requests), length=length)
+    for _ in engine.run(requests):
+        pass
+    new = max((len(request.tokens) for request in requests), default=0)
+    tokens = np.full((len(requests), new), model.config.pad_token_id, np.int32)
+    for row, request in zip(tokens, requests, strict=True):
+        row[: len(request.tokens)] = request.tokens
+    return tokens
+
+
+def _rows_of(
+    model: LlavaModel,
+    input_ids: Int[ArrayLike, "B T"],
+    pixel_values: Float[ArrayLike, "I C Y X"] | None,
+    attention_mask: Int[ArrayLike, "B T"] | None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every row's tokens without padding, and its images."""
+    ids = np.asarray(input_ids, np.int32)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) > 0
+    size = model.config.vision.image_size
+    empty = np.zeros((0, 3, size, size), np.float32)
+    pixels = empty if pixel_values is None else np.asarray(pixel_values, np.float32)
+    found, first = [], 0
+    for row, kept in zip(ids, mask, strict=True):
+        count = int((row[kept] == model.config.image_token_id).sum())
+        images, rest = divmod(count, model.config.image_tokens)
+        if rest:
+            raise ValueError(
+                f"row {len(found)} has {count} image tokens, and an image takes "
+                f"{model.config.image_tokens}"
+            )
+        found.append((row[kept], pixels[first : first + images]))
+        first += images
+    if first != len(pixels):
+        raise ValueError(f"the prompts ask for {first} images, and there are {len(pixels)}")
+    return found

@@ -1,0 +1,174 @@
+"""Conversations as a model's inputs, as its checkpoint's own files say."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.config import ModelConfig, Parts, format_source
+from llava_jax.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    Encoded,
+    SampleError,
+    Turn,
+    count_placeholders,
+    end_token,
+    expand_images,
+    tokenizing,
+)
+from llava_jax.data.images import ImageTransform, open_image
+from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
+from llava_jax.pretrained.processor import end_tokens, load_fitting_transform, read_chat_template
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.tokenizer import load_tokenizer
+
+_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer.
+
+    Attributes:
+        turns: The last is human. Every image is an `<image>` in a human turn.
+        images: In their order: image files (paths, or what is in them), pictures, or pixels float32
+            [3, H, W] as the reader's transform makes them.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | bytes | Image.Image | np.ndarray, ...] = ()
+
+
+class PromptReader:
+    """Turns prompts into tokens and pixels, as the checkpoint's own files say.
+
+    Args:
+        tokenizer: The checkpoint's.
+        transform: What happens to an image.
+        chat_template: Jinja that renders a conversation.
+        config: Of the model.
+        ends: Tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        transform: ImageTransform,
+        chat_template: str,
+        config: ModelConfig,
+        ends: frozenset[int],
+    ):
+        self.tokenizer, self.transform, self.ends = tokenizer, transform, ends
+        self._config = config
+        self._chat_template, self._process = chat_template, LimitedProcess()
+        words = special_tokens(tokenizer).values()
+        special = sorted({*words, image_token_of(tokenizer, config)}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)))
+
+    @classmethod
+    def open(cls, place: Path | Parts, config: ModelConfig) -> "PromptReader":
+        """That of a checkpoint.
+
+        Raises:
+            CheckpointError: Its tokenizer, image processor or chat template cannot be used.
+        """
+        tokenizer = load_tokenizer(place)
+        transform = load_fitting_transform(place, config)
+        text, template = read_chat_template(place, tokenizer, image_token_of(tokenizer, config))
+        ends = end_tokens(place)
+        end = None if template is None else end_token(template, tokenizer)
+        reader = cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
+        try:
+            reader(Prompt((Turn("human", "a"),)))
+        except SampleError as error:
+            raise CheckpointError(f"{format_source(place)}: {error}") from error
+        return reader
+
+    def __call__(
+        self, prompt: Prompt, check: Callable[[int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [T], images expanded, and pixels float32 [I, 3, H, W].
+
+        Args:
+            prompt: The conversation.
+            check: Told the number of tokens before any image is opened; may refuse.
+
+        Raises:
+            SampleError: The prompt cannot be used.
+        """
+        asked = count_placeholders(prompt.turns)
+        if asked != len(prompt.images):
+            raise SampleError(
+                f"the turns say <image> {asked} times, and there are {len(prompt.images)} images",
+                "number of images",
+            )
+        text = self._render(prompt.turns)
+        bos = cast("str | None", self.tokenizer.bos_token)
+        has_bos = bool(bos) and text.startswith(bos)
+        with tokenizing():
+            found = self.tokenizer(text, add_special_tokens=not has_bos).input_ids
+        if max(found, default=0) >= self._config.llm.vocab_size:
+            raise SampleError(
+                "the tokenizer gives tokens that the model does not have", "tokenizer"
+            )
+        ids = np.array(found, np.int32)
+        image = self._config.image_token_id
+        if (ids == image).sum() != asked:
+            raise SampleError("the chat template does not give every image a token", "template")
+        encoded = Encoded(ids, np.zeros(len(ids), bool))
+        ids = expand_images(encoded, image, self._config.image_tokens).input_ids
+        if check is not None:
+            check(len(ids))
+        size = self._config.vision.image_size
+        pixels = np.zeros((asked, 3, size, size), np.float32)
+        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time: large files
+            if isinstance(picture, str | bytes):
+                picture = open_image(picture)
+            slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
+        return ids, pixels
+
+    def _render(self, turns: Sequence[Turn]) -> str:
+        """The conversation as text; what in its turns looks like a control token is taken out."""
+        if not turns or turns[-1].role != "human":
+            raise SampleError("a prompt ends with a human turn", "order of turns")
+        try:
+            "".join(turn.text for turn in turns).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise SampleError(f"not Unicode: {half} is half of a character", "text") from None
+        messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
+        try:
+            return self._process(
+                "render",
+                template=self._chat_template,
+                messages=messages,
+                variables={**self.tokenizer.special_tokens_map},
+            )
+        except ProgramError as error:
+            reason = f"the chat template does not render the conversation: {error}"
+            raise SampleError(reason, "template") from error
+
+    def _parts(self, turn: Turn) -> list[dict[str, str]]:
+        text, images = turn.text, 0
+        if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
+            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        # What is left may join to another; the space keeps that apart.
+        text = self._special.sub(" ", self._special.sub("", text))
+        return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Control tokens by their ids: those that have a part, and all others that are marked so."""
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    added = tokenizer.added_tokens_decoder.items()
+    return dict(named) | {number: str(token) for number, token in added if token.special}
+
+
+def image_token_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:
+    """What stands for an image in a conversation's text."""
+    return cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))

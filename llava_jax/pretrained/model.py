@@ -1,0 +1,296 @@
+"""From a checkpoint to a model: shapes first, then shardings, then weights straight into place."""
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from llava_jax.models import lora, quant
+from llava_jax.config import (
+    AttentionKind,
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    Parts,
+    Quantisation,
+    Remat,
+    format_source,
+)
+from llava_jax.data.conversation import TEMPLATES
+from llava_jax.pretrained.layouts import is_stacked
+from llava_jax.pretrained.model_config import read_model_config, read_parts_config, write_model_config
+from llava_jax.pretrained.processor import choose_template, save_processor
+from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.tokenizer import has_tokenizer
+from llava_jax.pretrained.adapters import check_base, open_trained
+from llava_jax.pretrained.load import fingerprint, load_params
+from llava_jax.pretrained.save import save_params
+from llava_jax.models.layers import Abstract, Params, merge, split
+from llava_jax.models.llava import Llava
+from llava_jax.models.stack import jit_loop
+from llava_jax.models.quant import Quantised, quantise
+from llava_jax.distributed.sharding import make_mesh, place
+
+EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
+
+
+def read_config(source: Path | Parts) -> ModelConfig:
+    """The model that a checkpoint's own files describe."""
+    if isinstance(source, Parts):
+        return read_parts_config(source)
+    return read_model_config(source)
+
+
+def build(
+    config: ModelConfig,
+    adapters: Mapping[str, LoraConfig],
+    *,
+    dtype: str,
+    kind: AttentionKind = "plain",
+    remat: Remat = "full",
+    offload: bool = False,
+    gather: bool = True,
+) -> tuple[nnx.GraphDef, Abstract]:
+    """A model's structure and its parameters' shapes, in float32; no memory is taken."""
+    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
+    lora.add_adapters(model, dict(adapters))
+    return split(model)
+
+
+def quantised(shapes: Abstract, kind: Quantisation) -> Abstract:
+    """Those weights that are kept in fewer bits, as such.
+
+    Raises:
+        ConfigError: One cannot be.
+    """
+    found = {}
+    for path in filter(quant.is_quantised, shapes):
+        try:
+            found[path] = quant.abstract(kind, shapes[path].shape)
+        except quant.QuantisationError as error:
+            raise ConfigError(f"quantize: {path}: {error}") from error
+    return found
+
+
+def initialise(abstract: Abstract, seed: int) -> Params:
+    """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
+
+    Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
+    LLaVA's.
+    """
+
+    def make(path: str, leaf: Any) -> Any:
+        value: Any = _initial_value(path, leaf.shape, seed)
+        if isinstance(leaf, Quantised):
+            layers = [quantise(layer, leaf.kind) for layer in value]
+            value = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+        return jax.tree.map(place_value, leaf, value)
+
+    def place_value(leaf: jax.ShapeDtypeStruct, value: np.ndarray) -> jax.Array:
+        value = value.astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: value[i])
+
+    return {path: make(path, leaf) for path, leaf in abstract.items()}
+
+
+def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    module, name = path.rsplit(".", 2)[-2:]
+    if name.endswith("bias") or name == "lora_b":
+        return np.zeros(shape, np.float32)
+    if "norm" in module:
+        return np.ones(shape, np.float32)
+    if module == "embed_tokens":
+        return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
+    inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
+    if name == "lora_a" or path.startswith("projector."):
+        # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
+        return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
+    return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)
+
+
+def load(
+    source: Path | Parts | None,
+    config: ModelConfig,
+    abstract: Abstract,
+    *,
+    seed: int,
+    wanted: Collection[str] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Params:
+    """Parameters from a checkpoint, and fresh ones where it has none.
+
+    Args:
+        source: From `resolve`; None makes everything fresh.
+        config: The model.
+        abstract: Shapes, dtypes and shardings of all parameters, adapters included.
+        seed: For fresh ones: adapters, and a projector that `source` lacks.
+        wanted: Only these are loaded or made; the checkpoint is checked in full all the same.
+        say: Told of a projector that `source` lacks.
+    """
+    wanted = abstract.keys() if wanted is None else wanted
+    base = {path: leaf for path, leaf in abstract.items() if not lora.is_adapter(path)}
+    params = {} if source is None else load_params(source, config, base, wanted=wanted)
+    fresh = {path: abstract[path] for path in wanted if path not in params}
+    if say and source is not None and any(path.startswith("projector.") for path in fresh):
+        say(f"{format_source(source)} has no projector: this is a new one, from seed {seed}")
+    return params | initialise(fresh, seed)
+
+
+@partial(jit_loop, static_argnums=0)
+def logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
+    """`models.llava.Llava.__call__` of a structure and its parameters; compiled for each shape."""
+    return Llava.__call__(cast("Llava", merge(graph, params)), *inputs)
+
+
+class LlavaModel(Llava):
+    """A LLaVA with its weights; call it for logits, see `models.llava.Llava.__call__`."""
+
+    source: Path | Parts | None = None
+
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """As `models.llava.Llava.__call__`; compiled once for each shape."""
+        return logits(*split(self), input_ids, pixel_values, attention_mask)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        quantize: Quantisation | None = None,
+    ) -> "LlavaModel":
+        """Reads a checkpoint.
+
+        Args:
+            path: A directory in a layout of `pretrained.layouts`, a run's directory, or a hub id.
+            dtype: Of the weights and the computation, "float32" or "bfloat16".
+            mesh: From `distributed.sharding.make_mesh`; the weights are sharded over it. None is one device.
+            quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
+
+        Raises:
+            ConfigError: There is no such checkpoint, or it cannot be quantised.
+            CheckpointError: It is not a LLaVA of a known kind, or not whole.
+        """
+        found = resolve(str(path))
+        lacks: list[str] = []
+        model = cls._load(found.base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
+        brought = () if found.adapter is None else model._add_adapter(found.adapter)
+        if lacks and not any(path.startswith("projector.") for path in brought):
+            raise CheckpointError(
+                f"{path} has no projector, nor has {format_source(found.base)}; name one: "
+                "LlavaModel.from_parts(llm, vision, projector)"
+            )
+        return model
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: str | Path,
+        vision: str | Path,
+        projector: str | Path | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        mesh: Mesh | None = None,
+    ) -> "LlavaModel":
+        """Puts a LLaVA together from separate parts.
+
+        Args:
+            llm: A LlamaForCausalLM directory, or Mistral's or Qwen2's.
+            vision: A CLIPVisionModel or CLIPModel directory, or SigLIP's.
+            projector: Its safetensors file or directory; None makes a new one from the seed.
+            dtype: Of the weights and the computation.
+            seed: Of a new projector.
+            mesh: As for `from_pretrained`.
+
+        Raises:
+            CheckpointError: A part cannot be used.
+        """
+        parts = Parts(str(llm), str(vision), None if projector is None else str(projector))
+        return cls._load(resolve(parts).base, dtype, mesh, seed)
+
+    @classmethod
+    def _load(
+        cls,
+        source: Path | Parts,
+        dtype: str,
+        mesh: Mesh | None,
+        seed: int,
+        *,
+        quantize: Quantisation | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> "LlavaModel":
+        config = read_config(source)
+        graph, shapes = split(cls(config, dtype=dtype))
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
+        shapes |= quantised(shapes, quantize) if quantize else {}
+        mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+        params = load(source, config, place(shapes, mesh), seed=seed, say=say)
+        model = cast("LlavaModel", merge(graph, params))
+        model.source = source
+        return model
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Adds a PEFT adapter, and replaces what was trained in full beside it.
+
+        Raises:
+            CheckpointError: It is not a LoRA adapter, or not one of this model.
+            ValueError: The model has an adapter already.
+        """
+        self._add_adapter(path)
+
+    def _add_adapter(self, path: str | Path) -> Collection[str]:
+        """As `load_adapter`; returns the parameters that it has."""
+        _, params = split(self)
+        if any(map(lora.is_adapter, params)):
+            raise ValueError("the model has an adapter already; merge that first")
+        abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
+        adapter = open_trained(path, self.config, abstract)
+        if adapter.fingerprint and self.source:
+            check_base(adapter, path, self.source, fingerprint(self.source))
+        lora.add_adapters(self, adapter.adapters)
+        mesh = params["llm.norm.weight"].sharding.mesh
+        loaded = adapter.load(place(adapter.abstract, mesh))
+        flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
+        nnx.update(self, nnx.from_flat_state(flat))
+        return loaded
+
+    def merge_adapter(self) -> None:
+        """Folds the adapters into the weights.
+
+        Raises:
+            ValueError: These are quantised.
+        """
+        lora.merge_adapters(self)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a directory that transformers reads, of any version, with what the source brought.
+
+        What was put together from parts gets the chat template that `choose_template` finds.
+
+        Raises:
+            ValueError: There are adapters; merge them first.
+        """
+        _, params = split(self)
+        dtype = str(self.dtype)
+        save_params(params, path, self.config, dtype=dtype)
+        write_model_config(self.config, path, dtype)
+        if self.source and has_tokenizer(self.source):
+            name = choose_template(self.source) if isinstance(self.source, Parts) else None
+            template = TEMPLATES[name] if name else None
+            save_processor(self.source, path, self.config, template=template)

@@ -1,0 +1,436 @@
+"""ModelConfig from a checkpoint's config.json, and back.
+
+Hugging Face leaves out of config.json what equals a default, and has moved and renamed fields over
+the years. The defaults stand here as data (a test compares them with transformers' own), so what is
+read does not depend on transformers' version.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+
+from llava_jax.config import ConfigError, LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.pretrained import llava_directory
+from llava_jax.pretrained.safetensors import CheckpointError, read_json
+from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+
+Json = dict[str, Any]
+
+# Defaults of transformers' configs, the same in 4.36 (Qwen2's and SigLIP's: 4.37) and in 5.23.
+LLAMA_DEFAULTS: Json = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+MISTRAL_DEFAULTS: Json = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+QWEN2_DEFAULTS: Json = LLAMA_DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "eos_token_id": None,
+}
+CLIP_DEFAULTS: Json = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "vision_use_head": False,
+}
+SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+# Of a LlavaConfig without a vision_config; one that is there has its own type's defaults.
+LLAVA_VISION: Json = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+LLAVA_DEFAULTS: Json = {
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+ROPE_THETA = 10_000.0
+
+# The first is meant where a config has no model_type.
+DECODERS = {"llama": LLAMA_DEFAULTS, "mistral": MISTRAL_DEFAULTS, "qwen2": QWEN2_DEFAULTS}
+TOWERS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
+_TWO_TOWERS = ("clip", "siglip")  # a vision tower and a text tower
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+
+VOCABULARY_MULTIPLE = 64  # what a grown vocabulary is rounded up to, as llava-hf's 32064 is
+
+
+# LLaVA-1.6 and what came of it.
+TILED = ("llava_next", "llava_next_video", "llava_onevision")
+
+
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """The model that a Hugging Face LLaVA checkpoint's config.json describes.
+
+    Raises:
+        CheckpointError: No readable config.json, or a model that this package does not compute.
+    """
+    file, raw = read_json_config(directory)
+    kind = raw.get("model_type")
+    if kind in TILED:
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r:.80}, a LLaVA that cuts images into tiles, which is "
+            "not computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and "
+            "a vision tower in directories of their own: llm=DIR,vision=DIR"
+        )
+    if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
+        what = "a decoder" if kind in DECODERS else "a vision tower"
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r:.80}, {what} alone; name both parts: llm=DIR,vision=DIR"
+        )
+    if kind != "llava":
+        raise CheckpointError(f"{file}: model_type is {kind!r:.80}, expected 'llava'")
+    given = _given(raw)
+    values = LLAVA_DEFAULTS | given
+    values["image_token_id"] = values.get("image_token_id", values["image_token_index"])
+    text = _given(_object(file, raw, "text_config", {}))
+    vision = _given(_object(file, raw, "vision_config", LLAVA_VISION))
+    _require(file, "multimodal_projector_bias", values["multimodal_projector_bias"], (True,))
+    _require(file, "projector_hidden_act", values["projector_hidden_act"], _GELUS)
+    strategy = values["vision_feature_select_strategy"]
+    _require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
+    _require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
+    if given.get("tie_word_embeddings"):  # either place ties, as in transformers 5
+        text["tie_word_embeddings"] = True
+    parts = _vision_config(file, vision), _llm_config(file, text)
+    values["pad_token_id"] = _pad_token_id(file, given, text)
+    return _llava_config(file, *parts, values)
+
+
+def _llava_config(file: Path, vision: VisionConfig, llm: LlmConfig, values: Json) -> ModelConfig:
+    _check(file, "", ModelConfig, values)
+    own = [field.name for field in dataclasses.fields(ModelConfig) if field.name in values]
+    config = ModelConfig(vision, llm, **{name: values[name] for name in own})
+    try:
+        _ = config.used_vision_layers
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return config
+
+
+def read_llm_config(directory: str | Path) -> LlmConfig:
+    """The decoder that a LlamaForCausalLM (or Mistral's, or Qwen2's) directory describes.
+
+    Raises:
+        CheckpointError: No readable config.json, or a decoder that this package does not compute.
+    """
+    file, raw = read_json_config(directory)
+    return _llm_config(file, _given(llava_directory.decoder_settings(raw)))
+
+
+def read_vision_config(directory: str | Path) -> VisionConfig:
+    """The vision tower of a directory of CLIPVisionModel, CLIPModel, or SigLIP's two.
+
+    Raises:
+        CheckpointError: No readable config.json, or a tower that this package does not compute.
+    """
+    file, raw = read_json_config(directory)
+    kind = raw.get("model_type")
+    if kind in _TWO_TOWERS:  # openai's configs say it twice; the second is meant
+        once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
+        raw = {"model_type": f"{kind}_vision_model"} | once | twice
+    return _vision_config(file, _given(raw))
+
+
+def read_parts_config(
+    parts: Parts, image_token_id: int | None = None, pad_token_id: int | None = None
+) -> ModelConfig:
+    """A LLaVA-1.5 of separate parts.
+
+    Args:
+        parts: Where they lie.
+        image_token_id: The image token; None takes the one that `tokenizer.load_tokenizer` adds to
+            the decoder's tokenizer, or without a tokenizer the first id after the vocabulary.
+        pad_token_id: The padding token; None takes it from the same place.
+
+    Returns:
+        A config whose vocabulary is the decoder's, grown where it lacks one of the two tokens. All
+        patches are features: what "default" drops is a class token, and SigLIP has none.
+
+    Raises:
+        CheckpointError: A part that cannot be read or is not supported.
+    """
+    llm, vision = read_llm_config(parts.llm), _read_tower(parts)
+    features: Json = {
+        "vision_feature_select_strategy": "default" if vision.has_class_token else "full"
+    }
+    file, raw = read_json_config(parts.llm)
+    if "mm_projector_type" in raw:
+        features = llava_directory.feature_settings(file, raw)
+    if has_tokenizer(parts):
+        tokenizer = load_tokenizer(parts)
+        own_image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        own_pad = cast(int, tokenizer.pad_token_id)
+    else:
+        own_image, own_pad = llm.vocab_size, llm.vocab_size + 1
+    image = own_image if image_token_id is None else image_token_id
+    pad = own_pad if pad_token_id is None else pad_token_id
+    needed = max(image, pad) + 1
+    if needed > llm.vocab_size:
+        rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        llm = dataclasses.replace(llm, vocab_size=rounded)
+    ids = {"image_token_id": image, "pad_token_id": pad}
+    return _llava_config(file, vision, llm, features | ids)
+
+
+def _read_tower(parts: Parts) -> VisionConfig:
+    if parts.vision != parts.llm:
+        return read_vision_config(parts.vision)
+    tower = llava_directory.named_tower(*read_json_config(parts.llm))
+    if not isinstance(tower, VisionConfig):
+        raise CheckpointError(
+            f"{parts.llm} does not say what its vision tower is; name a directory that does: "
+            f"llm={parts.llm},vision=DIRECTORY"
+        )
+    return tower
+
+
+def read_json_config(directory: str | Path) -> tuple[Path, Json]:
+    """A directory's config.json, as it is.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    file = Path(directory) / "config.json"
+    return file, read_json(file)
+
+
+def _given(raw: Json | None) -> Json:
+    """What a config says; null means the default, or for some fields that there is none."""
+    none = ("sliding_window", "num_key_value_heads")
+    return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
+
+
+def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
+    """A part of a config; the default if there is none."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}, not an object")
+    return default if value is None else value
+
+
+_MOST_LAYERS = 1000
+_MOST = 2**24  # beyond every size of every model
+
+
+def _check(file: Path, part: str, kind: type, values: Json) -> None:
+    """Holds what a config says against the annotations of the dataclass that is made of it.
+
+    Raises:
+        CheckpointError: A field is of another type, or no size that a model has.
+    """
+    for name, hint in get_type_hints(kind).items():
+        value = values.get(name)
+        if value is None or name == "rope_scaling":
+            continue
+        is_kind = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+        if not is_kind or (isinstance(value, bool) and hint is not bool):
+            wanted = getattr(hint, "__name__", hint)
+            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}; it must be {wanted}")
+        if isinstance(value, bool | str) or name == "vision_feature_layer":
+            continue
+        least = 0 if name.endswith("token_id") else 1 if isinstance(value, int) else 1e-30
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if not least <= value <= most:
+            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}, which no model has")
+
+
+_GELUS = ("gelu", "gelu_pytorch_tanh")
+
+
+def _require(file: Path, name: str, value: object, supported: tuple[object, ...]) -> None:
+    if value not in supported:
+        known = " or ".join(repr(choice) for choice in supported)
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}; supported: {known}")
+
+
+def _complete(file: Path, part: str, given: Json, defaults: dict[str, Json]) -> Json:
+    """What a part's config says, with the defaults of its model_type."""
+    kind = given.get("model_type", next(iter(defaults)))
+    _require(file, f"{part}'s model_type", kind, tuple(defaults))
+    return defaults[kind] | {"model_type": kind} | given
+
+
+def _llm_config(file: Path, given: Json) -> LlmConfig:
+    values = _complete(file, "the decoder", given, DECODERS)
+    _require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
+    _require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
+    _require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
+    # Qwen2's windows are of some layers only.
+    _require(
+        file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
+    )
+    _check(file, "the decoder's ", LlmConfig, values)
+    heads = values["num_attention_heads"]
+    key_heads = values["num_key_value_heads"] or heads
+    head_dim = values["head_dim"] or values["hidden_size"] // heads
+    if heads % key_heads or head_dim % 2 or not head_dim:
+        raise CheckpointError(
+            f"{file}: the decoder has {heads} heads of size {head_dim} and {key_heads} key heads; "
+            "heads must have an even size, and share key heads alike"
+        )
+    theta, scaling = _rope(file, values)
+    return LlmConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        max_position_embeddings=values["max_position_embeddings"],
+        rms_norm_eps=values["rms_norm_eps"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=values["tie_word_embeddings"],
+        model_type=values["model_type"],
+        sliding_window=values["sliding_window"] if values["model_type"] == "mistral" else None,
+    )
+
+
+def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_parameters` (transformers 5) or the two fields before it."""
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = _object(file, values, name, {})
+    theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
+    _check(file, "the decoder's ", LlmConfig, {"rope_theta": theta})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require(file, "the decoder's rope type", kind, ("default", "llama3"))
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    _require(file, "the decoder's partial_rotary_factor", partial, (1.0,))
+    if kind == "default":
+        return float(theta), None
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    absent = [name for name in names if name not in rope]
+    if absent:
+        raise CheckpointError(f"{file}: llama3 rope scaling without {', '.join(absent)}")
+    _check(file, f"the decoder's {name}.", RopeScaling, rope)
+    return float(theta), RopeScaling(**{name: rope[name] for name in names})
+
+
+def _vision_config(file: Path, given: Json) -> VisionConfig:
+    values = _complete(file, "the vision tower", given, TOWERS)
+    _require(file, "the vision tower's hidden_act", values["hidden_act"], ("quick_gelu", *_GELUS))
+    _require(file, "the vision tower's num_channels", values["num_channels"], (3,))
+    image, patch = values["image_size"], values["patch_size"]
+    if not isinstance(image, int) or not isinstance(patch, int) or not 0 < patch <= image:
+        raise CheckpointError(
+            f"{file}: image_size {image!r:.80} and patch_size {patch!r:.80}; supported: square "
+            "images and patches"
+        )
+    _check(file, "the vision tower's ", VisionConfig, values)
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise CheckpointError(
+            f"{file}: the vision tower's hidden_size {values['hidden_size']} is not divisible by "
+            f"its num_attention_heads {values['num_attention_heads']}"
+        )
+    fields = dataclasses.fields(VisionConfig)
+    return VisionConfig(**{field.name: values[field.name] for field in fields})
+
+
+def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
+    """The padding token; configs without one pad with the end token."""
+    end = text.get("eos_token_id", DECODERS[text.get("model_type", "llama")]["eos_token_id"])
+    choices = (top.get("pad_token_id"), text.get("pad_token_id"))
+    choices = (*choices, end[0] if isinstance(end, list) and end else end)
+    given = [choice for choice in choices if choice not in (None, -1)]  # -1: Llama's first configs
+    if not given:
+        raise CheckpointError(f"{file} has neither pad_token_id nor the decoder's eos_token_id")
+    return given[0]
+
+
+def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = "bfloat16") -> None:
+    """Writes a config.json that transformers 4.40 and later and 5 read alike.
+
+    Args:
+        config: The model.
+        directory: Must exist.
+        dtype: Of the weights beside it, "bfloat16" for example.
+    """
+    llava = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.image_tokens,
+        "pad_token_id": config.pad_token_id,
+        "projector_hidden_act": config.projector_hidden_act,
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "tie_word_embeddings": config.llm.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "text_config": text_settings(config.llm) | {"torch_dtype": dtype},
+        "vision_config": tower_settings(config.vision) | {"torch_dtype": dtype},
+    }
+    text = json.dumps(llava, indent=2, sort_keys=True) + "\n"
+    (Path(directory) / "config.json").write_text(text)
+
+
+def text_settings(llm: LlmConfig) -> Json:
+    """A decoder's own config.json."""
+    text = dataclasses.asdict(llm)
+    text |= {"architectures": [ARCHITECTURES[llm.model_type]], "hidden_act": "silu"}
+    if llm.rope_scaling is not None:
+        text["rope_scaling"] = {"rope_type": "llama3", **text["rope_scaling"]}
+    if llm.model_type == "llama":
+        text |= {"attention_bias": False, "mlp_bias": False}
+    if llm.model_type == "qwen2":
+        text["use_sliding_window"] = False
+    if llm.model_type != "mistral":
+        del text["sliding_window"]
+    return text
+
+
+def tower_settings(vision: VisionConfig) -> Json:
+    """A vision tower's own config.json."""
+    tower = dataclasses.asdict(vision) | {"num_channels": 3}
+    if vision.model_type == "clip_vision_model":
+        del tower["vision_use_head"]
+        tower["projection_dim"] = 768  # of a head that LLaVA does not have; loaders want a number
+    return tower

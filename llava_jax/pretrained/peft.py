@@ -1,0 +1,251 @@
+"""LoRA adapters as PEFT directories: adapter_config.json and adapter_model.safetensors.
+
+Adapters are written with the names of transformers 5 and read with those of either era:
+
+    transformers 5            base_model.model.model.language_model.layers.0.self_attn.q_proj...
+    transformers up to 4.51   base_model.model.language_model.model.layers.0.self_attn.q_proj...
+
+PEFT loads a file of the other era without a word and without effect. Here a file is read only if
+all of it belongs to the model.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from llava_jax.config import (
+    LLM_LINEARS,
+    VISION_LINEARS,
+    LoraConfig,
+    ModelConfig,
+    absolute_source,
+)
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
+from llava_jax.pretrained.safetensors import CheckpointError, read_json, write_tensors
+from llava_jax.pretrained.load import Stored
+from llava_jax.pretrained.save import save_tensors
+from llava_jax.models.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
+from llava_jax.distributed.multihost import is_first
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
+
+_PREFIX = "base_model.model."
+_ERAS = {4: layouts.A, 5: layouts.C}
+# Where a stack's blocks are in the modules' names, in every version of transformers.
+_BLOCKS = {
+    LLM: r"(model\.)?language_model\.(model\.)?layers",
+    VISION: r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers",
+}
+# Older PEFT wants something before what a pattern matches, and era 4's names begin at the tower.
+_VISION_PATTERN = r"encoder\.layers\..*"
+# What is trained in full beside adapters, as PEFT's modules_to_save names it.
+_MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
+_KINDS = {
+    "base_model_name_or_path": str,
+    **{"rank_pattern": dict, "alpha_pattern": dict},
+    **{"lora_dropout": int | float, "use_rslora": bool},
+}
+_MAX = 2**24  # beyond every rank and alpha
+_UNSUPPORTED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+def save_adapter(
+    directory: str | Path,
+    params: Mapping[str, jax.Array | Stored],
+    adapters: Mapping[str, LoraConfig],
+    config: ModelConfig,
+    *,
+    base_name: str | None,
+    fingerprint: str | None,
+    era: Literal[4, 5] = 5,
+) -> None:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads on the Hugging Face base.
+
+    Every process of a run must call it; the first one writes.
+
+    Args:
+        directory: Made if it does not exist.
+        params: Everything that was trained: adapters, and the parts tuned in full beside them. Of
+            such a vision tower also what did not train, for PEFT takes it only whole.
+        adapters: LoRA settings by stack, `LLM` or `VISION`.
+        config: Of the model that was trained.
+        base_name: Directory, hub id or parts of the base, for those who load the adapter; paths are
+            written absolute.
+        fingerprint: Of the base, as `weights.fingerprint` gives it.
+        era: The version of transformers that names the modules: 5, which 4.52 to 4.57 share, or 4,
+            up to 4.51.
+
+    Raises:
+        ValueError: `params` has something that a PEFT adapter cannot hold.
+    """
+    directory = Path(directory)
+    whole = [path for path in params if not is_adapter(path)]
+    foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
+    if foreign:
+        raise ValueError(f"a PEFT adapter has no room for {', '.join(foreign)}")
+    modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
+    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
+        raise ValueError("PEFT takes a vision tower only whole, with the layers behind the feature")
+    base = {"fingerprint": fingerprint}
+    named = None if base_name is None else absolute_source(base_name)
+    written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+    write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
+    save_tensors(params, config, partial(peft_name, _ERAS[era]), write)
+    if is_first():
+        (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        (directory / BASE).write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
+
+
+def peft_name(layout: Layout, parameter: str) -> str:
+    """The name of one layer of a parameter in an adapter's file, on a base that `layout` names."""
+    name = layout.file_name(parameter)
+    name = re.sub(r"\.lora_([ab])$", lambda match: f".lora_{match[1].upper()}.weight", name)
+    return _PREFIX + name
+
+
+def _peft_config(
+    adapters: Mapping[str, LoraConfig], config: ModelConfig, modules: list[str]
+) -> dict[str, Any]:
+    """adapter_config.json: the decoder's settings, and the tower's as patterns if they differ."""
+    first = adapters.get(LLM) or adapters[VISION]
+    ranks, alphas = {}, {}
+    if VISION in adapters and adapters[VISION] != first:
+        ranks[_VISION_PATTERN] = adapters[VISION].rank
+        alphas[_VISION_PATTERN] = adapters[VISION].alpha
+    targets = [_target_pattern(stack, lora, config) for stack, lora in adapters.items()]
+    return lora_settings(first) | {
+        "task_type": None,
+        "auto_mapping": {
+            "base_model_class": "LlavaForConditionalGeneration",
+            "parent_library": "transformers.models.llava.modeling_llava",
+        },
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": "|".join(targets),
+        "modules_to_save": modules or None,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def lora_settings(lora: LoraConfig) -> dict[str, Any]:
+    """What all adapter_config.jsons of one LoRA say alike."""
+    return {
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
+    """A regular expression for the linears with adapters; unused vision layers do not match."""
+    layers = r"\d+"
+    if stack == VISION:
+        layers = f"({'|'.join(map(str, range(config.used_vision_layers)))})"
+    return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """An adapter_config.json.
+
+    Raises:
+        CheckpointError: It is not LoRA's, or has settings that are not supported.
+    """
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r:.80}, not 'LORA'")
+    odd = [f"{name} = {settings[name]!r:.80}" for name in _UNSUPPORTED if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        odd.append(f"bias = {settings['bias']!r:.80}")
+    if odd:
+        raise CheckpointError(f"{file}: not supported: {', '.join(odd)}")
+    for name, kind in _KINDS.items():
+        if not isinstance(settings.get(name), kind | None):
+            raise CheckpointError(f"{file}: {name} is {settings[name]!r:.80}")
+    return settings
+
+
+def plain_name(name: str) -> str:
+    """A file's tensor name without what PEFT put round it; adapters end as ours do."""
+    name = name.replace(_PREFIX, "", 1).replace(".base_layer.", ".")
+    name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+    return re.sub(
+        r"\.lora_([AB])(\.default)?\.weight$", lambda match: f".lora_{match[1].lower()}", name
+    )
+
+
+def stack_settings(
+    directory: Path, settings: dict[str, Any], stack: str, names: list[str]
+) -> LoraConfig:
+    """The one setting of all of a stack's adapters.
+
+    Args:
+        directory: For messages.
+        settings: adapter_config.json.
+        stack: Which.
+        names: Its adapters' tensors.
+    """
+    modules = sorted({name.rsplit(".", 1)[0] for name in names})
+    of_modules = partial(_of_modules, directory / CONFIG, settings, modules)
+    ranks = of_modules("r", "rank_pattern", int)
+    alphas = of_modules("lora_alpha", "alpha_pattern", int | float)
+    if len(ranks) > 1 or len(alphas) > 1:
+        raise CheckpointError(
+            f"{directory / CONFIG}: {stack}* has ranks {sorted(ranks)} and alphas "
+            f"{sorted(alphas)}; one of each is supported"
+        )
+    (rank,), (alpha,) = ranks, alphas
+    dropout = settings.get("lora_dropout") or 0.0
+    if not 0 <= dropout < 1:
+        raise CheckpointError(f"{directory / CONFIG}: lora_dropout is {dropout:.5g}")
+    if settings.get("use_rslora"):  # scales by alpha / sqrt(rank)
+        alpha *= math.sqrt(rank)
+    linears = {module.rsplit(".", 1)[1] for module in modules}
+    order = LLM_LINEARS if stack == LLM else VISION_LINEARS
+    targets = tuple(linear for linear in order if linear in linears)
+    return LoraConfig(rank, float(alpha), float(dropout), targets)
+
+
+def _of_modules(
+    file: Path,
+    settings: dict[str, Any],
+    modules: list[str],
+    name: str,
+    pattern_name: str,
+    kind: Any,
+) -> set[Any]:
+    """The modules' ranks or alphas: each of the first pattern that its name ends in, as in PEFT."""
+    patterns = settings.get(pattern_name) or {}
+    try:
+        of = LimitedProcess()("match", patterns=[*patterns], names=modules) if patterns else []
+    except ProgramError as error:
+        raise CheckpointError(f"{file}: {pattern_name} cannot be used: {error}") from error
+    values = [*patterns.values(), settings.get(name)]
+    found = [values[-1 if index is None else index] for index in of or [None]]
+    for value in found:
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < _MAX:
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which is no number for it")
+    return {*found}

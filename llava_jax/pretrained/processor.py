@@ -1,0 +1,434 @@
+"""What turns text and images into a model's inputs: read from checkpoints, written beside them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, format_source
+from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES, Template, adds_bos, end_token
+from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from llava_jax.disk import copy_regular
+from llava_jax.pretrained.model_config import read_vision_config
+from llava_jax.pretrained.safetensors import CheckpointError, read_json
+from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
+
+_BICUBIC = 3  # Pillow's number
+_MAX_LEVEL = 1000  # beyond every mean and deviation
+_MAX_SIDE = 2**14  # beyond every side of a model's images
+_PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
+
+
+def has_processor(directory: Path) -> bool:
+    """Whether a directory has both a tokenizer and an image processor."""
+    return has_tokenizer(directory) and _image_settings(directory) is not None
+
+
+def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None) -> ImageTransform:
+    """How a checkpoint's images become pixels.
+
+    Args:
+        place: A LLaVA's directory, or separate parts: then the vision tower's. A tower without an
+            image processor gets CLIP's or SigLIP's own, at its image size.
+        aspect: What happens to images that are not square; None is what the checkpoint says.
+
+    Raises:
+        CheckpointError: There is no image processor, or one that does something else.
+    """
+    directory = Path(place.vision if isinstance(place, Parts) else place)
+    found = _image_settings(directory)
+    if found is None and isinstance(place, Parts):
+        tower = read_vision_config(directory)
+        size, is_siglip = tower.image_size, tower.model_type == "siglip_vision_model"
+        return ImageTransform(size, size, size, *_statistics(is_siglip), aspect=aspect or "pad")
+    if found is None:
+        raise CheckpointError(f"{directory} has no {_IMAGES}")
+    file, settings = found
+    edge, height, width, own_aspect = _sizes(file, settings)
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    odd = [f"{step} false" for step in steps if not settings.get(step, True)]
+    resample = settings.get("resample", _BICUBIC)
+    if resample != _BICUBIC:
+        odd.append(f"resample {resample!r:.80}")
+    if odd:
+        raise CheckpointError(
+            f"{file}: images must be resized (bicubic, resample 3), rescaled and normalised; found "
+            f"{', '.join(odd)}"
+        )
+    is_siglip = str(settings.get("image_processor_type", "")).startswith("Siglip")
+    mean, std = _statistics(is_siglip)
+    mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
+    rescale = settings.get("rescale_factor", ImageTransform.rescale)
+    if not (_is_numbers(mean, 3) and _is_numbers(std, 3, 1e-6) and _is_numbers([rescale], 1, 1e-6)):
+        raise CheckpointError(
+            f"{file}: image_mean {mean!r:.80}, image_std {std!r:.80}, rescale_factor "
+            f"{rescale!r:.80}; they must be three numbers, three above 0, and one above 0"
+        )
+    return ImageTransform(
+        shortest_edge=edge,
+        height=height,
+        width=width,
+        mean=tuple(mean),
+        std=tuple(std),
+        rescale=rescale,
+        aspect=aspect or own_aspect,
+    )
+
+
+def load_fitting_transform(
+    place: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
+) -> ImageTransform:
+    """As `load_image_transform`, for a model.
+
+    Raises:
+        CheckpointError: As there.
+        ConfigError: The pixels are not of the size that the model takes.
+    """
+    transform = load_image_transform(place, aspect)
+    if not transform.height == transform.width == config.vision.image_size:
+        raise ConfigError(
+            f"{place}: the image processor gives {transform.height} x {transform.width} pixels, "
+            f"but the vision tower takes {config.vision.image_size}; they belong to different "
+            "models"
+        )
+    return transform
+
+
+def _is_numbers(values: Any, count: int, least: float = -_MAX_LEVEL) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(type(value) in (int, float) and least <= value <= _MAX_LEVEL for value in values)
+    )
+
+
+def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of the channels."""
+    return (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
+
+
+def _sizes(file: Path, settings: dict[str, Any]) -> tuple[int, int, int, Aspect]:
+    """An image processor's shortest edge, height, width, and what it does with the aspect."""
+    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    is_side = lambda side: type(side) is int and 0 < side <= _MAX_SIDE
+    if not all(
+        isinstance(sides, dict) and all(map(is_side, sides.values())) for sides in (size, crop)
+    ):
+        raise CheckpointError(
+            f"{file}: size {size!r:.80} and crop_size {crop!r:.80}; they must be sides in pixels"
+        )
+    is_exact = {"height", "width"} <= size.keys()
+    crops = settings.get("do_center_crop", not is_exact or "crop_size" in settings)
+    if is_exact and not crops:
+        crop = size
+    is_known = crop == size if is_exact else crops and "shortest_edge" in size
+    if not is_known or not {"height", "width"} <= crop.keys():
+        raise CheckpointError(
+            f"{file}: size {size}, do_center_crop {str(bool(crops)).lower()} and crop_size {crop}; "
+            "supported: a shortest_edge, of which a height and width are cropped; or a height and "
+            "width as size, not cropped"
+        )
+    height, width = crop["height"], crop["width"]
+    aspect = "pad" if settings.get("do_pad") else "squash" if is_exact else "crop"
+    return size.get("shortest_edge", max(height, width)), height, width, aspect
+
+
+def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The image processor's settings and their file; transformers 5 nests them in another."""
+    for name, inner in ((_PROCESSOR, "image_processor"), (_IMAGES, None)):
+        file = directory / name
+        if not file.exists():
+            continue
+        settings = read_json(file)
+        found = settings if inner is None else settings.get(inner)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{file}: {inner} is {found!r:.80}, not an object")
+        return file, {key: value for key, value in found.items() if value is not None}
+    return None
+
+
+def save_processor(
+    source: str | Path | Parts,
+    directory: str | Path,
+    config: ModelConfig,
+    *,
+    template: Template | None = None,
+    aspect: Aspect | None = None,
+) -> None:
+    """Writes tokenizer, image processor, chat template and generation settings for transformers.
+
+    `AutoProcessor.from_pretrained` then makes the prompts and pixels that the model was trained on.
+
+    Args:
+        source: The checkpoint to take the tokenizer and the image processor from.
+        directory: Must exist.
+        config: Of the model.
+        template: What conversations look like; None keeps the source's own chat template.
+        aspect: What happens to images that are not square; None keeps what the source says.
+
+    Raises:
+        CheckpointError: `source` cannot be read, or its tokenizer is not the model's.
+    """
+    directory = Path(directory)
+    tokenizer = load_tokenizer(source)
+    transform = load_image_transform(source, aspect)
+    image_token = cast("str | None", tokenizer.convert_ids_to_tokens(config.image_token_id))
+    if not image_token or tokenizer.encode(image_token, add_special_tokens=False) != [
+        config.image_token_id
+    ]:
+        raise CheckpointError(
+            f"{format_source(source)}: the tokenizer has no token {config.image_token_id}, which "
+            "the model takes for an image; they belong to different models"
+        )
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # what the disk refuses is a plain one in Rust's tokenizers
+        raise OSError(f"{directory}: the tokenizer cannot be written: {error}") from error
+    write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))
+    write_json(directory / _IMAGES, _image_processor(transform))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_token,
+        "patch_size": config.vision.patch_size,
+        # With 0 for CLIP, transformers expects one image token too few.
+        "num_additional_image_tokens": int(config.vision.has_class_token),
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    write_json(directory / _PROCESSOR, processor)
+    generation = generation_settings(source, tokenizer, config, template)
+    write_json(directory / "generation_config.json", generation)
+    if template is not None:
+        text = chat_template(template, tokenizer, image_token)
+        (directory / "chat_template.jinja").write_text(text)
+    elif not isinstance(source, Parts) and not directory.samefile(source):
+        for file in Path(source).glob("chat_template.j*"):  # .jinja, and .json before it
+            copy_regular(file, directory / file.name)
+
+
+def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
+    """Writes the image processor alone, into a vision tower's directory.
+
+    Args:
+        source: Has it; the tower's own kind stands in where it does not.
+        directory: With the tower's config.json.
+    """
+    if not isinstance(source, Parts) and _image_settings(Path(source)) is None:
+        source = Parts(str(directory), str(directory))
+    write_json(directory / _IMAGES, _image_processor(load_image_transform(source)))
+
+
+def write_json(file: Path, settings: dict[str, Any]) -> None:
+    """Writes a settings file as transformers does."""
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _tokenizer_settings(directory: Path) -> dict[str, Any]:
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    for own in ("backend", "local_files_only"):  # how it was opened here, not what it is
+        settings.pop(own, None)
+    # The name that all versions of transformers have for "as tokenizer.json says".
+    return settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+    }
+
+
+_PROCESSORS: dict[Aspect, str] = {
+    "pad": "LlavaImageProcessor",
+    "crop": "CLIPImageProcessor",
+    "squash": "SiglipImageProcessor",
+}
+
+
+def _image_processor(transform: ImageTransform) -> dict[str, Any]:
+    sides = {"height": transform.height, "width": transform.width}
+    sizes = {"size": {"shortest_edge": transform.shortest_edge}, "crop_size": sides}
+    return {
+        "image_processor_type": _PROCESSORS[transform.aspect],
+        "processor_class": "LlavaProcessor",
+        **({"do_pad": True} if transform.aspect == "pad" else {}),
+        **({"size": sides} if transform.aspect == "squash" else sizes | {"do_center_crop": True}),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": transform.rescale,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+
+
+def generation_settings(
+    source: str | Path | Parts,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    template: Template | None,
+) -> dict[str, Any]:
+    """Greedy decoding, and which tokens end it: the source's own, and the template's.
+
+    Nothing else of the source's settings is kept: some (Vicuna's temperature without sampling) make
+    transformers refuse to save the model again.
+
+    Raises:
+        ConfigError: The tokenizer lacks the token that ends the template's answers.
+    """
+    ends = _given_ends(source, cast("int | None", tokenizer.eos_token_id))
+    known = _as_list(ends)
+    end = None if template is None else end_token(template, tokenizer)
+    settings = {
+        "do_sample": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends if end is None or end in known else [*known, end],
+        "pad_token_id": config.pad_token_id,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def end_tokens(place: str | Path | Parts) -> frozenset[int]:
+    """The tokens that end what is generated, as a checkpoint's files say."""
+    found = _given_ends(place, None)
+    if found is None and has_tokenizer(place):
+        found = cast("int | None", load_tokenizer(place).eos_token_id)
+    return frozenset(_as_list(found))
+
+
+def _given_ends(place: str | Path | Parts, default: int | None) -> int | list[int] | None:
+    file = Path(place.llm if isinstance(place, Parts) else place) / "generation_config.json"
+    found: Any = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int for end in ends):
+        raise CheckpointError(f"{file}: eos_token_id is {found!r:.80}; it must be one or more ids")
+    return found
+
+
+def _as_list(ends: int | list[int] | None) -> list[int]:
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+# What `data.conversation` renders, in Jinja. The names in it are set by `chat_template`.
+_JINJA = """\
+{%- if messages[0]["role"] == "system" -%}
+  {%- set parts = messages[0]["content"] -%}
+  {%- set system = parts if parts is string else parts | map(attribute="text") | join("") -%}
+{%- endif -%}
+{%- set system = system_prefix + system + system_suffix if system else "" -%}
+{%- set asked = namespace(before=false) -%}
+{%- for message in messages if message["role"] != "system" -%}
+  {%- set content = message["content"] -%}
+  {%- set parts = [{"type": "text", "text": content}] if content is string else content -%}
+  {%- set images = parts | selectattr("type", "equalto", "image") | list | length -%}
+  {%- set texts = parts | selectattr("type", "equalto", "text") | map(attribute="text") -%}
+  {%- set text = texts | join("") -%}
+  {%- if message["role"] == "user" -%}
+    {%- set text = (text | trim if images else text) if keeps_questions else "" -%}
+    {%- set suffix = image_suffix if text else "" -%}
+    {{ human_prefix if asked.before else first_prefix | replace("{system}", system) }}
+    {{- (image_token + suffix) * images + text }}
+    {%- set asked.before = true -%}
+  {%- else -%}
+    {{ answer_prefix + text + answer_suffix + separator }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ answer_prefix.rstrip(" ") }}{%- endif -%}
+"""
+
+
+# What a tokenizer has, or its chat template, of a decoder that was trained with a template.
+_MARKS = {
+    "<|start_header_id|>": "llama_3",
+    "<|im_start|>": "chatml",
+    "<<SYS>>": "llama_2",
+    "[INST]": "mistral_instruct",
+}
+
+
+def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
+    """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
+
+    Args:
+        place: Where the tokenizer lies.
+        is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
+
+    Returns:
+        Its name; None if the chat template that is there takes images, and may stay.
+    """
+    tokenizer = load_tokenizer(place)
+    own = str(tokenizer.chat_template or "")  # a decoder's leaves out what is no text
+    if "image" in own and not is_xtuner:
+        return None
+    words = tokenizer.get_vocab()
+    known = (name for mark, name in _MARKS.items() if mark in words or mark in own)
+    return next(known, "vicuna_xtuner" if is_xtuner else "vicuna_v1")
+
+
+def read_chat_template(
+    place: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
+) -> tuple[str, Template | None]:
+    """A checkpoint's chat template; if it takes no images, the one that fits its decoder.
+
+    Args:
+        place: A LLaVA's directory, or separate parts.
+        tokenizer: From there.
+        image_token: What stands for an image in its text.
+
+    Returns:
+        Jinja, and the template that it renders where it is not the checkpoint's own.
+    """
+    directory = Path(place.llm if isinstance(place, Parts) else place)
+    newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
+    own = tokenizer.chat_template or ""  # that of chat_template.jinja, if there is one
+    if older.exists() and not newer.exists():
+        own = read_json(older).get("chat_template", "")
+    if isinstance(own, dict):  # several, by name
+        own = own.get("default", "")
+    if not isinstance(own, str):
+        raise CheckpointError(f"{directory}: its chat template is {own!r:.80}, not a text")
+    if "image" in own:
+        return own, None
+    template = TEMPLATES[choose_template(place) or "vicuna_v1"]
+    return chat_template(template, tokenizer, image_token), template
+
+
+def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """A conversation template for `apply_chat_template`.
+
+    Messages have the role user or assistant, the first perhaps system: it takes the place of the
+    template's own. Contents are texts, or lists of text and image parts.
+    """
+    bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
+    named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
+
+    def text(part: str) -> str:
+        for name, token in named.items():
+            part = part.replace(name, token)
+        # Other control tokens stand for themselves.
+        return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_PLACE else m[1], part)
+
+    first_prefix = text(template.begin + template.human_prefix)
+    if bos and adds_bos(tokenizer):
+        first_prefix = first_prefix.removeprefix(bos)
+    values = {
+        "system": template.system,
+        "system_prefix": text(template.system_prefix),
+        "system_suffix": text(template.system_suffix),
+        "first_prefix": first_prefix,
+        "human_prefix": text(template.human_prefix.replace(SYSTEM_PLACE, "")),
+        "answer_prefix": text(template.answer_prefix),
+        "answer_suffix": text(template.answer_suffix),
+        "separator": text(template.separator),
+        "image_token": image_token,
+        "image_suffix": text(template.image_suffix),
+        "keeps_questions": template.keeps_questions,
+    }
+    # Jinja's literals are JSON's.
+    lines = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()]
+    return "\n".join([*lines, _JINJA])

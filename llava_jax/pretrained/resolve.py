@@ -1,0 +1,226 @@
+"""From what a user calls a checkpoint to where its files lie."""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.config import ConfigError, Parts, format_source, parse_source
+from llava_jax.pretrained import layouts, llava_directory
+from llava_jax.pretrained.model_config import read_json_config
+from llava_jax.pretrained.safetensors import CheckpointError, open_tensors
+from llava_jax.pretrained.adapters import BESIDE, check_readable, is_trained, named_base
+from llava_jax.pretrained.load import Reader
+
+
+class Checkpoint(NamedTuple):
+    """Where weights come from.
+
+    Attributes:
+        name: What its user calls the base.
+        base: Where the base lies.
+        adapter: What was trained on it, in a form of `pretrained.adapters`.
+    """
+
+    name: str
+    base: Path | Parts
+    adapter: Path | None = None
+
+
+def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoint:
+    """Finds a checkpoint: a directory of any kind, a run's, parts, or a hub id's snapshot.
+
+    Args:
+        source: What it is called.
+        read: Opens a file or directory of tensors.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+        CheckpointError: What is there cannot be used.
+    """
+    try:
+        return _resolve(source, read)
+    except OSError as error:  # a name too long, a file that may not be read
+        raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
+
+
+def resolve_start(source: str | Parts) -> Checkpoint:
+    """`resolve` of a config's `init_from`; what is wrong with it names the field."""
+    try:
+        return resolve(source)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from error
+
+
+def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False) -> Checkpoint:
+    if isinstance(source, Parts):
+        return Checkpoint(format_source(source), _resolve_parts(source, read))
+    is_here = Path(source).exists()
+    path = _in_run(Path(source) if is_here else _local(str(source), read))
+    if is_trained(path):
+        if is_base:
+            raise ConfigError("that is itself something trained; merge it first")
+        return _resolve_trained(path, read)
+    name = str(path.resolve()) if is_here else str(source)
+    _refuse_pickles(name, path, read)
+    return Checkpoint(name, _as_parts(path, read))
+
+
+def model_name(source: str) -> str:
+    """What a model is called: a hub id as it is, others by their directory, or their run's."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    path = path.resolve()
+    is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
+    return path.parent.name if is_made else path.name
+
+
+def adapter_in(place: str | Path, read: Reader = open_tensors) -> Path:
+    """Where something trained lies: a file, a directory, a run's adapter, or a hub id's snapshot.
+
+    Args:
+        place: What it is called.
+        read: As for `resolve`.
+
+    Raises:
+        ConfigError: There is nothing of the kind.
+    """
+    path = Path(place) if Path(place).exists() else _local(str(place), read)
+    inner = path / "adapter"
+    return inner if inner.is_dir() and _is_run(path) else path
+
+
+def _in_run(path: Path) -> Path:
+    """What a run has made, if `path` is a run's directory."""
+    if not _is_run(path):
+        return path
+    for made in ("model", "adapter"):
+        if (path / made).is_dir():
+            return path / made
+    raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory's config.json is as `description` writes it; any checkpoint has one."""
+    if not (path / "config.json").is_file():
+        return (path / "checkpoints").is_dir()
+    return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
+
+
+def _local(name: str, read: Reader) -> Path:
+    """A directory, or the snapshot of a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
+        raise ConfigError(
+            f"{name!r}: no such directory; a checkpoint is a directory, that of a run included, "
+            "or a hub id"
+        )
+    return _download(name, pickles=_reads_pickles(read))
+
+
+def _reads_pickles(read: Reader) -> bool:
+    return read is not open_tensors
+
+
+def _resolve_parts(parts: Parts, read: Reader) -> Parts:
+    llm, vision = (_find_part(name, read) for name in (parts.llm, parts.vision))
+    projector = parts.projector
+    if projector is None and _is_export(llm):
+        projector = str(llm / "projector")
+    return Parts(str(llm), str(vision), projector)
+
+
+def _find_part(name: str, read: Reader) -> Path:
+    place = _local(name, read)
+    _refuse_pickles(name, place, read)
+    return place
+
+
+def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
+    """Says how to rewrite pickles, where they are all the weights there are and are not read.
+
+    A snapshot for such a reader is without its pickles, see `_download`.
+    """
+    is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
+    if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
+        return
+    has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
+    rewritten = f"{Path(name).name}-safetensors"
+    raise CheckpointError(
+        f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
+        f"tools/convert.py {name} {rewritten} --to hf`, then name {rewritten}"
+    )
+
+
+def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
+    """What was trained, and the base that it names."""
+    if place.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(place.parent):
+        raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
+    base = named_base(place)
+    if base in (None, "", "None"):
+        check_readable(place, read)
+        raise ConfigError(f"{place} does not say which base it belongs to; {_NAME_BASE}")
+    try:
+        return _resolve(parse_source(base) or base, read, is_base=True)._replace(adapter=place)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{place} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
+        ) from error
+
+
+_NAME_BASE = (
+    "name that base where it lies: --base when it is converted, --init-from beside --init-adapter "
+    "when it is trained"
+)
+
+
+def _is_export(directory: Path) -> bool:
+    """Whether a directory is as XTuner exports them."""
+    return (directory / "projector").is_dir()
+
+
+def _as_parts(path: Path, read: Reader) -> Path | Parts:
+    """A directory of LLaVA's or XTuner's own as separate parts; others as they are."""
+    if _is_export(path):
+        vision = path / "visual_encoder"
+        if not vision.is_dir():
+            raise ConfigError(
+                f"{path} has a decoder and a projector, as XTuner exports them, but no vision "
+                f"tower; name its directory too: llm={path},vision=DIRECTORY"
+            )
+        return Parts(str(path), str(vision), str(path / "projector"))
+    try:
+        layout = layouts.recognise(tensors := read(path))
+    except layouts.LayoutError:
+        return path  # reading it will say what is amiss
+    if layout.name != layouts.E.name:
+        return path
+    file, raw = read_json_config(path)
+    parts = layout.parts(tensors)
+    if parts == {"llm"} and "mm_vision_tower" not in raw:
+        return path  # a decoder alone, whose names are the same
+    find = partial(_find_part, read=read)
+    return llava_directory.as_parts(path, file, raw, find, has_tower="vision" in parts)
+
+
+_BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
+
+
+def _download(hub_id: str, *, pickles: bool) -> Path:
+    """The snapshot of a hub id, with its weights as pickles only where it has no others."""
+    from huggingface_hub import snapshot_download  # only for those who name a hub id
+
+    # What LLaVA's code puts beside safetensors comes always: it is a part of what was trained.
+    patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
+    try:
+        place = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if pickles and not any(place.rglob("*.safetensors")):
+            place = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
+    except Exception as error:  # the hub's client has many, and no common base
+        raise ConfigError(
+            f"{hub_id!r} is no directory (has the run that makes it finished?), and the hub does "
+            f"not give it: {error}"
+        ) from error
+    return place

@@ -1,0 +1,217 @@
+"""A checkpoint's tokenizer, exactly as its files define it.
+
+transformers 5's LlamaTokenizer is not used: from a `tokenizer.model` it merges pieces in the order
+of their ids instead of their scores, so runs of spaces come out as other tokens than the model was
+trained on, and from a `tokenizer.json` it replaces the normalizer by its own. The generic fast
+tokenizer takes the file at its word.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
+
+from llava_jax.config import Parts
+from llava_jax.data.conversation import tokenizing
+from llava_jax.disk import copy_regular, read_regular
+from llava_jax.pretrained.safetensors import CheckpointError, parse_json, read_json
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+_FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_MAX_PIECE = 1000
+_SPACE = "▁"  # how SentencePiece writes a space
+
+
+def has_tokenizer(place: str | Path | Parts) -> bool:
+    """Whether a checkpoint directory, or the decoder's of separate parts, has a tokenizer."""
+    directory = Path(place.llm if isinstance(place, Parts) else place)
+    return any((directory / name).exists() for name in (_FAST, _SENTENCEPIECE))
+
+
+def has_slow_tokenizer(directory: Path) -> bool:
+    """Whether a directory has what transformers' tokenizers in Python are made of."""
+    return any((directory / name).is_file() for name in (_SENTENCEPIECE, "vocab.json"))
+
+
+def load_tokenizer(place: str | Path | Parts) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        place: A LLaVA's directory. Or separate parts: then the decoder's tokenizer, with `<image>`,
+            and `<pad>` if it has no padding token, added where it lacks them.
+
+    Raises:
+        CheckpointError: There is none, it cannot be read, or is none that may be used.
+    """
+    directory = Path(place.llm if isinstance(place, Parts) else place)
+    if not has_tokenizer(directory):
+        raise CheckpointError(f"{directory} has neither {_FAST} nor {_SENTENCEPIECE}")
+    try:
+        _check_files(directory)
+        with tokenizing():
+            tokenizer = _load(directory)
+            tokenizer.decode(tokenizer("A text, of 2 lines:\né<").input_ids)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers library has no other base
+        said = f"{directory}: the tokenizer cannot be read: {type(error).__name__}: {error}"
+        raise CheckpointError(f"{said:.1000}") from error
+    if isinstance(place, Parts):
+        known = tokenizer.get_vocab()
+        if IMAGE_TOKEN not in known:
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+def _load(directory: Path) -> PreTrainedTokenizerBase:
+    if (directory / _FAST).exists():
+        _check_fast(directory / _FAST)
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    backend = _from_sentencepiece(directory / _SENTENCEPIECE)
+    return PreTrainedTokenizerFast.from_pretrained(directory, tokenizer_object=backend)
+
+
+_MAX_FILE_BYTES = 2**26
+_MAX_LISTED = 10_000  # what transformers puts into a list it searches again for each
+_MAX_ID = 2**24
+
+
+def _check_files(directory: Path) -> None:
+    """Holds what transformers opens by itself to what it would not survive.
+
+    Raises:
+        CheckpointError: A file is none, is too large, or has something else in it than settings.
+    """
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    others = (_FAST, _SENTENCEPIECE, "chat_template.jinja")
+    for file in [directory / name for name in (*settings, *others)] + [
+        *directory.glob("additional_chat_templates/*")
+    ]:
+        if not file.exists():
+            continue
+        if not file.is_file():
+            raise CheckpointError(f"{file} is not a regular file")
+        if (size := file.stat().st_size) > _MAX_FILE_BYTES:
+            raise CheckpointError(f"{file} has {size:,} bytes, which no tokenizer needs")
+        if file.name in settings:
+            found = read_json(file)
+            own = [found] if file.name == "added_tokens.json" else []
+            _check_listed(file, [*own, *(found[name] for name in found if "tokens" in name)])
+
+
+def _check_listed(file: Path, values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, list | dict) and len(value) > _MAX_LISTED:
+            raise CheckpointError(f"{file} lists {len(value):,} tokens, more than {_MAX_LISTED:,}")
+
+
+def _check_fast(file: Path) -> None:
+    """Refuses a tokenizer.json that names tokens twice, or whose steps are not a decoder's.
+
+    Raises:
+        CheckpointError: It is one of these.
+        Exception: It is of another form.
+    """
+    settings = parse_json(read_regular(file, _MAX_FILE_BYTES))
+    added = [(token["content"], token["id"]) for token in settings.get("added_tokens", ())]
+    _check_listed(file, [added])
+    vocabulary = settings["model"]["vocab"]
+    if isinstance(vocabulary, dict):  # else ids are places in a list
+        added += vocabulary.items()
+    if not vocabulary:
+        raise CheckpointError(f"{file} has no vocabulary")
+    names: dict[int, str] = {}
+    for name, index in added:
+        if type(index) is not int or not 0 <= index < _MAX_ID:
+            raise CheckpointError(f"{file}: the id of {name!r:.80} is {index!r:.80}")
+        if names.setdefault(index, name) != name:
+            raise CheckpointError(
+                f"{file} gives the id {index} to both {names[index]!r:.80} and {name!r:.80}"
+            )
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if _growth(settings.get(part)) > _MAX_GROWTH:
+            raise CheckpointError(f"{file}: its {part} may make a text too long, or fail")
+
+
+_MAX_GROWTH = 100
+_GROWTHS = {"ByteLevel": 2, "Lowercase": 3, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
+_INNER = ("normalizers", "pretokenizers", "processors", "decoders")
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a step of a tokenizer may make a text.
+
+    Steps come one after the other, so a few bytes of them can ask for any amount of memory.
+    """
+    if step is None:
+        return 1
+    kind = step["type"]
+    if kind == "Sequence":
+        inner = next(step[name] for name in _INNER if name in step)
+        return math.prod(map(_growth, inner)) if len(inner) <= _MAX_GROWTH else _MAX_GROWTH + 1
+    if kind == "Precompiled" or (
+        kind == "Strip" and max(step.get("start", 0), step.get("stop", 0)) > 1
+    ):
+        return _MAX_GROWTH + 1  # a table of texts of any length; a fault in the library
+    if kind == "TemplateProcessing":
+        ids = [len(token["ids"]) for token in step["special_tokens"].values()]
+        return len(step["single"]) * max([*ids, 1])
+    return max(_GROWTHS.get(kind, 1), len(step.get("content", "")), len(step.get("prepend", "")))
+
+
+def copy_tokenizer(place: str | Path | Parts, directory: Path) -> None:
+    """Copies a tokenizer's files as they are."""
+    source = Path(place.llm if isinstance(place, Parts) else place)
+    names = (_FAST, _SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json")
+    for name in (*names, "added_tokens.json", "vocab.json", "merges.txt"):
+        if (source / name).is_file():
+            copy_regular(source / name, directory / name)
+
+
+def _from_sentencepiece(file: Path) -> Tokenizer:
+    """LLaMA's tokenizer.model (byte-pair merges) as a fast tokenizer that starts with `<s>`."""
+    try:
+        import sentencepiece  # only for directories without a tokenizer.json
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file.parent} has a {_SENTENCEPIECE} but no {_FAST}; reading it takes sentencepiece "
+            "(pip install sentencepiece)"
+        ) from error
+    pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    size = pieces.get_piece_size()
+    names = [pieces.id_to_piece(index) for index in range(size)]
+    if max(map(len, names)) > _MAX_PIECE:  # every way to split a piece is tried
+        raise CheckpointError(f"{file} has a piece of more than {_MAX_PIECE} characters")
+    vocabulary = {name: index for index, name in enumerate(names)}
+    scores = {name: pieces.get_score(index) for index, name in enumerate(names)}
+    bos, unknown = names[pieces.bos_id()], names[pieces.unk_id()]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            generate_merges(vocabulary, scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, pieces.bos_id())]
+    )
+    return tokenizer

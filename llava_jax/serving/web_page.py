@@ -1,0 +1,322 @@
+"""The page at `/`: chat with a model, and with its base beside it, by Gradio."""
+
+import asyncio
+import contextlib
+import dataclasses
+import html
+import importlib
+import os
+import random
+import traceback
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from llava_jax.config import ConfigError
+from llava_jax.generation.sampling import Sampling
+from llava_jax.serving.limits import RequestError
+from llava_jax.serving.page_guard import PageGuard
+from llava_jax.serving.schema import ImagePart, TextPart
+from llava_jax.serving.schema import Message as ChatMessage
+from llava_jax.serving.service import Service
+from llava_jax.serving.uploads import KEPT_SECONDS, Uploads, add_upload_routes
+
+USUAL_NEW_TOKENS = 512  # as LLaVA's own page has it
+_FRAME_SECONDS = 0.1  # between two states of the page that are sent
+_CLIENT = "the page"
+"""Its visitors share the places in the queue that one client may have."""
+MAX_EXCHANGES = 100
+"""Questions of one conversation that are kept."""
+MAX_CHARACTERS = 32_000
+"""Characters of a conversation that are kept: each state of the page that is sent has all of it."""
+
+_CSS = """
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
+.chat .bubble-wrap { padding-top: 2.5rem; }
+.chat button:is([aria-label="Share"], [aria-label="Clear"]),
+.chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Clear"]) { display: none; }
+.chat { height: calc(100dvh - 20rem) !important; min-height: 16rem; }
+@media (max-width: 700px) { .two .chat { height: 40dvh !important; } }
+"""
+
+
+@dataclasses.dataclass
+class Exchange:
+    """A question and what became of it, by the names of the models that were asked.
+
+    Attributes:
+        text: The question.
+        images: Files.
+        answers: As far as they have come.
+        errors: Why there is none, or no more of one.
+    """
+
+    text: str
+    images: tuple[str, ...]
+    answers: dict[str, str] = dataclasses.field(default_factory=dict)
+    errors: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def characters(self) -> int:
+        """Of all of its text."""
+        return len(self.text) + sum(map(len, self.answers.values()))
+
+    def shown(self, name: str) -> str:
+        """What the page shows as a model's answer."""
+        error = f"[{self.errors[name]}]" if name in self.errors else ""
+        return " ".join(filter(None, (self.answers[name], error))) or "…"
+
+
+def load_gradio() -> Any:
+    """Gradio, which takes seconds, told to send nothing home.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    return importlib.import_module("gradio")
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    """Puts the page on an application, behind all routes that it has so far. As `load_gradio`.
+
+    Args:
+        app: The application.
+        service: That answers.
+    """
+    gr = load_gradio()
+    fonts = importlib.import_module("gradio.themes.utils.fonts")
+    system = [fonts.Font(name) for name in ("system-ui", "sans-serif")]
+    mono = [fonts.Font(name) for name in ("ui-monospace", "monospace")]
+    uploads = Uploads(service.limits)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    blocks = _Page(gr, service, uploads).blocks()
+    # Gradio sets this in `launch`, which a mounted page never calls; until then it reads any file
+    # whose path a client sends.
+    blocks.has_launched = True
+    page = FastAPI()
+    page.add_middleware(CORSMiddleware)  # allows nobody; without one, Gradio adds its own
+    gr.mount_gradio_app(
+        page,
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Soft(primary_hue="blue", font=system, font_mono=mono),
+        css=_CSS,
+    )
+    add_upload_routes(app, uploads, service.bodies)
+    app.mount("/", PageGuard(page, service.bodies, uploads, blocks))
+    start = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[Any]:
+        with contextlib.closing(uploads):
+            async with start(app) as state, page.router.lifespan_context(page):
+                yield state
+
+    app.router.lifespan_context = lifespan
+
+
+class _Page:
+    """What is on it, and what happens.
+
+    Args:
+        gr: Gradio.
+        service: That answers.
+        uploads: Images that were uploaded.
+    """
+
+    def __init__(self, gr: Any, service: Service, uploads: Uploads):
+        self._gr, self._service, self._uploads = gr, service, uploads
+        self._names = service.names
+
+    def blocks(self) -> Any:
+        """The page."""
+        gr, names = self._gr, self._names
+        with gr.Blocks(title=names[0]) as page:
+            # State stays here: a Chatbot as an input would take whatever a client says it holds.
+            exchanges = gr.State([], time_to_live=KEPT_SECONDS)
+            with gr.Row(elem_classes="two" if len(names) > 1 else None):
+                columns, chats = zip(*[self._chat(name) for name in names], strict=True)
+            box = gr.MultimodalTextbox(
+                placeholder="Ask something; paste or upload an image",
+                file_types=["image"],
+                file_count="multiple",
+                sources=["upload"],
+                show_label=False,
+                autofocus=True,
+                elem_id="question",
+            )
+            with gr.Row():
+                regenerate = gr.Button("Regenerate", size="sm", elem_id="regenerate")
+                clear = gr.Button("Clear", size="sm", elem_id="clear")
+            can_compare = len(names) > 1
+            label = f"Compare with {names[-1]}"
+            compare = gr.Checkbox(can_compare, label=label, visible=can_compare, elem_id="compare")
+            settings = self._settings()
+            outputs = [box, exchanges, *chats]
+            inputs = [exchanges, compare, *settings]
+            submit = box.submit(self._ask, [box, *inputs], outputs, **_UNQUEUED)
+            again = regenerate.click(
+                self._regenerate, inputs, outputs, cancels=[submit], **_UNQUEUED
+            )
+            asked = [submit, again]
+            box.stop(self._ready, None, box, cancels=asked)
+            clear.click(self._clear, None, outputs, cancels=asked)
+            if can_compare:
+                show = lambda on: [gr.Column(visible=on or i == 0) for i in range(len(names))]
+                compare.change(show, compare, list(columns))
+        return page
+
+    def _chat(self, name: str) -> tuple[Any, Any]:
+        gr = self._gr
+        with gr.Column(min_width=300) as column:
+            chat = gr.Chatbot(
+                label=name,
+                render_markdown=False,  # what is typed and answered is text
+                elem_classes="chat",
+                buttons=[],
+                allow_file_downloads=False,
+                feedback_options=None,
+            )
+        return column, chat
+
+    def _settings(self) -> list[Any]:
+        gr = self._gr
+        most = self._service.limits.new_tokens
+        with gr.Accordion("Settings", open=False), gr.Row():
+            return [
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words"),
+                gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all words"),
+                gr.Slider(
+                    1,
+                    most,
+                    min(USUAL_NEW_TOKENS, most),
+                    step=1,
+                    label="Max new tokens",
+                    info="of an answer",
+                ),
+            ]
+
+    async def _ask(
+        self, asked: dict[str, Any], exchanges: list[Exchange], compare: bool, *settings: float
+    ) -> AsyncIterator[list[Any]]:
+        text = asked["text"].strip()
+        images = tuple(str(self._uploads.path(file)) for file in asked["files"])
+        if text or images:
+            exchanges = [*exchanges, Exchange(text, images)][-MAX_EXCHANGES:]
+            while len(exchanges) > 1 and sum(e.characters for e in exchanges) > MAX_CHARACTERS:
+                exchanges = exchanges[1:]
+            async for state in self._answer(exchanges, compare, settings):
+                yield state
+
+    async def _regenerate(
+        self, exchanges: list[Exchange], compare: bool, *settings: float
+    ) -> AsyncIterator[list[Any]]:
+        if exchanges:
+            *before, last = exchanges
+            exchanges = [*before, Exchange(last.text, last.images)]
+            async for state in self._answer(exchanges, compare, settings):
+                yield state
+
+    async def _answer(
+        self, exchanges: list[Exchange], compare: bool, settings: Sequence[float]
+    ) -> AsyncIterator[list[Any]]:
+        """States of the page while the last question is answered."""
+        names = self._names if compare else self._names[:1]
+        tasks = [asyncio.ensure_future(self._follow(name, exchanges, *settings)) for name in names]
+        busy = self._gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+        try:
+            pending = set(tasks)
+            while pending:
+                yield [busy, exchanges, *self._shown(exchanges)]
+                busy = self._gr.skip()
+                _, pending = await asyncio.wait(pending, timeout=_FRAME_SECONDS)
+            yield [self._ready(), exchanges, *self._shown(exchanges)]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _follow(
+        self,
+        name: str,
+        exchanges: list[Exchange],
+        temperature: float,
+        top_p: float,
+        new_tokens: float,
+    ) -> None:
+        """Keeps a model's answer to the last question in it as it comes."""
+        last = exchanges[-1]
+        last.answers[name] = ""
+        try:
+            with self._service.enter(_CLIENT) as ticket:
+                await ticket.begin(
+                    name,
+                    self._messages(name, exchanges),
+                    self._read_upload,
+                    new_tokens=max(1, int(new_tokens)),
+                    sampling=Sampling(temperature, top_p=top_p, seed=random.getrandbits(32)),
+                )
+                async for update in ticket.updates():
+                    last.answers[name] = update.text.rstrip()
+        except (RequestError, ConfigError) as error:
+            last.errors[name] = str(error)
+        except Exception:
+            traceback.print_exc()
+            last.errors[name] = "something went wrong; the server's console says what"
+
+    async def _read_upload(self, name: str) -> bytes:
+        return self._uploads.path(name).read_bytes()
+
+    def _messages(self, name: str, exchanges: list[Exchange]) -> list[ChatMessage]:
+        """The conversation as one model had it; where it was not asked, as the first had it.
+
+        Questions that nothing was answered to are left out, but for the last.
+        """
+        messages = []
+        for exchange in exchanges:
+            said = exchange.answers.get(name) or exchange.answers.get(self._names[0], "")
+            if not said and exchange is not exchanges[-1]:
+                continue
+            images = [ImagePart(type="image_url", image_url=path) for path in exchange.images]
+            text = TextPart(type="text", text=exchange.text)
+            messages.append(ChatMessage(role="user", content=[*images, text]))
+            messages.append(ChatMessage(role="assistant", content=said))
+        return messages[:-1]
+
+    def _shown(self, exchanges: list[Exchange]) -> list[list[dict[str, Any]]]:
+        """The messages of every chat."""
+        chats = []
+        for name in self._names:
+            messages = []
+            for exchange in exchanges:
+                if name not in exchange.answers:
+                    continue
+                files = [{"path": path} for path in exchange.images]
+                text = [_as_text(exchange.text)] if exchange.text else []
+                messages += [{"role": "user", "content": part} for part in (*files, *text)]
+                messages.append({"role": "assistant", "content": _as_text(exchange.shown(name))})
+            chats.append(messages)
+        return chats
+
+    def _clear(self) -> list[Any]:
+        return [self._ready(), [], *([] for _ in self._names)]
+
+    def _ready(self) -> Any:
+        return self._gr.MultimodalTextbox(submit_btn=True, stop_btn=False, interactive=True)
+
+
+def _as_text(text: str) -> dict[str, str]:
+    """A message's content; a chat without Markdown takes HTML still."""
+    return {"type": "text", "text": html.escape(text, quote=False)}
+
+
+# The service has a queue of its own.
+_UNQUEUED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}

@@ -1,0 +1,193 @@
+"""Cross-entropy of the tokens that are learned, some at a time.
+
+The logits of a whole batch never exist, and those of tokens that nobody learns are not computed: of
+each row, the learned tokens come first, and the loop over pieces ends with the last of these.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from llava_jax.planning.hlo import at_most
+from llava_jax.models.layers import Params, from_chunks, to_chunks
+from llava_jax.models.llava import head_logits
+from llava_jax.distributed.sharding import on_rows
+
+Carry = TypeVar("Carry")
+
+CHUNK_TOKENS = 64
+"""Tokens of each row whose logits exist at one time."""
+
+
+class TokenLosses(NamedTuple):
+    """Per position: the loss of the token that follows, and the token the model would say.
+
+    Both are 0 where the following token is not learned.
+    """
+
+    nll: Float[Array, "B T"]
+    predicted: Int[Array, "B T"]
+
+
+def token_losses(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    learned: Bool[Array, "B T"],
+) -> TokenLosses:
+    """Negative log-likelihood of `targets` in nats, float32, and the greedy choice."""
+    narrow = head.astype(hidden.dtype)  # once, not in every chunk
+    pieces = _Pieces(learned)
+
+    def one_chunk(index: jax.Array, done: TokenLosses) -> TokenLosses:
+        logits = head_logits(pieces.take(hidden, index), narrow)
+        nll, _ = _nll(logits, pieces.take(targets, index))
+        predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.tree.map(partial(_write, index), done, TokenLosses(nll, predicted))
+
+    empty = TokenLosses(pieces.zeros((), jnp.float32), pieces.zeros((), jnp.int32))
+    done = pieces.loop(one_chunk, empty)
+    return TokenLosses(*(jnp.where(learned, pieces.put_back(x), 0) for x in done))
+
+
+def weighted_loss(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """The sum of weights x negative log-likelihood of `targets`, float32.
+
+    Its gradients are computed together with it, as the logits come by: products in the dtype of
+    `hidden`, the head's added up in float32. Every device goes through its own rows only.
+    """
+    axes, params = {"head": ("vocab", "model")}, {"head": head}
+    return jnp.sum(on_rows(_local_loss, axes, params, hidden, targets, weights))
+
+
+@jax.custom_vjp
+def _local_loss(
+    params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Float[Array, "1"]:
+    losses = token_losses(hidden, params["head"], targets, weights != 0)
+    return jnp.sum(losses.nll * weights)[None]
+
+
+def _with_gradients(
+    params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+    head = params["head"]
+    narrow = head.astype(hidden.dtype)
+    pieces = _Pieces(weights != 0)
+
+    def one_chunk(
+        index: jax.Array, done: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss, head_grad, hidden_grad = done
+        here, target, weight = (pieces.take(x, index) for x in (hidden, targets, weights))
+        logits = head_logits(here, narrow)
+        nll, log_sum = _nll(logits, target)
+        loss += jnp.sum(nll * weight)
+        shares = jnp.exp(logits - log_sum[:, :, None]) - jax.nn.one_hot(target, head.shape[0])
+        grad = (weight[:, :, None] * shares).astype(hidden.dtype)
+        wide = {"preferred_element_type": jnp.float32}
+        head_grad += jnp.einsum("BTV,BTD->VD", grad, here, **wide)
+        new = jnp.einsum("BTV,VD->BTD", grad, narrow)
+        return loss, head_grad, _write(index, hidden_grad, new)
+
+    zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+    empty = pieces.zeros(hidden.shape[2:], hidden.dtype)
+    loss, head_grad, hidden_grad = pieces.loop(one_chunk, (*zeros, empty))
+    grads = {"head": head_grad.astype(head.dtype)}, pieces.put_back(hidden_grad)
+    return loss[None], grads
+
+
+def _scaled(grads: tuple[Params, jax.Array], scale: jax.Array) -> tuple:
+    return *jax.tree.map(lambda grad: grad * scale[0].astype(grad.dtype), grads), None, None
+
+
+_local_loss.defvjp(_with_gradients, _scaled)
+
+
+class _Pieces:
+    """The tokens of rows, some of each row at a time, the learned ones first."""
+
+    def __init__(self, learned: Bool[Array, "B T"]):
+        length = learned.shape[1]
+        self._count = -(-length // CHUNK_TOKENS)
+        padded = jnp.pad(learned, ((0, 0), (0, -length % self._count)))
+        order = jnp.argsort(~padded, axis=1, stable=True)
+        self._pieces = to_chunks(order, CHUNK_TOKENS)
+        self._places = jnp.argsort(order, axis=1)[:, :length]
+        most = jnp.max(jnp.sum(learned, axis=1))
+        self._turns = -(-most // self._pieces.shape[2])
+
+    def take(self, x: Shaped[Array, "B T *rest"], index: Int[Array, ""]) -> Array:
+        """The piece number `index` of rows: [B, chunk, ...]; zeros behind the last token."""
+        here = self._pieces[index].reshape(*self._pieces.shape[1:], *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, here, axis=1, mode="fill", fill_value=0)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Shaped[Array, "chunks B chunk *rest"]:
+        """What all pieces have room in, each token for an array of this shape."""
+        return jnp.zeros((*self._pieces.shape, *shape), dtype)
+
+    def loop(self, body: Callable[[jax.Array, Carry], Carry], done: Carry) -> Carry:
+        """Carries `done` through all pieces that have a learned token."""
+        with at_most(self._count):
+            return jax.lax.fori_loop(0, self._turns, body, done)
+
+    def put_back(self, x: Shaped[Array, "chunks B chunk *rest"]) -> Shaped[Array, "B T *rest"]:
+        """Rows in the order in which they were."""
+        places = self._places.reshape(*self._places.shape, *[1] * (x.ndim - 3))
+        return jnp.take_along_axis(from_chunks(x, self._pieces[:, 0].size), places, axis=1)
+
+
+def _write(index: Int[Array, ""], pieces: Array, new: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(pieces, new, index, 0)
+
+
+def _nll(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Negative log-likelihood of targets, and the logarithm of the sum that it is made with."""
+    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    return log_sum - chosen, log_sum
+
+
+def next_tokens(
+    input_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """For each position the token after it, and whether that one is learned: of its own segment."""
+    following = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
+    learned = following(loss_mask) & (following(segment_ids) == segment_ids)
+    return following(input_ids), learned
+
+
+def loss_weights(
+    learned: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    weighting: str,
+    group: int,
+) -> Float[Array, "B T"]:
+    """The weight of each token's loss in the loss of the global batch; they sum to 1.
+
+    Args:
+        learned: Tokens that count.
+        segment_ids: Each token's sample: 1 and its place in the global batch, which has as many
+            samples as rows.
+        weighting: "token": all alike. "sample_mean": the mean over each `group` consecutive
+            samples' tokens, then the plain mean of the groups.
+        group: Samples in a group.
+    """
+    mask = learned.astype(jnp.float32)
+    if weighting == "token":
+        return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    groups = jnp.maximum(segment_ids - 1, 0) // group
+    tokens = jnp.zeros(learned.shape[0] // group).at[groups].add(mask)
+    filled = jnp.maximum(jnp.sum(tokens > 0), 1).astype(jnp.float32)
+    return mask / (jnp.maximum(tokens, 1.0) * filled)[groups]

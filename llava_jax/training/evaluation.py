@@ -1,0 +1,276 @@
+"""Measuring a model on held-out data."""
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from llava_jax.config import ConfigError
+from llava_jax.data.batching import Batch, SampleEncoder
+from llava_jax.data.order import NO_RECORD
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Records
+from llava_jax.disk import append_rows
+from llava_jax.training.inputs import Inputs
+from llava_jax.training.progress import Reporter
+from llava_jax.models.layers import Params
+from llava_jax.report.thumbnails import find_pictures, keep_pictures
+from llava_jax.distributed.multihost import from_first, is_first
+from llava_jax.report.rows import read_rows
+from llava_jax.train_step.step import EvalResult
+
+UNNAMED = "all"
+"""Category of samples without one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One held-out question as the model answered it.
+
+    Attributes:
+        index: Number of its record.
+        images: How many the record has.
+        right: Whether greedy decoding gives the answer to the letter.
+    """
+
+    question: str
+    expected: str
+    given: str
+    index: int = -1  # measurements of older versions lack these
+    images: int = 0
+    right: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        loss: Mean over supervised tokens, nats.
+        exact: Samples by category that greedy decoding answers to the letter.
+        samples: Samples by category.
+        examples: Some questions and answers.
+        skipped: Numbers of the samples that cannot be used.
+    """
+
+    loss: float
+    exact: dict[str, int]
+    samples: dict[str, int]
+    examples: list[Example]
+    skipped: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples that greedy decoding answers to the letter."""
+        return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
+
+
+def evaluate(
+    eval_step: Callable[[Batch], EvalResult],
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    records: Records,
+    encoder: SampleEncoder,
+    shown: Collection[int] = (),
+) -> Evaluation:
+    """Runs held-out batches through the model.
+
+    Args:
+        eval_step: The compiled step, parameters bound.
+        batches: Host batches with the record index of each real row.
+        records: What the indices refer to.
+        encoder: What made the batches of them.
+        shown: Record indices to return as examples.
+    """
+    nll, tokens = 0.0, 0
+    exact, samples = Counter(), Counter()
+    examples, skipped = [], []
+    for batch, indices in batches:
+        result = jax.device_get(eval_step(batch))
+        for row, index in enumerate(indices.tolist()):
+            if index == NO_RECORD:  # fills up the last batch
+                continue
+            if not result.tokens[row]:
+                skipped.append(index)
+                continue
+            record = records[index]
+            category = record.category or UNNAMED
+            samples[category] += 1
+            exact[category] += bool(result.exact[row])
+            nll += float(result.nll[row])
+            tokens += int(result.tokens[row])
+            if index in shown:
+                examples.append(_example(result.predicted[row], index, record, encoder))
+    return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples, skipped)
+
+
+def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
+    """The last answer, up to its first wrong token: what follows would not be greedy decoding."""
+    encoded = encoder.encode_text(record)
+    answer = _last_run(encoded.loss_mask)
+    expected, given = encoded.input_ids[answer], predicted[answer - 1]
+    wrong = np.flatnonzero(given != expected)
+    decode = lambda ids: str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return Example(
+        question=_last_question(record),
+        expected=decode(expected),
+        given=decode(given[: wrong[0] + 1] if len(wrong) else given),
+        index=index,
+        images=len(record.images),
+        right=not len(wrong),
+    )
+
+
+def _last_question(record: Record) -> str:
+    asked = [turn.text for turn in record.turns if turn.role == "human"]
+    return asked[-1].replace("<image>", "").strip()
+
+
+def _last_run(mask: np.ndarray) -> np.ndarray:
+    """Positions of the last unbroken run of True."""
+    positions = np.flatnonzero(mask)
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    return positions[breaks[-1] + 1 if len(breaks) else 0 :]
+
+
+class HeldOut:
+    """A run's measurements on held-out data, a line each in evaluations.jsonl.
+
+    The images of what is shown of them are copied to examples/.
+
+    Args:
+        run_dir: Where these are.
+        eval_step: (trainable, host batch) -> result.
+        inputs: The run's data; without held-out records nothing is measured.
+        batch_size: Held-out samples in a batch.
+        rows: Those that this process reads.
+        reporter: Told of each measurement.
+        first_step: Steps done before.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        eval_step: Callable[[Params, Batch], EvalResult],
+        inputs: Inputs,
+        batch_size: int,
+        rows: Sequence[int],
+        reporter: Reporter,
+        first_step: int,
+    ):
+        self._path, self._pictures = run_dir / "evaluations.jsonl", run_dir / "examples"
+        self._eval_step, self._inputs, self._reporter = eval_step, inputs, reporter
+        self._batch_size, self._batch_rows = batch_size, rows
+        found = read_rows(self._path).rows if inputs.eval_records else []
+        self._rows = [row for row in found if row["step"] <= first_step]
+        self._kept: set[int] = set()
+        count, wanted = len(inputs.eval_records), inputs.config.eval.examples
+        self._shown = {i * count // wanted for i in range(wanted)} if count else set()
+
+    def measure(
+        self,
+        step: int,
+        trainable: Params,
+        halted: Callable[[int, np.ndarray], bool] = lambda checksum, numbers: False,
+    ) -> None:
+        """Evaluates after `step` steps, unless it was done before.
+
+        Args:
+            step: Steps done.
+            trainable: What trains.
+            halted: Asked before each batch, with the checksum of its texts and the numbers of its
+                records, and with neither at the end; True gives this measurement up.
+
+        Raises:
+            ConfigError: None of the held-out samples can be read.
+        """
+        inputs = self._inputs
+        if not inputs.eval_records or from_first(step in [row["step"] for row in self._rows]):
+            return
+        batches = inputs.eval_batches(self._batch_size, self._batch_rows)
+        batches = itertools.takewhile(
+            lambda made: not halted(made[0].text_checksum, made[1]), batches
+        )
+        result = evaluate(
+            lambda batch: self._eval_step(trainable, batch),
+            batches,
+            inputs.eval_records,
+            inputs.encoder,
+            self._shown,
+        )
+        if halted(0, np.array([])):
+            return
+        if not result.samples:
+            records = inputs.eval_records
+            raise ConfigError(
+                "none of the held-out samples can be read; check data.eval_path and "
+                f"data.image_root. The first, {records.where(0)}: {inputs.why_skipped(0, records)}"
+            )
+        row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
+        self._rows.append(row)
+        if is_first():
+            append_rows(self._path, [row])
+            text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
+            text = f"held out, step {step}: {text}{self._left_out(result.skipped)}"
+            self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
+
+    def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
+        for index in {example.index for example in examples} - self._kept:
+            keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
+            self._kept.add(index)
+        return [find_pictures(self._pictures, example.index) for example in examples]
+
+    def _left_out(self, skipped: list[int]) -> str:
+        if not skipped:
+            return ""
+        records, first = self._inputs.eval_records, skipped[0]
+        reason = self._inputs.why_skipped(first, records)
+        return f"; {len(skipped)} left out, the first {records.where(first)}: {reason}"
+
+    def say_tables(self) -> None:
+        """Prints the first measurement beside the last."""
+        if self._rows:
+            before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
+            self._reporter.say(comparison_table(before, after))
+            self._reporter.say(examples_table(before, after))
+
+
+def _from_row(row: dict[str, Any]) -> Evaluation:
+    names = [field.name for field in dataclasses.fields(Example)]
+    examples = [
+        Example(**{name: example[name] for name in names if example.get(name) is not None})
+        for example in row["examples"]
+    ]
+    loss = math.nan if row["loss"] is None else row["loss"]
+    return Evaluation(loss, row["exact"], row["samples"], examples)
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> Table:
+    """Accuracy by category, before and after."""
+    table = Table("category", "samples", "before", "after", title="held-out answers, exact match")
+    share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
+    categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
+    for category, count in categories:
+        right = [evaluation.exact.get(category, 0) for evaluation in (before, after)]
+        table.add_row(category, str(count), *(share(n, count) for n in right))
+    table.add_section()
+    total = sum(after.samples.values())
+    table.add_row(
+        "all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after))
+    )
+    table.add_row("loss", "", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    return table
+
+
+def examples_table(before: Evaluation, after: Evaluation) -> Table:
+    """The same questions, before and after."""
+    table = Table("question", "expected", "before", "after", title="sample answers")
+    for old, new in zip(before.examples, after.examples, strict=False):
+        table.add_row(new.question, new.expected, old.given, new.given)
+    return table

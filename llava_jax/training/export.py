@@ -1,0 +1,105 @@
+"""What a run leaves behind: a PEFT adapter, or a whole Hugging Face model."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_jax.config import Parts, TrainConfig
+from llava_jax.data.conversation import TEMPLATES
+from llava_jax.disk import naming
+from llava_jax.pretrained.model_config import write_model_config
+from llava_jax.pretrained.peft import save_adapter
+from llava_jax.pretrained.processor import save_processor
+from llava_jax.pretrained.save import save_params
+from llava_jax.models.layers import Params
+from llava_jax.distributed.multihost import is_first
+from llava_jax.train_step.program import Program
+
+
+def export_dir(config: TrainConfig) -> Path:
+    """`adapter/` where adapters train, `model/` where they do not."""
+    has_adapters = "lora" in (config.tune.llm, config.tune.vision)
+    return config.run_dir / ("adapter" if has_adapters else "model")
+
+
+def export(
+    config: TrainConfig,
+    program: Program,
+    processor: Path | Parts,
+    base_name: str | None,
+    fingerprint: str | None,
+    trainable: Params,
+    frozen: Params,
+) -> Path:
+    """Writes what a run has trained beside where it belongs, and returns that directory.
+
+    `publish` puts it in its place.
+
+    Args:
+        config: The run.
+        program: Its compiled form.
+        processor: Where its tokenizer and image processor lie.
+        base_name: What an adapter's user calls its base.
+        fingerprint: Of the base.
+        trainable: What it trains.
+        frozen: The rest.
+
+    Raises:
+        OSError: The disk refuses it.
+    """
+    final = export_dir(config)
+    unfinished = final.with_name(final.name + ".unfinished")
+    with _removed_on_failure(unfinished):
+        if program.adapters:
+            # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
+            beside = ("vision.",) if config.tune.vision == "full" else ()
+            trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
+            save_adapter(
+                unfinished,
+                trained,
+                program.adapters,
+                program.model_config,
+                base_name=base_name,
+                fingerprint=fingerprint,
+            )
+        else:
+            save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+        if is_first():
+            if not program.adapters:
+                write_model_config(program.model_config, unfinished, config.dtype)
+            save_processor(
+                processor,
+                unfinished,
+                program.model_config,
+                template=TEMPLATES[config.data.template],
+                aspect=config.data.image_aspect,
+            )
+    return unfinished
+
+
+@contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """A new directory to write in, which is there afterwards only if all went well."""
+    if is_first():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    try:
+        with naming(directory):
+            yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def discard(written: Path) -> None:
+    """Removes an export that was only tried."""
+    if is_first():
+        shutil.rmtree(written)
+
+
+def publish(written: Path, final: Path) -> None:
+    """Puts a whole export in its place, in one step where nothing lies there."""
+    if is_first():
+        shutil.rmtree(final, ignore_errors=True)
+        written.rename(final)

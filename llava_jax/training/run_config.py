@@ -1,0 +1,166 @@
+"""config.json and data.json: what a run is, written when it begins, compared when it goes on."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+
+from llava_jax.config import ConfigError, ModelConfig, Quantisation, TrainConfig, to_json
+from llava_jax.data.digest import data_changes
+from llava_jax.disk import read_regular, replace_text
+from llava_jax.pretrained.safetensors import MAX_JSON_BYTES
+from llava_jax.distributed.multihost import is_first
+
+PLACES = (
+    *("output_dir", "init_from", "init_adapter"),
+    *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
+)
+"""Fields that say where files lie: fingerprints stand for weights, and digests for data."""
+
+NOT_RECIPE = (
+    *PLACES,
+    *("name", "epochs", "checkpoint", "eval", "log"),  # among them, how often one looks
+    *("data.eval_samples", "data.workers"),
+    *("data.max_skipped", "nonfinite_limit"),
+    *("memory", "mesh", "batch.micro_size", "data.packing"),  # the plan
+)
+"""Fields that may change while a run goes on: none of them decides what is learned."""
+
+
+def describe(
+    config: TrainConfig,
+    model: ModelConfig,
+    steps: int,
+    fingerprint: str | None,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """A run's resolved recipe and plan, versions, and what its frozen weights and its data are.
+
+    Args:
+        config: The run.
+        model: The model's sizes.
+        steps: Optimizer steps of the whole run.
+        fingerprint: Of the base; None without one.
+        data: As `Inputs.digest` has it.
+    """
+    return {
+        "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
+        "base_fingerprint": fingerprint,
+        "versions": versions(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "data": data,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run computes."""
+    packages = (
+        *("llava_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+        *("transformers", "tokenizers", "pillow", "grain"),
+    )
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def write_description(run_dir: Path, description: dict[str, Any]) -> None:
+    """Writes config.json, and data.json, which is long; from the first process."""
+    if is_first():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        data = description["data"]
+        rest = {name: value for name, value in description.items() if name != "data"}
+        replace_text(run_dir / "data.json", json.dumps(data, indent=1) + "\n")
+        replace_text(run_dir / "config.json", json.dumps(rest, indent=2) + "\n")
+
+
+def quantisation_of(place: Path) -> Quantisation | None:
+    """How the base of what a run left was kept while it trained; None if it was whole."""
+    for directory in (place, place.parent):  # a run's directory, or what it left there
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))
+            if "base_fingerprint" in found:
+                bits = found["config"]["quantize"]
+                return bits if bits in get_args(Quantisation) else None
+    return None
+
+
+class Changes(NamedTuple):
+    """How a run differs from what it began with.
+
+    Attributes:
+        recipe: Lines about its recipe and its base.
+        data: Lines about its data.
+        sources: Where its training data came from when it began.
+    """
+
+    recipe: list[str]
+    data: list[str]
+    sources: str
+
+
+def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
+    """Compares a recipe, its base and its data with those that a run began with.
+
+    Raises:
+        ConfigError: What the run began with cannot be read.
+    """
+    file = run_dir / "config.json"
+    try:
+        began = json.loads(file.read_text())
+        before = flatten(began["config"], NOT_RECIPE)
+        base = began["base_fingerprint"]
+        data = _data_changes(run_dir, began["config"]["data"], description)
+        sources = data_sources(began["config"]["data"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} or data.json cannot be read ({error}), but there are checkpoints beside it, "
+            "which have no copy; put it back, "
+            "remove the checkpoints, or give the run a new --name"
+        ) from error
+    now = flatten(description["config"], NOT_RECIPE)
+    differences = [
+        f"  {field}: {before.get(field)!r} there, {now.get(field)!r} here"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+    if base != description["base_fingerprint"]:
+        differences.append(
+            f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
+        )
+    return Changes(differences, [f"  {line}" for line in data], sources)
+
+
+def data_sources(data: dict[str, Any]) -> str:
+    """Where training data comes from, by its part of a config as JSON."""
+    return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
+
+
+def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """Held-out data is only compared if the run is to be measured on the same."""
+    file, now = run_dir / "data.json", description["config"]["data"]
+    if not file.exists():  # the run was begun by an older version
+        return []
+    before = json.loads(file.read_bytes())
+    found = [*data_changes(before["train"], description["data"]["train"])]
+    if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
+        found += data_changes(before["eval"], description["data"]["eval"], "held-out data")
+    return found
+
+
+def flatten(
+    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """The fields of a config by dotted name, without some of them."""
+    fields = {}
+    for name, value in config.items():
+        path = prefix + name
+        if path in leave_out:
+            continue
+        nested = isinstance(value, dict)
+        fields |= flatten(value, leave_out, f"{path}.") if nested else {path: value}
+    return fields

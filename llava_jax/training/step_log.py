@@ -1,0 +1,124 @@
+"""What a run records of its steps, and when that ends it: metrics.jsonl and skipped.jsonl."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+
+from llava_jax.config import RunError, TrainConfig
+from llava_jax.data.order import NO_RECORD
+from llava_jax.disk import append_rows
+from llava_jax.training.inputs import Inputs
+from llava_jax.training.progress import Reporter
+from llava_jax.report.rows import read_rows
+
+MOST_NAMED = 5
+"""Samples that a message names; all are in the files."""
+
+MOST_SHOWN = 20
+"""Samples that were left out and are shown; all are in skipped.jsonl."""
+
+
+class Journal:
+    """Takes a run's metrics, step by step.
+
+    Each sample that was skipped has a row in skipped.jsonl, once; each step that was not finite one
+    in nonfinite.jsonl, with its samples.
+
+    Args:
+        config: The run.
+        inputs: Its data.
+        reporter: Shows and writes a row a step; only the first process' does.
+        first_step: Steps done before.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, reporter: Reporter, first_step: int):
+        self._config, self._inputs, self._reporter = config, inputs, reporter
+        self._skipped_file = config.run_dir / "skipped.jsonl"
+        self._nonfinite_file = config.run_dir / "nonfinite.jsonl"
+        before = lambda file: [r for r in read_rows(file).rows if r["step"] <= first_step]
+        self._skipped = {row["sample"] for row in before(self._skipped_file)}
+        nonfinite = {row["step"] for row in before(self._nonfinite_file)}
+        self.nonfinite = next(n for n in itertools.count() if first_step - n not in nonfinite)
+        self._shown = 0
+
+    def log(self, metrics: dict[str, jax.Array], step: int) -> None:
+        """Records one step.
+
+        Raises:
+            RunError: Too many samples were skipped, or steps in a row not finite.
+        """
+        values = jax.device_get(metrics)
+        numbers = self._inputs.order.batch(step - 1)
+        skipped = numbers[(values["present"] == 0) & (numbers != NO_RECORD)]
+        self._reporter.log(_row(values, step) | {"skipped": len(skipped)}, _device_bytes())
+        self._note_skipped(skipped, step)
+        self._note_nonfinite(values, step)
+
+    def _note_skipped(self, numbers: np.ndarray, step: int) -> None:
+        if len(numbers):
+            new = sorted(set(numbers.tolist()) - self._skipped)
+            self._skipped.update(new)
+            if new and self._reporter.is_shown:
+                self._write_skipped(new, step)
+        count, allowed = len(self._inputs.records), self._config.data.max_skipped
+        if len(self._skipped) > allowed * count:
+            raise RunError(
+                f"{len(self._skipped)} of {count} samples cannot be used, more than "
+                f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. See "
+                "tools/check_data.py, mend them in place (their number must stay) and go on by "
+                "--checkpoint.accept-changes, or allow more"
+            )
+
+    def _write_skipped(self, numbers: list[int], step: int) -> None:
+        inputs = self._inputs
+        rows = [
+            {
+                "step": step,
+                "sample": number,
+                "place": inputs.records.where(number),
+                "reason": inputs.why_skipped(number),
+            }
+            for number in numbers
+        ]
+        append_rows(self._skipped_file, rows)
+        for row in rows[: max(MOST_SHOWN - self._shown, 0)]:
+            self._reporter.say(f"{row['place']} is left out: {row['reason']}")
+        self._shown += len(rows)
+        if self._shown - len(rows) < MOST_SHOWN < self._shown:
+            self._reporter.say(f"more are named in {self._skipped_file} alone")
+
+    def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
+        if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        numbers = [n for n in self._inputs.order.batch(step - 1).tolist() if n >= 0]
+        places = [self._inputs.records.where(number) for number in numbers]
+        if self._reporter.is_shown:
+            append_rows(self._nonfinite_file, [{"step": step, "samples": places}])
+        self._reporter.say(
+            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; its update "
+            f"is left out. Its samples are in {self._nonfinite_file}"
+        )
+        if self.nonfinite >= self._config.nonfinite_limit:
+            raise RunError(
+                f"{self.nonfinite} steps in a row were not finite, the last {step}; the "
+                f"checkpoints from before are good. Their samples are in {self._nonfinite_file}, "
+                f"the last step's begin with {'; '.join(places[:MOST_NAMED])}. Lower the learning "
+                "rate, look at the samples, or raise nonfinite_limit"
+            )
+
+
+def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | None]:
+    """One line of metrics.jsonl, in the order in which people read it; None is not finite."""
+    order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
+    numbers = {name: values[name].item() for name in order}
+    finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    return {"step": step} | finite
+
+
+def _device_bytes() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
