@@ -11,3 +11,15 @@ class SampleError(Exception):
     def __init__(self, text: str, kind: str = "form"):
         super().__init__(text)
         self.kind = kind
+
+
+class ConfigError(Exception):
+    """A mistake in a config file or on the command line; its text says where and what to do."""
+
+
+class RunError(Exception):
+    """A run cannot go on; its text says why, and what to do."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or is not what its config says; the text tells where."""

@@ -8,9 +8,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from llava_jax.config import ConfigError, TrainConfig, parse_config
+from llava_jax.config import TrainConfig, parse_config
 from llava_jax.distributed.environment import has_others, prepare_for_training, print_any_text
 from llava_jax.distributed.watchdog import guarded, leave
+from llava_jax.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.training.run_config import write_description
 from llava_jax.disk import open_regular, read_regular
+from llava_jax.training.run_config import write_description
 
 
 def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,6 @@ from benchmark_case import SHAPES, Case
 
 from llava_jax.config import (
     BatchConfig,
-    ConfigError,
     LoraConfig,
     MemoryConfig,
     OptimizerConfig,
@@ -21,6 +20,7 @@ from llava_jax.config import (
     TuneConfig,
     parse_config,
 )
+from llava_jax.errors import ConfigError
 
 LIMIT = 1e-4  # relative, of two float32 losses
 
@@ -94,7 +94,7 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> Case:
     if missing:
         raise ConfigError(f"--peer {given.peer} needs pip install {' '.join(missing)}")
     if given.config:
-        from llava_jax.planning.search import sizes
+        from llava_jax.planning.measure import sizes
 
         config = parse_config(["--config", given.config, *rest])
         model = sizes(config)

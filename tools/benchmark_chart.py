@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmark_case import Case
 from benchmark_run import Row
 
-from llava_jax.planning.devices import GIB
+from llava_jax.distributed.environment import GIB
 
 COLOURS = ("#4c78a8", "#b3b3b3")
 

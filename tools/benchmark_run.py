@@ -15,12 +15,13 @@ import numpy as np
 from benchmark_case import ADAPTER, BASE, Case
 from size_measures import write_checkpoint
 
-from llava_jax.pretrained import model
 from llava_jax.config import MeshConfig
-from llava_jax.planning.devices import BFLOAT16_TFLOPS, GIB
+from llava_jax.distributed.environment import GIB
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.planning.devices import BFLOAT16_TFLOPS
+from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.train_step.program import build_program
-from llava_jax.distributed.sharding import make_mesh
 
 
 @dataclasses.dataclass
@@ -122,7 +123,7 @@ def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     plain = dataclasses.replace(case.config, quantize=None)
     program = build_program(plain, case.model, 1, mesh)
-    params = model.load(
+    params = load_weights(
         directory / BASE,
         case.model,
         program.abstract,

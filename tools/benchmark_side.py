@@ -54,12 +54,12 @@ class Ours:
     def __init__(self, case: Case, directory: Path):
         import jax
 
-        from llava_jax.pretrained import model
         from llava_jax.config import MeshConfig
-        from llava_jax.data.batching import Batch
-        from llava_jax.planning.search import attention_here
-        from llava_jax.train_step.program import build_program
+        from llava_jax.data.batch import Batch
         from llava_jax.distributed.sharding import make_mesh
+        from llava_jax.planning.measure import attention_here
+        from llava_jax.pretrained.model import load_weights
+        from llava_jax.train_step.program import build_program
         from llava_jax.train_step.step import init_state
 
         self.device = jax.devices()[0]
@@ -70,7 +70,7 @@ class Ours:
         mesh = make_mesh(MeshConfig(), [self.device])
         self.program = build_program(case.config, case.model, 1, mesh, kind=kind)
         seed = case.config.seed
-        params = model.load(directory / BASE, case.model, self.program.abstract, seed=seed)
+        params = load_weights(directory / BASE, case.model, self.program.abstract, seed=seed)
         trainable = {path: params.pop(path) for path in self.program.trainable}
         self.frozen = params
         self.state = init_state(self.program.state, trainable, seed)

@@ -3,17 +3,22 @@
 import argparse
 import sys
 
-from llava_jax.config import ConfigError
-from llava_jax.generation.cli_options import add_model_options, add_sampling_options, load_assistant, read_sampling
+from llava_jax.errors import ConfigError
+from llava_jax.generation.cli_options import (
+    add_model_options,
+    add_sampling_options,
+    load_assistant,
+    read_sampling,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
     given = parse(argv)
 
-    from llava_jax.generation.chat import Chat  # slow, and not for --help
     from llava_jax.data.conversation import SampleError
-    from llava_jax.pretrained.safetensors import CheckpointError
+    from llava_jax.errors import CheckpointError
+    from llava_jax.generation.chat import Chat  # slow, and not for --help
 
     try:
         chat = Chat(

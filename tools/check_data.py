@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
-    from llava_jax.config import ConfigError, RunError, parse_config
-    from llava_jax.pretrained.safetensors import CheckpointError
+    from llava_jax.config import parse_config
+    from llava_jax.errors import CheckpointError, ConfigError, RunError
 
     try:
         return check_data(given, parse_config(["--config", given.config, *rest]))
@@ -49,9 +49,9 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from llava_jax.config import ConfigError
     from llava_jax.data.check import check, only_json, write_clean
     from llava_jax.data.padding import measure_padding
+    from llava_jax.errors import ConfigError
     from llava_jax.pretrained.resolve import resolve_start
     from llava_jax.training.inputs import find_model, open_inputs
 

@@ -6,8 +6,10 @@ import math
 import sys
 from typing import Any
 
-from llava_jax.planning.devices import GIB, GPUS
-from llava_jax.distributed.environment import prepare_for_planning
+from llava_jax.distributed.environment import GIB, prepare_for_planning
+from llava_jax.planning import measure
+from llava_jax.planning.devices import GPUS
+from llava_jax.planning.measure import compile_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax  # not before the environment is prepared
 
-    from llava_jax.planning.collectives import KINDS
     from llava_jax.config import parse_config
+    from llava_jax.planning.collectives import KINDS
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
     config = parse_config(["--config", given.config, *rest])
@@ -47,15 +49,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
     """Bytes by kind of one micro-batch: as compiled, and by formula."""
-    from llava_jax.planning import search
     from llava_jax.planning.collectives import collective_bytes
 
     batch = dataclasses.replace(
         config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
     )
     config = dataclasses.replace(config, batch=batch)
-    model = search.sizes(config)
-    program, _, text = search.compile_for(config, model, device, count)
+    model = measure.sizes(config)
+    program, _, text = compile_for(config, model, device, count)
     return collective_bytes(text), formula(program, micro_size, config.data.max_length)
 
 
@@ -69,7 +70,7 @@ def formula(program: Any, rows: int, length: int) -> dict[str, int]:
     back, if it trains. A matrix that the devices do not divide is on all of them, and the sum of
     its gradients too.
     """
-    from llava_jax.pretrained.layouts import is_stacked
+    from llava_jax.models.paths import is_stacked
 
     item = program.dtype.itemsize
     size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}

@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_jax.config import ConfigError, parse_source
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.config import parse_source
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.distributed.environment import print_any_text
+from llava_jax.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     print_any_text()
 
-    from llava_jax.pretrained.safetensors import CheckpointError  # slow, and not for --help
+    from llava_jax.errors import CheckpointError  # slow, and not for --help
 
     try:
         convert_given(given)
@@ -74,9 +75,9 @@ def convert_given(given: argparse.Namespace) -> None:
         ConfigError, CheckpointError, OSError: It cannot be.
     """
     from llava_jax.conversion.convert import check_free, convert, open_source
-    from llava_jax.models.lora import LLM, VISION
-    from llava_jax.conversion.verify_merge import check_merged
     from llava_jax.conversion.single_part import convert_part, open_part
+    from llava_jax.conversion.verify_merge import check_merged
+    from llava_jax.models.paths import LLM, VISION
 
     check_free(given.destination)
     source = parse_source(given.source) or given.source

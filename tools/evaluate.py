@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import ConfigError
 from llava_jax.distributed.environment import print_any_text
-from llava_jax.generation.cli_options import add_model_options, add_sampling_options, load_assistant, read_sampling
+from llava_jax.errors import ConfigError
+from llava_jax.generation.cli_options import (
+    add_model_options,
+    add_sampling_options,
+    load_assistant,
+    read_sampling,
+)
 
 SHOWN = 5  # questions that could not be asked, on the console
 
@@ -20,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
 
     from llava_jax.data.conversation import SampleError  # slow, and not for --help
-    from llava_jax.pretrained.safetensors import CheckpointError
+    from llava_jax.errors import CheckpointError
 
     try:
         return evaluate(given)
@@ -61,11 +66,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(given: argparse.Namespace) -> int:
     """Reads, asks, scores, writes."""
-    from llava_jax.generation.assistant import default_dtype
-    from llava_jax.evals.run import Answers, How, describe
+    from llava_jax.distributed.lock import hold
     from llava_jax.evals.questions import Files
+    from llava_jax.evals.run import Answers, How, describe
     from llava_jax.evals.tasks import find_task
-    from llava_jax.lock import hold
+    from llava_jax.generation.assistant import default_dtype
 
     check(given)
     task = find_task(given.task, given.metric)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.planning import search
 from llava_jax.config import (
     LLAVA_7B,
     AttentionKind,
@@ -27,13 +26,15 @@ from llava_jax.config import (
     TuneConfig,
     VisionConfig,
 )
-from llava_jax.data.batching import Batch
+from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
-from llava_jax.planning.devices import GIB, RESERVE_SHARE
-from llava_jax.models.attention import ATTENTION
-from llava_jax.pretrained.model import initialise
-from llava_jax.train_step.program import build_program
+from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.models.attention import ATTENTION
+from llava_jax.models.build import initialise
+from llava_jax.planning import search
+from llava_jax.planning.measure import attention_here, compile_here
+from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state, placed_zeros
 
 COMMAND = Path(__file__).with_name("gpu_check.py")
@@ -138,7 +139,7 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
     """Parameters, and moments: after the first step these are multiples of the gradients."""
     config = dataclasses.replace(config, memory=memory)
     device = jax.devices()[0]
-    kind = search.attention_here(config, SMALL)
+    kind = attention_here(config, SMALL)
     program = build_program(config, SMALL, STEPS, make_mesh(config.mesh, [device]), kind=kind)
     params = initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
@@ -212,7 +213,7 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
     chosen = search.Plan(1, list(search.levels(RESIDENT))[level])
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
     config = chosen.apply(config)
-    program, step, usage = search.compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
+    program, step, usage = compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
     found = {"plan": str(chosen), "planned": usage.total, "measured": None}
     if usage.fits:
         batch = program.abstract_batch(config.batch.global_size, LENGTH, 1)

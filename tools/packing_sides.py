@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_case import SHAPES
 
-from llava_jax.pretrained import model
 from llava_jax.config import (
     BatchConfig,
     DataConfig,
@@ -22,13 +21,15 @@ from llava_jax.config import (
     TrainConfig,
     TuneConfig,
 )
-from llava_jax.data.batching import Batch, BatchSpec, Sample, fill
+from llava_jax.data.batch import Batch
+from llava_jax.data.batching import BatchSpec, Sample, fill
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.packing import deal, first_fit, images_in_row
-from llava_jax.train_step.loss import next_tokens, token_losses
-from llava_jax.planning.search import attention_here
-from llava_jax.train_step.program import Program, build_program
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.models.build import initialise
+from llava_jax.planning.measure import attention_here
+from llava_jax.train_step.loss import next_tokens, token_losses
+from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import forward, init_state
 
 LIMIT = 1e-5  # of a sample's loss, relative
@@ -118,7 +119,7 @@ class Side:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         kind = attention_here(config, config.model)
         self._program = build_program(config, config.model, 100, mesh, kind=kind)
-        self._frozen = model.initialise(self._program.abstract, config.seed)
+        self._frozen = initialise(self._program.abstract, config.seed)
         trainable = {path: self._frozen.pop(path) for path in self._program.trainable}
         self._state = init_state(self._program.state, trainable, config.seed)
         self._losses = jax.jit(partial(sample_losses, self._program, config.batch.global_size))

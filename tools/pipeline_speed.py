@@ -124,10 +124,10 @@ def own_batches(
     """A run's batches, and the seconds of the worker so far. Many records share each file."""
     from llava_jax.config import Parts
     from llava_jax.data.batching import BatchSpec, ReadBatch, SampleEncoder
-    from llava_jax.data.conversation import TEMPLATES
     from llava_jax.data.images import ImageTransform
     from llava_jax.data.order import EpochOrder
     from llava_jax.data.sources import load_records
+    from llava_jax.data.templates import TEMPLATES
     from llava_jax.data.workers import read_ahead
     from llava_jax.pretrained.tokenizer import load_tokenizer
 

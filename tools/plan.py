@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.planning.devices import GIB, GPUS, TPUS
-from llava_jax.distributed.environment import prepare_for_planning
+from llava_jax.distributed.environment import GIB, prepare_for_planning
+from llava_jax.planning.devices import GPUS, TPUS
 
 MOST_DEVICES = 64  # to look for a number of devices that would do
 
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax  # not before the environment is prepared
 
-    from llava_jax.config import ConfigError, parse_config
-    from llava_jax.pretrained.safetensors import CheckpointError
+    from llava_jax.config import parse_config
+    from llava_jax.errors import CheckpointError, ConfigError
 
     jax.config.update("jax_num_cpu_devices", max(given.count, MOST_DEVICES))
     try:
@@ -56,28 +56,29 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     """Plans, prints, writes."""
     import jax
 
-    from llava_jax.planning import search as planning
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
+    from llava_jax.planning import measure as measuring
+    from llava_jax.planning import search
     from llava_jax.train_step.step import micro_size
 
-    model = planning.sizes(config)
+    model = measuring.sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
     for_host = given.host_memory
     measure = lambda plan, count=given.count: dataclasses.replace(
-        planning.measure(plan.apply(config), model, given.device, count, capacity),
+        measuring.measure(plan.apply(config), model, given.device, count, capacity),
         host_capacity=None if for_host is None else int(for_host * GIB) // count,
     )
-    kind = planning.attention_for(config, model, planning.find_device(given.device))
+    kind = measuring.attention_for(config, model, measuring.find_device(given.device))
     print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     searches = given.fit or config.memory.plan == "auto"
     if searches:
-        chosen = planning.choose_plan(config, data_parallel_size(mesh), measure)
+        chosen = search.choose_plan(config, data_parallel_size(mesh), measure)
     else:
-        wanted = planning.Plan(micro_size(config.batch, mesh), config.memory)
-        chosen = planning.Trial(wanted, measure(wanted))
+        wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
+        chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
-    print(planning.usage_table(chosen.usage))
+    print(measuring.usage_table(chosen.usage))
     print(compare_flops(chosen, config, model, given.count))
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
@@ -107,7 +108,7 @@ def table(given: argparse.Namespace) -> int:
     """
     from plan_table import HEADER, ROWS, describe, measure
 
-    from llava_jax.config import ConfigError
+    from llava_jax.errors import ConfigError
 
     rows = [row for row in ROWS if row.count == given.count]
     if not rows:
@@ -138,7 +139,7 @@ def write(given: argparse.Namespace, figures: Any, bars: list[tuple[str, Any]]) 
 
 def devices_that_would(plan: Any, measure: Any, count: int) -> str:
     """The number of such devices on which the closest plan fits, doubling them."""
-    from llava_jax.config import ConfigError
+    from llava_jax.errors import ConfigError
 
     while (count := 2 * count) <= MOST_DEVICES:
         try:

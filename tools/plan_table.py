@@ -5,9 +5,11 @@ import functools
 import math
 from pathlib import Path
 
-from llava_jax.planning import search
 from llava_jax.config import TrainConfig, load_config
-from llava_jax.planning.devices import GIB
+from llava_jax.distributed.environment import GIB
+from llava_jax.planning import measure as measuring
+from llava_jax.planning import search
+from llava_jax.planning.measure import Usage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -39,7 +41,7 @@ class Row:
     def __str__(self) -> str:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
 
-    def holds(self, usage: search.Usage) -> bool:
+    def holds(self, usage: Usage) -> bool:
         """Whether it takes no more than it may."""
         device, host = usage.total / GIB, usage.host_total / GIB
         return device <= self.device_gib and host <= self.host_gib
@@ -72,7 +74,7 @@ HEADER = """\
 |---|---|---|---|---|---|"""
 
 
-def measure(row: Row) -> tuple[search.Usage, float]:
+def measure(row: Row) -> tuple[Usage, float]:
     """What a row takes, and its FLOPs as a multiple of the resident plan's (NaN: not counted)."""
     config = load_config(CONFIGS / f"{row.config}.py")
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
@@ -85,13 +87,13 @@ def measure(row: Row) -> tuple[search.Usage, float]:
 @functools.cache
 def _measure(
     config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
-) -> search.Usage:
+) -> Usage:
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
-    return search.measure(planned, search.sizes(config), device, count)
+    return measuring.measure(planned, measuring.sizes(config), device, count)
 
 
-def describe(row: Row, usage: search.Usage, flops: float) -> str:
+def describe(row: Row, usage: Usage, flops: float) -> str:
     """A line of the table."""
     cells = (
         row.run,

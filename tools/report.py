@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
 
-    from llava_jax.config import ConfigError
+    from llava_jax.errors import ConfigError
     from llava_jax.report.report import write_report
 
     try:

@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL} ({error})", file=sys.stderr)
         return 1
-    from llava_jax.config import ConfigError
-    from llava_jax.pretrained.safetensors import CheckpointError
+    from llava_jax.errors import CheckpointError, ConfigError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes it on when it has ended
     try:
@@ -58,8 +57,8 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     from llava_jax.serving.access import guard_access
     from llava_jax.serving.app import make_app
     from llava_jax.serving.connections import Connections
-    from llava_jax.serving.web_page import add_page
     from llava_jax.serving.service import Service
+    from llava_jax.serving.web_page import add_page
 
     # The thread that generates asks for the interpreter many times a token; while requests are
     # read, it would wait 5 ms each time.
@@ -180,7 +179,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
     Raises:
         ConfigError: It is not to be had, or other machines could reach a server without a key.
     """
-    from llava_jax.config import ConfigError
+    from llava_jax.errors import ConfigError
 
     host = given.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -248,9 +247,9 @@ def base_of(given: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ConfigError: It does not say.
     """
-    from llava_jax.config import ConfigError, format_source, parse_source
-    from llava_jax.training.run_config import quantisation_of
-    from llava_jax.pretrained.resolve import resolve
+    from llava_jax.config import format_source, parse_source
+    from llava_jax.errors import ConfigError
+    from llava_jax.pretrained.resolve import quantisation_of, resolve
 
     base = given.base
     if base is None:
@@ -266,8 +265,8 @@ def warm_up(assistant: Any) -> None:
     """Compiles what most requests need: a prompt alone, one with an image, and the step."""
     from PIL import Image
 
-    from llava_jax.config import ConfigError
     from llava_jax.data.conversation import SampleError, Turn
+    from llava_jax.errors import ConfigError
     from llava_jax.generation.prompts import Prompt
 
     question = "What is in the picture?"

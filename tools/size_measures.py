@@ -16,16 +16,18 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax import LlavaModel
-from llava_jax.pretrained import model
 from llava_jax.config import LLAVA_7B, BatchConfig, MeshConfig, ModelConfig, TrainConfig, TuneConfig
-from llava_jax.data.batching import Batch
+from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
-from llava_jax.planning.devices import GIB
+from llava_jax.distributed.environment import GIB
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.models import paths
+from llava_jax.models.build import build_model
 from llava_jax.pretrained import layouts
+from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
 from llava_jax.pretrained.safetensors import Specs, open_tensors, write_sharded
 from llava_jax.train_step.program import build_program
-from llava_jax.distributed.sharding import make_mesh
 from llava_jax.train_step.step import init_state
 
 COMMAND = Path(__file__).with_name("size_check.py")
@@ -59,10 +61,10 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
     """Layout A in bfloat16, of values as large as an initialisation's; a tensor at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for path, leaf in model.build(model, {}, dtype="bfloat16")[1].items():
-        if layouts.is_stacked(path):
+    for path, leaf in build_model(model, {}, dtype="bfloat16")[1].items():
+        if paths.is_stacked(path):
             for layer in range(leaf.shape[0]):
-                name = layouts.A.file_name(layouts.unstacked(path, layer, model))
+                name = layouts.A.file_name(paths.unstacked(path, layer, model))
                 specs[name] = leaf.shape[1:], BFLOAT16
         else:
             specs[layouts.A.file_name(path)] = leaf.shape, BFLOAT16
@@ -116,7 +118,7 @@ def measure_step(directory: Path) -> dict[str, float]:
     )
     model = read_model_config(directory)
     program = build_program(config, model, 1, make_mesh(MeshConfig(), jax.devices()[:1]))
-    params = model.load(directory, model, program.abstract, seed=0)
+    params = load_weights(directory, model, program.abstract, seed=0)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=0)
     batch = program.place(make_batch(model))

@@ -13,9 +13,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES
 from llava_jax.data.easy_vqa import COLOURS, SHAPES, read_questions
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD
+from llava_jax.data.templates import SYSTEM_PLACE, TEMPLATES
 
 VOCABULARY = 512
 IMAGE_SIZE = 64

@@ -1,0 +1,36 @@
+"""What a run is: the recipe and the plan, the sizes of its model, where its weights come from."""
+
+from llava_jax.config.command_line import load_config, parse_config
+from llava_jax.config.model import (
+    LLAVA_7B,
+    LLAVA_13B,
+    LLAVA_LLAMA3_8B,
+    LLM_LINEARS,
+    VISION_LINEARS,
+    LlmConfig,
+    ModelConfig,
+    RopeScaling,
+    VisionConfig,
+)
+from llava_jax.config.source import Parts, Source, absolute_source, format_source, parse_source
+from llava_jax.config.train import (
+    Aspect,
+    AttentionKind,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DataSet,
+    Decode,
+    EvalConfig,
+    LogConfig,
+    LoraConfig,
+    MemoryConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Quantisation,
+    Remat,
+    TrainConfig,
+    TuneConfig,
+    Tuning,
+    to_json,
+)

@@ -4,20 +4,19 @@ A run is a *recipe* (what is learned) and a *plan* (how it fits). `memory`, `mes
 `batch.micro_size` and `data.packing` are the plan; they never change a number of the recipe.
 """
 
-import argparse
 import dataclasses
-import difflib
 import json
 import math
-import re
-import runpy
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from beartype import BeartypeConf
 from beartype.door import is_bearable
+
+from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
+from llava_jax.config.source import Source
+from llava_jax.errors import ConfigError
 
 Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
@@ -26,213 +25,8 @@ AttentionKind = Literal["plain", "cudnn", "flash", "splash"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
 
-LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-
 
 MAX_NAME_BYTES = 200
-
-
-class ConfigError(Exception):
-    """A mistake in a config file or on the command line; its text says where and what to do."""
-
-
-class RunError(Exception):
-    """A run cannot go on; its text says why, and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A vision transformer, CLIP's or SigLIP's. Field names are those of Hugging Face's configs.
-
-    Attributes:
-        vision_use_head: Whether SigLIP's pooling head is there. It is kept, but never computed.
-    """
-
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    model_type: Literal["clip_vision_model", "siglip_vision_model"] = "clip_vision_model"
-    vision_use_head: bool = False
-
-    @property
-    def has_class_token(self) -> bool:
-        return self.model_type == "clip_vision_model"
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image; what is left at its right and its bottom belongs to none."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_positions(self) -> int:
-        """Patches, and the class token."""
-        return self.num_patches + self.has_class_token
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3's frequency scaling. Field names are those of Hugging Face's `rope_scaling`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True)
-class LlmConfig:
-    """A LLaMA, Mistral or Qwen2 decoder. Field names are those of Hugging Face's configs.
-
-    Attributes:
-        sliding_window: Mistral's tokens see so many tokens, themselves included. Longer sequences
-            are not computed. None is no limit.
-    """
-
-    vocab_size: int = 32064
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    model_type: Literal["llama", "mistral", "qwen2"] = "llama"
-    sliding_window: int | None = None
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        return self.model_type == "qwen2"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A LLaVA: vision tower, two-layer projector, decoder."""
-
-    vision: VisionConfig = VisionConfig()
-    llm: LlmConfig = LlmConfig()
-    image_token_id: int = 32000
-    pad_token_id: int = 32001
-    vision_feature_layer: int = -2
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
-    projector_hidden_act: str = "gelu"
-
-    @property
-    def used_vision_layers(self) -> int:
-        """Vision blocks before the feature, which is hidden_states[vision_feature_layer].
-
-        Raises:
-            ConfigError: The tower has no such hidden state.
-        """
-        layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
-        used = layer if layer >= 0 else depth + 1 + layer
-        if not 0 < used <= depth:
-            raise ConfigError(f"vision_feature_layer {layer} of a vision tower with {depth} layers")
-        return used
-
-    @property
-    def image_tokens(self) -> int:
-        """Tokens one image takes in the sequence.
-
-        "default" drops the first position, as Hugging Face does: CLIP's class token, but SigLIP's
-        first patch.
-        """
-        return self.vision.num_positions - (self.vision_feature_select_strategy == "default")
-
-
-LLAVA_7B = ModelConfig()
-LLAVA_13B = ModelConfig(
-    llm=LlmConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-    )
-)
-
-# The decoder of Llama-3-8B, its vocabulary grown by the image token and a padding token.
-LLAVA_LLAMA3_8B = ModelConfig(
-    llm=LlmConfig(
-        vocab_size=128_320,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-    ),
-    image_token_id=128_256,
-    pad_token_id=128_257,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """Where the separate parts of a LLaVA lie: a decoder, a vision tower, perhaps a projector."""
-
-    llm: str
-    vision: str
-    projector: str | None = None
-
-
-def parse_source(text: str) -> str | Parts | None:
-    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`.
-
-    Raises:
-        ConfigError: It begins as parts, and is something else.
-    """
-    if text == "None":
-        return None
-    if not text.startswith("llm="):
-        return text
-    given = {}
-    for part in text.split(","):
-        name, _, place = part.strip().partition("=")
-        given[name] = place
-    names = [field.name for field in dataclasses.fields(Parts)]
-    unknown = [name for name in given if name not in names]
-    if unknown or not given.keys() >= {"llm", "vision"}:
-        what = f"unknown part {unknown[0]!r}" if unknown else "llm and vision are needed"
-        raise ConfigError(f"{text!r}: {what}; the form is llm=DIR,vision=DIR[,projector=FILE]")
-    return Parts(**given)
-
-
-def format_source(source: str | Path | Parts | None) -> str:
-    """The inverse of `parse_source`."""
-    if not isinstance(source, Parts):
-        return str(source)
-    parts = dataclasses.asdict(source).items()
-    return ",".join(f"{name}={value}" for name, value in parts if value)
-
-
-def absolute_source(source: str) -> str:
-    """A source as text with its local paths made absolute, and its hub ids kept."""
-    parts = parse_source(source)
-    if isinstance(parts, Parts):
-        places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
-        return format_source(Parts(**places))
-    return str(Path(source).absolute()) if Path(source).exists() else source
-
-
-Source = Annotated[
-    str | Parts | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{None}|DIR|HUB-ID|llm=DIR,vision=DIR[,projector=FILE]",
-        instance_from_str=lambda words: parse_source(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, str | Parts),
-        str_from_instance=lambda source: [format_source(source)],
-    ),
-]
-"""Where weights come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -611,63 +405,6 @@ def _allowed(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def load_config(path: str | Path) -> TrainConfig:
-    """Runs a config file and returns its `config`. The file is code: it can do what Python can.
-
-    Raises:
-        ConfigError: There is no such file, it has no `config`, or a field does not exist.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: no such file")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except TypeError as error:
-        raise ConfigError(f"{path}: {_suggest_field(str(error))}") from error
-    if not isinstance(config, TrainConfig):
-        raise ConfigError(f"{path}: must set `config` to a llava_jax.config.TrainConfig")
-    return config
-
-
-def _suggest_field(message: str) -> str:
-    """Adds the nearest field's name to Python's message about an unknown one."""
-    found = re.search(
-        r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
-    )
-    if not found:
-        return message
-    classes = [c for c in globals().values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    meant = [c for c in classes if c.__name__ == found[1]] or classes
-    fields = {field.name: c.__name__ for c in meant for field in dataclasses.fields(c)}
-    near = difflib.get_close_matches(found[2], fields, n=1, cutoff=0.0)[0]
-    return f"no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
-
-
-def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Reads `--config FILE` and any field's override, e.g. `--optimizer.learning-rate 1e-4`.
-
-    Raises:
-        ConfigError: The file is missing or wrong.
-        SystemExit: The command line is wrong (2), or asked for help (0).
-    """
-    first = argparse.ArgumentParser(
-        prog="python -m llava_jax.train",
-        description="Trains a LLaVA. With a config, --help lists every field and its value there.",
-        add_help=False,
-    )
-    first.add_argument("--config", metavar="FILE", help="for example configs/7b_lora.py")
-    found, rest = first.parse_known_args(argv)
-    if found.config is None:
-        first.print_help()
-        raise SystemExit(0 if {"-h", "--help"} & set(rest) else 2)
-    return tyro.cli(
-        TrainConfig,
-        default=load_config(found.config),
-        args=rest,
-        prog=f"python -m llava_jax.train --config {found.config}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_jax.disk import open_regular
-from llava_jax.conversion.torch_pickle import open_pickle
-from llava_jax.pretrained.safetensors import INDEX, SINGLE, CheckpointError, Tensor, open_indexed, open_tensors
 from llava_jax.conversion.deepspeed import open_zero, zero_directory
+from llava_jax.conversion.torch_pickle import open_pickle
+from llava_jax.disk import open_regular
+from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.safetensors import INDEX, SINGLE, Tensor, open_indexed, open_tensors
 
 _INDEX, _SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _MAX_NAMED, _MAX_NAME = 20, 100  # entries in a message, and characters of each

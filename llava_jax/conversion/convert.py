@@ -14,31 +14,32 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import (
-    Aspect,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    Parts,
-    absolute_source,
-    format_source,
-)
-from llava_jax.data.conversation import TEMPLATES, Template
-from llava_jax.pretrained import layouts, llava_directory
+from llava_jax.config import Aspect, LoraConfig, ModelConfig, Parts, absolute_source, format_source
 from llava_jax.conversion.any_file import open_any
-from llava_jax.pretrained.model_config import read_json_config, write_model_config
 from llava_jax.conversion.write_llava import save_official, save_official_adapter
+from llava_jax.data.templates import TEMPLATES, Template
+from llava_jax.errors import ConfigError
+from llava_jax.models.build import build_model
+from llava_jax.models.layers import Abstract
+from llava_jax.models.lora import merge_layer
+from llava_jax.models.paths import is_adapter
+from llava_jax.pretrained import layouts, llava_directory
+from llava_jax.pretrained.adapters import Trained, check_base, open_trained
+from llava_jax.pretrained.load import (
+    Source,
+    Stored,
+    find_base_tensors,
+    fingerprint_of,
+    open_sources,
+    stored,
+)
+from llava_jax.pretrained.model_config import read_config, read_json_config, write_model_config
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.processor import choose_template, has_processor, save_processor
 from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve
 from llava_jax.pretrained.safetensors import Tensor
-from llava_jax.pretrained.tokenizer import has_slow_tokenizer, has_tokenizer
-from llava_jax.pretrained.adapters import Trained, check_base, open_trained
-from llava_jax.pretrained.load import Source, Stored, find_base_tensors, fingerprint_of, open_sources, stored
 from llava_jax.pretrained.save import save_params
-from llava_jax.models.lora import is_adapter, merge_layer
-from llava_jax.models.layers import Abstract
-from llava_jax.pretrained.model import build, read_config
+from llava_jax.pretrained.tokenizer import has_slow_tokenizer, has_tokenizer
 
 Form = Literal["hf", "hf5", "peft", "llava"]
 
@@ -111,7 +112,7 @@ def open_source(
     """
     found = _locate(source, base)
     config = read_config(found.base)
-    _, abstract = build(config, {}, dtype="float32")
+    _, abstract = build_model(config, {}, dtype="float32")
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
     for place, layout in sources:

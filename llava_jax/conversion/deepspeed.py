@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.disk import read_regular
 from llava_jax.conversion.torch_pickle import open_pickle
-from llava_jax.pretrained.safetensors import CheckpointError, Tensor, is_shape
+from llava_jax.disk import read_regular
+from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.safetensors import Tensor, is_shape
 
 _MAX_NAME_BYTES = 1000
 _MODEL, _OPTIMIZER = "*model_states.pt", "*_optim_states.pt"

@@ -7,18 +7,24 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_jax.config import ConfigError, ModelConfig, Parts
+from llava_jax.config import ModelConfig, Parts
+from llava_jax.conversion.any_file import open_any
 from llava_jax.conversion.convert import check_free, unfinished
 from llava_jax.disk import copy_regular
+from llava_jax.errors import ConfigError
+from llava_jax.models.build import build_model
 from llava_jax.pretrained import layouts
-from llava_jax.conversion.any_file import open_any
 from llava_jax.pretrained.layouts import Layout
-from llava_jax.pretrained.model_config import read_json_config, read_llm_config, read_vision_config, tower_settings
+from llava_jax.pretrained.load import Stored, find_tensors, stored
+from llava_jax.pretrained.model_config import (
+    read_json_config,
+    read_llm_config,
+    read_vision_config,
+    tower_settings,
+)
 from llava_jax.pretrained.processor import write_json
 from llava_jax.pretrained.resolve import resolve
-from llava_jax.pretrained.load import Stored, find_tensors, stored
 from llava_jax.pretrained.save import save_params
-from llava_jax.pretrained.model import build
 
 _WEIGHTS = ("*.bin", "*.bin.index.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -71,7 +77,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     else:
         return None
     own = layouts.recognise(tensors, known)
-    _, abstract = build(config, {}, dtype="float32")
+    _, abstract = build_model(config, {}, dtype="float32")
     specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
     paths = find_tensors(str(place), [(tensors, own)], config, specs)
     say(f"{place}: {what} alone, {own.name}")

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from llava_jax.disk import open_regular
-from llava_jax.pretrained.safetensors import ITEM_BYTES, CheckpointError, Strided, Tensor, is_shape
+from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.safetensors import ITEM_BYTES, Strided, Tensor, is_shape
 
 _STORAGES = {
     "torch.FloatStorage": "F32",

@@ -12,13 +12,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llava_jax.conversion.convert import Opened, open_source
-from llava_jax.data.conversation import TEMPLATES, Turn, encode_prompt, expand_images
-from llava_jax.pretrained.processor import load_image_transform
-from llava_jax.pretrained.safetensors import CheckpointError, Tensor
-from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
+from llava_jax.data.conversation import Turn, encode_prompt, expand_images
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.errors import CheckpointError
+from llava_jax.models.build import build_model
+from llava_jax.models.paths import is_adapter
 from llava_jax.pretrained.load import VOCABULARY, assemble, common_dtype, stored
-from llava_jax.models.lora import is_adapter
-from llava_jax.pretrained.model import build, logits
+from llava_jax.pretrained.model import logits
+from llava_jax.pretrained.processor import load_image_transform
+from llava_jax.pretrained.safetensors import Tensor
+from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference, as a part of the largest logit: what rounding merged weights may come to."""
@@ -171,7 +174,7 @@ def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Weights stay in their dtype, and are read into a memory that is free again afterwards."""
     trained = opened.trained.tensors if opened.trained else {}
     tensors = {**opened.tensors, **trained}
-    graph, abstract = build(opened.config, opened.adapters, dtype="float32")
+    graph, abstract = build_model(opened.config, opened.adapters, dtype="float32")
     kept = lambda path: np.float32 if is_adapter(path) else common_dtype(tensors[path])
     specs = {p: jax.ShapeDtypeStruct(x.shape, kept(p)) for p, x in abstract.items()}
     params = {path: assemble(path, tensors[path], spec) for path, spec in specs.items()}

@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.config import Aspect, ConfigError, LlmConfig, LoraConfig, ModelConfig, Parts
-from llava_jax.data.conversation import Template
+from llava_jax.config import Aspect, LlmConfig, LoraConfig, ModelConfig, Parts
+from llava_jax.data.templates import Template
+from llava_jax.errors import ConfigError
+from llava_jax.models.paths import LLM, is_adapter
 from llava_jax.pretrained import layouts
-from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.pretrained.llava_directory import official_settings
+from llava_jax.pretrained.load import VOCABULARY, Stored
+from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.pretrained.peft import CONFIG, WEIGHTS, lora_settings, peft_name
 from llava_jax.pretrained.processor import generation_settings, write_image_processor, write_json
 from llava_jax.pretrained.safetensors import write_tensors
-from llava_jax.pretrained.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
-from llava_jax.pretrained.load import VOCABULARY, Stored
 from llava_jax.pretrained.save import save_params, save_tensors
-from llava_jax.models.lora import LLM, is_adapter
+from llava_jax.pretrained.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
 
 _TOWER = "vision_tower"
 

@@ -7,16 +7,14 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ConfigError, RunError
+from llava_jax.data.batch import Batch
 from llava_jax.data.conversation import (
     Encoded,
     SampleError,
-    Template,
     count_placeholders,
     encode,
     expand_images,
@@ -26,37 +24,9 @@ from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.packing import deal, first_fit
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
+from llava_jax.data.templates import Template
 from llava_jax.data.workers import WITHOUT_END, WorkerError, read_ahead, write_progress
-
-Leaf = Any
-"""An array, or what stands for one in a tree of shapes or shardings."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """B samples in as many rows of T tokens and M images: one in each, unless they are packed.
-
-    Attributes:
-        input_ids: int32 [B, T]. Token ids, each image as many image tokens as it has features;
-            right padded.
-        loss_mask: bool [B, T]. True where the token is a target: answers and what ends them.
-        segment_ids: int32 [B, T]. The token's sample, 1 and its place in the batch; 0 for padding.
-            A sample that could not be read is nowhere.
-        pixel_values: uint8 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
-        pixel_scale: float32 [B, 2, 3]. What these are multiplied by, and what is then added, to
-            normalise each channel.
-        text_checksum: Of the texts of the whole batch, of which this may be some rows, where shapes
-            or places of rows depend on all of them; else 0. Processes whose checksums differ have
-            made parts of different batches. At most 31 bits.
-    """
-
-    input_ids: Leaf
-    loss_mask: Leaf
-    segment_ids: Leaf
-    pixel_values: Leaf
-    pixel_scale: Leaf
-    text_checksum: int = dataclasses.field(default=0, metadata={"static": True})
+from llava_jax.errors import ConfigError, RunError
 
 
 @dataclasses.dataclass(frozen=True)

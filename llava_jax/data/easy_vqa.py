@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
-from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import Record
+from llava_jax.errors import ConfigError
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

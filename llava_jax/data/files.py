@@ -4,8 +4,8 @@ import glob
 import os
 from typing import Any
 
-from llava_jax.config import ConfigError
 from llava_jax.disk import open_regular
+from llava_jax.errors import ConfigError
 
 
 def is_remote(path: str) -> bool:

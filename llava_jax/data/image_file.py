@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.errors import SampleError
 from llava_jax.data.image_limits import MAX_PIXELS, check_cost
+from llava_jax.errors import SampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Of Pillow's many: what people have, by decoders whose cost can be told before they run."""

@@ -10,10 +10,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from llava_jax.config import Aspect, Decode
-from llava_jax.errors import SampleError
 from llava_jax.data.files import open_file
 from llava_jax.data.image_file import open_checked, to_rgb
 from llava_jax.data.image_limits import MAX_FILE_BYTES
+from llava_jax.errors import SampleError
 
 # OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

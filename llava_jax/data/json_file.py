@@ -11,8 +11,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from llava_jax.config import ConfigError
-from llava_jax.errors import SampleError
 from llava_jax.data.files import file_size, open_file
 from llava_jax.data.records import (
     CONVERSATIONS,
@@ -22,6 +20,7 @@ from llava_jax.data.records import (
     survey,
 )
 from llava_jax.disk import is_deeper
+from llava_jax.errors import ConfigError, SampleError
 
 _CHUNK_BYTES = 2**24
 

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
 
 NO_RECORD = -1
 """In the place of a record's number: nothing is there."""

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.config import ConfigError
-from llava_jax.errors import SampleError
 from llava_jax.data.files import file_size, open_file
 from llava_jax.data.records import (
     CONVERSATIONS,
@@ -21,6 +19,7 @@ from llava_jax.data.records import (
     SAMPLED_IMAGES,
     survey,
 )
+from llava_jax.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
 

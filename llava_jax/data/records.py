@@ -16,9 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_jax.errors import SampleError
+from llava_jax.errors import ConfigError, SampleError
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 """What is read of a record; all else in it is passed over."""

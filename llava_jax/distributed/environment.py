@@ -1,12 +1,12 @@
 """What the environment tells, and what must be set in it, before JAX is imported."""
 
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-
-from llava_jax.planning.devices import RESERVE_SHARE
 
 PLANNING_FLAGS = (
     # Without a GPU nothing can be tuned, and some products then find no Triton tiling.
@@ -70,3 +70,20 @@ def has_others() -> bool:
         # A Cloud TPU's own machine, which asks its metadata server.
         or bool(on_tpu and "TPU_SKIP_MDS_QUERY" not in os.environ)
     )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run computes."""
+    packages = (
+        *("llava_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+        *("transformers", "tokenizers", "pillow", "grain"),
+    )
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+GIB = 2**30
+
+
+RESERVE_SHARE = 0.06
+"""The share of a device's memory that plans leave to the driver, its libraries and programs."""

@@ -22,10 +22,10 @@ from jax._src.clusters import ClusterEnv  # nor finds a cluster's processes with
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from llava_jax.config import ConfigError, RunError
 from llava_jax.distributed.environment import has_others
-from llava_jax.distributed.watchdog import LOST, leave
 from llava_jax.distributed.rendezvous import WAIT_SECONDS, Lines, listed, meet_at
+from llava_jax.distributed.watchdog import LOST, leave
+from llava_jax.errors import ConfigError, RunError
 
 HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
 """A process not heard of for so long is lost, and the others end."""
@@ -94,6 +94,12 @@ def _number(name: str) -> int | None:
     if text is not None and not re.fullmatch(r"-?[0-9]+", text):
         raise ConfigError(f"{name}={text!r} is no number")
     return None if text is None else int(text)
+
+
+def say(text: str) -> None:
+    """Prints a line, in the first process alone."""
+    if is_first():
+        print(text, flush=True)
 
 
 def is_first() -> bool:

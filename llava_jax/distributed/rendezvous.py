@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
 
 WAIT_SECONDS = 300
 """A process waits for the others at most so long."""

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.config import MeshConfig
 from llava_jax.distributed.host_memory import PINNED_HOST, fits_host
+from llava_jax.errors import ConfigError
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),

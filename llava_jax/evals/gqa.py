@@ -5,10 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.evals.scoring import mean
-from llava_jax.evals.questions import EVAL_ZIP, Answered, Files, Question, Source, check_fields, read_json, read_questions
-from llava_jax.config import ConfigError
 from llava_jax.disk import replace_text
+from llava_jax.errors import ConfigError
+from llava_jax.evals.questions import (
+    EVAL_ZIP,
+    Answered,
+    Files,
+    Question,
+    Source,
+    check_fields,
+    read_json,
+    read_questions,
+)
+from llava_jax.evals.scoring import mean
 
 _SITE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 QUESTIONS = Source(("llava_gqa_testdev_balanced.jsonl",), EVAL_ZIP, "questions")

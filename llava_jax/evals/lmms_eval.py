@@ -20,10 +20,11 @@ from lmms_eval.models.registry_v2 import (  # pyright: ignore[reportMissingImpor
 from loguru import logger  # pyright: ignore[reportMissingImports]
 from rich.progress import track
 
-from llava_jax.generation.assistant import Assistant
-from llava_jax.config import ConfigError, Quantisation
+from llava_jax.config import Quantisation
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import ROLES
+from llava_jax.errors import ConfigError
+from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import Sampling
 

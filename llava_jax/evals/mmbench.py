@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import first_letter
-from llava_jax.evals.scoring import mean
 from llava_jax.evals.questions import LETTER, Answered, Files, Question, Source, ask, open_text
-from llava_jax.config import ConfigError
+from llava_jax.evals.scoring import mean
 
 LETTERS = ("A", "B", "C", "D")
 TABLE = Source(

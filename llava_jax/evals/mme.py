@@ -5,10 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import mme_label
+from llava_jax.evals.questions import (
+    SHORT,
+    Answered,
+    Files,
+    Question,
+    Source,
+    ask,
+    open_text,
+    text_lines,
+)
 from llava_jax.evals.scoring import mean
-from llava_jax.evals.questions import SHORT, Answered, Files, Question, Source, ask, open_text, text_lines
-from llava_jax.config import ConfigError
 
 GROUPS = {
     "perception": (

@@ -3,9 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llava_jax.errors import ConfigError
+from llava_jax.evals.questions import (
+    EVAL_ZIP,
+    SHORT,
+    Answered,
+    Files,
+    Question,
+    Source,
+    ask,
+    read_lines,
+    read_questions,
+    without_prompt,
+)
 from llava_jax.evals.scoring import count_yes_no, mean
-from llava_jax.evals.questions import EVAL_ZIP, SHORT, Answered, Files, Question, Source, ask, read_lines, read_questions, without_prompt
-from llava_jax.config import ConfigError
 
 SETS = ("adversarial", "popular", "random")
 LABELS = Source(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.generation.assistant import Assistant, Reply
-from llava_jax.evals.questions import Answered, Question
-from llava_jax.config import ConfigError
 from llava_jax.disk import append_rows, replace_text
-from llava_jax.pretrained.resolve import model_name
+from llava_jax.errors import ConfigError
+from llava_jax.evals.questions import Answered, Question
+from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import GREEDY, Sampling
+from llava_jax.pretrained.resolve import model_name
 
 WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
 """Files of a checkpoint by which it is known again."""

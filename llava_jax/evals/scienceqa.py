@@ -5,12 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.evals.parse_answers import science_letter
-from llava_jax.evals.scoring import mean
-from llava_jax.evals.questions import EVAL_ZIP, LETTER, Answered, Files, Question, Source, ask, check_fields, read_json
-from llava_jax.config import ConfigError
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER
 from llava_jax.disk import replace_text
+from llava_jax.errors import ConfigError
+from llava_jax.evals.parse_answers import science_letter
+from llava_jax.evals.questions import (
+    EVAL_ZIP,
+    LETTER,
+    Answered,
+    Files,
+    Question,
+    Source,
+    ask,
+    check_fields,
+    read_json,
+)
+from llava_jax.evals.scoring import mean
 
 LETTERS = ("A", "B", "C", "D", "E")
 _REPOSITORY = "https://github.com/lupantech/ScienceQA, data/scienceqa"

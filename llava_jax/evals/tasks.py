@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.evals import gqa, mmbench, mme, custom, pope, scienceqa, textvqa, vqav2
-from llava_jax.evals.scoring import METRICS
+from llava_jax.evals import custom, gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
 from llava_jax.evals.questions import Answered, Files, Question
+from llava_jax.evals.scoring import METRICS
 
 JSON_METRICS = (*METRICS, custom.YES_NO)
 

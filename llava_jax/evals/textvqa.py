@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llava_jax.evals.questions import EVAL_ZIP, Files, Question, Source, check_fields, read_json, read_questions
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
+from llava_jax.evals.questions import (
+    EVAL_ZIP,
+    Files,
+    Question,
+    Source,
+    check_fields,
+    read_json,
+    read_questions,
+)
 
 QUESTIONS = Source(("llava_textvqa_val_v051_ocr.jsonl",), EVAL_ZIP, "questions")
 ANNOTATIONS = Source(

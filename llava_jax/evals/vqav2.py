@@ -4,9 +4,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax.evals.parse_answers import normalise
-from llava_jax.evals.questions import EVAL_ZIP, Answered, Files, Question, Source, read_lines, read_questions
 from llava_jax.disk import replace_text
+from llava_jax.evals.parse_answers import normalise
+from llava_jax.evals.questions import (
+    EVAL_ZIP,
+    Answered,
+    Files,
+    Question,
+    Source,
+    read_lines,
+    read_questions,
+)
 
 QUESTIONS = Source(("llava_vqav2_mscoco_test-dev2015.jsonl",), EVAL_ZIP, "questions")
 WHOLE = Source(("llava_vqav2_mscoco_test2015.jsonl",), EVAL_ZIP, "annotations")

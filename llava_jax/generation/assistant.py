@@ -9,16 +9,16 @@ from typing import Literal
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import ConfigError, MeshConfig, Quantisation, parse_source
+from llava_jax.config import MeshConfig, Quantisation, parse_source
 from llava_jax.data.conversation import SampleError
-from llava_jax.training.run_config import quantisation_of
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.errors import ConfigError
 from llava_jax.generation.engine import Engine, Request
-from llava_jax.pretrained.processor import has_processor
-from llava_jax.pretrained.resolve import adapter_in, resolve
-from llava_jax.pretrained.model import LlavaModel
 from llava_jax.generation.prompts import Prompt, PromptReader, special_tokens
 from llava_jax.generation.sampling import GREEDY, Sampling
-from llava_jax.distributed.sharding import make_mesh
+from llava_jax.pretrained.model import LlavaModel
+from llava_jax.pretrained.processor import has_processor
+from llava_jax.pretrained.resolve import adapter_in, quantisation_of, resolve
 
 MAX_LENGTH = 2048
 """Tokens of prompt and answer together, unless more or fewer are asked for; as in training."""

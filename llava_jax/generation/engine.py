@@ -16,16 +16,24 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32
 
-from llava_jax.config import ConfigError
 from llava_jax.data.conversation import SampleError
-from llava_jax.pretrained.processor import end_tokens
-from llava_jax.generation.decoder import Cache, Structure, Weights, cache_shape, decode, prefill, take_apart
+from llava_jax.distributed.sharding import to_spec
+from llava_jax.errors import ConfigError
+from llava_jax.generation.decoder import (
+    Cache,
+    Structure,
+    Weights,
+    cache_shape,
+    decode,
+    prefill,
+    take_apart,
+)
+from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
 from llava_jax.models.layers import merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.stack import jit_loop
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
-from llava_jax.distributed.sharding import to_spec
+from llava_jax.pretrained.processor import end_tokens
 
 SHORTEST = 32
 """Tokens that every prompt is padded to; longer ones to this or 1.5 times a power of two."""

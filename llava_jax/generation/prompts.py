@@ -22,9 +22,9 @@ from llava_jax.data.conversation import (
     tokenizing,
 )
 from llava_jax.data.images import ImageTransform, open_image
+from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
 from llava_jax.pretrained.processor import end_tokens, load_fitting_transform, read_chat_template
-from llava_jax.pretrained.safetensors import CheckpointError
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionKind
-from llava_jax.models.flash import BLOCK, segment_attention
+from llava_jax.config import AttentionKind, ModelConfig, TrainConfig
 from llava_jax.distributed.sharding import on_shards
+from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
 LEAST_BLOCK, MOST_BLOCK = 128, 512
 """Tokens that the splash kernel takes at a time: a vector register's lanes, and what keeps a
@@ -254,3 +254,27 @@ ATTENTION: Mapping[AttentionKind, Callable[..., jax.Array]] = {
     "flash": flash_attention,
     "splash": splash_attention,
 }
+
+
+def attention_kind(
+    config: TrainConfig, model: ModelConfig, platform: str, capability: str
+) -> AttentionKind:
+    """How attention is best computed.
+
+    Args:
+        config: The run.
+        model: The model's sizes.
+        platform: "gpu", "tpu" or "cpu".
+        capability: A GPU's compute capability, "8.6"; "" elsewhere.
+    """
+    sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
+    if config.dtype != "bfloat16":
+        return "plain"
+    if platform == "tpu" and all(size % 64 == 0 for size in sizes):
+        return "splash"
+    newer = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
+    if not newer or not all(size <= 128 and size % 8 == 0 for size in sizes):
+        return "plain"
+    if not config.data.packing:
+        return "cudnn"
+    return "flash" if sizes[0] in FLASH_HEADS else "plain"

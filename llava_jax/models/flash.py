@@ -20,6 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from llava_jax.models.layers import segment_ends, segment_starts
+
 BLOCK, STAGES = 64, 2
 """Queries, or keys, of a block, and how many of these are on their way from memory: as large as the
 shared memory (100 KiB) of GPUs of compute capability 8.6 takes with heads of 128."""
@@ -28,18 +30,6 @@ FLASH_HEADS = (16, 32, 64, 128)  # Triton's tiles are powers of two
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2_E = math.log2(math.e)  # GPUs compute 2^x
-
-
-def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of the first token of each token's segment."""
-    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
-    return jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-
-
-def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of the last token of each token's segment."""
-    return segment_ids.shape[1] - 1 - segment_starts(segment_ids[:, ::-1])[:, ::-1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -61,7 +61,7 @@ KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `models.quant.Quantised`.
+    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `Quantised`.
 
     `models.lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
     """
@@ -270,3 +270,15 @@ def from_chunks(
     """The inverse, for rows of `length` tokens."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The place of the first token of each token's segment."""
+    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+
+def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The place of the last token of each token's segment."""
+    return segment_ids.shape[1] - 1 - segment_starts(segment_ids[:, ::-1])[:, ::-1]

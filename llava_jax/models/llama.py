@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionKind, ConfigError, LlmConfig, Remat
+from llava_jax.config import AttentionKind, LlmConfig, Remat
+from llava_jax.distributed.sharding import constrain, logical_axes, on_rows
+from llava_jax.errors import ConfigError
 from llava_jax.models.attention import ATTENTION
-from llava_jax.models.flash import segment_starts
 from llava_jax.models.layers import (
     KEEP_PRODUCTS,
     Embedding,
@@ -26,11 +27,11 @@ from llava_jax.models.layers import (
     from_chunks,
     merge,
     parameter,
+    segment_starts,
     split,
     to_chunks,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.distributed.sharding import constrain, logical_axes, on_rows
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llava_jax.config import ConfigError, LoraConfig, TuneConfig
+from llava_jax.config import LoraConfig, TuneConfig
+from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Linear, parameter
-from llava_jax.models.stack import jit_loop
+from llava_jax.models.paths import LLM, VISION
 from llava_jax.models.quant import Quantised
-
-VISION, LLM = "vision.encoder.layers.", "llm.layers."
-"""The stacks that adapters go into."""
-
-BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
-"""What no output depends on, and so never trains."""
+from llava_jax.models.stack import jit_loop
 
 
 def adapter_configs(
@@ -66,19 +62,6 @@ def _add_adapter(linear: Linear, config: LoraConfig, index: int) -> None:
     linear.lora_scale = config.alpha / config.rank
     linear.lora_dropout = config.dropout
     linear.lora_index = index
-
-
-def is_adapter(path: str) -> bool:
-    return path.endswith((".lora_a", ".lora_b"))
-
-
-def is_trainable(path: str, tune: TuneConfig) -> bool:
-    """Whether a parameter trains."""
-    if is_adapter(path):
-        return True
-    if path.startswith(BEHIND_FEATURE):
-        return False
-    return getattr(tune, path.split(".", 1)[0]) == "full"
 
 
 @partial(jax.jit, static_argnames="scale")

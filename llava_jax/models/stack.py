@@ -8,6 +8,7 @@ stack's weights, its blocks' inputs and the sums may all live in host memory.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -183,3 +184,8 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
 
 def _indices(values: Leaves) -> Int[Array, "L"]:
     return jnp.arange(next(iter(values.values())).shape[0])
+
+
+def bounded_loop(turns: int) -> AbstractContextManager:
+    """Names the loop inside it, so that it counts as so many turns, the most it takes."""
+    return jax.named_scope(f"at_most_{turns}_turns")

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from llava_jax.config import AttentionKind, Remat, VisionConfig
+from llava_jax.distributed.sharding import constrain
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
     ACTIVATIONS,
@@ -23,7 +24,6 @@ from llava_jax.models.layers import (
     parameter,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
-from llava_jax.distributed.sharding import constrain
 
 
 class PatchEmbedding(nnx.Module):

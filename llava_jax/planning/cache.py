@@ -8,11 +8,12 @@ from pathlib import Path
 
 import jax
 
-from llava_jax.config import ConfigError, ModelConfig, TrainConfig, to_json
-from llava_jax.training.run_config import versions
+from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
-from llava_jax.planning.search import Usage, measure_here
+from llava_jax.distributed.environment import versions
 from llava_jax.distributed.multihost import from_first, is_first, meet
+from llava_jax.errors import ConfigError
+from llava_jax.planning.measure import Usage, measure_here
 
 UNRELATED = (
     *("name", "output_dir", "seed", "steps", "epochs", "init_from", "init_adapter", "processor"),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-GIB = 2**30
+from llava_jax.distributed.environment import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,6 @@ TPUS = {
     "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}, "megacore"),
 }
 
-RESERVE_SHARE = 0.06
-"""The share of a device's memory that plans leave to the driver, its libraries and programs."""
 
 BFLOAT16_TFLOPS = {
     "NVIDIA GeForce RTX 3090": 71.0,

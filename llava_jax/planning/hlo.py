@@ -8,10 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
-
-import jax
 
 COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
@@ -33,11 +30,6 @@ class Instruction(NamedTuple):
 
 
 Computation = dict[str, Instruction]
-
-
-def at_most(turns: int) -> AbstractContextManager:
-    """Names the loop inside it, so that it counts as so many turns, the most it takes."""
-    return jax.named_scope(f"at_most_{turns}_turns")
 
 
 def total(text: str, cost: Callable[[Instruction, Computation], Mapping[Any, int]]) -> Counter[Any]:

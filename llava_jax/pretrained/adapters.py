@@ -18,13 +18,15 @@ import jax
 import numpy as np
 
 from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
+from llava_jax.errors import CheckpointError
+from llava_jax.models import paths
+from llava_jax.models.layers import Abstract, Params
+from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.pretrained import layouts
 from llava_jax.pretrained.layouts import Layout
-from llava_jax.pretrained.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
-from llava_jax.pretrained.safetensors import CheckpointError, Tensor, commonest, open_tensors, read_json
 from llava_jax.pretrained.load import Reader, assemble, find_tensors
-from llava_jax.models.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.models.layers import Abstract, Params
+from llava_jax.pretrained.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
+from llava_jax.pretrained.safetensors import Tensor, commonest, open_tensors, read_json
 
 _LAYOUTS = (
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
@@ -202,7 +204,7 @@ def _open_piece(place: Path, read: Reader) -> _Piece:
 
 
 def _path(piece: _Piece, name: str, config: ModelConfig) -> str:
-    return layouts.stacked(piece.layout.parameter(name) or "", config)
+    return paths.stacked(piece.layout.parameter(name) or "", config)
 
 
 def _without_unused(piece: _Piece, config: ModelConfig) -> _Piece:

@@ -9,8 +9,6 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable
 
-from llava_jax.config import ModelConfig
-
 
 class LayoutError(Exception):
     """Tensor names that no known layout explains."""
@@ -200,38 +198,3 @@ def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS)
             f"they begin with: {sample}"
         )
     return best.limited_to(best.parts(names))
-
-
-def is_stacked(path: str) -> bool:
-    """Whether our parameter `path` has a leading layer axis."""
-    return re.search(r"\.(layers|tail)\.", path) is not None
-
-
-def unstacked(path: str, layer: int, config: ModelConfig) -> str:
-    """Our name of one layer of a stacked parameter.
-
-    For example `llm.layers.mlp.up_proj.weight`, 3 -> `llm.layers.3.mlp.up_proj.weight`; the vision
-    tail counts on from where the layers before it stop.
-    """
-    stack = "tail" if ".tail." in path else "layers"
-    if stack == "tail":
-        layer += config.used_vision_layers
-    return path.replace(f".{stack}.", f".layers.{layer}.", 1)
-
-
-def layers(
-    path: str, shape: tuple[int, ...], config: ModelConfig
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
-    if not is_stacked(path):
-        return [(path, shape)]
-    return [(unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
-
-
-def stacked(parameter: str, config: ModelConfig) -> str:
-    """The path of the parameter that `unstacked` took this layer from."""
-    match = re.search(r"\.layers\.(0|[1-9][0-9]{,3})\.", parameter)
-    if match is None:
-        return parameter
-    is_tail = parameter.startswith("vision.") and int(match[1]) >= config.used_vision_layers
-    return parameter.replace(match[0], ".tail." if is_tail else ".layers.", 1)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, VisionConfig
-from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.config import Aspect, ModelConfig, Parts, VisionConfig
+from llava_jax.errors import CheckpointError, ConfigError
 
 DECODERS = {
     "llava": "llama",

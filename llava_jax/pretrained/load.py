@@ -19,12 +19,14 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float, Shaped
 
 from llava_jax.config import ModelConfig, Parts, format_source
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
-from llava_jax.pretrained.safetensors import CheckpointError, Tensor, open_tensors
 from llava_jax.distributed.host_memory import PINNED_HOST
+from llava_jax.errors import CheckpointError
+from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
 from llava_jax.models.quant import QuantisationError, Quantised, quantise
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained.safetensors import Tensor, open_tensors
 
 Source = tuple[dict[str, Tensor], Layout]
 """The tensors of one file or directory, and how they are named."""
@@ -129,7 +131,7 @@ def find_tensors(
     missing, misshapen, known = [], [], set()
     for path, spec in abstract.items():
         tensors, layout = next((s for s in sources if s[1].holds(path)), ({}, None))
-        for parameter, shape in layouts.layers(path, spec.shape, config):
+        for parameter, shape in paths.layers(path, spec.shape, config):
             known.add(parameter)
             name = layout.file_name(parameter) if layout else parameter
             tensor = tensors.get(name)
@@ -212,7 +214,7 @@ def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
     Raises:
         CheckpointError: A weight to quantise cannot be.
     """
-    if not layouts.is_stacked(path):
+    if not paths.is_stacked(path):
         return _cast(_place(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
     stack = jax.tree.map(_open_stack, spec)
     for index, tensor in enumerate(tensors):
@@ -313,7 +315,7 @@ def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
 
     A vocabulary grows as in `load_params`.
     """
-    shape = spec.shape[1:] if layouts.is_stacked(path) else spec.shape
+    shape = spec.shape[1:] if paths.is_stacked(path) else spec.shape
     dtype = common_dtype(tensors)
     return Stored(
         spec.shape, dtype, lambda index: _read(tensors[index], shape).astype(dtype, copy=False)

@@ -1,125 +1,44 @@
 """From a checkpoint to a model: shapes first, then shardings, then weights straight into place."""
 
-import math
-import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from llava_jax.models import lora, quant
 from llava_jax.config import (
-    AttentionKind,
-    ConfigError,
-    LoraConfig,
     MeshConfig,
     ModelConfig,
     Parts,
     Quantisation,
-    Remat,
     format_source,
 )
-from llava_jax.data.conversation import TEMPLATES
-from llava_jax.pretrained.layouts import is_stacked
-from llava_jax.pretrained.model_config import read_model_config, read_parts_config, write_model_config
-from llava_jax.pretrained.processor import choose_template, save_processor
-from llava_jax.pretrained.resolve import resolve
-from llava_jax.pretrained.safetensors import CheckpointError
-from llava_jax.pretrained.tokenizer import has_tokenizer
-from llava_jax.pretrained.adapters import check_base, open_trained
-from llava_jax.pretrained.load import fingerprint, load_params
-from llava_jax.pretrained.save import save_params
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.errors import CheckpointError
+from llava_jax.models import lora
+from llava_jax.models.build import initialise, quantised_shapes
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
+from llava_jax.models.paths import is_adapter
 from llava_jax.models.stack import jit_loop
-from llava_jax.models.quant import Quantised, quantise
-from llava_jax.distributed.sharding import make_mesh, place
-
-EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
-
-
-def read_config(source: Path | Parts) -> ModelConfig:
-    """The model that a checkpoint's own files describe."""
-    if isinstance(source, Parts):
-        return read_parts_config(source)
-    return read_model_config(source)
-
-
-def build(
-    config: ModelConfig,
-    adapters: Mapping[str, LoraConfig],
-    *,
-    dtype: str,
-    kind: AttentionKind = "plain",
-    remat: Remat = "full",
-    offload: bool = False,
-    gather: bool = True,
-) -> tuple[nnx.GraphDef, Abstract]:
-    """A model's structure and its parameters' shapes, in float32; no memory is taken."""
-    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
-    lora.add_adapters(model, dict(adapters))
-    return split(model)
+from llava_jax.pretrained.adapters import check_base, open_trained
+from llava_jax.pretrained.load import fingerprint, load_params
+from llava_jax.pretrained.model_config import (
+    read_config,
+    write_model_config,
+)
+from llava_jax.pretrained.processor import choose_template, save_processor
+from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.save import save_params
+from llava_jax.pretrained.tokenizer import has_tokenizer
 
 
-def quantised(shapes: Abstract, kind: Quantisation) -> Abstract:
-    """Those weights that are kept in fewer bits, as such.
-
-    Raises:
-        ConfigError: One cannot be.
-    """
-    found = {}
-    for path in filter(quant.is_quantised, shapes):
-        try:
-            found[path] = quant.abstract(kind, shapes[path].shape)
-        except quant.QuantisationError as error:
-            raise ConfigError(f"quantize: {path}: {error}") from error
-    return found
-
-
-def initialise(abstract: Abstract, seed: int) -> Params:
-    """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
-
-    Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
-    LLaVA's.
-    """
-
-    def make(path: str, leaf: Any) -> Any:
-        value: Any = _initial_value(path, leaf.shape, seed)
-        if isinstance(leaf, Quantised):
-            layers = [quantise(layer, leaf.kind) for layer in value]
-            value = jax.tree.map(lambda *parts: np.stack(parts), *layers)
-        return jax.tree.map(place_value, leaf, value)
-
-    def place_value(leaf: jax.ShapeDtypeStruct, value: np.ndarray) -> jax.Array:
-        value = value.astype(leaf.dtype)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: value[i])
-
-    return {path: make(path, leaf) for path, leaf in abstract.items()}
-
-
-def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-    module, name = path.rsplit(".", 2)[-2:]
-    if name.endswith("bias") or name == "lora_b":
-        return np.zeros(shape, np.float32)
-    if "norm" in module:
-        return np.ones(shape, np.float32)
-    if module == "embed_tokens":
-        return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
-    inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
-    if name == "lora_a" or path.startswith("projector."):
-        # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
-        return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
-    return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)
-
-
-def load(
+def load_weights(
     source: Path | Parts | None,
     config: ModelConfig,
     abstract: Abstract,
@@ -139,7 +58,7 @@ def load(
         say: Told of a projector that `source` lacks.
     """
     wanted = abstract.keys() if wanted is None else wanted
-    base = {path: leaf for path, leaf in abstract.items() if not lora.is_adapter(path)}
+    base = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
     if say and source is not None and any(path.startswith("projector.") for path in fresh):
@@ -180,11 +99,11 @@ class LlavaModel(Llava):
         Args:
             path: A directory in a layout of `pretrained.layouts`, a run's directory, or a hub id.
             dtype: Of the weights and the computation, "float32" or "bfloat16".
-            mesh: From `distributed.sharding.make_mesh`; the weights are sharded over it. None is one device.
+            mesh: From `make_mesh`; the weights are sharded over it. None is one device.
             quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
 
         Raises:
-            ConfigError: There is no such checkpoint, or it cannot be quantised.
+            ConfigError: There is no such checkpoint, or it cannot be quantised_shapes.
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
         found = resolve(str(path))
@@ -238,9 +157,9 @@ class LlavaModel(Llava):
         config = read_config(source)
         graph, shapes = split(cls(config, dtype=dtype))
         shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
-        shapes |= quantised(shapes, quantize) if quantize else {}
+        shapes |= quantised_shapes(shapes, quantize) if quantize else {}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        params = load(source, config, place(shapes, mesh), seed=seed, say=say)
+        params = load_weights(source, config, place(shapes, mesh), seed=seed, say=say)
         model = cast("LlavaModel", merge(graph, params))
         model.source = source
         return model
@@ -257,7 +176,7 @@ class LlavaModel(Llava):
     def _add_adapter(self, path: str | Path) -> Collection[str]:
         """As `load_adapter`; returns the parameters that it has."""
         _, params = split(self)
-        if any(map(lora.is_adapter, params)):
+        if any(map(is_adapter, params)):
             raise ValueError("the model has an adapter already; merge that first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
         adapter = open_trained(path, self.config, abstract)
@@ -274,7 +193,7 @@ class LlavaModel(Llava):
         """Folds the adapters into the weights.
 
         Raises:
-            ValueError: These are quantised.
+            ValueError: These are quantised_shapes.
         """
         lora.merge_adapters(self)
 

@@ -13,9 +13,10 @@ from typing import Any, cast, get_type_hints
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from llava_jax.config import ConfigError, LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import llava_directory
-from llava_jax.pretrained.safetensors import CheckpointError, read_json
+from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
 Json = dict[str, Any]
@@ -434,3 +435,10 @@ def tower_settings(vision: VisionConfig) -> Json:
         del tower["vision_use_head"]
         tower["projection_dim"] = 768  # of a head that LLaVA does not have; loaders want a number
     return tower
+
+
+def read_config(source: Path | Parts) -> ModelConfig:
+    """The model that a checkpoint's own files describe."""
+    if isinstance(source, Parts):
+        return read_parts_config(source)
+    return read_model_config(source)

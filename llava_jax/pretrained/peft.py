@@ -26,14 +26,15 @@ from llava_jax.config import (
     ModelConfig,
     absolute_source,
 )
+from llava_jax.distributed.multihost import is_first
+from llava_jax.errors import CheckpointError
+from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.pretrained import layouts
 from llava_jax.pretrained.layouts import Layout
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
-from llava_jax.pretrained.safetensors import CheckpointError, read_json, write_tensors
 from llava_jax.pretrained.load import Stored
+from llava_jax.pretrained.safetensors import read_json, write_tensors
 from llava_jax.pretrained.save import save_tensors
-from llava_jax.models.lora import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.distributed.multihost import is_first
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over

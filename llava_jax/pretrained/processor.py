@@ -7,12 +7,14 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ConfigError, ModelConfig, Parts, format_source
-from llava_jax.data.conversation import SYSTEM_PLACE, TEMPLATES, Template, adds_bos, end_token
+from llava_jax.config import Aspect, ModelConfig, Parts, format_source
+from llava_jax.data.conversation import adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from llava_jax.data.templates import SYSTEM_PLACE, TEMPLATES, Template
 from llava_jax.disk import copy_regular
+from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model_config import read_vision_config
-from llava_jax.pretrained.safetensors import CheckpointError, read_json
+from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
 _BICUBIC = 3  # Pillow's number

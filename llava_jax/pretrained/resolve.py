@@ -1,15 +1,19 @@
 """From what a user calls a checkpoint to where its files lie."""
 
+import contextlib
+import json
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from llava_jax.config import ConfigError, Parts, format_source, parse_source
+from llava_jax.config import Parts, Quantisation, format_source, parse_source
+from llava_jax.disk import read_regular
+from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import layouts, llava_directory
-from llava_jax.pretrained.model_config import read_json_config
-from llava_jax.pretrained.safetensors import CheckpointError, open_tensors
 from llava_jax.pretrained.adapters import BESIDE, check_readable, is_trained, named_base
 from llava_jax.pretrained.load import Reader
+from llava_jax.pretrained.model_config import read_json_config
+from llava_jax.pretrained.safetensors import MAX_JSON_BYTES, open_tensors
 
 
 class Checkpoint(NamedTuple):
@@ -224,3 +228,14 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
             f"not give it: {error}"
         ) from error
     return place
+
+
+def quantisation_of(place: Path) -> Quantisation | None:
+    """How the base of what a run left was kept while it trained; None if it was whole."""
+    for directory in (place, place.parent):  # a run's directory, or what it left there
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))
+            if "base_fingerprint" in found:
+                bits = found["config"]["quantize"]
+                return bits if bits in get_args(Quantisation) else None
+    return None

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.disk import is_deeper, open_regular, read_regular
+from llava_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,10 +41,6 @@ _MAX_JSON_PARTS = 10**6
 _MAX_DIMENSIONS = 64  # NumPy's
 _MAX_ITEMS = 2**59  # so that an array of 8-byte items has less than 2**63 bytes
 _SAMPLE_BYTES = 64
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or is not what its config says; the text tells where."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llava_jax.config import ModelConfig
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
-from llava_jax.pretrained.safetensors import SHARD_BYTES, CheckpointError, Specs, is_finite, natural, write_sharded
-from llava_jax.pretrained.load import Stored
 from llava_jax.distributed.host_memory import fetch, layer_at
 from llava_jax.distributed.multihost import is_first
+from llava_jax.errors import CheckpointError
+from llava_jax.models import paths
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained.load import Stored
+from llava_jax.pretrained.safetensors import SHARD_BYTES, Specs, is_finite, natural, write_sharded
 
 
 def save_params(
@@ -72,7 +74,7 @@ def save_tensors(
     """
     origins, specs = {}, {}
     for path, param in params.items():
-        for index, (parameter, shape) in enumerate(layouts.layers(path, param.shape, config)):
+        for index, (parameter, shape) in enumerate(paths.layers(path, param.shape, config)):
             name = naming(parameter)
             origins[name] = path, index
             specs[name] = shape, jnp.dtype(dtype or param.dtype)
@@ -101,7 +103,7 @@ def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> n
     param = params[path]
     if isinstance(param, Stored):
         return param.read(index)
-    if layouts.is_stacked(path):
+    if paths.is_stacked(path):
         param = _take(param, np.int32(index))
     if not param.is_fully_addressable:
         mesh = cast(NamedSharding, param.sharding).mesh  # only meshes span processes

@@ -18,7 +18,8 @@ from transformers.tokenization_utils_base import generate_merges
 from llava_jax.config import Parts
 from llava_jax.data.conversation import tokenizing
 from llava_jax.disk import copy_regular, read_regular
-from llava_jax.pretrained.safetensors import CheckpointError, parse_json, read_json
+from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.safetensors import parse_json, read_json
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.planning.devices import GIB
+from llava_jax.distributed.environment import GIB
+from llava_jax.report.charts import line_chart, number, thin
+from llava_jax.report.run_files import RunFiles
 from llava_jax.report.style import STYLE
 from llava_jax.report.thumbnails import MOST, find_pictures
-from llava_jax.report.run_files import RunFiles
-from llava_jax.report.charts import line_chart, number, thin
 
 MOST_EXAMPLES = 48
 MOST_ROWS = 50

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from llava_jax.config import ConfigError
 from llava_jax.disk import replace_text
+from llava_jax.errors import ConfigError
 from llava_jax.report.html import render
 from llava_jax.report.run_files import RunReader
 

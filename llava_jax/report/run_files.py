@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.config import ConfigError
 from llava_jax.disk import read_if_there
+from llava_jax.errors import ConfigError
 from llava_jax.report.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
 LATEST = ("device_bytes",)

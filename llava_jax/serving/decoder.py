@@ -16,8 +16,8 @@ import sys
 import numpy as np
 from jaxtyping import Float32
 
-from llava_jax.errors import SampleError
 from llava_jax.data.images import ImageTransform, read_pixels
+from llava_jax.errors import SampleError
 
 MAX_SECONDS = 20.0
 """For a picture; what the limits let pass takes a few seconds of a core."""

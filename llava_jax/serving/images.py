@@ -13,9 +13,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 from jaxtyping import Float32
 
-from llava_jax.errors import SampleError
 from llava_jax.data.image_file import open_checked
 from llava_jax.data.images import ImageTransform
+from llava_jax.errors import SampleError
 from llava_jax.serving.decoder import Decoders
 from llava_jax.serving.fetch import FetchError, fetch
 from llava_jax.serving.limits import Limits, RequestError

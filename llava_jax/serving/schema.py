@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
 from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.limits import RequestError
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from llava_jax.config import ConfigError
+from llava_jax.errors import ConfigError
 from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.limits import RequestError
 from llava_jax.serving.page_guard import PageGuard

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_jax.planning.hlo import at_most
+from llava_jax.distributed.sharding import on_rows
 from llava_jax.models.layers import Params, from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
-from llava_jax.distributed.sharding import on_rows
+from llava_jax.models.stack import bounded_loop
 
 Carry = TypeVar("Carry")
 
@@ -137,7 +137,7 @@ class _Pieces:
 
     def loop(self, body: Callable[[jax.Array, Carry], Carry], done: Carry) -> Carry:
         """Carries `done` through all pieces that have a learned token."""
-        with at_most(self._count):
+        with bounded_loop(self._count):
             return jax.lax.fori_loop(0, self._turns, body, done)
 
     def put_back(self, x: Shaped[Array, "chunks B chunk *rest"]) -> Shaped[Array, "B T *rest"]:

@@ -11,25 +11,31 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.models import lora
-from llava_jax.pretrained import model
-from llava_jax.config import (
-    AttentionKind,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    TrainConfig,
-)
-from llava_jax.data.batching import Batch
-from llava_jax.pretrained.layouts import is_stacked
+from llava_jax.config import AttentionKind, LoraConfig, ModelConfig, TrainConfig
+from llava_jax.data.batch import Batch
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
-from llava_jax.models.flash import FLASH_HEADS
-from llava_jax.models.layers import Abstract
-from llava_jax.models.stack import CPU_OPTIONS
-from llava_jax.train_step.optimizer import GROUPS, Schedule, group_of, learning_rates, make_optimizer
 from llava_jax.distributed.multihost import place_rows, rows_here
 from llava_jax.distributed.sharding import batch_sharding, data_parallel_size, place, shardings
-from llava_jax.train_step.step import TrainState, abstract_state, accumulation_steps, make_eval_step, make_train_step
+from llava_jax.errors import ConfigError
+from llava_jax.models import lora
+from llava_jax.models.build import build_model, quantised_shapes
+from llava_jax.models.layers import Abstract
+from llava_jax.models.paths import is_adapter, is_stacked, is_trainable
+from llava_jax.models.stack import CPU_OPTIONS
+from llava_jax.train_step.optimizer import (
+    GROUPS,
+    Schedule,
+    group_of,
+    learning_rates,
+    make_optimizer,
+)
+from llava_jax.train_step.step import (
+    TrainState,
+    abstract_state,
+    accumulation_steps,
+    make_eval_step,
+    make_train_step,
+)
 
 STREAMING_OPTIONS = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
 """XLA:GPU may compute wrong gradients where a loop slices host memory backwards (openxla/xla
@@ -161,7 +167,7 @@ def build_program(
             'stream_weights and offload_activations need "full"'
         )
     adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    graph, shapes = model.build(
+    graph, shapes = build_model(
         model_config,
         adapters,
         dtype=config.dtype,
@@ -170,16 +176,16 @@ def build_program(
         offload=memory.offload_activations,
         gather=not memory.stream_weights,
     )
-    trains = lambda path: lora.is_trainable(path, config.tune)
+    trains = lambda path: is_trainable(path, config.tune)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
     if config.quantize is not None:
         _check_quantised(config)
-        shapes |= model.quantised(shapes, config.quantize)
+        shapes |= quantised_shapes(shapes, config.quantize)
     # Adapters are small, and used in every micro-batch.
-    may_stream = lambda path: is_stacked(path) and not lora.is_adapter(path)
+    may_stream = lambda path: is_stacked(path) and not is_adapter(path)
     streams = lambda path: memory.stream_weights and may_stream(path)
     # The float32 weights go with the optimizer where a layer at a time is all that is needed.
     with_moments = memory.offload_optimizer and memory.remat == "full"
@@ -250,30 +256,6 @@ def _check_quantised(config: TrainConfig) -> None:
             f"quantize {config.quantize!r} needs a decoder that does not train, and adapters: "
             "without these, a run writes a whole model; set tune.llm to 'lora', or quantize to None"
         )
-
-
-def attention_kind(
-    config: TrainConfig, model: ModelConfig, platform: str, capability: str
-) -> AttentionKind:
-    """How attention is best computed.
-
-    Args:
-        config: The run.
-        model: The model's sizes.
-        platform: "gpu", "tpu" or "cpu".
-        capability: A GPU's compute capability, "8.6"; "" elsewhere.
-    """
-    sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
-    if config.dtype != "bfloat16":
-        return "plain"
-    if platform == "tpu" and all(size % 64 == 0 for size in sizes):
-        return "splash"
-    newer = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
-    if not newer or not all(size <= 128 and size % 8 == 0 for size in sizes):
-        return "plain"
-    if not config.data.packing:
-        return "cudnn"
-    return "flash" if sizes[0] in FLASH_HEADS else "plain"
 
 
 def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:

@@ -12,22 +12,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from llava_jax.config import BatchConfig
+from llava_jax.data.batch import Batch, Leaf
 from llava_jax.distributed import host_memory
-from llava_jax.config import BatchConfig, ConfigError
-from llava_jax.data.batching import Batch, Leaf
-from llava_jax.pretrained.layouts import is_stacked
-from llava_jax.planning.hlo import at_most
 from llava_jax.distributed.host_memory import PINNED_HOST, fits_host
-from llava_jax.train_step.loss import loss_weights, next_tokens, token_losses, weighted_loss
+from llava_jax.distributed.sharding import data_parallel_size, shardings
+from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
-from llava_jax.models.stack import Accumulated, attach, attach_beside
-from llava_jax.train_step.optimizer import Schedule, clip_scale
-from llava_jax.distributed.sharding import data_parallel_size, shardings
-from llava_jax.train_step.update import apply_gradients, global_norm
+from llava_jax.models.paths import HEAD, is_stacked
+from llava_jax.models.stack import Accumulated, attach, attach_beside, bounded_loop
+from llava_jax.train_step.loss import loss_weights, next_tokens, token_losses, weighted_loss
+from llava_jax.train_step.optimizer import Schedule, apply_gradients, clip_scale, global_norm
 
 Metrics = dict[str, jax.Array]
-HEAD = "llm.lm_head.weight"
 
 
 @jax.tree_util.register_dataclass
@@ -227,7 +225,7 @@ def make_train_step(
         if packing and accumulation > 1:
             turns = filled_micro_batches(batch.segment_ids, accumulation, devices)
         zeros = jnp.zeros(()), jax.tree.map(host_memory.zeros, gradients)
-        with at_most(accumulation):
+        with bounded_loop(accumulation):
             loss, grads = jax.lax.fori_loop(0, turns, accumulate, zeros)
 
         norm = global_norm(grads)

@@ -12,15 +12,17 @@ from typing import Any, NoReturn, cast
 import jax
 from tokenizers import Tokenizer
 
-from llava_jax.config import ConfigError, ModelConfig, RunError, TrainConfig, to_json
+from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
-from llava_jax.training.run_config import PLACES, flatten, versions
 from llava_jax.disk import naming
+from llava_jax.distributed.environment import versions
+from llava_jax.distributed.multihost import differences, from_first, is_first, of_all, this_process
+from llava_jax.errors import ConfigError, RunError
+from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
-from llava_jax.planning.cache import hash_code
-from llava_jax.distributed.multihost import differences, from_first, is_first, of_all, this_process
+from llava_jax.training.run_config import PLACES, flatten
 
 LOCAL = (*PLACES, "data.workers")
 """Fields of a config that may differ: where files lie on a machine, how many cores it has."""

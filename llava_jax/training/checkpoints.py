@@ -23,11 +23,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.pretrained.safetensors import CheckpointError
 from llava_jax.distributed.host_memory import is_for_host
 from llava_jax.distributed.multihost import from_first, is_first, meet
-from llava_jax.training.repair import copy_files
+from llava_jax.errors import CheckpointError
 from llava_jax.train_step.step import TrainState
+from llava_jax.training.repair import copy_files
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"

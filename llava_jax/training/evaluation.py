@@ -12,19 +12,20 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from llava_jax.config import ConfigError
-from llava_jax.data.batching import Batch, SampleEncoder
+from llava_jax.data.batch import Batch
+from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
+from llava_jax.distributed.multihost import from_first, is_first
+from llava_jax.errors import ConfigError
+from llava_jax.models.layers import Params
+from llava_jax.report.rows import read_rows
+from llava_jax.report.thumbnails import find_pictures, keep_pictures
+from llava_jax.train_step.step import EvalResult
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
-from llava_jax.models.layers import Params
-from llava_jax.report.thumbnails import find_pictures, keep_pictures
-from llava_jax.distributed.multihost import from_first, is_first
-from llava_jax.report.rows import read_rows
-from llava_jax.train_step.step import EvalResult
 
 UNNAMED = "all"
 """Category of samples without one."""

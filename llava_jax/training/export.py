@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_jax.config import Parts, TrainConfig
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.disk import naming
+from llava_jax.distributed.multihost import is_first
+from llava_jax.models.layers import Params
 from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.processor import save_processor
 from llava_jax.pretrained.save import save_params
-from llava_jax.models.layers import Params
-from llava_jax.distributed.multihost import is_first
 from llava_jax.train_step.program import Program
 
 

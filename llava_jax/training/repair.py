@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import cast
 
 from llava_jax.disk import open_regular, read_if_there, replace_text
-from llava_jax.report.rows import FORMS, MAX_ROW_BYTES, Check, Row, fits, parse_object, read_rows, write_rows
+from llava_jax.report.rows import (
+    FORMS,
+    MAX_ROW_BYTES,
+    Check,
+    Row,
+    fits,
+    parse_object,
+    read_rows,
+    write_rows,
+)
 
 _OBJECTS: dict[str, dict[str, Check]] = {
     "config.json": {"config": lambda value: isinstance(value, dict) and "name" in value},

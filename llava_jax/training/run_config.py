@@ -1,21 +1,19 @@
 """config.json and data.json: what a run is, written when it begins, compared when it goes on."""
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 
-from llava_jax.config import ConfigError, ModelConfig, Quantisation, TrainConfig, to_json
+from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.data.digest import data_changes
-from llava_jax.disk import read_regular, replace_text
-from llava_jax.pretrained.safetensors import MAX_JSON_BYTES
+from llava_jax.disk import replace_text
+from llava_jax.distributed.environment import versions
 from llava_jax.distributed.multihost import is_first
+from llava_jax.errors import ConfigError
 
 PLACES = (
     *("output_dir", "init_from", "init_adapter"),
@@ -58,16 +56,6 @@ def describe(
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run computes."""
-    packages = (
-        *("llava_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
-        *("transformers", "tokenizers", "pillow", "grain"),
-    )
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
-
-
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Writes config.json, and data.json, which is long; from the first process."""
     if is_first():
@@ -76,17 +64,6 @@ def write_description(run_dir: Path, description: dict[str, Any]) -> None:
         rest = {name: value for name, value in description.items() if name != "data"}
         replace_text(run_dir / "data.json", json.dumps(data, indent=1) + "\n")
         replace_text(run_dir / "config.json", json.dumps(rest, indent=2) + "\n")
-
-
-def quantisation_of(place: Path) -> Quantisation | None:
-    """How the base of what a run left was kept while it trained; None if it was whole."""
-    for directory in (place, place.parent):  # a run's directory, or what it left there
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))
-            if "base_fingerprint" in found:
-                bits = found["config"]["quantize"]
-                return bits if bits in get_args(Quantisation) else None
-    return None
 
 
 class Changes(NamedTuple):

@@ -6,12 +6,13 @@ import math
 import jax
 import numpy as np
 
-from llava_jax.config import RunError, TrainConfig
+from llava_jax.config import TrainConfig
 from llava_jax.data.order import NO_RECORD
 from llava_jax.disk import append_rows
+from llava_jax.errors import RunError
+from llava_jax.report.rows import read_rows
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
-from llava_jax.report.rows import read_rows
 
 MOST_NAMED = 5
 """Samples that a message names; all are in the files."""

@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from llava_jax.config import ConfigError, LogConfig, TrainConfig, to_json
+from llava_jax.config import LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
+from llava_jax.errors import ConfigError
 from llava_jax.report.rows import parse_object
 
 GROUPS = ("train", "held_out")

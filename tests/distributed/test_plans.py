@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training import CONFIG, MODEL, change, run
+from tiny_training import CONFIG, MODEL, change, run
 
-from llava_jax.distributed import host_memory
 from llava_jax.config import MemoryConfig, TuneConfig
+from llava_jax.distributed import host_memory
 from llava_jax.models import llama
 
 STEPS = 20

@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import CONFIG, change, run
+from tiny_training import CONFIG, change, run
 
-from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.config import MeshConfig
+from llava_jax.distributed.sharding import (
+    PARAMETER_RULES,
+    logical_axes,
+    make_mesh,
+    on_rows,
+    to_spec,
+)
+from llava_jax.errors import ConfigError
 from llava_jax.models.quant import dequantise, quantise
-from llava_jax.distributed.sharding import PARAMETER_RULES, logical_axes, make_mesh, on_rows, to_spec
 from llava_jax.train_step.step import accumulation_steps
 
 STEPS = 10

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from training import MODEL
+from tiny_training import MODEL
 
-from llava_jax.pretrained import model
 from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
+from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.models.build import build_model, initialise
 from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.processor import save_processor
 from llava_jax.pretrained.save import save_params
-from llava_jax.distributed.sharding import make_mesh, place
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -36,9 +36,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_id=3,
         pad_token_id=4,
     )
-    _, shapes = model.build(config, {}, dtype="float32")
+    _, shapes = build_model(config, {}, dtype="float32")
     abstract = place(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
-    save_params(model.initialise(abstract, seed=0), directory, config)
+    save_params(initialise(abstract, seed=0), directory, config)
     write_model_config(config, directory, "float32")
     save_processor(ASSETS, directory, config)
     return directory

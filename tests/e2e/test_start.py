@@ -14,13 +14,13 @@ from jax._src import monitoring  # no public function takes a listener away
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import environment, metrics, write_config
 
-from llava_jax.distributed import host_memory
-from llava_jax.planning import search
 from llava_jax import train
 from llava_jax.config import MemoryConfig
-from llava_jax.data.batching import Batch
-from llava_jax.training.progress import Reporter
+from llava_jax.data.batch import Batch
+from llava_jax.distributed import host_memory
+from llava_jax.planning import search
 from llava_jax.train_step.program import Program
+from llava_jax.training.progress import Reporter
 
 COUNTED = """
 import collections, json, sys

@@ -17,12 +17,12 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_jax import LlavaModel, train
 from llava_jax.distributed import host_memory
+from llava_jax.distributed.environment import GIB
+from llava_jax.errors import CheckpointError
 from llava_jax.planning import cache
+from llava_jax.planning.measure import REST, Usage
 from llava_jax.training.checkpoints import Checkpoints
-from llava_jax.planning.devices import GIB
-from llava_jax.pretrained.safetensors import CheckpointError
 from llava_jax.training.progress import Reporter
-from llava_jax.planning.search import REST, Usage
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 

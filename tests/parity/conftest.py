@@ -15,10 +15,10 @@ from flax import nnx
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import ModelConfig
-from llava_jax.pretrained.model_config import read_model_config
-from llava_jax.pretrained.load import load_params
+from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params, merge
-from llava_jax.pretrained.model import build
+from llava_jax.pretrained.load import load_params
+from llava_jax.pretrained.model_config import read_model_config
 
 IMAGE, PAD, VOCABULARY = 60, 61, 64
 IMAGE_TOKENS, IMAGE_SIZE = 4, 28  # in patches of 14
@@ -120,7 +120,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    return build(config, {}, dtype="float32")
+    return build_model(config, {}, dtype="float32")
 
 
 @pytest.fixture(scope="session")

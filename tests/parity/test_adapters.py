@@ -15,12 +15,12 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
-from llava_jax.pretrained.peft import save_adapter
-from llava_jax.pretrained.safetensors import CheckpointError
-from llava_jax.pretrained.adapters import load_adapter, open_trained
-from llava_jax.models.lora import LLM, VISION
+from llava_jax.errors import CheckpointError
+from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
-from llava_jax.pretrained.model import build
+from llava_jax.models.paths import LLM, VISION
+from llava_jax.pretrained.adapters import load_adapter, open_trained
+from llava_jax.pretrained.peft import save_adapter
 
 pytestmark = [
     # peft 0.21.2 asks transformers 5.23 for it; nothing of ours.
@@ -51,7 +51,7 @@ def trained(load: Callable, saved: Callable) -> Callable:
 
     def make(name: str) -> tuple[nnx.GraphDef, Params, Params, ModelConfig]:
         _, params, config = load(saved("gqa"))
-        graph, abstract = build(config, SETTINGS[name], dtype="float32")
+        graph, abstract = build_model(config, SETTINGS[name], dtype="float32")
         trains = lambda path: "lora" in path or path.startswith("projector.")
         trainable = random_like({path: spec for path, spec in abstract.items() if trains(path)})
         return graph, params, trainable, config
@@ -121,7 +121,7 @@ def test_we_load_what_peft_wrote(
     adapter = open_trained(directory, config, abstract_params(config))
     assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
     assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
-    graph, _ = build(config, adapter.adapters, dtype="float32")
+    graph, _ = build_model(config, adapter.adapters, dtype="float32")
     batch = batches["padded"]
     ours = our_logits(graph, params | adapter.load(), batch)
     assert_close(ours, hf_logits(model, batch), batch)
@@ -219,7 +219,7 @@ def ours(trained: Callable, tmp_path: Path) -> tuple:
     run = {
         "adapters": SETTINGS["both"],
         "config": config,
-        "abstract": build(config, SETTINGS["both"], dtype="float32")[1],
+        "abstract": build_model(config, SETTINGS["both"], dtype="float32")[1],
         "trainable": set(trainable),
         "fingerprint": "0123",
     }
@@ -271,6 +271,6 @@ def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     ours = our_logits(graph, params | trainable | tower, batch)
     assert_close(ours, hf_logits(model, batch), batch)
     trainable |= trained_tower
-    abstract = build(config, SETTINGS["llm"], dtype="float32")[1]
+    abstract = build_model(config, SETTINGS["llm"], dtype="float32")[1]
     loaded = load_adapter(tmp_path, SETTINGS["llm"], config, abstract, set(trainable), "0123")
     assert loaded.keys() == trainable.keys()

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from llava_jax.models.quant import BLOCK, CHUNK, DYNAMIC, NF4, NestedAbsmax, Nf4Weight, dequantise, quantise
+from llava_jax.models.quant import (
+    BLOCK,
+    CHUNK,
+    DYNAMIC,
+    NF4,
+    NestedAbsmax,
+    Nf4Weight,
+    dequantise,
+    quantise,
+)
 
 pytestmark = pytest.mark.parity("quantisation", "bitsandbytes")
 

@@ -19,18 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax.config import ConfigError, parse_source
-from llava_jax.conversion.convert import Opened, convert, open_source
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.config import parse_source
 from llava_jax.conversion.any_file import open_any
+from llava_jax.conversion.convert import Opened, convert, open_source
+from llava_jax.conversion.verify_merge import check_merged
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.models.paths import LLM, VISION
+from llava_jax.pretrained.adapters import open_trained
+from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import chat_template, load_image_transform
 from llava_jax.pretrained.resolve import resolve
-from llava_jax.pretrained.safetensors import CheckpointError, open_tensors
+from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.pretrained.tokenizer import load_tokenizer
-from llava_jax.pretrained.adapters import open_trained
-from llava_jax.models.lora import LLM, VISION
-from llava_jax.conversion.verify_merge import check_merged
-from llava_jax.pretrained.model import LlavaModel
 
 IMAGE = 60  # in the fixtures' batches
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,9 +14,9 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from llava_jax import LlavaModel, generate
 from llava_jax.config import MeshConfig
-from llava_jax.models.layers import split
-from llava_jax.generation.sampling import Sampling, choose, to_rows, warp
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.generation.sampling import Sampling, choose, to_rows, warp
+from llava_jax.models.layers import split
 
 NEW_TOKENS = 128
 

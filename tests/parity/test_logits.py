@@ -16,9 +16,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llava_jax.config import ConfigError, Parts
-from llava_jax.pretrained.model_config import read_parts_config, write_model_config
+from llava_jax.config import Parts
+from llava_jax.errors import ConfigError
 from llava_jax.pretrained.load import load_params
+from llava_jax.pretrained.model_config import read_parts_config, write_model_config
 from llava_jax.pretrained.save import save_params
 
 pytestmark = pytest.mark.parity("checkpoints", "transformers")

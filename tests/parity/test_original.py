@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from training import change
+from tiny_training import change
 
-from llava_jax.pretrained import model
 from llava_jax.config import (
     LLM_LINEARS,
     BatchConfig,
@@ -29,14 +28,15 @@ from llava_jax.config import (
     TrainConfig,
     TuneConfig,
 )
-from llava_jax.data.batching import Batch
-from llava_jax.pretrained.model_config import read_parts_config
-from llava_jax.pretrained.adapters import load_adapter
-from llava_jax.training.inputs import open_inputs
-from llava_jax.models.layers import Params
-from llava_jax.train_step.program import build_program
+from llava_jax.data.batch import Batch
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.models.layers import Params
+from llava_jax.pretrained.adapters import load_adapter
+from llava_jax.pretrained.model import load_weights
+from llava_jax.pretrained.model_config import read_parts_config
+from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state, normalised
+from llava_jax.training.inputs import open_inputs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ORIGINAL = FIXTURES / "original_training"
@@ -175,7 +175,7 @@ def first_step(
         program.trainable,
         None,
     )
-    params = model.load(parts, model, program.abstract, seed=0, wanted=program.frozen)
+    params = load_weights(parts, model, program.abstract, seed=0, wanted=program.frozen)
     state = init_state(program.state, read("start", start), config.seed)
     with jax.set_mesh(mesh):
         batch = program.place(first_batch(config, model, parts))

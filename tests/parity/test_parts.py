@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from llava_jax.config import ConfigError, Parts
-from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.config import Parts
 from llava_jax.conversion.single_part import convert_part, open_part
+from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model import LlavaModel
 
 BASE = Path(__file__).parent / "fixtures" / "base"

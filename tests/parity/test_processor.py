@@ -24,11 +24,17 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
-from llava_jax.data.conversation import TEMPLATES, Turn, encode, encode_prompt, expand_images
+from llava_jax.data.conversation import Turn, encode, encode_prompt, expand_images
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.model_config import read_parts_config, write_model_config
-from llava_jax.pretrained.processor import chat_template, choose_template, load_image_transform, save_processor
-from llava_jax.pretrained.safetensors import CheckpointError
+from llava_jax.pretrained.processor import (
+    chat_template,
+    choose_template,
+    load_image_transform,
+    save_processor,
+)
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity("tokens and pixels", "transformers")

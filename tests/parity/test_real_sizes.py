@@ -6,9 +6,10 @@ import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import MeshConfig
+from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.models import paths
 from llava_jax.pretrained import layouts
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
-from llava_jax.distributed.sharding import make_mesh, place
 
 CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
           "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
@@ -66,9 +67,9 @@ def test_every_tensor_is_a_parameter_of_ours(name, abstract_params, tmp_path):
     abstract = abstract_params(config)
     names = {}
     for path, spec in abstract.items():
-        if layouts.is_stacked(path):
+        if paths.is_stacked(path):
             for index in range(spec.shape[0]):
-                parameter = layouts.unstacked(path, index, config)
+                parameter = paths.unstacked(path, index, config)
                 names[layouts.C.file_name(parameter)] = spec.shape[1:]
         else:
             names[layouts.C.file_name(path)] = spec.shape

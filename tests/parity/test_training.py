@@ -12,11 +12,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from training import MODEL, change, random_batch
+from tiny_training import MODEL, change, random_batch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.trainer_pt_utils import get_parameter_names
 
-from llava_jax.pretrained import model
 from llava_jax.config import (
     BatchConfig,
     LoraConfig,
@@ -24,14 +23,15 @@ from llava_jax.config import (
     TrainConfig,
     TuneConfig,
 )
-from llava_jax.data.batching import Batch
+from llava_jax.data.batch import Batch
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.models.layers import Params, merge
+from llava_jax.models.llava import head_logits
+from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.save import save_params
-from llava_jax.models.layers import Params, merge
-from llava_jax.models.llava import head_logits
 from llava_jax.train_step.program import Program, build_program
-from llava_jax.distributed.sharding import make_mesh
 from llava_jax.train_step.step import init_state, normalised
 
 STEPS, SIZE, GROUP = 20, 8, 2
@@ -147,7 +147,7 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, model_config, STEPS, mesh)
-    params = model.load(base, model_config, program.abstract, seed=3)
+    params = load_weights(base, model_config, program.abstract, seed=3)
     save(program, params, start)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=3)

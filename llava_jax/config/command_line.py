@@ -1,0 +1,73 @@
+"""Config files, and the fields that a command line overrides."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from llava_jax.config import model, source, train
+from llava_jax.config.train import TrainConfig
+from llava_jax.errors import ConfigError
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Runs a config file and returns its `config`. The file is code: it can do what Python can.
+
+    Raises:
+        ConfigError: There is no such file, it has no `config`, or a field does not exist.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except TypeError as error:
+        raise ConfigError(f"{path}: {_suggest_field(str(error))}") from error
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{path}: must set `config` to a llava_jax.config.TrainConfig")
+    return config
+
+
+def _suggest_field(message: str) -> str:
+    """Adds the nearest field's name to Python's message about an unknown one."""
+    found = re.search(
+        r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
+    )
+    if not found:
+        return message
+    known = [c for module in (model, source, train) for c in vars(module).values()]
+    classes = [c for c in known if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    meant = [c for c in classes if c.__name__ == found[1]] or classes
+    fields = {field.name: c.__name__ for c in meant for field in dataclasses.fields(c)}
+    near = difflib.get_close_matches(found[2], fields, n=1, cutoff=0.0)[0]
+    return f"no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Reads `--config FILE` and any field's override, e.g. `--optimizer.learning-rate 1e-4`.
+
+    Raises:
+        ConfigError: The file is missing or wrong.
+        SystemExit: The command line is wrong (2), or asked for help (0).
+    """
+    first = argparse.ArgumentParser(
+        prog="python -m llava_jax.train",
+        description="Trains a LLaVA. With a config, --help lists every field and its value there.",
+        add_help=False,
+    )
+    first.add_argument("--config", metavar="FILE", help="for example configs/7b_lora.py")
+    found, rest = first.parse_known_args(argv)
+    if found.config is None:
+        first.print_help()
+        raise SystemExit(0 if {"-h", "--help"} & set(rest) else 2)
+    return tyro.cli(
+        TrainConfig,
+        default=load_config(found.config),
+        args=rest,
+        prog=f"python -m llava_jax.train --config {found.config}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )

@@ -1,0 +1,70 @@
+"""Where weights come from: a checkpoint, or separate parts of one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from llava_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Where the separate parts of a LLaVA lie: a decoder, a vision tower, perhaps a projector."""
+
+    llm: str
+    vision: str
+    projector: str | None = None
+
+
+def parse_source(text: str) -> str | Parts | None:
+    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`.
+
+    Raises:
+        ConfigError: It begins as parts, and is something else.
+    """
+    if text == "None":
+        return None
+    if not text.startswith("llm="):
+        return text
+    given = {}
+    for part in text.split(","):
+        name, _, place = part.strip().partition("=")
+        given[name] = place
+    names = [field.name for field in dataclasses.fields(Parts)]
+    unknown = [name for name in given if name not in names]
+    if unknown or not given.keys() >= {"llm", "vision"}:
+        what = f"unknown part {unknown[0]!r}" if unknown else "llm and vision are needed"
+        raise ConfigError(f"{text!r}: {what}; the form is llm=DIR,vision=DIR[,projector=FILE]")
+    return Parts(**given)
+
+
+def format_source(source: str | Path | Parts | None) -> str:
+    """The inverse of `parse_source`."""
+    if not isinstance(source, Parts):
+        return str(source)
+    parts = dataclasses.asdict(source).items()
+    return ",".join(f"{name}={value}" for name, value in parts if value)
+
+
+def absolute_source(source: str) -> str:
+    """A source as text with its local paths made absolute, and its hub ids kept."""
+    parts = parse_source(source)
+    if isinstance(parts, Parts):
+        places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
+        return format_source(Parts(**places))
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+Source = Annotated[
+    str | Parts | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|DIR|HUB-ID|llm=DIR,vision=DIR[,projector=FILE]",
+        instance_from_str=lambda words: parse_source(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, str | Parts),
+        str_from_instance=lambda source: [format_source(source)],
+    ),
+]
+"""Where weights come from."""

@@ -1,0 +1,94 @@
+"""A model's structure, the shapes of its parameters, and fresh values for these."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llava_jax.config import (
+    AttentionKind,
+    LoraConfig,
+    ModelConfig,
+    Quantisation,
+    Remat,
+)
+from llava_jax.errors import ConfigError
+from llava_jax.models import lora, quant
+from llava_jax.models.layers import Abstract, Params, split
+from llava_jax.models.llava import Llava
+from llava_jax.models.paths import is_stacked
+from llava_jax.models.quant import Quantised, quantise
+
+EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
+
+
+def build_model(
+    config: ModelConfig,
+    adapters: Mapping[str, LoraConfig],
+    *,
+    dtype: str,
+    kind: AttentionKind = "plain",
+    remat: Remat = "full",
+    offload: bool = False,
+    gather: bool = True,
+) -> tuple[nnx.GraphDef, Abstract]:
+    """A model's structure and its parameters' shapes, in float32; no memory is taken."""
+    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
+    lora.add_adapters(model, dict(adapters))
+    return split(model)
+
+
+def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
+    """Those weights that are kept in fewer bits, as such.
+
+    Raises:
+        ConfigError: One cannot be.
+    """
+    found = {}
+    for path in filter(quant.is_quantised, shapes):
+        try:
+            found[path] = quant.abstract(kind, shapes[path].shape)
+        except quant.QuantisationError as error:
+            raise ConfigError(f"quantize: {path}: {error}") from error
+    return found
+
+
+def initialise(abstract: Abstract, seed: int) -> Params:
+    """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
+
+    Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
+    LLaVA's.
+    """
+
+    def make(path: str, leaf: Any) -> Any:
+        value: Any = _initial_value(path, leaf.shape, seed)
+        if isinstance(leaf, Quantised):
+            layers = [quantise(layer, leaf.kind) for layer in value]
+            value = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+        return jax.tree.map(place_value, leaf, value)
+
+    def place_value(leaf: jax.ShapeDtypeStruct, value: np.ndarray) -> jax.Array:
+        value = value.astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: value[i])
+
+    return {path: make(path, leaf) for path, leaf in abstract.items()}
+
+
+def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    module, name = path.rsplit(".", 2)[-2:]
+    if name.endswith("bias") or name == "lora_b":
+        return np.zeros(shape, np.float32)
+    if "norm" in module:
+        return np.ones(shape, np.float32)
+    if module == "embed_tokens":
+        return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
+    inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
+    if name == "lora_a" or path.startswith("projector."):
+        # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
+        return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
+    return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)

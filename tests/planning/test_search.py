@@ -1,0 +1,340 @@
+"""Finding a plan, by figures made up, by those of the CPU's compiler, and by a GPU's."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from tiny_training import CONFIG, MODEL, change
+
+from llava_jax.config import MemoryConfig, TrainConfig, TuneConfig
+from llava_jax.distributed import host_memory
+from llava_jax.distributed.environment import GIB, RESERVE_SHARE
+from llava_jax.distributed.sharding import make_mesh
+from llava_jax.errors import ConfigError
+from llava_jax.planning import cache, measure, search
+from llava_jax.planning.choose import plan_for_attached
+from llava_jax.planning.measure import REST, Usage, compile_here, measure_here
+from llava_jax.planning.search import Plan, Trial, best, find_plan, levels, micro_sizes
+
+ROOT = Path(__file__).parents[2]
+
+
+def used(total: int) -> Usage:
+    terms = {"frozen weights": total // 2, REST: total - total // 2}
+    return Usage(terms, dict.fromkeys(terms, 0), total, 0, 0, room_for(int(9.5 * GIB)), 0)
+
+
+def figures(base: float, sample: float) -> Callable[[Plan], Usage]:
+    """Each thing given up saves 1 GiB of `base`; each sample of a micro-batch takes `sample`."""
+
+    def measure(tried: Plan) -> Usage:
+        memory = tried.memory
+        saved = ("none", "dots", "full").index(memory.remat)
+        saved += memory.offload_optimizer + memory.stream_weights + memory.offload_activations
+        return used(int((base - saved + sample * tried.micro_size) * GIB))
+
+    return measure
+
+
+def test_levels_give_up_one_thing_after_another():
+    names = ("offload_optimizer", "stream_weights", "offload_activations")
+    given_up = [(m.remat, *(getattr(m, name) for name in names)) for m in levels(MemoryConfig())]
+    assert given_up == [
+        ("none", False, False, False),
+        ("dots", False, False, False),
+        ("full", False, False, False),
+        ("full", True, False, False),
+        ("full", True, True, False),
+        ("full", True, True, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "devices", "expected"),
+    [
+        (128, None, 1, [1, 2, 4, 8, 16]),
+        (128, None, 8, [1, 2, 4, 8, 16]),
+        (128, None, 32, [1, 2, 4]),
+        (12, None, 1, [1, 2, 3, 4, 6, 12]),
+        (128, 4, 1, [4]),
+    ],
+)
+def test_micro_batches_divide_a_devices_share(
+    global_size: int, micro_size: int | None, devices: int, expected: list[int]
+):
+    config = change(CONFIG, batch={"global_size": global_size, "micro_size": micro_size})
+    assert micro_sizes(config, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "sample", "expected"),
+    [
+        (1, 0.1, "micro-batch 16, remat none"),
+        (8, 1, "micro-batch 1, remat none"),
+        (8, 0.5, "micro-batch 2, remat none"),
+        (10, 0.5, "micro-batch 1, remat dots"),
+        (11.5, 0.5, "micro-batch 2, remat full, optimizer on host"),
+        (14, 0.25, "micro-batch 2, remat full, optimizer on host, weights streamed, "
+         "activations on host"),
+    ],
+)  # fmt: skip
+def test_the_cheapest_level_with_the_largest_micro_batch_is_taken(
+    base: float, sample: float, expected: str
+):
+    trials = list(find_plan(CONFIG, 1, figures(base, sample)))
+    chosen = best(trials)
+    assert chosen == trials[-1]
+    assert str(chosen.plan) == expected
+    assert chosen.usage.fits
+
+
+def test_without_a_plan_that_fits_the_closest_is_named():
+    trials = list(find_plan(CONFIG, 1, figures(99, 1)))
+    assert len(trials) == 6
+    assert best(trials) == trials[-1]
+    assert best(trials).plan.memory.offload_activations
+
+
+def test_a_plan_changes_nothing_but_how_a_run_fits():
+    config = change(CONFIG, memory={"plan": "auto", "limit_gib": 8.0})
+    applied = Plan(2, MemoryConfig(stream_weights=True)).apply(config)
+    assert applied.batch.micro_size == 2
+    assert applied.memory == MemoryConfig(stream_weights=True)
+    same = {"batch": CONFIG.batch, "memory": CONFIG.memory}
+    assert dataclasses.replace(applied, **same) == CONFIG
+
+
+def test_devices_share_what_is_no_activation():
+    usage = Usage({"frozen weights": 9 * GIB, REST: GIB}, {}, 10 * GIB, 0, 0, 4 * GIB, 0)
+    assert search.least_devices(usage, 1) == 4  # 9 GiB over 0.94 x 4 - 1
+    assert search.least_devices(usage, 8) == 27
+    assert search.least_devices(dataclasses.replace(usage, capacity=GIB), 1) is None
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A model of which everything may lie in host memory, planned for by itself."""
+    changed = change(
+        dataclasses.replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("runs"))),
+        batch={"micro_size": 1},
+        data={"max_length": 96},
+        memory={"plan": "auto"},
+    )
+    return dataclasses.replace(changed, tune=TuneConfig("full", "frozen", "full"))
+
+
+@pytest.fixture(scope="module")
+def measured(config: TrainConfig) -> list[Trial]:
+    """What each level takes by the CPU's compiler, which knows no activations on the host."""
+    known = Path(config.output_dir) / ".plans"
+    plans = [Plan(1, memory) for memory in levels(config.memory)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_memory, "LEAST_SLICE", 100)
+        measure = lambda p: cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
+        return [Trial(p, measure(p)) for p in plans]
+
+
+def choose(config: TrainConfig, limit: float, images: int = 1) -> TrainConfig:
+    config = change(config, memory={"limit_gib": limit / GIB})
+    return plan_for_attached(config, MODEL, 9, make_mesh(config.mesh), images)
+
+
+def test_more_devices_do_not_help_a_host_that_is_too_small():
+    usage = dataclasses.replace(used(GIB), host_total=9 * GIB, host_capacity=8 * GIB)
+    assert not usage.fits
+    assert search.least_devices(usage, 1) is None
+    assert "1.00 GiB too much for the host" in search.describe_trial(
+        Trial(Plan(1, MemoryConfig()), usage)
+    )
+    larger = Trial(Plan(2, MemoryConfig()), used(12 * GIB))  # 2.5 GiB too much
+    closest = Trial(Plan(1, MemoryConfig()), usage)
+    assert best([closest, larger]) == best([larger, closest]) == closest
+
+
+def room_for(total: int) -> int:
+    """The smallest device that a plan fits."""
+    return math.ceil(total / (1 - RESERVE_SHARE))
+
+
+def never(*_: object) -> Any:
+    raise AssertionError("must not be called")
+
+
+def test_terms_add_up_and_none_is_negative(measured: list[Trial]):
+    for trial in measured:
+        usage = trial.usage
+        assert sum(usage.device.values()) == pytest.approx(usage.total, rel=0.02)
+        assert sum(usage.host.values()) == pytest.approx(usage.host_total, rel=0.02)
+        assert min(*usage.device.values(), *usage.host.values(), usage.pcie) >= 0
+    totals = [trial.usage.total for trial in measured]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
+    config = Plan(1, MemoryConfig()).apply(config)
+    model = dataclasses.replace(MODEL, vision_feature_layer=-1)  # a step lacks unused weights
+    program, compiled, usage = compile_here(config, model, 1, GIB)
+    batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
+    named = usage.total - usage.device[REST] - usage.device["gradients"]
+    arguments = named + measure._bytes(batch, on_host=False)
+    stats = compiled.memory_analysis()
+    assert stats is not None
+    assert arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "the total memory required for HLO temporaries (28.15G) exceeds available HBM (15.75G).",
+        "Used 28.15G of 15.75G hbm. Exceeded hbm capacity by 12.40G.",
+    ],
+)
+def test_what_the_compiler_refuses_does_not_fit(
+    config: TrainConfig, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As that of TPUs does."""
+    said = words
+
+    def refuse(_: Any) -> None:
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
+
+    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    planned = Plan(1, MemoryConfig(remat="full", stream_weights=True)).apply(config)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    usage = measure_here(planned, MODEL, 1, 16 * GIB)
+    assert not usage.fits
+    assert usage.total == sum(usage.device.values()) == int(28.15 * GIB)
+    assert usage.host_total == sum(usage.host.values()) > 0
+    assert usage.host["trainables"] > 0
+    assert usage.flops is None
+    said = "something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+        measure_here(planned, MODEL, 1, 16 * GIB)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_a_declared_limit_decides_what_is_given_up(
+    config: TrainConfig, measured: list[Trial], level: int, monkeypatch: pytest.MonkeyPatch
+):
+    """All figures are known by now, so that choosing compiles nothing."""
+    monkeypatch.setattr(cache, "measure_here", never)
+    chosen = choose(config, room_for(measured[level].usage.total))
+    assert str(Plan(1, chosen.memory)) == str(measured[level].plan)
+    assert chosen.memory.plan == "manual"
+
+
+def test_too_small_a_limit_names_the_closest_plan(
+    config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cache, "measure_here", never)
+    smallest = measured[4].usage
+    with pytest.raises(ConfigError, match="no plan fits") as error:
+        choose(config, room_for(smallest.total) - 2)
+    assert f"the closest is {measured[4].plan}: " in str(error.value)
+    assert "take at least 9 such devices, or a smaller model" in str(error.value)
+    with pytest.raises(ConfigError, match="; take a smaller model"):
+        choose(config, room_for(smallest.device[REST]) - 2)
+
+
+def test_figures_are_kept_by_what_decides_them(
+    config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
+):
+    known = Path(config.output_dir) / ".plans"
+    assert len(list(known.iterdir())) == len(measured)
+    monkeypatch.setattr(cache, "measure_here", never)
+    one = measured[0].plan.apply(config)
+    again = cache.measure_once(known, one, MODEL, 1, 2 * GIB)
+    assert again == dataclasses.replace(measured[0].usage, capacity=2 * GIB)
+    cache.measure_once(known, dataclasses.replace(one, name="other", seed=7), MODEL, 1, GIB)
+    for file in known.iterdir():  # one that is damaged is measured again
+        before = file.read_bytes()
+        for content in (b"", b"{", bytes(9), b"[]", b'{"total": 1}', b"\xff"):
+            file.write_bytes(content)
+            assert cache._read(file) is None
+        file.write_bytes(before)
+    smaller = dataclasses.replace(MODEL, vision_feature_layer=-1)
+    for other, model, images in (
+        (change(one, data={"max_length": 64}), MODEL, 1),
+        (change(one, memory={"remat": "dots", "offload_optimizer": True}), MODEL, 1),
+        (one, smaller, 1),
+        (one, MODEL, 2),
+    ):
+        with pytest.raises(AssertionError, match="must not be called"):
+            cache.measure_once(known, other, model, images, GIB)
+    for name, value in (("hash_code", lambda: "changed"), ("versions", lambda: {"jax": "9"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, name, value)
+            with pytest.raises(AssertionError, match="must not be called"):
+                cache.measure_once(known, one, MODEL, 1, GIB)
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(AssertionError, match="must not be called"):
+        cache.measure_once(known, one, MODEL, 1, GIB)
+
+
+def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """tools/plan.py, in a process of its own: JAX must start with its flags."""
+    command = [sys.executable, "tools/plan.py", "--config", "configs/7b_lora.py", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True)
+
+
+has_compiler = importlib.util.find_spec("jax_cuda12_plugin") is not None
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs the extra cuda12")
+
+
+@pytest.mark.skipif(has_compiler, reason="the extra cuda12 is installed")
+def test_without_the_compiler_the_message_says_how_to_install_it():
+    result = run_tool()
+    assert result.returncode == 1
+    assert "pip install 'llava_jax[cuda12]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_device_is_one_clear_message():
+    result = run_tool("--device", "abacus")
+    assert result.returncode == 1
+    assert "device 'abacus'; there are rtx3090" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gib", "arguments"),
+    [
+        (24, ["--batch.micro-size", "1"]),
+        *(pytest.param(gib, [], marks=pytest.mark.slow) for gib in (24, 16, 12, 8)),
+    ],
+)
+def test_7b_lora_fits_a_gpu(gib: int, arguments: list[str], tmp_path: Path):
+    file = tmp_path / "figures.json"
+    result = run_tool("--fit", "--memory", str(gib), "--json", str(file), *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    assert found["fits"]
+    assert room_for(found["total"]) <= gib * GIB
+    assert sum(found["device"].values()) == pytest.approx(found["total"], rel=0.02)
+    assert sum(found["host"].values()) == pytest.approx(found["host_total"], rel=0.02)
+    assert min(*found["device"].values(), *found["host"].values()) >= 0
+    memory = found["plan"]["memory"]
+    assert memory["remat"] == "full"
+    assert memory["stream_weights"] == (gib < 24)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_7b_lora_does_not_fit_2_gib():
+    result = run_tool("--fit", "--memory", "2")
+    assert result.returncode == 3
+    assert "weights streamed, activations on host" in result.stdout
+    assert re.search(r"it would fit \d+ of them", result.stdout)
