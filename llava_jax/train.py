@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax.config import TrainConfig, parse_config
-from llava_jax.distributed.environment import has_others, prepare_for_training, print_any_text
-from llava_jax.distributed.watchdog import guarded, leave
+from llava_jax.distributed.environment import is_multiprocess, prepare_for_training, print_any_text
+from llava_jax.distributed.watchdog import exit_now, guarded
 from llava_jax.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> TrainConfig:
-    if not has_others():
+    if not is_multiprocess():
         return parse_config(argv)
     from llava_jax.distributed.multihost import said_once
 
@@ -40,7 +40,7 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    status = guarded(main) if has_others() else main()
+    status = guarded(main) if is_multiprocess() else main()
     if status == 1:  # threads may wait for a disk, or for a lost process
-        leave(status)
+        exit_now(status)
     sys.exit(status)

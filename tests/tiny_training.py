@@ -121,7 +121,7 @@ def run(
     rows = []
     with jax.set_mesh(program.mesh):
         for step in range(steps):
-            batch = program.place(make(step))
+            batch = program.device_put(make(step))
             state, metrics = program.train_step(state, frozen, batch)
             rows.append({name: value.sum().item() for name, value in metrics.items()})
     return rows, program, state

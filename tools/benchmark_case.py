@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
-from llava_jax.planning.model_flops import Row, needed_flops
+from llava_jax.planning.model_flops import Row, model_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
 SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # about as CLIP's processor normalises levels
@@ -96,7 +96,7 @@ class Case:
         }
 
     @property
-    def needed_flops(self) -> float:
+    def model_flops(self) -> float:
         """Floating-point operations of a step's products; docs/performance.md derives them.
 
         None for being computed again, for keys behind the causal border or for logits without loss.
@@ -104,7 +104,7 @@ class Case:
         memory = dataclasses.replace(self.config.memory, remat="none")
         config = dataclasses.replace(self.config, memory=memory)
         row = Row(self.tokens, self.learned, seen=self.tokens / 2, images=1)
-        return self.samples * needed_flops(config, self.model, row)
+        return self.samples * model_flops(config, self.model, row)
 
     def save(self, directory: Path) -> None:
         (directory / CASE_FILE).write_bytes(pickle.dumps(self))

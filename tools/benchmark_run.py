@@ -153,7 +153,7 @@ def table(case: Case, rows: list[Row]) -> str:
 def cells(case: Case, row: Row) -> list[str]:
     """A line of the table."""
     least, median, most = np.percentile(row.seconds, [10, 50, 90])
-    rate = case.needed_flops / median / 1e12
+    rate = case.model_flops / median / 1e12
     peak = BFLOAT16_TFLOPS.get(row.device) if case.config.dtype == "bfloat16" else None
     gib = lambda size: "-" if size is None else f"{size / GIB:.2f}"
     return [

@@ -80,7 +80,7 @@ class Ours:
         self.compile_seconds: float | None = time.perf_counter() - start
 
     def place(self, batch: dict[str, Any]) -> Any:
-        return self.program.place(self.batch_type(**batch))
+        return self.program.device_put(self.batch_type(**batch))
 
     def step(self, batch: Any) -> Callable[[], float]:
         self.state, metrics = self.compiled(self.state, self.frozen, batch)

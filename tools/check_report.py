@@ -17,7 +17,7 @@ from llava_jax.data.padding import Padding
 
 PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
                "most": 100}  # fmt: skip
-MOST_LENGTHS = 4
+MAX_LENGTHS = 4
 BINS, BAR = 12, 40
 
 
@@ -58,7 +58,7 @@ class Report:
     def lengths(self) -> dict[str, tuple[int, ...]]:
         """What batches may be padded to: as the config has it, and the best few lengths."""
         own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
-        best = [self.padding.best_lengths(n) for n in range(1, MOST_LENGTHS + 1)]
+        best = [self.padding.best_lengths(n) for n in range(1, MAX_LENGTHS + 1)]
         return {"config": own} | {f"best {len(lengths)}": lengths for lengths in best}
 
     def figures(self) -> dict[str, Any]:

@@ -7,9 +7,8 @@ import sys
 from typing import Any
 
 from llava_jax.distributed.environment import GIB, prepare_for_planning
-from llava_jax.planning import measure
 from llava_jax.planning.devices import GPUS
-from llava_jax.planning.measure import compile_for
+from llava_jax.planning.measure import compile_for, sizes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +54,7 @@ def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[
         config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
     )
     config = dataclasses.replace(config, batch=batch)
-    model = measure.sizes(config)
+    model = sizes(config)
     program, _, text = compile_for(config, model, device, count)
     return collective_bytes(text), formula(program, micro_size, config.data.max_length)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_jax.config import (
     LLAVA_7B,
-    AttentionKind,
+    AttentionImplementation,
     BatchConfig,
     DataConfig,
     LlmConfig,
@@ -40,12 +40,12 @@ from llava_jax.train_step.step import init_state, placed_zeros
 COMMAND = Path(__file__).with_name("gpu_check.py")
 STEPS = 2  # the second starts from what the first left, in its place
 LENGTH = 1024  # tokens of a sample whose step is measured
-MOST_ERROR = 0.05  # of a planned peak
+MAX_ERROR = 0.05  # of a planned peak
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest difference of one array, relative to its norm: some roundings of TF32 (2^-11) and of
 bfloat16 (2^-9) fall otherwise where XLA fuses otherwise. A wrong layer's weights give about 1."""
 
-KERNELS: dict[AttentionKind, tuple] = {
+KERNELS: dict[AttentionImplementation, tuple] = {
     "cudnn": ((700,), (LENGTH,)),
     "flash": ((700,), (3, 500, LENGTH - 503)),
 }
@@ -55,7 +55,7 @@ RESIDENT = MemoryConfig()
 HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
 INPUTS_HOSTED = MemoryConfig(offload_activations=True)
 
-# The smallest whose layers may all lie in host memory, see `distributed.host_memory.LEAST_SLICE`.
+# The smallest whose layers may all lie in host memory, see `distributed.host_memory.MIN_SLICE`.
 SMALL = ModelConfig(
     VisionConfig(56, 14, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                  num_attention_heads=4),
@@ -109,7 +109,7 @@ def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOST
     return passed
 
 
-def check_attention(kind: AttentionKind, rows: tuple[tuple[int, ...], ...]) -> bool:
+def check_attention(kind: AttentionImplementation, rows: tuple[tuple[int, ...], ...]) -> bool:
     """Whether a kernel and attention written out agree in results and gradients, where there are
     tokens; `rows` are the lengths of each row's segments.
     """
@@ -145,7 +145,7 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, config.seed)
     with jax.set_mesh(program.mesh):
-        state, _ = program.train_step(state, params, program.place(make_batch(4, 64)))
+        state, _ = program.train_step(state, params, program.device_put(make_batch(4, 64)))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
@@ -197,7 +197,7 @@ def judge(output: str) -> tuple[str, bool]:
     if measured is None:
         return f"{planned / GIB:7.2f} GiB  does not fit, not run   {found['plan']}", True
     error = measured / planned - 1
-    passed = abs(error) <= MOST_ERROR
+    passed = abs(error) <= MAX_ERROR
     line = f"{planned / GIB:7.2f} GiB {measured / GIB:8.2f} GiB {error:+7.1%}  {found['plan']}"
     return line if passed else f"{line}: FAIL", passed
 

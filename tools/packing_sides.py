@@ -140,7 +140,7 @@ class Side:
 
     def step(self, batch: Batch) -> float:
         """Seconds of a train step."""
-        placed = self._program.place(batch)
+        placed = self._program.device_put(batch)
         start = time.perf_counter()
         self._state, metrics = self._program.train_step(self._state, self._frozen, placed)
         loss = metrics["loss"].item()
@@ -155,7 +155,7 @@ class Side:
         for row in range(len(batch.input_ids)):
             one = jax.tree.map(lambda x: x[row], rows, is_leaf=lambda x: isinstance(x, list))
             if (one.segment_ids > 0).any():
-                place = self._program.place(one)
+                place = self._program.device_put(one)
                 total += np.asarray(self._losses(params, place), np.float64)
         return total[1 : 1 + len(batch.input_ids)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
 
-MOST_DEVICES = 64  # to look for a number of devices that would do
+MAX_DEVICES = 64  # to look for a number of devices that would do
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_jax.config import parse_config
     from llava_jax.errors import CheckpointError, ConfigError
 
-    jax.config.update("jax_num_cpu_devices", max(given.count, MOST_DEVICES))
+    jax.config.update("jax_num_cpu_devices", max(given.count, MAX_DEVICES))
     try:
         if given.table:
             return table(given)
@@ -91,12 +91,12 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
     """The compiled step's FLOPs beside those that are needed."""
     from llava_jax.data.packing import images_in_row
-    from llava_jax.planning.model_flops import full_row, needed_flops
+    from llava_jax.planning.model_flops import full_row, model_flops
 
     config = chosen.plan.apply(config)
     images = 1 if config.data.max_images is None else config.data.max_images
     row = full_row(config, images_in_row(config.data, model, images))
-    needed = needed_flops(config, model, row) * config.batch.global_size / count
+    needed = model_flops(config, model, row) * config.batch.global_size / count
     ratio = "" if chosen.usage.flops is None else f"; compiled, {chosen.usage.flops / needed:.3f} x"
     return f"FLOPs needed: {needed:.3e} a device and optimizer step{ratio}"
 
@@ -141,13 +141,13 @@ def devices_that_would(plan: Any, measure: Any, count: int) -> str:
     """The number of such devices on which the closest plan fits, doubling them."""
     from llava_jax.errors import ConfigError
 
-    while (count := 2 * count) <= MOST_DEVICES:
+    while (count := 2 * count) <= MAX_DEVICES:
         try:
             if measure(plan, count).fits:
                 return f"it would fit {count} of them"
         except ConfigError:  # no slice of this size, or the batch does not divide
             continue
-    return f"nor would it fit {MOST_DEVICES} of them"
+    return f"nor would it fit {MAX_DEVICES} of them"
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
     for path, leaf in build_model(model, {}, dtype="bfloat16")[1].items():
         if paths.is_stacked(path):
             for layer in range(leaf.shape[0]):
-                name = layouts.A.file_name(paths.unstacked(path, layer, model))
+                name = layouts.HF_4_36.file_name(paths.unstacked(path, layer, model))
                 specs[name] = leaf.shape[1:], BFLOAT16
         else:
-            specs[layouts.A.file_name(path)] = leaf.shape, BFLOAT16
+            specs[layouts.HF_4_36.file_name(path)] = leaf.shape, BFLOAT16
     write_sharded(directory, specs, lambda name: random_values(name, specs))
     write_model_config(model, directory)  # last: who sees it finds the weights whole
 
@@ -121,7 +121,7 @@ def measure_step(directory: Path) -> dict[str, float]:
     params = load_weights(directory, model, program.abstract, seed=0)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=0)
-    batch = program.place(make_batch(model))
+    batch = program.device_put(make_batch(model))
     start = time.perf_counter()
     with jax.set_mesh(program.mesh):
         step = program.train_step.lower(state, params, batch).compile()

@@ -21,7 +21,7 @@ from llava_jax.errors import ConfigError
 Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
-AttentionKind = Literal["plain", "cudnn", "flash", "splash"]
+AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
 

@@ -24,7 +24,7 @@ from llava_jax.models.layers import Abstract
 from llava_jax.models.lora import merge_layer
 from llava_jax.models.paths import is_adapter
 from llava_jax.pretrained import layouts, llava_directory
-from llava_jax.pretrained.adapters import Trained, check_base, open_trained
+from llava_jax.pretrained.adapters import AdapterCheckpoint, check_base, open_adapter
 from llava_jax.pretrained.load import (
     Source,
     Stored,
@@ -66,7 +66,7 @@ class Opened:
     abstract: Abstract
     sources: list[Source]
     tensors: Mapping[str, list[Tensor]]
-    trained: Trained | None
+    trained: AdapterCheckpoint | None
     inputs: Path | Parts
     adapter: Path | None = None
 
@@ -119,7 +119,7 @@ def open_source(
         say(f"{next(iter(place.values())).file.parent}: {layout.name}")
     trained, inputs = None, found.base
     if found.adapter is not None:
-        read = partial(open_trained, config=config, abstract=abstract, read=open_any)
+        read = partial(open_adapter, config=config, abstract=abstract, read=open_any)
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
@@ -153,7 +153,7 @@ def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
     return found._replace(adapter=adapter_in(source, open_any))
 
 
-def _summary(trained: Trained) -> str:
+def _summary(trained: AdapterCheckpoint) -> str:
     parts = [
         f"adapters of rank {lora.rank}, alpha {lora.alpha:g} in {stack}*"
         for stack, lora in trained.adapters.items()
@@ -162,7 +162,7 @@ def _summary(trained: Trained) -> str:
     return "; ".join([*parts, *(f"{part} in full" for part in whole)])
 
 
-def _check_alphas(trained: Trained, place: Path, alphas: Mapping[str, float]) -> None:
+def _check_alphas(trained: AdapterCheckpoint, place: Path, alphas: Mapping[str, float]) -> None:
     for stack, lora in trained.adapters.items():
         if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
             raise ConfigError(
@@ -293,7 +293,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
 
 def _write_hf(opened: Opened, directory: Path, to: Form, dtype: str | None) -> None:
-    layout = layouts.A if to == "hf" else layouts.D
+    layout = layouts.HF_4_36 if to == "hf" else layouts.HF_5
     save_params(merged(opened), directory, opened.config, layout=layout, dtype=dtype)
     write_model_config(opened.config, directory, dtype or str(opened.dtype))
 

@@ -58,7 +58,7 @@ def save_official(
     _check(config)
     llm = _own_llm(config, inputs)
     cut = {path: _first_rows(params[path], llm.vocab_size) for path in VOCABULARY if path in params}
-    save_params({**params, **cut}, directory, config, layout=layouts.E, dtype=dtype)
+    save_params({**params, **cut}, directory, config, layout=layouts.LLAVA, dtype=dtype)
     tower = {path: x for path, x in params.items() if path.startswith("vision.")}
     (directory / _TOWER).mkdir()
     save_params(tower, directory / _TOWER, config, layout=layouts.CLIP, dtype=dtype)
@@ -106,7 +106,7 @@ def save_official_adapter(
             f"LLaVA's LoRA directories have no room for {len(foreign)} parameters, {foreign[0]} "
             "for one; add --merge"
         )
-    naming = partial(peft_name, layouts.E)
+    naming = partial(peft_name, layouts.LLAVA)
     save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
     _save_pickle({naming(p): x for p, x in projector.items()}, directory)
     written = lora_settings(adapters[LLM]) | {

@@ -45,7 +45,7 @@ MAX_JPEG_BLOCKS = 2**22
 MAX_JPEG_VISITS = 20_000_000
 """Blocks that all scans of a JPEG go through. A progressive one of three full components, as usual
 encoders write it, goes through each about five times."""
-LEAST_SCAN_VISITS = 2**14
+MIN_SCAN_VISITS = 2**14
 """Even an empty scan takes time to begin."""
 MAX_PNG_BYTES = 2**29
 MAX_RLE_BYTES = 2**22
@@ -117,7 +117,7 @@ def _check_scans(jpeg: bytes) -> int:
             if sequential and segment[0] == parts and not visits:
                 break  # decoded as it comes, and nothing behind it is
             _limit("blocks of several scans", blocks, MAX_JPEG_BLOCKS)
-            visits += max(LEAST_SCAN_VISITS, segment[0] * largest)
+            visits += max(MIN_SCAN_VISITS, segment[0] * largest)
             _limit("blocks in all its scans", visits, MAX_JPEG_VISITS)
         elif marker == _EXIF and segment.startswith(_EXIF_MAGIC):
             exif += segment[6:]

@@ -23,7 +23,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 BICUBIC = Image.Resampling.BICUBIC
 
-MOST_PIXELS = 2**28
+MAX_PIXELS = 2**28
 """Of what an image becomes on its way: a narrow one in its square may be huge."""
 
 MAX_WHOLE_PIXELS = 2**26
@@ -32,7 +32,7 @@ _STRIP_PIXELS = 2**24
 """What is resized at a time; most images are smaller, even in their square."""
 
 
-LEAST_REDUCED = 0.95
+MIN_REDUCED = 0.95
 """How large a reduced JPEG must be at least, of what is needed. Its error grows slowly here, and so
 the many photographs of 640 pixels can be halved for 336 (docs/performance.md)."""
 
@@ -117,8 +117,8 @@ class ImageTransform:
         drafted = file.draft(
             None,
             (
-                max(1, int(LEAST_REDUCED * size[0] * width / (right - left))),
-                max(1, int(LEAST_REDUCED * size[1] * height / (bottom - top))),
+                max(1, int(MIN_REDUCED * size[0] * width / (right - left))),
+                max(1, int(MIN_REDUCED * size[1] * height / (bottom - top))),
             ),
         )
         return 1 if drafted is None else round(width / drafted[1][2])
@@ -130,12 +130,12 @@ class ImageTransform:
         left = top = 0
         if self.aspect == "pad":
             side = max(width, height)
-            _check_pixels((width, height), side**2, MOST_PIXELS)
+            _check_pixels((width, height), side**2, MAX_PIXELS)
             left, top = -((side - width) // 2), -((side - height) // 2)
             width = height = side
         # The longer side is rounded down, as Hugging Face's processor does.
         new = [int(self.shortest_edge * side / min(width, height)) for side in (width, height)]
-        _check_pixels((width, height), math.prod(new), MOST_PIXELS)
+        _check_pixels((width, height), math.prod(new), MAX_PIXELS)
         return (left, top, left + width, top + height), (new[0], new[1])
 
     def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:

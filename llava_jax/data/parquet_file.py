@@ -23,7 +23,7 @@ from llava_jax.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
 
-MOST_GROUP_BYTES = 256 * 2**20
+MAX_GROUP_BYTES = 256 * 2**20
 """A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
 
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
@@ -196,7 +196,7 @@ def _measure_groups(
                 limit("bytes of values", part.total_uncompressed_size, unpacked)
                 largest = max(largest, part.total_uncompressed_size)
         most = max(most, group.total_byte_size)
-    if most > MOST_GROUP_BYTES:
+    if most > MAX_GROUP_BYTES:
         logger.warning(
             "%s has row groups of %d MiB, and half of one is read for each sample; write it with "
             "row_group_size=100 to have it read faster",

@@ -54,7 +54,7 @@ def prepare_for_planning(devices: int = 1) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of what does not fit; so do we
 
 
-def has_others() -> bool:
+def is_multiprocess() -> bool:
     """Whether the environment tells of several processes."""
     has = os.environ.get
     if "JAX_NUM_PROCESSES" in os.environ:

@@ -17,7 +17,7 @@ PINNED_HOST = "pinned_host"
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
-MOST_SLICES, LEAST_SLICE = 64, 2**16
+MAX_SLICES, MIN_SLICE = 64, 2**16
 """Arrays in host memory move in at most so many slices, each of at least so many elements."""
 
 SUBLANES = 8
@@ -27,7 +27,7 @@ SUBLANES = 8
 def slice_size(shape: tuple[int, ...]) -> int:
     """Length along axis 0 of the slices in which an array goes to the device and back."""
     step = SUBLANES if len(shape) == 2 else 1
-    fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MOST_SLICES
+    fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MAX_SLICES
     return next(filter(fits, range(step, shape[0], step)), shape[0])
 
 
@@ -36,7 +36,7 @@ def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
 
     TPUs do not copy less than a tile, and slices are taken along axis 0.
     """
-    if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < LEAST_SLICE:
+    if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < MIN_SLICE:
         return False
     return sharding.shard_shape(shape)[0] == shape[0]
 

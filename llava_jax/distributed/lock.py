@@ -17,8 +17,8 @@ from pathlib import Path
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from llava_jax.disk import naming
-from llava_jax.distributed.multihost import from_first, is_first
-from llava_jax.distributed.watchdog import leave
+from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
+from llava_jax.distributed.watchdog import exit_now
 from llava_jax.errors import ConfigError
 
 NAME = "in_use.lock"
@@ -39,12 +39,12 @@ def hold_for_run(directory: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         refusal: Exception | None = None
-        if is_first():
+        if is_main_process():
             try:
                 stack.enter_context(hold(directory))
             except (ConfigError, OSError) as error:
                 refusal = error
-        if from_first(refusal is not None):
+        if broadcast_from_main(refusal is not None):
             raise refusal or ConfigError(f"{directory} cannot be used; process 0 says why")
         yield
 
@@ -202,4 +202,4 @@ def _end(compromise: LeaseCompromise) -> None:
         "not be written, or another process took over. The same command continues",
         file=sys.stderr,
     )
-    leave(1)
+    exit_now(1)

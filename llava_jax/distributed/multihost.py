@@ -22,9 +22,9 @@ from jax._src.clusters import ClusterEnv  # nor finds a cluster's processes with
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from llava_jax.distributed.environment import has_others
+from llava_jax.distributed.environment import is_multiprocess
 from llava_jax.distributed.rendezvous import WAIT_SECONDS, Lines, listed, meet_at
-from llava_jax.distributed.watchdog import LOST, leave
+from llava_jax.distributed.watchdog import LOST, exit_now
 from llava_jax.errors import ConfigError, RunError
 
 HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
@@ -53,7 +53,7 @@ def join() -> None:
     Raises:
         ConfigError: The environment does not say enough, or they do not come.
     """
-    if jax.distributed.is_initialized() or not has_others():
+    if jax.distributed.is_initialized() or not is_multiprocess():
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
@@ -98,11 +98,11 @@ def _number(name: str) -> int | None:
 
 def say(text: str) -> None:
     """Prints a line, in the first process alone."""
-    if is_first():
+    if is_main_process():
         print(text, flush=True)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes text and speaks."""
     return distributed.global_state.process_id == 0
 
@@ -145,10 +145,10 @@ def _join_to_end(said: str, status: int) -> NoReturn:
         join()
     except ConfigError as error:
         said = f"{said}\nerror: {error}"
-    sys.exit(end(said, status))
+    sys.exit(report_and_exit(said, status))
 
 
-def end(said: str, status: int = 1) -> int:
+def report_and_exit(said: str, status: int = 1) -> int:
     """Says why a run ends, once if all processes say the same; returns the exit status."""
     here, together, is_said = distributed.global_state, True, False
     if here.client is not None:
@@ -158,10 +158,10 @@ def end(said: str, status: int = 1) -> int:
             is_said = together and here.client.key_value_try_get(f"{_ENDED}0") == said
         except jax.errors.JaxRuntimeError:  # process 0 is lost, and JAX's service with it
             together = False
-    if is_first() or not is_said:
+    if is_main_process() or not is_said:
         print(said, file=sys.stderr)
     if not together:
-        leave(status)
+        exit_now(status)
     jax.distributed.shutdown()  # together, or who ends later takes the others for lost
     return status
 
@@ -171,8 +171,8 @@ def leave_others() -> NoReturn:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if said := _said_by_others(distributed.global_state.client):
             print(f"error: {said}", file=sys.stderr)
-            leave(1)
-    leave(LOST)
+            exit_now(1)
+    exit_now(LOST)
 
 
 def _said_by_others(client: Any) -> str | None:
@@ -213,7 +213,7 @@ def rows_here(sharding: NamedSharding, size: int) -> list[int]:
     return sorted({row for index in slices if index for row in range(size)[index[0]]})
 
 
-def place_rows(
+def device_put_rows(
     values: np.ndarray, sharding: NamedSharding, rows: Sequence[int], size: int
 ) -> jax.Array:
     """An array of `size` rows on all devices, of which this process has but its own.
@@ -233,7 +233,7 @@ def place_rows(
     return jax.make_array_from_callback((size, *values.shape[1:]), sharding, shard)
 
 
-def highest_of(values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
+def all_reduce_max(values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
     """Asks all processes, which must all ask, for the highest of each of their values.
 
     Returns:
@@ -246,7 +246,7 @@ def highest_of(values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
     sharding = NamedSharding(mesh, PartitionSpec("devices"))
     rows = rows_here(sharding, mesh.size)
     own = np.tile(np.array(values(), np.int32), (len(rows), 1))
-    answer = _highest(place_rows(own, sharding, rows, mesh.size))
+    answer = _highest(device_put_rows(own, sharding, rows, mesh.size))
     return lambda: np.asarray(answer).tolist()
 
 
@@ -258,7 +258,7 @@ def _highest(values: Int32[Array, "devices n"]) -> Int32[Array, " n"]:
 _turn = itertools.count()
 
 
-def of_all(value: Any) -> list[Any]:
+def all_gather_values(value: Any) -> list[Any]:
     """What each process says, in their order; all must ask.
 
     It goes by JAX's coordination service: neither devices nor equal programs are needed.
@@ -292,23 +292,23 @@ def _wait_for(key: str) -> str:
                 raise
         if said := _said_by_others(here.client):
             raise RunError(said)
-        if is_first():
+        if is_main_process():
             lines.say(f"process {key.rsplit('/', 1)[1]} of this run, which is slower")
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """What the first process says; all must ask."""
-    return of_all(value)[0]
+    return all_gather_values(value)[0]
 
 
 def devices_of_machine() -> int:
     """This run's devices that share this process' machine; all processes must ask."""
-    return of_all(platform.node()).count(platform.node()) * jax.local_device_count()
+    return all_gather_values(platform.node()).count(platform.node()) * jax.local_device_count()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all processes are here."""
-    of_all(None)
+    all_gather_values(None)
 
 
 def differences(facts: dict[str, Any]) -> list[str]:
@@ -318,10 +318,10 @@ def differences(facts: dict[str, Any]) -> list[str]:
         facts: By name; JSON can hold them.
     """
     facts = json.loads(json.dumps(facts))
-    first = from_first(facts if is_first() else None)
+    first = broadcast_from_main(facts if is_main_process() else None)
     own = {name: facts.get(name) for name in first | facts if facts.get(name) != first.get(name)}
     told: dict[tuple[str, str], list[int]] = {}
-    for number, differing in enumerate(of_all(own)):
+    for number, differing in enumerate(all_gather_values(own)):
         for name, value in differing.items():
             told.setdefault((name, repr(value)), []).append(number)
     return [

@@ -122,7 +122,7 @@ def to_spec(
     return PartitionSpec(*map(dividing, mapped, shape))
 
 
-def place(
+def with_shardings(
     shapes: Mapping[str, Any],
     mesh: Mesh,
     streams: Callable[[str], bool] = lambda path: False,
@@ -175,7 +175,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
-def on_rows(
+def shard_map_rows(
     function: Callable[..., jax.Array],
     axes: Mapping[str, tuple[str, ...]],
     params: Mapping[str, Any],

@@ -85,7 +85,7 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Ends this process at once, without waiting for others; these notice."""
     sys.stdout.flush()
     sys.stderr.flush()

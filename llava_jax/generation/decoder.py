@@ -43,7 +43,7 @@ class Cache(NamedTuple):
     values: Float[Array, "B K S H"]
 
 
-def take_apart(model: Llava) -> tuple[Structure, Weights]:
+def unstack_layers(model: Llava) -> tuple[Structure, Weights]:
     """Parts a model into what the functions here take. It is left without its decoder's blocks.
 
     No more is held at a time than the model and one parameter of its blocks; but what others hold
@@ -86,7 +86,7 @@ def prefill(
     """Reads a prompt into one row of the caches.
 
     Args:
-        structure: From `take_apart`.
+        structure: From `unstack_layers`.
         weights: Likewise.
         caches: Of every layer.
         input_ids: The prompt, images expanded; padded on its right.
@@ -121,7 +121,7 @@ def decode(
     """Reads one more token of every sequence.
 
     Args:
-        structure: From `take_apart`.
+        structure: From `unstack_layers`.
         weights: Likewise.
         caches: Of every layer.
         tokens: The newest token of each sequence.

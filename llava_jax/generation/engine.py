@@ -26,7 +26,7 @@ from llava_jax.generation.decoder import (
     cache_shape,
     decode,
     prefill,
-    take_apart,
+    unstack_layers,
 )
 from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
 from llava_jax.models.layers import merge, split
@@ -85,7 +85,7 @@ class Engine:
                 f"attention in a window is not computed; take a length of {window} at most"
             )
         self._dtype, self._slots = model.dtype, slots
-        self._structure, self._weights = take_apart(model)
+        self._structure, self._weights = unstack_layers(model)
         self._compiled: set[tuple[int, int]] = set()
         self._compiling = threading.Lock()
         self.reset()

@@ -15,16 +15,16 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionKind, ModelConfig, TrainConfig
+from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.distributed.sharding import on_shards
 from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
-LEAST_BLOCK, MOST_BLOCK = 128, 512
+MIN_BLOCK, MAX_BLOCK = 128, 512
 """Tokens that the splash kernel takes at a time: a vector register's lanes, and what keeps a
 block's logits, 1 MiB, well inside the vector memory of every TPU."""
 
 
-QUERIES, MOST_PARTS = 128, 8
+QUERIES, MAX_PARTS = 128, 8
 """Queries that the written-out form takes together, unless that would make more parts than these
 of a sequence: each part is compiled by itself."""
 
@@ -105,7 +105,7 @@ def _wide(products: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _parts(length: int, *, causal: bool) -> list[tuple[slice, slice]]:
     """Queries that are taken together, and the keys that any of them may see."""
-    size = QUERIES * -(-length // (QUERIES * MOST_PARTS))
+    size = QUERIES * -(-length // (QUERIES * MAX_PARTS))
     ends = [min(start + size, length) for start in range(0, length, size)]
     starts = [0, *ends[:-1]]
     return [
@@ -194,7 +194,7 @@ def splash_attention(
     causal = segment_ids is not None
     segments = segment_ids if causal else jnp.ones(q.shape[:2], jnp.int32)
     scaled = q * q.shape[3] ** -0.5
-    return _on_shards(partial(_splash, causal=causal), scaled, k, v, segments, LEAST_BLOCK)
+    return _on_shards(partial(_splash, causal=causal), scaled, k, v, segments, MIN_BLOCK)
 
 
 def _on_shards(
@@ -237,7 +237,7 @@ def _splash(
 
 def _blocks(length: int) -> splash.BlockSizes:
     """The same block for queries and keys, forwards and backwards."""
-    size = math.gcd(length, MOST_BLOCK)
+    size = math.gcd(length, MAX_BLOCK)
     return splash.BlockSizes(
         block_q=size,
         block_kv=size,
@@ -248,7 +248,7 @@ def _blocks(length: int) -> splash.BlockSizes:
     )
 
 
-ATTENTION: Mapping[AttentionKind, Callable[..., jax.Array]] = {
+ATTENTION: Mapping[AttentionImplementation, Callable[..., jax.Array]] = {
     "plain": plain_attention,
     "cudnn": cudnn_attention,
     "flash": flash_attention,
@@ -256,9 +256,9 @@ ATTENTION: Mapping[AttentionKind, Callable[..., jax.Array]] = {
 }
 
 
-def attention_kind(
+def attention_implementation(
     config: TrainConfig, model: ModelConfig, platform: str, capability: str
-) -> AttentionKind:
+) -> AttentionImplementation:
     """How attention is best computed.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from llava_jax.config import (
-    AttentionKind,
+    AttentionImplementation,
     LoraConfig,
     ModelConfig,
     Quantisation,
@@ -31,7 +31,7 @@ def build_model(
     adapters: Mapping[str, LoraConfig],
     *,
     dtype: str,
-    kind: AttentionKind = "plain",
+    kind: AttentionImplementation = "plain",
     remat: Remat = "full",
     offload: bool = False,
     gather: bool = True,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionKind, LlmConfig, Remat
-from llava_jax.distributed.sharding import constrain, logical_axes, on_rows
+from llava_jax.config import AttentionImplementation, LlmConfig, Remat
+from llava_jax.distributed.sharding import constrain, logical_axes, shard_map_rows
 from llava_jax.errors import ConfigError
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
@@ -190,7 +190,7 @@ class Llama(nnx.Module):
         self,
         config: LlmConfig,
         *,
-        kind: AttentionKind,
+        kind: AttentionImplementation,
         remat: Remat,
         offload: bool,
         gather: bool,
@@ -256,7 +256,7 @@ class Llama(nnx.Module):
             run = partial(in_chunks, feed) if self.remat == "full" else feed
             if self.gather:
                 axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
-                run = partial(on_rows, run, axes)
+                run = partial(shard_map_rows, run, axes)
             x += run(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from llava_jax.config import AttentionKind, ModelConfig, Remat
+from llava_jax.config import AttentionImplementation, ModelConfig, Remat
 from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in
 from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
@@ -45,7 +45,7 @@ class Llava(nnx.Module):
         config: ModelConfig,
         *,
         dtype: str = "float32",
-        kind: AttentionKind = "plain",
+        kind: AttentionImplementation = "plain",
         remat: Remat = "full",
         offload: bool = False,
         gather: bool = True,

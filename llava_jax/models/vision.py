@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from llava_jax.config import AttentionKind, Remat, VisionConfig
+from llava_jax.config import AttentionImplementation, Remat, VisionConfig
 from llava_jax.distributed.sharding import constrain
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import (
@@ -62,7 +62,7 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: VisionConfig, kind: AttentionKind):
+    def __init__(self, config: VisionConfig, kind: AttentionImplementation):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.attend = ATTENTION[kind]
@@ -88,7 +88,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: VisionConfig, kind: AttentionKind):
+    def __init__(self, config: VisionConfig, kind: AttentionImplementation):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = Attention(config, kind)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -105,7 +105,7 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """`layers` reach the feature. `tail` are those after it: never computed, kept for saving."""
 
-    def __init__(self, config: VisionConfig, used: int, kind: AttentionKind):
+    def __init__(self, config: VisionConfig, used: int, kind: AttentionImplementation):
         self.layers = stack_blocks(Block(config, kind), used)
         unused = config.num_hidden_layers - used
         self.tail = stack_blocks(Block(config, kind), unused) if unused else nnx.data(None)
@@ -142,7 +142,13 @@ class VisionTower(nnx.Module):
     """
 
     def __init__(
-        self, config: VisionConfig, used: int, *, kind: AttentionKind, remat: Remat, offload: bool
+        self,
+        config: VisionConfig,
+        used: int,
+        *,
+        kind: AttentionImplementation,
+        remat: Remat,
+        offload: bool,
     ):
         self.remat: Remat = remat
         self.offload = offload

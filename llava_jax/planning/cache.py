@@ -11,7 +11,7 @@ import jax
 from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
-from llava_jax.distributed.multihost import from_first, is_first, meet
+from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.planning.measure import Usage, measure_here
 
@@ -34,15 +34,15 @@ def measure_once(
         images: Image slots of a sample.
         capacity: Bytes of one device.
     """
-    file = directory / f"{from_first(_key(config, model, images)):015x}.json"
+    file = directory / f"{broadcast_from_main(_key(config, model, images)):015x}.json"
     # Of several processes all must compile, or none. Only the first looks, because on a shared disk
     # the others might go on not to see what was not there.
-    if not from_first(is_first() and _read(file) is not None):
+    if not broadcast_from_main(is_main_process() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
-        if is_first():
+        if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
-        meet()
+        barrier()
     usage = _read(file)
     if usage is None:
         raise ConfigError(f"{file} cannot be read; remove it, and what plans take is measured anew")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import ModelConfig, TrainConfig
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE, host_memory
-from llava_jax.distributed.multihost import devices_of_machine, is_first, of_all
+from llava_jax.distributed.multihost import all_gather_values, devices_of_machine, is_main_process
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.cache import measure_once
@@ -23,15 +23,15 @@ def plan_for_attached(
     Raises:
         ConfigError: None fits; names the closest.
     """
-    if is_first():
+    if is_main_process():
         write_trial(config.run_dir, None)
     if config.memory.plan == "manual":
         return config
-    capacity = min(of_all(_device_memory(config)))
+    capacity = min(all_gather_values(_device_memory(config)))
     if not capacity:  # a CPU without a declared limit
         return config
     known = Path(config.output_dir) / ".plans"
-    for_host = min(of_all(int(0.9 * host_memory()) // devices_of_machine()))
+    for_host = min(all_gather_values(int(0.9 * host_memory()) // devices_of_machine()))
     as_run = dataclasses.replace(config, steps=steps)  # so that the step need not compile again
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
@@ -48,7 +48,7 @@ def plan_for_attached(
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, data.max_length or lora.rank"
         )
-    if is_first():
+    if is_main_process():
         write_trial(config.run_dir, chosen)
     return chosen.plan.apply(config)
 

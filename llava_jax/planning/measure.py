@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from llava_jax.config import AttentionKind, ModelConfig, Parts, TrainConfig
+from llava_jax.config import AttentionImplementation, ModelConfig, Parts, TrainConfig
 from llava_jax.data.packing import images_in_row
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.host_memory import is_for_host
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
-from llava_jax.models.attention import attention_kind
+from llava_jax.models.attention import attention_implementation
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.pretrained.model_config import read_config
@@ -125,17 +125,19 @@ def compile_for(
     return _compile_for_tpus(config, model, target, count, kind)
 
 
-def attention_for(config: TrainConfig, model: ModelConfig, target: Gpu | Tpu) -> AttentionKind:
+def attention_for(
+    config: TrainConfig, model: ModelConfig, target: Gpu | Tpu
+) -> AttentionImplementation:
     """How a device of the table would compute attention."""
     capability = target.capability if isinstance(target, Gpu) else ""
-    return attention_kind(config, model, target.platform, capability)
+    return attention_implementation(config, model, target.platform, capability)
 
 
-def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionKind:
+def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionImplementation:
     """How the attached devices compute attention."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    return attention_kind(config, model, device.platform, capability)
+    return attention_implementation(config, model, device.platform, capability)
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
@@ -172,7 +174,7 @@ def _program(
     config: TrainConfig,
     model: ModelConfig,
     devices: list[Any],
-    kind: AttentionKind,
+    kind: AttentionImplementation,
     *,
     donate: bool,
 ) -> tuple[Program, Any]:
@@ -188,7 +190,7 @@ def _program(
 
 
 def _compile_for_gpus(
-    config: TrainConfig, model: ModelConfig, target: Gpu, count: int, kind: AttentionKind
+    config: TrainConfig, model: ModelConfig, target: Gpu, count: int, kind: AttentionImplementation
 ) -> tuple[Program, tuple[int, int], str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
@@ -220,7 +222,7 @@ def _compile_for_gpus(
 
 
 def _compile_for_tpus(
-    config: TrainConfig, model: ModelConfig, target: Tpu, count: int, kind: AttentionKind
+    config: TrainConfig, model: ModelConfig, target: Tpu, count: int, kind: AttentionImplementation
 ) -> tuple[Program, tuple[int, int], str]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")

@@ -44,7 +44,7 @@ def full_row(config: TrainConfig, images: int) -> Row:
     return Row(length, learned=length, seen=float(length), images=images)
 
 
-def needed_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
+def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
     """Floating-point operations of a row, forwards and backwards."""
     llm, vision, tune = model.llm, model.vision, config.tune
     width, again = llm.hidden_size, config.memory.remat == "full"

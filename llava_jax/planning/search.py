@@ -12,7 +12,7 @@ from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.multihost import say
 from llava_jax.planning.measure import REST, Usage
 
-MOST_SAMPLES = 16  # largest micro-batch that is tried: beyond it, a step of a 7B gains nothing
+MAX_SAMPLES = 16  # largest micro-batch that is tried: beyond it, a step of a 7B gains nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
     if config.batch.micro_size is not None:
         return [config.batch.micro_size]
     share = max(config.batch.global_size // data_parallel, 1)
-    return [size for size in range(1, min(share, MOST_SAMPLES) + 1) if share % size == 0]
+    return [size for size in range(1, min(share, MAX_SAMPLES) + 1) if share % size == 0]
 
 
 def find_plan(

@@ -54,7 +54,7 @@ class _Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class AdapterCheckpoint:
     """What was trained, checked against a model but not read yet.
 
     Attributes:
@@ -85,7 +85,7 @@ class Trained:
         return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
-def is_trained(place: Path) -> bool:
+def is_adapter_checkpoint(place: Path) -> bool:
     """Whether a place holds something to be put on a base, and no whole model."""
     return not _is_whole(place) and bool(_places(place))
 
@@ -142,14 +142,14 @@ def named_base(place: Path) -> str | None:
     return format_source(Parts(llm, vision)) if llm and vision else None
 
 
-def open_trained(
+def open_adapter(
     place: str | Path,
     config: ModelConfig,
     abstract: Abstract,
     *,
     read: Reader = open_tensors,
     alphas: Mapping[str, float] | None = None,
-) -> Trained:
+) -> AdapterCheckpoint:
     """Opens what was trained on a model.
 
     Adapters in vision layers behind the feature are passed over: no output depends on them.
@@ -185,7 +185,7 @@ def open_trained(
     base = read_json(place / BASE) if (place / BASE).is_file() else {}
     fingerprint = base.get("fingerprint")
     named = [piece.layout for piece in pieces]
-    return Trained(named, adapters, specs, found, named_base(place), fingerprint)
+    return AdapterCheckpoint(named, adapters, specs, found, named_base(place), fingerprint)
 
 
 def _open_piece(place: Path, read: Reader) -> _Piece:
@@ -254,12 +254,12 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
 
 
 def check_base(
-    trained: Trained, place: str | Path, base: str | Path | Parts, fingerprint: str
+    trained: AdapterCheckpoint, place: str | Path, base: str | Path | Parts, fingerprint: str
 ) -> None:
     """Refuses a base that something was not trained on, if it says on which it was.
 
     Args:
-        trained: From `open_trained`.
+        trained: From `open_adapter`.
         place: Where it lies.
         base: Where the base lies.
         fingerprint: Of the base.
@@ -285,7 +285,7 @@ def load_adapter(
     """Reads what a run is to go on with; it must be of the run's own kind.
 
     Args:
-        place: As for `open_trained`.
+        place: As for `open_adapter`.
         adapters: The run's LoRA settings by stack; dropout may differ.
         config: Of the base model.
         abstract: The run's parameters with their dtypes and shardings.
@@ -293,11 +293,11 @@ def load_adapter(
         fingerprint: Of the run's base; None is not compared.
 
     Raises:
-        CheckpointError: As `open_trained`; or it has other settings than the run, holds parameters
+        CheckpointError: As `open_adapter`; or it has other settings than the run, holds parameters
             that the run keeps frozen, or was trained on another base.
     """
     alphas = {stack: lora.alpha for stack, lora in adapters.items()}
-    trained = open_trained(place, config, abstract, alphas=alphas)
+    trained = open_adapter(place, config, abstract, alphas=alphas)
     problems = [*_other_settings(trained, adapters)]
     kept = [path for path in trained.abstract if not path.startswith(BEHIND_FEATURE)]
     frozen = [path for path in kept if not is_adapter(path) and path not in trainable]
@@ -314,7 +314,9 @@ def load_adapter(
     return trained.load({path: abstract[path] for path in kept})
 
 
-def _other_settings(trained: Trained, adapters: Mapping[str, LoraConfig]) -> Iterable[str]:
+def _other_settings(
+    trained: AdapterCheckpoint, adapters: Mapping[str, LoraConfig]
+) -> Iterable[str]:
     meaning = lambda lora: lora and (lora.rank, lora.alpha, sorted(lora.targets))
     for stack in _STACKS:
         has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))

@@ -77,28 +77,28 @@ def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> La
     return Layout(name, prefixes)
 
 
-A = _llava(
+HF_4_36 = _llava(
     "Hugging Face LLaVA, names of transformers 4.36 to 4.51",
     "language_model.model.",
     "language_model.lm_head.",
     "vision_tower.vision_model.",
     "multi_modal_projector.",
 )
-B = _llava(
+HF_4_52 = _llava(
     "Hugging Face LLaVA in memory, names of transformers 4.52 and later",
     "model.language_model.",
     "lm_head.",
     "model.vision_tower.vision_model.",
     "model.multi_modal_projector.",
 )
-C = _llava(
+HF_5_MEMORY = _llava(
     "Hugging Face LLaVA in memory, names of transformers 5",
     "model.language_model.",
     "lm_head.",
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-D = _llava(
+HF_5 = _llava(
     "Hugging Face LLaVA, names of transformers 5",
     "language_model.model.",
     "language_model.lm_head.",
@@ -113,7 +113,7 @@ def _mlp(prefix: str) -> dict[str, str]:
     return {ours: prefix + theirs for ours, theirs in _MLP.items()}
 
 
-E = Layout(
+LLAVA = Layout(
     "LLaVA's own code",
     {
         "llm.": "model.",
@@ -122,7 +122,7 @@ E = Layout(
         **_mlp("model.mm_projector."),
     },
 )
-H = Layout(
+XTUNER = Layout(
     "XTuner",
     {
         "llm.": "llm.model.",
@@ -139,8 +139,8 @@ CLIP = Layout("Hugging Face vision tower", {"vision.": "vision_model."})
 CLIP_BARE = Layout("Hugging Face vision tower without prefix", {"vision.": ""})
 
 PROJECTOR = Layout("projector without prefix", {"projector.": ""})
-PROJECTOR_A = Layout("Hugging Face projector", {"projector.": "multi_modal_projector."})
-PROJECTOR_B = Layout(
+PROJECTOR_HF_4_36 = Layout("Hugging Face projector", {"projector.": "multi_modal_projector."})
+PROJECTOR_HF_4_52 = Layout(
     "Hugging Face projector in memory", {"projector.": "model.multi_modal_projector."}
 )
 PROJECTOR_LLAVA = Layout("LLaVA's own projector", _mlp("model.mm_projector."))
@@ -149,12 +149,12 @@ PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."), is_xtuner=True)
 PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."), is_xtuner=True)
 
 # Of two layouts that explain a file equally well the first is meant.
-LLAVA_LAYOUTS = (A, B, C, D, E, H)
-LLM_LAYOUTS = (LLAMA, E)
-VISION_LAYOUTS = (CLIP, CLIP_BARE, E)
+LLAVA_LAYOUTS = (HF_4_36, HF_4_52, HF_5_MEMORY, HF_5, LLAVA, XTUNER)
+LLM_LAYOUTS = (LLAMA, LLAVA)
+VISION_LAYOUTS = (CLIP, CLIP_BARE, LLAVA)
 PROJECTOR_LAYOUTS = (
-    PROJECTOR_A,
-    PROJECTOR_B,
+    PROJECTOR_HF_4_36,
+    PROJECTOR_HF_4_52,
     PROJECTOR_LLAVA,
     PROJECTOR_LLAVA_SHORT,
     PROJECTOR_XTUNER,

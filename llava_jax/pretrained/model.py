@@ -18,7 +18,7 @@ from llava_jax.config import (
     format_source,
 )
 from llava_jax.data.templates import TEMPLATES
-from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.errors import CheckpointError
 from llava_jax.models import lora
 from llava_jax.models.build import initialise, quantised_shapes
@@ -26,7 +26,7 @@ from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import is_adapter
 from llava_jax.models.stack import jit_loop
-from llava_jax.pretrained.adapters import check_base, open_trained
+from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import (
     read_config,
@@ -159,7 +159,7 @@ class LlavaModel(Llava):
         shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
         shapes |= quantised_shapes(shapes, quantize) if quantize else {}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        params = load_weights(source, config, place(shapes, mesh), seed=seed, say=say)
+        params = load_weights(source, config, with_shardings(shapes, mesh), seed=seed, say=say)
         model = cast("LlavaModel", merge(graph, params))
         model.source = source
         return model
@@ -179,12 +179,12 @@ class LlavaModel(Llava):
         if any(map(is_adapter, params)):
             raise ValueError("the model has an adapter already; merge that first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
-        adapter = open_trained(path, self.config, abstract)
+        adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source:
             check_base(adapter, path, self.source, fingerprint(self.source))
         lora.add_adapters(self, adapter.adapters)
         mesh = params["llm.norm.weight"].sharding.mesh
-        loaded = adapter.load(place(adapter.abstract, mesh))
+        loaded = adapter.load(with_shardings(adapter.abstract, mesh))
         flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
         nnx.update(self, nnx.from_flat_state(flat))
         return loaded

@@ -26,7 +26,7 @@ from llava_jax.config import (
     ModelConfig,
     absolute_source,
 )
-from llava_jax.distributed.multihost import is_first
+from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
 from llava_jax.pretrained import layouts
@@ -40,7 +40,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
 
 _PREFIX = "base_model.model."
-_ERAS = {4: layouts.A, 5: layouts.C}
+_ERAS = {4: layouts.HF_4_36, 5: layouts.HF_5_MEMORY}
 # Where a stack's blocks are in the modules' names, in every version of transformers.
 _BLOCKS = {
     LLM: r"(model\.)?language_model\.(model\.)?layers",
@@ -106,11 +106,11 @@ def save_adapter(
     base = {"fingerprint": fingerprint}
     named = None if base_name is None else absolute_source(base_name)
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
-    if is_first():
+    if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
     save_tensors(params, config, partial(peft_name, _ERAS[era]), write)
-    if is_first():
+    if is_main_process():
         (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (directory / BASE).write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
 

@@ -10,7 +10,7 @@ from llava_jax.config import Parts, Quantisation, format_source, parse_source
 from llava_jax.disk import read_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import layouts, llava_directory
-from llava_jax.pretrained.adapters import BESIDE, check_readable, is_trained, named_base
+from llava_jax.pretrained.adapters import BESIDE, check_readable, is_adapter_checkpoint, named_base
 from llava_jax.pretrained.load import Reader
 from llava_jax.pretrained.model_config import read_json_config
 from llava_jax.pretrained.safetensors import MAX_JSON_BYTES, open_tensors
@@ -60,7 +60,7 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
         return Checkpoint(format_source(source), _resolve_parts(source, read))
     is_here = Path(source).exists()
     path = _in_run(Path(source) if is_here else _local(str(source), read))
-    if is_trained(path):
+    if is_adapter_checkpoint(path):
         if is_base:
             raise ConfigError("that is itself something trained; merge it first")
         return _resolve_trained(path, read)
@@ -199,7 +199,7 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
         layout = layouts.recognise(tensors := read(path))
     except layouts.LayoutError:
         return path  # reading it will say what is amiss
-    if layout.name != layouts.E.name:
+    if layout.name != layouts.LLAVA.name:
         return path
     file, raw = read_json_config(path)
     parts = layout.parts(tensors)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from llava_jax.config import ModelConfig
 from llava_jax.distributed.host_memory import fetch, layer_at
-from llava_jax.distributed.multihost import is_first
+from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
 from llava_jax.pretrained import layouts
@@ -29,7 +29,7 @@ def save_params(
     directory: str | Path,
     config: ModelConfig,
     *,
-    layout: Layout = layouts.A,
+    layout: Layout = layouts.HF_4_36,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -81,7 +81,7 @@ def save_tensors(
     # Wide dtypes first: then every tensor in a file is aligned to its item size.
     specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
     fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
-    if is_first():
+    if is_main_process():
         write(specs, fetch)
     else:
         for name in specs:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-MOST_POINTS = 300
+MAX_POINTS = 300
 """Points of a line; longer ones show means of consecutive values, in a band from least to most."""
 
 WIDTH, HEIGHT = 360, 190
@@ -36,7 +36,7 @@ class Series:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> Series:
-    """Makes a line of at most 2 * MOST_POINTS points.
+    """Makes a line of at most 2 * MAX_POINTS points.
 
     Args:
         steps: Ascending.
@@ -44,10 +44,10 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
     """
     finite = np.isfinite(values)
     marked = steps[~finite]
-    if len(steps) <= 2 * MOST_POINTS:
+    if len(steps) <= 2 * MAX_POINTS:
         shown = np.where(finite, values, np.nan)
         return Series(steps, shown, shown, shown, marked)
-    starts = np.linspace(0, len(steps), MOST_POINTS, endpoint=False).astype(int)
+    starts = np.linspace(0, len(steps), MAX_POINTS, endpoint=False).astype(int)
     count = np.add.reduceat(finite.astype(float), starts)
     nothing = np.where(count > 0, 1.0, np.nan)
     mean = np.add.reduceat(np.where(finite, values, 0.0), starts) / np.maximum(count, 1)

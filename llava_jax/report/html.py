@@ -17,8 +17,8 @@ from llava_jax.report.run_files import RunFiles
 from llava_jax.report.style import STYLE
 from llava_jax.report.thumbnails import MOST, find_pictures
 
-MOST_EXAMPLES = 48
-MOST_ROWS = 50
+MAX_EXAMPLES = 48
+MAX_ROWS = 50
 """Rows of the tables of samples; all are in the run's files."""
 NBSP = "\u00a0"
 RECENT = 10
@@ -186,13 +186,13 @@ def held_out(run: RunFiles) -> Html:
     columns = [(_when(row).capitalize(), answers) for row, answers in zip(rows, given, strict=True)]
     cards = [
         _card(example, [(when, answers[_key(example)]) for when, answers in columns], folder)
-        for example in shared[:MOST_EXAMPLES]
+        for example in shared[:MAX_EXAMPLES]
     ]
     if cards:
         note = "An answer that departs from what was expected ends with the first token that does."
         parts += [tag("h3", "Examples"), tag("p.note", note), tag("div.cards", *cards)]
-    if len(shared) > MOST_EXAMPLES:
-        parts.append(tag("p.note", f"{len(shared) - MOST_EXAMPLES:,} more: evaluations.jsonl"))
+    if len(shared) > MAX_EXAMPLES:
+        parts.append(tag("p.note", f"{len(shared) - MAX_EXAMPLES:,} more: evaluations.jsonl"))
     return _join(parts)
 
 
@@ -320,7 +320,7 @@ def left_out(run: RunFiles) -> Html:
         names = ("step", "place", "reason")
         lines = [
             tag("tr", *(tag("td", row.get(name, "")) for name in names))
-            for row in run.skipped[:MOST_ROWS]
+            for row in run.skipped[:MAX_ROWS]
         ]
         parts += [tag("p", f"{_times(len(run.skipped), 'sample')} cannot be used.")]
         parts += [_table(["First at step", "Sample", "Why"], lines), _more(run.skipped, "skipped")]
@@ -329,7 +329,7 @@ def left_out(run: RunFiles) -> Html:
     if run.nonfinite:
         lines = [
             tag("tr", tag("td", row["step"]), tag("td", "; ".join(row.get("samples", []))))
-            for row in run.nonfinite[:MOST_ROWS]
+            for row in run.nonfinite[:MAX_ROWS]
         ]
         said = (
             f"{_times(len(run.nonfinite), 'step')} had a loss or gradients that were not finite; "
@@ -342,7 +342,7 @@ def left_out(run: RunFiles) -> Html:
 
 
 def _more(rows: Sequence[Any], name: str) -> Html:
-    more = len(rows) - MOST_ROWS
+    more = len(rows) - MAX_ROWS
     return tag("p.note", f"{more:,} more: {name}.jsonl") if more > 0 else Html("")
 
 

@@ -14,7 +14,7 @@ _ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "assistant": "gpt",
 }
 
-MOST_CHARACTERS = 64
+MAX_CHARACTERS = 64
 """Of a token, on average: what has more has too many tokens, and is not read to count them."""
 
 
@@ -49,7 +49,7 @@ def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Pr
             code="too_many_images",
         )
     characters = sum(len(turn.text) for turn in turns)
-    if max(characters / MOST_CHARACTERS, len(messages)) > max_length:
+    if max(characters / MAX_CHARACTERS, len(messages)) > max_length:
         raise RequestError(
             f"{len(messages):,} messages of {characters:,} characters are more than the "
             f"{max_length:,} tokens that prompt and answer together may have",

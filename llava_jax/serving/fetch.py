@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urljoin, urlsplit
 
-MOST_REDIRECTS = 3
+MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -35,7 +35,7 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
         FetchError: It is not public, too large or too slow, or there is no such file.
     """
     until = time.monotonic() + seconds
-    for _ in range(1 + MOST_REDIRECTS):
+    for _ in range(1 + MAX_REDIRECTS):
         try:
             with _opened(url, until) as response:
                 if response.status not in _REDIRECTS:
@@ -45,7 +45,7 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
             if time.monotonic() >= until:
                 raise FetchError(f"it took more than {seconds:g} s") from error
             raise FetchError(str(error) or type(error).__name__) from error
-    raise FetchError(f"more than {MOST_REDIRECTS} redirects")
+    raise FetchError(f"more than {MAX_REDIRECTS} redirects")
 
 
 def _read(response: http.client.HTTPResponse, most_bytes: int) -> bytes:

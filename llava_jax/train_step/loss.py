@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_jax.distributed.sharding import on_rows
+from llava_jax.distributed.sharding import shard_map_rows
 from llava_jax.models.layers import Params, from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
 from llava_jax.models.stack import bounded_loop
@@ -66,7 +66,7 @@ def weighted_loss(
     `hidden`, the head's added up in float32. Every device goes through its own rows only.
     """
     axes, params = {"head": ("vocab", "model")}, {"head": head}
-    return jnp.sum(on_rows(_local_loss, axes, params, hidden, targets, weights))
+    return jnp.sum(shard_map_rows(_local_loss, axes, params, hidden, targets, weights))
 
 
 @jax.custom_vjp

@@ -11,11 +11,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.config import AttentionKind, LoraConfig, ModelConfig, TrainConfig
+from llava_jax.config import AttentionImplementation, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
-from llava_jax.distributed.multihost import place_rows, rows_here
-from llava_jax.distributed.sharding import batch_sharding, data_parallel_size, place, shardings
+from llava_jax.distributed.multihost import device_put_rows, rows_here
+from llava_jax.distributed.sharding import (
+    batch_sharding,
+    data_parallel_size,
+    shardings,
+    with_shardings,
+)
 from llava_jax.errors import ConfigError
 from llava_jax.models import lora
 from llava_jax.models.build import build_model, quantised_shapes
@@ -93,7 +98,7 @@ class Program:
         """The samples, of a batch of `size`, that this process must read."""
         return rows_here(batch_sharding(self.mesh), size)
 
-    def place(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
+    def device_put(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
         """A host batch, spread over the devices.
 
         Args:
@@ -104,7 +109,7 @@ class Program:
         size = len(batch.input_ids) if size is None else size
         rows = self.rows(size)
         return jax.tree.map(
-            lambda x, sharding: place_rows(np.asarray(x), sharding, rows, size),
+            lambda x, sharding: device_put_rows(np.asarray(x), sharding, rows, size),
             dataclasses.replace(batch, text_checksum=0),  # or each would be compiled for
             self._batch_shardings(self.pixels_on_host and to_train),
         )
@@ -144,7 +149,7 @@ def build_program(
     total_steps: int,
     mesh: Mesh,
     *,
-    kind: AttentionKind = "plain",
+    kind: AttentionImplementation = "plain",
     donate: bool = False,
 ) -> Program:
     """Builds everything that needs no weights and no data.
@@ -154,7 +159,7 @@ def build_program(
         model_config: The model's sizes.
         total_steps: Length of the learning rates' schedules.
         mesh: The devices; its axes are those of `distributed.sharding.make_mesh`.
-        kind: How attention is computed; see `attention_kind`.
+        kind: How attention is computed; see `attention_implementation`.
         donate: Donate the state even where the devices of `mesh`, that stand for others, cannot.
 
     Raises:
@@ -190,9 +195,9 @@ def build_program(
     # The float32 weights go with the optimizer where a layer at a time is all that is needed.
     with_moments = memory.offload_optimizer and memory.remat == "full"
     on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
-    abstract = place(shapes, mesh, on_host)
+    abstract = with_shardings(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
-    gradients = place({path: shapes[path] for path in trainable}, mesh, streams)
+    gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
     accumulation = accumulation_steps(config.batch, mesh)

@@ -17,14 +17,20 @@ from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
 from llava_jax.distributed.environment import versions
-from llava_jax.distributed.multihost import differences, from_first, is_first, of_all, this_process
+from llava_jax.distributed.multihost import (
+    all_gather_values,
+    broadcast_from_main,
+    differences,
+    is_main_process,
+    this_process,
+)
 from llava_jax.errors import ConfigError, RunError
 from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.run_config import PLACES, flatten
+from llava_jax.training.run_config import PATH_FIELDS, flatten
 
-LOCAL = (*PLACES, "data.workers")
+LOCAL = (*PATH_FIELDS, "data.workers")
 """Fields of a config that may differ: where files lie on a machine, how many cores it has."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -53,7 +59,7 @@ def run_facts(
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), LOCAL)
     of_images = _of_images("", inputs.digest["train"])
     of_images |= _of_images("held-out ", inputs.digest["eval"])
-    read_by_all = set.intersection(*map(set, of_all([*of_images])))
+    read_by_all = set.intersection(*map(set, all_gather_values([*of_images])))
     tokenizer = cast("Tokenizer", inputs.tokenizer.backend_tokenizer)
     return fields | {
         "the base's fingerprint": fingerprint,
@@ -157,17 +163,17 @@ def not_shared(output_dir: Path) -> list[str]:
     Raises:
         OSError: The first cannot write there.
     """
-    token = output_dir / f".shared-{from_first(secrets.token_hex(8))}"
-    if is_first():
+    token = output_dir / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
+    if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
         with naming(token):
             token.touch()
-    written = from_first(str(output_dir.absolute()))
+    written = broadcast_from_main(str(output_dir.absolute()))
     until = time.monotonic() + _TOKEN_SECONDS
     while not (found := token.exists()) and time.monotonic() < until:
         time.sleep(0.1)
-    lacking = of_all(None if found else str(output_dir.absolute()))
-    if is_first():
+    lacking = all_gather_values(None if found else str(output_dir.absolute()))
+    if is_main_process():
         token.unlink(missing_ok=True)
     return [
         f"  output_dir, which all must share: what process 0 writes into {written} is not in "

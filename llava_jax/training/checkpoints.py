@@ -24,7 +24,7 @@ from etils import epath
 
 from llava_jax.config import CheckpointConfig
 from llava_jax.distributed.host_memory import is_for_host
-from llava_jax.distributed.multihost import from_first, is_first, meet
+from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.train_step.step import TrainState
 from llava_jax.training.repair import copy_files
@@ -65,12 +65,12 @@ class Checkpoints:
         self._keep = config.keep
         self.passed_over: list[str] = []
         newest = None
-        if is_first():
+        if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"*{_UNFINISHED}*"):
                 _remove(left)
             newest = self._newest_whole()
-        self._newest = from_first(-1 if newest is None else newest)
+        self._newest = broadcast_from_main(-1 if newest is None else newest)
         self._saving: int | None = None
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
@@ -99,7 +99,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        files = copy_files(self._directory.parent) if is_first() else {}
+        files = copy_files(self._directory.parent) if is_main_process() else {}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data | {_FILES: files})
         )
@@ -111,11 +111,11 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes them all."""
-        if is_first():
+        if is_main_process():
             for step in self._steps():
                 self._remove(step)
         self._newest = -1
-        meet()
+        barrier()
 
     def check(self) -> None:
         """Notices early if what is being saved cannot be.
@@ -239,7 +239,7 @@ class Checkpoints:
         return [int(name) for name in names if _STEP.fullmatch(name)]
 
     def _remove_old(self) -> None:
-        if is_first():
+        if is_main_process():
             for step in sorted(self._steps())[: -self._keep]:
                 with suppress(OSError):  # the next start removes what is left
                     self._remove(step)

@@ -18,7 +18,7 @@ from llava_jax.data.order import NO_RECORD
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
-from llava_jax.distributed.multihost import from_first, is_first
+from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Params
 from llava_jax.report.rows import read_rows
@@ -192,7 +192,9 @@ class HeldOut:
             ConfigError: None of the held-out samples can be read.
         """
         inputs = self._inputs
-        if not inputs.eval_records or from_first(step in [row["step"] for row in self._rows]):
+        if not inputs.eval_records or broadcast_from_main(
+            step in [row["step"] for row in self._rows]
+        ):
             return
         batches = inputs.eval_batches(self._batch_size, self._batch_rows)
         batches = itertools.takewhile(
@@ -215,7 +217,7 @@ class HeldOut:
             )
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
-        if is_first():
+        if is_main_process():
             append_rows(self._path, [row])
             text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
             text = f"held out, step {step}: {text}{self._left_out(result.skipped)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_jax.config import Parts, TrainConfig
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.disk import naming
-from llava_jax.distributed.multihost import is_first
+from llava_jax.distributed.multihost import is_main_process
 from llava_jax.models.layers import Params
 from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.peft import save_adapter
@@ -65,7 +65,7 @@ def export(
             )
         else:
             save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
-        if is_first():
+        if is_main_process():
             if not program.adapters:
                 write_model_config(program.model_config, unfinished, config.dtype)
             save_processor(
@@ -81,7 +81,7 @@ def export(
 @contextmanager
 def _removed_on_failure(directory: Path) -> Iterator[None]:
     """A new directory to write in, which is there afterwards only if all went well."""
-    if is_first():
+    if is_main_process():
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     try:
@@ -94,12 +94,12 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
 
 def discard(written: Path) -> None:
     """Removes an export that was only tried."""
-    if is_first():
+    if is_main_process():
         shutil.rmtree(written)
 
 
 def publish(written: Path, final: Path) -> None:
     """Puts a whole export in its place, in one step where nothing lies there."""
-    if is_first():
+    if is_main_process():
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

@@ -11,8 +11,8 @@ from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches
 from llava_jax.data.sources import Records
 from llava_jax.distributed.multihost import (
-    highest_of,
-    is_first,
+    all_reduce_max,
+    is_main_process,
 )
 from llava_jax.models.layers import Params
 from llava_jax.report.report import Report
@@ -25,7 +25,7 @@ from llava_jax.training.inputs import Inputs
 from llava_jax.training.profiler import Profiler
 from llava_jax.training.progress import Reporter
 from llava_jax.training.signals import StopRequest
-from llava_jax.training.step_log import Journal
+from llava_jax.training.step_log import StepLog
 from llava_jax.training.trackers import Tracker
 
 
@@ -52,11 +52,11 @@ def train(
     with (
         stop.deferred(),
         contextlib.closing(batches),
-        Reporter(metrics_file, first, total, trackers, quiet=not is_first()) as reporter,
-        Report(config.run_dir, write=is_first()) as report,
+        Reporter(metrics_file, first, total, trackers, quiet=not is_main_process()) as reporter,
+        Report(config.run_dir, write=is_main_process()) as report,
         Profiler(config.run_dir / "profile", config.log.profile_steps) as profiler,
     ):
-        journal = Journal(config, inputs, reporter, first)
+        journal = StepLog(config, inputs, reporter, first)
         held_out = _held_out(config, program, inputs, frozen, reporter, first)
 
         def look(step: int) -> None:
@@ -76,7 +76,7 @@ def train(
             if not inputs.spec.has_one_shape:
                 stops()  # processes whose shapes differ must not begin the step
             profiler.before(step, state)
-            state, metrics = program.train_step(state, frozen, program.place(batch, size))
+            state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
                 journal.log(*earlier)
             stops()  # before anything of this step is recorded
@@ -117,7 +117,7 @@ def _ask(
     Returns:
         The highest signal, when it is called; it raises RunError where texts differ.
     """
-    answer = highest_of(lambda: (stop.signal or 0, checksum, -checksum))
+    answer = all_reduce_max(lambda: (stop.signal or 0, checksum, -checksum))
 
     def read() -> int:
         signal, highest, lowest = answer()
@@ -137,7 +137,7 @@ def _held_out(
     first: int,
 ) -> HeldOut:
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
-        placed = program.place(batch, program.eval_size, to_train=False)
+        placed = program.device_put(batch, program.eval_size, to_train=False)
         return program.eval_step(trainable, frozen, placed)
 
     size = program.eval_size

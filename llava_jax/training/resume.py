@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_jax.config import TrainConfig
 from llava_jax.distributed.multihost import (
-    from_first,
+    broadcast_from_main,
     say,
 )
 from llava_jax.errors import ConfigError
@@ -118,7 +118,7 @@ def _cannot_change(
 
 def refuse_to_replace(config: TrainConfig) -> None:
     """A run without checkpoints starts anew; it must not do so over a result."""
-    if from_first(export_dir(config).exists()):
+    if broadcast_from_main(export_dir(config).exists()):
         raise ConfigError(
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
             "from; move it away, or give the run a new name"

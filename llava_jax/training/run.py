@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 from llava_jax.config import Parts, TrainConfig, to_json
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
-    end,
-    from_first,
+    barrier,
+    broadcast_from_main,
     is_alone,
-    is_first,
     is_lost,
+    is_main_process,
     join,
     leave_others,
     local_devices,
-    meet,
+    report_and_exit,
     say,
 )
 from llava_jax.distributed.sharding import data_parallel_size, layout_table, make_mesh
@@ -57,17 +57,19 @@ def run(config: TrainConfig) -> int:
         with StopRequest() as stop, hold_for_run(config.run_dir):
             return _run(config, stop)
     except Stopped as stopped:
-        return end(f"stopped {stopped}; the same command continues", 128 + stopped.signal)
+        return report_and_exit(
+            f"stopped {stopped}; the same command continues", 128 + stopped.signal
+        )
     except Exception as error:
         if is_lost(error):  # whatever it is taken for: a save that needs all is no failed disk
             leave_others()
         if isinstance(error, ConfigError | CheckpointError | RunError):
-            return end(f"error: {error}")
+            return report_and_exit(f"error: {error}")
         if isinstance(error, OSError):
-            return end(f"error: {error}; the same command continues")
+            return report_and_exit(f"error: {error}; the same command continues")
         if not jax.distributed.is_initialized():
             raise
-        return end(traceback.format_exc())
+        return report_and_exit(traceback.format_exc())
 
 
 def _run(config: TrainConfig, stop: StopRequest) -> int:
@@ -108,14 +110,14 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         if (saved.latest or 0) > total:
             raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
         _repair(repair_rows(config.run_dir, saved.files(), saved.latest or 0))
-        if from_first(saved.latest == total and export_dir(config).is_dir()):
+        if broadcast_from_main(saved.latest == total and export_dir(config).is_dir()):
             say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
         inputs.check_some()
         say(inputs.summary())
         say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
         config = plan_for_attached(config, model_config, total, mesh, inputs.spec.max_images)
-        trackers = open_trackers(config, saved.latest or 0, write=is_first())
+        trackers = open_trackers(config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
             kind = attention_here(config, model_config)
             agree(flatten(to_json(config), LOCAL) | {"attention": kind})
@@ -170,10 +172,10 @@ def _keep_compiled(directory: Path) -> None:
 
 def _repair(lines: Iterator[str]) -> None:
     """Lets the first process mend a run's files, line by line; the others read them later."""
-    if is_first():
+    if is_main_process():
         for line in lines:
             say(line)
-    meet()
+    barrier()
 
 
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:

@@ -12,17 +12,17 @@ from llava_jax.config import ModelConfig, TrainConfig, to_json
 from llava_jax.data.digest import data_changes
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
-from llava_jax.distributed.multihost import is_first
+from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import ConfigError
 
-PLACES = (
+PATH_FIELDS = (
     *("output_dir", "init_from", "init_adapter"),
     *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
 )
 """Fields that say where files lie: fingerprints stand for weights, and digests for data."""
 
 NOT_RECIPE = (
-    *PLACES,
+    *PATH_FIELDS,
     *("name", "epochs", "checkpoint", "eval", "log"),  # among them, how often one looks
     *("data.eval_samples", "data.workers"),
     *("data.max_skipped", "nonfinite_limit"),
@@ -58,7 +58,7 @@ def describe(
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Writes config.json, and data.json, which is long; from the first process."""
-    if is_first():
+    if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
         data = description["data"]
         rest = {name: value for name, value in description.items() if name != "data"}

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from llava_jax.distributed.multihost import is_first
+from llava_jax.distributed.multihost import is_main_process
 
 _SAID = b"stopping: this step is finished and saved; Ctrl-C again ends at once\n"
 
@@ -67,6 +67,6 @@ class StopRequest:
             return
         if not self._in_steps:
             raise Stopped(number, "outside of steps")
-        if is_first():
+        if is_main_process():
             with contextlib.suppress(OSError):
                 os.write(1, _SAID)  # print fails where the signal came in the midst of a print

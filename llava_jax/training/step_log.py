@@ -14,14 +14,14 @@ from llava_jax.report.rows import read_rows
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
 
-MOST_NAMED = 5
+MAX_NAMED = 5
 """Samples that a message names; all are in the files."""
 
-MOST_SHOWN = 20
+MAX_SHOWN = 20
 """Samples that were left out and are shown; all are in skipped.jsonl."""
 
 
-class Journal:
+class StepLog:
     """Takes a run's metrics, step by step.
 
     Each sample that was skipped has a row in skipped.jsonl, once; each step that was not finite one
@@ -84,10 +84,10 @@ class Journal:
             for number in numbers
         ]
         append_rows(self._skipped_file, rows)
-        for row in rows[: max(MOST_SHOWN - self._shown, 0)]:
+        for row in rows[: max(MAX_SHOWN - self._shown, 0)]:
             self._reporter.say(f"{row['place']} is left out: {row['reason']}")
         self._shown += len(rows)
-        if self._shown - len(rows) < MOST_SHOWN < self._shown:
+        if self._shown - len(rows) < MAX_SHOWN < self._shown:
             self._reporter.say(f"more are named in {self._skipped_file} alone")
 
     def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
@@ -107,7 +107,7 @@ class Journal:
             raise RunError(
                 f"{self.nonfinite} steps in a row were not finite, the last {step}; the "
                 f"checkpoints from before are good. Their samples are in {self._nonfinite_file}, "
-                f"the last step's begin with {'; '.join(places[:MOST_NAMED])}. Lower the learning "
+                f"the last step's begin with {'; '.join(places[:MAX_NAMED])}. Lower the learning "
                 "rate, look at the samples, or raise nonfinite_limit"
             )
 

@@ -35,7 +35,7 @@ from llava_jax.conversion.convert import convert, open_source
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.build import build_model
 from llava_jax.models.paths import LLM, VISION
-from llava_jax.pretrained.adapters import open_trained
+from llava_jax.pretrained.adapters import open_adapter
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
@@ -68,7 +68,7 @@ def train_reads(place: Path) -> dict[str, np.ndarray]:
     abstract = abstract_of(config)
     params = load_weights(found.base, config, abstract, seed=0)
     if found.adapter is not None:
-        params |= open_trained(found.adapter, config, abstract).load()
+        params |= open_adapter(found.adapter, config, abstract).load()
     return jax.tree.map(np.asarray, params)
 
 

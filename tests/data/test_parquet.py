@@ -170,7 +170,7 @@ def test_large_row_groups_are_warned_of(tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "data", table())
     load_records(path, "")
     assert not caplog.records
-    monkeypatch.setattr(parquet_file, "MOST_GROUP_BYTES", 100)
+    monkeypatch.setattr(parquet_file, "MAX_GROUP_BYTES", 100)
     with caplog.at_level(logging.WARNING):
         load_records(path, "")
     assert "row_group_size=100" in caplog.text

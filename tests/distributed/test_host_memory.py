@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.host_memory import slice_size
-from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.distributed.sharding import make_mesh, with_shardings
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,6 @@ def test_matrices_of_a_stack_are_streamed_and_vectors_are_not():
     }
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in paths.items()}
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    placed = place(shapes, mesh, streams=lambda path: True)
+    placed = with_shardings(shapes, mesh, streams=lambda path: True)
     kinds = [leaf.sharding.memory_kind for leaf in placed.values()]
     assert kinds == ["pinned_host", NamedSharding(mesh, PartitionSpec()).memory_kind]

@@ -41,7 +41,7 @@ def test_the_environment_tells_of_others(
 ):
     for name, value in variables.items():
         alone.setenv(name, value)
-    assert environment.has_others() == others
+    assert environment.is_multiprocess() == others
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_cloud_tpu_asks_its_metadata_server(
     alone.setattr(environment, "find_spec", lambda name: True)
     for name, value in variables.items():
         alone.setenv(name, value)
-    assert environment.has_others() == others
+    assert environment.is_multiprocess() == others
 
 
 WITHOUT_ADDRESS = {"OMPI_COMM_WORLD_SIZE": "2"}  # as Open MPI 5 sets it
@@ -89,13 +89,13 @@ def test_what_the_environment_lacks_is_said(
 
 
 def test_a_process_that_is_alone_agrees_with_itself():
-    assert multihost.of_all(2**40 + 5) == [2**40 + 5]
-    assert multihost.from_first(3) == 3
-    assert multihost.highest_of(lambda: (3, -4))() == [3, -4]
+    assert multihost.all_gather_values(2**40 + 5) == [2**40 + 5]
+    assert multihost.broadcast_from_main(3) == 3
+    assert multihost.all_reduce_max(lambda: (3, -4))() == [3, -4]
     assert multihost.devices_of_machine() == jax.device_count()
     assert multihost.differences({"a": 1}) == []
     assert multihost.is_alone()
-    assert multihost.is_first()
+    assert multihost.is_main_process()
     assert multihost.all_end()
 
 
@@ -124,7 +124,7 @@ def test_rows_are_placed_on_the_devices_that_have_them(shape: tuple[int, int]):
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
     values = np.arange(16).reshape(8, 2)
     assert multihost.rows_here(sharding, 8) == list(range(8))
-    placed = multihost.place_rows(values, sharding, range(8), 8)
+    placed = multihost.device_put_rows(values, sharding, range(8), 8)
     np.testing.assert_array_equal(placed, values)
 
 

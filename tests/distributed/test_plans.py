@@ -63,7 +63,7 @@ def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def small_arrays_may_lie_on_the_host():
     patch = pytest.MonkeyPatch()
-    patch.setattr(host_memory, "LEAST_SLICE", 100)
+    patch.setattr(host_memory, "MIN_SLICE", 100)
     patch.setattr(llama, "CHUNK_TOKENS", 8)  # three chunks, a token of padding
     yield
     patch.undo()

@@ -14,7 +14,7 @@ from llava_jax.distributed.sharding import (
     PARAMETER_RULES,
     logical_axes,
     make_mesh,
-    on_rows,
+    shard_map_rows,
     to_spec,
 )
 from llava_jax.errors import ConfigError
@@ -105,6 +105,8 @@ def test_quantised_weights_are_the_same_once_gathered(kind):
     rows = jnp.zeros((8, 1, 128), jnp.bfloat16)
     add = lambda params, x: x + dequantise(params["weight"], x.dtype)[None]
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
-        gather = jax.jit(lambda *args: on_rows(add, {"weight": ("split_outputs", "whole")}, *args))
+        gather = jax.jit(
+            lambda *args: shard_map_rows(add, {"weight": ("split_outputs", "whole")}, *args)
+        )
         gathered = gather(params, rows)
     np.testing.assert_array_equal(gathered, add(params, rows))

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_training import MODEL
 
 from llava_jax.config import MeshConfig, ModelConfig, VisionConfig
-from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.models.build import build_model, initialise
 from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.processor import save_processor
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=4,
     )
     _, shapes = build_model(config, {}, dtype="float32")
-    abstract = place(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
+    abstract = with_shardings(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
     save_params(initialise(abstract, seed=0), directory, config)
     write_model_config(config, directory, "float32")
     save_processor(ASSETS, directory, config)

@@ -83,7 +83,7 @@ def test_the_step_that_a_plan_was_measured_by_is_not_compiled_again(
     monkeypatch: pytest.MonkeyPatch,
 ):
     memory = MemoryConfig(offload_optimizer=True, stream_weights=True)
-    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
     monkeypatch.setattr(search, "levels", lambda _: [memory])
     config = write_config(tmp_path / "config.py", base, data)
     auto = ["--memory.plan", "auto", "--memory.limit-gib", "1", "--batch.micro-size", "1"]

@@ -185,7 +185,7 @@ def test_a_run_by_another_plan_learns_the_same(
     start, undisturbed: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Weights go to host memory when they are loaded, and come back from there when saved."""
-    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
     flags = ("offload-optimizer", "stream-weights", "offload-activations")
     recipes = {"lora": [], "int8": ["--quantize", "int8"], "full": ["--tune.llm", "full"]}
     for name, tuning in recipes.items():

@@ -15,7 +15,7 @@ from llava_jax.config import LLAVA_7B, MeshConfig
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models import attention
 from llava_jax.models.attention import (
-    attention_kind,
+    attention_implementation,
     flash_attention,
     plain_attention,
     splash_attention,
@@ -127,9 +127,9 @@ def test_the_device_decides_the_kind(
     for packing, expected in ((False, kind), (True, packed)):
         data = dataclasses.replace(CONFIG.data, packing=packing)
         run = dataclasses.replace(CONFIG, dtype="bfloat16", data=data)
-        assert attention_kind(run, model, platform, capability) == expected
+        assert attention_implementation(run, model, platform, capability) == expected
         exact = dataclasses.replace(run, dtype="float32")
-        assert attention_kind(exact, model, platform, capability) == "plain"
+        assert attention_implementation(exact, model, platform, capability) == "plain"
 
 
 def test_plain_attention_trains_in_bfloat16_too():

@@ -19,7 +19,7 @@ from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import LLM, VISION
-from llava_jax.pretrained.adapters import load_adapter, open_trained
+from llava_jax.pretrained.adapters import load_adapter, open_adapter
 from llava_jax.pretrained.peft import save_adapter
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_peft_loads_what_we_wrote(
 def test_we_load_what_we_wrote(name, trained, abstract_params, tmp_path):
     _, _, trainable, config = trained(name)
     save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
-    adapter = open_trained(tmp_path, config, abstract_params(config))
+    adapter = open_adapter(tmp_path, config, abstract_params(config))
     assert set(adapter.adapters) == set(SETTINGS[name])
     for stack, expected in SETTINGS[name].items():
         got = adapter.adapters[stack]
@@ -118,7 +118,7 @@ def test_we_load_what_peft_wrote(
 ):
     model, directory = peft_made
     _, params, config = load(saved("gqa"))
-    adapter = open_trained(directory, config, abstract_params(config))
+    adapter = open_adapter(directory, config, abstract_params(config))
     assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
     assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
     graph, _ = build_model(config, adapter.adapters, dtype="float32")
@@ -150,8 +150,8 @@ def test_names_of_the_older_era_are_the_same_adapter(
     abstract = abstract_params(config)
     rename = lambda tensors: {old_era(name): x for name, x in tensors.items()}
     old = edited(peft_made[1], tmp_path / "old", rename)
-    expected = open_trained(peft_made[1], config, abstract).load()
-    assert_same(open_trained(old, config, abstract).load(), expected)
+    expected = open_adapter(peft_made[1], config, abstract).load()
+    assert_same(open_adapter(old, config, abstract).load(), expected)
 
 
 A_KEY = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -171,7 +171,7 @@ def test_everything_amiss_is_one_error(peft_made, load, saved, abstract_params, 
 
     bad = edited(peft_made[1], tmp_path / "bad", damage)
     with pytest.raises(CheckpointError) as error:
-        open_trained(bad, config, abstract_params(config))
+        open_adapter(bad, config, abstract_params(config))
     for part in (
         r"1 tensors missing:\n  .*layers\.1\.self_attn\.q_proj",
         r"1 tensors left over:\n  .*linear_9",
@@ -188,7 +188,7 @@ def test_an_adapter_of_another_model_is_refused(peft_made, load, saved, abstract
     only_llm = lambda tensors: rename({n: x for n, x in tensors.items() if "language_model" in n})
     bad = edited(peft_made[1], tmp_path / "bad", only_llm)
     with pytest.raises(CheckpointError, match="fit none of the known layouts"):
-        open_trained(bad, config, abstract_params(config))
+        open_adapter(bad, config, abstract_params(config))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_unsupported_settings_are_refused(
     settings = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(CheckpointError, match=message):
-        open_trained(bad, config, abstract_params(config))
+        open_adapter(bad, config, abstract_params(config))
 
 
 @pytest.fixture

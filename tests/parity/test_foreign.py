@@ -26,7 +26,7 @@ from llava_jax.conversion.verify_merge import check_merged
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.paths import LLM, VISION
-from llava_jax.pretrained.adapters import open_trained
+from llava_jax.pretrained.adapters import open_adapter
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import chat_template, load_image_transform
 from llava_jax.pretrained.resolve import resolve
@@ -131,7 +131,7 @@ def opened(request: pytest.FixtureRequest) -> Opened:
 
 def same_trained(opened: Opened, place: Path) -> None:
     """Everything that was trained is at `place` too, bit for bit, and nothing else."""
-    again = open_trained(place, opened.config, opened.abstract, read=open_any)
+    again = open_adapter(place, opened.config, opened.abstract, read=open_any)
     assert again.adapters == {
         stack: dataclasses.replace(lora, dropout=again.adapters[stack].dropout)
         for stack, lora in opened.adapters.items()

@@ -178,7 +178,7 @@ def first_step(
     params = load_weights(parts, model, program.abstract, seed=0, wanted=program.frozen)
     state = init_state(program.state, read("start", start), config.seed)
     with jax.set_mesh(mesh):
-        batch = program.place(first_batch(config, model, parts))
+        batch = program.device_put(first_batch(config, model, parts))
         state, metrics = program.train_step(state, params, batch)
     metrics = {name: value.sum().item() for name, value in metrics.items()}
     moments = first_moments(state.opt_state)

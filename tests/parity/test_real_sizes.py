@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_jax.config import MeshConfig
-from llava_jax.distributed.sharding import make_mesh, place
+from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.models import paths
 from llava_jax.pretrained import layouts
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
@@ -70,12 +70,12 @@ def test_every_tensor_is_a_parameter_of_ours(name, abstract_params, tmp_path):
         if paths.is_stacked(path):
             for index in range(spec.shape[0]):
                 parameter = paths.unstacked(path, index, config)
-                names[layouts.C.file_name(parameter)] = spec.shape[1:]
+                names[layouts.HF_5_MEMORY.file_name(parameter)] = spec.shape[1:]
         else:
-            names[layouts.C.file_name(path)] = spec.shape
+            names[layouts.HF_5_MEMORY.file_name(path)] = spec.shape
     assert names == expected
 
-    for path, spec in place(abstract, make_mesh(MeshConfig(), jax.devices()[:8])).items():
+    for path, spec in with_shardings(abstract, make_mesh(MeshConfig(), jax.devices()[:8])).items():
         assert any("fsdp" in (axes or ()) for axes in spec.sharding.spec), path
 
     write_model_config(config, tmp_path)

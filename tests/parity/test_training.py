@@ -154,7 +154,7 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     losses = []
     with jax.set_mesh(mesh):
         for step in range(STEPS):
-            batch = program.place(step_batch(config, step))
+            batch = program.device_put(step_batch(config, step))
             state, metrics = program.train_step(state, params, batch)
             losses.append(metrics["loss"].item())
     params |= state.trainable
@@ -247,7 +247,7 @@ def test_twenty_steps_beside_torch(
         before = hf_logits(base, batch).numpy()
         exported = hf_logits(opened(config, base, tmp_path / "trained").eval(), batch).numpy()
     model = merge(program.graph, params)
-    on_device = program.place(batch)
+    on_device = program.device_put(batch)
     pixels = normalised(on_device)
     hidden = model.hidden_states(on_device.input_ids, on_device.segment_ids, pixels)
     own = np.asarray(head_logits(hidden, model.llm.head))

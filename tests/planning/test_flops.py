@@ -14,7 +14,7 @@ from llava_jax.config import Remat, TuneConfig
 from llava_jax.models.stack import bounded_loop
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.measure import measure_here
-from llava_jax.planning.model_flops import full_row, needed_flops
+from llava_jax.planning.model_flops import full_row, model_flops
 
 ROWS, WIDTH, LAYERS = 8, 16, 5
 DOT = 2 * ROWS * WIDTH * WIDTH
@@ -212,7 +212,7 @@ def test_the_train_step(llm: Any, remat: Remat):
     )
     usage = measure_here(config, MODEL, images=2, capacity=2**30)
     assert usage.flops == train_step_flops(tune, remat)
-    needed = 2 * needed_flops(config, MODEL, full_row(config, images=2))
+    needed = 2 * model_flops(config, MODEL, full_row(config, images=2))
     assert needed <= usage.flops <= 1.10 * needed
 
 

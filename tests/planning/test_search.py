@@ -139,7 +139,7 @@ def measured(config: TrainConfig) -> list[Trial]:
     known = Path(config.output_dir) / ".plans"
     plans = [Plan(1, memory) for memory in levels(config.memory)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_memory, "LEAST_SLICE", 100)
+        patch.setattr(host_memory, "MIN_SLICE", 100)
         measure = lambda p: cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
         return [Trial(p, measure(p)) for p in plans]
 
@@ -208,7 +208,7 @@ def test_what_the_compiler_refuses_does_not_fit(
     def refuse(_: Any) -> None:
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
     planned = Plan(1, MemoryConfig(remat="full", stream_weights=True)).apply(config)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     usage = measure_here(planned, MODEL, 1, 16 * GIB)

@@ -90,7 +90,7 @@ def test_projectors(name):
 def test_a_layout_has_the_parts_that_are_there():
     names = ["model.embed_tokens.weight", "lm_head.weight", "model.mm_projector.0.weight"]
     layout = layouts.recognise(names)
-    assert (layout.name, layout.parts(names)) == (layouts.E.name, {"llm", "projector"})
+    assert (layout.name, layout.parts(names)) == (layouts.LLAVA.name, {"llm", "projector"})
     assert not layout.holds("vision.pre_layrnorm.bias")
     assert layouts.recognise(names[:2], layouts.LLM_LAYOUTS) == layouts.LLAMA
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax.config import LlmConfig, MeshConfig, ModelConfig, Parts, Quantisation, VisionConfig
 from llava_jax.distributed import host_memory
-from llava_jax.distributed.sharding import make_mesh, place, shardings
+from llava_jax.distributed.sharding import make_mesh, shardings, with_shardings
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
@@ -97,7 +97,7 @@ def test_values_are_cast_where_they_land(checkpoint):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)])
 def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
-    abstract = place(abstract_params(), make_mesh(mesh))
+    abstract = with_shardings(abstract_params(), make_mesh(mesh))
     params = load_params(checkpoint, CONFIG, abstract)
     assert_equal(params, random_params())
     for path, value in params.items():
@@ -111,14 +111,16 @@ def test_shards_go_to_their_devices_and_back(mesh, checkpoint, tmp_path):
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
 @pytest.mark.parametrize("kind", get_args(Quantisation))
 def test_weights_are_quantised_as_they_come(kind, memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(host_memory, "LEAST_SLICE", 8)
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 8)
     config = dataclasses.replace(CONFIG, llm=LlmConfig(64, 64, 128, 3, 2, 2, 32, 128))
     values = random_params(config)
     save_params(values, tmp_path, config)
     path = "llm.layers.mlp.gate_proj.weight"
     shapes = abstract_params(config)
     shapes[path] = abstract(kind, shapes[path].shape)
-    placed = place(shapes, make_mesh(MeshConfig(1, 4, 2)), lambda _: memory == "pinned_host")
+    placed = with_shardings(
+        shapes, make_mesh(MeshConfig(1, 4, 2)), lambda _: memory == "pinned_host"
+    )
     loaded = load_params(tmp_path, config, placed)[path]
     layers = [quantise(np.asarray(layer), kind) for layer in values[path]]
     expected = jax.tree.map(lambda *parts: np.stack(parts), *layers)
@@ -233,7 +235,7 @@ def test_a_tied_head_is_held_to_the_embedding_before_it_grows(tmp_path):
 
 def test_a_tied_head_without_an_embedding_is_left_over(checkpoint):
     """As of an adapter that trained the head alone."""
-    source = {HEAD: open_tensors(checkpoint)[HEAD]}, layouts.A
+    source = {HEAD: open_tensors(checkpoint)[HEAD]}, layouts.HF_4_36
     with pytest.raises(CheckpointError, match=f"left over:\n  {HEAD}"):
         find_tensors("adapter", [source], TIED, {})
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from llava_jax.report.charts import MOST_POINTS, line_chart, number, thin, ticks
+from llava_jax.report.charts import MAX_POINTS, line_chart, number, thin, ticks
 
 
 def draw(values: list[float], **options: bool) -> tuple[str, ElementTree.Element]:
@@ -48,7 +48,7 @@ def test_a_long_series_is_thinned_to_means_and_ranges():
     values[:1000] = np.nan
     values[50_000] = 9.0
     series = thin(steps, values)
-    assert len(series.steps) == MOST_POINTS
+    assert len(series.steps) == MAX_POINTS
     assert np.isnan(series.mean[0])
     np.testing.assert_allclose(series.mean[-100:], 2.0, atol=0.01)
     assert np.nanmin(series.low) == 0.0

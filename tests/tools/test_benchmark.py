@@ -84,8 +84,8 @@ def test_needed_operations_are_those_of_the_matrices():
     tower = MODEL.used_vision_layers * tower + vision.num_patches * 3 * vision.patch_size**2 * size
     projector = vision.num_patches * (2 * size * 48 + 3 * 48**2)
     everything = 3 * frozen + 3 * head + attention + tower + projector
-    assert case.needed_flops == 2 * 2 * everything
-    assert case.needed_flops - lora.needed_flops == 2 * 2 * (frozen + head - adapters)
+    assert case.model_flops == 2 * 2 * everything
+    assert case.model_flops - lora.model_flops == 2 * 2 * (frozen + head - adapters)
 
 
 def arguments(tune: str):

@@ -36,10 +36,10 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[Together]:
 
 
 def test_each_process_hears_what_each_says(together: Together):
-    told = together(lambda number: multihost.of_all({"number": number, "big": 2**70}))
+    told = together(lambda number: multihost.all_gather_values({"number": number, "big": 2**70}))
     assert told == [[{"number": n, "big": 2**70} for n in range(3)]] * 3
-    assert together(lambda number: multihost.from_first(number)) == [0, 0, 0]
-    assert together(lambda number: multihost.meet()) == [None] * 3
+    assert together(lambda number: multihost.broadcast_from_main(number)) == [0, 0, 0]
+    assert together(lambda number: multihost.barrier()) == [None] * 3
 
 
 def test_facts_that_are_the_same_are_not_named(together: Together):
@@ -71,9 +71,9 @@ def test_a_process_that_ends_instead_is_quoted(
 
     def run(number: int) -> Any:
         if number < 2:
-            return multihost.of_all(number)
+            return multihost.all_gather_values(number)
         with pytest.raises(SystemExit, match="1"):
-            multihost.end("error: no such file")
+            multihost.report_and_exit("error: no such file")
         return None
 
     *others, own = together(run)
@@ -95,7 +95,7 @@ def test_what_ends_all_is_said_once_if_all_say_the_same(
 ):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     said = lambda number: "the same" if same else f"of {number}"
-    assert together(lambda number: multihost.end(said(number), 3)) == [3] * 3
+    assert together(lambda number: multihost.report_and_exit(said(number), 3)) == [3] * 3
     lines = sorted(capsys.readouterr().err.splitlines())
     assert lines == (["the same"] if same else ["of 0", "of 1", "of 2"])
 

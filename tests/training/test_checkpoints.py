@@ -26,7 +26,7 @@ from llava_jax.training.checkpoints import MANIFEST, Checkpoints, read_manifest,
 def test_saving_waits_for_what_lies_in_host_memory(
     on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(host_memory, "LEAST_SLICE", 100)
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
     config = change(CONFIG, memory={"offload_optimizer": on_host})
     program, state, _ = start(config, 1, 3)
     with Checkpoints(tmp_path, config.checkpoint) as saved, jax.set_mesh(program.mesh):

@@ -12,7 +12,7 @@ from llava_jax.config import TrainConfig
 from llava_jax.errors import RunError
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
-from llava_jax.training.step_log import Journal
+from llava_jax.training.step_log import StepLog
 
 NAN = jnp.array(jnp.nan)
 METRICS: Any = {name: jnp.ones(()) for name in ("loss", "learning_rate", "grad_norm", "tokens")}
@@ -28,13 +28,13 @@ class Records(list[int]):
         return f"sample {number}"
 
 
-def open_journal(directory: Path, first_step: int) -> Journal:
+def open_journal(directory: Path, first_step: int) -> StepLog:
     data = Mock(max_skipped=1.0)
     config = Mock(spec=TrainConfig, run_dir=directory, nonfinite_limit=3, data=data)
     order = Mock(batch=lambda number: np.arange(2))
     inputs = Mock(spec=Inputs, records=Records([0, 1]), order=order)
     reporter = Reporter(directory / "metrics.jsonl", first_step, 9)
-    return Journal(config, inputs, reporter, first_step)
+    return StepLog(config, inputs, reporter, first_step)
 
 
 @pytest.mark.parametrize("stopped_after", [2, 3])
