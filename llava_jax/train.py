@@ -1,12 +1,13 @@
-"""The command that trains a LLaVA: `python -m llava_jax.train --config configs/7b_lora.py`.
+"""Trains a LLaVA: `llava-jax train` and `python -m llava_jax.train --config configs/7b_lora.py`.
 
-The command line is read before what runs is imported: neither `--help` nor a mistake waits for JAX,
-and worker processes, which import this module again, do not load what only a run needs.
+The command line is read before JAX is imported. So neither `--help` nor a mistake waits for it, and
+worker processes, which import this module again, do not load what only a run needs.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from llava_jax.config import TrainConfig, parse_config
 from llava_jax.distributed.environment import is_multiprocess, prepare_for_training, print_any_text
@@ -15,7 +16,11 @@ from llava_jax.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+    """Trains in this process; returns the exit status.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax', whose errors come here too
     prepare_for_training()
@@ -39,8 +44,19 @@ def _parse(argv: Sequence[str] | None) -> TrainConfig:
         return parse_config(argv)
 
 
-if __name__ == "__main__":
-    status = guarded(main) if is_multiprocess() else main()
-    if status == 1:  # threads may wait for a disk, or for a lost process
+def command(argv: Sequence[str] | None = None) -> int:
+    """Trains as the command does; returns the exit status, unless the run failed.
+
+    One of several processes trains in a child of its own, so that its parent can say what ended it.
+    A failed run ends this process at once, because threads may wait for a disk or for a lost
+    process.
+    """
+    run = partial(main, argv)
+    status = guarded(run) if is_multiprocess() else run()
+    if status == 1:
         exit_now(status)
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(command())

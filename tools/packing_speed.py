@@ -9,7 +9,7 @@ way, to 1e-5.
 import argparse
 import sys
 
-from benchmark_case import SHAPES
+from llava_jax.speed.case import SHAPES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(argv)
 
-    from packing_sides import compare  # slow, and not for --help
+    from speed.packing import compare
 
     return 0 if compare(given) else 1
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
 
-    from size_measures import check_all, measure_here  # slow, and not for --help
+    from checks.size import check_all, measure_here
 
     if given.measure:
         print(json.dumps(measure_here(given.directory, given.measure)))

@@ -1,0 +1,1 @@
+"""The command `llava-jax`: one module for each of its commands."""

@@ -1,28 +1,32 @@
-"""Talks with a model in the terminal: `python tools/chat.py CHECKPOINT`."""
+"""`llava-jax chat`: talks with a model in the terminal."""
 
 import argparse
 import sys
 
-from llava_jax.errors import ConfigError
-from llava_jax.generation.cli_options import (
+from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
+    chosen_quantisation,
+    find_checkpoint,
     load_assistant,
     read_sampling,
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
+    """Runs the command; returns 0, or 1 for a user's mistake or a bad checkpoint."""
     given = parse(argv)
 
-    from llava_jax.data.conversation import SampleError
-    from llava_jax.errors import CheckpointError
-    from llava_jax.generation.chat import Chat  # slow, and not for --help
+    # These imports are slow, so --help must not wait for them.
+    from llava_jax.config import format_source
+    from llava_jax.errors import CheckpointError, ConfigError, SampleError
+    from llava_jax.generation.chat import Chat
 
     try:
+        checkpoint = find_checkpoint(given)
+        quantize = chosen_quantisation(given, checkpoint)
         chat = Chat(
-            load_assistant(given, slots=1),
+            load_assistant(given, checkpoint, slots=1, quantize=quantize),
             read_sampling(given),
             max_new_tokens=given.max_new_tokens,
             stop=given.stop,
@@ -33,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.prompt is not None:
             chat.say(given.prompt)
         else:
-            print(f"{given.checkpoint}; /help tells the commands")
+            print(f"{format_source(given.checkpoint)}; /help lists the commands")
             chat.converse()
     except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,19 +48,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python tools/chat.py",
-        description="Talks with a LLaVA, about pictures or without; or, with --prompt, answers one "
-        "question.",
+        prog="llava-jax chat",
+        description="Starts a conversation with a model, about images or about anything else. With "
+        "--prompt, the command prints one answer and ends.",
     )
     add_model_options(parser)
     add_sampling_options(parser, max_new_tokens=512)
-    parser.add_argument("--prompt", help="ask this, and end")
+    parser.add_argument("--prompt", help="ask this question, print the answer and end")
     parser.add_argument(
-        "--image", action="append", default=[], help="a picture; again for several", metavar="FILE"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image to show; the option can be given several times",
     )
-    parser.add_argument("--system", help="what the system says, in the place of the usual")
+    parser.add_argument("--system", help="a system prompt, instead of the template's own")
     return parser.parse_args(argv)
 
 

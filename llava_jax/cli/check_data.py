@@ -1,4 +1,4 @@
-"""Reads a run's whole data set and tells what is wrong with it: `python tools/check_data.py -h`."""
+"""`llava-jax check-data`: reads the whole data set of a run and names its bad samples."""
 
 import argparse
 import os
@@ -8,34 +8,45 @@ from typing import Any
 
 from llava_jax.distributed.environment import print_any_text
 
-SHOWN = 5  # problems of a kind on the console
-PER_WORKER = 1000  # samples that are worth the start of a process
+PROG = "llava-jax check-data"
+SHOWN = 5  # samples with the same problem that are printed
+PER_WORKER = 1000  # fewer samples are read sooner than a process starts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 if the data is clean, 1 if not, 2 for a mistake."""
+    """Runs the command; returns 0 if all samples are good, 1 if not, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python tools/check_data.py",
-        description="Reads every sample and image of a run's training data as the run does, and "
-        "names those that it would leave out; then says how long the samples are and what padding "
-        "costs. Any field of the config can be overridden, as in training. Exit status: 0 all "
-        "samples are good, 1 some are not, 2 a mistake.",
+        prog=PROG,
+        description="Reads every sample and image of the training data of a run, as the run does. "
+        "Names the samples that the run would skip, then prints how long the samples are and how "
+        "much of a batch is padding. Any field of the config can be set by an option, as in "
+        "training. The exit status is 0 if all samples are good, 1 if some are not, and 2 if there "
+        "is a mistake in the arguments.",
     )
-    parser.add_argument("--config", required=True, help="a config file")
-    parser.add_argument("--write-clean", type=Path, help="write the good samples, as JSON lines")
-    parser.add_argument("--json", type=Path, help="write all that was found to this file")
-    parser.add_argument("--chart", type=Path, help="draw the distributions in this PNG")
-    parser.add_argument("--workers", type=int, help="processes that read (default: all cores)")
-    parser.add_argument("--shown", type=int, default=SHOWN, help="samples of a kind to print")
+    parser.add_argument("--config", required=True, help="a config file or the name of a preset")
+    parser.add_argument(
+        "--write-clean", type=Path, help="write the good samples to this file of JSON lines"
+    )
+    parser.add_argument("--json", type=Path, help="write all results to this JSON file")
+    parser.add_argument("--chart", type=Path, help="draw the distributions in this PNG file")
+    parser.add_argument(
+        "--workers", type=int, help="number of processes that read (default: one for each core)"
+    )
+    parser.add_argument(
+        "--shown",
+        type=int,
+        default=SHOWN,
+        help="number of samples to print for each kind of problem (default: %(default)s)",
+    )
     given, rest = parser.parse_known_args(argv)
     print_any_text()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leave the accelerators to runs
 
     from llava_jax.config import parse_config
     from llava_jax.errors import CheckpointError, ConfigError, RunError
 
     try:
-        return check_data(given, parse_config(["--config", given.config, *rest]))
+        return check_data(given, parse_config(["--config", given.config, *rest], prog=PROG))
     except (ConfigError, CheckpointError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -44,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_data(given: argparse.Namespace, config: Any) -> int:
-    """Reads, prints, writes."""
-    from check_report import Report
+    """Reads the data, prints what was found, and writes the files that were asked for."""
     from rich.console import Console
     from rich.progress import Progress
 
     from llava_jax.data.check import check, only_json, write_clean
+    from llava_jax.data.check_report import Report
     from llava_jax.data.padding import measure_padding
     from llava_jax.errors import ConfigError
     from llava_jax.pretrained.resolve import resolve_start
@@ -76,7 +87,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     if given.json:
         report.write(given.json)
     if given.chart and found.good.any():
-        from check_chart import draw
+        from llava_jax.data.check_chart import draw
 
         draw(given.chart, report)
     if to_write is not None:
@@ -86,7 +97,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
 
 
 def workers(asked: int | None, samples: int) -> int:
-    """All cores, if there is work for them."""
+    """Returns the number of processes: one for each core, if there are enough samples."""
     return min(os.cpu_count() or 1, samples // PER_WORKER) if asked is None else asked
 
 

@@ -1,4 +1,4 @@
-"""What a run's step moves among its devices, as compiled and by formula: `--help`."""
+"""`llava-jax collectives`: counts the bytes that the devices of a run exchange in a step."""
 
 import argparse
 import dataclasses
@@ -8,34 +8,38 @@ from typing import Any
 
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS
-from llava_jax.planning.measure import compile_for, sizes
+
+PROG = "llava-jax collectives"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0."""
+    """Runs the command; returns 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        prog="python tools/collectives.py",
-        description="Compiles a run's train step, of one micro-batch, for growing numbers of GPUs "
-        "with all devices on the fsdp axis, and prints the GiB that a device takes part in moving: "
-        "of a gather the result, of other collectives the operands. Any field of the config can be "
-        "overridden, as in training.",
+        prog=PROG,
+        description="Compiles the train step of a run, with one micro-batch, for several numbers "
+        "of GPUs, with all devices on the fsdp axis. Prints the GiB that each device exchanges "
+        "with others, as compiled and by formula: for a gather the size of the result, for other "
+        "collectives the size of the operands. Any field of the config can be set by an option, as "
+        "in training.",
     )
-    parser.add_argument("--config", required=True, help="a config file")
-    names = f"one of {', '.join(GPUS)}"  # what TPUs move cannot be counted
+    parser.add_argument("--config", required=True, help="a config file or the name of a preset")
+    names = f"the device: {', '.join(GPUS)}"  # the bytes of TPUs cannot be counted
     parser.add_argument("--device", default="h100", help=names)
-    parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 256], help="devices")
-    parser.add_argument("--micro-size", type=int, default=2, help="samples a device")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[8, 64, 256], help="numbers of devices"
+    )
+    parser.add_argument("--micro-size", type=int, default=2, help="samples of a device")
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(max(given.counts))
 
-    import jax  # not before the environment is prepared
+    import jax  # only after the environment is prepared
 
     from llava_jax.config import parse_config
     from llava_jax.planning.collectives import KINDS
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
-    config = parse_config(["--config", given.config, *rest])
+    config = parse_config(["--config", given.config, *rest], prog=PROG)
     print(f"{given.config} on {given.device}, micro-batch {given.micro_size}, GiB a micro-batch")
     print(f"| devices | {' | '.join(KINDS)} |\n|{'---|' * (1 + len(KINDS))}")
     for count in given.counts:
@@ -47,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
-    """Bytes by kind of one micro-batch: as compiled, and by formula."""
+    """Returns the bytes of a micro-batch by kind, first as compiled, then by formula."""
     from llava_jax.planning.collectives import collective_bytes
+    from llava_jax.planning.measure import compile_for, sizes
 
     batch = dataclasses.replace(
         config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
@@ -60,14 +65,14 @@ def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[
 
 
 def formula(program: Any, rows: int, length: int) -> dict[str, int]:
-    """What must be moved for a micro-batch where remat is "full" and all devices are on fsdp.
+    """Returns the bytes that a micro-batch needs, with remat "full" and all devices on fsdp.
 
-    A block's matrices are gathered forwards, and again when the backward pass computes the block
-    again; so are the projector's. Those of a frozen tower are gathered once, as is the head. The
-    gradients of all matrices that train are divided among the devices once. The table of embeddings
-    stays where it is: its columns go to the devices whose tokens they are of, and their gradients
-    back, if it trains. A matrix that the devices do not divide is on all of them, and the sum of
-    its gradients too.
+    The matrices of a block are gathered in the forward pass, and again when the backward pass
+    computes the block again. The same is true of the projector. The matrices of a frozen tower and
+    of the head are gathered once. The gradients of all trained matrices are divided among the
+    devices once. The embedding table is not gathered: its columns go to the devices that have the
+    tokens, and their gradients come back if the table is trained. A matrix that cannot be divided
+    is on all devices, and so is the sum of its gradients.
     """
     from llava_jax.models.paths import is_stacked
 

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on a benchmark: `python tools/evaluate.py -h`."""
+"""`llava-jax evaluate`: measures a checkpoint on a benchmark."""
 
 import argparse
 import json
@@ -7,65 +7,80 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_jax.distributed.environment import print_any_text
-from llava_jax.errors import ConfigError
-from llava_jax.generation.cli_options import (
+from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
+    chosen_quantisation,
+    find_checkpoint,
     load_assistant,
     read_sampling,
 )
+from llava_jax.distributed.environment import prepare_for_training, print_any_text
+from llava_jax.errors import CheckpointError, ConfigError, SampleError
 
-SHOWN = 5  # questions that could not be asked, on the console
+# These are the names in `evals.tasks`, which is slow to import. A test compares them.
+TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa", "mmbench", "json")
+METRIC_NAMES = ("exact", "vqa", "relaxed", "yes_no")
+SHOWN = 5  # questions that could not be asked and are printed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 if some questions could not be asked, 2 for a mistake."""
+    """Runs the command; returns 0, 1 if questions could not be asked, 2 for a user's mistake."""
     given = parse(argv)
     print_any_text()
-
-    from llava_jax.data.conversation import SampleError  # slow, and not for --help
-    from llava_jax.errors import CheckpointError
-
+    prepare_for_training()
     try:
         return evaluate(given)
     except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
     return 2
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    from llava_jax.evals.tasks import JSON_METRICS, TASKS
-
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python tools/evaluate.py",
-        description="Asks a checkpoint the questions of a benchmark, scores its answers as LLaVA's "
-        "evaluation does, and writes answers.jsonl, scores.json and what the benchmark's server "
-        "takes. Stopped, the same command goes on. Exit status: 0; 1 if some questions could not "
-        "be asked, which count as wrong; 2 a mistake.",
+        prog="llava-jax evaluate",
+        description="Asks a checkpoint the questions of a benchmark and scores its answers as "
+        "LLaVA's evaluation does. Writes answers.jsonl, scores.json and, if the benchmark has a "
+        "server, the file to hand in. If the command is stopped, the same command continues. The "
+        "exit status is 0; or 1 if some questions could not be asked, which count as wrong; or 2 "
+        "if there is a mistake in the arguments.",
     )
     add = parser.add_argument
     add_model_options(parser)
-    add("--task", required=True, choices=TASKS, help="the benchmark; json: --data of your own")
-    files = "folder of the benchmark's files, laid out as for LLaVA's scripts; json: a data file"
+    add(
+        "--task",
+        required=True,
+        choices=TASK_NAMES,
+        help="the benchmark; json is a data file of your own, see --data",
+    )
+    files = "the folder of the benchmark, laid out as for LLaVA's scripts; for json, the data file"
     add("--data", type=Path, help=files)
-    add("--image-root", type=Path, help="folder of its images, if they are not in --data")
-    add("--questions", type=Path, help="its question file, likewise")
-    add("--annotations", type=Path, help="the file or folder of its answers, likewise")
-    add("--metric", choices=JSON_METRICS, help="of json; default exact")
-    add("--output", type=Path, help="a folder (default: evaluations/CHECKPOINT/TASK here)")
-    add("--limit", type=int, help="only so many questions, the first")
-    add("--slots", type=int, default=8, help="questions at a time")
-    # None: as LLaVA's evaluation has it
+    add("--image-root", type=Path, help="the folder of its images, if they are not in --data")
+    add("--questions", type=Path, help="its file of questions, if it is not in --data")
+    add(
+        "--annotations",
+        type=Path,
+        help="the file or folder of its answers, if they are not in --data",
+    )
+    add("--metric", choices=METRIC_NAMES, help="how json is scored (default: exact)")
+    add("--output", type=Path, help="the folder to write (default: evaluations/CHECKPOINT/TASK)")
+    add("--limit", type=int, help="ask only this number of questions, the first ones")
+    add(
+        "--slots",
+        type=int,
+        default=8,
+        help="number of questions that are asked at a time (default: 8)",
+    )
     add_sampling_options(parser, max_new_tokens=None)
     return parser.parse_args(argv)
 
 
 def evaluate(given: argparse.Namespace) -> int:
-    """Reads, asks, scores, writes."""
+    """Reads the questions, asks them, scores the answers and writes the files."""
+    from llava_jax.config import format_source
     from llava_jax.distributed.lock import hold
     from llava_jax.evals.questions import Files
     from llava_jax.evals.run import Answers, How, describe
@@ -78,10 +93,11 @@ def evaluate(given: argparse.Namespace) -> int:
     questions = task.read(files)
     count = min(given.limit or len(questions), len(questions))
     how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
-    loaded = {name: getattr(given, name) for name in ("base", "dtype", "quantize", "max_length")}
-    loaded["dtype"] = loaded["dtype"] or default_dtype()  # not the same on another machine
+    loaded = {name: getattr(given, name) for name in ("dtype", "quantize", "max_length")}
+    loaded["base"] = None if given.base is None else format_source(given.base)
+    loaded["dtype"] = loaded["dtype"] or default_dtype()  # another machine may have another default
     settings = describe(given.task, questions, how, given.checkpoint, **loaded)
-    # A name that is not there yet may look like a path to anywhere.
+    # A hub id may look like a path that leads out of the folder.
     parts = [part for part in settings["model"].split("/") if part not in ("", ".", "..")]
     folder = given.output or Path("evaluations", *parts, given.task)
     with hold(folder):
@@ -104,12 +120,12 @@ def evaluate(given: argparse.Namespace) -> int:
         if task.submit is not None and count == len(questions):
             print(f"wrote {task.submit(folder, answered, files)}")
         elif task.submit is not None:
-            print("nothing to hand in was written: not all questions were asked")
+            print("no file to hand in was written, because not all questions were asked")
         return 1 if refused else 0
 
 
 def write_scores(folder: Path, report: dict[str, Any]) -> None:
-    """Writes and prints them."""
+    """Writes and prints the scores."""
     from rich.console import Console
     from rich.table import Table
 
@@ -125,7 +141,7 @@ def write_scores(folder: Path, report: dict[str, Any]) -> None:
 
 
 def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
-    """Nested scores, named by their path."""
+    """Yields nested scores, named by their path."""
     for name, value in scores.items():
         if isinstance(value, dict):
             yield from flat(value, f"{lead}{name} ")
@@ -134,17 +150,17 @@ def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Refuses what makes no sense, before anything is read.
+    """Checks the options before anything is read.
 
     Raises:
-        ConfigError: Something does not.
+        ConfigError: An option has a bad value, or does not go with the task.
     """
     from importlib.util import find_spec
 
     from llava_jax.evals.tasks import TASKS
 
     if given.metric and given.task != "json":
-        raise ConfigError(f"--metric is for --task json; {given.task} has its own")
+        raise ConfigError(f"--metric is for --task json; {given.task} has its own metric")
     for name in ("limit", "slots", "max_length"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -163,7 +179,9 @@ def ask(
 
     from llava_jax.evals.run import ask_all
 
-    assistant = load_assistant(given, slots=given.slots)
+    checkpoint = find_checkpoint(given)
+    quantize = chosen_quantisation(given, checkpoint)
+    assistant = load_assistant(given, checkpoint, slots=given.slots, quantize=quantize)
     errors = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:

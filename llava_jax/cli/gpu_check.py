@@ -1,13 +1,4 @@
-"""Checks on a GPU what is only compiled elsewhere: `python tools/gpu_check.py`; 0 if all is well.
-
-1. Gradients with everything in host memory equal those with everything on the device. XLA:GPU may
-   silently compute wrong ones (openxla/xla #46231; see `train_step.program.STREAMING_OPTIONS`).
-2. Attention by kernels is attention written out, in its gradients too.
-3. The memory that plans foretell is what their train steps take.
-
-Without a GPU only the first is done, with --small not the last. Weights are made up; nothing is
-read.
-"""
+"""`llava-jax gpu-check`: checks on a GPU what other machines only compile."""
 
 import argparse
 import json
@@ -16,23 +7,40 @@ import sys
 
 from llava_jax.distributed.environment import prepare_for_training
 
+DESCRIPTION = """\
+Checks on a GPU what other machines only compile. The exit status is 0 if all checks pass.
+
+1. Gradients computed with everything in host memory equal those computed with everything on the
+   device. XLA:GPU may compute wrong ones without an error (openxla/xla #46231).
+2. The attention kernels give the results and the gradients of plain attention.
+3. Train steps need the memory that their plans predict.
+
+Without a GPU, only the first check is made. The weights are random, and no file is read.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 if all is well, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python tools/gpu_check.py", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="without the third check")
+    """Runs the command; returns 0 if all checks pass, 1 if not."""
+    parser = argparse.ArgumentParser(
+        prog="llava-jax gpu-check",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--small", action="store_true", help="leave out the third check")
     parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
     given = parser.parse_args(argv)
     prepare_for_training()
 
-    from gpu_checks import check_all, measure_peak  # slow, and not for --help
+    from llava_jax.planning.check_on_gpu import check_all, measure_peak
 
     if given.measure:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to what is measured
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
+        "false"  # so that the measured processes get the memory
+    )
     well = check_all(small=given.small)
-    print("all is well" if well else "NOT all is well")
+    print("all checks pass" if well else "NOT all checks pass")
     return 0 if well else 1
 
 

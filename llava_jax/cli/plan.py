@@ -1,4 +1,4 @@
-"""Tells whether a run fits a device that need not be here: `python tools/plan.py --help`."""
+"""`llava-jax plan`: tells whether a run fits a device, which need not be attached."""
 
 import argparse
 import dataclasses
@@ -10,34 +10,38 @@ from typing import Any
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
 
-MAX_DEVICES = 64  # to look for a number of devices that would do
+PROG = "llava-jax plan"
+MAX_DEVICES = 64  # the largest number of devices that is tried where one is not enough
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 if the run fits, 3 if it does not, 1 for a mistake."""
+    """Runs the command; returns 0 if the run fits, 3 if not, and 1 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python tools/plan.py",
-        description="Compiles a run's train step for a device and prints the memory it takes. "
-        "Any field of the config can be overridden, as in training. Exit status: 0 it fits, 3 it "
-        "does not, 1 a mistake.",
+        prog=PROG,
+        description="Compiles the train step of a run for a device and prints the memory that it "
+        "needs. The device need not be attached. Any field of the config can be set by an option, "
+        "as in training. The exit status is 0 if the run fits, 3 if it does not, and 1 if there is "
+        "a mistake in the arguments.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", help="a config file")
-    rows = "the rows of README's table that have --count devices, each for its own device"
+    what.add_argument("--config", help="a config file or the name of a preset")
+    rows = "print those rows of the published table that have --count devices"
     what.add_argument("--table", action="store_true", help=rows)
-    names = f"one of {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
+    names = f"the device: {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
-    parser.add_argument("--count", type=int, default=1, help="devices (default: 1)")
-    parser.add_argument("--memory", type=float, help="GiB of one device, if other than its own")
-    parser.add_argument("--host-memory", type=float, help="GiB of the host, all devices together")
-    fit = "find the cheapest plan that fits; always on where the config's memory.plan is auto"
+    parser.add_argument("--count", type=int, default=1, help="number of devices (default: 1)")
+    parser.add_argument(
+        "--memory", type=float, help="memory of one device in GiB (default: its own)"
+    )
+    parser.add_argument("--host-memory", type=float, help="memory of the host in GiB")
+    fit = "find the fastest plan that fits; this is always on if memory.plan is auto"
     parser.add_argument("--fit", action="store_true", help=fit)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--chart", type=Path, help="draw them as bars in this PNG")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--chart", type=Path, help="draw the figures as bars in this PNG file")
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(given.count)
 
-    import jax  # not before the environment is prepared
+    import jax  # only after the environment is prepared
 
     from llava_jax.config import parse_config
     from llava_jax.errors import CheckpointError, ConfigError
@@ -46,14 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if given.table:
             return table(given)
-        return plan(given, parse_config(["--config", given.config, *rest]))
+        return plan(given, parse_config(["--config", given.config, *rest], prog=PROG))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def plan(given: argparse.Namespace, config: Any) -> int:
-    """Plans, prints, writes."""
+    """Finds the plan, prints what it needs, and writes the files that were asked for."""
     import jax
 
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
@@ -89,7 +93,7 @@ def plan(given: argparse.Namespace, config: Any) -> int:
 
 
 def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
-    """The compiled step's FLOPs beside those that are needed."""
+    """Compares the FLOPs of the compiled step with those that the model needs."""
     from llava_jax.data.packing import images_in_row
     from llava_jax.planning.model_flops import full_row, model_flops
 
@@ -102,13 +106,13 @@ def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
 
 
 def table(given: argparse.Namespace) -> int:
-    """Prints README's rows of so many devices as the code stands; says which take too much.
+    """Prints the rows of the published table with --count devices; marks those above their limit.
 
-    Not all at once, for a process compiles for one device in another way than for several.
+    Rows with another number of devices need another process, because a process compiles for several
+    devices in another way than for one.
     """
-    from plan_table import HEADER, ROWS, describe, measure
-
     from llava_jax.errors import ConfigError
+    from llava_jax.planning.published_table import HEADER, ROWS, describe, measure
 
     rows = [row for row in ROWS if row.count == given.count]
     if not rows:
@@ -128,24 +132,24 @@ def table(given: argparse.Namespace) -> int:
 
 
 def write(given: argparse.Namespace, figures: Any, bars: list[tuple[str, Any]]) -> None:
-    """The figures as JSON and as a chart, where they are asked for."""
+    """Writes the figures to the files that the user named."""
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
     if given.chart:
-        from plan_chart import draw
+        from llava_jax.planning.chart import draw
 
         draw(given.chart, bars)
 
 
 def devices_that_would(plan: Any, measure: Any, count: int) -> str:
-    """The number of such devices on which the closest plan fits, doubling them."""
+    """Says on how many devices the plan would fit; the number is doubled until it does."""
     from llava_jax.errors import ConfigError
 
     while (count := 2 * count) <= MAX_DEVICES:
         try:
             if measure(plan, count).fits:
                 return f"it would fit {count} of them"
-        except ConfigError:  # no slice of this size, or the batch does not divide
+        except ConfigError:  # there is no slice of this size, or the batch cannot be divided
             continue
     return f"nor would it fit {MAX_DEVICES} of them"
 

@@ -1,4 +1,4 @@
-"""Makes a run's report.html anew from its files: `python tools/report.py runs/NAME`."""
+"""`llava-jax report`: writes the report of a run again, from the files of the run."""
 
 import argparse
 import os
@@ -9,15 +9,17 @@ from llava_jax.distributed.environment import print_any_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+    """Runs the command; returns 0, or 1 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python tools/report.py",
-        description="Makes report.html anew in the directory of a run, from the files there.",
+        prog="llava-jax report",
+        description="Writes report.html in the directory of a run again, from the files there.",
     )
-    parser.add_argument("run_directory", type=Path, help="for example runs/tiny_lora")
+    parser.add_argument(
+        "run_directory", type=Path, help="the directory of a run, for example runs/tiny_lora"
+    )
     run_dir = parser.parse_args(argv).run_directory
     print_any_text()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are left to those who train
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leave the accelerators to runs
 
     from llava_jax.errors import ConfigError
     from llava_jax.report.report import write_report

@@ -1,4 +1,4 @@
-"""Serves a checkpoint, as OpenAI's API and as a web page: `python tools/serve.py --help`."""
+"""`llava-jax serve`: serves a checkpoint by OpenAI's API and as a web page."""
 
 import argparse
 import ipaddress
@@ -7,24 +7,28 @@ import re
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import Any
 
-from llava_jax.generation.cli_options import add_model_options, load_assistant
+from llava_jax.cli.model_options import (
+    add_model_options,
+    chosen_quantisation,
+    find_checkpoint,
+    load_assistant,
+)
 
-INSTALL = "serving needs more packages: pip install -e '.[serve]'"
+INSTALL = "serving needs more packages: pip install 'llava_jax[serve]'"
 ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
-"""As browsers send it."""
+"""The form in which browsers send an origin."""
 KEY_VARIABLE = "LLAVA_JAX_API_KEY"
 GRACE = 10
-"""Seconds that answers in progress are given when the server is told to end."""
+"""Seconds that answers in progress may still take after a signal to end."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 for a mistake or a checkpoint that is amiss."""
+    """Runs the command; returns 0, or 1 for a user's mistake or a bad checkpoint."""
     given = parse(argv)
     try:
-        from llava_jax.serving import app, connections  # noqa: F401 - to see whether they can be had
+        from llava_jax.serving import app, connections  # noqa: F401 - are their packages installed?
         from llava_jax.serving.web_page import load_gradio
 
         if not given.no_page:
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     from llava_jax.errors import CheckpointError, ConfigError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes it on when it has ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     try:
         with bind(given) as listener:
             run(given, listener)
@@ -50,7 +54,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     """Loads the models and serves them until a signal ends it.
 
     Raises:
-        ConfigError, CheckpointError: They cannot be had.
+        ConfigError, CheckpointError: A model cannot be loaded.
     """
     import uvicorn
 
@@ -60,8 +64,8 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     from llava_jax.serving.service import Service
     from llava_jax.serving.web_page import add_page
 
-    # The thread that generates asks for the interpreter many times a token; while requests are
-    # read, it would wait 5 ms each time.
+    # The thread that generates takes the interpreter many times for each token. Without this, it
+    # would wait 5 ms each time while requests are read.
     sys.setswitchinterval(0.0005)
     service = Service(load(given), limits(given))
     app = make_app(service)
@@ -72,7 +76,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         http=connections.protocol(),  # pyright: ignore[reportArgumentType]
-        proxy_headers=bool(given.allow_origin),  # without a proxy, clients would make them up
+        proxy_headers=bool(given.allow_origin),  # without a proxy, clients could forge them
         ws="none",
         loop="asyncio",
         log_level="warning",
@@ -88,7 +92,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
     def handle_exit(number: int, frame: Any) -> None:
         service.ending.set()
-        connections.end_in(GRACE - 2)  # before uvicorn would cancel their tasks
+        connections.end_in(GRACE - 2)  # before uvicorn cancels their tasks
         end(number, frame)
 
     server.handle_exit = handle_exit
@@ -96,34 +100,39 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python tools/serve.py",
-        description="Serves a checkpoint: OpenAI's chat completions at /v1, a page at /, and "
-        "/health and /metrics. Without --api-key, whoever reaches the port may use it; so it then "
-        "listens on this machine alone.",
+        prog="llava-jax serve",
+        description="Serves a checkpoint: OpenAI's chat completions at /v1, a web page at /, and "
+        "also /health and /metrics. Without --api-key, anyone who reaches the port can use the "
+        "server, so it then listens on this machine only.",
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--name", help="what the model is called; default: as its directory")
-    add("--compare", action="store_true", help="serve its base too, which takes the memory twice")
-    add("--no-page", action="store_true", help="the API alone")
+    add("--name", help="the name of the model for clients (default: the name of its directory)")
+    add(
+        "--compare",
+        action="store_true",
+        help="serve its base too, which needs memory for a second model",
+    )
+    add("--no-page", action="store_true", help="serve the API without the web page")
     add(
         "--remote-images",
         action="store_true",
-        help="fetch images from public http(s) URLs (off by default)",
+        help="fetch images from public http(s) URLs (default: off)",
     )
     add(
         "--host",
         default="127.0.0.1",
-        help="address to listen on. Default 127.0.0.1: this machine only. 0.0.0.0: all networks; "
-        "needs a key or --no-auth",
+        help="the address to listen on. The default, 127.0.0.1, is reached from this machine only; "
+        "0.0.0.0 is reached from all networks and needs a key or --no-auth",
     )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
-        help="what clients must send, as `Authorization: Bearer KEY` or to the browser's prompt; "
-        f"better set {KEY_VARIABLE}, which other users of the machine cannot see",
+        help="the key that clients must send as `Authorization: Bearer KEY`, or type into the "
+        "browser's prompt. Other users of this machine can see this option, but not the variable "
+        f"{KEY_VARIABLE}, which does the same",
     )
     add(
         "--no-auth",
@@ -136,54 +145,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of another origin ask, and answer to its host name too, as for a proxy: "
-        "https://chat.example.org; may be given several times",
+        help="an origin whose pages may use the server, for example https://chat.example.org; its "
+        "host name is accepted too, as a proxy needs it; the option can be given several times",
     )
     for name, default, text in (
-        ("--port", 7860, "where to listen; 0 is any that is free"),
-        ("--slots", 8, "conversations that are answered at a time"),
-        ("--max-new-tokens", 1024, "of an answer"),
-        ("--max-images", 4, "in a conversation"),
-        ("--max-image-mib", 12.0, "of an image's file"),
-        ("--max-image-side", 8192, "pixels of an image's longer side"),
-        ("--max-body-mib", 20.0, "of a request"),
-        ("--max-queue", 64, "requests that wait; to more the answer is 429"),
-        ("--max-client-queue", 32, "requests of one address that wait"),
-        ("--max-seconds", 300.0, "that a request may take"),
+        ("--port", 7860, "the port to listen on; 0 takes any free port"),
+        ("--slots", 8, "number of conversations that are answered at a time"),
+        ("--max-new-tokens", 1024, "largest number of tokens of an answer"),
+        ("--max-images", 4, "largest number of images in a conversation"),
+        ("--max-image-mib", 12.0, "largest size of an image file in MiB"),
+        ("--max-image-side", 8192, "largest number of pixels of an image's longer side"),
+        ("--max-body-mib", 20.0, "largest size of a request in MiB"),
+        ("--max-queue", 64, "number of requests that may wait; others are answered with 429"),
+        ("--max-client-queue", 32, "number of requests from one address that may wait"),
+        ("--max-seconds", 300.0, "number of seconds that a request may take"),
     ):
-        help_to = f"{text}; default: %(default)s"
+        help_to = f"{text} (default: %(default)s)"
         add(name, type=type(default), default=default, metavar="N", help=help_to)
     given = parser.parse_args(argv)
     if given.name is not None and not (given.name and given.name.isprintable()):
-        parser.error(f"--name {given.name!a}: it must have characters, and printable ones alone")
+        parser.error(f"--name {given.name!a}: it must be a printable text, and not empty")
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
             parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
     if given.api_key is not None:
         given.api_key = given.api_key.strip()
         if not given.api_key.isprintable() or not given.api_key:
-            parser.error("the API key is empty, or has characters that cannot be printed")
+            parser.error("the API key is empty or contains characters that cannot be printed")
     given.allow_origin = [origin.lower() for origin in given.allow_origin]
     for origin in given.allow_origin:
         if not ORIGIN.fullmatch(origin):
             parser.error(
-                f"--allow-origin {origin}: an origin is as https://chat.example.org, with the port "
-                "if it is not the usual one"
+                f"--allow-origin {origin}: an origin has the form https://chat.example.org, with "
+                "the port at its end if that is not the usual one"
             )
     return given
 
 
 def bind(given: argparse.Namespace) -> socket.socket:
-    """A socket at the address, before anything is loaded in vain.
+    """Opens a socket at the address, before the models are loaded.
 
     Raises:
-        ConfigError: It is not to be had, or other machines could reach a server without a key.
+        ConfigError: The address is not free, or other machines could reach a server without a key.
     """
     from llava_jax.errors import ConfigError
 
     host = given.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Of a socket that does not say TCP, asyncio would not send small answers at once.
+    # asyncio sends small answers at once only if the socket says that it is TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -191,8 +200,9 @@ def bind(given: argparse.Namespace) -> socket.socket:
         address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
         if not (address.is_loopback or given.api_key or given.no_auth):
             raise ConfigError(
-                f"--host {host!r} lets other machines in, and there is no key: set {KEY_VARIABLE} "
-                "(or give --api-key), or say --no-auth if whoever reaches the port may use it"
+                f"--host {host!r} lets other machines connect, and there is no key: set "
+                f"{KEY_VARIABLE} (or give --api-key), or give --no-auth if anyone may "
+                "use the server"
             )
     except (OSError, OverflowError) as error:
         listener.close()
@@ -204,7 +214,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
 
 
 def limits(given: argparse.Namespace) -> Any:
-    """What the command line lets requests have."""
+    """Returns the limits that the arguments set for requests."""
     from llava_jax.serving.limits import MIB, Limits
 
     return Limits(
@@ -221,52 +231,45 @@ def limits(given: argparse.Namespace) -> Any:
 
 
 def load(given: argparse.Namespace) -> dict[str, Any]:
-    """The models, by name and compiled for a usual prompt; the base, if asked for, the second.
+    """Loads the models; returns them by name, compiled for usual prompts.
+
+    With --compare, the second model is the base of the first, quantised in the same way.
 
     Raises:
-        ConfigError, CheckpointError: One cannot be had.
+        ConfigError, CheckpointError: A model cannot be loaded.
     """
+    from llava_jax.config import format_source, parse_source
+    from llava_jax.errors import ConfigError
     from llava_jax.pretrained.resolve import model_name
 
-    found = {given.name or model_name(given.checkpoint): given}
+    checkpoint = find_checkpoint(given)
+    quantize = chosen_quantisation(given, checkpoint)
+    found = {given.name or model_name(given.checkpoint): checkpoint}
     if given.compare:
-        base = base_of(given)
-        name = model_name(base.checkpoint)
-        found[f"{name}-base" if name in found else name] = base
+        if checkpoint.adapter is None:
+            raise ConfigError(
+                f"--compare: {format_source(given.checkpoint)} is not an adapter, so it has no base"
+            )
+        name = model_name(parse_source(checkpoint.name))
+        found[f"{name}-base" if name in found else name] = checkpoint._replace(adapter=None)
     assistants = {}
     for name, one in found.items():
-        print(f"loading {one.checkpoint}", flush=True)
-        assistants[name] = load_assistant(one, slots=given.slots)
+        print(f"loading {one.adapter or format_source(one.base)}", flush=True)
+        assistants[name] = load_assistant(given, one, slots=given.slots, quantize=quantize)
         warm_up(assistants[name])
     return assistants
 
 
-def base_of(given: argparse.Namespace) -> argparse.Namespace:
-    """The same for what the checkpoint was trained on, in as many bits.
+def warm_up(assistant: Any) -> None:
+    """Compiles what most requests need: prompts with and without an image, and the decoding step.
 
     Raises:
-        ConfigError: It does not say.
+        ConfigError: The model's length has no room for an image and a question.
     """
-    from llava_jax.config import format_source, parse_source
-    from llava_jax.errors import ConfigError
-    from llava_jax.pretrained.resolve import quantisation_of, resolve
-
-    base = given.base
-    if base is None:
-        found = resolve(parse_source(given.checkpoint) or given.checkpoint)
-        if found.adapter is None:
-            raise ConfigError(f"--compare: {given.checkpoint} is no adapter, and names no base")
-        base = format_source(found.base)
-    bits = given.quantize or quantisation_of(Path(given.checkpoint)) or "none"
-    return argparse.Namespace(**vars(given) | {"checkpoint": base, "base": None, "quantize": bits})
-
-
-def warm_up(assistant: Any) -> None:
-    """Compiles what most requests need: a prompt alone, one with an image, and the step."""
     from PIL import Image
 
-    from llava_jax.data.conversation import SampleError, Turn
-    from llava_jax.errors import ConfigError
+    from llava_jax.data.conversation import Turn
+    from llava_jax.errors import ConfigError, SampleError
     from llava_jax.generation.prompts import Prompt
 
     question = "What is in the picture?"
@@ -276,7 +279,7 @@ def warm_up(assistant: Any) -> None:
             for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
                 pass
         except SampleError as error:
-            raise ConfigError(f"no place for a picture and a question: {error}") from error
+            raise ConfigError(f"there is no room for an image and a question: {error}") from error
 
 
 if __name__ == "__main__":

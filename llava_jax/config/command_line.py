@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from llava_jax.config import model, source, train
+from llava_jax.config.presets import find_preset, preset_names, suggest_preset
 from llava_jax.config.train import TrainConfig
 from llava_jax.errors import ConfigError
 
@@ -18,11 +19,17 @@ from llava_jax.errors import ConfigError
 def load_config(path: str | Path) -> TrainConfig:
     """Runs a config file and returns its `config`. The file is code: it can do what Python can.
 
+    Args:
+        path: A file, or the name of a preset.
+
     Raises:
-        ConfigError: There is no such file, it has no `config`, or a field does not exist.
+        ConfigError: There is no such file or preset, it has no `config`, or a field does not exist.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: no such file")
+        preset = find_preset(str(path))
+        if preset is None:
+            raise ConfigError(f"--config {path}: no such file; {suggest_preset(str(path))}")
+        path = preset
     try:
         config = runpy.run_path(str(path)).get("config")
     except TypeError as error:
@@ -47,19 +54,31 @@ def _suggest_field(message: str) -> str:
     return f"no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
 
 
-def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+def parse_config(
+    argv: Sequence[str] | None = None, *, prog: str = "llava-jax train"
+) -> TrainConfig:
     """Reads `--config FILE` and any field's override, e.g. `--optimizer.learning-rate 1e-4`.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+        prog: The command's name in help texts and errors.
 
     Raises:
         ConfigError: The file is missing or wrong.
-        SystemExit: The command line is wrong (2), or asked for help (0).
+        SystemExit: The command line is wrong (2), or the user asked for help (0).
     """
     first = argparse.ArgumentParser(
-        prog="python -m llava_jax.train",
-        description="Trains a LLaVA. With a config, --help lists every field and its value there.",
+        prog=prog,
+        description="Trains a LLaVA. Any field of the config can be set by an option, for example "
+        "--optimizer.learning-rate 1e-4. With a config, --help lists every field and its value.",
+        epilog=f"Presets: {', '.join(preset_names())}.",
         add_help=False,
     )
-    first.add_argument("--config", metavar="FILE", help="for example configs/7b_lora.py")
+    first.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config file, for example configs/7b_lora.py, or the name of a preset",
+    )
     found, rest = first.parse_known_args(argv)
     if found.config is None:
         first.print_help()
@@ -68,6 +87,6 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         TrainConfig,
         default=load_config(found.config),
         args=rest,
-        prog=f"python -m llava_jax.train --config {found.config}",
+        prog=f"{prog} --config {found.config}",
         config=(tyro.conf.AvoidSubcommands,),
     )

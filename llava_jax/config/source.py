@@ -18,14 +18,15 @@ class Parts:
     projector: str | None = None
 
 
-def parse_source(text: str) -> str | Parts | None:
-    """A source as text: a path, a hub id, `None`, or `llm=DIR,vision=DIR[,projector=FILE]`.
+def parse_source(text: str) -> str | Parts:
+    """Reads the text of a source: a path, a hub id, or `llm=DIR,vision=DIR[,projector=FILE]`.
+
+    Only code that receives text from outside calls this: command lines, arguments of the public
+    functions, and files that name a base. All other code passes the result on.
 
     Raises:
-        ConfigError: It begins as parts, and is something else.
+        ConfigError: The text begins like parts but has another form.
     """
-    if text == "None":
-        return None
     if not text.startswith("llm="):
         return text
     given = {}
@@ -62,7 +63,7 @@ Source = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{None}|DIR|HUB-ID|llm=DIR,vision=DIR[,projector=FILE]",
-        instance_from_str=lambda words: parse_source(words[0]),
+        instance_from_str=lambda words: None if words[0] == "None" else parse_source(words[0]),
         is_instance=lambda value: value is None or isinstance(value, str | Parts),
         str_from_instance=lambda source: [format_source(source)],
     ),

@@ -1,6 +1,6 @@
 """Tensors in files of every kind: safetensors, pickles, and DeepSpeed's directories.
 
-For tools/convert.py; training opens `tensorfile.open_tensors` alone.
+For `llava-jax convert`; training opens `tensorfile.open_tensors` alone.
 """
 
 from collections.abc import Mapping

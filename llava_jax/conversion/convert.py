@@ -1,4 +1,4 @@
-"""From any checkpoint to any other form, a tensor at a time; behind tools/convert.py.
+"""From any checkpoint to any other form, a tensor at a time: `llava-jax convert`.
 
 Nothing is ever whole in memory: what is written are `weights.Stored` parameters, that are read,
 merged and written layer by layer. A destination has its name only when it is complete.
@@ -36,7 +36,7 @@ from llava_jax.pretrained.load import (
 from llava_jax.pretrained.model_config import read_config, read_json_config, write_model_config
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.processor import choose_template, has_processor, save_processor
-from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve
+from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.save import save_params
 from llava_jax.pretrained.tokenizer import has_slow_tokenizer, has_tokenizer
@@ -110,7 +110,7 @@ def open_source(
         ConfigError: The two do not go together.
         CheckpointError: One cannot be read, or they do not fit.
     """
-    found = _locate(source, base)
+    found = resolve(source, open_any, base=base)
     config = read_config(found.base)
     _, abstract = build_model(config, {}, dtype="float32")
     sources = open_sources(found.base, open_any)
@@ -140,17 +140,6 @@ def open_source(
     return Opened(
         found.name, found.base, config, abstract, sources, tensors, trained, inputs, found.adapter
     )
-
-
-def _locate(source: str | Parts, base: str | Parts | None) -> Checkpoint:
-    """Where a model and what was trained on it lie."""
-    if base is None:
-        return resolve(source, open_any)
-    found = resolve(base, open_any)
-    if found.adapter is not None or isinstance(source, Parts):
-        given = f"{format_source(source)} and --base {format_source(base)}"
-        raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
-    return found._replace(adapter=adapter_in(source, open_any))
 
 
 def _summary(trained: AdapterCheckpoint) -> str:

@@ -1,6 +1,7 @@
 """A decoder or a vision tower alone, rewritten as its own software's safetensors directory.
 
-On the hub some are pickles only, Vicuna for one, and training reads none; behind tools/convert.py.
+On the hub some are pickles only, for example Vicuna, and training does not read pickles. This is a
+part of `llava-jax convert`.
 """
 
 import dataclasses

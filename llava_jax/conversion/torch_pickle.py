@@ -8,7 +8,7 @@ A few bytes of pickle can describe a value that takes exponential time to hash, 
 list of twice the same list of twice the same list, and so on. So nothing from a pickle is hashed,
 compared or printed unless it is a text or a number, and reading has a budget.
 
-Only tools/convert.py reads pickles; training reads safetensors.
+Only `llava-jax convert` reads pickles; training reads safetensors.
 """
 
 import dataclasses

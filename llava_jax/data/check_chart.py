@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from check_report import Report
+
+from llava_jax.data.check_report import Report
 
 
 def draw(path: Path, report: Report) -> None:
@@ -16,7 +17,7 @@ def draw(path: Path, report: Report) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install -e '.[chart]'") from None
+        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     (lengths, images), (shares, waste) = figure.subplots(2, 2)
     tokens, count = report.of_good("tokens"), report.of_good("images")

@@ -1,4 +1,4 @@
-"""What check_data.py says of a data set: on the console, and as JSON."""
+"""What `llava-jax check-data` reports about a data set: on the console, and as JSON."""
 
 import dataclasses
 import itertools

@@ -188,7 +188,7 @@ def _refusal(lease: SoftFileLease, file: Path) -> ConfigError:
     stop = f"stop it (kill {owner.pid})" if owner and is_here else "stop it there"
     return ConfigError(
         f"{file.parent} is used by {_holder(lease, file)}. Wait until it ends, {stop}, or use "
-        "another directory (--name of a run, --output of tools/evaluate.py). The lock of a "
+        "another directory (--name of a run, --output of `llava-jax evaluate`). The lock of a "
         "process that is gone is removed by the program itself, within a minute; delete "
         f"{file} only if you are sure that no process uses it."
     )

@@ -20,13 +20,14 @@ from lmms_eval.models.registry_v2 import (  # pyright: ignore[reportMissingImpor
 from loguru import logger  # pyright: ignore[reportMissingImports]
 from rich.progress import track
 
-from llava_jax.config import Quantisation
+from llava_jax.config import Quantisation, parse_source
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import ROLES
 from llava_jax.errors import ConfigError
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import Sampling
+from llava_jax.pretrained.resolve import resolve
 
 MAX_NEW_TOKENS = 256
 """Of an answer, where a task does not say."""
@@ -66,8 +67,10 @@ class LlavaJax(lmms):
         if unknown := given.keys() - {"device", "max_batch_size"}:
             raise ConfigError(f"--model_args: {', '.join(unknown)} is not known to llava_jax")
         self.assistant = Assistant.load(
-            str(pretrained),
-            base=base,
+            resolve(
+                parse_source(str(pretrained)),
+                base=None if base is None else parse_source(str(base)),
+            ),
             dtype=dtype,
             quantize=quantize or "as_trained",
             slots=int(batch_size),

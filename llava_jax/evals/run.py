@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_jax.config import Parts, format_source
 from llava_jax.disk import append_rows, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import Answered, Question
@@ -31,7 +32,7 @@ def describe(
     task: str,
     questions: Sequence[Question],
     how: How,
-    checkpoint: str,
+    checkpoint: str | Path | Parts,
     **loaded: str | None,
 ) -> dict[str, Any]:
     """All that answers depend on, for settings.json.
@@ -47,21 +48,36 @@ def describe(
     for question in questions:
         # repr, since ids may be numbers or texts and images paths or bytes
         digest.update(repr((question.id, question.turns, question.images)).encode())
-    place = Path(checkpoint)
-    files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
-    files = [place] if place.is_file() else files
-    stats = [(str(file.relative_to(place)), file.stat()) for file in files]
+    if isinstance(checkpoint, Parts):
+        given = {name: value for name, value in vars(checkpoint).items() if value}
+        known = format_source(Parts(**{name: _full_path(value) for name, value in given.items()}))
+        weights = [[name, *row] for name, value in given.items() for row in _weights(Path(value))]
+    else:
+        known, weights = _full_path(checkpoint), _weights(Path(checkpoint))
     return {
         "task": task,
         "model": model_name(checkpoint),
-        "checkpoint": str(place.resolve()) if place.exists() else checkpoint,
-        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "checkpoint": known,
+        "weights": weights,
         **loaded,
         "max_new_tokens": how.max_new_tokens,
         **dataclasses.asdict(how.sampling),
         "stop": [*how.stop],
         "questions": digest.hexdigest(),
     }
+
+
+def _full_path(source: str | Path) -> str:
+    """Returns the full path of what is on this machine, and a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)
+
+
+def _weights(place: Path) -> list[list[str | int]]:
+    """Returns the name, size and time of each file of weights in a directory, or of one file."""
+    files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
+    files = [place] if place.is_file() else files
+    stats = [(str(file.relative_to(place)), file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 class Answers:

@@ -3,13 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import MeshConfig, Quantisation, parse_source
+from llava_jax.config import MeshConfig, Quantisation
 from llava_jax.data.conversation import SampleError
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
@@ -18,7 +17,7 @@ from llava_jax.generation.prompts import Prompt, PromptReader, special_tokens
 from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import has_processor
-from llava_jax.pretrained.resolve import adapter_in, quantisation_of, resolve
+from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
 """Tokens of prompt and answer together, unless more or fewer are asked for; as in training."""
@@ -138,9 +137,8 @@ class Assistant:
     @classmethod
     def load(
         cls,
-        source: str,
+        checkpoint: Checkpoint,
         *,
-        base: str | None = None,
         dtype: str | None = None,
         quantize: Quantisation | Literal["as_trained"] | None = "as_trained",
         slots: int = 8,
@@ -149,29 +147,24 @@ class Assistant:
         """Loads a checkpoint onto all devices.
 
         Args:
-            source: A run's directory, an adapter's, a checkpoint of any layout, or a hub id.
-            base: What an adapter was trained on; None is what it names.
-            dtype: Of weights and computation; None is bfloat16, on a CPU float32.
-            quantize: How the decoder's linears are kept in fewer bits: of a run's directory, as
-                they were when it was trained.
-            slots: Most conversations at a time.
-            max_length: Of a conversation, in tokens; None is as many as the model takes, at most
-                `MAX_LENGTH`.
+            checkpoint: What `resolve` has found.
+            dtype: Dtype of the weights and the computation; None is bfloat16, on a CPU float32.
+            quantize: How the decoder's linears are quantised. "as_trained" takes what the run that
+                made the checkpoint has used.
+            slots: Largest number of conversations at a time.
+            max_length: Largest length of a conversation in tokens; None is what the model takes, at
+                most `MAX_LENGTH`.
 
         Raises:
-            ConfigError: There is no such checkpoint.
-            CheckpointError: It cannot be used.
+            ConfigError: The model does not take this length.
+            CheckpointError: The checkpoint cannot be used.
         """
         dtype = dtype or default_dtype()
-        bits = quantisation_of(Path(source)) if quantize == "as_trained" else quantize
+        base, adapter = checkpoint.base, checkpoint.adapter
+        bits = quantisation_of(adapter or base) if quantize == "as_trained" else quantize
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=-1))
-        found = resolve(parse_source(base or source) or source)
-        model = LlavaModel.from_pretrained(base or source, dtype, mesh, bits)
-        adapter = found.adapter
-        if base is not None:
-            adapter = adapter_in(source)
-            model.load_adapter(adapter)
-        place = adapter if adapter is not None and has_processor(adapter) else found.base
+        model = LlavaModel.from_checkpoint(checkpoint, dtype, mesh, bits)
+        place = adapter if adapter is not None and has_processor(adapter) else base
         llm = model.config.llm
         most = min(llm.max_position_embeddings, llm.sliding_window or 2**31)
         length = min(most, MAX_LENGTH) if max_length is None else max_length

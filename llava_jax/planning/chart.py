@@ -1,4 +1,4 @@
-"""Draws what plans take."""
+"""Draws the memory that plans need."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install -e '.[chart]'") from None
+        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(10, 1.4 + 0.36 * len(bars)), layout="constrained")
     sides = figure.subplots(1, 2, sharey=True)
     for side, axes in zip(("device", "host"), sides, strict=True):

@@ -1,11 +1,10 @@
-"""What `gpu_check.py` checks."""
+"""The checks of `llava-jax gpu-check`: gradients, attention kernels and planned memory."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ from llava_jax.planning.measure import attention_here, compile_here
 from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state, placed_zeros
 
-COMMAND = Path(__file__).with_name("gpu_check.py")
+COMMAND = (sys.executable, "-m", "llava_jax", "gpu-check")
 STEPS = 2  # the second starts from what the first left, in its place
 LENGTH = 1024  # tokens of a sample whose step is measured
 MAX_ERROR = 0.05  # of a planned peak
@@ -177,7 +176,7 @@ def check_peaks() -> list[bool]:
     for name in MEASURED:
         for level in range(len(list(search.levels(RESIDENT)))):
             child = subprocess.run(
-                [sys.executable, COMMAND, "--measure", name, str(level)],
+                [*COMMAND, "--measure", name, str(level)],
                 env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,17 +1,14 @@
-"""The memory that published recipes take by plan: the rows of `tools/plan.py --table`."""
+"""The memory that published recipes need, by plan: the rows of `llava-jax plan --table`."""
 
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 from llava_jax.config import TrainConfig, load_config
 from llava_jax.distributed.environment import GIB
 from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
 from llava_jax.planning.measure import Usage
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +17,8 @@ class Row:
 
     Attributes:
         run: What it is, for people.
-        config: A file in configs/.
-        device: A name in llava_jax/devices.py.
+        config: The name of a preset.
+        device: A name in planning/devices.py.
         count: Devices.
         micro_size: Samples of a micro-batch on each.
         plan: Fields of `MemoryConfig` that are on.
@@ -76,7 +73,7 @@ HEADER = """\
 
 def measure(row: Row) -> tuple[Usage, float]:
     """What a row takes, and its FLOPs as a multiple of the resident plan's (NaN: not counted)."""
-    config = load_config(CONFIGS / f"{row.config}.py")
+    config = load_config(row.config)
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
     resident = _measure(config, (), row.micro_size, row.device, row.count)
     if usage.flops is None or resident.flops is None:

@@ -16,6 +16,7 @@ from llava_jax.config import (
     Parts,
     Quantisation,
     format_source,
+    parse_source,
 )
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.distributed.sharding import make_mesh, with_shardings
@@ -33,7 +34,7 @@ from llava_jax.pretrained.model_config import (
     write_model_config,
 )
 from llava_jax.pretrained.processor import choose_template, save_processor
-from llava_jax.pretrained.resolve import resolve
+from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params
 from llava_jax.pretrained.tokenizer import has_tokenizer
 
@@ -89,7 +90,7 @@ class LlavaModel(Llava):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Parts,
         dtype: str = "float32",
         mesh: Mesh | None = None,
         quantize: Quantisation | None = None,
@@ -97,7 +98,8 @@ class LlavaModel(Llava):
         """Reads a checkpoint.
 
         Args:
-            path: A directory in a layout of `pretrained.layouts`, a run's directory, or a hub id.
+            path: A directory in a layout of `pretrained.layouts`, a run's directory, a hub id, or
+                parts, also as text: llm=DIR,vision=DIR,projector=FILE.
             dtype: Of the weights and the computation, "float32" or "bfloat16".
             mesh: From `make_mesh`; the weights are sharded over it. None is one device.
             quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
@@ -106,14 +108,37 @@ class LlavaModel(Llava):
             ConfigError: There is no such checkpoint, or it cannot be quantised_shapes.
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
-        found = resolve(str(path))
+        source = parse_source(path) if isinstance(path, str) else path
+        return cls.from_checkpoint(resolve(source), dtype, mesh, quantize)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        quantize: Quantisation | None = None,
+    ) -> "LlavaModel":
+        """Reads what `resolve` has found. For all else, see `from_pretrained`.
+
+        Args:
+            checkpoint: The base, and perhaps an adapter on it.
+            dtype: As for `from_pretrained`.
+            mesh: As for `from_pretrained`.
+            quantize: As for `from_pretrained`.
+
+        Raises:
+            CheckpointError: It is not a LLaVA of a known kind, or not whole.
+        """
+        base, adapter = checkpoint.base, checkpoint.adapter
         lacks: list[str] = []
-        model = cls._load(found.base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
-        brought = () if found.adapter is None else model._add_adapter(found.adapter)
+        model = cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
+        brought = () if adapter is None else model._add_adapter(adapter)
         if lacks and not any(path.startswith("projector.") for path in brought):
+            what = f"{adapter} has no projector, nor has" if adapter else "there is no projector in"
             raise CheckpointError(
-                f"{path} has no projector, nor has {format_source(found.base)}; name one: "
-                "LlavaModel.from_parts(llm, vision, projector)"
+                f"{what} {format_source(base)}; name one: llm=DIR,vision=DIR,projector=FILE on the "
+                "command line, LlavaModel.from_parts(llm, vision, projector) in Python"
             )
         return model
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from llava_jax.config import Parts, Quantisation, format_source, parse_source
+from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.disk import read_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import layouts, llava_directory
@@ -30,19 +31,31 @@ class Checkpoint(NamedTuple):
     adapter: Path | None = None
 
 
-def resolve(source: str | Path | Parts, read: Reader = open_tensors) -> Checkpoint:
+def resolve(
+    source: str | Path | Parts,
+    read: Reader = open_tensors,
+    *,
+    base: str | Path | Parts | None = None,
+) -> Checkpoint:
     """Finds a checkpoint: a directory of any kind, a run's, parts, or a hub id's snapshot.
 
     Args:
-        source: What it is called.
+        source: A path, a hub id or parts; `parse_source` makes it from text.
         read: Opens a file or directory of tensors.
+        base: What `source` was trained on. None takes the base that `source` names, if it has one.
 
     Raises:
-        ConfigError: There is nothing of the kind.
+        ConfigError: There is no such checkpoint, or the two do not go together.
         CheckpointError: What is there cannot be used.
     """
     try:
-        return _resolve(source, read)
+        if base is None:
+            return _resolve(source, read)
+        found = _resolve(base, read)
+        if found.adapter is not None or isinstance(source, Parts):
+            given = f"{format_source(source)} and --base {format_source(base)}"
+            raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
+        return found._replace(adapter=adapter_in(source, read))
     except OSError as error:  # a name too long, a file that may not be read
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
@@ -69,11 +82,16 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     return Checkpoint(name, _as_parts(path, read))
 
 
-def model_name(source: str) -> str:
-    """What a model is called: a hub id as it is, others by their directory, or their run's."""
+def model_name(source: str | Path | Parts) -> str:
+    """Returns a short name for a model: a hub id as it is, or the name of its directory or run.
+
+    Parts are named after their decoder.
+    """
+    if isinstance(source, Parts):
+        return model_name(source.llm)
     path = Path(source)
     if not path.exists():
-        return source
+        return str(source)
     path = path.resolve()
     is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
     return path.parent.name if is_made else path.name
@@ -116,10 +134,12 @@ def _local(name: str, read: Reader) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
+    if name == TINY_LLAVA.name:
+        return TINY_LLAVA
     if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
         raise ConfigError(
-            f"{name!r}: no such directory; a checkpoint is a directory, that of a run included, "
-            "or a hub id"
+            f"{name!r}: no such directory; a checkpoint is a directory (also that of a run), a hub "
+            f"id, or {TINY_LLAVA.name}, the model that comes with llava_jax"
         )
     return _download(name, pickles=_reads_pickles(read))
 
@@ -153,8 +173,8 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
     has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
     rewritten = f"{Path(name).name}-safetensors"
     raise CheckpointError(
-        f"{name} has {has}; pickles are read by tools/convert.py alone: run `python "
-        f"tools/convert.py {name} {rewritten} --to hf`, then name {rewritten}"
+        f"{name} has {has}, and only `llava-jax convert` reads pickles: run `llava-jax convert "
+        f"{name} {rewritten} --to hf`, then name {rewritten}"
     )
 
 
@@ -167,7 +187,7 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
         check_readable(place, read)
         raise ConfigError(f"{place} does not say which base it belongs to; {_NAME_BASE}")
     try:
-        return _resolve(parse_source(base) or base, read, is_base=True)._replace(adapter=place)
+        return _resolve(parse_source(base), read, is_base=True)._replace(adapter=place)
     except ConfigError as error:
         raise ConfigError(
             f"{place} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
@@ -230,8 +250,15 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
     return place
 
 
-def quantisation_of(place: Path) -> Quantisation | None:
-    """How the base of what a run left was kept while it trained; None if it was whole."""
+def quantisation_of(place: Path | Parts) -> Quantisation | None:
+    """Returns how a run quantised its base; None if it did not.
+
+    Args:
+        place: A run's directory, or the directory `adapter` or `model` in it. What no run has made
+            is not quantised.
+    """
+    if isinstance(place, Parts):
+        return None
     for directory in (place, place.parent):  # a run's directory, or what it left there
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))

@@ -179,8 +179,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 _ADVICE = (
-    ". If it is a pickle (.bin, .pth), tools/convert.py alone reads it: first `python "
-    "tools/convert.py SOURCE DESTINATION --to hf` for a model, or for parts with a projector; "
+    ". If it is a pickle (.bin, .pth), only `llava-jax convert` reads it: first `llava-jax "
+    "convert SOURCE DESTINATION --to hf` for a model, or for parts with a projector; "
     "`--to peft --base MODEL` for an adapter"
 )
 

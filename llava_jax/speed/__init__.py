@@ -1,0 +1,1 @@
+"""How fast training is: what `llava-jax benchmark` measures."""

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` runs: models, batches, and what they need. No JAX."""
+"""The models and batches that `llava-jax benchmark` runs, without JAX."""
 
 import dataclasses
 import pickle
@@ -10,13 +10,13 @@ from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
 from llava_jax.planning.model_flops import Row, model_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
-SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # about as CLIP's processor normalises levels
+SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # close to the normalisation of CLIP's processor
 
 
 def _shape(
     vision: tuple[int, int, int], llm: tuple[int, int, int], feed_forward: int, head_dim: int
 ) -> ModelConfig:
-    """A LLaVA of images of 336 pixels; each part is its width, depth and heads."""
+    """Returns a LLaVA for images of 336 pixels; a part is given by its width, depth and heads."""
     width, depth, heads = vision
     tower = VisionConfig(
         hidden_size=width,
@@ -42,18 +42,17 @@ SHAPES = {
     "1b": _shape((1024, 24, 16), (2048, 12, 16), 5632, 128),
     "7b": ModelConfig(),
 }
-"""Models by what all their parameters come to. Their vocabulary is LLaVA's own, so of the smallest
-it is most."""
+"""Models by their number of parameters. Each has LLaVA's vocabulary, most of the smallest model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What both sides run.
+    """The run that both sides make.
 
     Attributes:
-        config: The run; its recipe's schedule is constant and nothing is dropped.
-        model: The sizes.
-        text_tokens: Of each sample, beside an image; the last half of them is learned.
+        config: The run. Its schedule is constant, and it has no dropout.
+        model: The sizes of the model.
+        text_tokens: Number of text tokens of each sample. The last half of them has a loss.
     """
 
     config: TrainConfig
@@ -66,16 +65,16 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of a sample, its image included."""
+        """Number of tokens of a sample, with its image."""
         return self.model.image_tokens + self.text_tokens
 
     @property
     def learned(self) -> int:
-        """Tokens of a sample that have a loss."""
+        """Number of tokens of a sample that have a loss."""
         return self.text_tokens // 2
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The random batch of a step: the arrays of a `llava_jax.data.batching.Batch`."""
+        """Returns the random batch of a step: the arrays of a `llava_jax.data.batch.Batch`."""
         rng = np.random.default_rng(step)
         ids = np.full((self.samples, self.tokens), self.model.image_token_id, np.int32)
         model = self.model
@@ -97,9 +96,10 @@ class Case:
 
     @property
     def model_flops(self) -> float:
-        """Floating-point operations of a step's products; docs/performance.md derives them.
+        """Floating-point operations of the matrix products of a step.
 
-        None for being computed again, for keys behind the causal border or for logits without loss.
+        docs/performance.md derives the number. It does not count what is computed again, keys that
+        the causal mask hides, and logits without a loss.
         """
         memory = dataclasses.replace(self.config.memory, remat="none")
         config = dataclasses.replace(self.config, memory=memory)
@@ -111,5 +111,5 @@ class Case:
 
 
 def load_case(directory: Path) -> Case:
-    """What `Case.save` wrote."""
+    """Reads what `Case.save` wrote."""
     return pickle.loads((directory / CASE_FILE).read_bytes())

@@ -1,11 +1,10 @@
-"""Draws what `benchmark.py` measured."""
+"""Draws the results of `llava-jax benchmark`."""
 
 from pathlib import Path
 
-from benchmark_case import Case
-from benchmark_run import Row
-
 from llava_jax.distributed.environment import GIB
+from llava_jax.speed.case import Case
+from llava_jax.speed.run import Row
 
 COLOURS = ("#4c78a8", "#b3b3b3")
 
@@ -15,7 +14,7 @@ def draw(path: Path, case: Case, rows: list[Row]) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install -e '.[chart]'") from None
+        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(8, 3), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     tokens = case.samples * case.tokens

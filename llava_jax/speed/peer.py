@@ -1,4 +1,4 @@
-"""The other side of `tools/benchmark.py --peer hf`: transformers, peft and torch's AdamW."""
+"""The other side of `llava-jax benchmark --peer hf`: transformers, peft and torch's AdamW."""
 
 import os
 from collections.abc import Callable
@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_case import ADAPTER, BASE, Case
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+from llava_jax.speed.case import ADAPTER, BASE, Case
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Peer:
-    """The same run, as transformers' Trainer would make it."""
+    """The same run, in the way of transformers' Trainer."""
 
     compile_seconds: float | None = None
 

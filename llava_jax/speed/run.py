@@ -1,4 +1,4 @@
-"""What `benchmark.py` measures: both sides, in processes of their own that take turns."""
+"""Measures both sides of `llava-jax benchmark`, in processes of their own that take turns."""
 
 import dataclasses
 import json
@@ -12,8 +12,6 @@ from typing import IO, Any, cast
 
 import jax
 import numpy as np
-from benchmark_case import ADAPTER, BASE, Case
-from size_measures import write_checkpoint
 
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.environment import GIB
@@ -21,23 +19,25 @@ from llava_jax.distributed.sharding import make_mesh
 from llava_jax.planning.devices import BFLOAT16_TFLOPS
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.peft import save_adapter
+from llava_jax.speed.case import ADAPTER, BASE, Case
+from llava_jax.speed.random_checkpoint import write_checkpoint
 from llava_jax.train_step.program import build_program
 
 
 @dataclasses.dataclass
 class Row:
-    """What was measured of one side, of every step after the warm-up.
+    """The measurements of one side, for every step after the warm-up.
 
     Attributes:
-        name: "ours", or the peer's.
-        device: What it calls itself.
-        compile_seconds: None where nothing is compiled.
-        seconds: Of each step.
-        cpu_seconds: Of each turn's mean step, all threads together.
-        waits: Of those, until the step's input was on the device.
-        losses: Of each step.
-        host_peak: Most bytes that the process ever had.
-        device_peak: The same of the device's memory; None where that is the host's.
+        name: "ours", or the name of the peer.
+        device: The name of the device.
+        compile_seconds: Seconds for compiling; None if nothing is compiled.
+        seconds: Seconds of each step.
+        cpu_seconds: CPU seconds of the mean step of each turn, for all threads together.
+        waits: Seconds of each step until its input was on the device.
+        losses: Loss of each step.
+        host_peak: Largest number of bytes that the process had.
+        device_peak: The same for the memory of the device; None if that is the memory of the host.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Row:
     device_peak: int | None = None
 
     def add(self, found: dict[str, Any]) -> None:
-        """Takes down a turn."""
+        """Adds the measurements of a turn."""
         for name in ("seconds", "waits", "losses", "cpu_seconds"):
             getattr(self, name).extend(found[name])
         self.host_peak, self.device_peak = found["host_peak"], found["device_peak"]
@@ -60,17 +60,19 @@ class Row:
 def measure(
     case: Case, names: list[str], directory: Path, warmup: int, rounds: int, steps: int
 ) -> list[Row]:
-    """Every side's turns of so many steps, in alternation; the first step's losses are theirs too.
+    """Lets the sides take turns, and returns what was measured of each.
 
     Args:
-        case: What they run.
-        names: The sides.
-        directory: An empty one, for the weights that both start from.
-        warmup: Steps before, of which the losses alone are kept.
-        rounds: Turns of each side.
-        steps: Of a turn.
+        case: The run.
+        names: The names of the sides.
+        directory: An empty directory, for the weights from which both sides start.
+        warmup: Number of steps before the first turn. Only their losses are kept.
+        rounds: Number of turns of each side.
+        steps: Number of steps of a turn.
     """
-    jax.config.update("jax_platforms", "cpu")  # or this process, too, would take a GPU's memory
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # otherwise this process would take memory of the GPU too
     write_start(case, directory, with_adapter=len(names) > 1)
     with ExitStack() as stack:
         sides = [stack.enter_context(Turns(name, directory)) for name in names]
@@ -84,11 +86,11 @@ def measure(
 
 
 class Turns:
-    """A side's process."""
+    """The process of a side."""
 
     def __init__(self, name: str, directory: Path):
-        command = [sys.executable, Path(__file__).with_name("benchmark_side.py"), name, directory]
-        # Both sides have their share of a GPU's memory only when they ask for it.
+        command = [sys.executable, "-m", "llava_jax.speed.side", name, directory]
+        # Without this, the first side would take most of the memory of a GPU at its start.
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -102,20 +104,20 @@ class Turns:
         self._process.__exit__(None, None, None)  # closes the pipes, and waits
 
     def ready(self) -> dict[str, Any]:
-        """Waits until it can begin, and returns what it says of itself."""
+        """Waits for a line of the process and returns it; the first says that the side is ready."""
         line = cast("IO[str]", self._process.stdout).readline()
         if not line:
             raise SystemExit("a side of the benchmark ended, see above")
         return json.loads(line)
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Makes so many steps."""
+        """Makes a number of steps, and returns their measurements."""
         print(steps, file=self._process.stdin, flush=True)
         return self.ready()
 
 
 def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
-    """The weights that both sides start from, as Hugging Face and PEFT have them."""
+    """Writes the weights from which both sides start, in the forms of Hugging Face and PEFT."""
     case.save(directory)
     write_checkpoint(directory / BASE, case.model)
     if not with_adapter or case.config.tune.llm != "lora":
@@ -141,7 +143,7 @@ HEADER = (
 
 
 def table(case: Case, rows: list[Row]) -> str:
-    """The figures, as Markdown."""
+    """Returns the measurements as a Markdown table."""
     config = case.config
     head = f"{config.tune.llm}, {config.dtype}, remat {config.memory.remat}, on {rows[0].device}: "
     head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them learned, "
@@ -151,7 +153,7 @@ def table(case: Case, rows: list[Row]) -> str:
 
 
 def cells(case: Case, row: Row) -> list[str]:
-    """A line of the table."""
+    """Returns the cells of a line of the table."""
     least, median, most = np.percentile(row.seconds, [10, 50, 90])
     rate = case.model_flops / median / 1e12
     peak = BFLOAT16_TFLOPS.get(row.device) if case.config.dtype == "bfloat16" else None
@@ -171,7 +173,7 @@ def cells(case: Case, row: Row) -> list[str]:
 
 
 def compare(rows: list[Row]) -> dict[str, float]:
-    """Ours beside the peer's: above 1 is better, of the memory below."""
+    """Compares ours with the peer: above 1 is better for speed, below 1 for memory."""
     ours, theirs = rows
     ratio = lambda kind: np.median(getattr(theirs, kind)) / np.median(getattr(ours, kind))
     return {

@@ -1,7 +1,7 @@
-"""One side of `tools/benchmark.py`, in a process of its own: takes turns, a line of JSON each.
+"""The process of one side of `llava-jax benchmark`: `python -m llava_jax.speed.side ours|hf DIR`.
 
-`python tools/benchmark_side.py ours|hf DIRECTORY`. After a first line, when all is ready, every
-line read is a number of steps to make, every line written what was measured of them.
+It writes a line of JSON when it is ready. After that, each line that it reads is a number of steps
+to make, and each line that it writes has the measurements of these steps.
 """
 
 import itertools
@@ -16,19 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmark_case import BASE, Case, load_case
-
 from llava_jax.distributed.environment import prepare_for_training
+from llava_jax.speed.case import BASE, Case, load_case
 
 
 class Side(Protocol):
     """A model that trains.
 
     Attributes:
-        ahead: Steps that may be asked for before the first of them has ended, as in training: 0
-            where computing is the host's own work.
-        compile_seconds: What it took to compile, or None.
-        name: What the device calls itself.
+        ahead: Number of steps that may be started before the first of them has ended, as in
+            training. It is 0 if the host itself computes.
+        compile_seconds: Seconds for compiling, or None.
+        name: The name of the device.
     """
 
     ahead: int
@@ -36,15 +35,15 @@ class Side(Protocol):
     name: str
 
     def place(self, batch: dict[str, Any]) -> Any:
-        """A batch, on the device."""
+        """Puts a batch on the device."""
         ...
 
     def step(self, batch: Any) -> Callable[[], float]:
-        """Makes a step of a placed batch; what it returns waits for the loss."""
+        """Starts a step with a placed batch; returns a function that waits for the loss."""
         ...
 
     def device_peak(self) -> int | None:
-        """Most bytes of the device's memory that were ever taken; None where it is the host's."""
+        """Returns the peak of the device's memory in bytes; None if that is the host's memory."""
         ...
 
 
@@ -91,7 +90,7 @@ class Ours:
 
 
 def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
-    """Makes steps; seconds of each, what of them was spent on the input, and losses."""
+    """Makes steps; returns the seconds of each, those spent on the input, and the losses."""
     batches = [case.batch(step) for step in range(first, first + steps)]
     waits, ends, losses = [], [time.perf_counter()], []
     pending: deque[Callable[[], float]] = deque()
@@ -122,7 +121,7 @@ def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serves turns until its input ends."""
+    """Takes turns until the input ends."""
     name, directory = sys.argv[1], Path(sys.argv[2])
     case = load_case(directory)
     replies = os.fdopen(os.dup(1), "w")  # libraries may print
@@ -131,7 +130,7 @@ def main() -> None:
         prepare_for_training()
         side: Side = Ours(case, directory)
     else:
-        from benchmark_peer import Peer
+        from llava_jax.speed.peer import Peer
 
         side = Peer(case, directory)
     say = lambda found: print(json.dumps(found), file=replies, flush=True)

@@ -118,7 +118,7 @@ class Inputs:
             number, reason = next(iter(bad.items()))
             raise ConfigError(
                 f"of {len(tried)} samples that were tried, {len(bad)} cannot be used; the first, "
-                f"{self.records.where(number)}: {reason}. tools/check_data.py lists them all, "
+                f"{self.records.where(number)}: {reason}. `llava-jax check-data` lists them all, "
                 "and writes the others with --write-clean; or raise data.max_skipped, which is "
                 f"{self.config.data.max_skipped:g}"
             )

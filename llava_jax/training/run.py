@@ -151,7 +151,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             publish(write(state.trainable, frozen), export_dir(config))
             say(f"wrote {export_dir(config)}")
             say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
-            say(f"python tools/chat.py {config.run_dir}")
+            say(f"llava-jax chat {config.run_dir}")
     return 0
 
 

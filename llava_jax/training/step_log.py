@@ -68,7 +68,7 @@ class StepLog:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
                 f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. See "
-                "tools/check_data.py, mend them in place (their number must stay) and go on by "
+                "`llava-jax check-data`, mend them in place (their number must stay) and go on by "
                 "--checkpoint.accept-changes, or allow more"
             )
 

@@ -1,4 +1,4 @@
-"""What `size_check.py` measures."""
+"""The measurements of `tools/size_check.py`."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from llava_jax import LlavaModel
@@ -21,21 +20,17 @@ from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.sharding import make_mesh
-from llava_jax.models import paths
-from llava_jax.models.build import build_model
-from llava_jax.pretrained import layouts
 from llava_jax.pretrained.model import load_weights
-from llava_jax.pretrained.model_config import read_model_config, write_model_config
-from llava_jax.pretrained.safetensors import Specs, open_tensors, write_sharded
+from llava_jax.pretrained.model_config import read_model_config
+from llava_jax.pretrained.safetensors import open_tensors
+from llava_jax.speed.random_checkpoint import write_checkpoint
 from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state
 
-COMMAND = Path(__file__).with_name("size_check.py")
+COMMAND = Path(__file__).parent.parent / "size_check.py"
 WORDS = 64
 ABOVE_WEIGHTS = 3 * GIB  # what an import may take beside them
 MACHINE = 24 * 10**9  # what a step may take
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-NORMAL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # a prime: rows differ
 
 
 def check_all(directory: Path, layers: int) -> bool:
@@ -55,31 +50,6 @@ def measure_here(directory: Path, what: str) -> dict[str, float]:
     """What `measure` asks of a new process."""
     found = MEASURES[what](directory)
     return {"peak GiB": peak_bytes() / GIB} | found
-
-
-def write_checkpoint(directory: Path, model: ModelConfig) -> None:
-    """Layout A in bfloat16, of values as large as an initialisation's; a tensor at a time."""
-    directory.mkdir(parents=True, exist_ok=True)
-    specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for path, leaf in build_model(model, {}, dtype="bfloat16")[1].items():
-        if paths.is_stacked(path):
-            for layer in range(leaf.shape[0]):
-                name = layouts.HF_4_36.file_name(paths.unstacked(path, layer, model))
-                specs[name] = leaf.shape[1:], BFLOAT16
-        else:
-            specs[layouts.HF_4_36.file_name(path)] = leaf.shape, BFLOAT16
-    write_sharded(directory, specs, lambda name: random_values(name, specs))
-    write_model_config(model, directory)  # last: who sees it finds the weights whole
-
-
-def random_values(name: str, specs: Specs) -> np.ndarray:
-    shape, dtype = specs[name]
-    if name.endswith(".bias"):
-        return np.zeros(shape, dtype)
-    if "norm" in name.rsplit(".", 2)[-2]:
-        return np.ones(shape, dtype)
-    scale = 0.02 if "embed" in name else math.prod(shape[1:] or shape) ** -0.5
-    return np.resize((scale * NORMAL).astype(dtype), shape)
 
 
 def measure(directory: Path, what: str, weights: int, limit: int) -> bool:

@@ -1,4 +1,4 @@
-"""What `packing_speed.py` compares."""
+"""The comparison of `tools/packing_speed.py`."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_case import SHAPES
 
 from llava_jax.config import (
     BatchConfig,
@@ -28,6 +27,7 @@ from llava_jax.data.packing import deal, first_fit, images_in_row
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.planning.measure import attention_here
+from llava_jax.speed.case import SHAPES
 from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import forward, init_state

@@ -1,0 +1,8 @@
+"""The command `llava-jax`, as `python -m llava_jax`."""
+
+import sys
+
+from llava_jax.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

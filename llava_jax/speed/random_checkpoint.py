@@ -1,0 +1,49 @@
+"""A checkpoint of random weights, of any size."""
+
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llava_jax.config import ModelConfig
+from llava_jax.models import paths
+from llava_jax.models.build import build_model
+from llava_jax.pretrained import layouts
+from llava_jax.pretrained.model_config import write_model_config
+from llava_jax.pretrained.safetensors import Specs, write_sharded
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# The number is a prime, so that no two rows of a matrix are the same.
+_NORMAL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+
+
+def write_checkpoint(directory: Path, model: ModelConfig) -> None:
+    """Writes a Hugging Face checkpoint in bfloat16, one tensor at a time.
+
+    Args:
+        directory: Where it is written.
+        model: The sizes of the model.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for path, leaf in build_model(model, {}, dtype="bfloat16")[1].items():
+        if paths.is_stacked(path):
+            for layer in range(leaf.shape[0]):
+                name = layouts.HF_4_36.file_name(paths.unstacked(path, layer, model))
+                specs[name] = leaf.shape[1:], _BFLOAT16
+        else:
+            specs[layouts.HF_4_36.file_name(path)] = leaf.shape, _BFLOAT16
+    write_sharded(directory, specs, lambda name: random_values(name, specs))
+    write_model_config(model, directory)  # last, as a sign that the weights are complete
+
+
+def random_values(name: str, specs: Specs) -> np.ndarray:
+    """Returns values of about the size that an initialisation gives."""
+    shape, dtype = specs[name]
+    if name.endswith(".bias"):
+        return np.zeros(shape, dtype)
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return np.ones(shape, dtype)
+    scale = 0.02 if "embed" in name else math.prod(shape[1:] or shape) ** -0.5
+    return np.resize((scale * _NORMAL).astype(dtype), shape)

@@ -1,0 +1,8 @@
+"""`llava-jax benchmark`, from a clone: `python tools/benchmark.py --help`."""
+
+import sys
+
+from llava_jax.cli.benchmark import main
+
+if __name__ == "__main__":
+    sys.exit(main())

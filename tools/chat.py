@@ -1,0 +1,8 @@
+"""`llava-jax chat`, from a clone: `python tools/chat.py --help`."""
+
+import sys
+
+from llava_jax.cli.chat import main
+
+if __name__ == "__main__":
+    sys.exit(main())

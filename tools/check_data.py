@@ -1,0 +1,8 @@
+"""`llava-jax check-data`, from a clone: `python tools/check_data.py --help`."""
+
+import sys
+
+from llava_jax.cli.check_data import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax collectives`, from a clone: `python tools/collectives.py --help`."""
+
+import sys
+
+from llava_jax.cli.collectives import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax convert`, from a clone: `python tools/convert.py --help`."""
+
+import sys
+
+from llava_jax.cli.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax evaluate`, from a clone: `python tools/evaluate.py --help`."""
+
+import sys
+
+from llava_jax.cli.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax gpu-check`, from a clone: `python tools/gpu_check.py --help`."""
+
+import sys
+
+from llava_jax.cli.gpu_check import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax report`, from a clone: `python tools/report.py --help`."""
+
+import sys
+
+from llava_jax.cli.report import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`llava-jax serve`, from a clone: `python tools/serve.py --help`."""
+
+import sys
+
+from llava_jax.cli.serve import main
+
+if __name__ == "__main__":
+    sys.exit(main())
