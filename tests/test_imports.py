@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.cli import main
+
 PACKAGE = Path(__file__).parent.parent / "llava_jax"
 
 MODULES = sorted(
@@ -101,10 +103,11 @@ def test_training_does_not_load_what_reads_pickles(program):
 COMMANDS = [
     ["-m", "llava_jax.train"],
     ["-m", "llava_jax.train", "--config", "configs/7b_lora.py"],
+    ["-m", "llava_jax"],
+    *(["-m", "llava_jax", name] for name in main.COMMANDS),
     *(
-        [str(file)]
+        [str(file.relative_to(PACKAGE.parent))]
         for file in sorted((PACKAGE.parent / "tools").glob("*.py"))
-        if "ArgumentParser(" in file.read_text()
     ),
 ]
 
@@ -122,6 +125,8 @@ def test_help_does_not_wait_for_jax(command):
     imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported
     assert imported.isdisjoint({"jax", "flax", "grain", "orbax", "torch"})
+    if command[0] == "-m":  # what users type, and not what only developers do
+        assert imported.isdisjoint({"transformers", "huggingface_hub", "matplotlib", "fastapi"})
 
 
 def loaded_globals(code: types.CodeType) -> set[str]:

@@ -90,10 +90,10 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     server = uvicorn.Server(config)
     end = server.handle_exit
 
-    def handle_exit(number: int, frame: Any) -> None:
+    def handle_exit(sig: int, frame: Any) -> None:
         service.ending.set()
         connections.end_in(GRACE - 2)  # before uvicorn cancels their tasks
-        end(number, frame)
+        end(sig, frame)
 
     server.handle_exit = handle_exit
     server.run(sockets=[listener])

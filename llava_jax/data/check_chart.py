@@ -15,7 +15,7 @@ def draw(path: Path, report: Report) -> None:
         report: What was found; some sample is good.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(10, 6.5), layout="constrained")

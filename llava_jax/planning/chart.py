@@ -16,7 +16,7 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
         bars: A label and what it takes; dotted lines are the memory of the devices.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(10, 1.4 + 0.36 * len(bars)), layout="constrained")

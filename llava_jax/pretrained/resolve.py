@@ -195,8 +195,8 @@ def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
 
 
 _NAME_BASE = (
-    "name that base where it lies: --base when it is converted, --init-from beside --init-adapter "
-    "when it is trained"
+    "name that base by --base or, to train the adapter further, by --init-from beside "
+    "--init-adapter"
 )
 
 

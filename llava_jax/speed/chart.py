@@ -12,7 +12,7 @@ COLOURS = ("#4c78a8", "#b3b3b3")
 def draw(path: Path, case: Case, rows: list[Row]) -> None:
     """Each side's tokens per second, of every step, and its peak of memory, as a PNG."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
     figure = Figure(figsize=(8, 3), layout="constrained")

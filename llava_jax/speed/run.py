@@ -132,8 +132,8 @@ def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
         seed=case.config.seed,
         wanted=program.trainable,
     )
-    names = {"base_name": None, "fingerprint": None}
-    save_adapter(directory / ADAPTER, params, program.adapters, case.model, **names)
+    path, adapters = directory / ADAPTER, program.adapters
+    save_adapter(path, params, adapters, case.model, base_name=None, fingerprint=None)
 
 
 HEADER = (

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llava_jax.cli.check_data import main
 from llava_jax.config import parse_config
 from llava_jax.data.batch import Batch
 from llava_jax.data.check import check, only_json
@@ -101,20 +102,14 @@ def test_an_epoch_skips_the_bad_and_has_each_good_one_once(folder, form, count, 
     assert learned == Counter(dict.fromkeys(good, 1))
 
 
-@pytest.fixture
-def main(load_tool, monkeypatch):
-    monkeypatch.syspath_prepend(Path(CONFIG).parents[1] / "tools")
-    return load_tool("check_data").main
-
-
-def test_the_chart(folder, main, tmp_path):
+def test_the_chart(folder, tmp_path):
     pytest.importorskip("matplotlib")
     written = bad_data.write_data(folder, "list.json", 10)
     assert main(options(written.path, written.root, "--chart", str(tmp_path / "x.png"))) == 1
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tool(folder, main, capsys, tmp_path):
+def test_the_command(folder, capsys, tmp_path):
     written = bad_data.write_data(folder, "list.json", 80)
     clean, report = tmp_path / "clean.jsonl", tmp_path / "report.json"
     files = ["--write-clean", str(clean), "--json", str(report)]

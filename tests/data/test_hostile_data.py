@@ -64,7 +64,7 @@ for path in paths:
 
 
 def check_apart(paths: list[Path], root: Path, *, tried: int = 10) -> list[dict[str, Any]]:
-    """What `tools/check_data.py` finds in files: "bad" samples, or an "error" that names the file.
+    """What `llava-jax check-data` finds in files: "bad" samples, or an "error" that names the file.
 
     Args:
         paths: The files.

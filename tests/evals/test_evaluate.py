@@ -1,15 +1,15 @@
-"""tools/evaluate.py: asked once each, over any number of starts, and scored as the run scores."""
+"""`llava-jax evaluate` asks each question once, over any number of starts, and scores as a run."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import pytest
 from PIL import Image
 
+from llava_jax.cli.evaluate import main
 from llava_jax.config import parse_config
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
@@ -69,11 +69,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeAssistant:
 
 
 @pytest.fixture
-def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
-    return load_tool("evaluate")
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Ten questions, every second answered by its last word, about one image."""
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
@@ -95,12 +90,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tool: ModuleType, data: Path, tmp_path: Path) -> Callable[..., int]:
+def run(data: Path, tmp_path: Path) -> Callable[..., int]:
     """Runs the tool on the ten questions; their answers lie in out/."""
 
     def run(*more: object) -> int:
         own = ("--task", "json", "--data", data, "--output", tmp_path / "out")
-        return tool.main([str(TINY), *map(str, own), *map(str, more)])
+        return main([str(TINY), *map(str, own), *map(str, more)])
 
     return run
 
@@ -188,7 +183,7 @@ def test_answers_of_other_settings_are_refused(run, fake, capsys, more, named):
 
 
 def test_answers_of_another_checkpoint_or_other_questions_are_refused(
-    tool, run, fake, data, tmp_path, capsys
+    run, fake, data, tmp_path, capsys
 ):
     model = tmp_path / "model"
     model.mkdir()
@@ -196,9 +191,9 @@ def test_answers_of_another_checkpoint_or_other_questions_are_refused(
     weights.write_bytes(b"1")
     command = [str(model), "--task", "json", "--data", str(data)]
     command += ["--output", str(tmp_path / "other")]
-    assert tool.main(command) == 0
+    assert main(command) == 0
     weights.write_bytes(b"22")
-    assert tool.main(command) == 2
+    assert main(command) == 2
     assert "weights" in capsys.readouterr().err
     assert run() == 0
     data.write_text(data.read_text().replace("word9", "word10"))
@@ -207,12 +202,12 @@ def test_answers_of_another_checkpoint_or_other_questions_are_refused(
 
 
 @pytest.mark.parametrize("checkpoint", ["../../evil", "/evil", "org/name", "..", "a/../../b"])
-def test_answers_are_written_below_evaluations(tool, fake, data, tmp_path, monkeypatch, checkpoint):
+def test_answers_are_written_below_evaluations(fake, data, tmp_path, monkeypatch, checkpoint):
     """Whatever the name of a checkpoint that is not here looks like."""
     inner = tmp_path / "x" / "y"
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
-    tool.main([checkpoint, "--task", "json", "--data", str(data)])
+    main([checkpoint, "--task", "json", "--data", str(data)])
     (scores,) = tmp_path.rglob("scores.json")
     assert scores.is_relative_to(inner / "evaluations")
 
@@ -272,7 +267,7 @@ def test_mistakes_are_told(run, fake, capsys, more, named):
     assert named in error
 
 
-def test_easy_vqa_gives_the_number_of_the_run(tool, tmp_path):
+def test_easy_vqa_gives_the_number_of_the_run(tmp_path):
     """`evaluation`, which looks at one forward pass, and generation see the same answers right."""
     count = 48
     config = ["--config", str(ROOT / "configs" / "tiny_lora.py"), "--data.eval-samples", str(count)]
@@ -288,7 +283,7 @@ def test_easy_vqa_gives_the_number_of_the_run(tool, tmp_path):
     )
     out = tmp_path / "out"
     arguments = ["--task", "easy_vqa", "--limit", str(count), "--output", str(out)]
-    assert tool.main([str(TINY), *arguments]) == 0
+    assert main([str(TINY), *arguments]) == 0
     scores = scores_of(out)["scores"]
     assert scores["accuracy"] == measured.accuracy
     categories = {name: scores["categories"][name]["accuracy"] for name in measured.samples}

@@ -1,4 +1,4 @@
-"""lmms-eval runs on a checkpoint, and comes to the score of tools/evaluate.py."""
+"""lmms-eval runs on a checkpoint, and comes to the score of `llava-jax evaluate`."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.cli import evaluate
 from llava_jax.evals.custom import read_easy_vqa
 from llava_jax.evals.questions import Files
 
@@ -18,7 +19,7 @@ TINY = ROOT / "assets" / "tiny-llava"
 COUNT = 60
 
 
-def test_its_score_is_that_of_evaluate(tmp_path: Path, load_tool):
+def test_its_score_is_that_of_evaluate(tmp_path: Path):
     questions = read_easy_vqa(Files())[:COUNT]
     rows = [{"question": q.prompt, "answer": q.answers[0], "image": q.images[0]} for q in questions]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -36,7 +37,7 @@ def test_its_score_is_that_of_evaluate(tmp_path: Path, load_tool):
     theirs = json.loads(found[0].read_text())["results"]["easy_vqa"]["exact,none"]
 
     ours = ["--task", "easy_vqa", "--limit", str(COUNT), "--output", str(tmp_path / "ours")]
-    assert load_tool("evaluate").main([str(TINY), *ours]) == 0
+    assert evaluate.main([str(TINY), *ours]) == 0
     scores = json.loads((tmp_path / "ours" / "scores.json").read_text())["scores"]
     assert theirs == scores["accuracy"]
     assert 0.5 < theirs < 0.8

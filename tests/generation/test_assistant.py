@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from llava_jax.cli import chat
 from llava_jax.data.conversation import SampleError, Turn, encode_prompt, expand_images
 from llava_jax.data.easy_vqa import easy_vqa_records
 from llava_jax.data.templates import TEMPLATES
@@ -23,6 +24,7 @@ from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.processor import chat_template, load_image_transform
+from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-llava"
@@ -32,7 +34,7 @@ PROMPTS = [Prompt(record.turns[:1], record.images) for record in RECORDS]
 
 @pytest.fixture(scope="module")
 def assistant() -> Assistant:
-    return Assistant.load(str(TINY), slots=4)
+    return Assistant.load(resolve(TINY), slots=4)
 
 
 @pytest.fixture(scope="module")
@@ -267,10 +269,7 @@ def test_a_conversation_in_a_terminal(
     assert not (tmp_path / "e.json").exists()
 
 
-def test_the_tool_answers_one_question(
-    load_tool: Callable, capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
-    chat = load_tool("chat")
+def test_the_command_answers_one_question(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     asked = ["--prompt", RECORDS[0].turns[0].text, "--image", str(RECORDS[0].images[0])]
     assert chat.main([str(TINY), *asked]) == 0
     assert capsys.readouterr().out.strip() == RECORDS[0].turns[1].text
@@ -325,7 +324,7 @@ def test_an_interrupted_first_token_leaves_a_usable_assistant(
 @pytest.mark.parametrize("length", [1, 0, -5, 100_000])
 def test_a_length_that_the_model_does_not_take_is_refused(length: int):
     with pytest.raises(ConfigError, match=r"this model takes from 2 to 512"):
-        Assistant.load(str(TINY), max_length=length)
+        Assistant.load(resolve(TINY), max_length=length)
 
 
 @pytest.mark.parametrize(

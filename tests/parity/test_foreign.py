@@ -279,9 +279,9 @@ def test_what_a_source_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
         with pytest.raises(ConfigError, match=r"the form is llm=DIR,vision=DIR"):
             parse_source(text)
-    with pytest.raises(CheckpointError, match=r"tools/convert\.py"):
+    with pytest.raises(CheckpointError, match="llava-jax convert"):
         resolve("llava_full_bin")
-    with pytest.raises(CheckpointError, match=r"tools/convert\.py .*--to peft --base MODEL"):
+    with pytest.raises(CheckpointError, match=r"llava-jax convert .*--to peft --base MODEL"):
         resolve(lora)
     monkeypatch.chdir(tmp_path)  # where the names of its base lead nowhere
     with pytest.raises(ConfigError, match=r"trained on llm=base/llm.*name that base.*--base"):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from llava_jax.cli import convert
 from llava_jax.config import Parts
 from llava_jax.conversion.single_part import convert_part, open_part
 from llava_jax.errors import CheckpointError, ConfigError
@@ -124,8 +124,8 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
         open_part(str(damaged))
 
 
-def test_the_command_line(load_tool: Callable, tmp_path: Path, capsys, monkeypatch):
-    main, source = load_tool("convert").main, str(BASE / "clip_openai")
+def test_the_command_line(tmp_path: Path, capsys, monkeypatch):
+    main, source = convert.main, str(BASE / "clip_openai")
     assert main([source, str(tmp_path / "out"), "--to", "llava"]) == 1
     assert "is a part alone, no LLaVA: take --to hf" in capsys.readouterr().err
     odd = ["--merge", "--vision-alpha", "4"]

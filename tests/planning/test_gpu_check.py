@@ -1,27 +1,26 @@
-"""tools/gpu_check.py as far as it goes without a GPU."""
+"""`llava-jax gpu-check` as far as it goes without a GPU."""
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import jax
 import pytest
 
+from llava_jax.cli import gpu_check
 from llava_jax.distributed.host_memory import is_for_host, is_hosted, layer_at
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models import stack
+from llava_jax.planning import check_on_gpu
 from llava_jax.train_step.program import build_program
 
 
 @pytest.fixture
-def tool(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load_tool("gpu_checks")
-    monkeypatch.setattr(module, "TOLERANCE", {"float32": 1e-5})
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # what the tool sets goes afterwards
-    return module
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(check_on_gpu, "TOLERANCE", {"float32": 1e-5})
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # what the command sets goes afterwards
+    return check_on_gpu
 
 
 @pytest.mark.slow  # short: the wrong layer below
@@ -58,21 +57,18 @@ def test_the_wrong_layer_from_host_memory_is_noticed(
 @pytest.mark.parametrize(("well", "status"), [([True, True], 0), ([True, False], 1)])
 def test_the_exit_status_tells(
     tool: ModuleType,
-    load_tool: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     well: list[bool],
     status: int,
 ):
-    command = load_tool("gpu_check")
-    monkeypatch.setitem(sys.modules, "gpu_checks", tool)
     monkeypatch.setattr(tool, "check_gradients", lambda *_: True)
     monkeypatch.setattr(tool, "check_peaks", lambda: well)
     monkeypatch.setattr(tool, "check_attention", lambda *_: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert command.main([]) == status
-    assert command.main(["--small"]) == 0
+    assert gpu_check.main([]) == status
+    assert gpu_check.main(["--small"]) == 0
     monkeypatch.setattr(tool, "check_gradients", lambda *_: False)
-    assert command.main(["--small"]) == 1
+    assert gpu_check.main(["--small"]) == 1
 
 
 def test_the_compared_plan_has_everything_in_host_memory(tool: ModuleType):

@@ -283,7 +283,7 @@ def test_figures_are_kept_by_what_decides_them(
 
 
 def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """tools/plan.py, in a process of its own: JAX must start with its flags."""
+    """`llava-jax plan`, in a process of its own: JAX must start with its flags."""
     command = [sys.executable, "tools/plan.py", "--config", "configs/7b_lora.py", *arguments]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True)

@@ -62,7 +62,7 @@ def names(directory: Path) -> set[str]:
 def test_pickles_come_from_the_hub_only_for_who_reads_them(hub, vicuna: Path):
     snapshot = hub(VICUNA, vicuna)
     parts = Parts(VICUNA, str(FIXTURES / "base" / "clip"))
-    command = rf"python tools/convert\.py {VICUNA} vicuna-safetensors --to hf"
+    command = rf"llava-jax convert {VICUNA} vicuna-safetensors --to hf"
     with pytest.raises(CheckpointError, match=command):
         resolve(parts)
     assert "pytorch_model.bin" not in names(snapshot)
@@ -85,7 +85,7 @@ def test_a_lora_directory_on_the_hub_comes_with_what_lies_beside_it(hub, monkeyp
     hub("base/clip", FIXTURES / "base" / "clip")
     assert resolve("me/lora").adapter == snapshot
     assert "non_lora_trainables.bin" in names(snapshot)
-    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin.*tools/convert\.py"):
+    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin.*llava-jax convert"):
         LlavaModel.from_pretrained("me/lora")
 
 
@@ -119,7 +119,7 @@ def test_something_trained_is_no_base(on_hub: bool, hub, tmp_path: Path):
 def test_a_local_part_of_pickles_is_refused_with_the_command(part, vicuna: Path):
     parts = Parts(str(FIXTURES / "base" / "llm"), str(FIXTURES / "base" / "clip"))
     pickled = str(vicuna if part == "llm" else FIXTURES / "base" / "clip_openai")
-    with pytest.raises(CheckpointError, match=re.escape(f"tools/convert.py {pickled} ")):
+    with pytest.raises(CheckpointError, match=re.escape(f"llava-jax convert {pickled} ")):
         resolve(dataclasses.replace(parts, **{part: pickled}))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from llava_jax.cli import serve
+
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
 httpx = pytest.importorskip("httpx")
@@ -136,8 +138,7 @@ def test_the_key(authorization, status):
     assert ask(headers, path="/health", method="GET", api_key=KEY).status_code == 200
 
 
-def test_it_listens_to_other_machines_only_with_a_key_or_when_told(load_tool, capsys, monkeypatch):
-    serve = load_tool("serve")
+def test_it_listens_to_other_machines_only_with_a_key_or_when_told(capsys, monkeypatch):
     monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     for host in ("0.0.0.0", "::", ""):
         assert serve.main(["nowhere", "--no-page", "--host", host, "--port", "0"]) == 1
@@ -164,7 +165,7 @@ def test_it_listens_to_other_machines_only_with_a_key_or_when_told(load_tool, ca
         *(["--allow-origin", origin] for origin in ("https://a.example:443", "http://a@b")),
     ],
 )
-def test_options_that_make_no_sense(load_tool, given, capsys):
+def test_options_that_make_no_sense(given, capsys):
     with pytest.raises(SystemExit):
-        load_tool("serve").parse(["nowhere", *given])
+        serve.parse(["nowhere", *given])
     assert given[0].strip("-").replace("-", " ").split()[0] in capsys.readouterr().err.lower()

@@ -381,11 +381,12 @@ def test_an_error_of_the_model_fails_its_requests_alone():
     from llava_jax.generation.assistant import Assistant
     from llava_jax.generation.prompts import Prompt
     from llava_jax.generation.sampling import GREEDY
+    from llava_jax.pretrained.resolve import resolve
     from llava_jax.serving.limits import Limits, RequestError
     from llava_jax.serving.schema import Message
     from llava_jax.serving.service import Service
 
-    assistant = Assistant.load(str(TINY), slots=2, max_length=64)
+    assistant = Assistant.load(resolve(TINY), slots=2, max_length=64)
     healthy, fails = assistant.step, itertools.chain([True], itertools.repeat(False))
     assistant.step = lambda: 1 // 0 if next(fails) else healthy()
     service = Service({"tiny": assistant}, Limits())

@@ -1,19 +1,14 @@
-"""tools/benchmark.py with a model of a handful of weights."""
+"""`llava-jax benchmark` with a model of a handful of weights."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_training import MODEL
 
+from llava_jax.cli import benchmark
 from llava_jax.models.build import build_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # its modules import each other
-
-import benchmark
-import benchmark_case
-import benchmark_run
+from llava_jax.speed import run
+from llava_jax.speed.case import SHAPES
 
 SHORT = ["--shape", "tiny", "--text-tokens", "16", "--batch", "2", "--rank", "4"]
 TURNS = ["--warmup", "1", "--rounds", "2", "--steps", "1", "--dtype", "float32"]
@@ -21,7 +16,7 @@ TURNS = ["--warmup", "1", "--rounds", "2", "--steps", "1", "--dtype", "float32"]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(benchmark_case.SHAPES, "tiny", MODEL)
+    monkeypatch.setitem(SHAPES, "tiny", MODEL)
 
 
 @pytest.mark.parametrize("tune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
@@ -48,10 +43,10 @@ def test_a_micro_batch_that_does_not_divide_is_a_mistake(capsys):
 
 def test_losses_that_differ_are_told(monkeypatch, capsys):
     ours, theirs = (
-        benchmark_run.Row(name, "cpu", None, [1.0], [1.0], [0.0], [loss], 1)
+        run.Row(name, "cpu", None, [1.0], [1.0], [0.0], [loss], 1)
         for name, loss in (("ours", 3.0), ("hf", 3.001))
     )
-    monkeypatch.setattr(benchmark_run, "measure", lambda *_: [ours, theirs])
+    monkeypatch.setattr(run, "measure", lambda *_: [ours, theirs])
     assert benchmark.main([*SHORT, *TURNS, "--peer", "hf"]) == 3
     assert "differ by more than" in capsys.readouterr().out
 
@@ -59,9 +54,7 @@ def test_losses_that_differ_are_told(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["25m", "150m", "1b", "7b"])
 def test_shapes_are_as_large_as_they_are_called(name):
 
-    count = sum(
-        x.size for x in build_model(benchmark_case.SHAPES[name], {}, dtype="float32")[1].values()
-    )
+    count = sum(x.size for x in build_model(SHAPES[name], {}, dtype="float32")[1].values())
     said = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
     assert count == pytest.approx(said, rel=0.1)
 

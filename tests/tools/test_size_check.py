@@ -19,7 +19,7 @@ from llava_jax.train_step.program import build_program
 
 @pytest.fixture
 def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
-    return load_tool("size_measures")
+    return load_tool("checks/size")
 
 
 def test_a_checkpoint_is_imported_and_makes_a_step(tool: ModuleType, tmp_path: Path):
