@@ -42,8 +42,8 @@ def test_quickstart(tmp_path):
 
     plan = output_of(notebook, "llava-jax plan")
     assert "needs their compiler: pip install" in plan or "GiB" in plan
-    assert "step 60/60" in output_of(notebook, "llava-jax train")
-    assert "step  51" in output_of(notebook, "metrics.jsonl")
+    assert "step 40/40" in output_of(notebook, "llava-jax train")
+    assert "step  31" in output_of(notebook, "metrics.jsonl")
     assert "&lt;svg" in output_of(notebook, "report.html")
     assert output_of(notebook, "llava-jax chat").strip() == "red"
     assert (tmp_path / "runs" / "quickstart" / "adapter").is_dir()
