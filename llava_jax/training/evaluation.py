@@ -22,7 +22,7 @@ from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Params
 from llava_jax.report.rows import read_rows
-from llava_jax.report.thumbnails import find_pictures, keep_pictures
+from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
@@ -221,13 +221,13 @@ class HeldOut:
             append_rows(self._path, [row])
             text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
             text = f"held out, step {step}: {text}{self._left_out(result.skipped)}"
-            self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
+            self._reporter.log_held_out(row, self._keep_thumbnails(result.examples), text)
 
-    def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
+    def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
         for index in {example.index for example in examples} - self._kept:
-            keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
+            keep_thumbnails(self._pictures, index, self._inputs.eval_records[index].images)
             self._kept.add(index)
-        return [find_pictures(self._pictures, example.index) for example in examples]
+        return [find_thumbnails(self._pictures, example.index) for example in examples]
 
     def _left_out(self, skipped: list[int]) -> str:
         if not skipped:
