@@ -1,9 +1,9 @@
 """Saves and restores a run's checkpoints with Orbax: everything that changes while it trains.
 
 The frozen base is not part of them: the run's config.json has its name and its fingerprint. A
-checkpoint gets its name, `{directory}/{step}/`, only when it is complete. It has a list of its files
-with their checksums, so a checkpoint that was damaged later is recognized and the one before it is
-used. It also has copies of the run's own files, from which `repair.py` restores them.
+checkpoint gets its name, `{directory}/{step}/`, only when it is complete. It contains a manifest
+with the checksums of its files, so a checkpoint that was damaged later is recognized and the one
+before it is used. It also has copies of the run's own files, from which `repair.py` restores them.
 """
 
 import functools

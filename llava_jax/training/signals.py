@@ -1,4 +1,4 @@
-"""Handles the signals SIGTERM and SIGINT (Ctrl-C), which stop a run after it has saved its state."""
+"""Handles SIGTERM and SIGINT (Ctrl-C), which stop a run after it has saved its state."""
 
 import contextlib
 import os

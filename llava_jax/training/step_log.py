@@ -111,8 +111,8 @@ class StepLog:
         )
         if self.nonfinite >= self._config.nonfinite_limit:
             raise RunError(
-                f"{self.nonfinite} steps in a row were not finite, the last one is step {step}; the "
-                f"checkpoints from before are good. Their samples are in {self._nonfinite_file}; "
+                f"{self.nonfinite} steps in a row were not finite, the last one is step {step}. "
+                f"Earlier checkpoints are good. The samples are in {self._nonfinite_file}; "
                 f"the first of the last step are {'; '.join(places[:MAX_NAMED])}. Lower the "
                 "learning rate, look at the samples, or raise nonfinite_limit"
             )

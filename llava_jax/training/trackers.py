@@ -1,9 +1,9 @@
 """Sends a run's metrics to TensorBoard and to Weights & Biases, in addition to the run's own files.
 
 Events for TensorBoard are written by its own `EventFileWriter`, which needs neither TensorFlow nor
-PyTorch. tensorboardX (2.6.5 was tried) has a shorter interface, but imports PyTorch wherever that is
-installed, which takes seconds and can load other CUDA libraries than those of JAX; and it names
-event files by the second, so that a restart within a second would overwrite one.
+PyTorch. tensorboardX (2.6.5 was tried) has a shorter interface. But it imports PyTorch wherever
+that is installed, which takes seconds and may load other CUDA libraries than those of JAX, and it
+names event files by the second, so a restart within one second would overwrite a file.
 """
 
 import importlib.metadata
