@@ -1,4 +1,4 @@
-"""Files: reading what strangers put there, and writing to disks that may be full."""
+"""Reads files that may be anything, and writes files on disks that may be full."""
 
 import errno
 import json
@@ -13,15 +13,17 @@ from typing import Any
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a file for reading; refuses what is none, for a FIFO may block and a device never end.
+    """Opens a regular file for reading.
+
+    Everything else is refused: reading a FIFO may block, and reading a device may never end.
 
     Raises:
         OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
     """
 
     def opener(name: str, flags: int) -> int:
-        # Without O_NONBLOCK, opening a pipe would wait for a writer. The kind is asked of what was
-        # opened, because the name may mean something else a moment later.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer. The type is checked after the
+        # file is open, because the path may refer to another file a moment later.
         number = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
         if not stat.S_ISREG(os.fstat(number).st_mode):
             os.close(number)
@@ -32,10 +34,10 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """All of a file that is not large.
+    """Reads a regular file that is not large.
 
     Raises:
-        OSError: As `open_regular`; or the file has more than `max_bytes`.
+        OSError: The file cannot be opened by `open_regular`, or has more than `max_bytes`.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -45,7 +47,7 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_if_there(path: Path) -> bytes | None:
-    """All of a file; None if there is none. Raises OSError as `open_regular` does."""
+    """Reads a regular file; None if it does not exist. Raises OSError as `open_regular` does."""
     if not path.exists():
         return None
     with open_regular(path) as file:
@@ -53,14 +55,17 @@ def read_if_there(path: Path) -> bytes | None:
 
 
 def copy_regular(source: Path, destination: Path) -> None:
-    """Copies a file; raises OSError as `open_regular` does."""
+    """Copies a regular file. Raises OSError as `open_regular` does."""
     with open_regular(source) as file, open(destination, "wb") as copy:
         shutil.copyfileobj(file, copy)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[Path]:
-    """Says in an error what could not be written; Python does so only where a file is opened."""
+    """Adds a path to OSErrors that have none.
+
+    Python names the file only if it could not be opened, and not if a write fails later.
+    """
     try:
         yield path
     except OSError as error:
@@ -70,17 +75,17 @@ def naming(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or, if that ends in its midst, leaves the one that was there.
+    """Writes a file completely or, if an error occurs, keeps the one that existed before.
 
-    Half of a character, which JSON and names of files may have and UTF-8 has not, is written as
-    JSON has it: `\\ud800`.
+    A lone surrogate, which JSON and file names may have but UTF-8 cannot, is written as in JSON:
+    `\\ud800`.
     """
     replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """As `replace_text`."""
-    # Of this process alone: another may write the same file at the same time.
+    """Writes a file completely or keeps the old one, as `replace_text` does."""
+    # The name has the process id, because another process may write the same file now.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with naming(unfinished):
@@ -92,13 +97,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines."""
+    """Appends rows to a JSON-lines file."""
     with naming(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects of a JSON value are inside each other more often than `depth`."""
+    """Whether lists and objects of a JSON value are nested more than `depth` levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         inner = (x.values() if isinstance(x, dict) else x for x in level)

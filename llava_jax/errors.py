@@ -1,11 +1,11 @@
-"""What is wrong with one sample of the data. This imports nothing, for processes of any kind."""
+"""The errors that a user can cause. This module imports nothing, so any process can use it."""
 
 
 class SampleError(Exception):
-    """A sample that cannot be learned from; its text says why. The run goes on without it.
+    """A sample cannot be used; the text says why. The run continues without it.
 
     Attributes:
-        kind: What is wrong, in a word or two that other samples share.
+        kind: Kind of the problem in a word or two, by which samples can be counted.
     """
 
     def __init__(self, text: str, kind: str = "form"):
@@ -14,12 +14,12 @@ class SampleError(Exception):
 
 
 class ConfigError(Exception):
-    """A mistake in a config file or on the command line; its text says where and what to do."""
+    """A mistake in a config file or on the command line; the text says where, and what to do."""
 
 
 class RunError(Exception):
-    """A run cannot go on; its text says why, and what to do."""
+    """A run cannot continue; the text says why, and what to do."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or is not what its config says; the text tells where."""
+    """A checkpoint cannot be read, or does not match its config; the text says where."""

@@ -1,30 +1,41 @@
-"""Line charts as SVG, to be set in a page whose style has the classes that are named here."""
+"""Line charts as SVG elements of the report, whose style sheet has the classes that are named here.
+
+They are drawn by hand because the libraries that were tried (matplotlib 3.11, pygal 3.1, leather
+0.4, in November 2026) do not fit into one page without scripts that follows the reader's dark mode:
+
+- matplotlib is an optional dependency here and takes 1.5 seconds to import. Its SVG has colors in
+  each element instead of classes, refers to its own parts by ids that repeat from chart to chart,
+  and is five times as long.
+- pygal puts a script and 32 kB into each chart.
+- leather has fixed colors and fonts, and neither bands nor gaps for values that are not finite.
+"""
 
 import dataclasses
+import html
 import math
 
 import numpy as np
 
+from llava_jax.report.formatting import power_of_ten
+
 MAX_POINTS = 300
-"""Points of a line; longer ones show means of consecutive values, in a band from least to most."""
+"""Longer lines show means of consecutive values, inside a band from the lowest to the highest."""
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
-MARKS = 200
-"""Most steps that are marked."""
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MAX_MARKS = 200
+"""Steps without a finite value that are marked, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A quantity over steps, thinned out.
+    """A quantity over steps, reduced to a few hundred points.
 
     Attributes:
-        steps: Where the points lie.
-        mean: Of the finite values around each; NaN where there are none.
-        low: The least of them.
-        high: The most.
+        steps: Step of each point.
+        mean: Mean of the finite values around each point; NaN where there are none.
+        low: Lowest of these values.
+        high: Highest of these values.
         marked: Steps whose value is not finite.
     """
 
@@ -36,11 +47,11 @@ class Series:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> Series:
-    """Makes a line of at most 2 * MAX_POINTS points.
+    """Reduces a quantity to at most 2 * MAX_POINTS points.
 
     Args:
-        steps: Ascending.
-        values: NaN or infinite ones are left out and marked.
+        steps: Steps in ascending order.
+        values: One value for each step. Those that are NaN or infinite are left out and marked.
     """
     finite = np.isfinite(values)
     marked = steps[~finite]
@@ -58,23 +69,9 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
     return Series(middle, mean * nothing, low * nothing, high * nothing, marked)
 
 
-def number(value: float | int) -> str:
-    """A value in four digits, as people write it."""
-    if not math.isfinite(value):
-        return "not finite"
-    if abs(value) >= 1000:
-        exponent = math.floor(math.log10(abs(value)))
-        if exponent < 9:
-            return f"{value:,.0f}"
-    elif value == 0 or abs(value) >= 1e-3:
-        return f"{value:.4g}"
-    mantissa, _, exponent = f"{value:.3e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')} × {_power(int(exponent))}"
-
-
-def ticks(low: float | int, high: float | int, most: int) -> list[float]:
-    """Round numbers at equal distances, the first at most `low`, the last at least `high`."""
-    step = _round_up((high - low) / most)
+def ticks(low: float | int, high: float | int, count: int) -> list[float]:
+    """About `count` round numbers at equal distances that cover the range from `low` to `high`."""
+    step = _round_up((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
 
@@ -85,11 +82,11 @@ def line_chart(
     """Draws a quantity over a run's steps.
 
     Args:
-        series: What.
-        name: For those who cannot see it.
-        last_step: Where the axis of steps ends; it begins at 0.
-        from_zero: Whether the axis of values begins at 0.
-        percent: Whether values are shares, drawn from 0 to 100 %.
+        series: The quantity.
+        name: Its name, for screen readers.
+        last_step: End of the horizontal axis, which begins at 0.
+        from_zero: Whether the vertical axis begins at 0.
+        percent: Whether values are shares; the vertical axis then goes from 0 to 100 %.
     """
     levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series, from_zero)
     across = ticks(0, max(last_step, 1), 5)
@@ -115,44 +112,46 @@ def line_chart(
     if not np.array_equal(series.low, series.high, equal_nan=True):
         parts += [f'<path class="band" d="{_band(xs[r], lows[r], highs[r])}"/>' for r in runs]
     parts += [f'<path class="line" d="{_line(xs[r], means[r])}"/>' for r in runs]
-    if len(xs) <= 40:  # the measurements of a short run
+    if len(xs) <= 40:  # few points: each is shown, as those of a run's evaluations
         dots = zip(xs, means, strict=True)
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in dots if b == b]
-    thinned = series.marked[:: -(-len(series.marked) // MARKS) or 1]
+    thinned = series.marked[:: -(-len(series.marked) // MAX_MARKS) or 1]
     parts += [f'<path class="mark" d="M{x(s):.1f} {bottom}l-3.5 6h7z"/>' for s in thinned]
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} over steps">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    label = html.escape(f"{name} over steps")
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return f"{head}{''.join(parts)}</svg>"
 
 
 def _levels(series: Series, from_zero: bool) -> list[float]:
-    """Ticks of the values; a few that are far beyond all others do not decide them."""
+    """Ticks of the vertical axis.
+
+    A few values far above all others do not decide them: a loss that once jumped to 1,000 would
+    flatten the rest of the line. Such values are cut off at the top.
+    """
     high = series.high[np.isfinite(series.high)]
     low = series.low[np.isfinite(series.low)]
     if not len(high):
         return [0.0, 1.0]
-    least, most = float(low.min()), float(high.max())
-    usual, often = np.percentile(high, [50, 98])
-    beyond = often + 3 * (often - usual)
-    if most > 2 * beyond > 0 and often > usual:
-        most = float(beyond)
+    bottom, top = float(low.min()), float(high.max())
+    median, common = np.percentile(high, [50, 98])
+    limit = common + 3 * (common - median)
+    if top > 2 * limit > 0 and common > median:
+        top = float(limit)
     if from_zero:
-        least = min(least, 0.0)
-    if most - least < 1e-9 * max(abs(most), abs(least)) or most == least:
-        least, most = least - abs(least) / 2, most + (abs(most) / 2 or 1.0)
-    return ticks(least, most, 4)
+        bottom = min(bottom, 0.0)
+    if top - bottom < 1e-9 * max(abs(top), abs(bottom)) or top == bottom:
+        bottom, top = bottom - abs(bottom) / 2, top + (abs(top) / 2 or 1.0)
+    return ticks(bottom, top, 4)
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5 and 5 times a power of ten."""
+    """The next higher of 1, 2, 2.5 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
 
 
 def _level_labels(levels: list[float], *, percent: bool) -> tuple[list[str], str]:
-    """A text for each level, and what all of them are multiplied by."""
+    """A label for each level, and the factor that all labels share."""
     if percent:
         return [f"{100 * level:.0f} %" for level in levels], ""
     most = max(map(abs, levels))
@@ -164,12 +163,8 @@ def _level_labels(levels: list[float], *, percent: bool) -> tuple[list[str], str
     scaled = [level / 10.0**exponent for level in levels]
     step = scaled[1] - scaled[0]
     digits = next(n for n in range(9) if abs(round(step, n) - step) < 1e-6 * step)
-    unit = {0: "", 3: "thousands", 6: "millions"}.get(exponent, f"× {_power(exponent)}")
+    unit = {0: "", 3: "thousands", 6: "millions"}.get(exponent, f"× {power_of_ten(exponent)}")
     return [f"{level:,.{digits}f}".replace("-", "−") for level in scaled], unit
-
-
-def _power(exponent: int) -> str:
-    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def _count(step: float) -> str:
@@ -179,7 +174,7 @@ def _count(step: float) -> str:
 
 
 def _unbroken(values: np.ndarray) -> list[slice]:
-    """Stretches without NaN."""
+    """Ranges of consecutive values without NaN."""
     edges = np.flatnonzero(np.diff(np.r_[False, np.isfinite(values), False]))
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 

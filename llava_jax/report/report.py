@@ -1,9 +1,11 @@
-"""report.html: a run on one page, written while it runs and at its end."""
+"""Writes report.html, a page that shows a run, while the run goes on and at its end."""
 
 import logging
 import time
 from pathlib import Path
 from types import TracebackType
+
+from jinja2 import UndefinedError
 
 from llava_jax.disk import replace_text
 from llava_jax.errors import ConfigError
@@ -13,15 +15,15 @@ from llava_jax.report.run_files import RunReader
 _LOG = logging.getLogger(__name__)
 
 SECONDS = 60.0
-"""While a run goes on, its report is written at most this often."""
+"""Time between two reports of a run that goes on, at least."""
 
 
 class Report:
-    """Keeps a run's report.html up to date. That it cannot be written ends no run.
+    """Keeps a run's report.html up to date. If it cannot be written, the run goes on.
 
     Args:
-        run_dir: Whose files it shows.
-        write: Whether this process is the one that writes.
+        run_dir: Directory of the run.
+        write: Whether this process writes the report; only one should.
     """
 
     def __init__(self, run_dir: Path, *, write: bool = True):
@@ -41,34 +43,43 @@ class Report:
         self.update(now=True)
 
     def update(self, *, now: bool = False) -> None:
-        """Writes it anew, if it was not written a short time ago.
+        """Writes the report again, unless it was written a short time ago.
 
         Args:
-            now: Write it however short that was.
+            now: Write it in any case.
         """
         if not self._write or (time.monotonic() < self._next and not now):
             return
         try:
             write_report(self._run_dir, self._reader)
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # training goes on after any error here
             _LOG.warning("report.html was not written: %s: %s", type(error).__name__, error)
         self._next = time.monotonic() + SECONDS
 
 
 def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
-    """Writes a run's report from its files; returns where. What is damaged of them is logged.
+    """Writes a run's report from its files and returns the report's path.
+
+    Damaged lines in these files are skipped and logged.
 
     Args:
-        run_dir: The run's directory.
-        reader: Of its files; may have read some of them before.
+        run_dir: Directory of the run.
+        reader: Reader of its files, which may have read some of them before.
 
     Raises:
-        ConfigError: It is no run's directory, or its config is not as a run writes it.
+        ConfigError: It is not a run's directory, or its config is not as a run writes it.
     """
     run = (reader or RunReader(run_dir)).read()
     try:
         page = render(run)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        UndefinedError,
+    ) as error:
         raise ConfigError(
             f"{run_dir / 'config.json'} is not as a run writes it ({type(error).__name__}: {error})"
         ) from error

@@ -1,4 +1,4 @@
-"""The files of JSON lines that a run keeps, read also where a crash or a disk damaged them."""
+"""Reads the JSON-lines files of a run, also if a crash or a disk damaged them."""
 
 import json
 import math
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Check = Callable[[Any], bool]
 
 MAX_ROW_BYTES = 2**26
-"""A longer line is damaged."""
+"""Longer lines count as damaged, so that a damaged file cannot fill the memory."""
 
 
 def _is_text(value: Any) -> bool:
@@ -24,7 +24,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """NaN is one."""
+    """Whether it is a number of a plausible size; NaN is one."""
     return type(value) in (int, float) and not abs(value) > 1e100
 
 
@@ -41,16 +41,16 @@ def _counts_of_names(value: Any) -> bool:
 
 
 def fits(value: Any, form: dict[str, Check]) -> bool:
-    """Whether a value is an object that has what a form asks for."""
+    """Whether a value is a JSON object whose fields pass the checks of a form."""
     return isinstance(value, dict) and all(check(value.get(name)) for name, check in form.items())
 
 
 _TEXTS = {"question": _is_text, "expected": _is_text, "given": _is_text}
-# Measurements of older versions lack the others.
+# Evaluations of older versions have none of the other fields.
 _EXAMPLE = _TEXTS | {name: _or_none(_is_count) for name in ("index", "images")}
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds")
-"""Of metrics.jsonl, beside the step."""
+"""Columns of metrics.jsonl that are read, in addition to the step."""
 
 FORMS: dict[str, dict[str, Check]] = {
     "metrics.jsonl": {
@@ -75,7 +75,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "skipped": _or_none(_list_of(_is_count)),
     },
 }
-"""The files, and what their rows have at least."""
+"""For each file, the fields that each of its rows must have."""
 
 _USAGE: dict[str, Check] = {
     **dict.fromkeys(("total", "host_total", "reserve", "capacity"), _is_count),
@@ -83,16 +83,17 @@ _USAGE: dict[str, Check] = {
     "host_capacity": _or_none(_is_count),
 }
 PLAN: dict[str, Check] = {"plan": _is_text, "usage": lambda value: fits(value, _USAGE)}
-"""What plan.json has."""
+"""The fields that plan.json must have."""
 
 
 class Found(NamedTuple):
-    """What is in a file.
+    """The content of a file.
 
     Attributes:
-        rows: In the file's order.
-        damaged: Lines that are none.
-        end: The byte behind the last line that ends; the rest is being written, or was cut short.
+        rows: Rows in the order of the file.
+        damaged: Number of lines that are not rows.
+        end: Offset in bytes of the end of the last complete line. What follows is being written,
+            or was cut short.
     """
 
     rows: list[Row]
@@ -101,7 +102,7 @@ class Found(NamedTuple):
 
 
 def read_rows(file: Path, start: int = 0) -> Found:
-    """Reads a file whose name is in `FORMS`, from some byte on; one that is missing has no rows."""
+    """Reads a file whose name is in `FORMS`, from byte `start` on; a missing file has no rows."""
     rows, damaged, end = [], 0, start
     if not file.exists():
         return Found(rows, damaged, end)
@@ -109,6 +110,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
         opened.seek(start)
         while line := opened.readline(MAX_ROW_BYTES):
             is_long = len(line) == MAX_ROW_BYTES
+            # Skip the rest of a line that is too long, a block at a time.
             while line and not line.endswith(b"\n") and is_long:
                 line = opened.readline(MAX_ROW_BYTES)
             if not line.endswith(b"\n"):
@@ -123,7 +125,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
 
 
 def parse_object(text: bytes) -> Row | None:
-    """A JSON object; None if the text is none. An infinite number is NaN there."""
+    """Parses a JSON object; None if the text is not one. Infinite numbers become NaN."""
     try:
         value = json.loads(text, parse_constant=lambda _: math.nan)
     except (ValueError, RecursionError):
@@ -132,5 +134,5 @@ def parse_object(text: bytes) -> Row | None:
 
 
 def write_rows(rows: list[Row]) -> str:
-    """The text of such a file."""
+    """The text of a file with these rows."""
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What a run's directory tells of it, also while the run writes to it."""
+"""Reads the files in a run's directory, also while the run writes to them."""
 
 import dataclasses
 from array import array
@@ -12,23 +12,23 @@ from llava_jax.errors import ConfigError
 from llava_jax.report.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
 LATEST = ("device_bytes",)
-"""Of these the last value counts: a peak of the process that runs now."""
+"""Fields of which the last value counts, such as the peak memory of the current process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """A run's own files, as they are now.
+    """The contents of a run's files at one moment.
 
     Attributes:
-        directory: The run's.
-        described: config.json.
-        columns: metrics.jsonl by name, a value for each step; NaN where it is not finite.
-        device_bytes: Peak memory of a device; None where it is not known.
-        evaluations: evaluations.jsonl.
-        skipped: skipped.jsonl.
-        nonfinite: nonfinite.jsonl.
-        plan: plan.json; None where no plan was made.
-        damaged: What was passed over, a line each.
+        directory: Directory of the run.
+        described: Content of config.json.
+        columns: Columns of metrics.jsonl by name, with a value for each step; NaN if not finite.
+        device_bytes: Peak memory of a device; None if it is not known.
+        evaluations: Rows of evaluations.jsonl, in the order of their steps.
+        skipped: Rows of skipped.jsonl.
+        nonfinite: Rows of nonfinite.jsonl.
+        plan: Content of plan.json; None if no plan was made.
+        damaged: One line of text for each file with damaged lines, which are skipped.
     """
 
     directory: Path
@@ -48,16 +48,18 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of finished steps."""
         steps = self.columns["step"]
         return int(steps[-1]) if len(steps) else 0
 
 
 class RunReader:
-    """Reads a run's files, and again when there is more in them.
+    """Reads a run's files, as often as asked.
+
+    Of metrics.jsonl, which is long, it reads only what was added since the last time.
 
     Args:
-        directory: The run's.
+        directory: Directory of the run.
     """
 
     def __init__(self, directory: Path):
@@ -67,16 +69,16 @@ class RunReader:
         self._latest: Row = {}
 
     def read(self) -> RunFiles:
-        """Reads what is there.
+        """Reads the files as they are now.
 
         Raises:
-            ConfigError: It is no run's directory.
+            ConfigError: The directory is not a run's directory.
         """
         described = self._object("config.json") or {}
         if not isinstance(described.get("config"), dict) or "name" not in described["config"]:
             raise ConfigError(
-                f"{self._directory} is no run's directory, or its config.json is damaged; the "
-                "command that began the run restores it from a checkpoint"
+                f"{self._directory} is not the directory of a run, or its config.json is damaged; "
+                "the command that started the run restores it from a checkpoint"
             )
         self._read_metrics()
         notes = {"metrics.jsonl": self._damaged}
@@ -95,14 +97,14 @@ class RunReader:
             found["nonfinite.jsonl"],
             None if notes["plan.json"] else plan,
             [
-                f"{name}: {count} damaged lines are passed over"
+                f"{name}: {count} damaged lines are skipped"
                 for name, count in notes.items()
                 if count
             ],
         )
 
     def _read_metrics(self) -> None:
-        """Goes on where it ended: 100,000 rows take half a second."""
+        """Reads the rows that were added since the last call: 100,000 rows take half a second."""
         rows, damaged, self._position = read_rows(self._directory / "metrics.jsonl", self._position)
         self._damaged += damaged
         for row in rows:
@@ -112,15 +114,18 @@ class RunReader:
             self._latest |= {name: row[name] for name in LATEST if name in row}
 
     def _in_order(self) -> dict[str, np.ndarray]:
-        """The columns with each step once: of rows for the same step, the last."""
+        """The columns in order of steps; of several rows for one step, the last counts.
+
+        A run writes each step once and in order, but the file may be damaged.
+        """
         columns = {name: np.array(column) for name, column in self._columns.items()}
         steps = columns["step"]
         if (np.diff(steps) > 0).all():
             return columns
-        places = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
-        return {name: column[places] for name, column in columns.items()}
+        last = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
+        return {name: column[last] for name, column in columns.items()}
 
     def _object(self, name: str) -> Row | None:
-        """What is in a file of one object; empty if that is damaged, None without the file."""
+        """The object in a JSON file; empty if the file is damaged, None if there is no file."""
         text = read_if_there(self._directory / name)
         return None if text is None else parse_object(text) or {}

@@ -1,4 +1,4 @@
-"""Small copies of a run's held-out images, so that what is shown of it needs its data no more."""
+"""Small copies of the eval images that a report shows, so that a report does not need the data."""
 
 import io
 from collections.abc import Sequence
@@ -10,36 +10,36 @@ from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
 from llava_jax.disk import replace_bytes
 
-LONGEST_EDGE = 320
+MAX_EDGE = 320
 """Pixels of a copy's longer side, at most."""
 
-MOST = 4
-"""Copies of one sample's images."""
+MAX_IMAGES = 4
+"""Images of one sample that are copied, at most."""
 
 
-def keep_pictures(directory: Path, index: int, images: Sequence[str | bytes]) -> None:
+def keep_thumbnails(directory: Path, index: int, images: Sequence[str | bytes]) -> None:
     """Writes the copies of one record's images.
 
     Args:
-        directory: Made when needed.
-        index: The record's.
-        images: Their paths, or what is in them. One that cannot be read has no copy.
+        directory: Directory for the copies, which is created when needed.
+        index: Index of the record.
+        images: Paths or contents of the images. One that cannot be read gets no copy.
     """
-    for number, image in enumerate(images[:MOST]):
+    for number, image in enumerate(images[:MAX_IMAGES]):
         file = directory / f"{index}-{number}.jpg"
         try:
             copy = open_image(image)
         except SampleError:
-            file.unlink(missing_ok=True)  # the data may have changed since it was written
+            file.unlink(missing_ok=True)  # an older copy may be of other data
             continue
         directory.mkdir(parents=True, exist_ok=True)
-        copy.thumbnail((LONGEST_EDGE, LONGEST_EDGE), Image.Resampling.LANCZOS)
+        copy.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.LANCZOS)
         written = io.BytesIO()
         copy.save(written, "JPEG", quality=85, subsampling=0)
         replace_bytes(file, written.getvalue())
 
 
-def find_pictures(directory: Path, index: int) -> list[Path]:
-    """The copies of one record's images that are there, in their order."""
-    files = (directory / f"{index}-{number}.jpg" for number in range(MOST))
+def find_thumbnails(directory: Path, index: int) -> list[Path]:
+    """The existing copies of one record's images, in the order of the images."""
+    files = (directory / f"{index}-{number}.jpg" for number in range(MAX_IMAGES))
     return [file for file in files if file.is_file()]

@@ -1,4 +1,4 @@
-"""All processes of a run must run the same: what they compare, and what they say if they do not."""
+"""Checks that all processes of a run do the same: same config, software, data and directory."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ from llava_jax.training.inputs import Inputs
 from llava_jax.training.run_config import PATH_FIELDS, flatten
 
 LOCAL = (*PATH_FIELDS, "data.workers")
-"""Fields of a config that may differ: where files lie on a machine, how many cores it has."""
+"""Config fields that may differ, because machines have other paths and numbers of cores."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OPTIONS = (
@@ -39,34 +39,38 @@ _OPTIONS = (
     *("jax_default_prng_impl", "jax_threefry_partitionable"),
 )
 _TOKEN_SECONDS = 5
-"""All machines of a shared disk see a new file in so long."""
+"""Time after which all machines of a shared disk see a new file."""
 
-_MOST_LINES = 40
+_MAX_LINES = 40
+"""Differences that an error names, at most."""
 
 
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
 ) -> dict[str, Any]:
-    """All that decides what a run does, by name; found without a device. All must ask.
+    """Everything that decides what a run computes, by name. No device is needed to find it.
+
+    All processes must call this, because they exchange which images they have read.
 
     Args:
-        config: The run.
-        model: The model's sizes.
+        config: Config of the run.
+        model: Sizes of the model.
         steps: Optimizer steps of the whole run.
-        fingerprint: Of the base; None without one.
-        inputs: The data.
+        fingerprint: Fingerprint of the base; None if there is no base.
+        inputs: The run's data.
     """
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), LOCAL)
-    of_images = _of_images("", inputs.digest["train"])
-    of_images |= _of_images("held-out ", inputs.digest["eval"])
-    read_by_all = set.intersection(*map(set, all_gather_values([*of_images])))
+    images = _image_facts("", inputs.digest["train"])
+    images |= _image_facts("eval ", inputs.digest["eval"])
+    # Only images that every process has read can be compared.
+    read_by_all = set.intersection(*map(set, all_gather_values([*images])))
     tokenizer = cast("Tokenizer", inputs.tokenizer.backend_tokenizer)
     return fields | {
         "the base's fingerprint": fingerprint,
-        **_of_adapter(config.init_adapter),
-        **_of_data("", inputs.records, inputs.digest["train"]),
-        **_of_data("held-out ", inputs.eval_records, inputs.digest["eval"]),
-        **{name: of_images[name] for name in read_by_all},
+        **_adapter_facts(config.init_adapter),
+        **_data_facts("", inputs.records, inputs.digest["train"]),
+        **_data_facts("eval ", inputs.eval_records, inputs.digest["eval"]),
+        **{name: images[name] for name in read_by_all},
         "the order of the samples": inputs.order.identity,
         "the tokenizer's checksum": _crc(tokenizer.to_str()),
         "the image transform": repr(inputs.encoder.transform),
@@ -78,36 +82,38 @@ def run_facts(
 
 
 def agree(facts: dict[str, Any], *found: str) -> None:
-    """Compares facts among all processes, which must all ask.
+    """Checks that all processes have the same facts. All processes must call this.
 
     Args:
-        facts: By name; JSON can hold them.
-        found: Differences that are known already, a line each.
+        facts: Facts by name, which JSON can represent.
+        found: Differences that are known already, one line of text each.
 
     Raises:
-        ConfigError: There are differences.
+        ConfigError: The facts differ.
     """
     if lines := [*found, *differences(facts)]:
-        more = [f"  and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        more = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
         raise ConfigError(
             "\n".join(
                 [
-                    f"the processes of this run differ, so all end; this is {this_process()}",
-                    *lines[:_MOST_LINES],
+                    f"the processes of this run differ, so all stop; this is {this_process()}",
+                    *lines[:_MAX_LINES],
                     *more,
-                    "give all the same command, environment, software, data and output_dir",
+                    "give all of them the same command, environment, software, data and output_dir",
                 ]
             )
         )
 
 
 def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> NoReturn:
-    """Says of which records processes read different texts. All must ask.
+    """Raises an error that names the records of which processes read different texts.
+
+    All processes must call this.
 
     Args:
-        inputs: The data.
-        records: Training data or held-out data.
-        numbers: Of the records in the batch that was not the same for all.
+        inputs: The run's data.
+        records: Training data or eval data.
+        numbers: Indices of the records in the batch that differs.
 
     Raises:
         RunError: Always.
@@ -116,16 +122,16 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     for number in numbers:
         if number != NO_RECORD:
             texts[f"{records.where(number)}, as tokens"] = inputs.describe_text(number, records)
-    lines = differences(texts) or ["  none when they are read once more; did a disk fail?"]
+    lines = differences(texts) or ["  none when they were read again; a disk may have failed"]
     raise RunError(
-        f"the processes of this run read different texts, so all end; this is {this_process()}\n"
-        + "\n".join(lines[:_MOST_LINES])
-        + "\nmend the data where it is wrong; the same command then continues"
+        f"the processes of this run read different texts, so all stop; this is {this_process()}\n"
+        + "\n".join(lines[:_MAX_LINES])
+        + "\ncorrect the data where it is wrong; the same command then continues the run"
     )
 
 
-def _of_data(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[str, Any]:
-    """What tells data apart, by name."""
+def _data_facts(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of records, and digests of the files of each data set, by name."""
     facts: dict[str, Any] = {f"the number of {kind}samples": len(records)}
     for number, source in enumerate(digest):
         files = [[count, digest] for _, count, digest in source["files"]]
@@ -133,7 +139,7 @@ def _of_data(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[
     return facts
 
 
-def _of_images(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
+def _image_facts(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
     """Sizes and checksums of the image files that could be read, by name."""
     return {
         f"{kind}image {name}": image
@@ -142,10 +148,10 @@ def _of_images(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _of_adapter(place: str | None) -> dict[str, Any]:
-    """A digest of an adapter's tensors, of a part of each as a fingerprint has."""
+def _adapter_facts(directory: str | None) -> dict[str, Any]:
+    """Checksums of an adapter's files, over a sample of each tensor as in a fingerprint."""
     facts = {}
-    for file in sorted(Path(place).rglob("*.safetensors")) if place else ():
+    for file in sorted(Path(directory).rglob("*.safetensors")) if directory else ():
         tensors = open_tensors(file).items()
         facts[f"the checksum of init_adapter's {file.name}"] = _crc(
             repr([(name, t.dtype, t.shape, t.sample()) for name, t in tensors])
@@ -158,10 +164,15 @@ def _crc(text: str) -> str:
 
 
 def not_shared(output_dir: Path) -> list[str]:
-    """Which processes do not find in output_dir what the first one writes there; all must ask.
+    """Checks that all processes have the same output_dir. All processes must call this.
+
+    The main process creates a file there, and the others look for it.
+
+    Returns:
+        One line of text for each process that does not find the file.
 
     Raises:
-        OSError: The first cannot write there.
+        OSError: The main process cannot write there.
     """
     token = output_dir / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
     if is_main_process():
@@ -176,8 +187,8 @@ def not_shared(output_dir: Path) -> list[str]:
     if is_main_process():
         token.unlink(missing_ok=True)
     return [
-        f"  output_dir, which all must share: what process 0 writes into {written} is not in "
-        f"{place} of process {number}"
-        for number, place in enumerate(lacking)
-        if place is not None
+        f"  output_dir, which all must share: a file that process 0 wrote into {written} is not in "
+        f"{directory} of process {number}"
+        for number, directory in enumerate(lacking)
+        if directory is not None
     ]

@@ -1,9 +1,9 @@
-"""Resumable checkpoints of a run, with Orbax: all that changes, and nothing that does not.
+"""Saves and restores a run's checkpoints with Orbax: everything that changes while it trains.
 
-The frozen base is not copied: the run's config.json names it and holds its fingerprint. A
-checkpoint takes its name, `{directory}/{step}/`, when it is complete, a list of its files and their
-checksums in it. So one that was damaged later is known, and the one before it taken. It has copies
-of the run's own files, from which `repair.py` restores them.
+The frozen base is not part of them: the run's config.json has its name and its fingerprint. A
+checkpoint gets its name, `{directory}/{step}/`, only when it is complete. It contains a manifest
+with the checksums of its files, so a checkpoint that was damaged later is recognized and the one
+before it is used. It also has copies of the run's own files, from which `repair.py` restores them.
 """
 
 import functools
@@ -39,7 +39,7 @@ _OWN = "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
-"""Beside the data's position: the run's own files."""
+"""Key of the copies of the run's own files, which are saved with the data's position."""
 _BLOCK = 2**22
 _THREADS = 8
 
@@ -48,15 +48,16 @@ class Checkpoints:
     """The checkpoints of one run, written asynchronously.
 
     Args:
-        directory: Made if it does not exist. What a killed process left unfinished in it is
-            removed; what is newer than the newest whole checkpoint is renamed.
-        config: How many to keep.
+        directory: Directory of the checkpoints, which is created if it does not exist. Unfinished
+            checkpoints of a killed process are removed; damaged checkpoints that are newer than
+            the newest intact one are renamed.
+        config: Config of the checkpoints: how many to keep.
 
     Attributes:
-        passed_over: What was renamed, and why.
+        passed_over: A line of text for each renamed checkpoint, with the reason.
 
     Raises:
-        CheckpointError: There are checkpoints, and all are damaged.
+        CheckpointError: There are checkpoints, but all of them are damaged.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
@@ -76,24 +77,27 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(
                 post_finalization_callback=self._complete,
-                create_directories_asynchronously=False,  # else its errors are waited for in vain
+                # Otherwise Orbax waits forever for a directory that could not be created.
+                create_directories_asynchronously=False,
             ),
         )
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step; None when there is none."""
+        """The step of the newest intact checkpoint; None if there is none."""
         return None if self._newest < 0 else self._newest
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts saving, and if `state` lies in host memory finishes; then it may be donated.
+        """Starts to save a checkpoint. When this returns, `state` may be donated.
+
+        If any of `state` is in host memory, it returns only when the checkpoint is saved.
 
         Args:
-            state: What the next step starts from.
-            data: The data's position, as plain JSON.
+            state: State from which the next step starts.
+            data: Position in the data, as plain JSON.
 
         Raises:
-            CheckpointError: It cannot be written; or what was begun before could not be.
+            CheckpointError: It cannot be written, or the one before it could not be.
         """
         self.wait()
         step = int(state.step)
@@ -107,10 +111,10 @@ class Checkpoints:
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
         if any(map(is_for_host, jax.tree.leaves(state))):
-            self.wait()  # Orbax writes such arrays from where they lie, and so holds on to them
+            self.wait()  # Orbax writes such arrays without copying them first
 
     def clear(self) -> None:
-        """Removes them all."""
+        """Removes all checkpoints."""
         if is_main_process():
             for step in self._steps():
                 self._remove(step)
@@ -118,19 +122,19 @@ class Checkpoints:
         barrier()
 
     def check(self) -> None:
-        """Notices early if what is being saved cannot be.
+        """Checks, without waiting, whether the save in progress has failed.
 
         Raises:
-            CheckpointError: It cannot.
+            CheckpointError: It has failed.
         """
         with self._explained(self._saving):
             self._orbax.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until the save in progress is complete.
 
         Raises:
-            CheckpointError: It could not be written.
+            CheckpointError: The checkpoint could not be written.
         """
         with self._explained(self._saving):
             self._orbax.wait_until_finished()
@@ -142,25 +146,31 @@ class Checkpoints:
         """Reads the newest checkpoint, onto any number of devices.
 
         Args:
-            abstract: Shapes, dtypes and shardings.
+            abstract: Shapes, dtypes and shardings of the state.
+
+        Returns:
+            The state and the position in the data.
 
         Raises:
-            CheckpointError: It has others, as after a change of recipe that was accepted.
+            CheckpointError: The saved parameters have other names or shapes, for example after a
+                change of the recipe that was accepted.
         """
-        place = self._directory / str(self._newest)
-        # Looked at first: an Orbax that fails in the midst leaves reads behind that fail later.
-        saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(place / "state"))
+        checkpoint = self._directory / str(self._newest)
+        # Shapes are compared before Orbax reads anything: if it fails during a restore, some of
+        # its reads go on in the background and fail later, in the midst of something else.
+        saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
         there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
         here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
         if other := sorted(dict(there.items() ^ here.items())):
             path = other[0]
             raise CheckpointError(
-                f"{place} is not what this recipe trains; go on with the one it began with, or "
-                f"begin a run with a --name of its own. {len(other)} parameters differ: {path} is "
-                f"{there.get(path)} there, {here.get(path)} here"
+                f"{checkpoint} does not have the parameters that this recipe trains; continue with "
+                "the recipe that the run started with, or start another run with its own --name. "
+                f"{len(other)} parameters differ: {path} is {there.get(path)} there, "
+                f"{here.get(path)} here"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._orbax.restore(place, args=args)["state"], self.position()
+        return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
     def position(self) -> dict[str, Any]:
         """The data's position when the newest checkpoint was saved."""
@@ -180,7 +190,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Lets a save that has begun finish, whatever ended the run."""
+        """Waits for the save in progress, also if an error ended the run."""
         try:
             self.wait()
         except CheckpointError:
@@ -193,11 +203,13 @@ class Checkpoints:
     def _explained(self, step: int | None) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of any kind: Orbax and what it writes with have many
-            earlier = "" if self.latest is None else f"; that of step {self.latest} is untouched"
+        except Exception as error:  # Orbax and TensorStore raise errors of many types
+            earlier = (
+                f"; the one of step {self.latest} is intact" if self.latest is not None else ""
+            )
             raise CheckpointError(
                 f"{self._directory / str(step)}: the checkpoint could not be saved{earlier}. The "
-                f"same command continues from the last one. {_first_line(error)}"
+                f"same command continues from the last checkpoint. {_first_line(error)}"
             ) from error
 
     def _complete(self) -> None:
@@ -222,17 +234,17 @@ class Checkpoints:
             damaged[step] = reason
         if damaged:
             raise CheckpointError(
-                f"no checkpoint of this run is whole, so it cannot go on; remove "
-                f"{self._directory} to start it anew\n  " + "\n  ".join(damaged.values())
+                "all checkpoints of this run are damaged, so it cannot continue; remove "
+                f"{self._directory} to start it again\n  " + "\n  ".join(damaged.values())
             )
         return None
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, reason in damaged.items():
-            place = self._directory / str(step)
-            _remove(place.with_name(f"{step}{DAMAGED}"))
-            place.rename(place.with_name(f"{step}{DAMAGED}"))
-            self.passed_over.append(f"the checkpoint of step {step} is passed over: {reason}")
+            renamed = self._directory / f"{step}{DAMAGED}"
+            _remove(renamed)
+            (self._directory / str(step)).rename(renamed)
+            self.passed_over.append(f"the checkpoint of step {step} is not used: {reason}")
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self._directory.iterdir()]
@@ -241,7 +253,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if is_main_process():
             for step in sorted(self._steps())[: -self._keep]:
-                with suppress(OSError):  # the next start removes what is left
+                with suppress(OSError):  # the next start removes what remains
                     self._remove(step)
 
     def _remove(self, step: int) -> None:
@@ -251,7 +263,7 @@ class Checkpoints:
 
 
 def _remove(place: Path) -> None:
-    """Removes a directory, or whatever has its name; what cannot be removed stays."""
+    """Removes a directory or a file, as far as that is possible."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
@@ -278,15 +290,15 @@ def _drop_late_callbacks() -> None:
 
 
 def write_manifest(files: dict[str, list[int]]) -> str:
-    """The text of a list of files, name -> [bytes, checksum], with a checksum of its own."""
+    """The text of a manifest: the files, name -> [bytes, checksum], and a checksum of this list."""
     return json.dumps({"files": files, "checksum": _crc(files)}, indent=1) + "\n"
 
 
 def read_manifest(text: str) -> dict[str, list[int]]:
-    """The inverse.
+    """The files that a manifest's text lists.
 
     Raises:
-        ValueError: It is not as it was written.
+        ValueError: The text is damaged.
     """
     found = json.loads(text)
     if not isinstance(found, dict) or found.get("checksum") != _crc(found.get("files")):
@@ -299,7 +311,7 @@ def _crc(value: Any) -> int:
 
 
 def what_is_damaged(place: Path) -> str | None:
-    """Holds a checkpoint against its list of files; None if it is whole."""
+    """Compares a checkpoint with its manifest; None if it is intact, otherwise the reason."""
     try:
         expected = read_manifest((place / MANIFEST).read_text())
         json.loads((place / _OWN).read_text())
@@ -319,7 +331,7 @@ def what_is_damaged(place: Path) -> str | None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """The CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Measuring a model on held-out data."""
+"""Measures a model on eval data: loss and accuracy, and answers to some of the questions."""
 
 import dataclasses
 import itertools
@@ -22,43 +22,43 @@ from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Params
 from llava_jax.report.rows import read_rows
-from llava_jax.report.thumbnails import find_pictures, keep_pictures
+from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
 
 UNNAMED = "all"
-"""Category of samples without one."""
+"""Category of samples that have none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One held-out question as the model answered it.
+    """An eval question and the model's answer.
 
     Attributes:
-        index: Number of its record.
-        images: How many the record has.
-        right: Whether greedy decoding gives the answer to the letter.
+        index: Index of the record.
+        images: Number of images in the record.
+        right: Whether greedy decoding gives exactly the expected answer.
     """
 
     question: str
     expected: str
     given: str
-    index: int = -1  # measurements of older versions lack these
+    index: int = -1  # rows that older versions wrote have none of these
     images: int = 0
     right: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The results of one evaluation.
 
     Attributes:
-        loss: Mean over supervised tokens, nats.
-        exact: Samples by category that greedy decoding answers to the letter.
-        samples: Samples by category.
-        examples: Some questions and answers.
-        skipped: Numbers of the samples that cannot be used.
+        loss: Mean loss of the supervised tokens, in nats.
+        exact: For each category, the number of samples that greedy decoding answers exactly.
+        samples: For each category, the number of samples.
+        examples: Some of the questions with their answers.
+        skipped: Indices of the samples that cannot be used.
     """
 
     loss: float
@@ -69,7 +69,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of samples that greedy decoding answers to the letter."""
+        """Share of the samples that greedy decoding answers exactly."""
         return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
 
 
@@ -80,14 +80,14 @@ def evaluate(
     encoder: SampleEncoder,
     shown: Collection[int] = (),
 ) -> Evaluation:
-    """Runs held-out batches through the model.
+    """Evaluates a model on batches of eval data.
 
     Args:
-        eval_step: The compiled step, parameters bound.
-        batches: Host batches with the record index of each real row.
-        records: What the indices refer to.
-        encoder: What made the batches of them.
-        shown: Record indices to return as examples.
+        eval_step: The compiled eval step, with its parameters bound.
+        batches: Batches on the host, each with the record index of each of its rows.
+        records: The records that the indices refer to.
+        encoder: The encoder that made the batches from the records.
+        shown: Indices of the records to return as examples.
     """
     nll, tokens = 0.0, 0
     exact, samples = Counter(), Counter()
@@ -95,7 +95,7 @@ def evaluate(
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
         for row, index in enumerate(indices.tolist()):
-            if index == NO_RECORD:  # fills up the last batch
+            if index == NO_RECORD:  # a row that only fills up the last batch
                 continue
             if not result.tokens[row]:
                 skipped.append(index)
@@ -112,7 +112,11 @@ def evaluate(
 
 
 def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
-    """The last answer, up to its first wrong token: what follows would not be greedy decoding."""
+    """The last question of a record, and its answer up to the first wrong token.
+
+    Each token was predicted from the expected tokens before it. Up to the first wrong token these
+    are the predicted ones too, so the answer is that of greedy decoding; the rest would not be.
+    """
     encoded = encoder.encode_text(record)
     answer = _last_run(encoded.loss_mask)
     expected, given = encoded.input_ids[answer], predicted[answer - 1]
@@ -134,24 +138,24 @@ def _last_question(record: Record) -> str:
 
 
 def _last_run(mask: np.ndarray) -> np.ndarray:
-    """Positions of the last unbroken run of True."""
+    """Positions of the last group of consecutive True values."""
     positions = np.flatnonzero(mask)
     breaks = np.flatnonzero(np.diff(positions) != 1)
     return positions[breaks[-1] + 1 if len(breaks) else 0 :]
 
 
-class HeldOut:
-    """A run's measurements on held-out data, a line each in evaluations.jsonl.
+class Evaluator:
+    """The evaluations of a run, each of them a row in evaluations.jsonl.
 
-    The images of what is shown of them are copied to examples/.
+    Small copies of the examples' images are kept in examples/, for the report.
 
     Args:
-        run_dir: Where these are.
-        eval_step: (trainable, host batch) -> result.
-        inputs: The run's data; without held-out records nothing is measured.
-        batch_size: Held-out samples in a batch.
-        rows: Those that this process reads.
-        reporter: Told of each measurement.
+        run_dir: Directory of the run, which has both.
+        eval_step: The compiled eval step: (trainable, host batch) -> result.
+        inputs: The run's data. If it has no eval records, nothing is measured.
+        batch_size: Number of samples in a batch.
+        rows: Rows of each batch that this process reads.
+        reporter: Shows each evaluation.
         first_step: Steps done before.
     """
 
@@ -165,14 +169,14 @@ class HeldOut:
         reporter: Reporter,
         first_step: int,
     ):
-        self._path, self._pictures = run_dir / "evaluations.jsonl", run_dir / "examples"
+        self._path, self._thumbnails = run_dir / "evaluations.jsonl", run_dir / "examples"
         self._eval_step, self._inputs, self._reporter = eval_step, inputs, reporter
         self._batch_size, self._batch_rows = batch_size, rows
         found = read_rows(self._path).rows if inputs.eval_records else []
         self._rows = [row for row in found if row["step"] <= first_step]
-        self._kept: set[int] = set()
-        count, wanted = len(inputs.eval_records), inputs.config.eval.examples
-        self._shown = {i * count // wanted for i in range(wanted)} if count else set()
+        self._copied: set[int] = set()
+        count, shown = len(inputs.eval_records), inputs.config.eval.examples
+        self._shown = {i * count // shown for i in range(shown)} if count else set()
 
     def measure(
         self,
@@ -180,16 +184,17 @@ class HeldOut:
         trainable: Params,
         halted: Callable[[int, np.ndarray], bool] = lambda checksum, numbers: False,
     ) -> None:
-        """Evaluates after `step` steps, unless it was done before.
+        """Evaluates the model after `step` steps, unless that was done before.
 
         Args:
             step: Steps done.
-            trainable: What trains.
-            halted: Asked before each batch, with the checksum of its texts and the numbers of its
-                records, and with neither at the end; True gives this measurement up.
+            trainable: The trainable parameters after these steps.
+            halted: Called before each batch with the checksum of its texts and the indices of its
+                records, and once at the end with 0 and no indices. If it returns True, the
+                evaluation is given up and nothing is recorded.
 
         Raises:
-            ConfigError: None of the held-out samples can be read.
+            ConfigError: None of the eval samples can be read.
         """
         inputs = self._inputs
         if not inputs.eval_records or broadcast_from_main(
@@ -212,32 +217,32 @@ class HeldOut:
         if not result.samples:
             records = inputs.eval_records
             raise ConfigError(
-                "none of the held-out samples can be read; check data.eval_path and "
-                f"data.image_root. The first, {records.where(0)}: {inputs.why_skipped(0, records)}"
+                "none of the eval samples can be read; check data.eval_path and data.image_root. "
+                f"The first one, {records.where(0)}: {inputs.why_skipped(0, records)}"
             )
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
         if is_main_process():
             append_rows(self._path, [row])
             text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
-            text = f"held out, step {step}: {text}{self._left_out(result.skipped)}"
-            self._reporter.log_held_out(row, self._keep_pictures(result.examples), text)
+            text = f"eval, step {step}: {text}{self._describe_skipped(result.skipped)}"
+            self._reporter.log_eval(row, self._keep_thumbnails(result.examples), text)
 
-    def _keep_pictures(self, examples: list[Example]) -> list[list[Path]]:
-        for index in {example.index for example in examples} - self._kept:
-            keep_pictures(self._pictures, index, self._inputs.eval_records[index].images)
-            self._kept.add(index)
-        return [find_pictures(self._pictures, example.index) for example in examples]
+    def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
+        for index in {example.index for example in examples} - self._copied:
+            keep_thumbnails(self._thumbnails, index, self._inputs.eval_records[index].images)
+            self._copied.add(index)
+        return [find_thumbnails(self._thumbnails, example.index) for example in examples]
 
-    def _left_out(self, skipped: list[int]) -> str:
+    def _describe_skipped(self, skipped: list[int]) -> str:
         if not skipped:
             return ""
         records, first = self._inputs.eval_records, skipped[0]
         reason = self._inputs.why_skipped(first, records)
-        return f"; {len(skipped)} left out, the first {records.where(first)}: {reason}"
+        return f"; {len(skipped)} skipped, the first one {records.where(first)}: {reason}"
 
     def say_tables(self) -> None:
-        """Prints the first measurement beside the last."""
+        """Prints the first evaluation beside the last one."""
         if self._rows:
             before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
             self._reporter.say(comparison_table(before, after))
@@ -255,8 +260,8 @@ def _from_row(row: dict[str, Any]) -> Evaluation:
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
-    """Accuracy by category, before and after."""
-    table = Table("category", "samples", "before", "after", title="held-out answers, exact match")
+    """A table of the accuracy in each category, before and after."""
+    table = Table("category", "samples", "before", "after", title="eval accuracy, exact match")
     share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
     categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
     for category, count in categories:
@@ -272,7 +277,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
 
 
 def examples_table(before: Evaluation, after: Evaluation) -> Table:
-    """The same questions, before and after."""
+    """A table of the same questions, answered before and after."""
     table = Table("question", "expected", "before", "after", title="sample answers")
     for old, new in zip(before.examples, after.examples, strict=False):
         table.add_row(new.question, new.expected, old.given, new.given)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a PEFT adapter, or a whole Hugging Face model."""
+"""Exports what a run has trained, as a PEFT adapter or as a whole Hugging Face model."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from llava_jax.train_step.program import Program
 
 
 def export_dir(config: TrainConfig) -> Path:
-    """`adapter/` where adapters train, `model/` where they do not."""
+    """The directory of a run's export: `adapter/` if it trains adapters, otherwise `model/`."""
     has_adapters = "lora" in (config.tune.llm, config.tune.vision)
     return config.run_dir / ("adapter" if has_adapters else "model")
 
@@ -32,27 +32,28 @@ def export(
     trainable: Params,
     frozen: Params,
 ) -> Path:
-    """Writes what a run has trained beside where it belongs, and returns that directory.
+    """Writes what a run has trained into a directory with a temporary name, and returns it.
 
-    `publish` puts it in its place.
+    `publish` then gives it its final name.
 
     Args:
-        config: The run.
-        program: Its compiled form.
-        processor: Where its tokenizer and image processor lie.
-        base_name: What an adapter's user calls its base.
-        fingerprint: Of the base.
-        trainable: What it trains.
-        frozen: The rest.
+        config: Config of the run.
+        program: Compiled program of the run.
+        processor: Source of the tokenizer and the image processor.
+        base_name: Name or path of the base that an adapter is for.
+        fingerprint: Fingerprint of the base.
+        trainable: Trainable parameters.
+        frozen: Frozen parameters.
 
     Raises:
-        OSError: The disk refuses it.
+        OSError: The directory cannot be written.
     """
     final = export_dir(config)
     unfinished = final.with_name(final.name + ".unfinished")
     with _removed_on_failure(unfinished):
         if program.adapters:
-            # PEFT replaces a module that trains in full as a whole, frozen layers of it included.
+            # PEFT saves and loads a fully trained module as a whole, so the export must have the
+            # frozen layers of a vision tower that trains, too.
             beside = ("vision.",) if config.tune.vision == "full" else ()
             trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
             save_adapter(
@@ -80,7 +81,7 @@ def export(
 
 @contextmanager
 def _removed_on_failure(directory: Path) -> Iterator[None]:
-    """A new directory to write in, which is there afterwards only if all went well."""
+    """Creates a directory to write into, and removes it again if an error occurs."""
     if is_main_process():
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -93,13 +94,13 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
 
 
 def discard(written: Path) -> None:
-    """Removes an export that was only tried."""
+    """Removes an export that was written only to test that it can be."""
     if is_main_process():
         shutil.rmtree(written)
 
 
 def publish(written: Path, final: Path) -> None:
-    """Puts a whole export in its place, in one step where nothing lies there."""
+    """Gives a complete export its final name; an older export of that name is removed first."""
     if is_main_process():
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

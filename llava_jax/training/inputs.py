@@ -1,4 +1,4 @@
-"""What goes into a run besides weights: its tokenizer, its image transform and its data."""
+"""Opens a run's inputs other than weights: tokenizer, image transform and data."""
 
 import dataclasses
 import functools
@@ -30,12 +30,13 @@ class Inputs:
     """A run's data, ready to be read.
 
     Attributes:
-        tokenizer: The checkpoint's.
-        encoder: Record -> tokens and pixels.
+        config: Config of the run.
+        tokenizer: Tokenizer of the checkpoint.
+        encoder: Encoder from records to tokens and pixels.
         spec: Shapes of training batches.
-        records: What is learned from.
-        order: Which of them each batch has.
-        eval_records: Held-out data; empty without.
+        records: Training data.
+        order: Indices of the records in each training batch.
+        eval_records: Eval data; empty if there is none.
     """
 
     config: TrainConfig
@@ -47,18 +48,27 @@ class Inputs:
     eval_records: Records
 
     def divided(self, devices: int) -> "Inputs":
-        """The same, for so many devices that the rows of a batch are divided among."""
+        """The same inputs, with the rows of a batch divided among so many devices."""
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, devices=devices))
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
-        """Batches without end, from the start of the first epoch; of each but some rows."""
+        """Endless training batches, from the start of the first epoch.
+
+        Args:
+            rows: Rows of each batch that this process reads; None reads all.
+        """
         read = ReadBatch(self.order, self.records, self.encoder, self.spec, rows)
         return Batches(read, self.config.data.workers, self.order.identity)
 
     def eval_batches(
         self, size: int, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """All held-out samples in order, `size` at a time, with their indices."""
+        """All eval samples in order, `size` in a batch, with their record indices.
+
+        Args:
+            size: Samples in a batch.
+            rows: Rows of each batch that this process reads; None reads all.
+        """
         images = self.encoder.max_images
         spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
         workers = self.config.data.workers
@@ -66,14 +76,14 @@ class Inputs:
 
     @functools.cached_property
     def digest(self) -> dict[str, list[dict[str, Any]]]:
-        """What the data is known again by; plain JSON."""
+        """Digests by which a resumed run recognizes its data, as plain JSON."""
         return {
             "train": data_digest(self.records),
             "eval": data_digest(self.eval_records) if self.eval_records else [],
         }
 
     def summary(self) -> str:
-        """How the data is made into batches."""
+        """A line of text that says how the data is made into batches."""
         text = f"{len(self.records):,} samples, batches of {self.spec.size}"
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
@@ -84,9 +94,14 @@ class Inputs:
         return f"{text}; padded to {lengths} tokens"
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
-        """What is wrong with a record, of the training data or others, by reading it once more."""
+        """Why a record was skipped, found by reading it again.
+
+        Args:
+            number: Index of the record.
+            records: Records that the index refers to; None is the training data.
+        """
         found = self._what_is_wrong(self.records if records is None else records, number)
-        return found or "it could not be read when its turn came, but can be now"
+        return found or "it could not be read before, but now it can"
 
     def _what_is_wrong(self, records: Records, number: int) -> str | None:
         try:
@@ -96,7 +111,7 @@ class Inputs:
         return None
 
     def describe_text(self, number: int, records: Records) -> str:
-        """What a record's text is as tokens, short; or why it cannot be used."""
+        """The number of tokens in a record's text and their checksum, or why it cannot be used."""
         try:
             ids = self.encoder.encode_text(records[number]).input_ids
         except SampleError as error:
@@ -104,10 +119,11 @@ class Inputs:
         return f"{len(ids)} with checksum {zlib.crc32(ids.tobytes()):08x}"
 
     def check_some(self) -> None:
-        """Tries a few records, spread over the data, before anything is loaded.
+        """Reads a few records from all parts of the data, before any weights are loaded.
 
         Raises:
-            ConfigError: More cannot be used than chance allows, if as few are bad as may be.
+            ConfigError: So many of them cannot be used that the data almost certainly has more
+                such records than data.max_skipped allows.
         """
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
@@ -125,18 +141,23 @@ class Inputs:
 
 
 _TRIED, _BY_CHANCE = 64, 6
-"""Of 64 samples, 7 or more are bad once in a million data sets of which one in a hundred is."""
+"""In data of which 1 % is bad, 64 random samples have 7 bad ones or more once in a million."""
 
 
 def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[float, ...]]:
-    """A run's records, how many each data set has, and their weights.
+    """Opens the training data of a run.
+
+    Returns:
+        All records, the number of records in each data set, and the weight of each data set.
 
     Raises:
-        ConfigError: One is missing or malformed.
+        ConfigError: A data set is missing or malformed.
     """
     mixture = data.mixture or (DataSet(data.path, data.image_root),)
     if data.mixture and data.path:
-        raise ConfigError(f"data.path {data.path} and data.mixture: give one of them")
+        raise ConfigError(
+            f"data.path {data.path} and data.mixture are both set; set only one of them"
+        )
     parts = [
         load_records(part.path, part.image_root, follow_links=data.follow_links) for part in mixture
     ]
@@ -150,7 +171,14 @@ def make_order(
     counts: tuple[int, ...],
     weights: tuple[float, ...],
 ) -> EpochOrder:
-    """The order of a run's samples."""
+    """The order in which a run reads its samples.
+
+    Args:
+        config: Config of the run.
+        records: All records.
+        counts: Number of records in each data set.
+        weights: Weight of each data set.
+    """
     grouping = None
     if config.data.group_by_modality_length:
         images, words = records.sizes
@@ -168,14 +196,18 @@ def make_order(
 def find_model(
     config: TrainConfig, source: Path | Parts | None
 ) -> tuple[ModelConfig, Path | Parts]:
-    """The model's sizes, and where its tokenizer and image processor lie.
+    """The model's sizes, and the source of its tokenizer and image processor.
+
+    Args:
+        config: Config of the run.
+        source: The resolved `init_from`; None if the model is trained from scratch.
 
     Raises:
-        ConfigError: The config does not say.
+        ConfigError: The config does not say them.
     """
     processor = source if config.processor is None else Path(config.processor)
     if processor is None:
-        raise ConfigError("set processor: a model from scratch brings no tokenizer")
+        raise ConfigError("set processor, because a model from scratch has no tokenizer")
     if source is not None:
         return read_config(source), processor
     if config.model is None:
@@ -187,17 +219,19 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     """Opens a run's data.
 
     Args:
-        config: The run.
-        model: The model's sizes and token ids.
-        processor: Where the tokenizer and image processor lie.
+        config: Config of the run.
+        model: Sizes and token ids of the model.
+        processor: Source of the tokenizer and the image processor.
 
     Raises:
-        ConfigError: The data or the template does not exist or fit.
+        ConfigError: The data or the template does not exist or does not fit.
         CheckpointError: The tokenizer or image processor cannot be read.
     """
     data = config.data
     if data.template not in TEMPLATES:
-        raise ConfigError(f"data.template {data.template!r}; there are {', '.join(TEMPLATES)}")
+        raise ConfigError(
+            f"data.template {data.template!r} does not exist; choose one of {', '.join(TEMPLATES)}"
+        )
     records, counts, weights = open_records(data)
     order = make_order(config, records, counts, weights)
     eval_records: Records = ListRecords()

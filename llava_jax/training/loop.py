@@ -1,4 +1,4 @@
-"""The training loop: steps, measurements, checkpoints, signals."""
+"""The training loop: steps, evaluations, checkpoints, signals."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from llava_jax.train_step.program import Program
 from llava_jax.train_step.step import EvalResult, Metrics, TrainState
 from llava_jax.training.agreement import refuse_texts
 from llava_jax.training.checkpoints import Checkpoints
-from llava_jax.training.evaluation import HeldOut
+from llava_jax.training.evaluation import Evaluator
 from llava_jax.training.inputs import Inputs
 from llava_jax.training.profiler import Profiler
 from llava_jax.training.progress import Reporter
@@ -41,7 +41,10 @@ def train(
     total: int,
     trackers: Sequence[Tracker],
 ) -> TrainState:
-    """The loop. Metrics are read one step late, so that the device never waits for the host."""
+    """Trains until the last step or a signal, and returns the last state.
+
+    Metrics are read one step late, so that the device never waits for the host.
+    """
     first = int(state.step)
     size = config.batch.global_size
     every = config.eval.every
@@ -56,45 +59,46 @@ def train(
         Report(config.run_dir, write=is_main_process()) as report,
         Profiler(config.run_dir / "profile", config.log.profile_steps) as profiler,
     ):
-        journal = StepLog(config, inputs, reporter, first)
-        held_out = _held_out(config, program, inputs, frozen, reporter, first)
+        step_log = StepLog(config, inputs, reporter, first)
+        evaluator = _evaluator(config, program, inputs, frozen, reporter, first)
 
-        def look(step: int) -> None:
+        def evaluate_and_report(step: int) -> None:
             if due(step):
-                held_out.measure(step, state.trainable, halted)
+                evaluator.measure(step, state.trainable, halted)
             report.update()
             reporter.skip_time()
 
-        look(first)
+        evaluate_and_report(first)
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
-            if due(step - 1) and asked()():  # a measurement was given up: it comes first, later
+            # A signal may have ended an evaluation. Stop here, so that a resumed run repeats it.
+            if due(step - 1) and asked()():
                 break
             batch = next(batches)
             numbers = functools.partial(inputs.order.batch, step - 1)
             stops = asked(batch.text_checksum, numbers)
             if not inputs.spec.has_one_shape:
-                stops()  # processes whose shapes differ must not begin the step
+                stops()  # texts that differ may differ in shape, and such a step would hang
             profiler.before(step, state)
             state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
-                journal.log(*earlier)
-            stops()  # before anything of this step is recorded
+                step_log.log(*earlier)
+            stops()  # raises if texts differ, before anything of this step is recorded
             waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
-                journal.log(*waiting.pop())
-                if not journal.nonfinite:  # else the last good one stays the last
+                step_log.log(*waiting.pop())
+                if not step_log.nonfinite:  # otherwise the last good checkpoint stays the newest
                     saved.save(state, batches.state())
-                look(step)
+                evaluate_and_report(step)
             saved.check()
             if stops():
                 break
         for earlier in waiting:
-            journal.log(*earlier)
+            step_log.log(*earlier)
         saved.save(state, batches.state())
         if int(state.step) == total:
-            held_out.say_tables()
-        stop.signal = asked()() or None  # whichever process it came to
+            evaluator.say_tables()
+        stop.signal = asked()() or None  # of any process
     return state
 
 
@@ -105,17 +109,18 @@ def _ask(
     numbers: Callable[[], np.ndarray] = lambda: np.array([]),
     records: Records | None = None,
 ) -> Callable[[], int]:
-    """Asks all processes for signals, and whether they have read the same texts.
+    """Asks all processes whether a signal came and whether they have read the same texts.
 
     Args:
-        stop: This process' signals.
-        inputs: The data.
-        checksum: Of the texts of a batch.
-        numbers: Gives the records of that batch.
-        records: What these refer to; None is the training data.
+        stop: The signals of this process.
+        inputs: The run's data.
+        checksum: Checksum of the texts in a batch.
+        numbers: Function that returns the record indices of that batch.
+        records: Records that the indices refer to; None is the training data.
 
     Returns:
-        The highest signal, when it is called; it raises RunError where texts differ.
+        A function that waits for the answer and returns the highest signal. It raises RunError if
+        the processes' texts differ.
     """
     answer = all_reduce_max(lambda: (stop.signal or 0, checksum, -checksum))
 
@@ -128,17 +133,17 @@ def _ask(
     return read
 
 
-def _held_out(
+def _evaluator(
     config: TrainConfig,
     program: Program,
     inputs: Inputs,
     frozen: Params,
     reporter: Reporter,
     first: int,
-) -> HeldOut:
+) -> Evaluator:
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
         placed = program.device_put(batch, program.eval_size, to_train=False)
         return program.eval_step(trainable, frozen, placed)
 
     size = program.eval_size
-    return HeldOut(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)
+    return Evaluator(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)

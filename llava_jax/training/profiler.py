@@ -1,4 +1,4 @@
-"""A profile of some of a run's steps, which xprof opens."""
+"""Profiles some of a run's steps, for xprof."""
 
 from pathlib import Path
 from types import TracebackType
@@ -8,11 +8,11 @@ import jax
 
 
 class Profiler:
-    """Traces the steps of a window; each process its own devices.
+    """Traces a range of steps. Each process traces its own devices.
 
     Args:
-        directory: Where traces are written.
-        window: The first and the last step; None traces nothing.
+        directory: Directory for the traces.
+        window: First and last step of the range; None traces nothing.
     """
 
     def __init__(self, directory: Path, window: tuple[int, int] | None):
@@ -32,11 +32,12 @@ class Profiler:
             jax.profiler.stop_trace()
 
     def before(self, step: int, state: Any) -> None:
-        """Begins or ends the trace where the window does.
+        """Starts or stops the trace if the range starts at this step or has ended before it.
 
         Args:
-            step: The step to be taken.
-            state: What it is taken from. It is waited for, lest parts of steps be traced.
+            step: The next step.
+            state: State before this step. The trace starts and stops only when it is computed, so
+                that no step is traced in part.
         """
         first, last = self._window or (0, 0)
         if step == first:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress display, and metrics.jsonl."""
+"""The console display of a run's progress, and its rows in metrics.jsonl."""
 
 import math
 import time
@@ -15,20 +15,20 @@ from llava_jax.disk import append_rows
 from llava_jax.training.trackers import Tracker
 
 PLAIN_SECONDS = 10.0
-"""Without a terminal, a line of progress at most this often."""
+"""Time between two lines of progress where the output is not a terminal, at least."""
 
 
 class Reporter:
-    """Writes a row a step to metrics.jsonl, and shows it.
+    """Writes a row for each step to metrics.jsonl, shows it, and passes it to the trackers.
 
-    On a terminal it is a live bar, elsewhere a plain line from time to time.
+    A terminal shows a live progress bar, any other output a plain line from time to time.
 
     Args:
-        path: metrics.jsonl, in a directory that is there.
+        path: Path of metrics.jsonl; its directory must exist.
         first_step: Steps done before.
         total_steps: Steps of the whole run.
-        trackers: What else is told of each step and measurement.
-        quiet: Neither write nor show: for all processes but one.
+        trackers: Services that receive each step and each evaluation.
+        quiet: Neither write nor show anything, in all processes but the main one.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Reporter:
         """Records one optimizer step.
 
         Args:
-            row: At least step, loss, learning_rate and tokens; the seconds since the last row are
-                added.
-            device_bytes: Peak memory of a device, if it is known; then it is added too.
+            row: A row of metrics.jsonl with at least step, loss, learning_rate and tokens. The
+                seconds since the last row are added to it.
+            device_bytes: Peak memory of a device; added to the row if it is known.
         """
         now = time.monotonic()
         row = row | {"seconds": round(now - self._last_time, 4)}
@@ -90,49 +90,47 @@ class Reporter:
         if self.is_shown:
             append_rows(self._path, [row])
         speed = row["tokens"] / max(row["seconds"], 1e-9)
-        self._tell(lambda tracker: tracker.log_step(row | {"tokens_per_second": speed}))
+        self._track(lambda tracker: tracker.log_step(row | {"tokens_per_second": speed}))
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
         loss = math.nan if row["loss"] is None else row["loss"]
-        text = f"loss {loss:.4f}  rate {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+        text = f"loss {loss:.4f}  lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=text)
         elif now - self._last_plain > PLAIN_SECONDS or row["step"] == self._total:
             self._last_plain = now
             self.console.print(f"step {row['step']}/{self._total}  {text}  {self._left(row, now)}")
 
-    def log_held_out(
-        self, row: dict[str, Any], pictures: Sequence[Sequence[Path]], text: str
-    ) -> None:
-        """Tells of a measurement on held-out data.
+    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]], text: str) -> None:
+        """Shows an evaluation and passes it to the trackers.
 
         Args:
-            row: Its row of evaluations.jsonl.
-            pictures: Files with the images of each of its examples.
-            text: The same in a line.
+            row: A row of evaluations.jsonl.
+            images: Image files of each example in the row.
+            text: The result in one line, for the console.
         """
         self.say(text)
-        self._tell(lambda tracker: tracker.log_held_out(row, pictures))
+        self._track(lambda tracker: tracker.log_eval(row, images))
 
-    def _tell(self, say: Callable[[Tracker], None]) -> None:
-        """Tells all trackers; one that fails is told nothing more, and ends no run."""
+    def _track(self, log: Callable[[Tracker], None]) -> None:
+        """Logs to all trackers. One that fails is not used again; the run goes on."""
         for tracker in [*self._trackers]:
             try:
-                say(tracker)
+                log(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
-                self.say(f"{name} is told nothing more: {type(error).__name__}: {error}")
+                self.say(f"{name} failed and is off from now on: {type(error).__name__}: {error}")
 
     def skip_time(self) -> None:
-        """Leaves out the time since the last row: it went into something other than a step."""
+        """Excludes the time since the last row, which was not spent on a step."""
         self._last_time = time.monotonic()
 
     def say(self, text: str | Table) -> None:
-        """Prints a line or a table above the bar."""
+        """Prints a line or a table above the progress bar."""
         self.console.print(text, markup=False)
 
     def _left(self, row: dict[str, Any], now: float) -> str:
         started, first_step = self._started
-        rate = (now - started) / max(row["step"] - first_step, 1)
-        seconds = round(rate * (self._total - row["step"]))
+        per_step = (now - started) / max(row["step"] - first_step, 1)
+        seconds = round(per_step * (self._total - row["step"]))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

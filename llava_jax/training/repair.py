@@ -1,7 +1,7 @@
-"""Copies of a run's own files in its checkpoints, and their repair when the run goes on.
+"""Copies a run's own files into its checkpoints, and repairs them when the run resumes.
 
-A checkpoint has all rows of the steps before it, and checksums. So what a crash, a disk or an
-editor did to the files meanwhile costs nothing.
+A checkpoint has all rows of the steps before it, protected by checksums. So nothing is lost if a
+crash, a disk or an editor damages the files later.
 """
 
 from collections.abc import Iterator
@@ -25,21 +25,24 @@ _OBJECTS: dict[str, dict[str, Check]] = {
     "data.json": {name: lambda value: isinstance(value, list) for name in ("train", "eval")},
     "wandb.json": {"id": lambda value: isinstance(value, str)},
 }
-"""Files with one object, and what it has at least."""
+"""For each file with one JSON object, the fields that it must have."""
 
 
 def copy_files(run_dir: Path) -> dict[str, str]:
-    """The files as text, by name; those that are there."""
+    """The text of each of the run's files that exists, by name."""
     found = {name: read_if_there(run_dir / name) for name in (*_OBJECTS, *FORMS)}
     return {name: text.decode(errors="replace") for name, text in found.items() if text is not None}
 
 
 def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
-    """Restores config.json and others that are missing or damaged; says so in a line each.
+    """Restores missing or damaged files that have one JSON object, such as config.json.
 
     Args:
-        run_dir: The run's directory.
-        kept: What `copy_files` gave when the checkpoint was saved.
+        run_dir: Directory of the run.
+        kept: Result of `copy_files` when the newest checkpoint was saved.
+
+    Yields:
+        One line of text for each file that was restored or removed.
     """
     for name, form in _OBJECTS.items():
         file = run_dir / name
@@ -49,20 +52,23 @@ def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
         if name in kept and fits(parse_object(kept[name].encode()), form):
             replace_text(file, kept[name])
             yield f"{file} was missing or damaged; it is restored from the newest checkpoint"
-        elif found is not None and name != "config.json":  # without that a run cannot go on
+        elif found is not None and name != "config.json":  # a run cannot resume without that one
             file.unlink()
-            yield f"{file} was damaged and is removed; the newest checkpoint has no good copy of it"
+            yield f"{file} was damaged and is removed: the newest checkpoint has no good copy of it"
 
 
 def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]:
-    """Leaves the rows up to a step, each once and in order; says what was damaged, a line a file.
+    """Makes each file have the rows up to a step, each once and in order.
 
-    Rows after it come again.
+    Rows of later steps are removed, because the run repeats these steps.
 
     Args:
-        run_dir: The run's directory.
-        kept: As for `repair_objects`.
+        run_dir: Directory of the run.
+        kept: Result of `copy_files` when the newest checkpoint was saved.
         step: Steps done.
+
+    Yields:
+        One line of text for each file that was damaged.
     """
     for name in FORMS:
         file = run_dir / name
@@ -70,14 +76,17 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
         last, damaged = _last_row(file, found.end), found.damaged
         if last and fits(row := parse_object(last), FORMS[name]):
             found.rows.append(cast("Row", row))
-        elif last and name not in kept:  # it is damage unless it comes again
+        elif last and name not in kept:
+            # A last line that was cut short is harmless if its step is repeated anyway.
             damaged += step > max((row["step"] for row in found.rows), default=0)
         there = [row for row in found.rows if row["step"] <= step]
         rows = _rows_of(name, kept) if name in kept else there
-        # That of the last step is measured after saving.
+        # The evaluation after the checkpoint's last step is made after the checkpoint is saved, so
+        # its row is only in the file. If there are several for one step, it is not known which of
+        # them the run wrote; then none is taken, and the evaluation is repeated.
         if name in kept and name == "evaluations.jsonl":
             alike = lambda row: all(o == row for o in there if o["step"] == row["step"])
-            rows += filter(alike, there)  # of several, none is known to be the run's
+            rows += filter(alike, there)
         before, after = write_rows(there), write_rows(_once_each(name, rows))
         if damaged or before != after:
             end = "restored from the newest checkpoint"
@@ -90,7 +99,7 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
 
 
 def _last_row(file: Path, start: int) -> bytes:
-    """What is behind the last line that ends; of a longer row, as much as a row may have."""
+    """The bytes after the last complete line, at most as many as a row may have."""
     if not file.exists():
         return b""
     with open_regular(file) as opened:
@@ -102,11 +111,11 @@ def _compare(damaged: int, before: str, after: str) -> str:
     there, wanted = before.splitlines(), after.splitlines()
     kept = {*there} & {*wanted}
     counts = {
-        "lines that are no rows": damaged,
-        "rows missing": len(wanted) - len(kept),
-        "rows repeated or of another run": len(there) - len(kept),
+        "lines that are not rows": damaged,
+        "missing rows": len(wanted) - len(kept),
+        "rows that are repeated or of another run": len(there) - len(kept),
     }
-    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "rows out of order"
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "rows in the wrong order"
 
 
 def _rows_of(name: str, kept: dict[str, str]) -> list[Row]:
@@ -115,7 +124,7 @@ def _rows_of(name: str, kept: dict[str, str]) -> list[Row]:
 
 
 def _once_each(name: str, rows: list[Row]) -> list[Row]:
-    """In order of their steps; of several for one step or sample, the first."""
+    """The rows in order of their steps; of several for one step or sample, only the first."""
     key = "sample" if name == "skipped.jsonl" else "step"
     first: dict[int, Row] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Signals that end a run in order."""
+"""Handles SIGTERM and SIGINT (Ctrl-C), which stop a run after it has saved its state."""
 
 import contextlib
 import os
@@ -8,11 +8,15 @@ from types import FrameType
 
 from llava_jax.distributed.multihost import is_main_process
 
-_SAID = b"stopping: this step is finished and saved; Ctrl-C again ends at once\n"
+_MESSAGE = b"stopping: this step is finished and saved; press Ctrl-C again to stop at once\n"
 
 
 class Stopped(BaseException):
-    """A signal ended the run; its text says where."""
+    """A signal stopped the run; the text says at which point.
+
+    Attributes:
+        signal: Number of the signal.
+    """
 
     def __init__(self, number: int, where: str):
         super().__init__(where)
@@ -20,13 +24,13 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Takes SIGTERM and Ctrl-C: a step that has begun is finished, and saved.
+    """Handles SIGTERM and Ctrl-C so that the current step is finished and saved first.
 
-    Before the first step and after the last there is nothing to finish, so they end the run where
-    it is. A second Ctrl-C ends it at once, wherever.
+    Before the first step and after the last one there is nothing to finish, so a signal stops the
+    run at once. A second Ctrl-C always stops it at once.
 
     Attributes:
-        signal: The one that came; None before.
+        signal: Number of the signal that was received; None if there was none.
     """
 
     signal: int | None = None
@@ -36,7 +40,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """While steps are taken: a signal is noted, and waits to be asked for."""
+        """While this context is open, a signal only sets `signal`, and the loop asks for it."""
         self._in_steps = True
         try:
             yield
@@ -44,10 +48,13 @@ class StopRequest:
             self._in_steps = False
 
     def raise_if_asked(self, where: str) -> None:
-        """Ends the run if a signal came.
+        """Stops the run if a signal was received.
+
+        Args:
+            where: At which point of the run this is, for the message.
 
         Raises:
-            Stopped: It did.
+            Stopped: A signal was received.
         """
         if self.signal is not None:
             raise Stopped(self.signal, where)
@@ -63,10 +70,11 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         is_new, self.signal = self.signal is None, number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if not is_new:  # SLURM sends SIGTERM to a process and to its guard, which passes it on
+        # SLURM sends SIGTERM to each process and also to its watchdog, which passes it on.
+        if not is_new:
             return
         if not self._in_steps:
             raise Stopped(number, "outside of steps")
         if is_main_process():
             with contextlib.suppress(OSError):
-                os.write(1, _SAID)  # print fails where the signal came in the midst of a print
+                os.write(1, _MESSAGE)  # print would fail if the signal interrupted another print

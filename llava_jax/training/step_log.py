@@ -1,4 +1,7 @@
-"""What a run records of its steps, and when that ends it: metrics.jsonl and skipped.jsonl."""
+"""Records a run's steps, in metrics.jsonl, skipped.jsonl and nonfinite.jsonl.
+
+It ends a run in which too many samples cannot be read or too many steps are not finite.
+"""
 
 import itertools
 import math
@@ -15,23 +18,26 @@ from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
 
 MAX_NAMED = 5
-"""Samples that a message names; all are in the files."""
+"""Samples that an error names, at most; the files have all of them."""
 
 MAX_SHOWN = 20
-"""Samples that were left out and are shown; all are in skipped.jsonl."""
+"""Skipped samples that are shown on the console, at most; skipped.jsonl has all of them."""
 
 
 class StepLog:
-    """Takes a run's metrics, step by step.
+    """Records a run's metrics, step by step.
 
-    Each sample that was skipped has a row in skipped.jsonl, once; each step that was not finite one
-    in nonfinite.jsonl, with its samples.
+    Each skipped sample gets one row in skipped.jsonl, the first time. Each step that is not finite
+    gets one in nonfinite.jsonl, with its samples.
 
     Args:
-        config: The run.
-        inputs: Its data.
-        reporter: Shows and writes a row a step; only the first process' does.
+        config: Config of the run.
+        inputs: The run's data.
+        reporter: Shows and writes a row for each step, in the main process only.
         first_step: Steps done before.
+
+    Attributes:
+        nonfinite: Number of steps in a row that were not finite, up to the last step.
     """
 
     def __init__(self, config: TrainConfig, inputs: Inputs, reporter: Reporter, first_step: int):
@@ -48,7 +54,7 @@ class StepLog:
         """Records one step.
 
         Raises:
-            RunError: Too many samples were skipped, or steps in a row not finite.
+            RunError: Too many samples were skipped, or too many steps in a row were not finite.
         """
         values = jax.device_get(metrics)
         numbers = self._inputs.order.batch(step - 1)
@@ -85,10 +91,10 @@ class StepLog:
         ]
         append_rows(self._skipped_file, rows)
         for row in rows[: max(MAX_SHOWN - self._shown, 0)]:
-            self._reporter.say(f"{row['place']} is left out: {row['reason']}")
+            self._reporter.say(f"{row['place']} is skipped: {row['reason']}")
         self._shown += len(rows)
         if self._shown - len(rows) < MAX_SHOWN < self._shown:
-            self._reporter.say(f"more are named in {self._skipped_file} alone")
+            self._reporter.say(f"further skipped samples are only in {self._skipped_file}")
 
     def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
@@ -101,19 +107,19 @@ class StepLog:
             append_rows(self._nonfinite_file, [{"step": step, "samples": places}])
         self._reporter.say(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; its update "
-            f"is left out. Its samples are in {self._nonfinite_file}"
+            f"is skipped. Its samples are in {self._nonfinite_file}"
         )
         if self.nonfinite >= self._config.nonfinite_limit:
             raise RunError(
-                f"{self.nonfinite} steps in a row were not finite, the last {step}; the "
-                f"checkpoints from before are good. Their samples are in {self._nonfinite_file}, "
-                f"the last step's begin with {'; '.join(places[:MAX_NAMED])}. Lower the learning "
-                "rate, look at the samples, or raise nonfinite_limit"
+                f"{self.nonfinite} steps in a row were not finite, the last one is step {step}. "
+                f"Earlier checkpoints are good. The samples are in {self._nonfinite_file}; "
+                f"the first of the last step are {'; '.join(places[:MAX_NAMED])}. Lower the "
+                "learning rate, look at the samples, or raise nonfinite_limit"
             )
 
 
 def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | None]:
-    """One line of metrics.jsonl, in the order in which people read it; None is not finite."""
+    """A row of metrics.jsonl, the most important fields first; None stands for not finite."""
     order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
     numbers = {name: values[name].item() for name in order}
     finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}

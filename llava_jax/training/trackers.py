@@ -1,4 +1,10 @@
-"""Where a run can be watched besides its own files: TensorBoard, and Weights & Biases."""
+"""Sends a run's metrics to TensorBoard and to Weights & Biases, in addition to the run's own files.
+
+Events for TensorBoard are written by its own `EventFileWriter`, which needs neither TensorFlow nor
+PyTorch. tensorboardX (2.6.5 was tried) has a shorter interface. But it imports PyTorch wherever
+that is installed, which takes seconds and may load other CUDA libraries than those of JAX, and it
+names event files by the second, so a restart within one second would overwrite a file.
+"""
 
 import importlib.metadata
 import json
@@ -10,52 +16,55 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from PIL import Image
+
 from llava_jax.config import LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.report.rows import parse_object
 
-GROUPS = ("train", "held_out")
+GROUPS = ("train", "eval")
 STEP_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-HELD_OUT_SCALARS = ("loss", "accuracy")
+EVAL_SCALARS = ("loss", "accuracy")
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Is told what a run finds."""
+    """A service that receives a run's metrics."""
 
     def log_step(self, row: dict[str, Any]) -> None:
-        """Takes a row of metrics.jsonl, with its tokens_per_second."""
+        """Receives a row of metrics.jsonl, with its tokens_per_second."""
 
-    def log_held_out(self, row: dict[str, Any], pictures: Sequence[Sequence[Path]]) -> None:
-        """Takes a row of evaluations.jsonl, and the files with the images of each example."""
+    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+        """Receives a row of evaluations.jsonl, and the image files of each of its examples."""
 
 
 def check_packages(log: LogConfig) -> None:
-    """Looks for what `open_trackers` will need.
+    """Checks that the packages are installed that `open_trackers` will need.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: A package is missing.
     """
-    wanted = {"tensorboard": log.tensorboard, "wandb": log.wandb is not None}
-    for package in (name for name, asked in wanted.items() if asked):
+    needed = {"tensorboard": log.tensorboard, "wandb": log.wandb is not None}
+    for package in (name for name, is_needed in needed.items() if is_needed):
         try:
-            importlib.metadata.version(package)  # a folder here may be called so too
+            # Importing it is no test: a folder of that name in the working directory would pass.
+            importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(f"log.{package} needs {package}: pip install -e '.[log]'") from None
 
 
 @contextmanager
 def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Iterator[list[Tracker]]:
-    """Opens what `config.train.log` asks for, until the run ends.
+    """Opens the trackers that `config.log` asks for; they close with the context.
 
     Args:
-        config: The run.
-        first_step: Steps done before; what was told of later ones is replaced.
-        write: Whether this process is the one that tells.
+        config: Config of the run.
+        first_step: Steps done before. What trackers have of later steps is replaced.
+        write: Whether this process logs; only one should.
 
     Raises:
-        ConfigError: Weights & Biases does not answer.
+        ConfigError: Weights & Biases cannot be reached, or has no account for this user.
     """
     with ExitStack() as stack:
         trackers: list[Tracker] = []
@@ -68,7 +77,7 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
 
 
 def _scalars(row: dict[str, Any], group: str, names: Sequence[str]) -> dict[str, float]:
-    """Those of a row that are finite, under their public names."""
+    """The finite ones of these values, by the names that trackers show."""
     return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
 
 
@@ -78,84 +87,70 @@ def _caption(example: dict[str, Any]) -> str:
 
 @contextmanager
 def open_tensorboard(directory: Path, first_step: int) -> Iterator["TensorBoard"]:
-    """Begins an event file. TensorBoard forgets what older ones say of steps that come again."""
+    """Starts an event file in a directory, which may have those of earlier starts."""
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    tracker = TensorBoard(EventFileWriter(str(directory), flush_secs=30), first_step)
+    writer = EventFileWriter(str(directory), flush_secs=30)
     try:
-        yield tracker
+        yield TensorBoard(writer, first_step)
     finally:
-        tracker.close()
+        writer.close()
 
 
 class TensorBoard:
     """Writes events for TensorBoard.
 
     Args:
-        writer: Of one event file.
-        first_step: Steps done before.
+        writer: Writer of one event file.
+        first_step: Steps done before. TensorBoard drops what older event files have of later ones.
     """
 
     def __init__(self, writer: Any, first_step: int):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.compat.proto import event_pb2
 
-        self._event: Any = vars(event_pb2)["Event"]  # made when it is imported, unknown before
-        self._summary: Any = vars(summary_pb2)["Summary"]
+        # protobuf creates its classes at run time, so type checkers do not find them by name.
+        self._event: Any = vars(event_pb2)["Event"]
+        self._session: Any = vars(event_pb2)["SessionLog"]
         self._writer = writer
-        session: Any = vars(event_pb2)["SessionLog"]
-        again = session(status=session.START)
-        self._writer.add_event(
-            self._event(wall_time=time.time(), step=first_step + 1, session_log=again)
-        )
+        self._write(first_step + 1, session_log={"status": self._session.START})
 
     def log_step(self, row: dict[str, Any]) -> None:
-        """Writes its scalars."""
-        self._add(row["step"], self._numbers(row, "train", STEP_SCALARS))
+        """Writes the scalars of a step."""
+        self._write(row["step"], summary={"value": _numbers(row, "train", STEP_SCALARS)})
 
-    def log_held_out(self, row: dict[str, Any], pictures: Sequence[Sequence[Path]]) -> None:
-        """Writes scalars, and of each example the images and a table of texts."""
-        values = self._numbers(row, "held_out", HELD_OUT_SCALARS)
-        for example, files in zip(row["examples"], pictures, strict=True):
-            tag = f"held_out/record {example['index']}"
-            values += [self._image(f"{tag}/image {n}", file) for n, file in enumerate(files)]
-            values.append(self._text(tag, example))
-        self._add(row["step"], values)
+    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+        """Writes the scalars of an evaluation, and the images and texts of its examples."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
 
-    def close(self) -> None:
-        """Ends the file."""
-        self._writer.close()
+        values = _numbers(row, "eval", EVAL_SCALARS)
+        for example, files in zip(row["examples"], images, strict=True):
+            tag = f"eval/record {example['index']}"
+            values += [_image(f"{tag}/image {n}", file) for n, file in enumerate(files)]
+            # TensorBoard renders texts as Markdown; an indented one is code, so it stays as it is.
+            values += text_pb(tag, textwrap.indent(_caption(example), " " * 4)).value
+        self._write(row["step"], summary={"value": values})
 
-    def _add(self, step: int, values: list[Any]) -> None:
-        summary = self._summary(value=values)
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+    def _write(self, step: int, **content: dict[str, Any]) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, **content))
 
-    def _numbers(self, row: dict[str, Any], group: str, names: Sequence[str]) -> list[Any]:
-        value = self._summary.Value
-        found = _scalars(row, group, names)
-        return [value(tag=tag, simple_value=number) for tag, number in found.items()]
 
-    def _image(self, tag: str, file: Path) -> Any:
-        from PIL import Image
+def _numbers(row: dict[str, Any], group: str, names: Sequence[str]) -> list[Any]:
+    found = _scalars(row, group, names)
+    return [{"tag": tag, "simple_value": number} for tag, number in found.items()]
 
-        with Image.open(file) as image:
-            width, height = image.size
-        image = self._summary.Image(
-            width=width, height=height, colorspace=3, encoded_image_string=file.read_bytes()
-        )
-        return self._summary.Value(tag=tag, image=image)
 
-    def _text(self, tag: str, example: dict[str, Any]) -> Any:
-        from tensorboard.plugins.text.metadata import create_summary_metadata
-        from tensorboard.util.tensor_util import make_tensor_proto
-
-        text = textwrap.indent(_caption(example), " " * 4)  # as code: nothing in it is markup
-        metadata = create_summary_metadata(display_name=tag, description="")
-        return self._summary.Value(tag=tag, tensor=make_tensor_proto(text), metadata=metadata)
+def _image(tag: str, file: Path) -> dict[str, Any]:
+    with Image.open(file) as image:
+        width, height = image.size
+    size = {"width": width, "height": height, "colorspace": 3}
+    return {"tag": tag, "image": size | {"encoded_image_string": file.read_bytes()}}
 
 
 @contextmanager
 def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
-    """Begins a run at Weights & Biases, or goes on with the one that this run began there.
+    """Starts a run at Weights & Biases, or resumes the one that an earlier start has begun there.
+
+    Its id is in wandb.json in the run's directory.
 
     Raises:
         ConfigError: It cannot be reached, or has no account for this user.
@@ -163,16 +158,16 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
     import wandb
 
     file = config.run_dir / "wandb.json"
-    known = (parse_object(file.read_bytes()) or {}).get("id") if file.is_file() else None
-    if not isinstance(known, str):
+    run_id = (parse_object(file.read_bytes()) or {}).get("id") if file.is_file() else None
+    if not isinstance(run_id, str):
         file.parent.mkdir(parents=True, exist_ok=True)
-        known = uuid.uuid4().hex[:12]
-        replace_text(file, json.dumps({"id": known}) + "\n")
+        run_id = uuid.uuid4().hex[:12]
+        replace_text(file, json.dumps({"id": run_id}) + "\n")
     try:
         run = wandb.init(
             project=config.log.wandb,
             name=config.name,
-            id=known,
+            id=run_id,
             resume="allow",
             dir=config.run_dir,
             config=to_json(config),
@@ -182,45 +177,46 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
         raise ConfigError(
             f"log.wandb {config.log.wandb}: {error}; see `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    with run:  # tells how it ended
+    with run:  # reports whether the run succeeded
         yield Wandb(wandb, run)
 
 
 class Wandb:
-    """Tells Weights & Biases.
+    """Logs to Weights & Biases.
 
-    What comes again after a kill is the same to the bit, so it is left out where it is known. Only
-    without a connection can that not be seen.
+    After a kill, steps are repeated with exactly the same results, so steps that the service has
+    already are not sent again. In offline mode it is not known what it has, and they are.
 
     Args:
-        wandb: The module.
-        run: Of it.
+        wandb: The module wandb.
+        run: The run that `wandb.init` returned.
     """
 
     def __init__(self, wandb: Any, run: Any):
         self._wandb, self._run = wandb, run
         for group in GROUPS:
             run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        self._known = {group: run.summary.get(f"{group}/step", -1) for group in GROUPS}
+        self._last_step = {group: run.summary.get(f"{group}/step", -1) for group in GROUPS}
 
     def log_step(self, row: dict[str, Any]) -> None:
-        """Sends its scalars."""
+        """Sends the scalars of a step."""
         self._log("train", row["step"], _scalars(row, "train", STEP_SCALARS))
 
-    def log_held_out(self, row: dict[str, Any], pictures: Sequence[Sequence[Path]]) -> None:
-        """Sends scalars, and the images of the examples with their texts.
+    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+        """Sends the scalars of an evaluation, and the images of its examples with their texts.
 
-        Not as a table, of which images are kept outside of the run's directory.
+        They are not a wandb table, because wandb copies images of tables to places outside the
+        run's directory.
         """
-        values: dict[str, Any] = dict(_scalars(row, "held_out", HELD_OUT_SCALARS))
-        images = [
+        values: dict[str, Any] = dict(_scalars(row, "eval", EVAL_SCALARS))
+        captioned = [
             self._wandb.Image(str(file), caption=_caption(example))
-            for example, files in zip(row["examples"], pictures, strict=True)
+            for example, files in zip(row["examples"], images, strict=True)
             for file in files
         ]
-        values |= {"held_out/examples": images} if images else {}
-        self._log("held_out", row["step"], values)
+        values |= {"eval/examples": captioned} if captioned else {}
+        self._log("eval", row["step"], values)
 
     def _log(self, group: str, step: int, values: dict[str, Any]) -> None:
-        if step > self._known[group]:
+        if step > self._last_step[group]:
             self._run.log({f"{group}/step": step} | values)

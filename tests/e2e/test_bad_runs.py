@@ -36,8 +36,8 @@ def test_a_skipped_sample_is_named_once(config: Path, capsys: pytest.CaptureFixt
     assert str(row["place"]).endswith("data.json, record 9")
     assert str(row["reason"]).startswith("image not found")
     said = capsys.readouterr().out
-    assert f"{row['place']} is left out: {row['reason']}" in said
-    assert f"; 1 left out, the first {row['place']}: {row['reason']}" in said  # held-out data, too
+    assert f"{row['place']} is skipped: {row['reason']}" in said
+    assert f"; 1 skipped, the first one {row['place']}: {row['reason']}" in said  # eval data, too
     assert sum(int(str(row["skipped"])) for row in metrics(directory)) >= 3
 
 
@@ -107,7 +107,7 @@ def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
     status, directory = run(config, "nonfinite", *every)
     assert status == 1
     error = capsys.readouterr().err
-    assert "3 steps in a row were not finite, the last 4" in error
+    assert "3 steps in a row were not finite, the last one is step 4" in error
     assert "data.json, record" in error
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["0", "1"]
     monkeypatch.undo()

@@ -208,7 +208,7 @@ def test_damaged_files_of_a_run_are_restored_and_data_may_lie_elsewhere(
         assert f"{directory / name} was damaged" in said
     for name in ("config.json", "data.json"):
         assert f"{directory / name} was missing or damaged; it is restored" in said
-    assert f"the checkpoint of step {newest + 1} is passed over" in said
+    assert f"the checkpoint of step {newest + 1} is not used" in said
     assert "Traceback" not in said
     assert_same_run(directory, undisturbed[0])
 
@@ -357,7 +357,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
         (newest / name).unlink() if name == IRRELEVANT else cut(newest / name)
         said = finish(config, "damaged")
         if name != IRRELEVANT:
-            assert f"the checkpoint of step {newest.name} is passed over" in said
+            assert f"the checkpoint of step {newest.name} is not used" in said
             assert Path(name).name in said
             assert newest.with_name(newest.name + DAMAGED).is_dir()
         assert_same_run(directory, undisturbed[0])
@@ -374,7 +374,7 @@ def test_a_run_without_a_whole_checkpoint_says_so(config: Path, stopped: Path):
         cut(directory / "checkpoints" / str(step) / MANIFEST)
     status, said = end(start(config, "hopeless"))
     assert status == 1
-    assert "no checkpoint of this run is whole" in said
+    assert "all checkpoints of this run are damaged" in said
     assert f"remove {directory / 'checkpoints'} to start it anew" in said
     assert MANIFEST in said
     assert "Traceback" not in said

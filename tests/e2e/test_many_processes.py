@@ -307,14 +307,14 @@ def mismatches(config: Path, data: Path, tmp_path: Path) -> dict[str, tuple[Any,
         "rate": (("--optimizer.learning-rate", "0.02"), {}, "optimizer.learning_rate: 0.01 in pro"),
         "seed": (("--seed", "1"), {}, "seed: 42 in process 0, 1 in process 1"),
         "edited": (("--data.path", str(tmp_path / "edited")), {}, f"  {of_data}"),
-        "shorter": (("--data.eval-path", str(tmp_path / "shorter")), {}, f"  held-out {of_data}"),
+        "shorter": (("--data.eval-path", str(tmp_path / "shorter")), {}, f"  eval {of_data}"),
         "steps": (("--steps", "13"), {}, "steps: 12 in process 0, 13 in process 1"),
         "saving": (("--checkpoint.every", "4"), {}, "checkpoint.every: 5 in process 0, 4 in"),
         "measuring": (("--eval.every", "4"), {}, "eval.every: 5 in process 0, 4 in process 1"),
         "output_dir": (
             ("--output-dir", elsewhere),
             {},
-            f"what process 0 writes into {config.parent} is not in {elsewhere} of process 1",
+            f"a file that process 0 wrote into {config.parent} is not in {elsewhere} of process 1",
         ),
         "batch": (("--batch.global-size", "16"), {}, "batch.global_size: 8 in process 0, 16 in"),
         "rank": (("--lora.rank", "8"), {}, "lora.rank: 4 in process 0, 8 in process 1"),
@@ -327,7 +327,7 @@ def assert_named(processes: list[subprocess.Popen[str]], *causes: str) -> None:
     started = time.monotonic()
     for number, (status, said) in enumerate(end(processes)):
         assert status == 1
-        assert f"differ, so all end; this is process {number} of 2" in said
+        assert f"differ, so all stop; this is process {number} of 2" in said
         for cause in causes:
             assert cause in said
         assert "Traceback" not in said
@@ -382,7 +382,7 @@ SAID = {"differs": "'[0-9]+ with checksum .*'", "fails": "'none \\(not JSON: a d
 @pytest.mark.parametrize(
     ("change", "arguments"),
     [
-        ("fails", ()),  # held-out texts are read first
+        ("fails", ()),  # eval texts are read first
         *(
             pytest.param(change, ("--data.eval-path", "None", *layout), marks=pytest.mark.slow)
             for layout in ((), ("--data.packing",))

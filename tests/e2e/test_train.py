@@ -297,7 +297,7 @@ def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("held_out/loss")] == [0, 4]
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 4]
     assert list((directory / "profile").rglob("*.xplane.pb"))
 
 
@@ -349,7 +349,10 @@ def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
     [
         (["--init-from", "nowhere"], "'nowhere': no such directory"),
         (["--data.path", "nothing.json"], "check data.path"),
-        (["--data.template", "nonsense"], "data.template 'nonsense'; there are vicuna_v1"),
+        (
+            ["--data.template", "nonsense"],
+            "data.template 'nonsense' does not exist; choose one of vicuna_v1",
+        ),
         (["--tune.llm", "frozen", "--tune.projector", "frozen"], "tune: nothing trains"),
         (["--tune.llm", "full", "--tune.vision", "lora"], "set tune.vision to 'full' or 'frozen'"),
         (["--init-from", "None", "--processor", "x"], "set init_from to a checkpoint"),

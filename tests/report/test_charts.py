@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from llava_jax.report.charts import MAX_POINTS, line_chart, number, thin, ticks
+from llava_jax.report.charts import MAX_POINTS, line_chart, thin, ticks
+from llava_jax.report.formatting import number
 
 
 def draw(values: list[float], **options: bool) -> tuple[str, ElementTree.Element]:

@@ -15,7 +15,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.report import report
 from llava_jax.report.report import Report, write_report
 from llava_jax.report.run_files import RunReader
-from llava_jax.report.thumbnails import MOST, find_pictures, keep_pictures
+from llava_jax.report.thumbnails import MAX_IMAGES, find_thumbnails, keep_thumbnails
 
 EVIL = "<script>alert(1)</script> & \"'"
 GIB = 2**30
@@ -111,11 +111,11 @@ def test_a_whole_run_is_all_there(run: Path):
     write_rows(run / "evaluations.jsonl", rows)
     write_rows(run / "skipped.jsonl", [{"step": 1, "sample": 9, "place": "d, 9", "reason": EVIL}])
     Image.new("RGB", (900, 30), "red").save(run / "wide.png")
-    keep_pictures(run / "examples", 3, [str(run / "wide.png")])
+    keep_thumbnails(run / "examples", 3, [str(run / "wide.png")])
     page = read(run)
     assert "all steps done" in page.text
     assert page.count("svg") == 6
-    for text in ("25.0 %", "50.0 % before", "color", "After 4 steps", "1 held-out sample cannot"):
+    for text in ("25.0 %", "50.0 % before", "color", "After 4 steps", "1 eval sample cannot"):
         assert text in page.text
     assert page.text.count("✓ right") == 2
     assert page.text.count("✗ wrong") == 2
@@ -123,10 +123,10 @@ def test_a_whole_run_is_all_there(run: Path):
     (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
     data = (picture["src"] or "").partition("base64,")[2]
     assert base64.b64decode(data) == (run / "examples" / "3-0.jpg").read_bytes()
-    assert "its picture cannot be read" in page.text  # that of example 5
+    assert "The image cannot be read." in page.text  # that of example 5
     assert "d, 9" in page.text
     assert "learning_rate" in page.text.replace("_\n", "_")
-    assert "Peak not measured" in page.text
+    assert "The peak was not measured: cpu devices" in page.text
 
 
 def test_numbers_that_are_not_finite_are_told_of(run: Path):
@@ -137,7 +137,7 @@ def test_numbers_that_are_not_finite_are_told_of(run: Path):
     page = read(run)
     assert "▲ 2 not finite" in page.text
     assert "1 step had a loss or gradients that were not finite" in page.text
-    assert "No value was finite." in page.text  # of the held-out loss
+    assert "No value was finite." in page.text  # of the eval loss
     assert "not finished" in page.text
 
 
@@ -172,8 +172,8 @@ def test_damaged_files_have_a_report_that_says_so(run: Path, caplog: pytest.LogC
     assert "1 sample cannot be used" in page.text
     for name in names:
         count = 8 if name.startswith("evaluations") else 6
-        assert f"{name}: {count} damaged lines are passed over" in page.text
-    assert "plan.json: 1 damaged lines are passed over" in caplog.text
+        assert f"{name}: {count} damaged lines are skipped" in page.text
+    assert "plan.json: 1 damaged lines are skipped" in caplog.text
     for content in (b"", b"[]", b"\xff", b'{"usage": {"total": "many"}, "plan": "x"}'):
         (run / "plan.json").write_bytes(content)
         assert "plan.json" in read(run).text
@@ -210,20 +210,20 @@ def test_a_reader_goes_on_where_it_ended(run: Path):
         assert found.device_bytes == step * GIB
 
 
-def test_runs_without_held_out_data_or_of_older_versions(run: Path):
+def test_runs_without_eval_data_or_of_older_versions(run: Path):
     old = {"question": "what?", "expected": "yes", "given": "no"}
     other = old | {"question": "why?"}  # the data changed while the run was stopped
     rows = [evaluation(2, [old, old | {"question": "who?"}]), evaluation(3, [old, other])]
     write_rows(run / "evaluations.jsonl", rows)
     page = read(run)
     assert page.count("article") == 1
-    assert "picture not kept" in page.text
+    assert "The image was not kept." in page.text
     assert "After 2 steps" in page.text
     (run / "evaluations.jsonl").unlink()
     described = json.loads((run / "config.json").read_text())
     described["config"]["data"]["eval_path"] = None
     (run / "config.json").write_text(json.dumps(described))
-    assert read(run).text.count("This run has no held-out data.") == 3
+    assert read(run).text.count("This run has no eval data.") == 3
 
 
 def test_planned_memory_is_drawn_beside_what_was_measured(run: Path):
@@ -245,12 +245,12 @@ def test_pictures_are_small_copies_and_broken_images_have_none(tmp_path: Path):
     (tmp_path / "b.png").write_bytes(b"not an image")
     folder = tmp_path / "examples"
     images = [str(tmp_path / name) for name in ("a.png", "b.png", "missing.png", "a.png", "a.png")]
-    keep_pictures(folder, 7, images)
-    assert [file.name for file in find_pictures(folder, 7)] == ["7-0.jpg", "7-3.jpg"]
-    assert len(images) > MOST
-    keep_pictures(folder, 7, [str(tmp_path / "b.png"), *images[1:]])
-    assert [file.name for file in find_pictures(folder, 7)] == ["7-3.jpg"]
-    keep_pictures(folder, 7, images)
+    keep_thumbnails(folder, 7, images)
+    assert [file.name for file in find_thumbnails(folder, 7)] == ["7-0.jpg", "7-3.jpg"]
+    assert len(images) > MAX_IMAGES
+    keep_thumbnails(folder, 7, [str(tmp_path / "b.png"), *images[1:]])
+    assert [file.name for file in find_thumbnails(folder, 7)] == ["7-3.jpg"]
+    keep_thumbnails(folder, 7, images)
     with Image.open(folder / "7-0.jpg") as copy:
         assert copy.size == (320, 3)
         assert copy.getpixel((0, 0)) == (255, 255, 255)
@@ -276,5 +276,5 @@ def test_a_report_that_cannot_be_written_ends_nothing(run: Path, caplog: pytest.
     with Report(run) as kept:
         kept.update()
     assert "report.html was not written" in caplog.text
-    with pytest.raises(ConfigError, match="no run's directory"):
+    with pytest.raises(ConfigError, match="is not the directory of a run"):
         write_report(run)

@@ -58,7 +58,9 @@ def test_what_differs_is_named_with_values_and_processes(together: Together):
             "  c: 'x' in process 0, None in process 2",
             "  d: None in process 0, 1 in process 2",
         ]
-        assert last == "give all the same command, environment, software, data and output_dir"
+        assert (
+            last == "give all of them the same command, environment, software, data and output_dir"
+        )
 
 
 def test_a_process_that_ends_instead_is_quoted(
@@ -108,7 +110,7 @@ def test_an_output_dir_that_is_not_shared_is_named(
     places = [tmp_path / "a", tmp_path / "a", tmp_path / ("a" if shared else "b")]
     (found, *others) = together(lambda number: agreement.not_shared(places[number]))
     assert others == [found, found]
-    named = f"what process 0 writes into {places[0]} is not in {places[2]} of process 2"
+    named = f"a file that process 0 wrote into {places[0]} is not in {places[2]} of process 2"
     assert found == ([] if shared else [f"  output_dir, which all must share: {named}"])
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
@@ -177,7 +179,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["", "held-out "])
+@pytest.mark.parametrize("kind", ["", "eval "])
 @pytest.mark.parametrize("change", CHANGED)
 def test_facts_tell_data_apart(tmp_path: Path, change: str, kind: str):
     answers, name = CHANGED[change]
@@ -188,7 +190,7 @@ def test_facts_tell_data_apart(tmp_path: Path, change: str, kind: str):
     assert any(
         found.startswith(f"{kind}{name}") or found.startswith(f"{name}{kind}") for found in changed
     )
-    assert not any(found.startswith("held-out") for found in changed) or kind
+    assert not any(found.startswith("eval") for found in changed) or kind
 
 
 def test_facts_tell_software_and_files_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -112,7 +112,9 @@ def test_a_checkpoint_of_another_recipe_is_no_traceback(tmp_path: Path):
         with (
             Checkpoints(tmp_path, CONFIG.checkpoint) as saved,
             jax.set_mesh(program.mesh),
-            pytest.raises(CheckpointError, match="0 is not what this recipe trains"),
+            pytest.raises(
+                CheckpointError, match="0 does not have the parameters that this recipe trains"
+            ),
         ):
             saved.restore(program.state)
 

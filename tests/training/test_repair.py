@@ -180,7 +180,7 @@ def test_rows_after_the_checkpoint_come_again_and_nothing_is_said(
 def test_a_file_that_is_gone_is_there_again(run_dir: Path, kept: dict[str, str]):
     (run_dir / "metrics.jsonl").unlink()
     (said,) = repair_rows(run_dir, kept, STEP)
-    assert "(6 rows missing)" in said
+    assert "(6 missing rows)" in said
     assert read_rows(run_dir / "metrics.jsonl").rows == rows_up_to("metrics.jsonl", STEP)
 
 
@@ -239,7 +239,7 @@ def test_a_last_row_without_its_newline_is_a_row(run_dir: Path):
     assert read_rows(file).rows == rows_up_to("metrics.jsonl", STEP)
     file.write_bytes(file.read_bytes()[:-5])
     (said,) = repair_rows(run_dir, {}, STEP)
-    assert "(1 lines that are no rows)" in said
+    assert "(1 lines that are not rows)" in said
     with file.open("a") as opened:
         opened.write('{"step": 6, "lo')  # behind step 5, and of a step that comes again
     assert list(repair_rows(run_dir, {}, STEP - 1)) == []

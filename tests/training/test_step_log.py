@@ -28,7 +28,7 @@ class Records(list[int]):
         return f"sample {number}"
 
 
-def open_journal(directory: Path, first_step: int) -> StepLog:
+def open_step_log(directory: Path, first_step: int) -> StepLog:
     data = Mock(max_skipped=1.0)
     config = Mock(spec=TrainConfig, run_dir=directory, nonfinite_limit=3, data=data)
     order = Mock(batch=lambda number: np.arange(2))
@@ -40,14 +40,14 @@ def open_journal(directory: Path, first_step: int) -> StepLog:
 @pytest.mark.parametrize("stopped_after", [2, 3])
 def test_steps_that_are_not_finite_are_counted_across_a_stop(tmp_path: Path, stopped_after: int):
     bad = METRICS | {"loss": NAN}
-    journal = open_journal(tmp_path, 0)
-    journal.log(METRICS, 1)
+    step_log = open_step_log(tmp_path, 0)
+    step_log.log(METRICS, 1)
     for step in range(2, stopped_after + 1):
-        journal.log(bad, step)
-    journal = open_journal(tmp_path, stopped_after)
-    assert journal.nonfinite == stopped_after - 1
+        step_log.log(bad, step)
+    step_log = open_step_log(tmp_path, stopped_after)
+    assert step_log.nonfinite == stopped_after - 1
     for step in range(stopped_after + 1, 4):
-        journal.log(bad, step)
-    with pytest.raises(RunError, match="3 steps in a row were not finite, the last 4"):
-        journal.log(bad, 4)
-    assert open_journal(tmp_path, 1).nonfinite == 0
+        step_log.log(bad, step)
+    with pytest.raises(RunError, match="3 steps in a row were not finite, the last one is step 4"):
+        step_log.log(bad, 4)
+    assert open_step_log(tmp_path, 1).nonfinite == 0

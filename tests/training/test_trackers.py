@@ -38,13 +38,13 @@ def pictures(tmp_path: Path) -> list[list[Path]]:
 def test_tensorboard_has_each_step_once(tmp_path: Path, pictures: list[list[Path]]):
     asked = config(tmp_path, tensorboard=True)
     with open_trackers(asked, 0, write=True) as (tracker,):
-        tracker.log_held_out(measurement(0), pictures)
+        tracker.log_eval(measurement(0), pictures)
         for step in (1, 2, 3):  # killed, and the checkpoint is of step 2
             tracker.log_step(row(step))
     with open_trackers(asked, 2, write=True) as (tracker,):
         tracker.log_step(row(3, loss=7.0))
         tracker.log_step(row(4, loss=None))
-        tracker.log_held_out(measurement(4), pictures)
+        tracker.log_eval(measurement(4), pictures)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     scalars = {
@@ -52,10 +52,10 @@ def test_tensorboard_has_each_step_once(tmp_path: Path, pictures: list[list[Path
     }
     assert scalars["train/loss"] == [(1, 1.5), (2, 1.5), (3, 7.0)]
     assert [step for step, _ in scalars["train/grad_norm"]] == [1, 2, 3, 4]
-    assert scalars["held_out/accuracy"] == [(0, 0.25), (4, 0.25)]
+    assert scalars["eval/accuracy"] == [(0, 0.25), (4, 0.25)]
     assert scalars.keys() == {
         *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second")),
-        *("held_out/loss", "held_out/accuracy"),
+        *("eval/loss", "eval/accuracy"),
     }
     (image,) = events.Tags()["images"]
     assert [(e.step, e.width, e.height) for e in events.Images(image)] == [(0, 8, 6), (4, 8, 6)]
@@ -74,11 +74,11 @@ def test_wandb_goes_on_with_the_same_run(
     for first in (0, 1):
         with open_trackers(asked, first, write=True) as (tracker,):
             tracker.log_step(row(first + 1))
-            tracker.log_held_out(measurement(first + 1), pictures)
+            tracker.log_eval(measurement(first + 1), pictures)
     known = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
     logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {log.stem for log in logs} == {f"run-{known}"}
-    assert len(list((tmp_path / "run" / "wandb").rglob("media/images/held_out/*.jpg"))) == 2
+    assert len(list((tmp_path / "run" / "wandb").rglob("media/images/eval/*.jpg"))) == 2
 
 
 def test_only_the_first_process_tells(tmp_path: Path):

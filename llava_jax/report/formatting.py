@@ -1,0 +1,76 @@
+"""How the report writes numbers, sizes, durations and counts."""
+
+import json
+import math
+from typing import Any
+
+from llava_jax.distributed.environment import GIB
+
+NBSP = "\u00a0"
+MIB = 2**20
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float | int | None) -> str:
+    """A value in four digits, with a power of ten if it is very large or very small."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1000:
+        exponent = math.floor(math.log10(abs(value)))
+        if exponent < 9:
+            return f"{value:,.0f}"
+    elif value == 0 or abs(value) >= 1e-3:
+        return f"{value:.4g}"
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')} × {power_of_ten(int(exponent))}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """For example 10⁻³."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+def percent(share: float | int) -> str:
+    """A share between 0 and 1 in percent, to be read."""
+    return f"{100 * share:.1f} %"
+
+
+def width(share: float | int) -> str:
+    """A share as a width in CSS, at most the whole."""
+    return f"{100 * min(max(share, 0), 1):.2f}%"
+
+
+def amount(count: float | int) -> str:
+    """A count; millions and billions are rounded to three digits."""
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count:,.0f}"
+
+
+def times(count: int, noun: str) -> str:
+    """A count with its noun, for example "1 step" or "2,000 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def memory(size: float | int) -> str:
+    """A number of bytes in GiB or MiB."""
+    return f"{size / GIB:.2f}{NBSP}GiB" if size >= GIB else f"{size / MIB:.1f}{NBSP}MiB"
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds, minutes or hours, in two units at most."""
+    if seconds < 60:
+        return f"{seconds:.1f}{NBSP}s"
+    hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
+    if not hours:
+        return f"{minutes}{NBSP}min {int(seconds) % 60}{NBSP}s"
+    return f"{hours:,}{NBSP}h" + (f" {minutes}{NBSP}min" if hours < 100 else "")
+
+
+def config_value(value: Any) -> str:
+    """A config field's value: texts as they are, all else as JSON."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value) or "none"
+    return value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
