@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import jax
 from tokenizers import Tokenizer
 
-from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
@@ -28,10 +28,6 @@ from llava_jax.errors import ConfigError, RunError
 from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.run_config import PATH_FIELDS, flatten
-
-LOCAL = (*PATH_FIELDS, "data.workers")
-"""Fields of a config that may differ: where files lie on a machine, how many cores it has."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OPTIONS = (
@@ -56,7 +52,7 @@ def run_facts(
         fingerprint: Of the base; None without one.
         inputs: The data.
     """
-    fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), LOCAL)
+    fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), MAY_DIFFER)
     of_images = _of_images("", inputs.digest["train"])
     of_images |= _of_images("held-out ", inputs.digest["eval"])
     read_by_all = set.intersection(*map(set, all_gather_values([*of_images])))
