@@ -68,8 +68,8 @@ def plan(given: argparse.Namespace, config: Any) -> int:
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
         host_capacity=None if for_host is None else int(for_host * GIB) // count,
     )
-    kind = measuring.attention_for(config, model, measuring.find_device(given.device))
-    print(f"attention: {kind}", flush=True)
+    implementation = measuring.attention_for(config, model, measuring.find_device(given.device))
+    print(f"attention: {implementation}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     searches = given.fit or config.memory.plan == "auto"
     if searches:

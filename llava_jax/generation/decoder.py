@@ -144,7 +144,7 @@ def decode(
 
 
 def _run(
-    graph: nnx.GraphDef,
+    graphdef: nnx.GraphDef,
     layers: list[Leaves],
     caches: list[Cache],
     x: Float[Array, "B T D"],
@@ -161,7 +161,7 @@ def _run(
 
     for leaves in layers:
         params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
-        block = cast("Block", nnx.merge(graph, nnx.from_flat_state(params)))
+        block = cast("Block", nnx.merge(graphdef, nnx.from_flat_state(params)))
         x += block.self_attn(block.input_layernorm(x), rope, keep)
         x += block.mlp(block.post_attention_layernorm(x))
     return x, filled

@@ -118,10 +118,12 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         config = plan_for_attached(config, model_config, total, mesh, inputs.spec.max_images)
         trackers = open_trackers(config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
-            kind = attention_here(config, model_config)
-            agree(flatten(to_json(config), MAY_DIFFER) | {"attention": kind})
-            say(f"attention: {kind}")
-            program = build_program(config, model_config, total, mesh, kind=kind)
+            implementation = attention_here(config, model_config)
+            agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
+            say(f"attention: {implementation}")
+            program = build_program(
+                config, model_config, total, mesh, implementation=implementation
+            )
             if config.mesh.show:
                 say(layout_table(program.abstract))
             write = functools.partial(
