@@ -87,7 +87,8 @@ def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[
 
     ids, pixels = prompt.values()
     length = ids.shape[1] + most
-    engine = Engine(LlavaModel.from_pretrained(directory), slots=len(ids), length=length)
+    model = LlavaModel.from_pretrained(directory)
+    engine = Engine(model, slots=len(ids), length=length, donate=True)
     return lambda new: list(
         engine.run(Request(row, image[None], new) for row, image in zip(ids, pixels, strict=True))
     )

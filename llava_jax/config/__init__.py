@@ -14,6 +14,9 @@ from llava_jax.config.model import (
 )
 from llava_jax.config.source import Parts, Source, absolute_source, format_source, parse_source
 from llava_jax.config.train import (
+    IGNORED_BY_PLANS,
+    MAY_CHANGE,
+    MAY_DIFFER,
     Aspect,
     AttentionImplementation,
     BatchConfig,
@@ -21,6 +24,7 @@ from llava_jax.config.train import (
     DataConfig,
     DataSet,
     Decode,
+    Dtype,
     EvalConfig,
     LogConfig,
     LoraConfig,
@@ -32,5 +36,6 @@ from llava_jax.config.train import (
     TrainConfig,
     TuneConfig,
     Tuning,
+    flatten,
     to_json,
 )

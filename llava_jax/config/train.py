@@ -1,19 +1,31 @@
 """What a run is: frozen dataclasses. A config file is Python that builds one and calls it `config`.
 
-A run is a *recipe* (what is learned) and a *plan* (how it fits). `memory`, `mesh`,
-`batch.micro_size` and `data.packing` are the plan; they never change a number of the recipe.
+A run is a *recipe* (what is learned) and a *plan* (how it fits the devices). The plan never changes
+a result. What a field belongs to, and which values it may have, is metadata of its type; see
+`llava_jax.config.fields`.
 """
 
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
-from beartype import BeartypeConf
-from beartype.door import is_bearable
 
+from llava_jax.config.fields import (
+    IGNORED_BY_PLAN,
+    LOCATION,
+    MACHINE,
+    OBSERVED,
+    PLAN,
+    RESOLVED,
+    Bound,
+    at_least,
+    check_fields,
+    field_paths,
+)
 from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
 from llava_jax.errors import ConfigError
@@ -22,6 +34,7 @@ Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
+Dtype = Literal["bfloat16", "float32"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
 
@@ -42,9 +55,14 @@ class TuneConfig:
 class LoraConfig:
     """LoRA as PEFT means it: y = W x + (alpha / rank) B A dropout(x)."""
 
-    rank: int = 128
+    rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
     alpha: float = 256.0
-    dropout: float = 0.05
+    dropout: Annotated[
+        float,
+        Bound(
+            lambda rate: 0 <= rate < 1, "0 or more, below 1", "the rest is divided by 1 - dropout"
+        ),
+    ] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
 
 
@@ -60,13 +78,12 @@ class DataSet:
 
     path: str
     image_root: str = ""
-    weight: float = 1.0
+    weight: Annotated[
+        float, Bound(lambda weight: 0 < weight < math.inf, "above 0", "leave the data set out")
+    ] = 1.0
 
     def __post_init__(self):
-        for name in ("path", "image_root"):
-            _check_text(getattr(self, name), f"data.mixture: {name}")
-        if not 0 < self.weight < math.inf:
-            raise ConfigError(f"data.mixture: {self.path} has weight {self.weight}; it must be > 0")
+        check_fields(self, "data.mixture: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +121,26 @@ class DataConfig:
         eval_samples: Use only the first so many held-out samples; None uses all.
     """
 
-    path: str = ""
-    image_root: str = ""
-    mixture: tyro.conf.Suppress[tuple[DataSet, ...]] = ()
+    path: Annotated[str, LOCATION] = ""
+    image_root: Annotated[str, LOCATION] = ""
+    mixture: Annotated[tyro.conf.Suppress[tuple[DataSet, ...]], LOCATION] = ()
     follow_links: bool = False
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     image_decode: Decode = "exact"
-    max_length: int = 2048
-    max_text_length: int | None = None
+    max_length: Annotated[int, at_least(1, "a sequence has a token")] = 2048
+    max_text_length: Annotated[int | None, at_least(1, "a sequence has a token")] = None
     buckets: tuple[int, ...] = ()
-    packing: bool = False
+    packing: Annotated[bool, PLAN] = False
     max_images: int | None = None
     shuffle: bool = True
     group_by_modality_length: bool = False
-    max_skipped: float = 0.01
-    workers: int = 4
-    eval_path: str | None = None
-    eval_samples: int | None = None
+    max_skipped: Annotated[float, OBSERVED, at_least(0, "a share of the samples")] = 0.01
+    workers: Annotated[int, MACHINE, at_least(0, "0 decodes in the main process")] = 4
+    eval_path: Annotated[str | None, LOCATION] = None
+    eval_samples: Annotated[
+        int | None, OBSERVED, at_least(1, "to measure nothing, leave data.eval_path out")
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +156,26 @@ class BatchConfig:
         loss_group: Samples in a group of "sample_mean".
     """
 
-    global_size: int = 128
-    micro_size: int | None = None
+    global_size: Annotated[int, at_least(1, "a step needs a sample")] = 128
+    micro_size: Annotated[int | None, PLAN, at_least(1, "a forward pass needs a sample")] = None
     loss_weighting: Literal["token", "sample_mean"] = "token"
-    loss_group: int = 1
+    loss_group: Annotated[int, at_least(1, "a mean needs a sample")] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. Projector and vision tower (its adapters too) may have learning rates of their own."""
 
-    learning_rate: float = 2e-4
-    projector_learning_rate: float | None = None
-    vision_learning_rate: float | None = None
+    learning_rate: Annotated[float, at_least(0, "a negative one would increase the loss")] = 2e-4
+    projector_learning_rate: Annotated[
+        float | None, at_least(0, "a negative one would increase the loss")
+    ] = None
+    vision_learning_rate: Annotated[
+        float | None, at_least(0, "a negative one would increase the loss")
+    ] = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
+    warmup_ratio: Annotated[float, at_least(0, "a share of the steps")] = 0.03
+    weight_decay: Annotated[float, at_least(0, "a negative one would make the weights grow")] = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -178,7 +201,7 @@ class MemoryConfig:
     """
 
     plan: Literal["auto", "manual"] = "manual"
-    limit_gib: float | None = None
+    limit_gib: Annotated[float | None, IGNORED_BY_PLAN] = None
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
@@ -212,8 +235,8 @@ class CheckpointConfig:
             records cannot change.
     """
 
-    every: int = 500
-    keep: int = 2
+    every: Annotated[int, at_least(1, "a number of steps")] = 500
+    keep: Annotated[int, at_least(1, "a run resumes from the newest")] = 2
     accept_changes: bool = False
 
 
@@ -228,8 +251,8 @@ class EvalConfig:
             end.
     """
 
-    every: int | None = None
-    batch_size: int | None = None
+    every: Annotated[int | None, at_least(1, "a number of steps")] = None
+    batch_size: Annotated[int | None, at_least(1, "a batch needs a sample")] = None
     examples: int = 12
 
 
@@ -246,7 +269,14 @@ class LogConfig:
 
     tensorboard: bool = False
     wandb: str | None = None
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: Annotated[
+        tuple[int, int] | None,
+        Bound(
+            lambda steps: 1 <= steps[0] <= steps[1],
+            "a first step, 1 or more, and a last, not before it",
+            "steps are counted from 1",
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,32 +308,34 @@ class TrainConfig:
             recipe: it changes results.
     """
 
-    name: str
-    output_dir: str = "runs"
-    seed: int = 42
-    steps: int | None = None
-    epochs: float = 1.0
-    init_from: Source = None
-    init_adapter: str | None = None
+    name: Annotated[str, OBSERVED]
+    output_dir: Annotated[str, LOCATION] = "runs"
+    seed: Annotated[int, IGNORED_BY_PLAN] = 42
+    steps: Annotated[
+        int | None, IGNORED_BY_PLAN, at_least(1, "a run trains for a step or more")
+    ] = None
+    epochs: Annotated[float, RESOLVED, at_least(0, "a number of passes through the data")] = 1.0
+    init_from: Annotated[Source, LOCATION] = None
+    init_adapter: Annotated[str | None, LOCATION] = None
     model: ModelConfig | None = None
-    processor: str | None = None
+    processor: Annotated[str | None, IGNORED_BY_PLAN] = None
     tune: TuneConfig = TuneConfig()
     lora: LoraConfig = LoraConfig()
     vision_lora: LoraConfig = LoraConfig(rank=64, alpha=16.0, targets=VISION_LINEARS)
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    memory: MemoryConfig = MemoryConfig()
-    mesh: MeshConfig = MeshConfig()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    nonfinite_limit: int = 3
+    memory: Annotated[MemoryConfig, PLAN] = MemoryConfig()
+    mesh: Annotated[MeshConfig, PLAN] = MeshConfig()
+    dtype: Dtype = "bfloat16"
+    nonfinite_limit: Annotated[int, OBSERVED, at_least(1, "the run stops after so many steps")] = 3
     quantize: Quantisation | None = None
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
+    checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
+    eval: Annotated[EvalConfig, OBSERVED] = EvalConfig()
+    log: Annotated[LogConfig, OBSERVED] = LogConfig()
 
     def __post_init__(self):
-        _check(self, "")
+        check_fields(self)
         _check_name(self.name)
 
     @property
@@ -317,63 +349,14 @@ class TrainConfig:
         return math.ceil(self.epochs * samples / self.batch.global_size)
 
 
-_AT_LEAST_ONE = (
-    *("steps", "lora.rank", "vision_lora.rank", "data.max_length", "batch.global_size"),
-    "data.max_text_length",
-    *("batch.micro_size", "batch.loss_group", "checkpoint.every", "checkpoint.keep"),
-    *("eval.every", "eval.batch_size", "data.eval_samples", "nonfinite_limit"),
-)
-_AT_LEAST_ZERO = (
-    *(
-        "data.workers",
-        "data.max_skipped",
-        "epochs",
-        "optimizer.learning_rate",
-        "optimizer.projector_learning_rate",
-    ),
-    *("optimizer.vision_learning_rate", "optimizer.weight_decay", "optimizer.warmup_ratio"),
-)
+MAY_CHANGE = field_paths(TrainConfig, lambda field: field.role.may_change)
+"""Fields that may change when a run resumes: none of them decides what is learned."""
 
+MAY_DIFFER = field_paths(TrainConfig, lambda field: field.role.may_differ)
+"""Fields of which each process of a run may have its own value."""
 
-def _check(config: Any, prefix: str) -> None:
-    """Holds every field, those of nested dataclasses too, against its annotation.
-
-    Raises:
-        ConfigError: One has a value that its type or meaning does not allow.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        path, value = prefix + name, getattr(config, name)
-        _check_text(value, path)
-        if not is_bearable(value, kind, conf=BeartypeConf(is_pep484_tower=True)):
-            raise ConfigError(f"{path} = {value!r}: it must be {_allowed(kind)}")
-        for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
-            if path in paths and value is not None and value < least:
-                raise ConfigError(f"{path} = {value!r}: it must be at least {least}")
-        if isinstance(value, LoraConfig) and not 0 <= value.dropout < 1:
-            raise ConfigError(f"{path}.dropout = {value.dropout}: it must be 0 or more, below 1")
-        if name == "profile_steps" and isinstance(value, tuple) and not 1 <= value[0] <= value[1]:
-            raise ConfigError(
-                f"{path} = {value}: it must be a first step, 1 or more, and a last, not before it"
-            )
-        if dataclasses.is_dataclass(value):
-            _check(value, f"{path}.")
-
-
-def _check_text(text: Any, path: str) -> None:
-    """Refuses text that no path, no file and no tokenizer can take.
-
-    Raises:
-        ConfigError: It has half of a character, as names of files may that are not UTF-8, or a NUL.
-    """
-    if not isinstance(text, str):
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = ascii(error.object[error.start])
-        raise ConfigError(f"{path} = {text!a}: {bad} is not a whole character") from None
-    if "\0" in text:
-        raise ConfigError(f"{path} = {text!a}: it has a NUL character")
+IGNORED_BY_PLANS = field_paths(TrainConfig, lambda field: field.is_ignored_by_plan)
+"""Fields on which the memory that a train step takes does not depend."""
 
 
 def _check_name(name: str) -> None:
@@ -400,13 +383,26 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{shown} has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
 
 
-def _allowed(kind: Any) -> str:
-    """An annotation, in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The whole config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(
+    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """The fields of a config as JSON, by dotted name.
+
+    Args:
+        config: From `to_json`, or one of its groups.
+        leave_out: Dotted names of fields and groups that are left out.
+        prefix: What the names start with.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        path = prefix + name
+        if path in leave_out:
+            continue
+        is_group = isinstance(value, dict)
+        fields |= flatten(value, leave_out, f"{path}.") if is_group else {path: value}
+    return fields

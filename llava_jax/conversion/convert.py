@@ -112,7 +112,7 @@ def open_source(
     """
     found = resolve(source, open_any, base=base)
     config = read_config(found.base)
-    _, abstract = build_model(config, {}, dtype="float32")
+    _, abstract = build_model(config, {})
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
     for place, layout in sources:

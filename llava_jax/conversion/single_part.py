@@ -78,7 +78,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     else:
         return None
     own = layouts.recognise(tensors, known)
-    _, abstract = build_model(config, {}, dtype="float32")
+    _, abstract = build_model(config, {})
     specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
     paths = find_tensors(str(place), [(tensors, own)], config, specs)
     say(f"{place}: {what} alone, {own.name}")

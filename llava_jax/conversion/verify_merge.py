@@ -174,8 +174,8 @@ def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Weights stay in their dtype, and are read into a memory that is free again afterwards."""
     trained = opened.trained.tensors if opened.trained else {}
     tensors = {**opened.tensors, **trained}
-    graph, abstract = build_model(opened.config, opened.adapters, dtype="float32")
+    graphdef, abstract = build_model(opened.config, opened.adapters)
     kept = lambda path: np.float32 if is_adapter(path) else common_dtype(tensors[path])
     specs = {p: jax.ShapeDtypeStruct(x.shape, kept(p)) for p, x in abstract.items()}
     params = {path: assemble(path, tensors[path], spec) for path, spec in specs.items()}
-    return np.asarray(logits(graph, params, ids, pixels))
+    return np.asarray(logits(graphdef, params, ids, pixels))

@@ -123,15 +123,24 @@ class Assistant:
     """A model that answers, several conversations at a time.
 
     Args:
-        model: With its weights; it is taken apart, see `generation.engine.Engine`.
-        reader: What turns prompts into its inputs.
+        model: A model with its weights.
+        reader: Turns prompts into the model's inputs.
         slots: Most conversations at a time.
-        max_length: Longest of them in tokens, images expanded, the answer included.
+        max_length: Longest conversation in tokens, with images expanded and the answer.
+        donate: Whether to take the weights out of the model, see `generation.engine.Engine`.
     """
 
-    def __init__(self, model: LlavaModel, reader: PromptReader, *, slots: int, max_length: int):
+    def __init__(
+        self,
+        model: LlavaModel,
+        reader: PromptReader,
+        *,
+        slots: int,
+        max_length: int,
+        donate: bool = False,
+    ):
         self.reader, self.max_length = reader, max_length
-        self._engine = Engine(model, slots=slots, length=max_length)
+        self._engine = Engine(model, slots=slots, length=max_length, donate=donate)
         self._answers: dict[Request, Answer] = {}
 
     @classmethod
@@ -170,7 +179,8 @@ class Assistant:
         length = min(most, MAX_LENGTH) if max_length is None else max_length
         if not 2 <= length <= most:
             raise ConfigError(f"a length of {length} tokens: this model takes from 2 to {most}")
-        return cls(model, PromptReader.open(place, model.config), slots=slots, max_length=length)
+        reader = PromptReader.open(place, model.config)
+        return cls(model, reader, slots=slots, max_length=length, donate=True)
 
     @property
     def free(self) -> int:

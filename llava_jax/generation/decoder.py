@@ -43,15 +43,23 @@ class Cache(NamedTuple):
     values: Float[Array, "B K S H"]
 
 
-def unstack_layers(model: Llava) -> tuple[Structure, Weights]:
-    """Parts a model into what the functions here take. It is left without its decoder's blocks.
+def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, Weights]:
+    """Splits a model into what the functions here take: each block has arrays of its own.
 
-    No more is held at a time than the model and one parameter of its blocks; but what others hold
-    of the model stays in memory.
+    All other arrays are shared with the model.
+
+    Args:
+        model: A model with its weights.
+        donate: Whether to take the blocks out of the model, which cannot be used afterwards. Then
+            at most one parameter of the blocks is in memory twice, unless somebody else refers to
+            the model's arrays. Without it, the blocks are in memory twice, and the model stays
+            as it is.
     """
+    # A second module around the same arrays is cheap, and can be taken apart instead.
+    model = model if donate else cast("Llava", merge(*split(model)))
     block, state = nnx.split(model.llm.layers)
     stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
-    del state
+    del state  # It refers to the stacks, each of which is to be freed as soon as it is unstacked.
     model.llm.layers = cast("Any", nnx.data(None))
     layers: list[Leaves] = [{} for _ in range(model.llm.config.num_hidden_layers)]
     while stacks:
@@ -144,7 +152,7 @@ def decode(
 
 
 def _run(
-    graph: nnx.GraphDef,
+    graphdef: nnx.GraphDef,
     layers: list[Leaves],
     caches: list[Cache],
     x: Float[Array, "B T D"],
@@ -161,7 +169,7 @@ def _run(
 
     for leaves in layers:
         params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
-        block = cast("Block", nnx.merge(graph, nnx.from_flat_state(params)))
+        block = cast("Block", nnx.merge(graphdef, nnx.from_flat_state(params)))
         x += block.self_attn(block.input_layernorm(x), rope, keep)
         x += block.mlp(block.post_attention_layernorm(x))
     return x, filled

@@ -29,7 +29,6 @@ from llava_jax.generation.decoder import (
     unstack_layers,
 )
 from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
-from llava_jax.models.layers import merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.stack import jit_loop
 from llava_jax.pretrained.model import LlavaModel
@@ -66,16 +65,17 @@ class Engine:
     """A model, ready to generate from several prompts at a time.
 
     Args:
-        model: With its weights, which may be quantised, adapted, and sharded over a mesh. It is
-            taken apart: it cannot be used afterwards.
+        model: A model with its weights, which may be quantised, adapted, and sharded over a mesh.
         slots: Most sequences at a time.
         length: Longest sequence in tokens, prompt and answer together.
+        donate: Whether to take the weights out of the model, which cannot be used afterwards;
+            otherwise, those of the decoder's blocks are in memory twice.
 
     Raises:
         ConfigError: The decoder computes no sequences of that length.
     """
 
-    def __init__(self, model: Llava, *, slots: int, length: int):
+    def __init__(self, model: Llava, *, slots: int, length: int, donate: bool = False):
         self.config = model.config
         self.length = length
         window = model.config.llm.sliding_window
@@ -85,7 +85,7 @@ class Engine:
                 f"attention in a window is not computed; take a length of {window} at most"
             )
         self._dtype, self._slots = model.dtype, slots
-        self._structure, self._weights = unstack_layers(model)
+        self._structure, self._weights = unstack_layers(model, donate=donate)
         self._compiled: set[tuple[int, int]] = set()
         self._compiling = threading.Lock()
         self.reset()
@@ -295,7 +295,7 @@ def generate(
     """Generates from a batch of prompts; each gives what it would give alone.
 
     Args:
-        model: With its weights, of which the decoder's are held twice meanwhile.
+        model: A model with its weights; meanwhile, those of the decoder are in memory twice.
         input_ids: Prompts in which every image is `config.train.image_tokens` image tokens.
         pixel_values: The images in the order in which the batch's rows mention them.
         attention_mask: 1 for tokens, 0 for padding, on either side; None means no padding.
@@ -329,7 +329,7 @@ def generate(
         request.sampling = Sampling(temperature, top_k, top_p, repetition_penalty, row_seed)
     longest = max((len(request.input_ids) for request in requests), default=1)
     length = _padded(longest + max_new_tokens, 2**30)
-    engine = Engine(cast("Llava", merge(*split(model))), slots=len(requests), length=length)
+    engine = Engine(model, slots=len(requests), length=length)
     for _ in engine.run(requests):
         pass
     new = max((len(request.tokens) for request in requests), default=0)

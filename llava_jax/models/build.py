@@ -9,15 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from llava_jax.config import (
-    AttentionImplementation,
-    LoraConfig,
-    ModelConfig,
-    Quantisation,
-    Remat,
-)
+from llava_jax.config import LoraConfig, ModelConfig, Quantisation
 from llava_jax.errors import ConfigError
 from llava_jax.models import lora, quant
+from llava_jax.models.compute import FLOAT32, ComputeConfig
 from llava_jax.models.layers import Abstract, Params, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import is_stacked
@@ -29,15 +24,10 @@ EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
 def build_model(
     config: ModelConfig,
     adapters: Mapping[str, LoraConfig],
-    *,
-    dtype: str,
-    kind: AttentionImplementation = "plain",
-    remat: Remat = "full",
-    offload: bool = False,
-    gather: bool = True,
+    compute: ComputeConfig = FLOAT32,
 ) -> tuple[nnx.GraphDef, Abstract]:
     """A model's structure and its parameters' shapes, in float32; no memory is taken."""
-    model = Llava(config, dtype=dtype, kind=kind, remat=remat, offload=offload, gather=gather)
+    model = Llava(config, compute)
     lora.add_adapters(model, dict(adapters))
     return split(model)
 

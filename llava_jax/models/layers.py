@@ -38,16 +38,16 @@ it is in; None is off."""
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Takes a model apart into its structure and its parameters (arrays or ShapeDtypeStructs)."""
-    graph, state = nnx.split(model)
-    return graph, {
+    graphdef, state = nnx.split(model)
+    return graphdef, {
         ".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)
     }
 
 
-def merge(graph: nnx.GraphDef, params: Mapping[str, Any]) -> nnx.Module:
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> nnx.Module:
     """The inverse of `split`."""
     flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def parameter(*shape: int) -> nnx.Param:

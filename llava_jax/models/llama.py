@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import AttentionImplementation, LlmConfig, Remat
+from llava_jax.config import LlmConfig
 from llava_jax.distributed.sharding import constrain, logical_axes, shard_map_rows
 from llava_jax.errors import ConfigError
 from llava_jax.models.attention import ATTENTION
+from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import (
     KEEP_PRODUCTS,
     Embedding,
@@ -179,27 +180,13 @@ class Llama(nnx.Module):
 
     Args:
         config: Sizes.
-        kind: How attention is computed.
-        remat: What the backward pass computes again.
-        offload: Whether the blocks' inputs wait for it in host memory.
-        gather: Whether an MLP's weights are gathered once, for all of its chunks of tokens: it
-            takes memory for them, and saves traffic among devices.
+        compute: How it computes.
     """
 
-    def __init__(
-        self,
-        config: LlmConfig,
-        *,
-        kind: AttentionImplementation,
-        remat: Remat,
-        offload: bool,
-        gather: bool,
-    ):
+    def __init__(self, config: LlmConfig, compute: ComputeConfig):
         self.config = config
-        self.attend = ATTENTION[kind]
-        self.remat: Remat = remat
-        self.offload = offload
-        self.gather = gather
+        self.compute = compute
+        self.attend = ATTENTION[compute.implementation]
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = stack_blocks(Block(config), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -245,23 +232,21 @@ class Llama(nnx.Module):
             rope, segment_ids = context
             attend = partial(self.attend, segment_ids=segment_ids)
             x += block.self_attn(block.input_layernorm(x), rope, attend, keys)
-            graph, params = split(block)
+            graphdef, params = split(block)
             blank = dict.fromkeys(params)
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
 
             def feed(own: dict[str, Any], x: jax.Array, keys: TokenKeys) -> jax.Array:
-                block = cast("Block", merge(graph, blank | own))
+                block = cast("Block", merge(graphdef, blank | own))
                 return block.mlp(block.post_attention_layernorm(x), keys)
 
-            run = partial(in_chunks, feed) if self.remat == "full" else feed
-            if self.gather:
+            run = partial(in_chunks, feed) if self.compute.remat == "full" else feed
+            if self.compute.gather_weights:
                 axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
                 run = partial(shard_map_rows, run, axes)
             x += run(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")
-        x = scan_blocks(
-            self.layers, x, apply, context, keys, remat=self.remat, offload=self.offload
-        )
+        x = scan_blocks(self.layers, x, apply, context, keys, self.compute)
         return self.norm(x)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from llava_jax.config import AttentionImplementation, ModelConfig, Remat
+from llava_jax.config import ModelConfig
+from llava_jax.models.compute import FLOAT32, ComputeConfig
 from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in
 from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
@@ -33,30 +34,15 @@ class Llava(nnx.Module):
 
     Args:
         config: Sizes and token ids.
-        dtype: What activations are computed in; parameters are cast where they are used.
-        kind: How attention is computed.
-        remat: What the backward pass computes again.
-        offload: Whether the blocks' inputs wait for it in host memory.
-        gather: As for `llama.Llama`.
+        compute: How it computes.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        dtype: str = "float32",
-        kind: AttentionImplementation = "plain",
-        remat: Remat = "full",
-        offload: bool = False,
-        gather: bool = True,
-    ):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig = FLOAT32):
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.vision = VisionTower(
-            config.vision, config.used_vision_layers, kind=kind, remat=remat, offload=offload
-        )
+        self.dtype = jnp.dtype(compute.dtype)
+        self.vision = VisionTower(config.vision, config.used_vision_layers, compute)
         self.projector = Projector(config)
-        self.llm = Llama(config.llm, kind=kind, remat=remat, offload=offload, gather=gather)
+        self.llm = Llama(config.llm, compute)
 
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llava_jax.config import Remat
 from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
+from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
@@ -89,9 +89,9 @@ def attach_beside(x: Array, leaf: Any) -> tuple[Array, Array]:
 
 def stack_blocks(block: Block, count: int) -> Block:
     """`count` blocks like this one, as one module whose parameters have a leading layer axis."""
-    graph, state = nnx.split(block)
+    graphdef, state = nnx.split(block)
     stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-    return nnx.merge(graph, jax.tree.map(stack, state))
+    return nnx.merge(graphdef, jax.tree.map(stack, state))
 
 
 def scan_blocks(
@@ -100,9 +100,7 @@ def scan_blocks(
     apply: Callable[..., jax.Array],
     context: Any,
     keys: TokenKeys,
-    *,
-    remat: Remat,
-    offload: bool = False,
+    compute: ComputeConfig,
 ) -> Float[Array, "B T D"]:
     """Runs x through stacked blocks: `x = apply(block, x, context, keys)`.
 
@@ -112,22 +110,21 @@ def scan_blocks(
         apply: One block.
         context: Arrays that every block sees; no gradient flows to them.
         keys: Dropout of adapters; None is off.
-        remat: What the backward pass computes again.
-        offload: Keep the blocks' inputs in host memory until the backward pass; with remat "full".
+        compute: What the backward pass computes again, and where it finds the blocks' inputs.
     """
-    graph, state = nnx.split(stacked)
+    graphdef, state = nnx.split(stacked)
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
 
     def step(block: Leaves, x: jax.Array, index: Int[Array, ""], rest: tuple) -> jax.Array:
         context, keys = rest
         params = [(path, nnx.Param(leaf)) for path, leaf in block.items()]
-        module = nnx.merge(graph, nnx.from_flat_state(params))
+        module = nnx.merge(graphdef, nnx.from_flat_state(params))
         return apply(module, x, context, None if keys is None else fold_in(keys, index))
 
-    if remat == "full":
+    if compute.remat == "full":
         totals = {path: leaf.total for path, leaf in flat.items() if is_accumulated(leaf)}
         values = {path: leaf.value if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
-        return _recomputing(step, offload)(values, totals, x, (context, keys))
+        return _recomputing(step, compute.offload_activations)(values, totals, x, (context, keys))
 
     values = {path: attach(*leaf) if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
 
@@ -135,7 +132,7 @@ def scan_blocks(
         block, index = layer
         return step(fetch(block), x, index, (context, keys)), None
 
-    if remat == "dots":
+    if compute.remat == "dots":
         # prevent_cse: scan already does.
         body = jax.checkpoint(body, policy=KEEP_PRODUCTS, prevent_cse=False)
     return jax.lax.scan(body, x, (values, _indices(values)))[0]

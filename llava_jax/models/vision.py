@@ -12,9 +12,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from llava_jax.config import AttentionImplementation, Remat, VisionConfig
+from llava_jax.config import AttentionImplementation, VisionConfig
 from llava_jax.distributed.sharding import constrain
 from llava_jax.models.attention import ATTENTION
+from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -62,10 +63,10 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: VisionConfig, kind: AttentionImplementation):
+    def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.attend = ATTENTION[kind]
+        self.attend = ATTENTION[implementation]
         self.q_proj = Linear(width, width, bias=True)
         self.k_proj = Linear(width, width, bias=True)
         self.v_proj = Linear(width, width, bias=True)
@@ -88,9 +89,9 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: VisionConfig, kind: AttentionImplementation):
+    def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = Attention(config, kind)
+        self.self_attn = Attention(config, implementation)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
 
@@ -105,10 +106,12 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """`layers` reach the feature. `tail` are those after it: never computed, kept for saving."""
 
-    def __init__(self, config: VisionConfig, used: int, kind: AttentionImplementation):
-        self.layers = stack_blocks(Block(config, kind), used)
+    def __init__(self, config: VisionConfig, used: int, implementation: AttentionImplementation):
+        self.layers = stack_blocks(Block(config, implementation), used)
         unused = config.num_hidden_layers - used
-        self.tail = stack_blocks(Block(config, kind), unused) if unused else nnx.data(None)
+        self.tail = (
+            stack_blocks(Block(config, implementation), unused) if unused else nnx.data(None)
+        )
 
 
 class PoolingAttention(nnx.Module):
@@ -136,27 +139,16 @@ class VisionTower(nnx.Module):
     Args:
         config: Sizes.
         used: Blocks before the feature.
-        kind: How attention is computed.
-        remat: What the backward pass computes again.
-        offload: Whether the blocks' inputs wait for it in host memory.
+        compute: How it computes.
     """
 
-    def __init__(
-        self,
-        config: VisionConfig,
-        used: int,
-        *,
-        kind: AttentionImplementation,
-        remat: Remat,
-        offload: bool,
-    ):
-        self.remat: Remat = remat
-        self.offload = offload
+    def __init__(self, config: VisionConfig, used: int, compute: ComputeConfig):
+        self.compute = compute
         norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embeddings = Embeddings(config)
         # Hugging Face's spelling.
         self.pre_layrnorm = norm() if config.has_class_token else nnx.data(None)
-        self.encoder = Encoder(config, used, kind)
+        self.encoder = Encoder(config, used, compute.implementation)
         self.post_layernorm = norm()
         self.head = PoolingHead(config) if config.vision_use_head else nnx.data(None)
 
@@ -176,12 +168,4 @@ class VisionTower(nnx.Module):
         if keys is not None:
             at = jnp.arange(x.shape[1])
             keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(at))(keys)
-        return scan_blocks(
-            self.encoder.layers,
-            x,
-            Block.__call__,
-            None,
-            keys,
-            remat=self.remat,
-            offload=self.offload,
-        )
+        return scan_blocks(self.encoder.layers, x, Block.__call__, None, keys, self.compute)

@@ -8,18 +8,12 @@ from pathlib import Path
 
 import jax
 
-from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.config import IGNORED_BY_PLANS, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.planning.measure import Usage, measure_here
-
-UNRELATED = (
-    *("name", "output_dir", "seed", "steps", "epochs", "init_from", "init_adapter", "processor"),
-    *("checkpoint", "eval", "log"),
-)
-"""Fields of a config that decide nothing about the memory of its train step."""
 
 
 def measure_once(
@@ -59,11 +53,10 @@ def _read(file: Path) -> Usage | None:
 
 def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     """A hash of all that decides what a plan takes: recipe, plan, code, compiler and devices."""
-    memory = dataclasses.replace(config.memory, limit_gib=None)  # decides what fits, later
-    fields = to_json(dataclasses.replace(config, model=model, memory=memory))
+    fields = to_json(dataclasses.replace(config, model=model))
     devices = jax.devices()
     decisive = {
-        "config": {name: value for name, value in fields.items() if name not in UNRELATED},
+        "config": flatten(fields, IGNORED_BY_PLANS),
         "images": images,
         "code": hash_code(),
         "versions": versions(),
@@ -78,6 +71,6 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
 def hash_code() -> str:
     """A hash of this package's source."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -138,8 +138,10 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
     """Parameters, and moments: after the first step these are multiples of the gradients."""
     config = dataclasses.replace(config, memory=memory)
     device = jax.devices()[0]
-    kind = attention_here(config, SMALL)
-    program = build_program(config, SMALL, STEPS, make_mesh(config.mesh, [device]), kind=kind)
+    implementation = attention_here(config, SMALL)
+    program = build_program(
+        config, SMALL, STEPS, make_mesh(config.mesh, [device]), implementation=implementation
+    )
     params = initialise(program.abstract, config.seed)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, config.seed)

@@ -119,10 +119,10 @@ def compile_for(
 ) -> tuple[Program, tuple[int, int], str]:
     """As `measure`; the program, its bytes on a device and in host memory, and the module."""
     target = find_device(device)
-    kind = attention_for(config, model, target)
+    implementation = attention_for(config, model, target)
     if isinstance(target, Gpu):
-        return _compile_for_gpus(config, model, target, count, kind)
-    return _compile_for_tpus(config, model, target, count, kind)
+        return _compile_for_gpus(config, model, target, count, implementation)
+    return _compile_for_tpus(config, model, target, count, implementation)
 
 
 def attention_for(
@@ -166,22 +166,27 @@ def _program_here(
     config: TrainConfig, model: ModelConfig, images: int
 ) -> tuple[TrainConfig, Program, Any]:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
-    kind = attention_here(config, model)
-    return config, *_program(config, model, jax.devices(), kind, donate=False)
+    implementation = attention_here(config, model)
+    return config, *_program(config, model, jax.devices(), implementation, donate=False)
 
 
 def _program(
     config: TrainConfig,
     model: ModelConfig,
     devices: list[Any],
-    kind: AttentionImplementation,
+    implementation: AttentionImplementation,
     *,
     donate: bool,
 ) -> tuple[Program, Any]:
     """A program and its batch's shapes; `donate` is for devices that stand for others."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
-        config, model, config.steps or TOTAL_STEPS, mesh, kind=kind, donate=donate
+        config,
+        model,
+        config.steps or TOTAL_STEPS,
+        mesh,
+        implementation=implementation,
+        donate=donate,
     )
     images = 1 if config.data.max_images is None else config.data.max_images
     images = images_in_row(config.data, model, images)
@@ -190,7 +195,11 @@ def _program(
 
 
 def _compile_for_gpus(
-    config: TrainConfig, model: ModelConfig, target: Gpu, count: int, kind: AttentionImplementation
+    config: TrainConfig,
+    model: ModelConfig,
+    target: Gpu,
+    count: int,
+    implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
@@ -200,7 +209,9 @@ def _compile_for_gpus(
 
     if len(jax.devices("cpu")) < count:
         raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
-    program, batch = _program(config, model, jax.devices("cpu")[:count], kind, donate=True)
+    program, batch = _program(
+        config, model, jax.devices("cpu")[:count], implementation, donate=True
+    )
     module = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -222,7 +233,11 @@ def _compile_for_gpus(
 
 
 def _compile_for_tpus(
-    config: TrainConfig, model: ModelConfig, target: Tpu, count: int, kind: AttentionImplementation
+    config: TrainConfig,
+    model: ModelConfig,
+    target: Tpu,
+    count: int,
+    implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
@@ -230,7 +245,7 @@ def _compile_for_tpus(
         known = ", ".join(map(str, target.chips))
         raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
     topology = topologies.get_topology_desc(**target.slice_of(count))
-    program, batch = _program(config, model, list(topology.devices), kind, donate=True)
+    program, batch = _program(config, model, list(topology.devices), implementation, donate=True)
     return program, *_compiled(program, batch)
 
 

@@ -23,6 +23,7 @@ from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.errors import CheckpointError
 from llava_jax.models import lora
 from llava_jax.models.build import initialise, quantised_shapes
+from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import is_adapter
@@ -68,9 +69,9 @@ def load_weights(
 
 
 @partial(jit_loop, static_argnums=0)
-def logits(graph: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
+def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
     """`models.llava.Llava.__call__` of a structure and its parameters; compiled for each shape."""
-    return Llava.__call__(cast("Llava", merge(graph, params)), *inputs)
+    return Llava.__call__(cast("Llava", merge(graphdef, params)), *inputs)
 
 
 class LlavaModel(Llava):
@@ -180,12 +181,12 @@ class LlavaModel(Llava):
         say: Callable[[str], None] | None = None,
     ) -> "LlavaModel":
         config = read_config(source)
-        graph, shapes = split(cls(config, dtype=dtype))
+        graphdef, shapes = split(cls(config, ComputeConfig(dtype)))
         shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}
         shapes |= quantised_shapes(shapes, quantize) if quantize else {}
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         params = load_weights(source, config, with_shardings(shapes, mesh), seed=seed, say=say)
-        model = cast("LlavaModel", merge(graph, params))
+        model = cast("LlavaModel", merge(graphdef, params))
         model.source = source
         return model
 

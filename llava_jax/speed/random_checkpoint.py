@@ -27,7 +27,7 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for path, leaf in build_model(model, {}, dtype="bfloat16")[1].items():
+    for path, leaf in build_model(model, {})[1].items():
         if paths.is_stacked(path):
             for layer in range(leaf.shape[0]):
                 name = layouts.HF_4_36.file_name(paths.unstacked(path, layer, model))

@@ -65,9 +65,11 @@ class Ours:
         self.name = self.device.device_kind
         self.ahead = int(self.device.platform != "cpu")
         self.batch_type = Batch
-        kind = attention_here(case.config, case.model)
+        implementation = attention_here(case.config, case.model)
         mesh = make_mesh(MeshConfig(), [self.device])
-        self.program = build_program(case.config, case.model, 1, mesh, kind=kind)
+        self.program = build_program(
+            case.config, case.model, 1, mesh, implementation=implementation
+        )
         seed = case.config.seed
         params = load_weights(directory / BASE, case.model, self.program.abstract, seed=seed)
         trainable = {path: params.pop(path) for path in self.program.trainable}

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from llava_jax.config import AttentionImplementation, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
@@ -24,6 +24,7 @@ from llava_jax.distributed.sharding import (
 from llava_jax.errors import ConfigError
 from llava_jax.models import lora
 from llava_jax.models.build import build_model, quantised_shapes
+from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract
 from llava_jax.models.paths import is_adapter, is_stacked, is_trainable
 from llava_jax.models.stack import CPU_OPTIONS
@@ -39,6 +40,7 @@ from llava_jax.train_step.step import (
     abstract_state,
     accumulation_steps,
     make_eval_step,
+    make_gradient_fn,
     make_train_step,
 )
 
@@ -56,42 +58,43 @@ class Program:
     """A run's compiled form.
 
     Attributes:
-        model_config: The model's sizes.
-        adapters: The stacks that have LoRA.
+        model_config: Sizes of the model.
+        adapters: LoRA of each stack that has it.
         mesh: The devices.
-        dtype: What is computed in.
+        dtype: Dtype of activations.
+        graphdef: Structure of the model.
         abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
-        state: The same of the train state.
-        gradients: The same of the sums of gradients over micro-batches.
-        pixels_on_host: Whether a step's pixels wait in host memory for their micro-batch.
+        state: The same for the train state.
+        gradients: The same for the sums of gradients over micro-batches.
+        pixels_on_host: Whether the pixels of a step wait in host memory for their micro-batch.
         accumulation: Micro-batches in a step.
-        eval_size: Held-out samples in a batch; as many as in a micro-batch unless the config says.
+        eval_size: Samples in an evaluation batch.
         train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
         eval_step: (trainable, frozen, batch) -> EvalResult.
-        tx: The optimizer.
     """
 
     model_config: ModelConfig
     adapters: dict[str, LoraConfig]
     mesh: Mesh
     dtype: jnp.dtype
-    graph: nnx.GraphDef
+    graphdef: nnx.GraphDef
     abstract: Abstract
     state: TrainState
     gradients: Abstract
     pixels_on_host: bool
     accumulation: int
     eval_size: int
-    train_step: Any
-    eval_step: Any
-    tx: optax.GradientTransformation
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
     @property
     def trainable(self) -> list[str]:
+        """Paths of the parameters that train."""
         return list(self.state.trainable)
 
     @property
     def frozen(self) -> list[str]:
+        """Paths of the other parameters."""
         return [path for path in self.abstract if path not in self.state.trainable]
 
     def rows(self, size: int) -> list[int]:
@@ -99,18 +102,19 @@ class Program:
         return rows_here(batch_sharding(self.mesh), size)
 
     def device_put(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
-        """A host batch, spread over the devices.
+        """Spreads a host batch over the devices.
 
         Args:
-            batch: From the input pipeline: this process' rows.
+            batch: The rows of this process, from the input pipeline.
             size: Samples of the whole batch; None if `batch` has them all.
-            to_train: For the train step, whose pixels lie where the plan has them; else on devices.
+            to_train: Whether the batch is for the train step, whose pixels may wait in host memory.
         """
         size = len(batch.input_ids) if size is None else size
         rows = self.rows(size)
         return jax.tree.map(
             lambda x, sharding: device_put_rows(np.asarray(x), sharding, rows, size),
-            dataclasses.replace(batch, text_checksum=0),  # or each would be compiled for
+            # The checksum is static, so every batch would be compiled for.
+            dataclasses.replace(batch, text_checksum=0),
             self._batch_shardings(self.pixels_on_host and to_train),
         )
 
@@ -121,7 +125,10 @@ class Program:
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
         """Shapes of a batch, for compiling without data; each row has `images`."""
-        blank = lambda kind, *shape: np.broadcast_to(np.zeros((), kind), (size, *shape))
+
+        def blank(dtype: DTypeLike, *shape: int) -> np.ndarray:
+            return np.broadcast_to(np.zeros((), dtype), (size, *shape))
+
         pixels = self.model_config.vision.image_size
         batch = Batch(
             input_ids=blank(np.int32, length),
@@ -149,38 +156,112 @@ def build_program(
     total_steps: int,
     mesh: Mesh,
     *,
-    kind: AttentionImplementation = "plain",
+    implementation: AttentionImplementation = "plain",
     donate: bool = False,
 ) -> Program:
     """Builds everything that needs no weights and no data.
 
     Args:
         config: The run.
-        model_config: The model's sizes.
+        model_config: Sizes of the model.
         total_steps: Length of the learning rates' schedules.
-        mesh: The devices; its axes are those of `distributed.sharding.make_mesh`.
-        kind: How attention is computed; see `attention_implementation`.
-        donate: Donate the state even where the devices of `mesh`, that stand for others, cannot.
+        mesh: The devices, from `distributed.sharding.make_mesh`.
+        implementation: How attention is computed; see `attention_implementation`.
+        donate: Whether to donate the train state even where the devices of `mesh`, which stand for
+            others, cannot take it.
 
     Raises:
-        ConfigError: The parts of the config do not fit together.
+        ConfigError: Fields of the config do not fit together, or not with the devices.
     """
+    _check_memory(config)
+    adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
+    compute = _compute_config(config, implementation)
+    graphdef, shapes = build_model(model_config, adapters, compute)
+    placement = _place_parameters(config, shapes, mesh)
+    accumulation = accumulation_steps(config.batch, mesh)
+    eval_size = _eval_size(config, accumulation, mesh)
+    # With several data-parallel devices, each has only a few of the samples.
+    pixels_on_host = config.memory.offload_optimizer and data_parallel_size(mesh) == 1
+    tx = make_optimizer(config.optimizer, total_steps)
+    state = abstract_state(placement.trainable, tx, mesh, offload=config.memory.offload_optimizer)
+    train_step = make_train_step(
+        make_gradient_fn(
+            graphdef,
+            accumulation,
+            data_parallel_size(mesh),
+            placement.gradients,
+            packing=config.data.packing,
+        ),
+        config.batch,
+        tx,
+        _reported_rate(config, total_steps, placement.trainable),
+        config.optimizer.clip_norm,
+    )
+    state_on_host = any(map(is_for_host, jax.tree.leaves((state, placement.parameters))))
+    uses_host = state_on_host or pixels_on_host or config.memory.offload_activations
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        model_config=model_config,
+        adapters=adapters,
+        mesh=mesh,
+        dtype=jnp.dtype(config.dtype),
+        graphdef=graphdef,
+        abstract=placement.parameters,
+        state=state,
+        gradients=placement.gradients,
+        pixels_on_host=pixels_on_host,
+        accumulation=accumulation,
+        eval_size=eval_size,
+        train_step=jax.jit(
+            train_step,
+            # XLA's CPU backend cannot donate arrays in host memory (JAX 0.10).
+            donate_argnums=0 if donate or not (state_on_host and is_cpu) else (),
+            out_shardings=(shardings(state), replicated),
+            compiler_options=_train_options(config, mesh, uses_host=uses_host),
+        ),
+        eval_step=jax.jit(
+            make_eval_step(graphdef),
+            out_shardings=replicated,
+            compiler_options=_cpu_options(config, mesh),
+        ),
+    )
+
+
+def _check_memory(config: TrainConfig) -> None:
     memory = config.memory
     if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
         raise ConfigError(
             f"memory.remat {memory.remat!r} keeps what a block computes on the device; "
             'stream_weights and offload_activations need "full"'
         )
-    adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    graph, shapes = build_model(
-        model_config,
-        adapters,
+
+
+def _compute_config(config: TrainConfig, implementation: AttentionImplementation) -> ComputeConfig:
+    return ComputeConfig(
         dtype=config.dtype,
-        kind=kind,
-        remat=memory.remat,
-        offload=memory.offload_activations,
-        gather=not memory.stream_weights,
+        implementation=implementation,
+        remat=config.memory.remat,
+        offload_activations=config.memory.offload_activations,
+        # Streaming is for models that do not fit: then there is no memory to gather into either.
+        gather_weights=not config.memory.stream_weights,
     )
+
+
+class _Placement(NamedTuple):
+    """Shapes, dtypes and shardings: of all parameters, of those that train, of their gradients."""
+
+    parameters: Abstract
+    trainable: Abstract
+    gradients: Abstract
+
+
+def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Placement:
+    """Decides the dtype of every parameter, and where it and its gradient are kept.
+
+    Raises:
+        ConfigError: Nothing trains, or weights are to be quantised that cannot be.
+    """
     trains = lambda path: is_trainable(path, config.tune)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
@@ -189,70 +270,18 @@ def build_program(
     if config.quantize is not None:
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
-    # Adapters are small, and used in every micro-batch.
+    # Adapters stay on the device: they are small, and used in every micro-batch.
     may_stream = lambda path: is_stacked(path) and not is_adapter(path)
-    streams = lambda path: memory.stream_weights and may_stream(path)
-    # The float32 weights go with the optimizer where a layer at a time is all that is needed.
-    with_moments = memory.offload_optimizer and memory.remat == "full"
+    streams = lambda path: config.memory.stream_weights and may_stream(path)
+    # Float32 weights go to host memory with their moments, where one layer at a time is enough.
+    with_moments = config.memory.offload_optimizer and config.memory.remat == "full"
     on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
-    abstract = with_shardings(shapes, mesh, on_host)
-    trainable = {path: leaf for path, leaf in abstract.items() if trains(path)}
-    gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
+    parameters = with_shardings(shapes, mesh, on_host)
+    trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
     if not trainable:
         raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
-    accumulation = accumulation_steps(config.batch, mesh)
-    eval_size = config.eval.batch_size or config.batch.global_size // accumulation
-    if eval_size % data_parallel_size(mesh):
-        raise ConfigError(
-            f"eval.batch_size {eval_size} is not a multiple of the {data_parallel_size(mesh)} "
-            "data-parallel devices; change it"
-        )
-    tx = make_optimizer(config.optimizer, total_steps)
-    state = abstract_state(trainable, tx, mesh, offload=memory.offload_optimizer)
-    step = make_train_step(
-        graph,
-        tx,
-        _shown_rate(config, total_steps, trainable),
-        config.optimizer.clip_norm,
-        config.batch,
-        accumulation,
-        data_parallel_size(mesh),
-        gradients,
-        packing=config.data.packing,
-    )
-    # Of several devices, each has but a few of the samples.
-    pixels_on_host = memory.offload_optimizer and data_parallel_size(mesh) == 1
-    from_host = any(map(is_for_host, jax.tree.leaves((state, abstract))))
-    uses_host = from_host or pixels_on_host or memory.offload_activations
-    platform = mesh.devices.flat[0].platform
-    on_cpu = CPU_OPTIONS if platform == "cpu" and config.dtype == "bfloat16" else None
-    on_gpu = (STREAMING_OPTIONS if uses_host else {}) | (OVERLAP_OPTIONS if mesh.size > 1 else {})
-    return Program(
-        model_config=model_config,
-        adapters=adapters,
-        mesh=mesh,
-        dtype=jnp.dtype(config.dtype),
-        graph=graph,
-        abstract=abstract,
-        state=state,
-        gradients=gradients,
-        pixels_on_host=pixels_on_host,
-        accumulation=accumulation,
-        eval_size=eval_size,
-        train_step=jax.jit(
-            step,
-            # XLA's CPU backend cannot donate where there is host memory (jax 0.10).
-            donate_argnums=0 if donate or not (from_host and platform == "cpu") else (),
-            out_shardings=(shardings(state), NamedSharding(mesh, PartitionSpec())),
-            compiler_options=on_gpu if platform == "gpu" else on_cpu,
-        ),
-        eval_step=jax.jit(
-            make_eval_step(graph),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-            compiler_options=on_cpu,
-        ),
-        tx=tx,
-    )
+    gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
+    return _Placement(parameters, trainable, gradients)
 
 
 def _check_quantised(config: TrainConfig) -> None:
@@ -263,8 +292,35 @@ def _check_quantised(config: TrainConfig) -> None:
         )
 
 
-def _shown_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:
-    """The learning rate to report: that of the first group, in the order of GROUPS, that trains."""
+def _eval_size(config: TrainConfig, accumulation: int, mesh: Mesh) -> int:
+    """Samples in an evaluation batch; as many as in a micro-batch unless the config says."""
+    size = config.eval.batch_size or config.batch.global_size // accumulation
+    if size % data_parallel_size(mesh):
+        raise ConfigError(
+            f"eval.batch_size {size} is not a multiple of the {data_parallel_size(mesh)} "
+            "data-parallel devices; change it"
+        )
+    return size
+
+
+def _train_options(
+    config: TrainConfig, mesh: Mesh, *, uses_host: bool
+) -> dict[str, str | bool] | None:
+    """Compiler options of the train step."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return _cpu_options(config, mesh)
+    streaming = STREAMING_OPTIONS if uses_host else {}
+    return {**streaming, **(OVERLAP_OPTIONS if mesh.size > 1 else {})}
+
+
+def _cpu_options(config: TrainConfig, mesh: Mesh) -> dict[str, str | bool] | None:
+    """Compiler options of any step, where a CPU runs it."""
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {**CPU_OPTIONS} if is_cpu and config.dtype == "bfloat16" else None
+
+
+def _reported_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:
+    """The learning rate to report: that of the first of `GROUPS` that trains."""
     groups = {group_of(path) for path in trainable}
-    shown = next(group for group in GROUPS if group in groups)
-    return learning_rates(config.optimizer, total_steps)[shown]
+    reported = next(group for group in GROUPS if group in groups)
+    return learning_rates(config.optimizer, total_steps)[reported]

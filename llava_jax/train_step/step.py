@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llava_jax.config import BatchConfig
 from llava_jax.data.batch import Batch, Leaf
@@ -21,6 +21,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import HEAD, is_stacked
+from llava_jax.models.quant import Quantised
 from llava_jax.models.stack import Accumulated, attach, attach_beside, bounded_loop
 from llava_jax.train_step.loss import loss_weights, next_tokens, token_losses, weighted_loss
 from llava_jax.train_step.optimizer import Schedule, apply_gradients, clip_scale, global_norm
@@ -31,13 +32,13 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training; with the data's position, all that a checkpoint holds.
+    """Everything that changes while training. A checkpoint holds it and the position in the data.
 
     Attributes:
         step: int32 []. Steps done.
-        trainable: What trains, float32.
-        opt_state: The optimizer's.
-        key: uint32 [2]. Where dropout's randomness comes from.
+        trainable: Parameters that train, float32.
+        opt_state: State of the optimizer.
+        key: uint32 [2]. Random key of the dropout masks.
     """
 
     step: Leaf
@@ -49,22 +50,23 @@ class TrainState:
 def abstract_state(
     trainable: Abstract, tx: optax.GradientTransformation, mesh: Mesh, *, offload: bool
 ) -> TrainState:
-    """Shapes and shardings of the state: moments lie as their parameters do, counters everywhere.
+    """Shapes and shardings of the state: moments as their parameters, counters on every device.
 
     Args:
-        trainable: What trains, placed.
+        trainable: Shapes and shardings of the parameters that train.
         tx: The optimizer.
         mesh: The devices.
-        offload: Whether the moments lie in host memory, where they may, wherever their parameters
-            do.
+        offload: Whether moments are kept in host memory, if they are large enough for it, wherever
+            their parameters are.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def placed(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.ndim == 0:
             return struct(leaf, everywhere)
-        sharding = trainable[path[-1].key].sharding
+        parameter = cast("jax.tree_util.DictKey", path[-1]).key
+        sharding = trainable[parameter].sharding
         hosted = offload and fits_host(leaf.shape, sharding)
         return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
@@ -74,20 +76,20 @@ def abstract_state(
 
 
 def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState:
-    """The state before the first step. AdamW's begins with zeros, made where they lie.
+    """The state before the first step; AdamW starts with zeros.
 
     Args:
         abstract: From `abstract_state`.
-        trainable: What trains, in its place.
-        seed: Of dropout.
+        trainable: Parameters that train, placed.
+        seed: Seed of the dropout masks.
     """
     key = jax.device_put(_key(seed), abstract.key.sharding)
     step, opt_state = placed_zeros((abstract.step, abstract.opt_state))
     return TrainState(step, trainable, opt_state, key)
 
 
-def placed_zeros(abstract: Any) -> Any:
-    """Zeros for a tree of placed shapes, each made where it lies."""
+def placed_zeros(abstract: PyTree) -> PyTree:
+    """Zeros for a tree of placed shapes, each made in its own memory."""
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         shard = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -106,7 +108,7 @@ def micro_size(batch: BatchConfig, mesh: Mesh) -> int:
 
 
 def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
-    """Micro-batches in a step.
+    """Number of micro-batches in a step.
 
     Raises:
         ConfigError: The devices, micro-batches or loss groups do not divide the global batch.
@@ -125,11 +127,11 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
     return batch.global_size // (micro * devices)
 
 
-def micro_batch(batch: Any, index: Int[Array, ""], count: int, devices: int) -> Any:
+def micro_batch(batch: PyTree, index: Int[Array, ""], count: int, devices: int) -> PyTree:
     """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...].
 
-    A batch sharded over its rows stays where it is: each micro-batch takes the next few of every
-    device's own rows. What lies in host memory, beside one device, comes from there.
+    A batch that is sharded over its rows is not moved: each micro-batch takes the next few of every
+    device's own rows. Pixels that wait in host memory are fetched; there is only one device then.
     """
 
     def take(x: jax.Array) -> jax.Array:
@@ -158,45 +160,41 @@ def normalised(batch: Batch) -> Float[Array, "B M C Y X"]:
 
 
 def forward(
-    graph: nnx.GraphDef, params: Mapping[str, Any], batch: Batch, key: Key[Array, ""] | None
+    graphdef: nnx.GraphDef,
+    params: Mapping[str, Array | Accumulated | Quantised],
+    batch: Batch,
+    key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
-    """Final hidden states, and the head that they are multiplied by."""
-    model = cast("Llava", merge(graph, params))
+    """Final hidden states, and the matrix of the head that makes them logits."""
+    model = cast("Llava", merge(graphdef, params))
     hidden = model.hidden_states(batch.input_ids, batch.segment_ids, normalised(batch), key)
     return attach_beside(hidden, model.llm.head)
 
 
-def make_train_step(
-    graph: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    learning_rate: Schedule,
-    clip_norm: float | None,
-    batch_config: BatchConfig,
+GradientFn = Callable[[Params, Params, Batch, Float[Array, "B T"], Array], tuple[Array, Params]]
+"""(trainable, frozen, batch, loss weights, dropout key) -> (loss, gradients)."""
+
+
+def make_gradient_fn(
+    graphdef: nnx.GraphDef,
     accumulation: int,
     devices: int,
     gradients: Abstract,
     *,
     packing: bool,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
+) -> GradientFn:
+    """The loss of a global batch and its gradients, summed over micro-batches.
 
-    An update is left out where the loss or the gradients' norm is not finite. Of the metrics,
-    `present` tells of each sample whether the batch has it, the others are sums and means.
-
-    Only the trainable tree is differentiated; `frozen` is an argument, never copied. Dropout and
-    weights depend on a sample's place in the global batch, not on the row that it is in, so neither
-    packing nor accumulation nor the number of devices changes them.
+    Only the trainable parameters are differentiated; the frozen ones are an argument and are never
+    copied. Dropout and loss weights depend on a sample's index in the global batch, not on the row
+    that it is in, so neither packing nor accumulation nor the number of devices changes them.
 
     Args:
-        graph: The model's structure, see `models.layers.split`.
-        tx: The optimizer.
-        learning_rate: Reported with the metrics.
-        clip_norm: Largest global norm of the gradients; None is off.
-        batch_config: How tokens are weighted.
-        accumulation: Micro-batches a step; if samples are packed, the most that they fill.
-        devices: Those that the rows are divided among.
-        gradients: Where their sums lie.
-        packing: Whether rows have several samples, and micro-batches may be left empty.
+        graphdef: Structure of the model, see `models.layers.split`.
+        accumulation: Micro-batches in a step; if samples are packed, the most that they fill.
+        devices: Devices that the rows are divided among.
+        gradients: Shapes and shardings of the sums of gradients.
+        packing: Whether rows have several samples, so that micro-batches may be empty.
     """
 
     def loss_fn(
@@ -206,7 +204,48 @@ def make_train_step(
         pair = lambda path: Accumulated if is_stacked(path) or path == HEAD else attach
         params = {path: pair(path)(trainable[path], totals[path]) for path in totals}
         targets, _ = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-        return weighted_loss(*forward(graph, frozen | params, batch, key), targets, weights)
+        return weighted_loss(*forward(graphdef, frozen | params, batch, key), targets, weights)
+
+    def gradient_fn(
+        trainable: Params, frozen: Params, batch: Batch, weights: Array, key: Array
+    ) -> tuple[Array, Params]:
+        def accumulate(index: Int[Array, ""], done: tuple[Array, Params]) -> tuple[Array, Params]:
+            loss, totals = done
+            micro = micro_batch((batch, weights), index, accumulation, devices)
+            # With respect to `totals`, whose gradients are the sums so far plus the new ones: no
+            # second set of gradients is ever in memory. See `models.stack.Accumulated`.
+            new, totals = jax.value_and_grad(loss_fn)(totals, trainable, frozen, micro, key)
+            return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
+
+        iterations = accumulation
+        if packing and accumulation > 1:
+            iterations = filled_micro_batches(batch.segment_ids, accumulation, devices)
+        zeros = jnp.zeros(()), jax.tree.map(host_memory.zeros, gradients)
+        with bounded_loop(accumulation):
+            return jax.lax.fori_loop(0, iterations, accumulate, zeros)
+
+    return gradient_fn
+
+
+def make_train_step(
+    gradient_fn: GradientFn,
+    batch_config: BatchConfig,
+    tx: optax.GradientTransformation,
+    learning_rate: Schedule,
+    clip_norm: float | None,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
+
+    No update is applied where the loss or the norm of the gradients is not finite. Among the
+    metrics, `present` says for each sample whether the batch has it; the others are sums and means.
+
+    Args:
+        gradient_fn: From `make_gradient_fn`.
+        batch_config: How tokens are weighted.
+        tx: The optimizer.
+        learning_rate: Schedule of the rate that the metrics report.
+        clip_norm: Largest global norm of the gradients; None turns clipping off.
+    """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         _, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
@@ -214,20 +253,7 @@ def make_train_step(
             learned, batch.segment_ids, batch_config.loss_weighting, batch_config.loss_group
         )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-        def accumulate(index: Int[Array, ""], done: tuple) -> tuple:
-            loss, totals = done
-            micro = micro_batch((batch, weights), index, accumulation, devices)
-            new, totals = jax.value_and_grad(loss_fn)(totals, state.trainable, frozen, micro, key)
-            return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
-
-        turns = accumulation
-        if packing and accumulation > 1:
-            turns = filled_micro_batches(batch.segment_ids, accumulation, devices)
-        zeros = jnp.zeros(()), jax.tree.map(host_memory.zeros, gradients)
-        with bounded_loop(accumulation):
-            loss, grads = jax.lax.fori_loop(0, turns, accumulate, zeros)
-
+        loss, grads = gradient_fn(state.trainable, frozen, batch, weights, key)
         norm = global_norm(grads)
         scale = clip_scale(norm, clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -253,13 +279,13 @@ def make_train_step(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What the model makes of a batch, without dropout.
+    """Losses and greedy predictions of a batch, without dropout.
 
     Attributes:
-        nll: float32 [B]. Summed over a sample's supervised tokens, nats.
-        tokens: int32 [B]. Supervised tokens.
-        exact: bool [B]. Whether every supervised token is the greedy choice given those before it,
-            which is exactly when greedy decoding would give the whole answer.
+        nll: float32 [B]. Negative log-likelihood in nats, summed over a sample's supervised tokens.
+        tokens: int32 [B]. Number of supervised tokens.
+        exact: bool [B]. Whether every supervised token is the greedy choice given those before it:
+            exactly then, greedy decoding would give the whole answer.
         predicted: int32 [B, T]. The greedy choice after a position, if a supervised token follows.
     """
 
@@ -269,12 +295,14 @@ class EvalResult:
     predicted: Leaf
 
 
-def make_eval_step(graph: nnx.GraphDef) -> Callable[[Params, Params, Batch], EvalResult]:
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Params, Params, Batch], EvalResult]:
     """The evaluation step, to be jitted: (trainable, frozen, batch) -> EvalResult."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
         targets, supervised = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-        losses = token_losses(*forward(graph, frozen | trainable, batch, None), targets, supervised)
+        losses = token_losses(
+            *forward(graphdef, frozen | trainable, batch, None), targets, supervised
+        )
         return EvalResult(
             nll=jnp.sum(losses.nll, axis=1),
             tokens=jnp.sum(supervised, axis=1),

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import jax
 from tokenizers import Tokenizer
 
-from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
@@ -28,10 +28,6 @@ from llava_jax.errors import ConfigError, RunError
 from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.run_config import PATH_FIELDS, flatten
-
-LOCAL = (*PATH_FIELDS, "data.workers")
-"""Config fields that may differ, because machines have other paths and numbers of cores."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OPTIONS = (
@@ -59,7 +55,7 @@ def run_facts(
         fingerprint: Fingerprint of the base; None if there is no base.
         inputs: The run's data.
     """
-    fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), LOCAL)
+    fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), MAY_DIFFER)
     images = _image_facts("", inputs.digest["train"])
     images |= _image_facts("eval ", inputs.digest["eval"])
     # Only images that every process has read can be compared.

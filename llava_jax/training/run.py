@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from llava_jax.config import Parts, TrainConfig, to_json
+from llava_jax.config import MAY_DIFFER, Parts, TrainConfig, flatten, to_json
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
     barrier,
@@ -34,7 +34,7 @@ from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
-from llava_jax.training.agreement import LOCAL, agree, not_shared, run_facts
+from llava_jax.training.agreement import agree, not_shared, run_facts
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.export import discard, export, export_dir, publish
 from llava_jax.training.inputs import find_model, open_inputs
@@ -43,7 +43,6 @@ from llava_jax.training.repair import repair_objects, repair_rows
 from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
 from llava_jax.training.run_config import (
     describe,
-    flatten,
     write_description,
 )
 from llava_jax.training.signals import Stopped, StopRequest
@@ -119,10 +118,12 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         config = plan_for_attached(config, model_config, total, mesh, inputs.spec.max_images)
         trackers = open_trackers(config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
-            kind = attention_here(config, model_config)
-            agree(flatten(to_json(config), LOCAL) | {"attention": kind})
-            say(f"attention: {kind}")
-            program = build_program(config, model_config, total, mesh, kind=kind)
+            implementation = attention_here(config, model_config)
+            agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
+            say(f"attention: {implementation}")
+            program = build_program(
+                config, model_config, total, mesh, implementation=implementation
+            )
             if config.mesh.show:
                 say(layout_table(program.abstract))
             write = functools.partial(

@@ -2,33 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from llava_jax.config import ModelConfig, TrainConfig, to_json
+from llava_jax.config import MAY_CHANGE, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.digest import data_changes
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import ConfigError
-
-PATH_FIELDS = (
-    *("output_dir", "init_from", "init_adapter"),
-    *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
-)
-"""Fields that say where files lie: fingerprints stand for weights, and digests for data."""
-
-NOT_RECIPE = (
-    *PATH_FIELDS,
-    *("name", "epochs", "checkpoint", "eval", "log"),  # among them, how often one looks
-    *("data.eval_samples", "data.workers"),
-    *("data.max_skipped", "nonfinite_limit"),
-    *("memory", "mesh", "batch.micro_size", "data.packing"),  # the plan
-)
-"""Fields that may change while a run goes on: none of them decides what is learned."""
 
 
 def describe(
@@ -89,7 +73,7 @@ def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
     file = run_dir / "config.json"
     try:
         began = json.loads(file.read_text())
-        before = flatten(began["config"], NOT_RECIPE)
+        before = flatten(began["config"], MAY_CHANGE)
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
         sources = data_sources(began["config"]["data"])
@@ -99,7 +83,7 @@ def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
             "which have no copy; put it back, "
             "remove the checkpoints, or give the run a new --name"
         ) from error
-    now = flatten(description["config"], NOT_RECIPE)
+    now = flatten(description["config"], MAY_CHANGE)
     differences = [
         f"  {field}: {before.get(field)!r} there, {now.get(field)!r} here"
         for field in sorted(before.keys() | now.keys())
@@ -127,17 +111,3 @@ def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, A
     if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
         found += data_changes(before["eval"], description["data"]["eval"], "held-out data")
     return found
-
-
-def flatten(
-    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
-) -> dict[str, Any]:
-    """The fields of a config by dotted name, without some of them."""
-    fields = {}
-    for name, value in config.items():
-        path = prefix + name
-        if path in leave_out:
-            continue
-        nested = isinstance(value, dict)
-        fields |= flatten(value, leave_out, f"{path}.") if nested else {path: value}
-    return fields

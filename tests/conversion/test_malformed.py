@@ -59,7 +59,7 @@ def beside_fixtures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def abstract_of(config: ModelConfig) -> Any:
-    return build_model(config, {}, dtype="float32")[1]
+    return build_model(config, {})[1]
 
 
 def train_reads(place: Path) -> dict[str, np.ndarray]:

@@ -81,7 +81,7 @@ def test_every_sample_has_the_same_loss():
     @jax.jit
     def losses(batch: Batch) -> jax.Array:
         targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-        hidden, head = forward(program.graph, frozen | state.trainable, batch, None)
+        hidden, head = forward(program.graphdef, frozen | state.trainable, batch, None)
         nll = token_losses(hidden, head, targets, learned).nll
         return jnp.zeros(len(nll) + 1).at[batch.segment_ids].add(nll)[1:]
 

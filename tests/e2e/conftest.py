@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_id=3,
         pad_token_id=4,
     )
-    _, shapes = build_model(config, {}, dtype="float32")
+    _, shapes = build_model(config, {})
     abstract = with_shardings(shapes, make_mesh(MeshConfig(), jax.devices()[:1]))
     save_params(initialise(abstract, seed=0), directory, config)
     write_model_config(config, directory, "float32")

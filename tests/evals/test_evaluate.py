@@ -273,8 +273,8 @@ def test_easy_vqa_gives_the_number_of_the_run(tmp_path):
     config = ["--config", str(ROOT / "configs" / "tiny_lora.py"), "--data.eval-samples", str(count)]
     parsed = parse_config([*config, "--data.path", "easy_vqa:test", "--data.workers", "0"])
     inputs = open_inputs(parsed, *find_model(parsed, TINY))
-    graph, params = split(LlavaModel.from_pretrained(TINY))
-    step = jax.jit(make_eval_step(graph))
+    graphdef, params = split(LlavaModel.from_pretrained(TINY))
+    step = jax.jit(make_eval_step(graphdef))
     measured = evaluation.evaluate(
         lambda batch: step({}, params, batch),
         inputs.eval_batches(16, range(16)),

@@ -23,7 +23,7 @@ def adapters(**targets: tuple[str, ...]) -> dict[str, LoraConfig]:
 
 
 def test_only_targets_get_adapters():
-    _, abstract = build_model(MODEL, adapters(llm=("q_proj", "down_proj")), dtype="float32")
+    _, abstract = build_model(MODEL, adapters(llm=("q_proj", "down_proj")))
     got = {path: leaf.shape for path, leaf in abstract.items() if is_adapter(path)}
     assert got == {
         "llm.layers.self_attn.q_proj.lora_a": (2, 2, 48),
@@ -34,7 +34,7 @@ def test_only_targets_get_adapters():
 
 
 def test_vision_layers_behind_the_feature_get_none():
-    _, abstract = build_model(MODEL, adapters(vision=("q_proj", "fc2")), dtype="float32")
+    _, abstract = build_model(MODEL, adapters(vision=("q_proj", "fc2")))
     got = {path for path in abstract if is_adapter(path)}
     assert len(got) == 4
     assert all(path.startswith("vision.encoder.layers.") for path in got)
@@ -42,7 +42,7 @@ def test_vision_layers_behind_the_feature_get_none():
 
 def test_an_unknown_target_is_an_error_that_lists_the_known():
     with pytest.raises(ConfigError, match=r"q_prj.*it has down_proj, gate_proj, k_proj"):
-        build_model(MODEL, adapters(llm=("q_prj",)), dtype="float32")
+        build_model(MODEL, adapters(llm=("q_prj",)))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_an_unknown_target_is_an_error_that_lists_the_known():
     ],
 )
 def test_what_trains_in_full(tune: TuneConfig, trains: set[str]):
-    _, abstract = build_model(MODEL, {}, dtype="float32")
+    _, abstract = build_model(MODEL, {})
     trainable = {path for path in abstract if is_trainable(path, tune)}
     assert {path.split(".")[0] for path in trainable} == trains
     assert not any("tail" in path or "post_layernorm" in path for path in trainable)
@@ -80,25 +80,27 @@ def test_the_linears_of_a_block_drop_different_elements():
     outputs = []
     for index in range(2):
         linear.lora_index = index
-        graph, shapes = split(linear)
+        graphdef, shapes = split(linear)
         params = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items()}
-        outputs.append(merge(graph, params)(x, keys))
+        outputs.append(merge(graphdef, params)(x, keys))
     assert not np.array_equal(*outputs)
 
 
 def test_merging_computes_the_same_and_leaves_no_adapter():
     settings = lora.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
-    graph, abstract = build_model(MODEL, settings, dtype="float32")
+    graphdef, abstract = build_model(MODEL, settings)
     key = jax.random.key(0)
     params = {
         path: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
         for i, (path, leaf) in enumerate(abstract.items())
     }
-    model = merge(graph, params)
+    model = merge(graphdef, params)
     ids = jnp.array([[1, 60, 60, 60, 60, 5, 6]], jnp.int32)
     pixels = jax.random.normal(key, (1, 3, 28, 28))
-    run = lambda graph, params: jax.jit(lambda params: merge(graph, params)(ids, pixels))(params)
-    before = run(graph, params)
+    run = lambda graphdef, params: jax.jit(lambda params: merge(graphdef, params)(ids, pixels))(
+        params
+    )
+    before = run(graphdef, params)
     lora.merge_adapters(model)
     assert not any(is_adapter(path) for path in split(model)[1])
     after = run(*split(model))
@@ -109,7 +111,7 @@ def test_gradients_see_the_dropout_of_the_forward_pass():
     linear = Linear(7, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 7), parameter(4, 2)
     linear.lora_scale, linear.lora_dropout = 2.0, 0.5
-    graph, shapes = split(linear)
+    graphdef, shapes = split(linear)
     keys = jax.random.split(jax.random.key(0), (3, 5))
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
     params = {path: draw(i, leaf.shape) for i, (path, leaf) in enumerate(shapes.items())}
@@ -118,6 +120,6 @@ def test_gradients_see_the_dropout_of_the_forward_pass():
         low = dropout(x, 0.5, fold_in(keys, 0)) @ params["lora_a"].T
         return jnp.sum(jnp.sin(x @ params["weight"].T + 2.0 * low @ params["lora_b"].T))
 
-    ours = lambda params, x: jnp.sum(jnp.sin(merge(graph, params)(x, keys)))
+    ours = lambda params, x: jnp.sum(jnp.sin(merge(graphdef, params)(x, keys)))
     found, expected = (jax.grad(f, (0, 1))(params, draw(9, (3, 5, 7))) for f in (ours, plain))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)

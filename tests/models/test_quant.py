@@ -238,7 +238,7 @@ def test_what_shards_the_weight_shards_its_arrays(stack, spec):
 
 
 def test_only_the_decoders_linears_are_quantised():
-    _, params = build_model(ModelConfig(), {}, dtype="float32")
+    _, params = build_model(ModelConfig(), {})
     chosen = {path for path in params if is_quantised(path)}
     attention = {f"llm.layers.self_attn.{name}_proj.weight" for name in "qkvo"}
     assert chosen == attention | {f"llm.layers.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}

@@ -120,7 +120,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    return build_model(config, {}, dtype="float32")
+    return build_model(config, {})
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +129,8 @@ def load() -> Callable[[Path], tuple[nnx.GraphDef, Params, ModelConfig]]:
 
     def load(directory: Path) -> tuple[nnx.GraphDef, Params, ModelConfig]:
         config = read_model_config(directory)
-        graph, abstract = _abstract(config)
-        return graph, load_params(directory, config, abstract), config
+        graphdef, abstract = _abstract(config)
+        return graphdef, load_params(directory, config, abstract), config
 
     return load
 
@@ -140,16 +140,18 @@ def abstract_params() -> Callable[[ModelConfig], dict[str, jax.ShapeDtypeStruct]
     return lambda config: _abstract(config)[1]
 
 
-_jitted = jax.jit(lambda graph, params, *batch: merge(graph, params)(*batch), static_argnums=0)
+_jitted = jax.jit(
+    lambda graphdef, params, *batch: merge(graphdef, params)(*batch), static_argnums=0
+)
 
 
 @pytest.fixture(scope="session")
 def our_logits() -> Callable[..., np.ndarray]:
     """(structure, parameters, batch) -> logits of our model."""
 
-    def logits(graph: nnx.GraphDef, params: Params, batch: dict) -> np.ndarray:
+    def logits(graphdef: nnx.GraphDef, params: Params, batch: dict) -> np.ndarray:
         args = [batch[name] for name in ("input_ids", "pixel_values", "attention_mask")]
-        return np.asarray(_jitted(graph, params, *args))
+        return np.asarray(_jitted(graphdef, params, *args))
 
     return logits
 

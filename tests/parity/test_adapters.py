@@ -51,10 +51,10 @@ def trained(load: Callable, saved: Callable) -> Callable:
 
     def make(name: str) -> tuple[nnx.GraphDef, Params, Params, ModelConfig]:
         _, params, config = load(saved("gqa"))
-        graph, abstract = build_model(config, SETTINGS[name], dtype="float32")
+        graphdef, abstract = build_model(config, SETTINGS[name])
         trains = lambda path: "lora" in path or path.startswith("projector.")
         trainable = random_like({path: spec for path, spec in abstract.items() if trains(path)})
-        return graph, params, trainable, config
+        return graphdef, params, trainable, config
 
     return make
 
@@ -63,7 +63,7 @@ def trained(load: Callable, saved: Callable) -> Callable:
 def test_peft_loads_what_we_wrote(
     name, trained, make_hf, our_logits, hf_logits, batches, assert_close, assert_same, tmp_path
 ):
-    graph, params, trainable, config = trained(name)
+    graphdef, params, trainable, config = trained(name)
     save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -71,7 +71,7 @@ def test_peft_loads_what_we_wrote(
     assert_same(load_file(tmp_path / "adapter_model.safetensors"), loaded)
     batch = batches["padded"]
     theirs = hf_logits(model, batch)
-    assert_close(our_logits(graph, params | trainable, batch), theirs, batch)
+    assert_close(our_logits(graphdef, params | trainable, batch), theirs, batch)
     assert np.abs(theirs - hf_logits(make_hf("gqa"), batch)).max() > 0.1  # it does something
 
 
@@ -121,9 +121,9 @@ def test_we_load_what_peft_wrote(
     adapter = open_adapter(directory, config, abstract_params(config))
     assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
     assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
-    graph, _ = build_model(config, adapter.adapters, dtype="float32")
+    graphdef, _ = build_model(config, adapter.adapters)
     batch = batches["padded"]
-    ours = our_logits(graph, params | adapter.load(), batch)
+    ours = our_logits(graphdef, params | adapter.load(), batch)
     assert_close(ours, hf_logits(model, batch), batch)
 
 
@@ -219,7 +219,7 @@ def ours(trained: Callable, tmp_path: Path) -> tuple:
     run = {
         "adapters": SETTINGS["both"],
         "config": config,
-        "abstract": build_model(config, SETTINGS["both"], dtype="float32")[1],
+        "abstract": build_model(config, SETTINGS["both"])[1],
         "trainable": set(trainable),
         "fingerprint": "0123",
     }
@@ -259,7 +259,7 @@ def test_what_an_adapter_cannot_hold_is_refused(trained, tmp_path):
 def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     trained, make_hf, our_logits, hf_logits, batches, assert_close, tmp_path
 ):
-    graph, params, trainable, config = trained("llm")
+    graphdef, params, trainable, config = trained("llm")
     tower = {path: x + 0.1 for path, x in params.items() if path.startswith("vision.")}
     unused = {p for p in tower if p.startswith(("vision.encoder.tail.", "vision.post_layernorm."))}
     trained_tower = {path: x for path, x in tower.items() if path not in unused}
@@ -268,9 +268,9 @@ def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     save_adapter(tmp_path, trainable | tower, SETTINGS["llm"], config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()
     batch = batches["one_image"]
-    ours = our_logits(graph, params | trainable | tower, batch)
+    ours = our_logits(graphdef, params | trainable | tower, batch)
     assert_close(ours, hf_logits(model, batch), batch)
     trainable |= trained_tower
-    abstract = build_model(config, SETTINGS["llm"], dtype="float32")[1]
+    abstract = build_model(config, SETTINGS["llm"])[1]
     loaded = load_adapter(tmp_path, SETTINGS["llm"], config, abstract, set(trainable), "0123")
     assert loaded.keys() == trainable.keys()

@@ -67,10 +67,10 @@ def relaid(source: Path, target: Path, layout: str) -> Path:
 def test_logits_are_those_of_transformers(
     variant, batch_name, make_hf, saved, load, our_logits, hf_logits, batches, assert_close
 ):
-    graph, params, _ = load(saved(variant))
+    graphdef, params, _ = load(saved(variant))
     batch = batches[batch_name]
     theirs = hf_logits(make_hf(variant), batch)
-    assert_close(our_logits(graph, params, batch), theirs, batch, case=variant)
+    assert_close(our_logits(graphdef, params, batch), theirs, batch, case=variant)
 
 
 @pytest.mark.parametrize("strategy", ["full", "default"])
@@ -79,24 +79,24 @@ def test_siglip_leaves_out_what_is_no_whole_patch(
 ):
     """And "default" drops its first patch, as transformers does."""
     variant = f"siglip_{strategy}"
-    graph, params, config = load(saved(variant))
+    graphdef, params, config = load(saved(variant))
     assert (config.vision.image_size, config.vision.num_patches) == (30, 4)
     assert config.image_tokens == {"full": 4, "default": 3}[strategy]
     batch = make_batches(config.image_tokens, 30)["padded"]
     theirs = hf_logits(make_hf(variant), batch)
-    assert_close(our_logits(graph, params, batch), theirs, batch)
+    assert_close(our_logits(graphdef, params, batch), theirs, batch)
 
 
 def test_a_sequence_longer_than_the_window_is_refused(saved, load, our_logits, batches):
-    graph, params, config = load(saved("mistral"))
+    graphdef, params, config = load(saved("mistral"))
     assert config.llm.sliding_window == 24
     text = dict(batches["text_only"])
     ids = np.resize(text["input_ids"], (1, 25))
     long = text | {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     with pytest.raises(ConfigError, match=r"25 tokens, .* sliding_window is 24.*max_length to 24"):
-        our_logits(graph, params, long)
+        our_logits(graphdef, params, long)
     fits = {name: x if x is None else x[:, :24] for name, x in long.items()}
-    assert our_logits(graph, params, fits).shape == (1, 24, 64)
+    assert our_logits(graphdef, params, fits).shape == (1, 24, 64)
 
 
 @pytest.mark.parametrize("layout", TO_LAYOUT)

@@ -246,7 +246,7 @@ def test_twenty_steps_beside_torch(
     with torch.no_grad():
         before = hf_logits(base, batch).numpy()
         exported = hf_logits(opened(config, base, tmp_path / "trained").eval(), batch).numpy()
-    model = merge(program.graph, params)
+    model = merge(program.graphdef, params)
     on_device = program.device_put(batch)
     pixels = normalised(on_device)
     hidden = model.hidden_states(on_device.input_ids, on_device.segment_ids, pixels)

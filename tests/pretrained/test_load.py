@@ -39,7 +39,7 @@ HEAD_PATH = "llm.lm_head.weight"
 
 
 def abstract_params(config: ModelConfig = CONFIG) -> dict[str, jax.ShapeDtypeStruct]:
-    return build_model(config, {}, dtype="float32")[1]
+    return build_model(config, {})[1]
 
 
 def random_params(config: ModelConfig = CONFIG, dtype: str = "float32") -> Params:
@@ -380,7 +380,7 @@ config = ModelConfig(
 )
 abstract = {
     path: jax.ShapeDtypeStruct(spec.shape, sys.argv[3])
-    for path, spec in build_model(config, {}, dtype="float32")[1].items()
+    for path, spec in build_model(config, {})[1].items()
 }
 size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -54,7 +54,7 @@ def test_losses_that_differ_are_told(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["25m", "150m", "1b", "7b"])
 def test_shapes_are_as_large_as_they_are_called(name):
 
-    count = sum(x.size for x in build_model(SHAPES[name], {}, dtype="float32")[1].values())
+    count = sum(x.size for x in build_model(SHAPES[name], {})[1].values())
     said = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
     assert count == pytest.approx(said, rel=0.1)
 

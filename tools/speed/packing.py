@@ -117,8 +117,10 @@ class Side:
         assert config.model is not None
         self._data, self._model = config.data, config.model
         mesh = make_mesh(config.mesh, jax.devices()[:1])
-        kind = attention_here(config, config.model)
-        self._program = build_program(config, config.model, 100, mesh, kind=kind)
+        implementation = attention_here(config, config.model)
+        self._program = build_program(
+            config, config.model, 100, mesh, implementation=implementation
+        )
         self._frozen = initialise(self._program.abstract, config.seed)
         trainable = {path: self._frozen.pop(path) for path in self._program.trainable}
         self._state = init_state(self._program.state, trainable, config.seed)
@@ -163,5 +165,5 @@ class Side:
 def sample_losses(program: Program, count: int, params: dict[str, Any], batch: Batch) -> jax.Array:
     """Summed by sample, [count + 1]: the first is padding's."""
     targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-    nll = token_losses(*forward(program.graph, params, batch, None), targets, learned).nll
+    nll = token_losses(*forward(program.graphdef, params, batch, None), targets, learned).nll
     return jnp.zeros(count + 1).at[batch.segment_ids].add(nll)

@@ -1,0 +1,125 @@
+"""What a config's fields say about themselves."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import pytest
+
+from llava_jax.config import (
+    IGNORED_BY_PLANS,
+    MAY_CHANGE,
+    MAY_DIFFER,
+    DataSet,
+    TrainConfig,
+    flatten,
+    to_json,
+)
+from llava_jax.config.fields import (
+    IGNORED_BY_PLAN,
+    LOCATION,
+    OBSERVED,
+    PLAN,
+    at_least,
+    check_fields,
+    field_paths,
+    read_fields,
+)
+from llava_jax.errors import ConfigError
+
+PATHS = {
+    *("output_dir", "init_from", "init_adapter"),
+    *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
+}
+
+
+def test_what_may_change_when_a_run_resumes_is_everything_but_the_recipe():
+    assert (
+        PATHS
+        | {
+            *("name", "epochs", "checkpoint", "eval", "log"),
+            *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
+            *("memory", "mesh", "batch.micro_size", "data.packing"),
+        }
+        == MAY_CHANGE
+    )
+
+
+def test_processes_may_differ_in_where_files_lie_and_in_workers():
+    assert PATHS | {"data.workers"} == MAY_DIFFER
+
+
+def test_a_plan_ignores_what_decides_nothing_about_memory():
+    assert (
+        PATHS
+        | {
+            *("name", "seed", "steps", "epochs", "processor", "checkpoint", "eval", "log"),
+            *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
+            "memory.limit_gib",
+        }
+        == IGNORED_BY_PLANS
+    )
+
+
+def test_the_recipe_is_what_is_left():
+    recipe = flatten(to_json(TrainConfig(name="x")), MAY_CHANGE).keys()
+    assert {"seed", "steps", "lora.rank", "optimizer.b1", "data.template", "dtype"} <= recipe
+    assert {"model", "tune.llm", "batch.global_size", "quantize", "processor"} <= recipe
+    assert not [name for name in recipe if name.startswith(("memory.", "mesh.", "log."))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    size: Annotated[int | None, at_least(2, "one is no group")] = None
+    place: Annotated[str, LOCATION] = ""
+    limit: Annotated[float, IGNORED_BY_PLAN] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    group: Group = Group()
+    plan: Annotated[Group, PLAN] = Group()
+    shown: Annotated[Group, OBSERVED] = Group()
+
+
+def test_a_group_gives_its_role_to_its_fields():
+    assert field_paths(Whole, lambda field: field.role.may_change) == {
+        *("group.place", "plan", "shown"),
+    }
+    assert field_paths(Whole, lambda field: field.is_ignored_by_plan) == {
+        *("group.place", "group.limit", "plan.place", "plan.limit", "shown"),
+    }
+    assert [field.role for field in read_fields(Group, PLAN)] == [PLAN, LOCATION, PLAN]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("size", 1, r"^group.size = 1: it must be at least 2 \(one is no group\)$"),
+        ("size", "2", "^group.size = '2': it must be "),
+        ("limit", None, "^group.limit = None: it must be float$"),
+        ("place", "a\0", "^group.place = 'a.x00': it has a NUL character$"),
+    ],
+)
+def test_an_error_names_the_field_its_value_and_what_it_must_be(
+    field: str, value: Any, message: str
+):
+    group = Group()
+    object.__setattr__(group, field, value)  # past the type checks of these tests
+    with pytest.raises(ConfigError, match=message):
+        check_fields(Whole(group=group))
+
+
+def test_none_has_no_bounds():
+    check_fields(Whole(Group(size=None)))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_weight_of_a_data_set_is_above_zero(weight: float):
+    with pytest.raises(ConfigError, match=r"data.mixture: weight = .*must be above 0"):
+        DataSet("somewhere", weight=weight)
+    assert DataSet("somewhere", weight=0.5).weight == 0.5
+
+
+def test_a_rate_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="epochs = nan: it must be at least 0"):
+        TrainConfig(name="x", epochs=float("nan"))
