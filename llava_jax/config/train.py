@@ -34,9 +34,10 @@ Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
-Dtype = Literal["bfloat16", "float32"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
+Json = dict[str, Any]
+"""A JSON object."""
 
 
 MAX_NAME_BYTES = 200
@@ -327,7 +328,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: Annotated[MemoryConfig, PLAN] = MemoryConfig()
     mesh: Annotated[MeshConfig, PLAN] = MeshConfig()
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     nonfinite_limit: Annotated[int, OBSERVED, at_least(1, "the run stops after so many steps")] = 3
     quantize: Quantisation | None = None
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
@@ -383,14 +384,12 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{shown} has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def to_json(config: TrainConfig) -> Json:
     """The whole config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def flatten(
-    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
-) -> dict[str, Any]:
+def flatten(config: Json, leave_out: Collection[str] = (), prefix: str = "") -> Json:
     """The fields of a config as JSON, by dotted name.
 
     Args:
@@ -398,7 +397,7 @@ def flatten(
         leave_out: Dotted names of fields and groups that are left out.
         prefix: What the names start with.
     """
-    fields: dict[str, Any] = {}
+    fields: Json = {}
     for name, value in config.items():
         path = prefix + name
         if path in leave_out:

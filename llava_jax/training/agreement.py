@@ -7,12 +7,12 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import jax
 from tokenizers import Tokenizer
 
-from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_DIFFER, Json, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
@@ -42,7 +42,7 @@ _MOST_LINES = 40
 
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
-) -> dict[str, Any]:
+) -> Json:
     """All that decides what a run does, by name; found without a device. All must ask.
 
     Args:
@@ -73,7 +73,7 @@ def run_facts(
     }
 
 
-def agree(facts: dict[str, Any], *found: str) -> None:
+def agree(facts: Json, *found: str) -> None:
     """Compares facts among all processes, which must all ask.
 
     Args:
@@ -120,16 +120,16 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     )
 
 
-def _of_data(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[str, Any]:
+def _of_data(kind: str, records: Records, digest: list[Json]) -> Json:
     """What tells data apart, by name."""
-    facts: dict[str, Any] = {f"the number of {kind}samples": len(records)}
+    facts: Json = {f"the number of {kind}samples": len(records)}
     for number, source in enumerate(digest):
         files = [[count, digest] for _, count, digest in source["files"]]
         facts[f"{kind}data set {number}, records and digest of each file"] = files
     return facts
 
 
-def _of_images(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
+def _of_images(kind: str, digest: list[Json]) -> dict[str, str]:
     """Sizes and checksums of the image files that could be read, by name."""
     return {
         f"{kind}image {name}": image
@@ -138,7 +138,7 @@ def _of_images(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _of_adapter(place: str | None) -> dict[str, Any]:
+def _of_adapter(place: str | None) -> Json:
     """A digest of an adapter's tensors, of a part of each as a fingerprint has."""
     facts = {}
     for file in sorted(Path(place).rglob("*.safetensors")) if place else ():
