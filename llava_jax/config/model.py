@@ -16,7 +16,7 @@ class VisionConfig:
     """A vision transformer, CLIP's or SigLIP's. Field names are those of Hugging Face's configs.
 
     Attributes:
-        vision_use_head: Whether SigLIP's pooling head is there. It is kept, but never computed.
+        vision_use_head: Whether there is SigLIP's pooling head. It is kept but never computed.
     """
 
     image_size: int = 336
@@ -36,12 +36,12 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image; what is left at its right and its bottom belongs to none."""
+        """Patches of an image; pixels left over at its right and its bottom are in none."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_positions(self) -> int:
-        """Patches, and the class token."""
+        """Number of patches, plus one if there is a class token."""
         return self.num_patches + self.has_class_token
 
 
@@ -60,8 +60,8 @@ class LlmConfig:
     """A LLaMA, Mistral or Qwen2 decoder. Field names are those of Hugging Face's configs.
 
     Attributes:
-        sliding_window: Mistral's tokens see so many tokens, themselves included. Longer sequences
-            are not computed. None is no limit.
+        sliding_window: Number of tokens that a token of Mistral sees, itself included. Longer
+            sequences are refused. None is no limit.
     """
 
     vocab_size: int = 32064
@@ -98,7 +98,7 @@ class ModelConfig:
 
     @property
     def used_vision_layers(self) -> int:
-        """Vision blocks before the feature, which is hidden_states[vision_feature_layer].
+        """Number of vision blocks before the feature, hidden_states[vision_feature_layer].
 
         Raises:
             ConfigError: The tower has no such hidden state.
@@ -111,7 +111,7 @@ class ModelConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens one image takes in the sequence.
+        """Number of tokens that one image takes in the sequence.
 
         "default" drops the first position, as Hugging Face does: CLIP's class token, but SigLIP's
         first patch.
@@ -133,7 +133,7 @@ LLAVA_13B = ModelConfig(
 )
 
 
-# The decoder of Llama-3-8B, its vocabulary grown by the image token and a padding token.
+# The decoder of Llama-3-8B. Its vocabulary is larger by the image token and a padding token.
 LLAVA_LLAMA3_8B = ModelConfig(
     llm=LlmConfig(
         vocab_size=128_320,

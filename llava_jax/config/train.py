@@ -34,9 +34,10 @@ Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
-Dtype = Literal["bfloat16", "float32"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
+Json = dict[str, Any]
+"""A JSON object."""
 
 
 MAX_NAME_BYTES = 200
@@ -44,7 +45,7 @@ MAX_NAME_BYTES = 200
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """What trains: nothing, LoRA adapters, or every weight, for each part."""
+    """What trains of each part: nothing ("frozen"), LoRA adapters, or every weight ("full")."""
 
     llm: Tuning = "lora"
     vision: Tuning = "frozen"
@@ -53,7 +54,7 @@ class TuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """LoRA as PEFT means it: y = W x + (alpha / rank) B A dropout(x)."""
+    """LoRA as PEFT defines it: y = W x + (alpha / rank) B A dropout(x)."""
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
     alpha: float = 256.0
@@ -68,12 +69,13 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """One of several data sets that are learned from together.
+    """One of several data sets that a run trains on together.
 
     Attributes:
         path: As `DataConfig.path`.
         image_root: Folder that its image paths are relative to.
-        weight: How often an epoch has each of its records; of 0.5, every epoch has another half.
+        weight: How often an epoch has each of its records. With 0.5, every epoch has another half
+            of them.
     """
 
     path: str
@@ -88,37 +90,38 @@ class DataSet:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learned from.
+    """The training data and the evaluation data.
 
     Attributes:
-        path: A data file, a folder of them or a pattern ("data/train-*.parquet"). JSON lists, JSON
-            lines and Parquet, of records in LLaVA's form or with "messages"; what a file is, is
-            seen from its contents. Or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
+        path: A data file, a folder of them or a pattern ("data/train-*.parquet"). Files are JSON
+            lists, JSON lines or Parquet, which is seen from their contents, with records in LLaVA's
+            form or with "messages". Or easy-VQA from its PyPI package: "easy_vqa:train[:FORM...]".
             Paths of fsspec (gs://, s3://) are read in place.
-        image_root: Folder that the records' image paths are relative to, or such a path.
-        mixture: Data sets that are learned from together, in the place of `path` and `image_root`.
-        follow_links: Whether images may be, by links in image_root, outside of it.
-        template: Name of a template in data/conversation.py.
-        image_aspect: What becomes of images that are not square: "pad" to a square of the mean
-            colour, "crop" the centre, or "squash" into a square, as SigLIP's processor does.
-        image_decode: How training images are decoded: "exact", or "draft": JPEGs at a half, a
-            quarter or an eighth of their size where that is about what is needed. Large ones
-            are read twice as fast, and pixels differ by 0.5 to 2.5 steps of 1/255 on average.
-        max_length: Longest sequence in tokens, images expanded; longer ones are cut.
-        max_text_length: Longest sequence in tokens where an image counts as one, which is XTuner's
-            limit; longer ones are cut. None leaves it to max_length.
+        image_root: Folder or fsspec path that the image paths of the records are relative to.
+        mixture: Data sets to train on together, instead of `path` and `image_root`.
+        follow_links: Whether links in image_root may lead to images outside of it.
+        template: Name of a template in data/templates.py.
+        image_aspect: How an image becomes square: "pad" it with the mean colour, "crop" its centre,
+            or "squash" it, as SigLIP's processor does.
+        image_decode: How training images are decoded. "draft" decodes JPEGs at a half, a quarter or
+            an eighth of their size where that is about the size needed. Large ones are then read
+            twice as fast, and pixels differ by 0.5 to 2.5 steps of 1/255 on average.
+        max_length: Longest sequence in tokens, with images expanded; longer ones are truncated.
+        max_text_length: Longest sequence in tokens if an image counts as one token, which is
+            XTuner's limit; longer ones are truncated. None sets no such limit.
         buckets: Lengths that batches are padded to; empty means max_length alone.
-        packing: Put several samples of a step, as many as there is room for, into one row of
-            max_length. A sample sees itself alone, so results are those of a row for each; what it
-            saves is padding. Takes the place of buckets.
+        packing: Put as many samples of a step as fit into one row of max_length. Samples do not see
+            each other, so results are the same as with one row for each; there is less padding.
+            Replaces buckets.
         max_images: Most images in one sample; None counts them in the data.
-        group_by_modality_length: Batches of samples with images, or of samples without, as LLaVA's
-            option of this name makes them; else any samples are a batch.
-        max_skipped: Largest share of the data's samples that may be left out because they cannot
-            be learned from; more stop the run.
-        workers: Processes that decode; 0 decodes in the main process.
-        eval_path: Held-out data, in any form that `path` has, with the same image_root.
-        eval_samples: Use only the first so many held-out samples; None uses all.
+        shuffle: Whether each epoch has the records in another random order.
+        group_by_modality_length: Make batches either of samples with images or of samples without,
+            as LLaVA's option of this name does.
+        max_skipped: Largest share of samples that may be skipped because they cannot be used; if
+            there are more, the run stops.
+        workers: Processes that decode images; 0 decodes them in the main process.
+        eval_path: Evaluation data, in any form that `path` may have, with the same image_root.
+        eval_samples: Evaluate on the first so many samples only; None takes all.
     """
 
     path: Annotated[str, LOCATION] = ""
@@ -145,14 +148,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """How many samples make a step.
+    """Batch sizes, and how the loss of a batch is averaged.
 
     Attributes:
         global_size: Samples per optimizer step, over all devices.
         micro_size: Samples per device and forward pass; None leaves it to the plan.
-        loss_weighting: "token" weighs every supervised token of the step alike. "sample_mean" takes
-            the token mean over each `loss_group` consecutive samples, then the plain mean of
-            those: LLaVA's published form, whose group was one GPU's micro-batch.
+        loss_weighting: "token" gives every supervised token of the step the same weight.
+            "sample_mean" takes the mean over the tokens of each `loss_group` consecutive samples,
+            and then the mean of these. That is LLaVA's published form, with the micro-batch of one
+            GPU as the group.
         loss_group: Samples in a group of "sample_mean".
     """
 
@@ -164,7 +168,21 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Projector and vision tower (its adapters too) may have learning rates of their own."""
+    """AdamW and its learning rates.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        projector_learning_rate: Peak rate of the projector; None takes `learning_rate`.
+        vision_learning_rate: Peak rate of the vision tower and its adapters; None takes
+            `learning_rate`.
+        schedule: How the rate falls from its peak to 0 after the warmup; "constant" keeps the peak.
+        warmup_ratio: Share of the steps over which the rate rises from 0 to its peak.
+        weight_decay: Decay of AdamW; biases and norms do not decay.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the denominator of the update.
+        clip_norm: Largest global norm of the gradients; None turns clipping off.
+    """
 
     learning_rate: Annotated[float, at_least(0, "a negative one would increase the loss")] = 2e-4
     projector_learning_rate: Annotated[
@@ -184,20 +202,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """The plan: where things lie and what is recomputed. Never changes a result.
+    """The plan: where arrays are kept and what is computed again. It never changes a result.
 
     Attributes:
         plan: "auto" finds the cheapest plan that fits the devices before anything is loaded;
             "manual" takes the fields as they are.
-        limit_gib: Memory of one device, for "auto"; None asks the device.
-        remat: What the backward pass computes again: "full" keeps only each block's input, "dots"
-            also what its linear layers return, "none" all but norms and gated products.
-        offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" the
-            float32 weights of blocks that train in full; a layer at a time is on the device.
-        stream_weights: Keep the blocks' weights, and their gradients where they train, in host
-            memory; a layer at a time is on the device. Needs remat "full".
-        offload_activations: Keep the blocks' inputs in host memory until the backward pass needs
-            them. Needs remat "full".
+        limit_gib: Memory of one device in GiB, for "auto"; None asks the device.
+        remat: What the forward pass keeps for the backward pass, which computes the rest again.
+            "full" keeps only the input of each block, "dots" also the outputs of its linear layers,
+            "none" everything except norms and gated products.
+        offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" also
+            the float32 weights of blocks that train in full. One layer at a time is on the device.
+        stream_weights: Keep the weights of the blocks, and their gradients if they train, in host
+            memory. One layer at a time is on the device. Needs remat "full".
+        offload_activations: Keep the inputs of the blocks in host memory until the backward pass
+            needs them. Needs remat "full".
     """
 
     plan: Literal["auto", "manual"] = "manual"
@@ -210,13 +229,14 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 is the rest. `fsdp` shards parameters as ZeRO-3 does.
+    """Number of devices along each axis of the mesh; -1 takes the rest.
 
     Attributes:
-        data: Copies of the model; samples are divided among them.
-        fsdp: Samples are divided among these devices too, and so is every parameter.
+        data: Devices, or groups of them, that each hold the whole model. Samples are divided among
+            them.
+        fsdp: Devices that samples and every parameter are divided among, as in ZeRO-3.
         tensor: Devices that share the heads and feed-forward widths of each layer.
-        show: Print where every parameter lies.
+        show: Print how every parameter is sharded.
     """
 
     data: int = 1
@@ -227,12 +247,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every so many optimizer steps, keep the newest few.
+    """When to save, and how to resume.
 
     Attributes:
-        accept_changes: Go on with a run though its recipe or its data differs from what it began
-            with; the differences are shown, and the new ones recorded. The number of training
-            records cannot change.
+        every: Optimizer steps between checkpoints.
+        keep: How many of the newest checkpoints are kept.
+        accept_changes: Resume a run although its recipe or its data differs from what it began
+            with. The differences are shown and recorded. The number of training records cannot
+            change.
     """
 
     every: Annotated[int, at_least(1, "a number of steps")] = 500
@@ -242,13 +264,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Measuring on held-out data.
+    """Evaluation during training.
 
     Attributes:
-        every: Steps between measurements; None measures before and after the run only.
-        batch_size: Held-out samples in a batch, all devices together; None takes a micro-batch.
-        examples: Held-out questions to show with their answers: in report.html, and printed at the
-            end.
+        every: Steps between evaluations; None evaluates before and after the run only.
+        batch_size: Samples in an evaluation batch, over all devices; None takes a micro-batch.
+        examples: Evaluation questions to show with their answers, in report.html and at the end of
+            the run.
     """
 
     every: Annotated[int | None, at_least(1, "a number of steps")] = None
@@ -258,12 +280,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where a run can be watched besides its own files. Never changes a result.
+    """Where a run is logged, besides its own files. It never changes a result.
 
     Attributes:
         tensorboard: Write events to `{run directory}/tensorboard`.
-        wandb: Project at Weights & Biases; None logs nothing there. The environment says all else,
-            such as WANDB_MODE=offline.
+        wandb: Project at Weights & Biases; None logs nothing there. Everything else is set by the
+            environment, for example WANDB_MODE=offline.
         profile_steps: The first and the last step to profile, into `{run directory}/profile`.
     """
 
@@ -286,26 +308,35 @@ class TrainConfig:
     Attributes:
         name: Name of the run; its directory is `{output_dir}/{name}`. At most 200 bytes,
             without / or \\. It must not start with a dot, dash or space, nor end with a space.
-        output_dir: Nothing is written elsewhere.
-        seed: Of new parameters, dropout and the order of the data.
+        output_dir: Folder of the run's directory. Nothing is written outside of it.
+        seed: Seed of new parameters, dropout masks and the order of the data.
         steps: Optimizer steps; None takes `epochs`.
         epochs: Passes through the data.
-        init_from: Where the weights come from: a Hugging Face directory or hub id, an earlier run's
-            directory, or `Parts`. None makes new ones, for `model`.
+        init_from: Where the weights come from: a Hugging Face directory or hub id, the directory of
+            an earlier run, or `Parts`. None initialises new ones for `model`.
         init_adapter: A PEFT adapter directory to continue from.
-        model: Sizes of a model trained from scratch; with `init_from`, they stand in for those of
-            a checkpoint that is not there yet, so that a run can be planned.
-        processor: Directory with the tokenizer and image processor; None takes `init_from`'s.
+        model: Sizes of a model that is trained from scratch. With `init_from`, they are used while
+            that checkpoint does not exist yet, so that the run can be planned.
+        processor: Directory with the tokenizer and image processor; None takes those of
+            `init_from`.
         tune: What trains.
         lora: Adapters of the decoder.
         vision_lora: Adapters of the vision tower.
-        dtype: What is computed in, and what frozen weights are kept in. What trains, its moments,
+        data: The training data and the evaluation data.
+        batch: Batch sizes and the weighting of the loss.
+        optimizer: AdamW and its learning rates.
+        memory: The plan: how the run fits the devices.
+        mesh: How the devices share the work.
+        dtype: Dtype of the computation and of frozen weights. Weights that train, their moments,
             norms, softmax and the loss are float32.
-        nonfinite_limit: Steps in a row whose loss or gradients may be infinite or no number; then
-            the run stops. No such step's update is applied.
-        quantize: Bits of the decoder's frozen linears, as bitsandbytes has them: "nf4" (4.5 bits a
-            weight), "nf4_double" (its double quantisation, 4.13 bits) or "int8". Part of the
-            recipe: it changes results.
+        nonfinite_limit: After so many steps in a row whose loss or gradients are infinite or NaN,
+            the run stops. The updates of such steps are not applied.
+        quantize: Format of the frozen linear layers of the decoder, as in bitsandbytes: "nf4" (4.5
+            bits a weight), "nf4_double" (with double quantisation, 4.13 bits) or "int8". It changes
+            results, so it is part of the recipe.
+        checkpoint: When to save, and how to resume.
+        eval: Evaluation during training.
+        log: Where the run is logged.
     """
 
     name: Annotated[str, OBSERVED]
@@ -327,7 +358,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: Annotated[MemoryConfig, PLAN] = MemoryConfig()
     mesh: Annotated[MeshConfig, PLAN] = MeshConfig()
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     nonfinite_limit: Annotated[int, OBSERVED, at_least(1, "the run stops after so many steps")] = 3
     quantize: Quantisation | None = None
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
@@ -340,10 +371,11 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
+        """The run's directory."""
         return Path(self.output_dir) / self.name
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of a run over so many samples; the last batch may wrap round."""
+        """Optimizer steps of a run over so many samples; the last batch may be filled up."""
         if self.steps is not None:
             return self.steps
         return math.ceil(self.epochs * samples / self.batch.global_size)
@@ -383,14 +415,12 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{shown} has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def to_json(config: TrainConfig) -> Json:
     """The whole config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def flatten(
-    config: dict[str, Any], leave_out: Collection[str] = (), prefix: str = ""
-) -> dict[str, Any]:
+def flatten(config: Json, leave_out: Collection[str] = (), prefix: str = "") -> Json:
     """The fields of a config as JSON, by dotted name.
 
     Args:
@@ -398,7 +428,7 @@ def flatten(
         leave_out: Dotted names of fields and groups that are left out.
         prefix: What the names start with.
     """
-    fields: dict[str, Any] = {}
+    fields: Json = {}
     for name, value in config.items():
         path = prefix + name
         if path in leave_out:

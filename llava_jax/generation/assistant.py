@@ -1,4 +1,4 @@
-"""Answers to conversations, from any checkpoint: text as it comes, of several at a time."""
+"""Answers to conversations from any checkpoint: streamed text, several answers at a time."""
 
 import dataclasses
 import re
@@ -20,26 +20,26 @@ from llava_jax.pretrained.processor import has_processor
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
-"""Tokens of prompt and answer together, unless more or fewer are asked for; as in training."""
+"""Default for the tokens of prompt and answer together; the same as in training."""
 
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece names them
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's names of bytes
 
 
 def default_dtype() -> str:
-    """What is computed in where nobody says: CPUs are slow in 16 bits."""
+    """The dtype to compute in if none is given; CPUs are slow with 16 bits."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer that is whole.
+    """A complete answer.
 
     Attributes:
-        text: Without the spaces around it.
-        ending: Whether the model ended it, or its length.
-        prompt_tokens: Of the prompt, images expanded.
-        new_tokens: Of the answer.
+        text: The text, without spaces around it.
+        ending: Whether the model or a stop string ended it ("stop"), or its length.
+        prompt_tokens: Number of tokens of the prompt, with images expanded.
+        new_tokens: Number of tokens of the answer.
     """
 
     text: str
@@ -52,9 +52,10 @@ class Answer:
     """An answer that is being generated.
 
     Attributes:
-        request: Its tokens.
-        text: What is certain of it so far: no half of a character, nothing of a stop string.
-        ending: Why it is over; None while it is not.
+        request: The tokens.
+        text: The text so far that cannot change any more: without an incomplete character, and
+            without the beginning of a stop string.
+        ending: Why the answer ended; None before that.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Answer:
         self._stop = tuple(filter(None, stop))
 
     def update(self) -> None:
-        """Takes in the tokens that were generated since."""
+        """Reads the tokens that were generated since the last call."""
         tokens = self.request.tokens
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-        # What was certain before has none in it, and only its end may be the begin of one.
+        # Text that was shown has no stop string in it, but its end may be the beginning of one.
         found = [
             position
             for word in self._stop
@@ -86,9 +87,10 @@ class Answer:
             self.text = text[: len(text) - self._uncertain(text)]
 
     def _uncertain(self, text: str) -> int:
-        """Characters at the end that later tokens may change, or make a stop string of."""
+        """Number of characters at the end that later tokens may change or make a stop string."""
         unfinished = len(text) - len(text.rstrip("\ufffd"))
-        # SentencePiece's bytes are characters if all that are beside each other are valid together.
+        # SentencePiece decodes adjacent bytes together: one that is invalid makes all of them
+        # replacement characters.
         if count := self._newest_bytes():
             before = self._tokenizer.decode(self.request.tokens[:-count], skip_special_tokens=True)
             unfinished = max(unfinished, len(text) - len(str(before).lstrip()))
@@ -101,7 +103,7 @@ class Answer:
         return max([unfinished, *begun])
 
     def _newest_bytes(self) -> int:
-        """How many of the newest tokens are a byte each, or nothing."""
+        """How many of the newest tokens are bytes, or special tokens without text."""
         for count, token in enumerate(reversed(self.request.tokens)):
             name = self._tokenizer.convert_ids_to_tokens(token)  # None beyond the vocabulary
             if name and token not in self._special and not _BYTE.fullmatch(str(name)):
@@ -110,7 +112,7 @@ class Answer:
 
     @property
     def reply(self) -> Reply:
-        """The answer as a whole; it must be over."""
+        """The complete answer; it must have ended."""
         return Reply(
             self.text.strip(),
             self.ending or "length",
@@ -184,7 +186,7 @@ class Assistant:
 
     @property
     def free(self) -> int:
-        """Answers that may be added."""
+        """Number of answers that can be added."""
         return self._engine.free
 
     def begin(
@@ -195,49 +197,50 @@ class Assistant:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """Reads a prompt, without generating anything yet; may be called from any thread.
+        """Reads a prompt without generating anything yet. Any thread may call it.
 
         Args:
             prompt: The conversation.
             max_new_tokens: Most tokens of the answer.
             sampling: How tokens are chosen.
-            stop: Texts that end the answer, and are not in it.
+            stop: Texts that end the answer, and are not part of it.
 
         Raises:
-            SampleError: It cannot be used: a broken image, turns out of order, too long.
+            SampleError: The prompt cannot be used: an image is broken, turns are out of order, or
+                it is too long.
         """
         input_ids, pixels = self.reader(prompt, self._engine.check)
         request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
         return Answer(request, self.reader.tokenizer, stop)
 
     def is_compiled(self, answer: Answer) -> bool:
-        """Whether nothing has to be compiled before it can be added."""
+        """Whether the answer can be added without compiling."""
         return self._engine.is_compiled(answer.request)
 
     def compile(self, answer: Answer) -> None:
-        """Compiles what its prompt needs, unless that is done; may be called from any thread."""
+        """Compiles for its prompt's size, unless that is done. Any thread may call it."""
         self._engine.compile(answer.request)
 
     def add(self, answer: Answer) -> None:
-        """Generates an answer's first token; one must be `free`."""
+        """Generates the first token of an answer. A slot must be `free`."""
         self._answers[answer.request] = answer
         self._engine.add(answer.request)
         self._update(answer)
 
     def step(self) -> list[Answer]:
-        """Generates a token of every answer that is not over, and returns these."""
+        """Generates a token for every running answer, and returns these answers."""
         answers = [self._answers[request] for request in self._engine.step()]
         for answer in answers:
             self._update(answer)
         return answers
 
     def remove(self, answer: Answer) -> None:
-        """Gives an answer up."""
+        """Stops an answer before its end."""
         self._engine.remove(answer.request)
         self._answers.pop(answer.request, None)
 
     def reset(self) -> None:
-        """Gives all answers up, and starts anew: after an error, nothing can be gone on with."""
+        """Stops all answers. It is needed after an error, which leaves none that can continue."""
         self._answers.clear()
         self._engine.reset()
 
@@ -249,7 +252,7 @@ class Assistant:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Generator[str]:
-        """Yields an answer piece by piece. As `begin`."""
+        """Yields an answer piece by piece; the arguments are those of `begin`."""
         answer = self.begin(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         sent = 0
         try:
@@ -273,17 +276,17 @@ class Assistant:
         stop: Sequence[str] = (),
         refused: Callable[[int, SampleError], None] | None = None,
     ) -> Iterator[tuple[int, Reply]]:
-        """Answers many prompts, taking the next when one is over. As `begin`.
+        """Answers many prompts, and takes the next one whenever an answer has ended.
 
         Args:
-            prompts: Conversations; one is taken when there is a place for it.
+            prompts: Conversations; the next is read when a slot is free.
             max_new_tokens: Most tokens of an answer.
             sampling: How tokens are chosen.
             stop: Texts that end an answer.
-            refused: Told of each prompt that cannot be used; None lets it end all.
+            refused: Called for each prompt that cannot be used; None raises the SampleError.
 
         Yields:
-            The number of a prompt, and its answer, in the order in which they end.
+            The number of a prompt and its answer, in the order in which answers end.
         """
         waiting = enumerate(prompts)
         numbers: dict[Answer, int] = {}
@@ -307,7 +310,7 @@ class Assistant:
                 if not over and not self.step():
                     return
         finally:
-            for answer in numbers:  # if this ends before they do
+            for answer in numbers:  # the caller may stop before all answers have ended
                 self.remove(answer)
 
     def _update(self, answer: Answer) -> None:

@@ -22,14 +22,14 @@ COMMANDS = """\
 
 
 class Chat:
-    """What was said and shown so far.
+    """A conversation so far, with its images.
 
     Args:
-        assistant: With a free slot.
+        assistant: An assistant with a free slot.
         sampling: How tokens are chosen.
         max_new_tokens: Most tokens of an answer.
-        stop: Texts that end one.
-        system: What the system says; None is the template's own.
+        stop: Texts that end an answer.
+        system: The system prompt; None takes that of the template.
     """
 
     def __init__(
@@ -46,25 +46,27 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all that was said and shown."""
+        """Forgets the conversation."""
         self._turns = [Turn("system", self._system)] if self._system else []
         self._images: list[str] = []
         self._new_images: list[str] = []
 
     def show(self, file: str) -> None:
-        """Takes a picture for the next message.
+        """Adds an image to the next message.
 
         Raises:
-            SampleError: It cannot be read.
+            SampleError: The image cannot be read.
         """
         open_image(file)
         self._new_images.append(file)
 
     def say(self, text: str) -> None:
-        """Asks, and prints the answer as it comes; what fails leaves all as it was.
+        """Sends a message, and prints the answer as it is generated.
+
+        After an error, the conversation is as before.
 
         Raises:
-            SampleError: The conversation cannot be used, as when it has become too long.
+            SampleError: The conversation cannot be used, for example because it is too long.
         """
         text = text.replace(IMAGE_PLACEHOLDER, "")
         asked = Turn("human", f"{IMAGE_PLACEHOLDER}\n" * len(self._new_images) + text)
@@ -81,16 +83,16 @@ class Chat:
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            self._assistant.reset()  # it came in the midst of something
+            self._assistant.reset()  # an interrupted step leaves no usable caches
         print()
         self._turns += [asked, Turn("gpt", answer.strip())]
         self._images, self._new_images = [*self._images, *self._new_images], []
 
     def save(self, file: str) -> None:
-        """Writes the conversation as LLaVA's data has it: a list of one record.
+        """Writes the conversation in LLaVA's data format, as a list of one record.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is no answer yet.
             OSError: The file cannot be written.
         """
         if not any(turn.role == "gpt" for turn in self._turns):
@@ -119,7 +121,7 @@ class Chat:
             try:
                 self._take(line)
             except SampleError as error:
-                again = "; /reset begins anew" if error.kind == "length" else ""
+                again = "; /reset begins a new conversation" if error.kind == "length" else ""
                 print(f"error: {error}{again}", file=sys.stderr)
             except (ConfigError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """The decoder for generation: new tokens, given the keys and values of those before them.
 
-Training loops over stacked layers. With few tokens at a time that would be slow: XLA copies each
-layer's weights out of the stack before it multiplies with them, on GPUs and CPUs alike, so they are
-read twice and written once. Here the layers are arrays of their own, and the loop is Python's.
+Training loops over stacked layers. With few tokens at a time, that would be slow: XLA copies the
+weights of each layer out of the stack before it multiplies with them, on GPUs and CPUs alike, so
+they are read twice and written once. Here each layer has arrays of its own, and Python loops over
+them.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from llava_jax.config import LlmConfig
 from llava_jax.models.layers import Params, merge, split
@@ -23,21 +24,21 @@ from llava_jax.models.stack import Leaves
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What is static of a model that was taken apart: all but its blocks, and one block."""
+    """The structure of a model without its decoder's blocks, and of one block."""
 
     rest: nnx.GraphDef
     block: nnx.GraphDef
 
 
 class Weights(NamedTuple):
-    """Its parameters: those of all but the blocks, and of every block."""
+    """The parameters outside the decoder's blocks, and those of each block."""
 
     rest: Params
     layers: list[Leaves]
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer: B sequences of up to S tokens, the first in place 0."""
+    """Keys and values of one layer, for B sequences of up to S tokens, the first at position 0."""
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
@@ -72,13 +73,13 @@ def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, We
 
 
 @jax.jit
-def _unstack(stack: Any) -> list[Any]:
+def _unstack(stack: PyTree) -> list[PyTree]:
     count = jax.tree.leaves(stack)[0].shape[0]
     return [jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count)]
 
 
 def cache_shape(config: LlmConfig, sequences: int, length: int) -> tuple[int, ...]:
-    """Of the keys or the values of one layer, [B, K, S, H]."""
+    """Shape of the keys, and of the values, of one layer: [B, K, S, H]."""
     return sequences, config.num_key_value_heads, length, config.head_dim
 
 
@@ -95,12 +96,12 @@ def prefill(
 
     Args:
         structure: From `unstack_layers`.
-        weights: Likewise.
-        caches: Of every layer.
-        input_ids: The prompt, images expanded; padded on its right.
-        length: Tokens of it.
+        weights: From `unstack_layers`.
+        caches: Caches of all layers.
+        input_ids: The prompt with its images expanded, padded on the right.
+        length: Tokens of the prompt without padding.
         pixel_values: Its images.
-        row: Where its keys and values go.
+        row: Row of the caches for its keys and values.
 
     Returns:
         The logits of the token that follows, and the caches.
@@ -130,16 +131,17 @@ def decode(
 
     Args:
         structure: From `unstack_layers`.
-        weights: Likewise.
-        caches: Of every layer.
+        weights: From `unstack_layers`.
+        caches: Caches of all layers.
         tokens: The newest token of each sequence.
-        positions: Its place in the sequence: the tokens before it are in the cache.
+        positions: Its position in the sequence; the tokens before it are in the cache.
 
     Returns:
         The logits of the tokens that follow, and the caches.
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
-    x = model.embed(tokens[None], None)  # one row of B tokens: products of plain matrices
+    # As one row of B tokens, so that products with weights are those of plain matrices.
+    x = model.embed(tokens[None], None)
     rope = model.llm.rope(positions[None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -159,7 +161,7 @@ def _run(
     rope: Rope,
     attend: Callable[..., tuple[jax.Array, Cache]],
 ) -> tuple[Float[Array, "B T D"], list[Cache]]:
-    """x through all blocks; `attend(q, k, v, cache)` also returns the cache with k and v in it."""
+    """Runs x through all blocks; `attend(q, k, v, cache)` also returns the updated cache."""
     filled: list[Cache] = []
 
     def keep(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -184,7 +186,7 @@ def _write_row(
 def _attend_to_cache(
     q: Float[Array, "B N H"], cache: Cache, positions: Int[Array, "B"]
 ) -> Float[Array, "B D"]:
-    """Attention of the newest tokens to all of their sequences, with a float32 softmax."""
+    """Attention of the newest tokens to their whole sequences, with a float32 softmax."""
     batch, heads, length, size = cache.keys.shape
     q = q.reshape(batch, heads, -1, size)  # G query heads a key head
     logits = jnp.einsum("BKGH,BKSH->BKGS", q, cache.keys, preferred_element_type=jnp.float32)

@@ -1,8 +1,8 @@
-"""Generating: sequences come and go, and one compiled step gives each that is there a token.
+"""Generation with continuous batching: one compiled step adds a token to every running sequence.
 
 Every sequence has a row of preallocated caches. Its prompt is read into the row by itself, so what
 is generated does not depend on its neighbours, and rows that have ended take new prompts while the
-others go on.
+others continue.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ from llava_jax.models.stack import jit_loop
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import end_tokens
 
-SHORTEST = 32
-"""Tokens that every prompt is padded to; longer ones to this or 1.5 times a power of two."""
+MIN_PADDED = 32
+"""Every prompt is padded to so many tokens, longer ones to a power of two or 1.5 times that."""
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt, and what was generated from it so far.
+    """A prompt, and the tokens that were generated from it so far.
 
     Attributes:
-        input_ids: int32 [T]. The prompt, every image as many image tokens as it has features.
+        input_ids: int32 [T]. The prompt, with as many image tokens for an image as it has features.
         pixel_values: float32 [I, 3, H, W]. Its images, in their order.
         max_new_tokens: Most tokens to generate.
-        ends: Tokens that end it.
+        ends: Tokens that end the sequence.
         sampling: How tokens are chosen.
-        tokens: What was generated, with the token that ended it.
-        ending: Why it is over: one of `ends`, or its length. None while it is not.
+        tokens: The generated tokens, including the one that ended the sequence.
+        ending: Why the sequence ended: by one of `ends`, or by its length. None before that.
     """
 
     input_ids: Int32[np.ndarray, " T"]
@@ -62,7 +62,7 @@ class Request:
 
 
 class Engine:
-    """A model, ready to generate from several prompts at a time.
+    """A model that generates from several prompts at a time.
 
     Args:
         model: A model with its weights, which may be quantised, adapted, and sharded over a mesh.
@@ -72,7 +72,7 @@ class Engine:
             otherwise, those of the decoder's blocks are in memory twice.
 
     Raises:
-        ConfigError: The decoder computes no sequences of that length.
+        ConfigError: The decoder does not take sequences of that length.
     """
 
     def __init__(self, model: Llava, *, slots: int, length: int, donate: bool = False):
@@ -91,11 +91,11 @@ class Engine:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all sequences. After an error of a step, which leaves no caches, it must be."""
+        """Forgets all sequences. It is needed after an error in a step, which leaves no caches."""
         sharding = jax.tree.leaves(self._weights.layers)[0].sharding
         shape = cache_shape(self.config.llm, self._slots, self.length)
         whole = sharding
-        if isinstance(sharding, NamedSharding):  # heads lie where the weights that make them do
+        if isinstance(sharding, NamedSharding):  # heads are sharded as the weights that make them
             axes = ("whole", "split_outputs", "whole", "whole")
             whole = NamedSharding(sharding.mesh, PartitionSpec())
             sharding = NamedSharding(sharding.mesh, to_spec(axes, shape, sharding.mesh.shape))
@@ -106,14 +106,14 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """Sequences that may be added."""
+        """Number of sequences that can be added."""
         return self._rows.count(None)
 
     def check(self, length: int) -> None:
-        """Refuses a prompt of so many tokens if it leaves no place for an answer.
+        """Refuses a prompt of so many tokens if there is no room for an answer.
 
         Raises:
-            SampleError: It does not.
+            SampleError: The prompt is empty or too long.
         """
         if not 0 < length < self.length:
             raise SampleError(
@@ -127,9 +127,9 @@ class Engine:
         return self._size(request) in self._compiled
 
     def compile(self, request: Request) -> None:
-        """Compiles what reads such a prompt, unless that is done.
+        """Compiles the function that reads such a prompt, unless it is compiled.
 
-        Any thread may call it, while another one generates.
+        Any thread may call this while another one generates.
         """
         if self.is_compiled(request):
             return
@@ -142,7 +142,11 @@ class Engine:
             self._compiled.add(self._size(request))
 
     def add(self, request: Request) -> None:
-        """Reads a prompt, and generates its first token; there must be a free slot. As `check`."""
+        """Reads a prompt and generates its first token. A slot must be free.
+
+        Raises:
+            SampleError: As for `check`.
+        """
         self.check(len(request.input_ids))
         self.compile(request)
         row = self._rows.index(None)
@@ -157,7 +161,7 @@ class Engine:
         self._take(row, int(token[0]))
 
     def _size(self, request: Request) -> tuple[int, int]:
-        """Padded tokens and images, which decide what is compiled."""
+        """Number of padded tokens and of images; each pair is compiled for."""
         return _padded(len(request.input_ids), self.length), len(request.pixel_values)
 
     def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
@@ -174,7 +178,7 @@ class Engine:
         )
 
     def step(self) -> list[Request]:
-        """Generates a token for every sequence there is, and returns these."""
+        """Generates a token for every running sequence, and returns these sequences."""
         running = [request for request in self._rows if request is not None]
         if not running:
             return []
@@ -195,12 +199,12 @@ class Engine:
         return running
 
     def remove(self, request: Request) -> None:
-        """Forgets a sequence that need not go on."""
+        """Stops a sequence before its end."""
         if request in self._rows:
             self._rows[self._rows.index(request)] = None
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Takes requests as slots become free, and yields each when it is over."""
+        """Takes requests as slots become free, and yields each when it has ended."""
         waiting = iter(requests)
         exhausted = False
         while True:
@@ -217,7 +221,7 @@ class Engine:
             yield from (request for request in running if request.ending)
 
     def _take(self, row: int, token: int) -> None:
-        """Adds a token to a row's sequence, which it may end."""
+        """Adds a token to the sequence of a row, which may end it."""
         request = cast("Request", self._rows[row])
         request.tokens.append(token)
         if token in request.ends:
@@ -233,8 +237,8 @@ def _length(request: Request | None) -> int:
 
 
 def _padded(length: int, most: int) -> int:
-    """What a prompt is padded to, so that few lengths are compiled."""
-    size = SHORTEST
+    """The length that a prompt is padded to, so that few lengths are compiled for."""
+    size = MIN_PADDED
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, most)
@@ -251,7 +255,7 @@ def _start_fn(
     row: Int[jax.Array, ""],
     rows: Rows,
 ) -> tuple[Int[jax.Array, "1"], list[Cache], Bool[jax.Array, "B V"]]:
-    """A prompt into a row, and its first token."""
+    """Reads a prompt into a row, and chooses its first token."""
     logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
     is_prompt = jnp.arange(input_ids.shape[0]) < length
     mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
@@ -268,7 +272,7 @@ def _advance_fn(
     positions: Int[jax.Array, "B"],
     rows: Rows,
 ) -> tuple[Int[jax.Array, "B"], list[Cache], Bool[jax.Array, "B V"]]:
-    """The newest tokens into all rows, and those that follow."""
+    """Reads the newest tokens of all rows, and chooses those that follow."""
     logits, caches = decode(structure, weights, caches, tokens, positions)
     seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
     return choose(logits, seen, positions + 1, rows), caches, seen
@@ -292,27 +296,27 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Int32[np.ndarray, "B new"]:
-    """Generates from a batch of prompts; each gives what it would give alone.
+    """Generates from a batch of prompts; the result for each is the same as alone.
 
     Args:
         model: A model with its weights; meanwhile, those of the decoder are in memory twice.
-        input_ids: Prompts in which every image is `config.train.image_tokens` image tokens.
-        pixel_values: The images in the order in which the batch's rows mention them.
+        input_ids: Prompts, with `config.image_tokens` image tokens for each image.
+        pixel_values: The images, in the order of their tokens in the rows of the batch.
         attention_mask: 1 for tokens, 0 for padding, on either side; None means no padding.
         max_new_tokens: Most tokens to generate.
-        temperature: As the rest, see `sampling.Sampling`; 0 is greedy.
-        top_k: Likewise.
-        top_p: Likewise.
-        repetition_penalty: Likewise.
-        seed: Of the first row; those that follow count on from it.
+        temperature: See `sampling.Sampling`, also for the next three; 0 is greedy.
+        top_k: Number of likeliest tokens to sample from.
+        top_p: Probability of the likeliest tokens to sample from.
+        repetition_penalty: Penalty for tokens that are there already.
+        seed: Seed of the first row; each further row has the next number.
         eos_token_id: Tokens that end a row; None takes those of the checkpoint.
 
     Returns:
-        The new tokens, those that end a row included; after them comes `config.train.pad_token_id`.
+        The new tokens, including those that end a row, padded with `config.pad_token_id`.
 
     Raises:
-        ConfigError: A setting that makes no sense.
-        ValueError: The images are not as many as the prompts ask for.
+        ConfigError: A setting has a value that is not allowed.
+        ValueError: The number of images is not that of the prompts' image tokens.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
@@ -345,7 +349,7 @@ def _rows_of(
     pixel_values: Float[ArrayLike, "I C Y X"] | None,
     attention_mask: Int[ArrayLike, "B T"] | None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every row's tokens without padding, and its images."""
+    """The tokens of every row without padding, and its images."""
     ids = np.asarray(input_ids, np.int32)
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) > 0
     size = model.config.vision.image_size

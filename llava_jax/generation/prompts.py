@@ -1,4 +1,4 @@
-"""Conversations as a model's inputs, as its checkpoint's own files say."""
+"""Turns conversations into inputs of a model, by the files of its checkpoint."""
 
 import dataclasses
 import re
@@ -35,9 +35,9 @@ class Prompt:
     """A conversation that waits for an answer.
 
     Attributes:
-        turns: The last is human. Every image is an `<image>` in a human turn.
-        images: In their order: image files (paths, or what is in them), pictures, or pixels float32
-            [3, H, W] as the reader's transform makes them.
+        turns: The turns, of which the last is human. Each image is an `<image>` in a human turn.
+        images: The images in their order: image files (paths or their contents), PIL images, or
+            pixels float32 [3, H, W] from the reader's transform.
     """
 
     turns: tuple[Turn, ...]
@@ -45,13 +45,13 @@ class Prompt:
 
 
 class PromptReader:
-    """Turns prompts into tokens and pixels, as the checkpoint's own files say.
+    """Turns prompts into tokens and pixels, by the files of a checkpoint.
 
     Args:
-        tokenizer: The checkpoint's.
-        transform: What happens to an image.
-        chat_template: Jinja that renders a conversation.
-        config: Of the model.
+        tokenizer: The tokenizer.
+        transform: Turns an image into pixels.
+        chat_template: Jinja template that renders a conversation.
+        config: Sizes and token ids of the model.
         ends: Tokens that end an answer.
     """
 
@@ -71,32 +71,32 @@ class PromptReader:
         self._special = re.compile("|".join(map(re.escape, special)))
 
     @classmethod
-    def open(cls, place: Path | Parts, config: ModelConfig) -> "PromptReader":
-        """That of a checkpoint.
+    def open(cls, source: Path | Parts, config: ModelConfig) -> "PromptReader":
+        """The reader for a checkpoint.
 
         Raises:
             CheckpointError: Its tokenizer, image processor or chat template cannot be used.
         """
-        tokenizer = load_tokenizer(place)
-        transform = load_fitting_transform(place, config)
-        text, template = read_chat_template(place, tokenizer, image_token_of(tokenizer, config))
-        ends = end_tokens(place)
+        tokenizer = load_tokenizer(source)
+        transform = load_fitting_transform(source, config)
+        text, template = read_chat_template(source, tokenizer, image_token_of(tokenizer, config))
+        ends = end_tokens(source)
         end = None if template is None else end_token(template, tokenizer)
         reader = cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
         try:
             reader(Prompt((Turn("human", "a"),)))
         except SampleError as error:
-            raise CheckpointError(f"{format_source(place)}: {error}") from error
+            raise CheckpointError(f"{format_source(source)}: {error}") from error
         return reader
 
     def __call__(
         self, prompt: Prompt, check: Callable[[int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [T], images expanded, and pixels float32 [I, 3, H, W].
+        """Token ids int32 [T] with images expanded, and pixels float32 [I, 3, H, W].
 
         Args:
             prompt: The conversation.
-            check: Told the number of tokens before any image is opened; may refuse.
+            check: Called with the number of tokens before any image is opened; it may raise.
 
         Raises:
             SampleError: The prompt cannot be used.
@@ -126,14 +126,14 @@ class PromptReader:
             check(len(ids))
         size = self._config.vision.image_size
         pixels = np.zeros((asked, 3, size, size), np.float32)
-        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time: large files
+        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time, for memory
             if isinstance(picture, str | bytes):
                 picture = open_image(picture)
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
     def _render(self, turns: Sequence[Turn]) -> str:
-        """The conversation as text; what in its turns looks like a control token is taken out."""
+        """The conversation as text. What looks like a control token in a turn is removed."""
         if not turns or turns[-1].role != "human":
             raise SampleError("a prompt ends with a human turn", "order of turns")
         try:
@@ -157,18 +157,18 @@ class PromptReader:
         text, images = turn.text, 0
         if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        # What is left may join to another; the space keeps that apart.
+        # Removing one may join its neighbours to another, which a space then replaces.
         text = self._special.sub(" ", self._special.sub("", text))
         return [{"type": "image"}] * images + [{"type": "text", "text": text}]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Control tokens by their ids: those that have a part, and all others that are marked so."""
+    """Control tokens by id: those with a role, such as BOS, and all others marked as special."""
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     added = tokenizer.added_tokens_decoder.items()
     return dict(named) | {number: str(token) for number, token in added if token.special}
 
 
 def image_token_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:
-    """What stands for an image in a conversation's text."""
+    """The text of the token that stands for an image."""
     return cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))

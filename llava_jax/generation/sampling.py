@@ -1,31 +1,31 @@
-"""Which token comes next: greedy, or drawn as Hugging Face's generation draws."""
+"""Choosing the next token: greedily, or by sampling as in Hugging Face's generation."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from llava_jax.data.batch import Leaf
 from llava_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults take the likeliest.
+    """How tokens are chosen. The defaults choose the likeliest token.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
-        top_k: Only so many of the likeliest are drawn from; None is all.
-        top_p: Only the likeliest that together have this probability are drawn from.
-        repetition_penalty: Divides the logits, where positive, of tokens that the prompt or the
-            answer has, and multiplies negative ones (Keskar et al., 2019).
-        seed: Of the draws. A sequence's do not depend on what is generated beside it.
+        top_k: Number of likeliest tokens to sample from; None samples from all.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        repetition_penalty: For tokens that are in the prompt or the answer already, positive logits
+            are divided by it, and negative ones multiplied (Keskar et al., 2019).
+        seed: Seed of the samples. They do not depend on other sequences of the batch.
 
     Raises:
-        ConfigError: A value that makes no sense.
+        ConfigError: A value is not allowed.
     """
 
     temperature: float = 0.0
@@ -55,17 +55,17 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`Sampling` of B sequences: arrays [B] of its fields; top_k 0 is all."""
+    """`Sampling` of B sequences: arrays [B] of its fields; top_k 0 samples from all."""
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    repetition_penalty: Any
-    seed: Any
+    temperature: Leaf
+    top_k: Leaf
+    top_p: Leaf
+    repetition_penalty: Leaf
+    seed: Leaf
 
 
 def to_rows(samplings: Sequence[Sampling]) -> Rows:
-    """One for each sequence."""
+    """Gathers the settings of several sequences."""
     column = lambda name, kind: np.array([getattr(s, name) or 0 for s in samplings], kind)
     return Rows(
         temperature=column("temperature", np.float32),
@@ -85,10 +85,10 @@ def choose(
     """The next token of each sequence.
 
     Args:
-        logits: float32.
-        seen: Tokens that the sequence has.
-        positions: The new token's place in its sequence; with the seed, it decides the draw.
-        rows: How.
+        logits: Logits, float32.
+        seen: Tokens that are in the sequence already.
+        positions: Position of the new token in its sequence; with the seed, it gives the key.
+        rows: How each row's token is chosen.
     """
     penalty = rows.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -100,12 +100,12 @@ def choose(
 
 
 def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """Logits over the temperature, and -inf for what top_k, and then top_p, leave out."""
-    # Of a greedy row, whatever comes out here is not used.
+    """Logits divided by the temperature, with -inf for what top_k, and then top_p, exclude."""
+    # For a greedy row, the result is not used.
     logits /= jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     ordered = -jnp.sort(-logits, axis=-1)
-    places = jnp.arange(logits.shape[-1])[None]
-    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, logits.shape[-1]), places.size)
+    vocabulary = logits.shape[-1]
+    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocabulary), vocabulary)
     least = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
     ordered = jnp.where(ordered >= least, ordered, -jnp.inf)
     chances = jax.nn.softmax(ordered, axis=-1)

@@ -1,4 +1,4 @@
-"""Attention in four forms: written out, by cuDNN or our own kernels on GPUs, by Pallas' on TPUs.
+"""Four implementations of attention: plain JAX, cuDNN and our kernels on GPUs, Pallas' on TPUs.
 
 All are grouped-query attention with a float32 softmax, and take the same arguments: queries, keys,
 values, and the segments within which attention is causal; None is all to all.
@@ -20,13 +20,13 @@ from llava_jax.distributed.sharding import on_shards
 from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
 MIN_BLOCK, MAX_BLOCK = 128, 512
-"""Tokens that the splash kernel takes at a time: a vector register's lanes, and what keeps a
-block's logits, 1 MiB, well inside the vector memory of every TPU."""
+"""Tokens that the splash kernel takes at a time: at least the lanes of a vector register, and
+at most so many that the logits of a block, 1 MiB, are well below the vector memory of any TPU."""
 
 
 QUERIES, MAX_PARTS = 128, 8
-"""Queries that the written-out form takes together, unless that would make more parts than these
-of a sequence: each part is compiled by itself."""
+"""Queries that `plain_attention` takes at a time, and the most parts that it cuts a sequence into.
+Each part is compiled by itself, so a long sequence has larger parts."""
 
 
 def plain_attention(
@@ -35,10 +35,10 @@ def plain_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention written out, some queries at a time; heads are merged in the result.
+    """Attention in plain JAX, some queries at a time; the result has its heads merged.
 
-    What lies wholly behind the causal border is never computed. The backward pass makes the logits
-    again, from what the softmax summed up to (Dao et al., 2022), so that none are kept.
+    Keys after the last of the queries are skipped. The backward pass computes the logits again from
+    the sums of the softmax (Dao et al., 2022), so that none are kept.
     """
     q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # G query heads a key head
     k, v = (x.swapaxes(1, 2) for x in (k, v))
@@ -85,8 +85,8 @@ def _parts_backward(residuals: tuple, grad: jax.Array) -> tuple:
         of_logits = shares * (of_shares - along[:, :, :, queries]) * q.shape[-1] ** -0.5
         narrow = of_logits.astype(q.dtype)
         q_grads.append(jnp.einsum("BKGTS,BKSH->BKGTH", narrow, k[:, :, keys]))
-        # Of the operands, XLA's CPU backend transposes the first: the small one. It has no such
-        # product of bfloat16.
+        # XLA's CPU backend transposes the first operand, so that is the smaller one here. It has
+        # no such product of bfloat16, so the operands are float32.
         wide = lambda x: x.astype(jnp.float32)
         of_keys = jnp.einsum("BKGTH,BKGTS->BKHS", wide(q[:, :, :, queries]), of_logits)
         of_values = jnp.einsum("BKGTH,BKGTS->BKHS", wide(here), shares)
@@ -104,7 +104,7 @@ def _wide(products: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _parts(length: int, *, causal: bool) -> list[tuple[slice, slice]]:
-    """Queries that are taken together, and the keys that any of them may see."""
+    """The queries of each part, and the keys that any of them may see."""
     size = QUERIES * -(-length // (QUERIES * MAX_PARTS))
     ends = [min(start + size, length) for start in range(0, length, size)]
     starts = [0, *ends[:-1]]
@@ -121,9 +121,9 @@ def _logits(
     queries: slice,
     keys: slice,
 ) -> Float[Array, "B K G _ _"]:
-    """Of some queries and keys, in float32; least where one does not see the other.
+    """Float32 logits of some queries and keys; the lowest number where a key is not visible.
 
-    Tokens see those of their segment that are not after them.
+    With segments, a token sees the tokens of its own segment that are not after it.
     """
     logits = _wide("BKGTH,BKSH->BKGTS", q[:, :, :, queries], k[:, :, keys]) * q.shape[-1] ** -0.5
     if segment_ids is None:
@@ -140,15 +140,15 @@ def cudnn_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """The same by cuDNN's flash attention: for bfloat16 on GPUs of compute capability 8.0 and up.
+    """Attention by cuDNN, for bfloat16 on GPUs of compute capability 8.0 and up.
 
-    Rows must be one segment each, and then padding.
+    Each row must be one segment, followed by padding.
     """
     batch, length = q.shape[:2]
     lengths, is_causal = None, segment_ids is not None
     if segment_ids is not None:
         lengths = jnp.maximum(jnp.sum(segment_ids > 0, axis=1), 1)  # no row may be empty
-    if length % 2:  # its backward pass takes even lengths only
+    if length % 2:  # cuDNN's backward pass takes only even lengths
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
     with jax.numpy_dtype_promotion("standard"):
@@ -170,10 +170,10 @@ def flash_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """The same for rows of several segments, where cuDNN's takes one; all to all is left to that.
+    """Attention by our Triton kernels, for rows of several segments, of which cuDNN takes one.
 
-    A segment is a run of tokens. Lengths that are no multiple of the kernel's block are padded with
-    tokens of segment 0.
+    The tokens of a segment must be next to each other. Attention without segments is left to cuDNN.
+    Lengths that are not a multiple of the kernel's block are padded with tokens of segment 0.
     """
     if segment_ids is None:
         return cudnn_attention(q, k, v)
@@ -187,9 +187,9 @@ def splash_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """The same by Pallas' splash attention, for TPUs; every device computes its rows and heads.
+    """Attention by Pallas' splash kernel, for TPUs; every device computes its own rows and heads.
 
-    Lengths that are no multiple of the kernel's block are padded with tokens of segment 0.
+    Lengths that are not a multiple of the kernel's block are padded with tokens of segment 0.
     """
     causal = segment_ids is not None
     segments = segment_ids if causal else jnp.ones(q.shape[:2], jnp.int32)
@@ -205,9 +205,9 @@ def _on_shards(
     segment_ids: Int[Array, "B T"],
     block: int,
 ) -> Float[Array, "B T D"]:
-    """Lets every device compute its rows and heads, of lengths that `block` divides."""
+    """Runs a kernel on every device's own rows and heads, padded to a multiple of `block`."""
     batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)  # sharded as the keys are
+    q = q.reshape(batch, length, k.shape[2], -1, size)  # heads are sharded as those of the keys
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
     axes = ("batch", "tokens", "heads", "whole")
     attend = on_shards(kernel, ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole"))
@@ -223,7 +223,7 @@ def _splash(
     *,
     causal: bool,
 ) -> Float[Array, "B T K G H"]:
-    """What one device computes of splash attention."""
+    """Splash attention on one device."""
     length, groups = q.shape[1], q.shape[3]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
     kernel = splash.make_splash_mha_single_device(
@@ -236,7 +236,7 @@ def _splash(
 
 
 def _blocks(length: int) -> splash.BlockSizes:
-    """The same block for queries and keys, forwards and backwards."""
+    """The same block size for queries and keys, forwards and backwards."""
     size = math.gcd(length, MAX_BLOCK)
     return splash.BlockSizes(
         block_q=size,
@@ -259,21 +259,21 @@ ATTENTION: Mapping[AttentionImplementation, Callable[..., jax.Array]] = {
 def attention_implementation(
     config: TrainConfig, model: ModelConfig, platform: str, capability: str
 ) -> AttentionImplementation:
-    """How attention is best computed.
+    """The fastest implementation that a device can run.
 
     Args:
         config: The run.
-        model: The model's sizes.
+        model: Sizes of the model.
         platform: "gpu", "tpu" or "cpu".
-        capability: A GPU's compute capability, "8.6"; "" elsewhere.
+        capability: Compute capability of a GPU, for example "8.6"; "" elsewhere.
     """
     sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
     if config.dtype != "bfloat16":
         return "plain"
     if platform == "tpu" and all(size % 64 == 0 for size in sizes):
         return "splash"
-    newer = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
-    if not newer or not all(size <= 128 and size % 8 == 0 for size in sizes):
+    is_ampere = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
+    if not is_ampere or not all(size <= 128 and size % 8 == 0 for size in sizes):
         return "plain"
     if not config.data.packing:
         return "cudnn"

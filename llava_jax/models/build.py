@@ -1,13 +1,13 @@
-"""A model's structure, the shapes of its parameters, and fresh values for these."""
+"""A model's structure, the shapes of its parameters, and initial values for them."""
 
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from llava_jax.config import LoraConfig, ModelConfig, Quantisation
 from llava_jax.errors import ConfigError
@@ -33,10 +33,10 @@ def build_model(
 
 
 def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
-    """Those weights that are kept in fewer bits, as such.
+    """Shapes of the weights that are quantised.
 
     Raises:
-        ConfigError: One cannot be.
+        ConfigError: A weight cannot be quantised.
     """
     found = {}
     for path in filter(quant.is_quantised, shapes):
@@ -48,14 +48,14 @@ def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
 
 
 def initialise(abstract: Abstract, seed: int) -> Params:
-    """Fresh parameters, the same on any devices: each depends on the seed and its path alone.
+    """New parameters. Each depends only on the seed and its path, not on the devices.
 
-    Linears have a variance of 1 / inputs (LeCun normal); adapters start as PEFT's do, projectors as
-    LLaVA's.
+    Linear layers have a variance of 1 / inputs (LeCun normal). Adapters are initialised as in PEFT,
+    and projectors as in LLaVA.
     """
 
-    def make(path: str, leaf: Any) -> Any:
-        value: Any = _initial_value(path, leaf.shape, seed)
+    def make(path: str, leaf: PyTree) -> PyTree:
+        value: PyTree = _initial_value(path, leaf.shape, seed)
         if isinstance(leaf, Quantised):
             layers = [quantise(layer, leaf.kind) for layer in value]
             value = jax.tree.map(lambda *parts: np.stack(parts), *layers)
@@ -79,6 +79,6 @@ def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
     inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
     if name == "lora_a" or path.startswith("projector."):
-        # As PEFT and LLaVA have them: PyTorch's default for linears, Kaiming uniform, a = sqrt(5).
+        # As in PEFT and LLaVA: PyTorch's default for linear layers, Kaiming uniform, a = sqrt(5).
         return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
     return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)

@@ -1,13 +1,15 @@
 """Attention within the segments of packed rows, on GPUs: three Triton kernels, through Pallas.
 
-They are those of FlashAttention-2 (Dao, 2023): the logits of a block of queries and a block of keys
-exist at one time, a running maximum and sum make up the softmax, and the backward pass computes the
-weights again from the logarithms of those sums. A segment is a run of tokens with one id, so the
-keys that a block of queries sees begin where the segment of its first token does, and the queries
-that see a block of keys end where that of its last token does: other blocks cost nothing.
+They are written by hand because no library's kernel takes segments on GPUs: cuDNN's, as JAX calls
+it, takes one segment in a row. The algorithm is FlashAttention-2 (Dao, 2023). Only the logits of
+one block of queries and one block of keys exist at a time; a running maximum and a running sum make
+the softmax; the backward pass computes the weights again from the logarithms of these sums. The
+tokens of a segment are next to each other. So the keys that a block of queries sees begin with the
+segment of its first token, and the queries that see a block of keys end with the segment of its
+last token: all other blocks are skipped.
 
-Queries are [B, T, K, G, H], and T is a multiple of `BLOCK`. Triton runs a kernel as many programs;
-each takes a block of one head of one row.
+Queries are [B, T, K, G, H], and T is a multiple of `BLOCK`. Triton runs a kernel as many programs,
+each for a block of one head of one row.
 """
 
 import math
@@ -23,8 +25,8 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models.layers import segment_ends, segment_starts
 
 BLOCK, STAGES = 64, 2
-"""Queries, or keys, of a block, and how many of these are on their way from memory: as large as the
-shared memory (100 KiB) of GPUs of compute capability 8.6 takes with heads of 128."""
+"""Queries, or keys, in a block, and the number of blocks that are loaded ahead: as many as fit into
+the shared memory (100 KiB) of GPUs of compute capability 8.6 with heads of 128."""
 
 FLASH_HEADS = (16, 32, 64, 128)  # Triton's tiles are powers of two
 
@@ -40,7 +42,7 @@ def segment_attention(
     segment_ids: Int[Array, "B T"],
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention within segments; `interpret` computes it without a GPU, slowly."""
+    """Causal attention within segments; `interpret` computes it without a GPU, but slowly."""
     return _forward(q, k, v, segment_ids, interpret)[0]
 
 
@@ -106,7 +108,7 @@ segment_attention.defvjp(_forward, _backward)
 
 
 def _of_queries(shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """What a program for a block of queries sees: of them, of keys, of their sums, and of rows."""
+    """Block specs of a program for a block of queries: queries, keys, sums, and whole rows."""
     _, length, _, groups, size = shape
     head = lambda n: (n // groups, n % groups)
     return (
@@ -169,7 +171,7 @@ def _key_kernel(
     k_grad_ref,
     v_grad_ref,
 ):
-    """As `_query_kernel`, with keys down and queries across."""
+    """As `_query_kernel`, with keys as rows and queries as columns."""
     here = pl.program_id(0)
     k, v = k_ref[...], v_ref[...]
 
@@ -202,9 +204,9 @@ def _tokens(block: jax.Array) -> Any:
 
 
 def _marks(ids_ref: Any, block: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The segments of a block's tokens, and their places, to be compared with another's."""
-    places = block * BLOCK + jnp.arange(BLOCK)
-    return jnp.expand_dims(ids_ref[_tokens(block)], axis), jnp.expand_dims(places, axis)
+    """The segments and positions of a block's tokens, to be compared with those of another."""
+    positions = block * BLOCK + jnp.arange(BLOCK)
+    return jnp.expand_dims(ids_ref[_tokens(block)], axis), jnp.expand_dims(positions, axis)
 
 
 def _sees(query: tuple[jax.Array, jax.Array], key: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -212,5 +214,5 @@ def _sees(query: tuple[jax.Array, jax.Array], key: tuple[jax.Array, jax.Array]) 
 
 
 def _logits(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Scaled products, as exponents of 2."""
+    """Scaled products of queries and keys, as exponents of 2."""
     return triton.dot(rows, columns.T) * (LOG2_E * rows.shape[-1] ** -0.5)

@@ -1,6 +1,6 @@
-"""The layers that the vision tower and the decoder share, and the way from modules to parameters.
+"""Layers that the vision tower and the decoder share, and the parameters of modules as a dict.
 
-Shapes are written with one capital letter a dimension, here and in every einsum of the package:
+Shapes are written with one capital letter for each dimension, here and in every einsum:
 
     B batch            T tokens (queries)   S key positions     D model width
     F feed-forward     N heads              K key/value heads   H head size
@@ -25,45 +25,48 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from llava_jax.models.quant import Quantised, dequantise
 
 Params = dict[str, jax.Array]
-"""Parameters by dotted path: Hugging Face's names, without the layer index of stacked blocks."""
+"""Parameters by dotted path: Hugging Face's names without the layer index of stacked blocks."""
+
+Weight = jax.Array | Quantised
 
 Abstract = dict[str, Any]
-"""What stands for `Params` before there are any: ShapeDtypeStructs, once placed with shardings; of
-a quantised weight (`models.quant.Quantised`) too, of which `Params` then holds the arrays."""
+"""Stands for `Params` before there are arrays: ShapeDtypeStructs, with shardings once they are
+placed, or `models.quant.Quantised` weights made of these. It has no narrower type, because most
+code reads only their `shape`, `dtype` and `sharding`."""
 
 TokenKeys = Key[Array, "B T"] | None
-"""One dropout key a token, so that its mask depends neither on its neighbours nor on the row that
-it is in; None is off."""
+"""A dropout key for each token, so that its mask depends neither on its neighbours nor on the row
+that it is in; None turns dropout off."""
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """Takes a model apart into its structure and its parameters (arrays or ShapeDtypeStructs)."""
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Abstract]:
+    """Splits a model into its structure and its parameters (arrays or ShapeDtypeStructs)."""
     graphdef, state = nnx.split(model)
     return graphdef, {
         ".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)
     }
 
 
-def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> nnx.Module:
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, object]) -> nnx.Module:
     """The inverse of `split`."""
     flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def parameter(*shape: int) -> nnx.Param:
-    """A parameter without a value: models are built as shapes, weights come from elsewhere."""
+    """A parameter without a value: models are built as shapes, and get their weights later."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 LINEAR, LOW_RANK = "linear", "low_rank"
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
-"""Of `jax.checkpoint`: what a linear layer returns, and its adapter's first product, are kept."""
+"""A policy for `jax.checkpoint`: keep the outputs of linear layers, and of A in their adapters."""
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, and with an adapter + scale * dropout(x) A^T B^T. W may be `Quantised`.
+    """y = x W^T + b, plus scale * dropout(x) A^T B^T with an adapter. W may be `Quantised`.
 
-    `models.lora.add_adapters` sets the adapter; A is [R, in], B is [out, R].
+    `models.lora.add_adapters` adds the adapter; A is [R, in] and B is [out, R].
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
@@ -73,7 +76,7 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
-        self.lora_index = 0  # tells apart the dropout of the linears in one block
+        self.lora_index = 0  # each linear layer of a block has its own dropout mask
 
     def __call__(
         self, x: Float[Array, "B T in"], keys: TokenKeys = None
@@ -101,7 +104,7 @@ def _low_rank_product(
     rate: float,
 ) -> Float[Array, "B T out"]:
     x, a, b = gradients_together(x, a, b)
-    # Cast once, and not behind a barrier: else devices that share a weight gather it once more.
+    # The cast comes after the barrier, or devices that share a weight gather it a second time.
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     low: jax.Array = (
         _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
@@ -115,11 +118,11 @@ def _product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Arr
 
 
 def _product_backward(operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
-    """As JAX would have it, but for the order of the weight's product.
+    """As JAX's own, except for the order of operands in the weight's gradient.
 
-    XLA's CPU backend transposes its first operand, and what that was computed by is computed once
-    more, element by element. JAX always has the gradient first; here it is the smaller one. Of a
-    frozen weight, x is kept in vain, which XLA drops.
+    XLA's CPU backend transposes the first operand of a product, and computes again, element by
+    element, what that operand came from. JAX always puts the gradient first; here the first is the
+    smaller of the two. If the weight is frozen, x is kept for nothing, and XLA drops it.
     """
     x, weight = operands
     of_x = jnp.einsum("BTF,FD->BTD", grad, weight)
@@ -141,7 +144,7 @@ def _dropped_product(
 
 
 def _drop_again(rate: float, operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
-    """The product's gradients. dropout(x) is large, and little to compute again."""
+    """The gradients of the product. dropout(x) is large and cheap, so it is computed again."""
     x, weight, keys = operands
     x, keys, grad = jax.lax.optimization_barrier((x, keys, grad))
     dropped, pull = jax.vjp(lambda x: dropout(x, rate, keys), x)
@@ -161,7 +164,8 @@ def _quantised_product(x: Float[Array, "B T D"], weight: Quantised) -> Float[Arr
 
 
 def _dequantise_again(weight: Quantised, grad: Float[Array, "B T F"]) -> tuple:
-    weight, grad = jax.lax.optimization_barrier((weight, grad))  # not before it is needed
+    # Without the barrier, XLA would dequantise all weights before the backward pass needs them.
+    weight, grad = jax.lax.optimization_barrier((weight, grad))
     return jnp.einsum("BTF,FD->BTD", grad, dequantise(weight, grad.dtype)), None
 
 
@@ -189,7 +193,8 @@ class RmsNorm(nnx.Module):
         return _rms_norm(x, self.weight[...], self.eps)
 
 
-# Little to compute again, and else a wider float32 is kept. A scan prevents CSE already.
+# It is cheap to compute again, and without that a float32 copy of x is kept. The scan over layers
+# already prevents common subexpressions from being merged, so `prevent_cse` need not.
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
@@ -215,10 +220,10 @@ class LayerNorm(nnx.Module):
 
 @jax.custom_vjp
 def gradients_together(*args: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns its arguments, all to be used and trained, whose gradients come at one time.
+    """Returns its arguments, and makes the backward pass compute all their gradients together.
 
-    Else the compiler may put off a weight's gradient to the end of the backward pass, and keep all
-    that it is computed from until then.
+    Without it, the compiler may put off the gradient of a weight to the end of the backward pass,
+    and keep everything that it is computed from until then. All arguments must be differentiated.
     """
     return args
 
@@ -242,6 +247,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def fold_in(keys: Key[Array, "B T"], data: int | Int[Array, ""]) -> Key[Array, "B T"]:
+    """`jax.random.fold_in` of every key."""
     return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, data)))(keys)
 
 
@@ -251,14 +257,16 @@ def dropout(
     """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
     width = x.shape[2]
     threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
-    draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)  # 16 cost as much as 32
+    draw = lambda key: jax.random.bits(
+        key, (-(-width // 2),), jnp.uint32
+    )  # drawing 16 bits costs as much
     bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
     bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
     return jnp.where(bits < threshold, x / (1 - rate), 0)
 
 
 def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks B chunk *rest"]:
-    """Rows cut into equal pieces of at most `most` tokens, as few as do, the last one padded."""
+    """Cuts rows into equal chunks of at most `most` tokens, as few as possible; pads the last."""
     count = -(-x.shape[1] // most)
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % count), *[(0, 0)] * (x.ndim - 2)])
     return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
@@ -267,18 +275,18 @@ def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks
 def from_chunks(
     x: Shaped[Array, "chunks B chunk *rest"], length: int
 ) -> Shaped[Array, "B T *rest"]:
-    """The inverse, for rows of `length` tokens."""
+    """The inverse of `to_chunks`, for rows of `length` tokens."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of the first token of each token's segment."""
-    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    """The position of the first token of each token's segment."""
+    positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
-    return jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
 def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of the last token of each token's segment."""
+    """The position of the last token of each token's segment."""
     return segment_ids.shape[1] - 1 - segment_starts(segment_ids[:, ::-1])[:, ::-1]

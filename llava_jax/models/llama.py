@@ -1,6 +1,7 @@
 """The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-Mistral's is the same up to its sliding window; Qwen2's has biases in the attention's inputs.
+Mistral's is the same up to its sliding window; Qwen2's has biases in the query, key and value
+projections.
 """
 
 import math
@@ -25,6 +26,7 @@ from llava_jax.models.layers import (
     Params,
     RmsNorm,
     TokenKeys,
+    Weight,
     from_chunks,
     merge,
     parameter,
@@ -42,7 +44,7 @@ def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended.
+    # Llama 3.1 divides low frequencies by `factor`, keeps high ones, and interpolates between them.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -52,7 +54,7 @@ def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T E"], sin: Float[Array, "B T E"]
 ) -> Float[Array, "B T N H"]:
-    """Turns the pairs (i, i + H/2), in float32."""
+    """Rotates the pairs (i, i + H/2) of each head by their angles, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -65,13 +67,15 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
-"""Cosine and sine of the angles that `rotate` turns by."""
+"""Cosine and sine of the angles that `rotate` takes."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Queries [B, T, N, H], keys and values [B, T, K, H] -> [B, T, D]; who sees whom is its own."""
+"""Queries [B, T, N, H], keys and values [B, T, K, H] -> [B, T, D]; it also decides the mask."""
 
 
 class Attention(nnx.Module):
+    """The projections of attention; how it is computed is an argument."""
+
     def __init__(self, config: LlmConfig):
         width, size = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -92,6 +96,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """The gated feed-forward layer (SwiGLU)."""
+
     def __init__(self, config: LlmConfig):
         width, hidden = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(width, hidden, bias=False)
@@ -101,39 +107,39 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
         @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def down(gate: jax.Array, up: jax.Array) -> jax.Array:
-            """What it is computed from is wide, and little to compute again."""
+            """The backward pass makes the gated product again: it is wide, and cheap to compute."""
             return self.down_proj(jax.nn.silu(gate) * up, keys)
 
         return down(self.gate_proj(x, keys), self.up_proj(x, keys))
 
 
 CHUNK_TOKENS = 512
-"""Most tokens of each row that an MLP takes at one time."""
+"""Most tokens of each row that an MLP takes at a time."""
 
 
 def in_chunks(
-    f: Callable[[dict[str, Any], jax.Array, TokenKeys], jax.Array],
-    params: dict[str, Any],
+    f: Callable[[dict[str, Weight], jax.Array, TokenKeys], jax.Array],
+    params: dict[str, Weight],
     x: Float[Array, "B T D"],
     keys: TokenKeys,
 ) -> Float[Array, "B T D"]:
-    """f(params, x, keys), some tokens at a time, and each time again in the backward pass.
+    """f(params, x, keys), some tokens at a time; the backward pass computes each chunk again.
 
-    So wide arrays are never kept. The gradients of parameters are added up in float32.
+    So the wide arrays inside f are never kept. Gradients of parameters are summed in float32.
 
     Args:
-        f: Treats every token by itself.
-        params: Its parameters; of those that are quantised there are no gradients.
-        x: Its argument.
-        keys: Of its dropout; None is off.
+        f: A function that treats every token by itself.
+        params: Parameters of f; quantised ones have no gradients.
+        x: Argument of f.
+        keys: Dropout keys; None turns dropout off.
     """
-    bare = None if keys is None else jax.random.key_data(keys)  # what can be padded
+    bare = None if keys is None else jax.random.key_data(keys)  # keys themselves cannot be padded
 
-    def one_chunk(params: dict[str, Any], x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def one_chunk(params: dict[str, Weight], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return f(params, x, None if keys is None else jax.random.wrap_key_data(keys))
 
     @jax.custom_vjp
-    def run(params: dict[str, Any], x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def run(params: dict[str, Weight], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return jax.lax.map(lambda chunk: one_chunk(params, *chunk), (x, keys))
 
     def forward(*args: Any) -> tuple[jax.Array, tuple]:
@@ -163,6 +169,8 @@ FEED_FORWARD = ("post_attention_layernorm.", "mlp.")
 
 
 class Block(nnx.Module):
+    """The parameters of one layer; `Llama` applies them."""
+
     def __init__(self, config: LlmConfig):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -171,6 +179,8 @@ class Block(nnx.Module):
 
 
 class LmHead(nnx.Module):
+    """The output matrix, where it is not that of the embeddings."""
+
     def __init__(self, config: LlmConfig):
         self.weight = parameter(config.vocab_size, config.hidden_size)
 
@@ -194,11 +204,11 @@ class Llama(nnx.Module):
 
     @property
     def head(self) -> Any:
-        """The output matrix [V, D]; the embeddings' own where they are tied."""
+        """The output matrix [V, D]: that of the embeddings if the two are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
 
     def rope(self, positions: Int[Array, "B T"]) -> Rope:
-        """The angles of positions in a sequence."""
+        """Cosine and sine of the angles for positions in a sequence."""
         frequencies = rope_frequencies(self.config)[None, None]
         angles = positions.astype(jnp.float32)[:, :, None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)
@@ -214,7 +224,7 @@ class Llama(nnx.Module):
         Args:
             x: Token (and image) embeddings.
             segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
-            keys: Dropout of adapters; None is off.
+            keys: Dropout keys of the adapters; None turns dropout off.
 
         Raises:
             ConfigError: The sequence is longer than the model's sliding window.
@@ -228,7 +238,9 @@ class Llama(nnx.Module):
             )
         context = self.rope(positions_in_segments(segment_ids)), segment_ids
 
-        def apply(block: Block, x: jax.Array, context: Any, keys: TokenKeys) -> jax.Array:
+        def apply(
+            block: Block, x: jax.Array, context: tuple[Rope, jax.Array], keys: TokenKeys
+        ) -> jax.Array:
             rope, segment_ids = context
             attend = partial(self.attend, segment_ids=segment_ids)
             x += block.self_attn(block.input_layernorm(x), rope, attend, keys)
@@ -236,7 +248,9 @@ class Llama(nnx.Module):
             blank = dict.fromkeys(params)
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
 
-            def feed(own: dict[str, Any], x: jax.Array, keys: TokenKeys) -> jax.Array:
+            # As a function of its own parameters, the MLP can go through the tokens in chunks, and
+            # each device can gather the weights once for all of them.
+            def feed(own: dict[str, Weight], x: jax.Array, keys: TokenKeys) -> jax.Array:
                 block = cast("Block", merge(graphdef, blank | own))
                 return block.mlp(block.post_attention_layernorm(x), keys)
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al., 2023): image features projected into the decoder's token sequence."""
+"""LLaVA-1.5 (Liu et al., 2023): image features are projected into the decoder's tokens."""
 
 from functools import partial
 
@@ -14,10 +14,12 @@ from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
 
 VISION_DROPOUT = 2**31 - 1
-"""Folded into keys, this gives others than any layer of the decoder."""
+"""What the dropout keys of images are folded with; no layer of the decoder has this number."""
 
 
 class Projector(nnx.Module):
+    """Two linear layers that turn features of the vision tower into embeddings of the decoder."""
+
     def __init__(self, config: ModelConfig):
         width = config.llm.hidden_size
         self.act = config.projector_hidden_act
@@ -25,8 +27,8 @@ class Projector(nnx.Module):
         self.linear_2 = Linear(width, width, bias=True)
 
     def __call__(self, x: Float[Array, "I Q Dv"]) -> Float[Array, "I Q D"]:
-        widen = lambda x: self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
-        return jax.checkpoint(widen)(x)  # little to compute again
+        project = lambda x: self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
+        return jax.checkpoint(project)(x)  # cheap to compute again
 
 
 class Llava(nnx.Module):
@@ -47,10 +49,10 @@ class Llava(nnx.Module):
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """What the decoder sees of each image; `keys` are one for each, of dropout."""
+        """Embeddings of each image for the decoder; `keys` are dropout keys, one for each image."""
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # without CLIP's class token (of SigLIP, a patch)
+            features = features[:, 1:]  # without CLIP's class token (with SigLIP, a patch)
         return self.projector(features)
 
     def hidden_states(
@@ -62,15 +64,15 @@ class Llava(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Normed final hidden states of a batch whose rows have up to M images each.
 
-        The n-th image token of a row takes the n-th feature of its images; images that no token
-        asks for change nothing.
+        The n-th image token of a row takes the n-th feature of the row's images; images without
+        image tokens change nothing.
 
         Args:
-            input_ids: Token ids, each image as many image tokens as it has features.
+            input_ids: Token ids, with as many image tokens for each image as it has features.
             segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
             pixel_values: The images of each row.
-            key: Of the dropout of adapters; None is off. What it does to a token depends on its
-                segment's number and its place there, not on the row that it is in.
+            key: Dropout key of the adapters; None turns dropout off. The mask of a token depends on
+                its segment's number and its position there, not on the row that it is in.
         """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
         keys = None if key is None else _token_keys(key, segment_ids)
@@ -85,7 +87,7 @@ class Llava(nnx.Module):
     def embed(
         self, input_ids: Int[Array, "B T"], pixel_values: Float[Array, "I C Y X"] | None
     ) -> Float[Array, "B T D"]:
-        """What the decoder takes: embeddings of tokens, and features of images in their places."""
+        """Input of the decoder: embeddings of tokens, with the images' features in their places."""
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
         if pixel_values is None:
             return embeds
@@ -97,14 +99,14 @@ class Llava(nnx.Module):
     def _image_keys(
         self, keys: TokenKeys, input_ids: Int[Array, "B T"], images: int
     ) -> Key[Array, "I"] | None:
-        """A key for each of the rows' images, [B, M] flattened: that of its first token, turned."""
+        """A key for each image, [B, M] flattened, made from the key of its first token."""
         if keys is None:
             return None
         is_image = input_ids == self.config.image_token_id
         so_far = jnp.cumsum(is_image, axis=1)
         starts = 1 + self.config.image_tokens * jnp.arange(images)
         firsts = jax.vmap(partial(jnp.searchsorted, v=starts))(so_far)
-        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # of slots that no token asks for
+        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # for images without image tokens
         return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
 
     def _place_images(
@@ -124,11 +126,11 @@ class Llava(nnx.Module):
         pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
         attention_mask: Int[ArrayLike, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits, in float32.
+        """Logits in float32.
 
         Args:
-            input_ids: Token ids in which every image is `config.train.image_tokens` image tokens.
-            pixel_values: The images in the order in which the batch's rows mention them.
+            input_ids: Token ids, with `config.image_tokens` image tokens for each image.
+            pixel_values: The images, in the order of their tokens in the rows of the batch.
             attention_mask: 1 for tokens, 0 for padding; None means no padding.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
@@ -139,13 +141,15 @@ class Llava(nnx.Module):
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Logits with a float32 result, whatever the operands' dtype."""
+    """Logits in float32, whatever the dtype of the operands."""
     return jnp.einsum(
         "BTD,VD->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
 def _token_keys(key: Key[Array, ""], segment_ids: Int[Array, "B T"]) -> Key[Array, "B T"]:
-    """A key for each token, from its segment and its place in that."""
-    of_token = lambda segment, place: jax.random.fold_in(jax.random.fold_in(key, segment), place)
-    return jax.vmap(jax.vmap(of_token))(segment_ids, positions_in_segments(segment_ids))
+    """A key for each token, made from its segment and its position there."""
+    fold_in_both = lambda segment, position: jax.random.fold_in(
+        jax.random.fold_in(key, segment), position
+    )
+    return jax.vmap(jax.vmap(fold_in_both))(segment_ids, positions_in_segments(segment_ids))

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) with PEFT's meaning, and the split into what trains and what does not."""
+"""LoRA (Hu et al., 2021) as PEFT defines it: adding adapters to a model, and merging them."""
 
 from functools import partial
 
@@ -18,10 +18,11 @@ from llava_jax.models.stack import jit_loop
 def adapter_configs(
     tune: TuneConfig, lora: LoraConfig, vision_lora: LoraConfig
 ) -> dict[str, LoraConfig]:
-    """The stacks that get adapters, and which.
+    """The LoRA of each stack that has it.
 
     Raises:
-        ConfigError: Adapters here and full training there cannot be saved together.
+        ConfigError: One part has adapters and another trains in full, so that no form of checkpoint
+            could hold both.
     """
     if (tune.llm, tune.vision) == ("full", "lora"):
         raise ConfigError(
@@ -33,10 +34,10 @@ def adapter_configs(
 
 
 def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
-    """Gives the targeted linears of `model` adapters, as shapes.
+    """Adds adapters to the targeted linear layers of `model`, as shapes.
 
     Raises:
-        ConfigError: A target that no linear of the stack is called.
+        ConfigError: A target is not the name of a linear layer of the stack.
     """
     for stack, config in adapters.items():
         linears = {
@@ -68,7 +69,7 @@ def _add_adapter(linear: Linear, config: LoraConfig, index: int) -> None:
 def merge_layer(
     weight: Float[Array, "F D"], a: Float[Array, "R D"], b: Float[Array, "F R"], scale: float
 ) -> Float[Array, "F D"]:
-    """W + scale B A, computed in float32, in W's dtype."""
+    """W + scale B A, computed in float32 and returned in the dtype of W."""
     low_rank = jnp.einsum("FR,RD->FD", b, a, precision="highest")
     return (jnp.asarray(weight, jnp.float32) + scale * low_rank).astype(weight.dtype)
 
@@ -78,7 +79,7 @@ def _merge(
     weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
 ) -> Float[Array, "L F D"]:
     layer = lambda parts: merge_layer(*parts, scale)
-    return jax.lax.map(layer, (weight, a, b))  # one layer in float32 at a time
+    return jax.lax.map(layer, (weight, a, b))  # only one layer at a time is in float32
 
 
 def merge_adapters(model: nnx.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a parameter's path says: whether it is stacked, of which part it is, whether it trains."""
+"""What the path of a parameter says: whether it is stacked, its part, whether it trains."""
 
 import re
 
@@ -6,7 +6,7 @@ from llava_jax.config import ModelConfig, TuneConfig
 
 
 def is_stacked(path: str) -> bool:
-    """Whether our parameter `path` has a leading layer axis."""
+    """Whether a parameter has a leading layer axis."""
     return re.search(r"\.(layers|tail)\.", path) is not None
 
 
@@ -45,10 +45,11 @@ VISION, LLM = "vision.encoder.layers.", "llm.layers."
 
 
 BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
-"""What no output depends on, and so never trains."""
+"""Parameters on which no output depends, so that they never train."""
 
 
 def is_adapter(path: str) -> bool:
+    """Whether a parameter belongs to a LoRA adapter."""
     return path.endswith((".lora_a", ".lora_b"))
 
 
@@ -62,3 +63,4 @@ def is_trainable(path: str, tune: TuneConfig) -> bool:
 
 
 HEAD = "llm.lm_head.weight"
+"""The output matrix of the decoder."""

@@ -1,28 +1,29 @@
 """Blocks stacked on a layer axis, run in one compiled loop forwards and in one backwards.
 
-The backward loop is written out, because automatic differentiation of a scan cannot do what fitting
-a model needs: it takes one layer at a time to the device, computes that block again from its input,
-and adds the gradients into the sums of earlier micro-batches, in place, wherever these lie. So a
-stack's weights, its blocks' inputs and the sums may all live in host memory.
+The backward loop is written out, because automatic differentiation of a scan cannot do what it
+does to save memory: it takes one layer at a time to the device, computes that block again from its
+input, and adds the gradients in place to the sums of earlier micro-batches, in whatever memory
+these are. So the weights of a stack, the inputs of its blocks and the sums may all be in host
+memory.
 """
 
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[Any, ...], jax.Array]
-"""Arrays of a block, or of a stack, by their path in it."""
+Leaves = dict[tuple[str | int, ...], jax.Array]
+"""Arrays of a block or a stack, by their path in it."""
 
 
 CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
@@ -31,11 +32,11 @@ over layers, and so make a float32 copy of all weights."""
 
 
 class jit_loop:
-    """`jax.jit` for what loops over the layers of stacks; see `CPU_OPTIONS`.
+    """`jax.jit` for functions that loop over the layers of stacks, with `CPU_OPTIONS` on CPUs.
 
     Args:
         f: The function.
-        options: Those of `jax.jit`.
+        options: Options of `jax.jit`.
     """
 
     def __init__(self, f: Callable[..., Any], **options: Any):
@@ -50,36 +51,39 @@ class jit_loop:
         return self._jitted(jax.default_backend())(*args)
 
     def compile(self, *args: Any) -> None:
-        """Compiles what a call with such arguments needs; they may be shapes."""
+        """Compiles the function for such arguments, which may be shapes."""
         self._jitted(jax.default_backend()).lower(*args).compile()
 
 
 class Accumulated(NamedTuple):
     """A parameter that trains, with the sum of its gradients over earlier micro-batches.
 
-    Differentiate with respect to `total`: what comes out is `total` + d loss / d value.
+    Differentiate with respect to `total`: the gradient is defined as `total` + d loss / d value.
     """
 
     value: jax.Array
     total: jax.Array
 
 
-def is_accumulated(leaf: Any) -> bool:
+def is_accumulated(leaf: object) -> TypeGuard[Accumulated]:
+    """Whether a leaf is a parameter that trains, with its sum."""
     return isinstance(leaf, Accumulated)
 
 
 @jax.custom_vjp
 def attach(value: Array, total: Array) -> Array:
-    """A parameter outside the stacks, as an array that keeps to the contract of `Accumulated`."""
+    """A parameter outside the stacks, as an array with the gradient that `Accumulated` defines."""
     return value
 
 
 attach.defvjp(lambda value, total: (value, total), lambda total, grad: (None, total + grad))
 
 
-def attach_beside(x: Array, leaf: Any) -> tuple[Array, Array]:
-    """x, and a parameter as an array; if it is `Accumulated`, before the gradient of x goes on, its
-    own is added, and not kept.
+def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
+    """Returns x and a parameter as arrays.
+
+    If the parameter is `Accumulated`, its gradient is added to the sum before the backward pass
+    goes on with x, so that it is not kept.
     """
     if not is_accumulated(leaf):
         return x, leaf
@@ -88,7 +92,7 @@ def attach_beside(x: Array, leaf: Any) -> tuple[Array, Array]:
 
 
 def stack_blocks(block: Block, count: int) -> Block:
-    """`count` blocks like this one, as one module whose parameters have a leading layer axis."""
+    """A module of `count` blocks like this one: its parameters have a leading layer axis."""
     graphdef, state = nnx.split(block)
     stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
     return nnx.merge(graphdef, jax.tree.map(stack, state))
@@ -98,18 +102,18 @@ def scan_blocks(
     stacked: nnx.Module,
     x: Float[Array, "B T D"],
     apply: Callable[..., jax.Array],
-    context: Any,
+    context: PyTree,
     keys: TokenKeys,
     compute: ComputeConfig,
 ) -> Float[Array, "B T D"]:
-    """Runs x through stacked blocks: `x = apply(block, x, context, keys)`.
+    """Runs x through stacked blocks: `x = apply(block, x, context, keys)` for each.
 
     Args:
         stacked: From `stack_blocks`. Parameters are arrays or `Accumulated`, in any memory.
-        x: What the first block takes.
-        apply: One block.
+        x: Input of the first block.
+        apply: Computes one block.
         context: Arrays that every block sees; no gradient flows to them.
-        keys: Dropout of adapters; None is off.
+        keys: Dropout keys of the adapters; None turns dropout off.
         compute: What the backward pass computes again, and where it finds the blocks' inputs.
     """
     graphdef, state = nnx.split(stacked)
@@ -133,16 +137,19 @@ def scan_blocks(
         return step(fetch(block), x, index, (context, keys)), None
 
     if compute.remat == "dots":
-        # prevent_cse: scan already does.
+        # A scan already prevents common subexpressions from being merged.
         body = jax.checkpoint(body, policy=KEEP_PRODUCTS, prevent_cse=False)
     return jax.lax.scan(body, x, (values, _indices(values)))[0]
 
 
 def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[..., jax.Array]:
-    """The stack as one differentiable function of (values, totals, x, rest)."""
+    """The stack as one differentiable function of (values, totals, x, rest).
 
-    def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, Any]:
-        def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, Any]:
+    The forward pass keeps the input of each block, and the backward pass computes the block again.
+    """
+
+    def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:
+        def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, PyTree]:
             block, index = layer
             kept = move(x, HOST if offload else DEVICE) if keep else None
             return step(fetch(block), x, index, rest), kept

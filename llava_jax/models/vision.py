@@ -1,7 +1,7 @@
 """CLIP's and SigLIP's vision transformer, up to the layer whose output LLaVA uses.
 
-SigLIP's (Zhai et al., 2023) has no class token, no norm before the blocks, a bias in the patch
-embedding, and a pooling head behind the feature.
+SigLIP's (Zhai et al., 2023) has no class token and no norm before the blocks, but a bias in the
+patch embedding and a pooling head after the blocks.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from llava_jax.models.stack import scan_blocks, stack_blocks
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel size, as one matrix product."""
+    """A convolution whose stride is its kernel size, computed as one matrix product."""
 
     def __init__(self, config: VisionConfig):
         width, size = config.hidden_size, config.patch_size
@@ -47,6 +47,8 @@ class PatchEmbedding(nnx.Module):
 
 
 class Embeddings(nnx.Module):
+    """Embeddings of the patches, and of a class token where there is one, with their positions."""
+
     def __init__(self, config: VisionConfig):
         width = config.hidden_size
         self.class_embedding = parameter(width) if config.has_class_token else nnx.data(None)
@@ -63,6 +65,8 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Attention of all positions to all."""
+
     def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
@@ -79,6 +83,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """The feed-forward layer."""
+
     def __init__(self, config: VisionConfig):
         self.act = config.hidden_act
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
@@ -89,6 +95,8 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One layer, with norms before attention and before the MLP."""
+
     def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = Attention(config, implementation)
@@ -104,7 +112,7 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`layers` reach the feature. `tail` are those after it: never computed, kept for saving."""
+    """`layers` compute the feature. `tail` are the layers after it: never computed, but saved."""
 
     def __init__(self, config: VisionConfig, used: int, implementation: AttentionImplementation):
         self.layers = stack_blocks(Block(config, implementation), used)
@@ -124,7 +132,7 @@ class PoolingAttention(nnx.Module):
 
 
 class PoolingHead(nnx.Module):
-    """SigLIP's attention pooling: behind the feature, so never computed; kept for saving."""
+    """SigLIP's attention pooling. It comes after the feature: never computed, but saved."""
 
     def __init__(self, config: VisionConfig):
         self.probe = parameter(1, 1, config.hidden_size)
@@ -134,11 +142,11 @@ class PoolingHead(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """An image encoder; its output is hidden_states[used] of Hugging Face's.
+    """An image encoder; its output is hidden_states[used] of Hugging Face's class.
 
     Args:
         config: Sizes.
-        used: Blocks before the feature.
+        used: Number of blocks before the feature.
         compute: How it computes.
     """
 
@@ -146,7 +154,7 @@ class VisionTower(nnx.Module):
         self.compute = compute
         norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embeddings = Embeddings(config)
-        # Hugging Face's spelling.
+        # Hugging Face spells it so.
         self.pre_layrnorm = norm() if config.has_class_token else nnx.data(None)
         self.encoder = Encoder(config, used, compute.implementation)
         self.post_layernorm = norm()
@@ -159,7 +167,7 @@ class VisionTower(nnx.Module):
 
         Args:
             pixels: The images.
-            keys: One for each image, of the dropout of adapters; None is off.
+            keys: Dropout keys of the adapters, one for each image; None turns dropout off.
         """
         x = self.embeddings(pixels)
         if self.pre_layrnorm is not None:

@@ -1,15 +1,17 @@
-"""Cross-entropy of the tokens that are learned, some at a time.
+"""Cross-entropy of the supervised tokens, some at a time.
 
-The logits of a whole batch never exist, and those of tokens that nobody learns are not computed: of
-each row, the learned tokens come first, and the loop over pieces ends with the last of these.
+The logits of a whole batch never exist, and those of tokens without a loss are not computed: the
+supervised tokens of each row are moved to its front, and the loop over chunks ends with the last of
+these.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_jax.distributed.sharding import shard_map_rows
@@ -20,13 +22,13 @@ from llava_jax.models.stack import bounded_loop
 Carry = TypeVar("Carry")
 
 CHUNK_TOKENS = 64
-"""Tokens of each row whose logits exist at one time."""
+"""Tokens of each row whose logits exist at a time."""
 
 
 class TokenLosses(NamedTuple):
-    """Per position: the loss of the token that follows, and the token the model would say.
+    """Loss of the following token at each position, and the token that greedy decoding chooses.
 
-    Both are 0 where the following token is not learned.
+    Both are 0 where the following token is not supervised.
     """
 
     nll: Float[Array, "B T"]
@@ -40,7 +42,7 @@ def token_losses(
     learned: Bool[Array, "B T"],
 ) -> TokenLosses:
     """Negative log-likelihood of `targets` in nats, float32, and the greedy choice."""
-    narrow = head.astype(hidden.dtype)  # once, not in every chunk
+    narrow = head.astype(hidden.dtype)  # here, so that it is cast once and not in every chunk
     pieces = _Pieces(learned)
 
     def one_chunk(index: jax.Array, done: TokenLosses) -> TokenLosses:
@@ -62,8 +64,8 @@ def weighted_loss(
 ) -> Float[Array, ""]:
     """The sum of weights x negative log-likelihood of `targets`, float32.
 
-    Its gradients are computed together with it, as the logits come by: products in the dtype of
-    `hidden`, the head's added up in float32. Every device goes through its own rows only.
+    The gradients are computed together with the loss, chunk by chunk: products in the dtype of
+    `hidden`, and the sum for the head in float32. Every device computes its own rows only.
     """
     axes, params = {"head": ("vocab", "model")}, {"head": head}
     return jnp.sum(shard_map_rows(_local_loss, axes, params, hidden, targets, weights))
@@ -114,7 +116,7 @@ _local_loss.defvjp(_with_gradients, _scaled)
 
 
 class _Pieces:
-    """The tokens of rows, some of each row at a time, the learned ones first."""
+    """The tokens of rows in pieces of some tokens of each row, the supervised ones first."""
 
     def __init__(self, learned: Bool[Array, "B T"]):
         length = learned.shape[1]
@@ -122,28 +124,30 @@ class _Pieces:
         padded = jnp.pad(learned, ((0, 0), (0, -length % self._count)))
         order = jnp.argsort(~padded, axis=1, stable=True)
         self._pieces = to_chunks(order, CHUNK_TOKENS)
-        self._places = jnp.argsort(order, axis=1)[:, :length]
+        self._inverse = jnp.argsort(order, axis=1)[:, :length]
         most = jnp.max(jnp.sum(learned, axis=1))
-        self._turns = -(-most // self._pieces.shape[2])
+        self._iterations = -(-most // self._pieces.shape[2])
 
     def take(self, x: Shaped[Array, "B T *rest"], index: Int[Array, ""]) -> Array:
-        """The piece number `index` of rows: [B, chunk, ...]; zeros behind the last token."""
+        """Piece number `index` of the rows: [B, chunk, ...]; zeros after the last token."""
         here = self._pieces[index].reshape(*self._pieces.shape[1:], *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, here, axis=1, mode="fill", fill_value=0)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Shaped[Array, "chunks B chunk *rest"]:
-        """What all pieces have room in, each token for an array of this shape."""
+    def zeros(
+        self, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Shaped[Array, "chunks B chunk *rest"]:
+        """Zeros for all pieces, with an array of this shape for each token."""
         return jnp.zeros((*self._pieces.shape, *shape), dtype)
 
     def loop(self, body: Callable[[jax.Array, Carry], Carry], done: Carry) -> Carry:
-        """Carries `done` through all pieces that have a learned token."""
+        """Carries `done` through all pieces that have a supervised token."""
         with bounded_loop(self._count):
-            return jax.lax.fori_loop(0, self._turns, body, done)
+            return jax.lax.fori_loop(0, self._iterations, body, done)
 
     def put_back(self, x: Shaped[Array, "chunks B chunk *rest"]) -> Shaped[Array, "B T *rest"]:
-        """Rows in the order in which they were."""
-        places = self._places.reshape(*self._places.shape, *[1] * (x.ndim - 3))
-        return jnp.take_along_axis(from_chunks(x, self._pieces[:, 0].size), places, axis=1)
+        """Rows with their tokens in the original order."""
+        inverse = self._inverse.reshape(*self._inverse.shape, *[1] * (x.ndim - 3))
+        return jnp.take_along_axis(from_chunks(x, self._pieces[:, 0].size), inverse, axis=1)
 
 
 def _write(index: Int[Array, ""], pieces: Array, new: Array) -> Array:
@@ -153,7 +157,7 @@ def _write(index: Int[Array, ""], pieces: Array, new: Array) -> Array:
 def _nll(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Negative log-likelihood of targets, and the logarithm of the sum that it is made with."""
+    """Negative log-likelihood of targets, and the logarithm of the softmax's denominator."""
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     return log_sum - chosen, log_sum
@@ -162,7 +166,7 @@ def _nll(
 def next_tokens(
     input_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """For each position the token after it, and whether that one is learned: of its own segment."""
+    """The token after each position, and whether it is supervised and of the same segment."""
     following = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
     learned = following(loss_mask) & (following(segment_ids) == segment_ids)
     return following(input_ids), learned
@@ -177,11 +181,11 @@ def loss_weights(
     """The weight of each token's loss in the loss of the global batch; they sum to 1.
 
     Args:
-        learned: Tokens that count.
-        segment_ids: Each token's sample: 1 and its place in the global batch, which has as many
+        learned: Supervised tokens.
+        segment_ids: Sample of each token: 1 + its index in the global batch, which has as many
             samples as rows.
-        weighting: "token": all alike. "sample_mean": the mean over each `group` consecutive
-            samples' tokens, then the plain mean of the groups.
+        weighting: "token" gives all the same weight. "sample_mean" is the mean over the tokens of
+            each `group` consecutive samples, and then the mean of these.
         group: Samples in a group.
     """
     mask = learned.astype(jnp.float32)

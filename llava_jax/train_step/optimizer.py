@@ -3,19 +3,19 @@
 import math
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from llava_jax.config import OptimizerConfig
 from llava_jax.distributed.host_memory import fetch, is_hosted, slice_at, slice_size, write_slice
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
 
-Schedule = Callable[[Any], Any]
+Schedule = optax.Schedule
 """Number of steps done -> learning rate."""
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -62,7 +62,7 @@ def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedul
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with one learning rate a group; it takes any selection of the parameters.
+    """AdamW with a learning rate for each group; it takes any subset of the parameters.
 
     Biases and norms do not decay, as in Hugging Face's Trainer.
     """
@@ -80,14 +80,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             mask=decays,
         )
 
-    groups: dict[Any, Any] = {
-        group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()
-    }
+    groups = {group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()}
     return optax.multi_transform(groups, lambda params: {path: group_of(path) for path in params})
 
 
 def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""] | None:
-    """What gradients of a global norm are multiplied by, so that it is at most `limit`."""
+    """Factor that reduces gradients of a global norm to at most `limit`; None for no limit."""
     return None if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))
 
 
@@ -101,13 +99,15 @@ def apply_gradients(
 ) -> tuple[Params, optax.OptState]:
     """Updates parameters and the optimizer's state; each array stays in its memory.
 
+    Arrays in host memory are updated one after the other, slice by slice.
+
     Args:
-        tx: Treats every element by itself, and takes any selection of the parameters.
+        tx: An optimizer that treats every element by itself, and takes any subset of parameters.
         grads: Gradients.
-        scale: What they are multiplied by; None leaves them as they are.
-        state: The optimizer's.
-        params: What trains.
-        apply: Whether to; else all stays as it is.
+        scale: Factor for the gradients; None leaves them as they are.
+        state: State of the optimizer.
+        params: Parameters that train.
+        apply: Whether to apply the update; if not, everything stays as it is.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
@@ -119,7 +119,7 @@ def apply_gradients(
     unite = lambda first, *others: (
         {path: x for part in (first, *others) for path, x in part.items()}
         if is_selection(first)
-        else first  # a counter, the same in all
+        else first  # a counter, which is the same in all
     )
     return jax.tree.map(unite, *parts, is_leaf=is_selection)
 
@@ -129,9 +129,9 @@ def _update(
     scale: Array | None,
     apply: Array,
     grads: Params,
-    state: Any,
+    state: optax.OptState,
     params: Params,
-) -> tuple[Params, Any]:
+) -> tuple[Params, optax.OptState]:
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
@@ -141,16 +141,18 @@ def _update(
 
 
 def _update_slices(
-    update: Callable[[Params, Any, Params], tuple[Params, Any]],
+    update: Callable[[Params, optax.OptState, Params], tuple[Params, optax.OptState]],
     grads: Params,
-    state: Any,
+    state: optax.OptState,
     params: Params,
-) -> tuple[Params, Any]:
+) -> tuple[Params, optax.OptState]:
     """`update` of one parameter, by slices along its first axis."""
     (param,) = params.values()
     size = slice_size(param.shape)
 
-    def body(index: Int[Array, ""], carry: tuple[Params, Any]) -> tuple[Params, Any]:
+    def body(
+        index: Int[Array, ""], carry: tuple[Params, optax.OptState]
+    ) -> tuple[Params, optax.OptState]:
         at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
         here = jax.tree.map(at, (grads, *carry))
         new = update(here[0], here[2], here[1])
@@ -159,8 +161,8 @@ def _update_slices(
     return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))
 
 
-def _pick(trees: Any, names: Collection[str], wanted: Collection[str]) -> Any:
-    """The entries of `wanted` parameters in every dict of parameters of the trees."""
+def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
+    """The trees with only the `wanted` parameters in each of their dicts of parameters."""
     is_whole = lambda x: isinstance(x, dict) and x.keys() == names
     some = lambda x: {path: x[path] for path in x if path in wanted} if is_whole(x) else x
     return jax.tree.map(some, trees, is_leaf=is_whole)

@@ -7,12 +7,12 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import jax
 from tokenizers import Tokenizer
 
-from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_DIFFER, Json, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
@@ -43,7 +43,7 @@ _MAX_LINES = 40
 
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
-) -> dict[str, Any]:
+) -> Json:
     """Everything that decides what a run computes, by name. No device is needed to find it.
 
     All processes must call this, because they exchange which images they have read.
@@ -77,7 +77,7 @@ def run_facts(
     }
 
 
-def agree(facts: dict[str, Any], *found: str) -> None:
+def agree(facts: Json, *found: str) -> None:
     """Checks that all processes have the same facts. All processes must call this.
 
     Args:
@@ -126,16 +126,16 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     )
 
 
-def _data_facts(kind: str, records: Records, digest: list[dict[str, Any]]) -> dict[str, Any]:
+def _data_facts(kind: str, records: Records, digest: list[Json]) -> Json:
     """Numbers of records, and digests of the files of each data set, by name."""
-    facts: dict[str, Any] = {f"the number of {kind}samples": len(records)}
+    facts: Json = {f"the number of {kind}samples": len(records)}
     for number, source in enumerate(digest):
         files = [[count, digest] for _, count, digest in source["files"]]
         facts[f"{kind}data set {number}, records and digest of each file"] = files
     return facts
 
 
-def _image_facts(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
+def _image_facts(kind: str, digest: list[Json]) -> dict[str, str]:
     """Sizes and checksums of the image files that could be read, by name."""
     return {
         f"{kind}image {name}": image
@@ -144,7 +144,7 @@ def _image_facts(kind: str, digest: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _adapter_facts(directory: str | None) -> dict[str, Any]:
+def _adapter_facts(directory: str | None) -> Json:
     """Checksums of an adapter's files, over a sample of each tensor as in a fingerprint."""
     facts = {}
     for file in sorted(Path(directory).rglob("*.safetensors")) if directory else ():

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import TrainConfig
+from llava_jax.config import Json, TrainConfig
 from llava_jax.distributed.multihost import (
     broadcast_from_main,
     say,
@@ -48,8 +48,8 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
 def check_begun(
     config: TrainConfig,
     saved: Checkpoints,
-    description: dict[str, Any],
-    identity: dict[str, Any],
+    description: Json,
+    identity: Json,
 ) -> None:
     """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
 

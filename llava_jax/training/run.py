@@ -1,7 +1,6 @@
-"""A run, from top to bottom."""
+"""A run from top to bottom: open, compare, plan, start or resume, train, export."""
 
 import dataclasses
-import functools
 import os
 import traceback
 from collections.abc import Collection, Iterator
@@ -10,7 +9,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from llava_jax.config import MAY_DIFFER, Parts, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_DIFFER, Json, ModelConfig, Parts, TrainConfig, flatten, to_json
+from llava_jax.data.batching import Batches
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
     barrier,
@@ -32,12 +32,13 @@ from llava_jax.planning.measure import attention_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
+from llava_jax.pretrained.resolve import Checkpoint
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
 from llava_jax.training.agreement import agree, not_shared, run_facts
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.export import discard, export, export_dir, publish
-from llava_jax.training.inputs import find_model, open_inputs
+from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.loop import train
 from llava_jax.training.repair import repair_objects, repair_rows
 from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
@@ -50,7 +51,7 @@ from llava_jax.training.trackers import check_packages, open_trackers
 
 
 def run(config: TrainConfig) -> int:
-    """Runs, and says how it ended; returns the exit status."""
+    """Runs, and reports how the run ended; returns the exit status."""
     try:
         join()
         with StopRequest() as stop, hold_for_run(config.run_dir):
@@ -60,7 +61,9 @@ def run(config: TrainConfig) -> int:
             f"stopped {stopped}; the same command continues", 128 + stopped.signal
         )
     except Exception as error:
-        if is_lost(error):  # whatever it is taken for: a save that needs all is no failed disk
+        # First, because a lost process makes other errors: a save that needs all processes fails
+        # with an OSError, for which the disk would be blamed.
+        if is_lost(error):
             leave_others()
         if isinstance(error, ConfigError | CheckpointError | RunError):
             return report_and_exit(f"error: {error}")
@@ -71,96 +74,207 @@ def run(config: TrainConfig) -> int:
         return report_and_exit(traceback.format_exc())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a run is made of, as found before a device is used.
+
+    Attributes:
+        config: The config, with the adapter that `init_from` brings, and later with its plan.
+        found: The checkpoint to start from; None trains from scratch.
+        fingerprint: Fingerprint of its frozen base.
+        model_config: Sizes of the model.
+        processor: Where the tokenizer and the image processor are.
+        inputs: The data.
+        total_steps: Optimizer steps of the whole run.
+    """
+
+    config: TrainConfig
+    found: Checkpoint | None
+    fingerprint: str | None
+    model_config: ModelConfig
+    processor: Path | Parts
+    inputs: Inputs
+    total_steps: int
+
+    @property
+    def source(self) -> Path | Parts | None:
+        """Where the weights of the base are."""
+        return None if self.found is None else self.found.base
+
+    def describe(self, config: TrainConfig) -> Json:
+        """The content of config.json and data.json."""
+        data = self.inputs.digest
+        return describe(config, self.model_config, self.total_steps, self.fingerprint, data)
+
+
 def _run(config: TrainConfig, stop: StopRequest) -> int:
-    """One run, from its config to the adapter or model it leaves; continues one that was stopped.
+    """Runs from a config to an adapter or a model; resumes a run that was stopped.
 
     Returns:
         The exit status: 0 when the run is finished.
 
     Raises:
         ConfigError: The config, its data or its devices do not fit together.
-        CheckpointError: The weights to start from cannot be used, or a checkpoint not be written.
-        RunError: Its data or its numbers went bad.
-        Stopped: A signal ended it, saved.
+        CheckpointError: The weights to start from cannot be used, or a checkpoint cannot be
+            written.
+        RunError: The data or the numbers went bad during the run.
+        Stopped: A signal ended the run; its state is saved.
     """
     _keep_compiled(Path(config.output_dir).absolute() / ".compilation_cache")
-    check_packages(config.log)
-    config, found = follow_adapter(config)
-    source = found.base if found else None
-    base = None if source is None else fingerprint(source)
-    model_config, processor = find_model(config, source)
-    inputs = open_inputs(config, model_config, processor)
-    total = config.total_steps(inputs.order.samples)
-    describe_run = functools.partial(
-        describe, model=model_config, steps=total, fingerprint=base, data=inputs.digest
-    )
-    if not is_alone():
-        facts = run_facts(config, model_config, total, base, inputs)
-        agree(facts, *not_shared(Path(config.output_dir)))
-        agree({"the number of devices": local_devices()})
-    mesh = make_mesh(config.mesh)
-    inputs = inputs.divided(data_parallel_size(mesh))
+    setup = _open(config)
+    _agree_on(setup)
+    mesh = make_mesh(setup.config.mesh)
+    inputs = setup.inputs.divided(data_parallel_size(mesh))
+    setup = dataclasses.replace(setup, inputs=inputs)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
-        for line in saved.passed_over:
-            say(line)
-        if saved.latest is not None:
-            _repair(repair_objects(config.run_dir, saved.files()))
-            check_begun(config, saved, describe_run(config), inputs.order.identity)
-        if (saved.latest or 0) > total:
-            raise ConfigError(f"{config.run_dir} has {saved.latest} steps, more than {total}")
-        _repair(repair_rows(config.run_dir, saved.files(), saved.latest or 0))
-        if broadcast_from_main(saved.latest == total and export_dir(config).is_dir()):
+        _check_run_dir(setup, saved)
+        if _is_finished(setup, saved):
             say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
             return 0
-        inputs.check_some()
-        say(inputs.summary())
-        say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
-        config = plan_for_attached(config, model_config, total, mesh, inputs.spec.max_images)
-        trackers = open_trackers(config, saved.latest or 0, write=is_main_process())
+        setup = _plan(setup, mesh)
+        trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
-            implementation = attention_here(config, model_config)
-            agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
-            say(f"attention: {implementation}")
-            program = build_program(
-                config, model_config, total, mesh, implementation=implementation
-            )
-            if config.mesh.show:
-                say(layout_table(program.abstract))
-            write = functools.partial(
-                export, config, program, processor, found.name if found else None, base
-            )
+            program = _build_program(setup, mesh)
             batches = inputs.train_batches(program.rows(config.batch.global_size))
-            description = describe_run(_with_micro_size(config, mesh))
-            if saved.latest is None:
-                refuse_to_replace(config)
-                state, frozen = _start(config, program, source, base)
-                write_description(config.run_dir, description)
-                discard(write(state.trainable, frozen))  # better now than after ten hours
-                saved.save(state, batches.state())
-                saved.wait()
-            else:
-                frozen = _load(config, program, source, program.frozen)
-                state, position = saved.restore(program.state)
-                batches.restore(position)
-                if config.checkpoint.accept_changes:
-                    write_description(config.run_dir, description)
+            begin = _start if saved.latest is None else _resume
+            state, frozen = begin(setup, program, saved, batches)
             state = train(
-                config, program, inputs, batches, saved, state, frozen, stop, total, trackers
+                setup.config,
+                program,
+                inputs,
+                batches,
+                saved,
+                state,
+                frozen,
+                stop,
+                setup.total_steps,
+                trackers,
             )
             saved.wait()
             stop.raise_if_asked(f"after step {int(state.step)}")
-            publish(write(state.trainable, frozen), export_dir(config))
+            publish(_export(setup, program, state, frozen), export_dir(config))
             say(f"wrote {export_dir(config)}")
             say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
             say(f"llava-jax chat {config.run_dir}")
     return 0
 
 
-def _keep_compiled(directory: Path) -> None:
-    """Keeps what is compiled, small programs too, so that a second start compiles nothing.
+def _open(config: TrainConfig) -> _Setup:
+    """Finds the checkpoint, the model's sizes and the data."""
+    check_packages(config.log)
+    config, found = follow_adapter(config)
+    source = None if found is None else found.base
+    base = None if source is None else fingerprint(source)
+    model_config, processor = find_model(config, source)
+    inputs = open_inputs(config, model_config, processor)
+    total = config.total_steps(inputs.order.samples)
+    return _Setup(config, found, base, model_config, processor, inputs, total)
 
-    JAX would keep only what took a second. But a start has some dozens of programs that take a
-    fiftieth, one for each shape of a weight; what the environment says goes before.
+
+def _agree_on(setup: _Setup) -> None:
+    """Compares what the processes of a run found, before they use a device together."""
+    if is_alone():
+        return
+    facts = run_facts(
+        setup.config, setup.model_config, setup.total_steps, setup.fingerprint, setup.inputs
+    )
+    agree(facts, *not_shared(Path(setup.config.output_dir)))
+    agree({"the number of devices": local_devices()})
+
+
+def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
+    """Repairs the run's files, and refuses to resume with another recipe or other data."""
+    run_dir = setup.config.run_dir
+    for line in saved.passed_over:
+        say(line)
+    if saved.latest is not None:
+        _repair(repair_objects(run_dir, saved.files()))
+        identity = setup.inputs.order.identity
+        check_begun(setup.config, saved, setup.describe(setup.config), identity)
+    if (saved.latest or 0) > setup.total_steps:
+        raise ConfigError(f"{run_dir} has {saved.latest} steps, more than {setup.total_steps}")
+    _repair(repair_rows(run_dir, saved.files(), saved.latest or 0))
+
+
+def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
+    """Whether all steps were made and the result is there; as the first process sees the disk."""
+    has_result = export_dir(setup.config).is_dir()
+    return broadcast_from_main(saved.latest == setup.total_steps and has_result)
+
+
+def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
+    """Checks some of the data, and chooses the plan for the attached devices."""
+    inputs = setup.inputs
+    inputs.check_some()
+    say(inputs.summary())
+    say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    planned = plan_for_attached(
+        setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
+    )
+    return dataclasses.replace(setup, config=planned)
+
+
+def _build_program(setup: _Setup, mesh: Mesh) -> Program:
+    """Builds the program, which must be the same in all processes."""
+    config, model_config = setup.config, setup.model_config
+    implementation = attention_here(config, model_config)
+    agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
+    say(f"attention: {implementation}")
+    program = build_program(
+        config, model_config, setup.total_steps, mesh, implementation=implementation
+    )
+    if config.mesh.show:
+        say(layout_table(program.abstract))
+    return program
+
+
+def _start(
+    setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
+) -> tuple[TrainState, Params]:
+    """Begins a run: the state before the first step, which is saved, and the frozen parameters."""
+    config = setup.config
+    refuse_to_replace(config)
+    state, frozen = _initial_state(setup, program)
+    write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+    # What cannot be written fails now, and not after ten hours.
+    discard(_export(setup, program, state, frozen))
+    saved.save(state, batches.state())
+    saved.wait()
+    return state, frozen
+
+
+def _resume(
+    setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
+) -> tuple[TrainState, Params]:
+    """Resumes a run: the state of its newest checkpoint, and the frozen parameters."""
+    config = setup.config
+    frozen = _load(setup, program, program.frozen)
+    state, position = saved.restore(program.state)
+    batches.restore(position)
+    if config.checkpoint.accept_changes:
+        write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+    return state, frozen
+
+
+def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) -> Path:
+    """Writes the result beside where it belongs."""
+    name = setup.found.name if setup.found else None
+    return export(
+        setup.config,
+        program,
+        setup.processor,
+        name,
+        setup.fingerprint,
+        state.trainable,
+        frozen,
+    )
+
+
+def _keep_compiled(directory: Path) -> None:
+    """Keeps all compiled programs in a directory, so that a second start compiles nothing.
+
+    By default, JAX keeps only programs that took a second to compile. But a start has some dozens
+    that take a fiftieth of that, one for each shape of a weight. The environment's settings win.
     """
     options = {
         "jax_compilation_cache_dir": str(directory),
@@ -172,7 +286,7 @@ def _keep_compiled(directory: Path) -> None:
 
 
 def _repair(lines: Iterator[str]) -> None:
-    """Lets the first process mend a run's files, line by line; the others read them later."""
+    """Lets the first process repair a run's files, line by line; the others read them later."""
     if is_main_process():
         for line in lines:
             say(line)
@@ -184,10 +298,9 @@ def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return dataclasses.replace(config, batch=batch)
 
 
-def _start(
-    config: TrainConfig, program: Program, source: Path | Parts | None, base: str | None
-) -> tuple[TrainState, Params]:
+def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen parameters."""
+    config = setup.config
     brought = {}
     if config.init_adapter is not None:
         brought = load_adapter(
@@ -196,22 +309,20 @@ def _start(
             program.model_config,
             program.abstract,
             program.trainable,
-            base,
+            setup.fingerprint,
         )
     wanted = [path for path in program.abstract if path not in brought]
-    params = _load(config, program, source, wanted) | brought
+    params = _load(setup, program, wanted) | brought
     trainable = {path: params.pop(path) for path in program.trainable}
     return init_state(program.state, trainable, config.seed), params
 
 
-def _load(
-    config: TrainConfig, program: Program, source: Path | Parts | None, wanted: Collection[str]
-) -> Params:
+def _load(setup: _Setup, program: Program, wanted: Collection[str]) -> Params:
     return load_weights(
-        source,
+        setup.source,
         program.model_config,
         program.abstract,
-        seed=config.seed,
+        seed=setup.config.seed,
         wanted=wanted,
         say=say,
     )

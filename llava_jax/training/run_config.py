@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from llava_jax.config import MAY_CHANGE, ModelConfig, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_CHANGE, Json, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.digest import data_changes
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
@@ -20,8 +20,8 @@ def describe(
     model: ModelConfig,
     steps: int,
     fingerprint: str | None,
-    data: dict[str, Any],
-) -> dict[str, Any]:
+    data: Json,
+) -> Json:
     """A run's resolved recipe and plan, versions, and what its frozen weights and its data are.
 
     Args:
@@ -40,7 +40,7 @@ def describe(
     }
 
 
-def write_description(run_dir: Path, description: dict[str, Any]) -> None:
+def write_description(run_dir: Path, description: Json) -> None:
     """Writes config.json, and data.json, which is long; from the first process."""
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Changes(NamedTuple):
     sources: str
 
 
-def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
+def changes(run_dir: Path, description: Json) -> Changes:
     """Compares a recipe, its base and its data with those that a run began with.
 
     Raises:
@@ -96,12 +96,12 @@ def changes(run_dir: Path, description: dict[str, Any]) -> Changes:
     return Changes(differences, [f"  {line}" for line in data], sources)
 
 
-def data_sources(data: dict[str, Any]) -> str:
+def data_sources(data: Json) -> str:
     """Where training data comes from, by its part of a config as JSON."""
     return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
 
 
-def _data_changes(run_dir: Path, began: dict[str, Any], description: dict[str, Any]) -> list[str]:
+def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
     """Held-out data is only compared if the run is to be measured on the same."""
     file, now = run_dir / "data.json", description["config"]["data"]
     if not file.exists():  # the run was begun by an older version
