@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from llava_jax.config import TrainConfig, parse_config
+from llava_jax.config import parse_config
 from llava_jax.distributed.environment import is_multiprocess, prepare_for_training, print_any_text
 from llava_jax.distributed.watchdog import exit_now, guarded
 from llava_jax.errors import ConfigError
@@ -21,22 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_for_training()
     print_any_text()
     try:
-        config = _parse(argv)
+        config = parse_config(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     from llava_jax.training.run import run
 
     return run(config)
-
-
-def _parse(argv: Sequence[str] | None) -> TrainConfig:
-    if not is_multiprocess():
-        return parse_config(argv)
-    from llava_jax.distributed.multihost import said_once
-
-    with said_once():
-        return parse_config(argv)
 
 
 if __name__ == "__main__":

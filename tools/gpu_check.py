@@ -1,7 +1,7 @@
 """Checks on a GPU what is only compiled elsewhere: `python tools/gpu_check.py`; 0 if all is well.
 
 1. Gradients with everything in host memory equal those with everything on the device. XLA:GPU may
-   silently compute wrong ones (openxla/xla #46231; see `train_step.program.STREAMING_OPTIONS`).
+   silently compute wrong ones (openxla/xla #46231; see `jax_compat.STREAMING_OPTIONS`).
 2. Attention by kernels is attention written out, in its gradients too.
 3. The memory that plans foretell is what their train steps take.
 
