@@ -47,14 +47,14 @@ def describe(
     for question in questions:
         # repr, since ids may be numbers or texts and images paths or bytes
         digest.update(repr((question.id, question.turns, question.images)).encode())
-    place = Path(checkpoint)
-    files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
-    files = [place] if place.is_file() else files
-    stats = [(str(file.relative_to(place)), file.stat()) for file in files]
+    path = Path(checkpoint)
+    files = sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
+    files = [path] if path.is_file() else files
+    stats = [(str(file.relative_to(path)), file.stat()) for file in files]
     return {
         "task": task,
         "model": model_name(checkpoint),
-        "checkpoint": str(place.resolve()) if place.exists() else checkpoint,
+        "checkpoint": str(path.resolve()) if path.exists() else checkpoint,
         "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         **loaded,
         "max_new_tokens": how.max_new_tokens,
@@ -202,6 +202,6 @@ def ask_all(
         else:
             asked.append(number)
     prompts = (Prompt(questions[number].turns, questions[number].images) for number in asked)
-    refuse = lambda place, error: keep(asked[place], None, str(error))
-    for place, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
-        keep(asked[place], reply)
+    refuse = lambda index, error: keep(asked[index], None, str(error))
+    for index, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
+        keep(asked[index], reply)

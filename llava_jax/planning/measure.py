@@ -324,8 +324,8 @@ def sizes(config: TrainConfig) -> ModelConfig:
         ConfigError: There is neither.
     """
     source = config.init_from
-    place = source.llm if isinstance(source, Parts) else source
-    if source is not None and (config.model is None or Path(str(place)).exists()):
+    base = source.llm if isinstance(source, Parts) else source
+    if source is not None and (config.model is None or Path(str(base)).exists()):
         return read_config(resolve(source).base)
     if config.model is None:
         raise ConfigError("set init_from to a checkpoint, or model")
