@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from llava_jax.config import TrainConfig, parse_config
+from llava_jax.config import parse_config
 from llava_jax.distributed.environment import is_multiprocess, prepare_for_training, print_any_text
 from llava_jax.distributed.watchdog import exit_now, guarded
 from llava_jax.errors import ConfigError
@@ -26,22 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_for_training()
     print_any_text()
     try:
-        config = _parse(argv)
+        config = parse_config(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     from llava_jax.training.run import run
 
     return run(config)
-
-
-def _parse(argv: Sequence[str] | None) -> TrainConfig:
-    if not is_multiprocess():
-        return parse_config(argv)
-    from llava_jax.distributed.multihost import said_once
-
-    with said_once():
-        return parse_config(argv)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

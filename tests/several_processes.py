@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 class _PerThread:
-    """Stands in for `jax._src.distributed`, and for the count of turns, of a thread's process."""
+    """Stands in for `process_state`, and for the count of exchanges, of a thread's process."""
 
     def __init__(self):
         self._local = threading.local()
@@ -30,27 +30,26 @@ class _PerThread:
     def be(self, state: SimpleNamespace) -> None:
         self._local.state = state
 
-    @property
-    def global_state(self) -> SimpleNamespace:
+    def __call__(self) -> SimpleNamespace:
         return self._local.state
 
     def __next__(self) -> int:
-        return next(self._local.state.turns)
+        return next(self._local.state.exchanges)
 
 
 @contextmanager
 def several(count: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
     """Gives a function that calls one with each process' number, and returns what comes of it."""
     here, address = _PerThread(), f"127.0.0.1:{free_port()}"
-    patch.setattr(multihost, "distributed", here)
-    patch.setattr(multihost, "_turn", here)
+    patch.setattr(multihost, "process_state", here)
+    patch.setattr(multihost, "_exchanges", here)
     service = _jax.get_distributed_runtime_service(address, count, shutdown_timeout=10)
 
     def join(number: int) -> SimpleNamespace:
         client = _jax.get_distributed_runtime_client(address, number, init_timeout=10)
         client.connect()
-        turns = itertools.count()
-        return SimpleNamespace(process_id=number, num_processes=count, client=client, turns=turns)
+        own = {"process_id": number, "num_processes": count, "client": client}
+        return SimpleNamespace(**own, exchanges=itertools.count())
 
     def call(function: Callable[[int], Any], state: SimpleNamespace) -> Any:
         here.be(state)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_jax.data.easy_vqa import COLOURS, SHAPES, read_questions
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD
-from llava_jax.data.templates import SYSTEM_PLACE, TEMPLATES
+from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES
 
 VOCABULARY = 512
 IMAGE_SIZE = 64
@@ -27,7 +27,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def learn_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer in which every word of the data is one token."""
     template = TEMPLATES["vicuna_v1"]
-    asked = template.human_prefix.replace(SYSTEM_PLACE, f"{template.system} ")
+    asked = template.human_prefix.replace(SYSTEM_SLOT, f"{template.system} ")
     around = asked + template.answer_prefix
     captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     questions = [f"{question} {answer}" for question, answer, _ in read_questions("train")]

@@ -49,10 +49,10 @@ def _what_is_there(directory: Path) -> str:
     return f"{directory} has no weights, {SINGLE} or {_SINGLE} for example (found: {found})"
 
 
-def _may_be_weights(place: Path) -> bool:
-    if place.is_file():
-        return place.suffix in _ENDINGS
-    files = (file for pattern in ("*.*", "*/*.*") for file in place.glob(pattern))
+def _may_be_weights(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in _ENDINGS
+    files = (file for pattern in ("*.*", "*/*.*") for file in path.glob(pattern))
     return any(file.suffix in _ENDINGS for file in files)
 
 

@@ -50,7 +50,7 @@ class Opened:
 
     Attributes:
         name: What its user calls the base.
-        place: Where the base lies.
+        base: Where the base lies.
         config: Of the model.
         abstract: Shapes of the model's parameters.
         sources: The base's files.
@@ -61,7 +61,7 @@ class Opened:
     """
 
     name: str
-    place: Path | Parts
+    base: Path | Parts
     config: ModelConfig
     abstract: Abstract
     sources: list[Source]
@@ -115,8 +115,8 @@ def open_source(
     _, abstract = build_model(config, {})
     sources = open_sources(found.base, open_any)
     tensors = find_base_tensors(found.base, sources, config, abstract)
-    for place, layout in sources:
-        say(f"{next(iter(place.values())).file.parent}: {layout.name}")
+    for files, layout in sources:
+        say(f"{next(iter(files.values())).file.parent}: {layout.name}")
     trained, inputs = None, found.base
     if found.adapter is not None:
         read = partial(open_adapter, config=config, abstract=abstract, read=open_any)
@@ -151,11 +151,11 @@ def _summary(trained: AdapterCheckpoint) -> str:
     return "; ".join([*parts, *(f"{part} in full" for part in whole)])
 
 
-def _check_alphas(trained: AdapterCheckpoint, place: Path, alphas: Mapping[str, float]) -> None:
+def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, float]) -> None:
     for stack, lora in trained.adapters.items():
         if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
             raise ConfigError(
-                f"{place} has alpha {lora.alpha:g}, as it says itself, in {stack}*, not the alpha "
+                f"{path} has alpha {lora.alpha:g}, as it says itself, in {stack}*, not the alpha "
                 f"{given:g} that was given"
             )
 
@@ -263,7 +263,7 @@ def check_free(destination: Path) -> None:
     """
     is_free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
     if not is_free or not destination.name:  # "." has no name to give to what is complete
-        raise ConfigError(f"{destination} exists; name a place that does not")
+        raise ConfigError(f"{destination} exists; name a directory that does not")
 
 
 @contextmanager
@@ -330,10 +330,9 @@ def _write_official(
 
 
 def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
-    place = opened.place
     llm, tower = None, None
-    if isinstance(place, Parts):
-        llm, tower = map(absolute_source, (place.llm, place.vision))
+    if isinstance(opened.base, Parts):
+        llm, tower = map(absolute_source, (opened.base.llm, opened.base.vision))
     params = _trained_params(opened)
     save_official_adapter(
         directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect
@@ -344,10 +343,10 @@ def _own_aspect(opened: Opened) -> Aspect | None:
     """What LLaVA's own config.json says of images, the adapter's before the base's; XTuner pads."""
     if opened.is_xtuner:
         return "pad"
-    places = [opened.adapter, opened.place.llm if isinstance(opened.place, Parts) else None]
-    for place in places:
-        if place is not None and (Path(place) / "config.json").is_file():
-            found = llava_directory.image_aspect(read_json_config(place)[1])
+    base = opened.base.llm if isinstance(opened.base, Parts) else None
+    for directory in (opened.adapter, base):
+        if directory is not None and (Path(directory) / "config.json").is_file():
+            found = llava_directory.image_aspect(read_json_config(directory)[1])
             if found is not None:
                 return found
     return None
@@ -355,7 +354,7 @@ def _own_aspect(opened: Opened) -> Aspect | None:
 
 def _own_template(opened: Opened, say: Callable[[str], None]) -> Template | None:
     """What fits the decoder, where no template for images is stored: with parts, and XTuner's."""
-    is_parts = isinstance(opened.place, Parts) and opened.inputs == opened.place
+    is_parts = isinstance(opened.base, Parts) and opened.inputs == opened.base
     if not is_parts and not opened.is_xtuner:
         return None
     name = choose_template(opened.inputs, is_xtuner=opened.is_xtuner)
@@ -375,5 +374,5 @@ def _write_inputs(
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
-        place = format_source(opened.inputs)
-        say(f"{place} has no tokenizer: neither that nor a processor is written")
+        inputs = format_source(opened.inputs)
+        say(f"{inputs} has no tokenizer: neither that nor a processor is written")

@@ -186,8 +186,8 @@ class _Line(NamedTuple):
                 return
             first, last = max(start, before) - before, min(start + size, self.ends[index]) - before
             if first < last:
-                place, length = stretch.start + 4 * first, last - first
-                yield Tensor(name, stretch.file, stretch.dtype, (length,), place, 4 * length)
+                offset, length = stretch.start + 4 * first, last - first
+                yield Tensor(name, stretch.file, stretch.dtype, (length,), offset, 4 * length)
 
 
 def _refuse_surplus(line: _Line, taken: int, align: int) -> None:

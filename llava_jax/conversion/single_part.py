@@ -35,13 +35,13 @@ class Part:
     """A part alone, opened and checked, not read.
 
     Attributes:
-        place: Its directory.
+        path: Its directory.
         config: Of a LLaVA with this part in it; the others in it mean nothing.
         layout: How its software names the tensors.
         params: Where they lie.
     """
 
-    place: Path
+    path: Path
     config: ModelConfig
     layout: Layout
     params: dict[str, Stored]
@@ -57,7 +57,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     found = resolve(source, open_any)
     if isinstance(found.base, Parts) or found.adapter is not None:
         return None
-    place, tensors = found.base, open_any(found.base)
+    path, tensors = found.base, open_any(found.base)
     alone = (layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE, *layouts.PROJECTOR_LAYOUTS)
     try:
         own = layouts.recognise(tensors, (*layouts.LLAVA_LAYOUTS, *alone))
@@ -66,23 +66,23 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     parts = own.parts(tensors)
     if parts == {"projector"}:
         raise ConfigError(
-            f"{place} is a projector alone; name what it belongs between: "
-            f"llm=DIR,vision=DIR,projector={place}"
+            f"{path} is a projector alone; name what it belongs between: "
+            f"llm=DIR,vision=DIR,projector={path}"
         )
     if parts == {"llm"}:
         known, layout, what = layouts.LLM_LAYOUTS, layouts.LLAMA, "a decoder"
-        config = ModelConfig(llm=read_llm_config(place))
+        config = ModelConfig(llm=read_llm_config(path))
     elif parts == {"vision"}:
         known, layout, what = layouts.VISION_LAYOUTS, layouts.CLIP, "a vision tower"
-        config = ModelConfig(vision=read_vision_config(place), vision_feature_layer=-1)
+        config = ModelConfig(vision=read_vision_config(path), vision_feature_layer=-1)
     else:
         return None
     own = layouts.recognise(tensors, known)
     _, abstract = build_model(config, {})
     specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
-    paths = find_tensors(str(place), [(tensors, own)], config, specs)
-    say(f"{place}: {what} alone, {own.name}")
-    return Part(place, config, layout, {p: stored(p, t, specs[p]) for p, t in paths.items()})
+    paths = find_tensors(str(path), [(tensors, own)], config, specs)
+    say(f"{path}: {what} alone, {own.name}")
+    return Part(path, config, layout, {p: stored(p, t, specs[p]) for p, t in paths.items()})
 
 
 def convert_part(part: Part, destination: Path, dtype: str | None = None) -> None:
@@ -98,12 +98,12 @@ def convert_part(part: Part, destination: Path, dtype: str | None = None) -> Non
     """
     check_free(destination)
     with unfinished(destination) as directory:
-        weights = {file for pattern in _WEIGHTS for file in part.place.glob(pattern)}
-        beside = (*part.place.glob("*.json"), *part.place.glob("*.jinja"))
-        for file in {*beside, *part.place.glob("*.model"), *part.place.glob("*.txt")} - weights:
+        weights = {file for pattern in _WEIGHTS for file in part.path.glob(pattern)}
+        beside = (*part.path.glob("*.json"), *part.path.glob("*.jinja"))
+        for file in {*beside, *part.path.glob("*.model"), *part.path.glob("*.txt")} - weights:
             copy_regular(file, directory / file.name)
         save_params(part.params, directory, part.config, layout=part.layout, dtype=dtype)
-        own = read_json_config(part.place)[1]
+        own = read_json_config(part.path)[1]
         if part.layout is layouts.CLIP:  # of a CLIPModel only the half that is written
             own = tower_settings(part.config.vision)
         said = dtype or str(next(iter(part.params.values())).dtype)

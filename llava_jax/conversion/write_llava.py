@@ -66,8 +66,8 @@ def save_official(
     write_json(directory / _TOWER / "config.json", settings)
     write_image_processor(inputs, directory / _TOWER)
     settings = text_settings(llm) | _token_ids(inputs) | {"torch_dtype": said}
-    place = str(final.absolute() / _TOWER)
-    write_json(directory / "config.json", official_settings(config, settings, place, aspect))
+    tower_dir = str(final.absolute() / _TOWER)
+    write_json(directory / "config.json", official_settings(config, settings, tower_dir, aspect))
     if has_tokenizer(inputs):
         copy_tokenizer(inputs, directory)
         generation = generation_settings(inputs, load_tokenizer(inputs), config, template)

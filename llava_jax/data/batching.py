@@ -272,11 +272,12 @@ class ReadBatch:
         spec, every = self.spec, range(self.spec.size)
         own = every if self.rows is None else self.rows
         read = {
-            place: self._read_text(numbers[place]) for place in (own if spec.is_fixed else every)
+            position: self._read_text(numbers[position])
+            for position in (own if spec.is_fixed else every)
         }
-        texts = {place: text for place, text in read.items() if text}
-        lengths = {place: len(text.encoded.input_ids) for place, text in texts.items()}
-        layout = {place: [place] for place in lengths}
+        texts = {position: text for position, text in read.items() if text}
+        lengths = {position: len(text.encoded.input_ids) for position, text in texts.items()}
+        layout = {position: [position] for position in lengths}
         if spec.packing:
             layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
         length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
@@ -330,9 +331,9 @@ class _Text(NamedTuple):
 
 def _checksum(texts: Mapping[int, _Text | None]) -> int:
     value = 0
-    for place, text in texts.items():
+    for position, text in texts.items():
         ids = b"" if text is None else text.encoded.input_ids.tobytes()
-        value = zlib.crc32(b"%d:%d:" % (place, len(ids)) + ids, value)
+        value = zlib.crc32(b"%d:%d:" % (position, len(ids)) + ids, value)
     return value & 0x7FFFFFFF
 
 
@@ -356,13 +357,13 @@ def fill(
     scale = np.tile(np.array(spec.pixel_scale, np.float32), (size, 1, 1))
     for row, samples in enumerate(rows):
         at = image = 0
-        for place, sample in samples.items():
+        for position, sample in samples.items():
             if sample is None:
                 continue
             tokens = slice(at, at + len(sample.input_ids))
             input_ids[row, tokens] = sample.input_ids
             loss_mask[row, tokens] = sample.loss_mask
-            segment_ids[row, tokens] = 1 + place
+            segment_ids[row, tokens] = 1 + position
             pixels[row, image : image + len(sample.pixel_values)] = sample.pixel_values
             at, image = tokens.stop, image + len(sample.pixel_values)
     return Batch(input_ids, loss_mask, segment_ids, pixels, scale)

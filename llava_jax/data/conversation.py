@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.data.templates import SYSTEM_PLACE, TEMPLATES, Template
+from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
 from llava_jax.errors import ConfigError
 from llava_jax.errors import SampleError as SampleError
 
@@ -207,9 +207,9 @@ def _render(
 def _render_human_prefix(
     system: str, template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[_Piece]:
-    before, place, after = template.human_prefix.partition(SYSTEM_PLACE)
+    before, slot, after = template.human_prefix.partition(SYSTEM_SLOT)
     pieces = _parse(before, tokenizer)
-    if place and system:
+    if slot and system:
         pieces += _parse(template.system_prefix, tokenizer)
         pieces.append(_Piece(system, None, learned=False))
         pieces += _parse(template.system_suffix, tokenizer)

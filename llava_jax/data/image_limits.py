@@ -259,34 +259,34 @@ class _Tags:
         self.repeated: set[int] = set()
         self.first = self._unpack("Q", 8)[0] if self._is_big else self._unpack("I", 4)[0]
 
-    def read(self, offset: int) -> dict[int, Entry]:
+    def read(self, start: int) -> dict[int, Entry]:
         """The tags of a directory."""
         length, form, count, inline = (20, "HHQ", "Q", 8) if self._is_big else (12, "HHI", "H", 4)
         found: dict[int, Entry] = {}
-        start = offset + struct.calcsize(count)
+        first = start + struct.calcsize(count)
         for at in itertools.islice(
-            range(start, len(self._data) - length + 1, length), self._unpack(count, offset)[0]
+            range(first, len(self._data) - length + 1, length), self._unpack(count, start)[0]
         ):
             self._count += 1
             _limit("tags", self._count, MAX_TAGS)
             tag, kind, values = self._unpack(form, at)
             if kind not in _UNITS:
                 continue
-            place, size = at + length - inline, values * _UNITS[kind]
+            offset, size = at + length - inline, values * _UNITS[kind]
             if size > inline:
-                place = self._unpack("Q" if self._is_big else "I", place)[0]
+                offset = self._unpack("Q" if self._is_big else "I", offset)[0]
             self._numbers += min(size, len(self._data)) if _UNITS[kind] > 1 else 0
             _limit("bytes of numbers in tags", self._numbers, MAX_TAG_NUMBERS)
             self.repeated |= {tag} & found.keys()
-            found[tag] = kind, place, values
+            found[tag] = kind, offset, values
         return found
 
     def integers(self, entry: Entry | None) -> tuple[int, ...]:
         """The values of a tag; none if there is no such tag, or it has no integers."""
         if entry is None or entry[0] not in _INTEGERS:
             return ()
-        kind, place, count = entry[0], entry[1], min(entry[2], MAX_TIFF_TILES + 1)
-        return self._unpack(f"{count}{_INTEGERS[kind]}", place)
+        kind, offset, count = entry[0], entry[1], min(entry[2], MAX_TIFF_TILES + 1)
+        return self._unpack(f"{count}{_INTEGERS[kind]}", offset)
 
     def _unpack(self, form: str, at: int) -> tuple[int, ...]:
         return struct.unpack_from(self._order + form, self._data, at)
@@ -333,9 +333,9 @@ def _check_tiff(tiff: bytes) -> None:
     if compression not in _COMPRESSIONS:
         raise _refusal(f"it is a TIFF of compression {compression}, which is not read")
     count = _check_tiles(tags, first)
-    places = tags.integers(first.get(_TILES, first.get(_STRIPS)))
+    offsets = tags.integers(first.get(_TILES, first.get(_STRIPS)))
     sizes = tags.integers(first.get(_TILE_BYTES, first.get(_STRIP_BYTES)))
-    _limit("tiles or strips", len(places), MAX_TIFF_TILES)
+    _limit("tiles or strips", len(offsets), MAX_TIFF_TILES)
     if len(sizes) < count:  # libtiff takes each for as large as the file
         sizes = (len(tiff),) * count
     if compression == 1:
@@ -343,10 +343,10 @@ def _check_tiff(tiff: bytes) -> None:
     stored = sum(min(size, len(tiff)) for size in sizes[:count])
     _limit("compressed bytes in tiles or strips", stored, 2 * len(tiff))
     if compression == _IN_JPEG:
-        if len(places) < count:
+        if len(offsets) < count:
             raise _refusal("it is a TIFF that does not say where its tiles or strips are")
         visits = 0
-        for at, size in zip(places[:count], sizes, strict=False):
+        for at, size in zip(offsets[:count], sizes, strict=False):
             visits += _check_scans(tiff[at : at + size])
             _limit("blocks in all scans", visits, MAX_JPEG_VISITS)
 

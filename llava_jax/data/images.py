@@ -113,7 +113,7 @@ class ImageTransform:
     def _reduce(self, file: Image.Image) -> int:
         """Has a JPEG decoded at 1 / scale of its size; returns the scale."""
         width, height = file.size
-        (left, top, right, bottom), size = self._place(width, height)
+        (left, top, right, bottom), size = self._box_and_size(width, height)
         drafted = file.draft(
             None,
             (
@@ -123,7 +123,7 @@ class ImageTransform:
         )
         return 1 if drafted is None else round(width / drafted[1][2])
 
-    def _place(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+    def _box_and_size(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
         """The part of an image that is resized, perhaps larger than the image, and its new size."""
         if self.aspect == "squash":
             return (0, 0, width, height), (self.width, self.height)
@@ -144,7 +144,7 @@ class ImageTransform:
         In one call: it rounds between across and down, and which comes first is up to Pillow. Only
         what would take too much memory, with what is added around it, goes by strips.
         """
-        box, new = self._place(*size)
+        box, new = self._box_and_size(*size)
         left, top, right, bottom = (side / scale for side in box)
         if max(image.width, right - left) * max(image.height, bottom - top) <= MAX_WHOLE_PIXELS:
             image = self._resized(image, (left, top, right, bottom), new)

@@ -144,7 +144,7 @@ def _scan_list(path: str) -> Iterator[Scanned]:
                     f"data file {path}, record {number}: the list does not end; is the file cut "
                     "off?"
                 )
-            start = text.place
+            start = text.offset
             raw, stop = text.read_record()
             if text.is_lost:
                 raise ConfigError(
@@ -156,8 +156,8 @@ def _scan_list(path: str) -> Iterator[Scanned]:
             number += 1
         if not text.at_end:
             raise ConfigError(
-                f"data file {path}: there is more behind the list, at byte {text.place}; two lists "
-                "in one file?"
+                f"data file {path}: there is more behind the list, at byte {text.offset}; two "
+                "lists in one file?"
             )
 
 
@@ -177,7 +177,7 @@ class _Window:
         self.is_lost = False
 
     @property
-    def place(self) -> int:
+    def offset(self) -> int:
         """The byte that is read next."""
         return self._start + self._position
 
@@ -197,12 +197,12 @@ class _Window:
         """Goes over one value; returns it and the byte where it stops. None is a damaged one."""
         raw, length = self._decode(0, _SIZES[1:])
         self._position += length
-        stop = self.place
+        stop = self.offset
         self._skip_space()
         if length and self._text.startswith((",", "]"), self._position):
             return raw, stop
         self._go_to_next()
-        return None, self.place
+        return None, self.offset
 
     def _has(self, size: int) -> bool:
         """Whether so many characters come next; reads on for them."""
@@ -259,7 +259,7 @@ class _Window:
                     return
                 self._position += 1
                 self._tried += _TRY
-                if self._tried > _MOST_TRIED + self.place * _TRIED_PER_BYTE:
+                if self._tried > _MOST_TRIED + self.offset * _TRIED_PER_BYTE:
                     self.is_lost = True
                     return
             else:

@@ -124,11 +124,11 @@ class EpochOrder:
     def batch(self, number: int) -> Int64[np.ndarray, " B"]:
         """The records of a batch."""
         positions = np.arange(number * self.size, (number + 1) * self.size)
-        epochs, places = np.divmod(positions, self._length)
+        epochs, offsets = np.divmod(positions, self._length)
         if self._grouping is None and self._shuffle:
-            places = np.array([self._shuffled[int(position)] for position in positions])
+            offsets = np.array([self._shuffled[int(position)] for position in positions])
         records = np.concatenate(
-            [self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+            [self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
         )
         return records if self._grouping is None else _deal(records, self._grouping)
 

@@ -97,19 +97,19 @@ class ParquetFile:
         group = int(np.searchsorted(self._ends, number, side="right"))
         row = number - (int(self._ends[group - 1]) if group else 0)
         with _lock:
-            place = _places.pop(self, None)
+            cursor = _cursors.pop(self, None)
             try:
-                if place is None or place.group != group or row < place.start:
-                    place = _Place(group, self._read_group(group, self._columns))
-                batch, row = place.go_to(row)
+                if cursor is None or cursor.group != group or row < cursor.start:
+                    cursor = _Cursor(group, self._read_group(group, self._columns))
+                batch, row = cursor.go_to(row)
             except ConfigError as error:
                 raise SampleError(str(error), "not Parquet") from error
             except StopIteration:
                 text = f"row group {group} has fewer rows than the file says"
                 raise SampleError(text, "not Parquet") from None
-            _places[self] = place
-            if len(_places) > _MOST_PLACES:
-                _places.popitem(last=False)
+            _cursors[self] = cursor
+            if len(_cursors) > _MAX_CURSORS:
+                _cursors.popitem(last=False)
         return _row(batch, row)
 
     def where(self, number: int) -> str:
@@ -137,7 +137,7 @@ class ParquetFile:
                 yield from (_row_or_none(batch, row) for row in range(batch.num_rows))
 
 
-class _Place:
+class _Cursor:
     """How far a row group has been read, and the batches that were read last."""
 
     def __init__(self, group: int, batches: Iterator[Any]):
@@ -160,9 +160,9 @@ class _Place:
         return self._kept[at], row - (self._ends[at - 1] if at else self.start)
 
 
-_places: collections.OrderedDict[ParquetFile, _Place] = collections.OrderedDict()
+_cursors: collections.OrderedDict[ParquetFile, _Cursor] = collections.OrderedDict()
 """Those of the files that were read last, each of which is an open file."""
-_MOST_PLACES = 8
+_MAX_CURSORS = 8
 _lock = threading.Lock()
 
 

@@ -309,14 +309,14 @@ def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
             f"image path {image!r} leads out of data.image_root; make it relative to that folder",
             "image path",
         )
-    place = os.path.join(root, image)
-    if not follow_links and "://" not in root and not _is_inside(place, root):
+    located = os.path.join(root, image)
+    if not follow_links and "://" not in root and not _is_inside(located, root):
         raise SampleError(
             f"image {image!r} is, by a link, outside of data.image_root; set data.follow_links if "
             "that is meant",
             "image path",
         )
-    return place
+    return located
 
 
 def _is_inside(path: str, root: str) -> bool:

@@ -147,9 +147,9 @@ class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read b
         Raises:
             SampleError: It leads out of image_root.
         """
-        place = locate_image(path, self._image_root, self._follow_links)
-        assert isinstance(place, str)
-        return place
+        located = locate_image(path, self._image_root, self._follow_links)
+        assert isinstance(located, str)
+        return located
 
     def where(self, index: int) -> str:
         """The file of a record, and its line, row or number there."""

@@ -4,7 +4,7 @@ import dataclasses
 
 from llava_jax.errors import SampleError as SampleError
 
-SYSTEM_PLACE = "{system}"
+SYSTEM_SLOT = "{system}"
 
 
 @dataclasses.dataclass(frozen=True)

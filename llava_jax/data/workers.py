@@ -119,13 +119,13 @@ _ALIGNMENT, _LEAVES = 64, 16
 class _Left:
     """An array that was left in shared memory."""
 
-    place: int
+    offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def find(self, shared: SharedMemory | None) -> np.ndarray:
         assert shared is not None
-        return np.ndarray(self.shape, self.dtype, shared.buf, self.place)
+        return np.ndarray(self.shape, self.dtype, shared.buf, self.offset)
 
 
 def _give(pipe: Any, read: Read, numbers: range) -> None:
@@ -199,15 +199,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 def _leave(batch: Any, shared: SharedMemory | None) -> Any:
     """A batch whose arrays, if they fit, are left in shared memory."""
-    place, end = _HEAD, 0 if shared is None else shared.size
+    offset, end = _HEAD, 0 if shared is None else shared.size
 
     def leave(leaf: np.ndarray) -> Any:
-        nonlocal place
-        if shared is None or place + leaf.nbytes > end:
+        nonlocal offset
+        if shared is None or offset + leaf.nbytes > end:
             return leaf
-        left = _Left(place, leaf.shape, leaf.dtype)
+        left = _Left(offset, leaf.shape, leaf.dtype)
         left.find(shared)[...] = leaf
-        place += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
+        offset += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
         return left
 
     return jax.tree.map(leave, batch)

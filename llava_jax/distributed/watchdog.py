@@ -1,11 +1,13 @@
-"""A process above the one that works, where a run has several: it says in a line what ended it.
+"""A parent process above each process of a run, which says in one line what ended its child.
 
-When one process of a run is lost, JAX aborts the others with a dump of C++ frames, and nothing
-inside a process keeps it from that. So a parent reads what its child writes to stderr.
+When a process of a run is lost, JAX's runtime aborts the others with a dump of C++ frames. Nothing
+inside a process prevents that: with JAX 0.10.2, the loss of process 0 aborts the others even with
+`jax_enable_recoverability`, a callback for missed heartbeats does not help because a collective
+that fails in a C++ thread ends the process too, and Python cannot catch an abort. So a parent reads
+what its child writes to stderr, and reports the loss in a sentence. A run of one process has none.
 """
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -13,11 +15,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-LOST = 75
-"""Exit status of a process that could not reach another. The guard's own is then 1."""
+from llava_jax.jax_compat import is_fatal_line, lost_peer
 
-_DOOM = (b"coordination_service", b"distributed service detected fatal errors", b"gloo::")
-"""In what JAX's runtime writes when it finds that a process is lost; it aborts soon after."""
+LOST = 75
+"""Exit status of a process that could not reach another one. Its parent then exits with 1."""
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -41,13 +42,13 @@ def guarded(main: Callable[[], int]) -> int:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == LOST or (held and status == -signal.SIGABRT):
         print(
-            f"error: {_who(held)} has ended or cannot be reached, and so this one ends; what that "
-            "one printed may say why. The same command, for all of them, continues",
+            f"error: {lost_peer(held)} has ended or cannot be reached, and so this one ends; what "
+            "that one printed may say why. The same command, for all of them, continues",
             file=sys.stderr,
         )
         return 1
     if status < 0:
-        cause = ", mostly for want of memory" if status == -signal.SIGKILL else ""
+        cause = ", usually because memory ran out" if status == -signal.SIGKILL else ""
         print(f"error: ended by signal {-status}{cause}", file=sys.stderr)
     if status <= 0:
         sys.stderr.write(held)
@@ -55,11 +56,11 @@ def guarded(main: Callable[[], int]) -> int:
 
 
 def _pass_on(reading: int) -> str:
-    """Passes lines on to stderr until they tell of a lost process; returns those, at the end."""
+    """Passes lines on to stderr until one announces an abort; returns that one and the rest."""
     held = b""
     with open(reading, "rb") as lines:
         for line in lines:
-            if held or any(sign in line for sign in _DOOM):
+            if held or is_fatal_line(line):
                 held += line
             else:
                 sys.stderr.buffer.write(line)
@@ -67,19 +68,8 @@ def _pass_on(reading: int) -> str:
     return held.decode(errors="replace")
 
 
-def _who(held: str) -> str:
-    """Which process JAX's message names."""
-    if named := re.search(r"stopped sending heartbeats\):\s*(\d[\d\s,]*)", held):
-        return f"process {', '.join(re.findall(r'[0-9]+', named[1]))} of this run (from 0)"
-    if "RegisterTask" in held:
-        return "JAX's service in process 0 of this run"
-    if "leader task" in held:
-        return "process 0 of this run (from 0)"
-    return "another process of this run"
-
-
 def end_with(parent: int) -> None:
-    """Ends this process when its parent was killed and could not."""
+    """Ends this process if its parent is killed, which then cannot end it."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -54,16 +54,16 @@ def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]
 
 def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
     turns = record.turns[1:] if record.turns[0].role == "gpt" else record.turns  # as training does
-    places = [place for place, turn in enumerate(turns) if turn.role == "gpt" and place]
-    for number, place in enumerate(places):
-        before = turns[:place]
+    indices = [index for index, turn in enumerate(turns) if turn.role == "gpt" and index]
+    for number, index in enumerate(indices):
+        before = turns[:index]
         shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in before if turn.role == "human")
         yield Question(
-            record.id if len(places) == 1 else f"{record.id}#{number + 1}",
+            record.id if len(indices) == 1 else f"{record.id}#{number + 1}",
             before[-1].text.replace(IMAGE_PLACEHOLDER, "").strip(),
             before,
-            record.images[:shown] if place != places[-1] else record.images,
-            people if people and len(places) == 1 else (turns[place].text,),
+            record.images[:shown] if index != indices[-1] else record.images,
+            people if people and len(indices) == 1 else (turns[index].text,),
             record.category,
         )
 

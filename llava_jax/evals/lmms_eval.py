@@ -100,16 +100,16 @@ class LlavaJax(lmms):
         longest, sampling, stop = read_settings(settings)
         refused: list[int] = []
 
-        def refuse(place: int, error: Exception) -> None:
-            refused.append(numbers[place])
-            logger.warning(f"request {numbers[place]} cannot be used: {error}")
+        def refuse(index: int, error: Exception) -> None:
+            refused.append(numbers[index])
+            logger.warning(f"request {numbers[index]} cannot be used: {error}")
 
         prompts = (to_prompt(self._messages(requests[number])) for number in numbers)
-        for place, reply in self.assistant.answer_all(
+        for index, reply in self.assistant.answer_all(
             prompts, max_new_tokens=longest, sampling=sampling, stop=stop, refused=refuse
         ):
             counts = TokenCounts(reply.prompt_tokens, reply.new_tokens)
-            yield numbers[place], GenerationResult(reply.text, counts)
+            yield numbers[index], GenerationResult(reply.text, counts)
         for number in refused:
             yield number, GenerationResult("")
 

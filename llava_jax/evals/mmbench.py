@@ -22,7 +22,7 @@ TABLE = Source(
 )
 LETTER_CN = "请直接回答选项字母。"
 _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
-_PLACE = 6  # of the predictions among the columns
+_PREDICTION_COLUMN = 6
 _TURNED = 1_000_000  # the same question, its choices in another order, has a number above this
 # What pandas, with which LLaVA reads the table, takes for nothing; and what LLaVA does.
 _NOTHING = {
@@ -120,7 +120,7 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
     from openpyxl import Workbook  # pyright: ignore[reportMissingModuleSource]
 
     columns = list(answered[0].question.extra["row"])
-    columns.insert(_PLACE, "prediction")
+    columns.insert(_PREDICTION_COLUMN, "prediction")
     book = Workbook()
     sheet: Any = book.active
     table = [dict(zip(columns, columns, strict=True))]

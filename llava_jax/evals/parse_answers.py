@@ -43,8 +43,8 @@ _ODD = {
 
 
 def _without_apostrophe(word: str) -> list[str]:
-    places = [place for place, letter in enumerate(word) if letter == "'"]
-    return [word[:place] + word[place + 1 :] for place in places]
+    indices = [index for index, letter in enumerate(word) if letter == "'"]
+    return [word[:index] + word[index + 1 :] for index in indices]
 
 
 _CONTRACTIONS = _ODD | {

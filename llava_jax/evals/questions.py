@@ -259,15 +259,15 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
         raise ConfigError(f"{path} is not UTF-8: {error}") from None
 
 
-def check_fields(row: Any, place: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+def check_fields(row: Any, where: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
     """Returns an object of a file if it has the fields, of the types.
 
     Raises:
         ConfigError: It is no object, or lacks one; says where.
     """
     if not isinstance(row, dict):
-        raise ConfigError(f"{place}: expected an object, found {row!r:.60}")
+        raise ConfigError(f"{where}: expected an object, found {row!r:.60}")
     for name, kind in fields.items():
         if not isinstance(row.get(name), kind):
-            raise ConfigError(f'{place}: "{name}" is missing or wrong: {row.get(name)!r:.60}')
+            raise ConfigError(f'{where}: "{name}" is missing or wrong: {row.get(name)!r:.60}')
     return row

@@ -218,6 +218,6 @@ def ask_all(
         else:
             asked.append(number)
     prompts = (Prompt(questions[number].turns, questions[number].images) for number in asked)
-    refuse = lambda place, error: keep(asked[place], None, str(error))
-    for place, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
-        keep(asked[place], reply)
+    refuse = lambda index, error: keep(asked[index], None, str(error))
+    for index, reply in assistant.answer_all(prompts, **how._asdict(), refused=refuse):
+        keep(asked[index], reply)

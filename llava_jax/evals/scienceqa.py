@@ -44,16 +44,16 @@ def read(files: Files) -> list[Question]:
         raise ConfigError(f"{path}: expected a list of questions")
     questions = {}
     for number, row in enumerate(rows):
-        place = f"{path}, question {number}"
-        row = check_fields(row, place, id=str, conversations=list, image=(str, type(None)))
+        where = f"{path}, question {number}"
+        row = check_fields(row, where, id=str, conversations=list, image=(str, type(None)))
         if not row["conversations"]:
-            raise ConfigError(f'{place}: "conversations" is empty')
-        value = check_fields(row["conversations"][0], place, value=str)["value"]
+            raise ConfigError(f'{where}: "conversations" is empty')
+        value = check_fields(row["conversations"][0], where, value=str)["value"]
         prompt = f"{value.replace(IMAGE_PLACEHOLDER, '').strip()}\n{LETTER}"
         image = row.get("image")
         if image is not None:  # LLaVA's scorer knows the questions with an image by it
             prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
-        choices, answer = _choices(problems, row["id"], place)
+        choices, answer = _choices(problems, row["id"], where)
         extra = {"choices": len(choices)}
         questions[row["id"]] = ask(row["id"], prompt, image, [answer], root=root, extra=extra)
     if missing := [name for name in test if name not in questions]:
@@ -61,10 +61,10 @@ def read(files: Files) -> list[Question]:
     return [questions[name] for name in test]
 
 
-def _choices(problems: Any, name: str, place: str) -> tuple[list[str], str]:
+def _choices(problems: Any, name: str, where: str) -> tuple[list[str], str]:
     fields = {"choices": list, "answer": int}
     problem = check_fields(problems, "problems.json").get(name)
-    problem = check_fields(problem, f"{place}, problem {name} of problems.json", **fields)
+    problem = check_fields(problem, f"{where}, problem {name} of problems.json", **fields)
     choices, answer = problem["choices"], problem["answer"]
     if not 0 <= answer < len(choices) <= len(LETTERS):
         raise ConfigError(f"problem {name} of problems.json: answer {answer} of {len(choices)}")

@@ -37,8 +37,8 @@ def read(files: Files) -> list[Question]:
     path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
     known = {}
     for number, row in enumerate(check_fields(read_json(annotations), "", data=list)["data"]):
-        place = f"{annotations}, question {number}"
-        row = check_fields(row, place, image_id=str, question=str, answers=list)
+        where = f"{annotations}, question {number}"
+        row = check_fields(row, where, image_id=str, question=str, answers=list)
         known[row["image_id"], row["question"].lower()] = [str(a) for a in row["answers"]]
 
     def answers(row: dict[str, Any]) -> Sequence[str]:

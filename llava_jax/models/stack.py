@@ -9,7 +9,6 @@ memory.
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
@@ -18,17 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
+from llava_jax.jax_compat import CPU_OPTIONS
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[str | int, ...], jax.Array]
 """Arrays of a block or a stack, by their path in it."""
-
-
-CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""XLA's CPU backend slices bfloat16 as float32. This pass would take the conversion out of the loop
-over layers, and so make a float32 copy of all weights."""
 
 
 class jit_loop:
@@ -188,8 +183,3 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
 
 def _indices(values: Leaves) -> Int[Array, "L"]:
     return jnp.arange(next(iter(values.values())).shape[0])
-
-
-def bounded_loop(turns: int) -> AbstractContextManager:
-    """Names the loop inside it, so that it counts as so many turns, the most it takes."""
-    return jax.named_scope(f"at_most_{turns}_turns")

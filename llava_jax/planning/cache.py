@@ -13,6 +13,7 @@ from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import versions
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
+from llava_jax.jax_compat import COMPILER_VARIABLES
 from llava_jax.planning.measure import Usage, measure_here
 
 
@@ -60,7 +61,7 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
         "images": images,
         "code": hash_code(),
         "versions": versions(),
-        "flags": [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "flags": [os.environ.get(name) for name in COMPILER_VARIABLES],
         "compiler": devices[0].client.platform_version,
         "devices": [device.device_kind for device in devices],
     }

@@ -1,4 +1,7 @@
-"""The accelerators that a run can be planned for without having one. Add a line to add one."""
+"""The accelerators that a run can be planned for without having one.
+
+A new GPU is a row in GPUS, and a new TPU a row in TPUS; nothing else has to know it.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -8,19 +11,21 @@ from llava_jax.distributed.environment import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, as far as XLA's compiler asks. Figures from NVIDIA's data sheets.
+    """An NVIDIA GPU, with what XLA's compiler must know. Figures are from NVIDIA's data sheets.
 
     Attributes:
-        name: As its driver calls it.
-        capability: Compute capability, "8.6".
+        name: The name that its driver reports.
+        capability: Compute capability, such as "8.6".
         gib: GiB of memory that the driver reports.
-        bandwidth: Of that memory, 10^9 bytes a second.
+        bandwidth: Bandwidth of that memory, in 10^9 bytes a second.
         clock: GHz.
-        cores: Streaming multiprocessors.
-        fpus: Float32 units of each.
-        threads: Most threads resident on each.
-        shared_kib: KiB of shared memory of each.
-        l2_mib: MiB of its level-2 cache.
+        cores: Number of streaming multiprocessors.
+        fpus: Float32 units of each multiprocessor.
+        threads: The most threads that are resident on each multiprocessor.
+        shared_kib: KiB of shared memory of each multiprocessor.
+        l2_mib: MiB of the level-2 cache.
+        tflops: 10^12 operations a second of dense bfloat16 products with float32 sums; None where
+            the GPU has no bfloat16 or no figure is published.
     """
 
     platform: ClassVar = "gpu"
@@ -34,15 +39,16 @@ class Gpu:
     threads: int
     shared_kib: int
     l2_mib: int
+    tflops: float | None
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Bytes of memory that the driver reports."""
         return int(self.gib * GIB)
 
     @property
     def target_config(self) -> str:
-        """What XLA compiles for, as the text of its GpuTargetConfigProto."""
+        """The text of XLA's GpuTargetConfigProto, which describes the GPU to the compiler."""
         major, minor = self.capability.split(".")
         return f"""
 gpu_device_info {{
@@ -74,67 +80,76 @@ device_description_str: "{self.name}"
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A TPU generation.
+    """A TPU generation. Figures are from Google's data sheets.
 
     Attributes:
-        topology: XLA's name of it.
+        name: The name that a chip reports.
+        topology: XLA's name of the generation.
         memory: Bytes of one chip's HBM.
-        chips: Chips of a slice by their number, as XLA writes its shape.
-        cores: How XLA sees the cores of a chip: v4's two are one device only as a "megacore".
+        tflops: 10^12 operations a second of dense bfloat16 products with float32 sums.
+        chips: The shapes of slices, as XLA writes them, by their number of chips.
+        cores: How XLA sees the cores of a chip. The two of a v4 are one device only as a
+            "megacore".
     """
 
     platform: ClassVar = "tpu"
+    name: str
     topology: str
     memory: int
+    tflops: float
     chips: dict[int, str]
     cores: str = "default"
 
     def slice_of(self, count: int) -> dict[str, Any]:
-        """What `jax.experimental.topologies.get_topology_desc` takes for `count` chips."""
+        """The arguments of `jax.experimental.topologies.get_topology_desc` for `count` chips."""
         name = f"{self.topology}:{self.chips[count]}"
         host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # else a host has four
         return {"topology_name": name, "platform": "tpu", "chip_config_name": self.cores, **host}
 
 
 GPUS = {
-    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72),
-    "rtx4060": Gpu("NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24),
-    "a10": Gpu("NVIDIA A10", "8.6", 22.06, 600, 1.695, 72, 128, 1536, 100, 6),
-    "l4": Gpu("NVIDIA L4", "8.9", 22.17, 300, 2.04, 58, 128, 1536, 100, 48),
-    "t4": Gpu("Tesla T4", "7.5", 14.56, 320, 1.59, 40, 64, 1024, 64, 4),
-    "v100-32g": Gpu("Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6),
-    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40),
-    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 79.11, 3352, 1.98, 132, 128, 2048, 228, 50),
-    "h200": Gpu("NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50),
-    "b200": Gpu("NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126),
+    "rtx3090": Gpu(
+        "NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6, 71.0
+    ),
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72, 165.2
+    ),
+    "rtx4060": Gpu("NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24, None),
+    "a10": Gpu("NVIDIA A10", "8.6", 22.06, 600, 1.695, 72, 128, 1536, 100, 6, 125.0),
+    "l4": Gpu("NVIDIA L4", "8.9", 22.17, 300, 2.04, 58, 128, 1536, 100, 48, 121.0),
+    "t4": Gpu("Tesla T4", "7.5", 14.56, 320, 1.59, 40, 64, 1024, 64, 4, None),
+    "v100-32g": Gpu("Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6, None),
+    "a100-40g": Gpu(
+        "NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40, 312.0
+    ),
+    "a100-80g": Gpu(
+        "NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40, 312.0
+    ),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 79.11, 3352, 1.98, 132, 128, 2048, 228, 50, 989.4),
+    "h200": Gpu("NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50, 989.4),
+    "b200": Gpu("NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126, 2250.0),
 }
 
 V5E_SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 
 TPUS = {
-    "v5e": Tpu("v5e", 16 * GIB, V5E_SLICES),
-    "v6e": Tpu("v6e", 32 * GIB, V5E_SLICES),
-    "v5p": Tpu("v5p", 95 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}),
-    "v4": Tpu("v4", 32 * GIB, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}, "megacore"),
+    "v5e": Tpu("TPU v5 lite", "v5e", 16 * GIB, 197.0, V5E_SLICES),
+    "v6e": Tpu("TPU v6 lite", "v6e", 32 * GIB, 918.0, V5E_SLICES),
+    "v5p": Tpu(
+        "TPU v5p", "v5p", 95 * GIB, 459.0, {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"}
+    ),
+    "v4": Tpu(
+        "TPU v4",
+        "v4",
+        32 * GIB,
+        275.0,
+        {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4"},
+        "megacore",
+    ),
 }
 
 
-BFLOAT16_TFLOPS = {
-    "NVIDIA GeForce RTX 3090": 71.0,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA A10": 125.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H200": 989.4,
-    "NVIDIA B200": 2250.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-}
-"""10^12 operations a second of dense bfloat16 products with float32 sums, by what a device calls
-itself. Figures from NVIDIA's and Google's data sheets."""
+def bfloat16_tflops(name: str) -> float | None:
+    """The peak of a device by the name that it reports, in 10^12 operations a second, if known."""
+    devices = (*GPUS.values(), *TPUS.values())
+    return next((device.tflops for device in devices if device.name == name), None)

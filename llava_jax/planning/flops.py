@@ -111,8 +111,8 @@ def _meetings(size: int, taps: int, results: int, window: dict[str, str]) -> int
         int(window.get(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
     )
     before = int(window.get("pad", "0_0").split("_")[0])
-    places = (i * stride + k * step - before for i in range(results) for k in range(taps))
-    return sum(at % spread == 0 and 0 <= at // spread < size for at in places)
+    positions = (i * stride + k * step - before for i in range(results) for k in range(taps))
+    return sum(at % spread == 0 and 0 <= at // spread < size for at in positions)
 
 
 def _operands(instruction: Instruction, scope: Computation) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Reads the text of compiled modules: what an execution does, and how often.
 
-Of a loop whose length is known only when it runs, the program says how long it may be (`at_most`).
+A loop whose length is known only when it runs has a bound in its name (`jax_compat.bounded_loop`).
 """
 
 import functools
@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from llava_jax.jax_compat import loop_bound
+
 COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"  (?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)")
 CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 NAME = re.compile(r"%[\w.-]+")
 ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-AT_MOST = re.compile(r'at_most_(\d+)_turns\)*/while"')
 
 
 class Instruction(NamedTuple):
@@ -60,8 +61,8 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[Any, int
             return max(inner, key=Counter.total)
         found = sum(inner, Counter(cost(instruction, scope)))
         if instruction.opcode == "while" and found:
-            turns = _turns(instruction, module)
-            return Counter({kind: turns * count for kind, count in found.items()})
+            iterations = _iterations(instruction, module)
+            return Counter({kind: iterations * count for kind, count in found.items()})
         return found
 
     return of(entry)
@@ -83,18 +84,20 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
     return module, entry
 
 
-def _turns(loop: Instruction, module: dict[str, Computation]) -> int:
+def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
     if known := TRIPS.search(loop.attributes):
         return int(known[1])
-    # The TPU's compiler does not say. JAX's loops of fixed length run while a count from 0 is < n.
+    # The TPU's compiler does not write the count. JAX's loops of fixed length count from 0 and go
+    # on while the count is less than a constant.
     condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
     for test in condition.values():
         if test.opcode == "compare" and "direction=LT" in test.attributes:
             limit = condition[NAME.findall(test.operands)[1]]
             if limit.opcode == "constant":
                 return int(limit.operands)
-    if named := AT_MOST.search(loop.attributes):
-        return int(named[1])
+    bound = loop_bound(loop.attributes)
+    if bound is not None:
+        return bound
     raise ValueError(f"a loop of unknown length: {loop.attributes[:300]}")
 
 

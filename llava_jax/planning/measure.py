@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.host_memory import is_for_host
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
+from llava_jax.jax_compat import bytes_of_too_large, compile_for_topology
 from llava_jax.models.attention import attention_implementation
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
 from llava_jax.planning.flops import matmul_flops
@@ -204,32 +204,20 @@ def _compile_for_gpus(
     """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
-    from jax._src import compiler  # no public way takes a module and a topology
-    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
-
     if len(jax.devices("cpu")) < count:
         raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
     program, batch = _program(
         config, model, jax.devices("cpu")[:count], implementation, donate=True
     )
-    module = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
+    lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="target",
         target_config=target.target_config,
         topology=f"1x1x{count}",
     )
-    client = topology.devices[0].client
-    options = compiler.get_compile_options(
-        1, count, device_assignment=np.arange(count).reshape(1, count), backend=client
-    )
-    executable = client.compile(
-        module.compiler_ir("stablehlo"),
-        executable_devices=xla_client.DeviceList(tuple(topology.devices)),
-        compile_options=options,
-    )
-    text = executable.hlo_modules()[0].to_string()
-    return program, _totals(executable.get_compiled_memory_stats()), text
+    stats, text = compile_for_topology(lowered, topology.devices)
+    return program, _totals(stats), text
 
 
 def _compile_for_tpus(
@@ -249,10 +237,6 @@ def _compile_for_tpus(
     return program, *_compiled(program, batch)
 
 
-_REFUSED = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")
-"""In what the compiler of TPUs says, newer and older, the bytes that a step needs."""
-
-
 def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
     """Bytes that a step takes on a device and in host memory, and the compiled module.
 
@@ -263,10 +247,9 @@ def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = _REFUSED.search(str(error))
-        if found is None:
+        needed = bytes_of_too_large(str(error))
+        if needed is None:
             raise
-        needed = int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
         hosted = (_bytes(tree, on_host=True) for tree in _terms(program).values())
         return (needed, sum(hosted)), ""
     return _read(compiled)
@@ -356,8 +339,8 @@ def sizes(config: TrainConfig) -> ModelConfig:
         ConfigError: There is neither.
     """
     source = config.init_from
-    place = source.llm if isinstance(source, Parts) else source
-    if source is not None and (config.model is None or Path(str(place)).exists()):
+    base = source.llm if isinstance(source, Parts) else source
+    if source is not None and (config.model is None or Path(str(base)).exists()):
         return read_config(resolve(source).base)
     if config.model is None:
         raise ConfigError("set init_from to a checkpoint, or model")

@@ -47,7 +47,7 @@ BESIDE = ("non_lora_trainables", "mm_projector")
 class _Piece:
     """One file or directory: its tensors by plain names, and settings of adapters among them."""
 
-    place: Path
+    path: Path
     tensors: Mapping[str, Tensor]
     layout: Layout
     settings: dict[str, Any] | None
@@ -85,26 +85,26 @@ class AdapterCheckpoint:
         return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
-def is_adapter_checkpoint(place: Path) -> bool:
+def is_adapter_checkpoint(path: Path) -> bool:
     """Whether a place holds something to be put on a base, and no whole model."""
-    return not _is_whole(place) and bool(_places(place))
+    return not _is_whole(path) and bool(_parts_in(path))
 
 
-def _is_whole(place: Path) -> bool:
-    has_adapter = (place / CONFIG).is_file() or (place / "llm_adapter").is_dir()
+def _is_whole(path: Path) -> bool:
+    has_adapter = (path / CONFIG).is_file() or (path / "llm_adapter").is_dir()
     weights = ("model*.safetensors*", "pytorch_model*.bin*")
-    return not has_adapter and any(any(place.glob(pattern)) for pattern in weights)
+    return not has_adapter and any(any(path.glob(pattern)) for pattern in weights)
 
 
-def _places(place: Path) -> list[Path]:
+def _parts_in(path: Path) -> list[Path]:
     """Files and directories with what was trained: the place itself, and what lies in it."""
-    if place.is_file():
-        return [place]
-    is_zero = any(place.glob("*model_states.pt")) or (place / "latest").is_file()  # DeepSpeed's
-    has_own = (place / CONFIG).is_file() or _is_whole(place) or is_zero
-    parts = [place / part for part in _XTUNER_PARTS if (place / part).is_dir()]
-    files = [file for name in BESIDE if (file := _file_beside(place, name))]
-    return [*([place] if has_own else []), *parts, *files]
+    if path.is_file():
+        return [path]
+    is_zero = any(path.glob("*model_states.pt")) or (path / "latest").is_file()  # DeepSpeed's
+    has_own = (path / CONFIG).is_file() or _is_whole(path) or is_zero
+    parts = [path / part for part in _XTUNER_PARTS if (path / part).is_dir()]
+    files = [file for name in BESIDE if (file := _file_beside(path, name))]
+    return [*([path] if has_own else []), *parts, *files]
 
 
 def _file_beside(directory: Path, stem: str) -> Path | None:
@@ -112,17 +112,17 @@ def _file_beside(directory: Path, stem: str) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def check_readable(place: Path, read: Reader) -> None:
+def check_readable(path: Path, read: Reader) -> None:
     """Refuses what is nothing that was trained, a text file or a directory of checkpoints.
 
     Raises:
         CheckpointError: Says what it is instead.
     """
-    for piece in _places(place):
+    for piece in _parts_in(path):
         _open_piece(piece, read)
 
 
-def named_base(place: Path) -> str | None:
+def named_base(path: Path) -> str | None:
     """The base that something trained names: a directory, a hub id, or parts; None if it does not.
 
     Raises:
@@ -130,20 +130,20 @@ def named_base(place: Path) -> str | None:
     """
     named = {
         piece: read_settings(piece / CONFIG).get("base_model_name_or_path")
-        for piece in _places(place)
+        for piece in _parts_in(path)
         if (piece / CONFIG).is_file()
     }
-    if place in named:
-        llm, vision = named[place], None
-        if (place / "config.json").is_file():  # LLaVA's: the base is the decoder alone
-            vision = read_json(place / "config.json").get("mm_vision_tower")
+    if path in named:
+        llm, vision = named[path], None
+        if (path / "config.json").is_file():  # LLaVA's: the base is the decoder alone
+            vision = read_json(path / "config.json").get("mm_vision_tower")
         return format_source(Parts(llm, vision)) if llm and vision else llm
-    llm, vision = (named.get(place / part) for part in ("llm_adapter", "visual_encoder_adapter"))
+    llm, vision = (named.get(path / part) for part in ("llm_adapter", "visual_encoder_adapter"))
     return format_source(Parts(llm, vision)) if llm and vision else None
 
 
 def open_adapter(
-    place: str | Path,
+    path: str | Path,
     config: ModelConfig,
     abstract: Abstract,
     *,
@@ -155,7 +155,7 @@ def open_adapter(
     Adapters in vision layers behind the feature are passed over: no output depends on them.
 
     Args:
-        place: A directory or file in a form that this module knows.
+        path: A directory or file in a form that this module knows.
         config: Of the base model.
         abstract: The model's parameters, with adapters or without.
         read: Opens one file or directory of tensors.
@@ -166,8 +166,8 @@ def open_adapter(
             not fit the model: an error that names every tensor that is missing, foreign or of
             another rank or shape.
     """
-    place = Path(place)
-    pieces = [_without_unused(_open_piece(p, read), config) for p in _places(place) or [place]]
+    path = Path(path)
+    pieces = [_without_unused(_open_piece(p, read), config) for p in _parts_in(path) or [path]]
     adapters: dict[str, LoraConfig] = {}
     paths: set[str] = set()
     for piece in pieces:
@@ -179,19 +179,19 @@ def open_adapter(
                 adapters[stack] = _settings(piece, stack, names, alphas or {})
     specs = _expected(adapters, paths, abstract)
     if not specs:
-        raise CheckpointError(f"{place} has no tensor that this model could take")
+        raise CheckpointError(f"{path} has no tensor that this model could take")
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
-    found = find_tensors(str(place), sources, config, specs, may_grow=True)
-    base = read_json(place / BASE) if (place / BASE).is_file() else {}
+    found = find_tensors(str(path), sources, config, specs, may_grow=True)
+    base = read_json(path / BASE) if (path / BASE).is_file() else {}
     fingerprint = base.get("fingerprint")
     named = [piece.layout for piece in pieces]
-    return AdapterCheckpoint(named, adapters, specs, found, named_base(place), fingerprint)
+    return AdapterCheckpoint(named, adapters, specs, found, named_base(path), fingerprint)
 
 
-def _open_piece(place: Path, read: Reader) -> _Piece:
-    settings = read_settings(place / CONFIG) if (place / CONFIG).is_file() else None
-    own = None if settings is None else _file_beside(place, "adapter_model")
-    file = own or place
+def _open_piece(path: Path, read: Reader) -> _Piece:
+    settings = read_settings(path / CONFIG) if (path / CONFIG).is_file() else None
+    own = None if settings is None else _file_beside(path, "adapter_model")
+    file = own or path
     named = read(file)
     tensors = {plain_name(name): tensor for name, tensor in named.items()}
     if len(tensors) < len(named):
@@ -199,8 +199,8 @@ def _open_piece(place: Path, read: Reader) -> _Piece:
     try:
         layout = layouts.recognise(tensors, _LAYOUTS)
     except layouts.LayoutError as error:
-        raise CheckpointError(f"{place} has nothing for this model: {error}") from error
-    return _Piece(place, tensors, layout, settings)
+        raise CheckpointError(f"{path} has nothing for this model: {error}") from error
+    return _Piece(path, tensors, layout, settings)
 
 
 def _path(piece: _Piece, name: str, config: ModelConfig) -> str:
@@ -221,18 +221,18 @@ def _settings(
     piece: _Piece, stack: str, names: list[str], alphas: Mapping[str, float]
 ) -> LoraConfig:
     if piece.settings is not None:
-        return stack_settings(piece.place, piece.settings, stack, names)
+        return stack_settings(piece.path, piece.settings, stack, names)
     if stack not in alphas:
         raise CheckpointError(
-            f"{piece.place} has adapters in {stack}*, and does not say their alpha: it stands in "
+            f"{piece.path} has adapters in {stack}*, and does not say their alpha: it stands in "
             "the config that they were trained with, XTuner's .py, as lora_alpha; give it with "
             "--alpha (of the decoder) or --vision-alpha"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:
-        raise CheckpointError(f"{piece.place} has adapters in {stack}* without a rank: {names[0]}")
+        raise CheckpointError(f"{piece.path} has adapters in {stack}* without a rank: {names[0]}")
     rank = shapes[0][0]
-    return stack_settings(piece.place, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
+    return stack_settings(piece.path, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
 
 
 def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
@@ -254,13 +254,13 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
 
 
 def check_base(
-    trained: AdapterCheckpoint, place: str | Path, base: str | Path | Parts, fingerprint: str
+    trained: AdapterCheckpoint, path: str | Path, base: str | Path | Parts, fingerprint: str
 ) -> None:
     """Refuses a base that something was not trained on, if it says on which it was.
 
     Args:
         trained: From `open_adapter`.
-        place: Where it lies.
+        path: Where it lies.
         base: Where the base lies.
         fingerprint: Of the base.
 
@@ -269,13 +269,13 @@ def check_base(
     """
     if trained.fingerprint not in (None, fingerprint):
         raise CheckpointError(
-            f"{place} was trained on {trained.base_name}, whose weights are not those of "
+            f"{path} was trained on {trained.base_name}, whose weights are not those of "
             f"{format_source(base)}; load that base"
         )
 
 
 def load_adapter(
-    place: str | Path,
+    path: str | Path,
     adapters: Mapping[str, LoraConfig],
     config: ModelConfig,
     abstract: Abstract,
@@ -285,7 +285,7 @@ def load_adapter(
     """Reads what a run is to go on with; it must be of the run's own kind.
 
     Args:
-        place: As for `open_adapter`.
+        path: As for `open_adapter`.
         adapters: The run's LoRA settings by stack; dropout may differ.
         config: Of the base model.
         abstract: The run's parameters with their dtypes and shardings.
@@ -297,7 +297,7 @@ def load_adapter(
             that the run keeps frozen, or was trained on another base.
     """
     alphas = {stack: lora.alpha for stack, lora in adapters.items()}
-    trained = open_adapter(place, config, abstract, alphas=alphas)
+    trained = open_adapter(path, config, abstract, alphas=alphas)
     problems = [*_other_settings(trained, adapters)]
     kept = [path for path in trained.abstract if not path.startswith(BEHIND_FEATURE)]
     frozen = [path for path in kept if not is_adapter(path) and path not in trainable]
@@ -310,7 +310,7 @@ def load_adapter(
         )
     if problems:
         what = "\n".join(f"  {problem}" for problem in problems)
-        raise CheckpointError(f"{place} does not fit this run\n{what}")
+        raise CheckpointError(f"{path} does not fit this run\n{what}")
     return trained.load({path: abstract[path] for path in kept})
 
 

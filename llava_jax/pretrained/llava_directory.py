@@ -73,9 +73,9 @@ def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
     name = raw.get("mm_vision_tower")
     if not isinstance(name, str):
         return None
-    for place in (Path(name), file.parent / name, file.parent / Path(name).name):
-        if (place / "config.json").is_file():
-            return str(place)
+    for directory in (Path(name), file.parent / name, file.parent / Path(name).name):
+        if (directory / "config.json").is_file():
+            return str(directory)
     return _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
 

@@ -38,7 +38,7 @@ EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
 
 def load_params(
-    place: str | Path | Parts,
+    source: str | Path | Parts,
     config: ModelConfig,
     abstract: Abstract,
     wanted: Collection[str] | None = None,
@@ -49,8 +49,8 @@ def load_params(
     token's logit is then the mean logit, and never the largest.
 
     Args:
-        place: A directory in one of `layouts.LLAVA_LAYOUTS`, or where the parts lie.
-        config: The model that `abstract` belongs to, as `model_config` reads it from `place`.
+        source: A directory in one of `layouts.LLAVA_LAYOUTS`, or where the parts lie.
+        config: The model that `abstract` belongs to, as `model_config` reads it from `source`.
         abstract: All parameters of the model, in their final dtypes, each where its sharding says
             or on the default device; adapters are not part of a checkpoint.
         wanted: Only these are read, though all are checked; None reads all.
@@ -61,8 +61,8 @@ def load_params(
     Raises:
         CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
     """
-    sources = open_sources(place)
-    found = find_base_tensors(place, sources, config, abstract)
+    sources = open_sources(source)
+    found = find_base_tensors(source, sources, config, abstract)
     return {
         path: assemble(path, tensors, abstract[path])
         for path, tensors in found.items()
@@ -70,7 +70,7 @@ def load_params(
     }
 
 
-def open_sources(place: str | Path | Parts, read: Reader = open_tensors) -> list[Source]:
+def open_sources(source: str | Path | Parts, read: Reader = open_tensors) -> list[Source]:
     """The files of a checkpoint or of separate parts, those first that come before others.
 
     An original LLaVA's own vision tower comes before the one given beside it, whose config it has.
@@ -78,13 +78,13 @@ def open_sources(place: str | Path | Parts, read: Reader = open_tensors) -> list
     Raises:
         CheckpointError: One cannot be read, or holds something else.
     """
-    if not isinstance(place, Parts):
-        return [_open(place, layouts.LLAVA_LAYOUTS, read)]
-    sources = [_open(place.llm, layouts.LLM_LAYOUTS, read)]
-    if place.vision != place.llm:
-        sources.append(_open(place.vision, layouts.VISION_LAYOUTS, read))
-    if place.projector is not None:
-        sources.insert(0, _open(place.projector, layouts.PROJECTOR_LAYOUTS, read))
+    if not isinstance(source, Parts):
+        return [_open(source, layouts.LLAVA_LAYOUTS, read)]
+    sources = [_open(source.llm, layouts.LLM_LAYOUTS, read)]
+    if source.vision != source.llm:
+        sources.append(_open(source.vision, layouts.VISION_LAYOUTS, read))
+    if source.projector is not None:
+        sources.insert(0, _open(source.projector, layouts.PROJECTOR_LAYOUTS, read))
     return sources
 
 
@@ -97,13 +97,13 @@ def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
 
 
 def find_base_tensors(
-    place: str | Path | Parts, sources: list[Source], config: ModelConfig, abstract: Abstract
+    source: str | Path | Parts, sources: list[Source], config: ModelConfig, abstract: Abstract
 ) -> dict[str, list[Tensor]]:
     """`find_tensors` for a checkpoint or parts; a projector that no part has is left out."""
-    is_parts = isinstance(place, Parts)
+    is_parts = isinstance(source, Parts)
     if is_parts and not any(source[1].holds("projector.linear_1.weight") for source in sources):
         abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
-    return find_tensors(format_source(place), sources, config, abstract, may_grow=is_parts)
+    return find_tensors(format_source(source), sources, config, abstract, may_grow=is_parts)
 
 
 def find_tensors(
@@ -215,7 +215,7 @@ def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
         CheckpointError: A weight to quantise cannot be.
     """
     if not paths.is_stacked(path):
-        return _cast(_place(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
+        return _cast(_device_put(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
     stack = jax.tree.map(_open_stack, spec)
     for index, tensor in enumerate(tensors):
         layer: Any = _read(tensor, spec.shape[1:])
@@ -226,7 +226,9 @@ def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
                 raise CheckpointError(f"{path}, layer {index}: {error}") from error
         stack = jax.tree.map(partial(_put, index), stack, layer)
     return jax.tree.map(
-        lambda x, leaf: _place(x, leaf.sharding) if isinstance(x, np.ndarray) else x, stack, spec
+        lambda x, leaf: _device_put(x, leaf.sharding) if isinstance(x, np.ndarray) else x,
+        stack,
+        spec,
     )
 
 
@@ -241,9 +243,9 @@ def _put(index: int, stack: np.ndarray | Array, layer: np.ndarray) -> np.ndarray
     if isinstance(stack, np.ndarray):
         stack[index] = layer
         return stack
-    placed = _place(layer, _layer_sharding(stack.sharding))
+    on_device = _device_put(layer, _layer_sharding(stack.sharding))
     # Waiting keeps the host from running ahead with many tensors in flight.
-    return jax.block_until_ready(_insert(stack, placed, np.int32(index)))
+    return jax.block_until_ready(_insert(stack, on_device, np.int32(index)))
 
 
 def _sharding(spec: jax.ShapeDtypeStruct) -> Sharding:
@@ -259,7 +261,7 @@ def _read(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     return values
 
 
-def _place(values: np.ndarray, sharding: Sharding) -> Array:
+def _device_put(values: np.ndarray, sharding: Sharding) -> Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import Aspect, ModelConfig, Parts, format_source
 from llava_jax.data.conversation import adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
-from llava_jax.data.templates import SYSTEM_PLACE, TEMPLATES, Template
+from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
 from llava_jax.disk import copy_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model_config import read_vision_config
@@ -28,20 +28,22 @@ def has_processor(directory: Path) -> bool:
     return has_tokenizer(directory) and _image_settings(directory) is not None
 
 
-def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None) -> ImageTransform:
+def load_image_transform(
+    source: str | Path | Parts, aspect: Aspect | None = None
+) -> ImageTransform:
     """How a checkpoint's images become pixels.
 
     Args:
-        place: A LLaVA's directory, or separate parts: then the vision tower's. A tower without an
+        source: A LLaVA's directory, or separate parts: then the vision tower's. A tower without an
             image processor gets CLIP's or SigLIP's own, at its image size.
         aspect: What happens to images that are not square; None is what the checkpoint says.
 
     Raises:
         CheckpointError: There is no image processor, or one that does something else.
     """
-    directory = Path(place.vision if isinstance(place, Parts) else place)
+    directory = Path(source.vision if isinstance(source, Parts) else source)
     found = _image_settings(directory)
-    if found is None and isinstance(place, Parts):
+    if found is None and isinstance(source, Parts):
         tower = read_vision_config(directory)
         size, is_siglip = tower.image_size, tower.model_type == "siglip_vision_model"
         return ImageTransform(size, size, size, *_statistics(is_siglip), aspect=aspect or "pad")
@@ -80,7 +82,7 @@ def load_image_transform(place: str | Path | Parts, aspect: Aspect | None = None
 
 
 def load_fitting_transform(
-    place: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
+    source: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
 ) -> ImageTransform:
     """As `load_image_transform`, for a model.
 
@@ -88,10 +90,10 @@ def load_fitting_transform(
         CheckpointError: As there.
         ConfigError: The pixels are not of the size that the model takes.
     """
-    transform = load_image_transform(place, aspect)
+    transform = load_image_transform(source, aspect)
     if not transform.height == transform.width == config.vision.image_size:
         raise ConfigError(
-            f"{place}: the image processor gives {transform.height} x {transform.width} pixels, "
+            f"{source}: the image processor gives {transform.height} x {transform.width} pixels, "
             f"but the vision tower takes {config.vision.image_size}; they belong to different "
             "models"
         )
@@ -295,16 +297,16 @@ def generation_settings(
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def end_tokens(place: str | Path | Parts) -> frozenset[int]:
+def end_tokens(source: str | Path | Parts) -> frozenset[int]:
     """The tokens that end what is generated, as a checkpoint's files say."""
-    found = _given_ends(place, None)
-    if found is None and has_tokenizer(place):
-        found = cast("int | None", load_tokenizer(place).eos_token_id)
+    found = _given_ends(source, None)
+    if found is None and has_tokenizer(source):
+        found = cast("int | None", load_tokenizer(source).eos_token_id)
     return frozenset(_as_list(found))
 
 
-def _given_ends(place: str | Path | Parts, default: int | None) -> int | list[int] | None:
-    file = Path(place.llm if isinstance(place, Parts) else place) / "generation_config.json"
+def _given_ends(source: str | Path | Parts, default: int | None) -> int | list[int] | None:
+    file = Path(source.llm if isinstance(source, Parts) else source) / "generation_config.json"
     found: Any = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if any(type(end) is not int for end in ends):
@@ -353,17 +355,17 @@ _MARKS = {
 }
 
 
-def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
+def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
     """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
 
     Args:
-        place: Where the tokenizer lies.
+        source: Where the tokenizer lies.
         is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
 
     Returns:
         Its name; None if the chat template that is there takes images, and may stay.
     """
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(source)
     own = str(tokenizer.chat_template or "")  # a decoder's leaves out what is no text
     if "image" in own and not is_xtuner:
         return None
@@ -373,19 +375,19 @@ def choose_template(place: str | Path | Parts, *, is_xtuner: bool = False) -> st
 
 
 def read_chat_template(
-    place: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
+    source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
 ) -> tuple[str, Template | None]:
     """A checkpoint's chat template; if it takes no images, the one that fits its decoder.
 
     Args:
-        place: A LLaVA's directory, or separate parts.
+        source: A LLaVA's directory, or separate parts.
         tokenizer: From there.
         image_token: What stands for an image in its text.
 
     Returns:
         Jinja, and the template that it renders where it is not the checkpoint's own.
     """
-    directory = Path(place.llm if isinstance(place, Parts) else place)
+    directory = Path(source.llm if isinstance(source, Parts) else source)
     newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
     own = tokenizer.chat_template or ""  # that of chat_template.jinja, if there is one
     if older.exists() and not newer.exists():
@@ -396,7 +398,7 @@ def read_chat_template(
         raise CheckpointError(f"{directory}: its chat template is {own!r:.80}, not a text")
     if "image" in own:
         return own, None
-    template = TEMPLATES[choose_template(place) or "vicuna_v1"]
+    template = TEMPLATES[choose_template(source) or "vicuna_v1"]
     return chat_template(template, tokenizer, image_token), template
 
 
@@ -413,7 +415,7 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
         for name, token in named.items():
             part = part.replace(name, token)
         # Other control tokens stand for themselves.
-        return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_PLACE else m[1], part)
+        return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_SLOT else m[1], part)
 
     first_prefix = text(template.begin + template.human_prefix)
     if bos and adds_bos(tokenizer):
@@ -423,7 +425,7 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
         "system_prefix": text(template.system_prefix),
         "system_suffix": text(template.system_suffix),
         "first_prefix": first_prefix,
-        "human_prefix": text(template.human_prefix.replace(SYSTEM_PLACE, "")),
+        "human_prefix": text(template.human_prefix.replace(SYSTEM_SLOT, "")),
         "answer_prefix": text(template.answer_prefix),
         "answer_suffix": text(template.answer_suffix),
         "separator": text(template.separator),

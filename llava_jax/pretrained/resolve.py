@@ -97,17 +97,17 @@ def model_name(source: str | Path | Parts) -> str:
     return path.parent.name if is_made else path.name
 
 
-def adapter_in(place: str | Path, read: Reader = open_tensors) -> Path:
-    """Where something trained lies: a file, a directory, a run's adapter, or a hub id's snapshot.
+def adapter_in(name: str | Path, read: Reader = open_tensors) -> Path:
+    """Finds what was trained: a file, a directory, a run's adapter, or the snapshot of a hub id.
 
     Args:
-        place: What it is called.
+        name: A path or a hub id.
         read: As for `resolve`.
 
     Raises:
         ConfigError: There is nothing of the kind.
     """
-    path = Path(place) if Path(place).exists() else _local(str(place), read)
+    path = Path(name) if Path(name).exists() else _local(str(name), read)
     inner = path / "adapter"
     return inner if inner.is_dir() and _is_run(path) else path
 
@@ -157,18 +157,18 @@ def _resolve_parts(parts: Parts, read: Reader) -> Parts:
 
 
 def _find_part(name: str, read: Reader) -> Path:
-    place = _local(name, read)
-    _refuse_pickles(name, place, read)
-    return place
+    directory = _local(name, read)
+    _refuse_pickles(name, directory, read)
+    return directory
 
 
-def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
+def _refuse_pickles(name: str, directory: Path, read: Reader) -> None:
     """Says how to rewrite pickles, where they are all the weights there are and are not read.
 
     A snapshot for such a reader is without its pickles, see `_download`.
     """
-    is_snapshot, pickles = not Path(name).exists(), sorted(place.glob("*.bin"))
-    if _reads_pickles(read) or any(place.glob("*.safetensors")) or not (is_snapshot or pickles):
+    is_snapshot, pickles = not Path(name).exists(), sorted(directory.glob("*.bin"))
+    if _reads_pickles(read) or any(directory.glob("*.safetensors")) or not (is_snapshot or pickles):
         return
     has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
     rewritten = f"{Path(name).name}-safetensors"
@@ -178,19 +178,19 @@ def _refuse_pickles(name: str, place: Path, read: Reader) -> None:
     )
 
 
-def _resolve_trained(place: Path, read: Reader) -> Checkpoint:
+def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
     """What was trained, and the base that it names."""
-    if place.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(place.parent):
-        raise ConfigError(f"{place} is a part of what XTuner exported; name {place.parent}")
-    base = named_base(place)
+    if directory.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(directory.parent):
+        raise ConfigError(f"{directory} is a part of what XTuner exported; name {directory.parent}")
+    base = named_base(directory)
     if base in (None, "", "None"):
-        check_readable(place, read)
-        raise ConfigError(f"{place} does not say which base it belongs to; {_NAME_BASE}")
+        check_readable(directory, read)
+        raise ConfigError(f"{directory} does not say which base it belongs to; {_NAME_BASE}")
     try:
-        return _resolve(parse_source(base), read, is_base=True)._replace(adapter=place)
+        return _resolve(parse_source(base), read, is_base=True)._replace(adapter=directory)
     except ConfigError as error:
         raise ConfigError(
-            f"{place} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
+            f"{directory} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
         ) from error
 
 
@@ -239,29 +239,29 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
     # What LLaVA's code puts beside safetensors comes always: it is a part of what was trained.
     patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
     try:
-        place = Path(snapshot_download(hub_id, allow_patterns=patterns))
-        if pickles and not any(place.rglob("*.safetensors")):
-            place = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
+        directory = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if pickles and not any(directory.rglob("*.safetensors")):
+            directory = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub's client has many, and no common base
         raise ConfigError(
             f"{hub_id!r} is no directory (has the run that makes it finished?), and the hub does "
             f"not give it: {error}"
         ) from error
-    return place
+    return directory
 
 
-def quantisation_of(place: Path | Parts) -> Quantisation | None:
-    """Returns how a run quantised its base; None if it did not.
+def quantisation_of(source: Path | Parts) -> Quantisation | None:
+    """How a run kept its base while it trained; None if the base was not quantised.
 
     Args:
-        place: A run's directory, or the directory `adapter` or `model` in it. What no run has made
-            is not quantised.
+        source: A run's directory, or the adapter or model that the run left in it. What no run has
+            made is not quantised.
     """
-    if isinstance(place, Parts):
+    if isinstance(source, Parts):
         return None
-    for directory in (place, place.parent):  # a run's directory, or what it left there
+    for run_dir in (source, source.parent):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            found = json.loads(read_regular(directory / "config.json", MAX_JSON_BYTES))
+            found = json.loads(read_regular(run_dir / "config.json", MAX_JSON_BYTES))
             if "base_fingerprint" in found:
                 bits = found["config"]["quantize"]
                 return bits if bits in get_args(Quantisation) else None

@@ -127,17 +127,17 @@ class Strided(Tensor):
     def stretch(self, at: int, count: int) -> bytes:
         size = ITEM_BYTES[self.dtype]
         first, last = at // size, -(-(at + count) // size)
-        places = [self._place(index) for index in range(first, last)]
-        items = [Tensor.stretch(self, size * place, size) for place in places]
+        positions = [self._position(index) for index in range(first, last)]
+        items = [Tensor.stretch(self, size * position, size) for position in positions]
         return b"".join(items)[at - first * size :][:count]
 
-    def _place(self, index: int) -> int:
+    def _position(self, index: int) -> int:
         """Where an item lies, given which of them it is row after row."""
-        place = 0
+        position = 0
         for size, step in zip(self.shape[::-1], self.stride[::-1], strict=True):
             index, along = divmod(index, size)
-            place += along * step
-        return place
+            position += along * step
+        return position
 
 
 def is_shape(shape: Sequence[Any]) -> bool:
@@ -239,8 +239,8 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         CheckpointError: The index is malformed, or it names what is not there.
     """
     try:
-        placed = parse_json(read_regular(index, MAX_JSON_BYTES))["weight_map"]
-        files = sorted(set(placed.values()))
+        file_of = parse_json(read_regular(index, MAX_JSON_BYTES))["weight_map"]
+        files = sorted(set(file_of.values()))
         absent = [
             name for name in files if Path(name).name != name or not (index.parent / name).is_file()
         ]
@@ -250,15 +250,15 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
     tables = {name: read(index.parent / name) for name in files}
-    absent = [f"{name} in {file}" for name, file in placed.items() if name not in tables[file]]
+    absent = [f"{name} in {file}" for name, file in file_of.items() if name not in tables[file]]
     if absent:
         raise CheckpointError(f"{index} names tensors its files lack: {', '.join(absent)}")
     left_over = [
-        f"{name} in {file}" for file in files for name in tables[file] if placed.get(name) != file
+        f"{name} in {file}" for file in files for name in tables[file] if file_of.get(name) != file
     ]
     if left_over:
         raise CheckpointError(f"{index} lacks tensors that its files have: {', '.join(left_over)}")
-    return {name: tables[file][name] for name, file in placed.items()}
+    return {name: tables[file][name] for name, file in file_of.items()}
 
 
 _FORMATS = ("pt", "tf", "flax", "mlx", "np")  # what transformers takes
@@ -406,9 +406,9 @@ def write_sharded(
         for file_name, group in zip(names, groups, strict=True):
             write_tensors(staging / file_name, {name: specs[name] for name in group}, values)
         if count > 1:
-            placed = {n: file for file, group in zip(names, groups, strict=True) for n in group}
+            file_of = {n: file for file, group in zip(names, groups, strict=True) for n in group}
             total = sum(_size(spec) for spec in specs.values())
-            index = {"metadata": {"total_size": total}, "weight_map": placed}
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
             (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
             names.append(INDEX)
         for name in names:

@@ -27,9 +27,9 @@ _MAX_PIECE = 1000
 _SPACE = "▁"  # how SentencePiece writes a space
 
 
-def has_tokenizer(place: str | Path | Parts) -> bool:
+def has_tokenizer(source: str | Path | Parts) -> bool:
     """Whether a checkpoint directory, or the decoder's of separate parts, has a tokenizer."""
-    directory = Path(place.llm if isinstance(place, Parts) else place)
+    directory = Path(source.llm if isinstance(source, Parts) else source)
     return any((directory / name).exists() for name in (_FAST, _SENTENCEPIECE))
 
 
@@ -38,17 +38,17 @@ def has_slow_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (_SENTENCEPIECE, "vocab.json"))
 
 
-def load_tokenizer(place: str | Path | Parts) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Args:
-        place: A LLaVA's directory. Or separate parts: then the decoder's tokenizer, with `<image>`,
-            and `<pad>` if it has no padding token, added where it lacks them.
+        source: A LLaVA's directory, or separate parts. With parts it is the decoder's tokenizer, to
+            which `<image>` is added, and `<pad>` if it has no padding token.
 
     Raises:
         CheckpointError: There is none, it cannot be read, or is none that may be used.
     """
-    directory = Path(place.llm if isinstance(place, Parts) else place)
+    directory = Path(source.llm if isinstance(source, Parts) else source)
     if not has_tokenizer(directory):
         raise CheckpointError(f"{directory} has neither {_FAST} nor {_SENTENCEPIECE}")
     try:
@@ -61,7 +61,7 @@ def load_tokenizer(place: str | Path | Parts) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library has no other base
         said = f"{directory}: the tokenizer cannot be read: {type(error).__name__}: {error}"
         raise CheckpointError(f"{said:.1000}") from error
-    if isinstance(place, Parts):
+    if isinstance(source, Parts):
         known = tokenizer.get_vocab()
         if IMAGE_TOKEN not in known:
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -166,13 +166,13 @@ def _growth(step: Any) -> int:
     return max(_GROWTHS.get(kind, 1), len(step.get("content", "")), len(step.get("prepend", "")))
 
 
-def copy_tokenizer(place: str | Path | Parts, directory: Path) -> None:
+def copy_tokenizer(source: str | Path | Parts, directory: Path) -> None:
     """Copies a tokenizer's files as they are."""
-    source = Path(place.llm if isinstance(place, Parts) else place)
+    origin = Path(source.llm if isinstance(source, Parts) else source)
     names = (_FAST, _SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json")
     for name in (*names, "added_tokens.json", "vocab.json", "merges.txt"):
-        if (source / name).is_file():
-            copy_regular(source / name, directory / name)
+        if (origin / name).is_file():
+            copy_regular(origin / name, directory / name)
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:

@@ -183,8 +183,8 @@ def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
         if first["type"] == "json_invalid":
             raise RequestError(f"the body is not JSON: {first['msg']}") from None
         # Without the names of a union's members, which are ours.
-        place = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
-        param = ".".join(str(x) for x in place) or None
+        fields = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
+        param = ".".join(str(x) for x in fields) or None
         raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from None
     except ValueError as error:  # a lone surrogate, for one
         raise RequestError(f"the body cannot be read: {error}") from error

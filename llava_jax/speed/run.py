@@ -16,7 +16,7 @@ import numpy as np
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.sharding import make_mesh
-from llava_jax.planning.devices import BFLOAT16_TFLOPS
+from llava_jax.planning.devices import bfloat16_tflops
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.speed.case import ADAPTER, BASE, Case
@@ -156,7 +156,7 @@ def cells(case: Case, row: Row) -> list[str]:
     """Returns the cells of a line of the table."""
     least, median, most = np.percentile(row.seconds, [10, 50, 90])
     rate = case.model_flops / median / 1e12
-    peak = BFLOAT16_TFLOPS.get(row.device) if case.config.dtype == "bfloat16" else None
+    peak = bfloat16_tflops(row.device) if case.config.dtype == "bfloat16" else None
     gib = lambda size: "-" if size is None else f"{size / GIB:.2f}"
     return [
         row.name,

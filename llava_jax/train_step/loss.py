@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llava_jax.distributed.sharding import shard_map_rows
+from llava_jax.jax_compat import bounded_loop
 from llava_jax.models.layers import Params, from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
-from llava_jax.models.stack import bounded_loop
 
 Carry = TypeVar("Carry")
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from llava_jax.config import AttentionImplementation, LoraConfig, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
-from llava_jax.distributed.multihost import device_put_rows, rows_here
+from llava_jax.distributed.multihost import rows_here
 from llava_jax.distributed.sharding import (
     batch_sharding,
     data_parallel_size,
@@ -22,12 +22,12 @@ from llava_jax.distributed.sharding import (
     with_shardings,
 )
 from llava_jax.errors import ConfigError
+from llava_jax.jax_compat import CPU_OPTIONS, OVERLAP_OPTIONS, STREAMING_OPTIONS
 from llava_jax.models import lora
 from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract
 from llava_jax.models.paths import is_adapter, is_stacked, is_trainable
-from llava_jax.models.stack import CPU_OPTIONS
 from llava_jax.train_step.optimizer import (
     GROUPS,
     Schedule,
@@ -43,14 +43,6 @@ from llava_jax.train_step.step import (
     make_gradient_fn,
     make_train_step,
 )
-
-STREAMING_OPTIONS = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
-"""XLA:GPU may compute wrong gradients where a loop slices host memory backwards (openxla/xla
-#46231, seen with jaxlib 0.11.0): the pass that this switches off annotates such slices wrongly."""
-
-OVERLAP_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
-"""Lets XLA:GPU gather and divide among devices while it computes; off unless asked for (jax 0.10).
-The TPU's compiler does so by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +102,10 @@ class Program:
             to_train: Whether the batch is for the train step, whose pixels may wait in host memory.
         """
         size = len(batch.input_ids) if size is None else size
-        rows = self.rows(size)
         return jax.tree.map(
-            lambda x, sharding: device_put_rows(np.asarray(x), sharding, rows, size),
+            lambda x, sharding: jax.make_array_from_process_local_data(
+                sharding, np.asarray(x), (size, *np.shape(x)[1:])
+            ),
             # The checksum is static, so every batch would be compiled for.
             dataclasses.replace(batch, text_checksum=0),
             self._batch_shardings(self.pixels_on_host and to_train),

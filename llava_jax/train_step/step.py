@@ -18,11 +18,12 @@ from llava_jax.distributed import host_memory
 from llava_jax.distributed.host_memory import PINNED_HOST, fits_host
 from llava_jax.distributed.sharding import data_parallel_size, shardings
 from llava_jax.errors import ConfigError
+from llava_jax.jax_compat import bounded_loop
 from llava_jax.models.layers import Abstract, Params, merge
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import HEAD, is_stacked
 from llava_jax.models.quant import Quantised
-from llava_jax.models.stack import Accumulated, attach, attach_beside, bounded_loop
+from llava_jax.models.stack import Accumulated, attach, attach_beside
 from llava_jax.train_step.loss import loss_weights, next_tokens, token_losses, weighted_loss
 from llava_jax.train_step.optimizer import Schedule, apply_gradients, clip_scale, global_norm
 

@@ -25,11 +25,11 @@ from llava_jax.distributed.multihost import (
     this_process,
 )
 from llava_jax.errors import ConfigError, RunError
+from llava_jax.jax_compat import COMPILER_VARIABLES
 from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
 
-_ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OPTIONS = (
     *("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision"),
     *("jax_default_prng_impl", "jax_threefry_partitionable"),
@@ -72,7 +72,7 @@ def run_facts(
         "the image transform": repr(inputs.encoder.transform),
         **{f"the version of {name}": version for name, version in versions().items()},
         "the source of llava_jax": hash_code(),
-        **{name: os.environ.get(name) for name in _ENVIRONMENT},
+        **{name: os.environ.get(name) for name in COMPILER_VARIABLES},
         **{name: getattr(jax.config, name) for name in _OPTIONS},
     }
 

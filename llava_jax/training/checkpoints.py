@@ -26,6 +26,7 @@ from llava_jax.config import CheckpointConfig
 from llava_jax.distributed.host_memory import is_for_host
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
+from llava_jax.jax_compat import ORBAX_METADATA, ORBAX_UNFINISHED, is_late_callback
 from llava_jax.train_step.step import TrainState
 from llava_jax.training.repair import copy_files
 
@@ -33,10 +34,6 @@ MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 """What the name of a checkpoint that was passed over ends in."""
 
-_OWN = "_CHECKPOINT_METADATA"
-"""Orbax writes the time into it when the checkpoint takes its name."""
-
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
 """Key of the copies of the run's own files, which are saved with the data's position."""
@@ -68,7 +65,7 @@ class Checkpoints:
         newest = None
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
-            for left in directory.glob(f"*{_UNFINISHED}*"):
+            for left in directory.glob(f"*{ORBAX_UNFINISHED}*"):
                 _remove(left)
             newest = self._newest_whole()
         self._newest = broadcast_from_main(-1 if newest is None else newest)
@@ -214,8 +211,10 @@ class Checkpoints:
 
     def _complete(self) -> None:
         """Writes the list of files, before the checkpoint takes its name."""
-        (unfinished,) = self._directory.glob(f"{self._saving}{_UNFINISHED}*")
-        files = [path for path in unfinished.rglob("*") if path.is_file() and path.name != _OWN]
+        (unfinished,) = self._directory.glob(f"{self._saving}{ORBAX_UNFINISHED}*")
+        files = [
+            path for path in unfinished.rglob("*") if path.is_file() and path.name != ORBAX_METADATA
+        ]
         with ThreadPoolExecutor(_THREADS) as pool:
             sums = pool.map(checksum, files)
             listed = {
@@ -259,7 +258,7 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         """Takes its name first, so that half of one is never taken for a checkpoint."""
         place = self._directory / str(step)
-        shutil.rmtree(place.rename(place.with_name(f"{step}{_UNFINISHED}")))
+        shutil.rmtree(place.rename(place.with_name(f"{step}{ORBAX_UNFINISHED}")))
 
 
 def _remove(place: Path) -> None:
@@ -273,17 +272,11 @@ def _remove(place: Path) -> None:
 
 @functools.cache
 def _drop_late_callbacks() -> None:
-    """Keeps one useless complaint off a run's output, from now on.
-
-    When a write fails, Orbax raises and closes its event loop while TensorStore still has other
-    writes under way. Each of them then finds that loop closed, and says so on stderr. That of any
-    other closed loop is dropped too; nothing tells them apart.
-    """
+    """Keeps one useless complaint off a run's output, from now on; see `is_late_callback`."""
     others = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        if not is_late_callback(unraisable.exc_value):
             others(unraisable)
 
     sys.unraisablehook = hook
@@ -314,9 +307,9 @@ def what_is_damaged(place: Path) -> str | None:
     """Compares a checkpoint with its manifest; None if it is intact, otherwise the reason."""
     try:
         expected = read_manifest((place / MANIFEST).read_text())
-        json.loads((place / _OWN).read_text())
+        json.loads((place / ORBAX_METADATA).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        return f"{place / MANIFEST} or {_OWN} cannot be read ({error})"
+        return f"{place / MANIFEST} or {ORBAX_METADATA} cannot be read ({error})"
     for name, (size, _) in expected.items():
         found = (place / name).stat().st_size if (place / name).is_file() else None
         if found != size:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.distributed import environment, multihost, watchdog
+from llava_jax.distributed import environment, multihost
 from llava_jax.errors import CheckpointError, ConfigError
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
@@ -70,8 +70,11 @@ WITHOUT_ADDRESS = {"OMPI_COMM_WORLD_SIZE": "2"}  # as Open MPI 5 sets it
     ("variables", "said"),
     [
         (WITHOUT_ADDRESS, r"cannot be joined: address unknown, unknown processes.*Set JAX_COORD"),
-        ({"JAX_NUM_PROCESSES": "two"}, "^JAX_NUM_PROCESSES='two' is no number$"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1.0"}, "^JAX_PROCESS_ID='1.0' is no number"),
+        ({"JAX_NUM_PROCESSES": "two"}, "^JAX_NUM_PROCESSES='two' is not a number$"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1.0"},
+            "^JAX_PROCESS_ID='1.0' is not a number",
+        ),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "address unknown, 2 processes"),
         (
             {"JAX_COORDINATOR_ADDRESS": "h", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
@@ -96,7 +99,6 @@ def test_a_process_that_is_alone_agrees_with_itself():
     assert multihost.differences({"a": 1}) == []
     assert multihost.is_alone()
     assert multihost.is_main_process()
-    assert multihost.all_end()
 
 
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
@@ -124,22 +126,5 @@ def test_rows_are_placed_on_the_devices_that_have_them(shape: tuple[int, int]):
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
     values = np.arange(16).reshape(8, 2)
     assert multihost.rows_here(sharding, 8) == list(range(8))
-    placed = multihost.device_put_rows(values, sharding, range(8), 8)
+    placed = jax.make_array_from_process_local_data(sharding, values, values.shape)
     np.testing.assert_array_equal(placed, values)
-
-
-@pytest.mark.parametrize(
-    ("text", "who"),
-    [
-        ("unhealthy (stopped sending heartbeats):\n1\nThe tasks", "process 1 of this run (from 0)"),
-        ("(stopped sending heartbeats):\n1\n12\nThe", "process 1, 12 of this run (from 0)"),
-        ("Either the leader task was preempted/died", "process 0 of this run (from 0)"),
-        (
-            "RPC: /xla.coordination.CoordinationService/RegisterTask",
-            "JAX's service in process 0 of ",
-        ),
-        ("terminate called: gloo::EnforceNotMet", "another process of this run"),
-    ],
-)
-def test_a_guard_names_the_process_that_was_lost(text: str, who: str):
-    assert watchdog._who(text).startswith(who)

@@ -67,7 +67,7 @@ def test_data_that_is_wrong_as_a_whole_stops_before_anything_is_loaded(
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Makes the pixels of some steps' batches infinite."""
-    place, calls = Program.device_put, iter(range(1, 1000))
+    device_put, calls = Program.device_put, iter(range(1, 1000))
 
     def poisoned(
         self: Program, batch: Batch, size: int | None = None, *, to_train: bool = True
@@ -75,7 +75,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         if to_train and next(calls) in steps:
             scale = np.full_like(batch.pixel_scale, np.inf)
             batch = dataclasses.replace(batch, pixel_scale=scale)
-        return place(self, batch, size, to_train=to_train)
+        return device_put(self, batch, size, to_train=to_train)
 
     monkeypatch.setattr(Program, "device_put", poisoned)
 

@@ -113,7 +113,7 @@ def test_nothing_is_traced_again_after_the_first_steps(
     (tmp_path / "data.json").write_text(json.dumps(records * 2 + long))
     happened: list[str | int] = []
     shapes: dict[str, set[tuple[int, ...]]] = {"train_step": set(), "eval_step": set()}
-    log, place = Reporter.log, Program.device_put
+    log, device_put = Reporter.log, Program.device_put
 
     def note_trace(event: str, duration_secs: float, **about: str | int) -> None:
         if event == "/jax/core/compile/jaxpr_trace_duration":
@@ -127,7 +127,7 @@ def test_nothing_is_traced_again_after_the_first_steps(
         self: Program, batch: Batch, size: int | None = None, *, to_train: bool = True
     ) -> Batch:
         shapes["train_step" if to_train else "eval_step"].add(batch.input_ids.shape)
-        return place(self, batch, size, to_train=to_train)
+        return device_put(self, batch, size, to_train=to_train)
 
     monkeypatch.setattr(Reporter, "log", note_step)
     monkeypatch.setattr(Program, "device_put", note_shape)

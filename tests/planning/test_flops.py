@@ -11,7 +11,7 @@ import pytest
 from tiny_training import CONFIG, MODEL, change
 
 from llava_jax.config import Remat, TuneConfig
-from llava_jax.models.stack import bounded_loop
+from llava_jax.jax_compat import bounded_loop
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.measure import measure_here
 from llava_jax.planning.model_flops import full_row, model_flops

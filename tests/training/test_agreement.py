@@ -74,7 +74,7 @@ def test_a_process_that_ends_instead_is_quoted(
 ):
     monkeypatch.setattr(multihost, "END_SECONDS", 1)
     monkeypatch.setattr(
-        multihost, "leave", lambda status: (_ for _ in ()).throw(SystemExit(status))
+        multihost, "exit_now", lambda status: (_ for _ in ()).throw(SystemExit(status))
     )
 
     def run(number: int) -> Any:
@@ -151,9 +151,9 @@ def test_a_batch_of_different_texts_names_the_records(
 
     def read_here(index: int) -> Any:
         raw = read(index)
-        if multihost.distributed.global_state.process_id == 2 and index == 1:
+        if multihost.process_state().process_id == 2 and index == 1:
             raw["conversations"][1]["value"] = "pink, then red"
-        if multihost.distributed.global_state.process_id == 1 and index == 2:
+        if multihost.process_state().process_id == 1 and index == 2:
             raise SampleError("not JSON")
         return raw
 

@@ -1,0 +1,307 @@
+"""Interprets the pickles of torch.save without torch and without running any function they name.
+
+A pickle is a program. The machine here knows its opcodes, plain containers and the few functions
+that describe tensors. Every other global, and every object that is made of it, becomes an inert
+`Placeholder`. Neither `pickle` nor `torch.load` will do: the first runs what a file asks for, and
+the second needs torch, reads tensors into memory, and limits neither time nor size.
+
+A few bytes of pickle can describe a value that takes exponential time to hash, compare or print: a
+list of twice the same list of twice the same list, and so on. So nothing from a pickle is hashed,
+compared or printed unless it is a text or a number, and reading has a budget.
+"""
+
+import dataclasses
+import io
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO, cast
+
+_STORAGES = {
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.DoubleStorage": "F64",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+_LAST_PROTOCOL = 5
+
+_MAX_OPCODES = 2**21
+_MAX_NAME = 1000  # characters of a global
+_MAX_INTEGER_BITS = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Placeholder:
+    """Stands for a global, and for every object that is made of it."""
+
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The bytes that tensors are views of; `numel` counts items of `dtype`."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class View:
+    """A tensor as a pickle describes it, not checked yet; offset and stride are in items."""
+
+    storage: Storage
+    offset: Any
+    shape: Any
+    stride: Any
+
+
+class Damage(Exception):
+    """A pickle that torch.save does not write."""
+
+
+def type_name(value: object) -> str:
+    """The name of a value's type, or of the global that it stands for."""
+    return value.origin if isinstance(value, Placeholder) else type(value).__name__
+
+
+def _rebuild_tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    _requires_grad: object = False,
+    _hooks: object = None,
+    metadata: object = None,
+) -> View | Placeholder:
+    if isinstance(storage, Placeholder):
+        return storage
+    if metadata:  # the tensor is negated or conjugated
+        return Placeholder("torch._utils.set_tensor_metadata")
+    if not isinstance(storage, Storage):
+        raise Damage(f"a tensor whose storage is a {type_name(storage)}")
+    return View(storage, offset, shape, stride)
+
+
+def _ordered_dict(items: object = ()) -> object:
+    if not isinstance(items, list | tuple) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in items
+    ):
+        raise Damage("an OrderedDict of something else than pairs")
+    return _fill({}, [x for pair in items for x in pair])
+
+
+def _size(sizes: object = ()) -> tuple[object, ...]:
+    if not isinstance(sizes, list | tuple):
+        raise Damage(f"a Size of a {type_name(sizes)}")
+    return tuple(sizes)
+
+
+_KNOWN: dict[str, Callable[..., object]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": _size,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+}
+_REBUILD_OF_TYPE = "torch._tensor._rebuild_from_type_v2"  # calls another, with its arguments
+
+
+def _global(*parts: object) -> Placeholder:
+    """Stands for the global whose name has these parts."""
+    names = [part for part in parts if isinstance(part, str) and len(part) <= _MAX_NAME]
+    if len(names) < len(parts):
+        raise Damage("a global whose name is no text, or too long")
+    return Placeholder(".".join(names))
+
+
+def _fill(container: Any, items: list[object]) -> object:
+    """Puts keys and values, in turn, into a dict; returns it.
+
+    A key is a text or a number of at most 60 bits. Any other key is replaced by a placeholder that
+    equals only itself, because the hash of a tuple may take exponential time, and a file may have
+    any number of larger numbers with the same hash.
+    """
+    if isinstance(container, Placeholder):
+        return container
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        is_plain = isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**60)
+        container[key if is_plain else Placeholder(type_name(key))] = value
+    return container
+
+
+def _extend(container: Any, items: list[object]) -> None:
+    if not isinstance(container, Placeholder):
+        container.extend(items)
+
+
+_MARK = object()
+_CONSTANTS = {
+    **{"NONE": None, "NEWTRUE": True, "NEWFALSE": False},
+    **{"EMPTY_TUPLE": (), "MARK": _MARK},
+}
+_EMPTY: dict[str, Callable[[], object]] = {
+    "EMPTY_LIST": list,
+    "EMPTY_SET": list,
+    "EMPTY_DICT": dict,
+}
+_FROM_MARK: dict[str, Callable[[list[object]], object]] = {
+    "TUPLE": tuple,
+    "LIST": list,
+    "FROZENSET": list,
+    "DICT": lambda items: _fill({}, items),
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_NOTHING = {"FRAME", "STOP"}
+_VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
+    *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+class PickleMachine:
+    """Interprets pickles, each on an empty stack.
+
+    Attributes:
+        storages: The storages that the pickles refer to, by key.
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[str, Storage] = {}
+        self._opcodes = self._copied = 0
+
+    def load(self, file: io.BytesIO) -> Any:
+        """Returns the object of the pickle that begins here, and leaves `file` behind the pickle.
+
+        Raises:
+            Exception: The pickle is damaged; this may show in any exception.
+        """
+        self._stack: list[Any] = []
+        self._memo: dict[int, object] = {}
+        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, file)):
+            self._opcodes += 1
+            if self._opcodes > _MAX_OPCODES:
+                raise Damage(f"more than {_MAX_OPCODES:,} opcodes")
+            self._step(opcode.name, argument)
+        return self._stack.pop()
+
+    def _step(self, name: str, argument: Any) -> None:
+        """Runs an opcode that only pushes a value or moves one; `_collect` runs the others."""
+        stack, memo = self._stack, self._memo
+        if name in _VALUES:
+            if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
+                raise Damage(f"an integer of {argument.bit_length()} bits")
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in _TUPLES:
+            count = _TUPLES[name]
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name in _FROM_MARK:
+            stack.append(_FROM_MARK[name](self._above_mark()))
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name.endswith("PUT"):
+            memo[argument] = stack[-1]
+        elif name not in _NOTHING:
+            self._collect(name, argument)
+
+    def _collect(self, name: str, argument: Any) -> None:
+        """Runs an opcode that changes a container or the stack; `_refer` runs the others."""
+        stack = self._stack
+        match name:
+            case "APPEND":
+                item = stack.pop()
+                _extend(stack[-1], [item])
+            case "APPENDS" | "ADDITEMS":
+                items = self._above_mark()
+                _extend(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _fill(stack[-1], [key, value])
+            case "SETITEMS":
+                items = self._above_mark()
+                _fill(stack[-1], items)
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "DUP":
+                stack.append(stack[-1])
+            case "POP" | "BUILD":  # the state of an object has no tensors of a state dict
+                stack.pop()
+            case "POP_MARK":
+                self._above_mark()
+            case _:
+                self._refer(name, argument)
+
+    def _refer(self, name: str, argument: Any) -> None:
+        """Runs an opcode that names a global, calls one, or refers to a storage."""
+        stack = self._stack
+        match name:
+            case "GLOBAL":
+                stack.append(_global(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_global(module, attribute))
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(self._call(stack.pop(), arguments))
+            case "NEWOBJ_EX":
+                _, arguments = stack.pop(), stack.pop()
+                stack.append(self._call(stack.pop(), arguments))
+            case "INST":
+                stack.append(self._call(_global(*argument.split(" ", 1)), self._above_mark()))
+            case "OBJ":
+                function, *arguments = self._above_mark()
+                stack.append(self._call(function, arguments))
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "PROTO" if argument <= _LAST_PROTOCOL:
+                pass
+            case _:
+                raise Damage(f"the opcode {name}")
+
+    def _above_mark(self) -> list[object]:
+        """Takes the values above the last mark, and the mark."""
+        items = []
+        while (item := self._stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def _call(self, function: object, arguments: object) -> object:
+        """The result of a call; of an unknown function, its `Placeholder`."""
+        if not isinstance(function, Placeholder) or not isinstance(arguments, list | tuple):
+            raise Damage(f"a call of a {type_name(function)} with a {type_name(arguments)}")
+        self._copied += len(arguments) + sum(
+            len(x) for x in arguments if isinstance(x, list | tuple)
+        )
+        # A file of torch.save has an opcode for each item that a call copies. A file with far fewer
+        # calls with the same long list again and again, and would fill the memory.
+        if self._copied > 4 * self._opcodes + 1000:
+            raise Damage("calls with the same long lists again and again")
+        if function.origin == _REBUILD_OF_TYPE:
+            rebuild, _, inner, _ = arguments
+            return self._call(rebuild, inner)
+        known = _KNOWN.get(function.origin)
+        return function if known is None else known(*arguments)
+
+    def _storage(self, reference: object) -> Storage | Placeholder:
+        match reference:
+            case ("storage", Placeholder(origin=origin), str(key), _, int(numel), *view):
+                if numel < 0 or isinstance(numel, bool) or any(x is not None for x in view):
+                    raise Damage(f"a storage {key!r:.80} of {numel} items, or a view of one")
+                if origin not in _STORAGES:
+                    return Placeholder(origin)
+                storage = Storage(key, _STORAGES[origin], numel)
+                if self.storages.setdefault(key, storage) != storage:
+                    raise Damage(f"two storages {key}")
+                return storage
+        raise Damage("a reference to something else than a storage")

@@ -1,0 +1,256 @@
+"""Every private or version-bound name is still there, and still does what it is used for."""
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import orbax.checkpoint as ocp
+import pytest
+from several_processes import free_port, several
+
+from llava_jax import jax_compat
+from llava_jax.distributed import multihost
+
+PACKAGE = Path(jax_compat.__file__).parent
+PRIVATE = re.compile(
+    r"jax\._src|\bjaxlib\.|_src\.lib|xla_[a-z]+_[a-z]|XLA_[A-EG-Z]|orbax-checkpoint-tmp"
+)
+
+
+def library(name: str, file: str) -> Path:
+    """A compiled library of an installed package."""
+    parent = name.rpartition(".")[0]
+    spec = find_spec(name) if not parent or find_spec(parent) else None
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"needs {name}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def holds(file: Path, text: str) -> bool:
+    with (
+        open(file, "rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return content.find(text.encode()) >= 0
+
+
+JAX = Path(jaxlib.__file__).parent / "libjax_common.so"
+
+
+def test_no_other_module_has_such_a_name():
+    others = [file for file in PACKAGE.rglob("*.py") if file.name != "jax_compat.py"]
+    found = {file.name: PRIVATE.findall(file.read_text()) for file in others}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", ["CPU", "STREAMING", "OVERLAP", "PLANNING"])
+def test_xla_knows_the_options(name: str):
+    """XLA refuses an option that it does not know, but no unknown value."""
+    options = getattr(jax_compat, f"{name}_OPTIONS")
+    jax.jit(jnp.sin, compiler_options=options).lower(1.0).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(jnp.sin, compiler_options={f"{next(iter(options))}_x": True}).lower(1.0).compile()
+
+
+def test_xla_knows_the_flags():
+    """XLA ends a process that has a flag that it does not know."""
+    flags = jax_compat.as_flags(jax_compat.PLANNING_OPTIONS | jax_compat.OVERLAP_OPTIONS)
+    assert flags == [
+        "--xla_gpu_enable_triton_gemm=false",
+        "--xla_disable_hlo_passes=dynamic-slice-annotator",
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+    ]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    program = "import jax; jax.devices()"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+TEMPORARY = """
+import jax, jax.numpy as jnp
+from llava_jax.jax_compat import CPU_OPTIONS
+
+def run(x, stack):
+    return jax.lax.scan(lambda x, weight: (x @ weight, None), x, stack)[0]
+
+shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 256), (16, 256, 256))]
+for options in (None, CPU_OPTIONS):
+    compiled = jax.jit(run, compiler_options=options).lower(*shapes).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_without_its_options_the_cpu_copies_all_weights():
+    """Else CPU_OPTIONS and `stack.jit_loop` can go."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", TEMPORARY],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    without, with_options = map(int, done.stdout.split())
+    assert without > 4 * 16 * 256 * 256 > 4 * with_options
+
+
+def test_the_plugins_read_their_variables():
+    assert holds(library("libtpu", "libtpu.so"), "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    plugin = library("jax_plugins.xla_cuda12", "__init__.py")
+    assert holds(plugin, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+
+
+def test_the_pass_that_streaming_switches_off_is_there():
+    """Whether it still computes wrong gradients is tested on a GPU, by tools/gpu_check.py."""
+    file = library("jax_plugins.xla_cuda12", "xla_cuda_plugin.so")
+    assert holds(file, jax_compat.STREAMING_OPTIONS["xla_disable_hlo_passes"])
+    assert holds(file, jax_compat.PINNED_MEMORY_GB)
+
+
+def test_jax_reads_the_variables():
+    files = [
+        *Path(jax.__file__).parent.rglob("*.py"),
+        Path(jaxlib.__file__).with_name("xla_client.py"),
+    ]
+    sources = "\n".join(file.read_text() for file in files)
+    of_plugins = {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK",
+        "TPU_ACCELERATOR_TYPE",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    }
+    compile_only = jax_compat.COMPILE_ONLY_VARIABLES.keys() - of_plugins
+    for name in (*jax_compat.GPU_MEMORY_SHARES, *jax_compat.COMPILER_VARIABLES, *compile_only):
+        assert name in sources, name
+
+
+def test_a_process_that_is_alone_has_a_state():
+    state = jax_compat.process_state()
+    assert isinstance(state, jax_compat.ProcessState)
+    assert (state.process_id, state.num_processes, state.client) == (0, 1, None)
+
+
+def test_a_cluster_is_found(monkeypatch: pytest.MonkeyPatch):
+    given = ("host:1234", 2, 1)
+    assert jax_compat.find_cluster(*given, timeout_seconds=1) == given
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    address, count, number = jax_compat.find_cluster(None, None, None, timeout_seconds=1)
+    assert address is not None
+    assert address.startswith("10.96.0.1:")
+    assert (count, number) == (4, 3)
+
+
+def test_the_service_publishes_texts_and_times_out(monkeypatch: pytest.MonkeyPatch):
+    def use(number: int) -> object:
+        client = multihost.process_state().client
+        assert isinstance(client, jax_compat.CoordinationClient)
+        client.key_value_set(f"here/{number}", f"of {number}")
+        client.wait_at_barrier("all", 10_000)
+        found = client.key_value_try_get("here/0"), sorted(client.key_value_dir_get("here/"))
+        with pytest.raises(jax.errors.JaxRuntimeError) as waited:
+            client.blocking_key_value_get("nowhere", 10)
+        assert jax_compat.is_timeout(waited.value)
+        with pytest.raises(jax.errors.JaxRuntimeError) as missing:
+            client.key_value_try_get("nowhere")
+        assert not jax_compat.is_timeout(missing.value)
+        return found
+
+    with several(2, monkeypatch) as call:
+        assert call(use) == [("of 0", [("here/0", "of 0"), ("here/1", "of 1")])] * 2
+
+
+PEER = """
+import os, sys, time
+import jax
+from llava_jax.jax_compat import process_state
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=10)
+process_state().client.wait_at_barrier("both", 60_000)
+if sys.argv[2] == sys.argv[3]:
+    os._exit(1)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("lost", "who"), [(0, "process 0 of"), (1, "process 1 of this run")])
+def test_the_runtime_aborts_and_its_text_names_who_is_lost(lost: int, who: str):
+    """Else the watchdog can go."""
+    command = [sys.executable, "-c", PEER, f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen([*command, str(number), str(lost)], stderr=subprocess.PIPE)
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert started[1 - lost].returncode == -6
+    lines = said[1 - lost].splitlines(keepends=True)
+    first = next(index for index, line in enumerate(lines) if jax_compat.is_fatal_line(line))
+    assert who in jax_compat.lost_peer(b"".join(lines[first:]).decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "who"),
+    [
+        ("unhealthy (stopped sending heartbeats):\n1\nThe tasks", "process 1 of this run (from 0)"),
+        ("(stopped sending heartbeats):\n1\n12\nThe", "process 1, 12 of this run (from 0)"),
+        ("Either the leader task was preempted/died", "process 0 of this run (from 0)"),
+        (
+            "RPC: /xla.coordination.CoordinationService/RegisterTask",
+            "JAX's service in process 0 of ",
+        ),
+        ("terminate called: gloo::EnforceNotMet", "another process of this run"),
+    ],
+)
+def test_a_text_names_the_process_that_was_lost(text: str, who: str):
+    assert jax_compat.lost_peer(text).startswith(who)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        jax_compat.LOST_NUMBERS,
+        jax_compat.LOST_FIRST,
+        jax_compat.LOST_SERVICE,
+        "distributed service detected fatal errors",
+        "coordination_service",
+        "N4gloo13EnforceNotMetE",  # C++ prints this type as gloo::EnforceNotMet
+        "Gloo ",
+    ],
+)
+def test_the_runtime_has_the_texts_that_are_looked_for(text: str):
+    assert holds(JAX, text)
+
+
+def test_the_compiler_of_tpus_has_the_text_of_a_refusal():
+    assert holds(library("libtpu", "libtpu.so"), "exceeds available HBM")
+
+
+def test_a_loop_keeps_its_bound():
+    def run(count: jax.Array) -> jax.Array:
+        with jax_compat.bounded_loop(7):
+            return jax.lax.while_loop(lambda i: i < count, lambda i: i + 1, jnp.int32(0))
+
+    text = jax.jit(run).lower(jnp.int32(3)).compile().as_text()
+    assert text is not None
+    (loop,) = [line for line in text.splitlines() if " while(" in line]
+    assert jax_compat.loop_bound(loop) == 7
+
+
+def test_orbax_names_checkpoints_as_expected(tmp_path: Path):
+    seen: list[str] = []
+
+    def look(_: object = None) -> None:
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    options = ocp.options.AsyncOptions(post_finalization_callback=look)
+    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options) as saver:
+        saver.save(tmp_path / "5", {"a": jnp.zeros(1)})
+        saver.wait_until_finished()
+    assert any(name.startswith(f"5{jax_compat.ORBAX_UNFINISHED}") for name in seen), seen
+    assert (tmp_path / "5" / jax_compat.ORBAX_METADATA).is_file()
