@@ -85,7 +85,7 @@ def convert_given(given: argparse.Namespace) -> None:
         odd = [f"--{name.replace('_', '-')}" for name in of_llava if getattr(given, name)]
         if given.to != "hf" or odd:
             without = f" without {', '.join(odd)}" if odd else ""
-            raise ConfigError(f"{part.place} is a part alone, no LLaVA: take --to hf{without}")
+            raise ConfigError(f"{part.path} is a part alone, no LLaVA: take --to hf{without}")
         convert_part(part, given.destination, given.dtype)
         return
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}

@@ -9,7 +9,7 @@ memory.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[str | int, ...], jax.Array]
+Leaves = dict[tuple[Any, ...], jax.Array]
 """Arrays of a block or a stack, by their path in it."""
 
 
@@ -60,11 +60,6 @@ class Accumulated(NamedTuple):
     total: jax.Array
 
 
-def is_accumulated(leaf: object) -> TypeGuard[Accumulated]:
-    """Whether a leaf is a parameter that trains, with its sum."""
-    return isinstance(leaf, Accumulated)
-
-
 @jax.custom_vjp
 def attach(value: Array, total: Array) -> Array:
     """A parameter outside the stacks, as an array with the gradient that `Accumulated` defines."""
@@ -80,7 +75,7 @@ def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
     If the parameter is `Accumulated`, its gradient is added to the sum before the backward pass
     goes on with x, so that it is not kept.
     """
-    if not is_accumulated(leaf):
+    if not isinstance(leaf, Accumulated):
         return x, leaf
     x, total = gradients_together(x, leaf.total)
     return x, attach(leaf.value, total)
@@ -121,11 +116,17 @@ def scan_blocks(
         return apply(module, x, context, None if keys is None else fold_in(keys, index))
 
     if compute.remat == "full":
-        totals = {path: leaf.total for path, leaf in flat.items() if is_accumulated(leaf)}
-        values = {path: leaf.value if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
+        totals = {path: leaf.total for path, leaf in flat.items() if isinstance(leaf, Accumulated)}
+        values = {
+            path: leaf.value if isinstance(leaf, Accumulated) else leaf
+            for path, leaf in flat.items()
+        }
         return _recomputing(step, compute.offload_activations)(values, totals, x, (context, keys))
 
-    values = {path: attach(*leaf) if is_accumulated(leaf) else leaf for path, leaf in flat.items()}
+    values = {
+        path: attach(*leaf) if isinstance(leaf, Accumulated) else leaf
+        for path, leaf in flat.items()
+    }
 
     def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, None]:
         block, index = layer
@@ -166,15 +167,17 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
         def body(done: jax.Array, carry: tuple[jax.Array, Leaves]) -> tuple[jax.Array, Leaves]:
             grad, totals = carry
             index = depth - 1 - done
-            block, x = fetch(layer_at((values, inputs), index))
+            block, x = fetch(layer_at((values, inputs), index))  # the only layer on the device
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
             grads, grad = pull(grad)
+            # Written back before the next layer is fetched: a second set of gradients never exists.
             here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
             return grad, write_layer(totals, here, index)
 
         grad, totals = jax.lax.fori_loop(0, depth, body, (grad, totals))
+        # The gradient with respect to `totals`, as `Accumulated` defines it; `values` have none.
         return None, totals, grad, None
 
     run.defvjp(forward, backward)

@@ -1,7 +1,7 @@
 """AdamW over parameter groups, each with its own learning rate."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from functools import partial
 from typing import cast
 
@@ -80,7 +80,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             mask=decays,
         )
 
-    groups = {group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        group: adamw(rate) for group, rate in learning_rates(config, total_steps).items()
+    }
     return optax.multi_transform(groups, lambda params: {path: group_of(path) for path in params})
 
 

@@ -1,9 +1,8 @@
-"""What a start may do in a run's directory: its recipe and data are those with which it began."""
+"""Starting in a run's directory: a run resumes only with the recipe and data that it began with."""
 
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 from llava_jax.config import Json, TrainConfig
 from llava_jax.distributed.multihost import (
@@ -21,7 +20,15 @@ from llava_jax.training.run_config import (
 
 
 def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Where the weights lie; a run's directory may stand for its base and its adapter."""
+    """Finds the weights to start from. A run's directory brings its base and its adapter.
+
+    Returns:
+        The config, with the adapter that `init_from` brings as its `init_adapter`, and the
+        checkpoint; None trains from scratch.
+
+    Raises:
+        ConfigError: What is found does not fit to what trains.
+    """
     if (source := config.init_from) is None:
         if "lora" in (config.tune.llm, config.tune.vision):
             raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
@@ -51,16 +58,18 @@ def check_begun(
     description: Json,
     identity: Json,
 ) -> None:
-    """Holds a run to the recipe it began with; a start that trained nothing is forgotten instead.
+    """Checks that a run has the recipe and the data that it began with.
+
+    If no step was trained yet, the earlier start is removed instead.
 
     Args:
         config: The run.
-        saved: Its checkpoints, of which there is one.
-        description: As `describe` gives it.
-        identity: Of the order of the samples.
+        saved: Its checkpoints, of which there is at least one.
+        description: From `describe`.
+        identity: Identity of the order of the samples.
 
     Raises:
-        ConfigError: It has another recipe, and something was trained.
+        ConfigError: The recipe or the data differ, and steps were trained.
     """
     found = changes(config.run_dir, description)
     position = saved.position()
@@ -93,9 +102,9 @@ def check_begun(
 
 
 def _cannot_change(
-    run_dir: Path, name: str, before: Any, now: Any, sources: tuple[str, str]
+    run_dir: Path, name: str, before: object, now: object, sources: tuple[str, str]
 ) -> ConfigError:
-    """Says what of the order of the samples differs from that in which a run was trained."""
+    """The error for an order of the samples that differs from the one of the earlier steps."""
     what = {
         "records": "number of training records",
         "weights": "weights of data.mixture",
@@ -106,7 +115,7 @@ def _cannot_change(
     text = f"{run_dir} was trained with {what} {before}; this command gives {now}"
     mend = "Give the old value"
     if name == "records":
-        count = lambda counts: " + ".join(map(str, counts or [0]))
+        count = lambda counts: " + ".join(map(str, counts or [0]))  # one for each data set
         text = f"{run_dir} was trained on {count(before)} records of {sources[0]}; "
         text += f"this command gives {count(now)} ({sources[1]})"
         mend = "Restore the old data"
@@ -117,7 +126,11 @@ def _cannot_change(
 
 
 def refuse_to_replace(config: TrainConfig) -> None:
-    """A run without checkpoints starts anew; it must not do so over a result."""
+    """Refuses to start a run where a result is but no checkpoint.
+
+    Raises:
+        ConfigError: There is a result.
+    """
     if broadcast_from_main(export_dir(config).exists()):
         raise ConfigError(
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "

@@ -1,4 +1,4 @@
-"""config.json and data.json: what a run is, written when it begins, compared when it goes on."""
+"""config.json and data.json: what a run is. Written at its start, and compared when it resumes."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ def describe(
     fingerprint: str | None,
     data: Json,
 ) -> Json:
-    """A run's resolved recipe and plan, versions, and what its frozen weights and its data are.
+    """A run's resolved config, the versions of its software, and digests of its weights and data.
 
     Args:
         config: The run.
-        model: The model's sizes.
+        model: Sizes of the model.
         steps: Optimizer steps of the whole run.
-        fingerprint: Of the base; None without one.
-        data: As `Inputs.digest` has it.
+        fingerprint: Fingerprint of the base; None without one.
+        data: From `Inputs.digest`.
     """
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
@@ -41,7 +41,7 @@ def describe(
 
 
 def write_description(run_dir: Path, description: Json) -> None:
-    """Writes config.json, and data.json, which is long; from the first process."""
+    """Writes config.json, and data.json, which is long. Only the first process writes."""
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
         data = description["data"]
@@ -51,12 +51,12 @@ def write_description(run_dir: Path, description: Json) -> None:
 
 
 class Changes(NamedTuple):
-    """How a run differs from what it began with.
+    """Differences between a run and its earlier start.
 
     Attributes:
-        recipe: Lines about its recipe and its base.
-        data: Lines about its data.
-        sources: Where its training data came from when it began.
+        recipe: Lines about the recipe and the base.
+        data: Lines about the data.
+        sources: Where the training data came from at the earlier start.
     """
 
     recipe: list[str]
@@ -65,10 +65,10 @@ class Changes(NamedTuple):
 
 
 def changes(run_dir: Path, description: Json) -> Changes:
-    """Compares a recipe, its base and its data with those that a run began with.
+    """Compares a run's recipe, base and data with those of its earlier start.
 
     Raises:
-        ConfigError: What the run began with cannot be read.
+        ConfigError: The files of the earlier start cannot be read.
     """
     file = run_dir / "config.json"
     try:
@@ -97,12 +97,12 @@ def changes(run_dir: Path, description: Json) -> Changes:
 
 
 def data_sources(data: Json) -> str:
-    """Where training data comes from, by its part of a config as JSON."""
+    """Where training data comes from, read from the data group of a config as JSON."""
     return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
 
 
 def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
-    """Held-out data is only compared if the run is to be measured on the same."""
+    """Differences in the data. Evaluation data is compared only if it has the same source."""
     file, now = run_dir / "data.json", description["config"]["data"]
     if not file.exists():  # the run was begun by an older version
         return []
