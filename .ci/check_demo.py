@@ -1,31 +1,33 @@
-"""Holds a run of configs/tiny_lora.py against what README says of it."""
+"""Checks that a run of configs/tiny_lora.py learns what README says."""
 
 import json
 import sys
 from pathlib import Path
 
-# Family of questions: (least share before, most before, least after)
+# Group of questions: (lowest accuracy before, highest before, lowest after)
 LIMITS = {"other": (0.97, 1.0, 0.97), "negated": (0.0, 0.20, 0.96), "all": (0.0, 1.0, 0.965)}
 
 
-def shares(row: dict) -> dict[str, float]:
-    families = {"negated": ["negated"], "all": list(row["samples"])}
-    families["other"] = [name for name in row["samples"] if name != "negated"]
+def accuracies(row: dict) -> dict[str, float]:
+    """The accuracy in each group of questions, from a row of evaluations.jsonl."""
+    groups = {"negated": ["negated"], "all": list(row["samples"])}
+    groups["other"] = [name for name in row["samples"] if name != "negated"]
     return {
-        family: sum(row["exact"].get(name, 0) for name in names)
+        group: sum(row["exact"].get(name, 0) for name in names)
         / sum(row["samples"][name] for name in names)
-        for family, names in families.items()
+        for group, names in groups.items()
     }
 
 
 def main() -> None:
     lines = (Path(sys.argv[1]) / "evaluations.jsonl").read_text().splitlines()
-    before, after = (shares(json.loads(lines[i])) for i in (0, -1))
+    before, after = (accuracies(json.loads(lines[i])) for i in (0, -1))
     print(f"before {before}\nafter  {after}")
-    for family, (least, most, wanted) in LIMITS.items():
-        if not (least <= before[family] <= most and after[family] >= wanted):
+    for group, (low, high, final) in LIMITS.items():
+        if not (low <= before[group] <= high and after[group] >= final):
             sys.exit(
-                f"{family}: before {before[family]:.3f}, after {after[family]:.3f}: out of limits"
+                f"{group}: accuracy {before[group]:.3f} before training, expected {low} to {high}; "
+                f"{after[group]:.3f} after it, expected {final} or more"
             )
 
 

@@ -23,6 +23,8 @@ MAX_POINTS = 300
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
+MAX_DOTS = 40
+"""Lines with so few points, such as those of evaluations, show each point as a dot."""
 MAX_MARKS = 200
 """Steps without a finite value that are marked, at most."""
 
@@ -112,7 +114,7 @@ def line_chart(
     if not np.array_equal(series.low, series.high, equal_nan=True):
         parts += [f'<path class="band" d="{_band(xs[r], lows[r], highs[r])}"/>' for r in runs]
     parts += [f'<path class="line" d="{_line(xs[r], means[r])}"/>' for r in runs]
-    if len(xs) <= 40:  # few points: each is shown, as those of a run's evaluations
+    if len(xs) <= MAX_DOTS:
         dots = zip(xs, means, strict=True)
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in dots if b == b]
     thinned = series.marked[:: -(-len(series.marked) // MAX_MARKS) or 1]

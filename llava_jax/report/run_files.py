@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_jax.disk import read_if_there
 from llava_jax.errors import ConfigError
+from llava_jax.report.formatting import times
 from llava_jax.report.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
 LATEST = ("device_bytes",)
@@ -54,7 +55,7 @@ class RunFiles:
 
 
 class RunReader:
-    """Reads a run's files, as often as asked.
+    """Reads a run's files, also repeatedly.
 
     Of metrics.jsonl, which is long, it reads only what was added since the last time.
 
@@ -97,7 +98,7 @@ class RunReader:
             found["nonfinite.jsonl"],
             None if notes["plan.json"] else plan,
             [
-                f"{name}: {count} damaged lines are skipped"
+                f"{name}: {times(count, 'damaged line')} skipped"
                 for name, count in notes.items()
                 if count
             ],

@@ -154,7 +154,7 @@ class Checkpoints:
         """
         checkpoint = self._directory / str(self._newest)
         # Shapes are compared before Orbax reads anything: if it fails during a restore, some of
-        # its reads go on in the background and fail later, in the midst of something else.
+        # its reads go on in the background and fail later, during something else.
         saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
         there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
         here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}

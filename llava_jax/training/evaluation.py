@@ -133,8 +133,8 @@ def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleE
 
 
 def _last_question(record: Record) -> str:
-    asked = [turn.text for turn in record.turns if turn.role == "human"]
-    return asked[-1].replace("<image>", "").strip()
+    questions = [turn.text for turn in record.turns if turn.role == "human"]
+    return questions[-1].replace("<image>", "").strip()
 
 
 def _last_run(mask: np.ndarray) -> np.ndarray:

@@ -54,8 +54,8 @@ def export(
         if program.adapters:
             # PEFT saves and loads a fully trained module as a whole, so the export must have the
             # frozen layers of a vision tower that trains, too.
-            beside = ("vision.",) if config.tune.vision == "full" else ()
-            trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(beside)}
+            whole = ("vision.",) if config.tune.vision == "full" else ()
+            trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(whole)}
             save_adapter(
                 unfinished,
                 trained,

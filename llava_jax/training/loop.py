@@ -49,8 +49,8 @@ def train(
     size = config.batch.global_size
     every = config.eval.every
     due = lambda step: step in (0, total) or (every is not None and step % every == 0)
-    asked = functools.partial(_ask, stop, inputs)
-    halted = lambda checksum, numbers: asked(checksum, lambda: numbers, inputs.eval_records)() > 0
+    ask = functools.partial(_ask, stop, inputs)
+    halted = lambda checksum, numbers: ask(checksum, lambda: numbers, inputs.eval_records)() > 0
     metrics_file = config.run_dir / "metrics.jsonl"
     with (
         stop.deferred(),
@@ -72,11 +72,11 @@ def train(
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
             # A signal may have ended an evaluation. Stop here, so that a resumed run repeats it.
-            if due(step - 1) and asked()():
+            if due(step - 1) and ask()():
                 break
             batch = next(batches)
             numbers = functools.partial(inputs.order.batch, step - 1)
-            stops = asked(batch.text_checksum, numbers)
+            stops = ask(batch.text_checksum, numbers)
             if not inputs.spec.has_one_shape:
                 stops()  # texts that differ may differ in shape, and such a step would hang
             profiler.before(step, state)
@@ -98,7 +98,7 @@ def train(
         saved.save(state, batches.state())
         if int(state.step) == total:
             evaluator.say_tables()
-        stop.signal = asked()() or None  # of any process
+        stop.signal = ask()() or None  # of any process
     return state
 
 

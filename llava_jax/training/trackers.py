@@ -148,9 +148,9 @@ def _image(tag: str, file: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
-    """Starts a run at Weights & Biases, or resumes the one that an earlier start has begun there.
+    """Starts a run at Weights & Biases, or resumes the one of an earlier start.
 
-    Its id is in wandb.json in the run's directory.
+    The file wandb.json in the run's directory has its id.
 
     Raises:
         ConfigError: It cannot be reached, or has no account for this user.

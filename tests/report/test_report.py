@@ -172,8 +172,8 @@ def test_damaged_files_have_a_report_that_says_so(run: Path, caplog: pytest.LogC
     assert "1 sample cannot be used" in page.text
     for name in names:
         count = 8 if name.startswith("evaluations") else 6
-        assert f"{name}: {count} damaged lines are skipped" in page.text
-    assert "plan.json: 1 damaged lines are skipped" in caplog.text
+        assert f"{name}: {count} damaged lines skipped" in page.text
+    assert "plan.json: 1 damaged line skipped" in caplog.text
     for content in (b"", b"[]", b"\xff", b'{"usage": {"total": "many"}, "plan": "x"}'):
         (run / "plan.json").write_bytes(content)
         assert "plan.json" in read(run).text
