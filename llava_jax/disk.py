@@ -11,6 +11,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]
+"""An object of a JSON file."""
+
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading; refuses what is none, for a FIFO may block and a device never end.
@@ -91,13 +94,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append_rows(path: Path, rows: Iterable[Json]) -> None:
     """Adds rows to a file of JSON lines."""
     with naming(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: object, depth: int) -> bool:
     """Whether lists and objects of a JSON value are inside each other more often than `depth`."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):

@@ -143,7 +143,7 @@ def _cut(
 
     Args:
         directory: For messages.
-        shapes: In the order in which they stand.
+        shapes: Shapes in the order of their tensors.
         ranks: Each process's part, in one stretch or several.
         by_parameter: Whether each parameter is cut (stage 3), or the whole array.
     """

@@ -23,7 +23,7 @@ from llava_jax.errors import ConfigError
 
 NAME = "in_use.lock"
 LEASE_SECONDS = 60.0
-"""A lock that was not touched for so long is taken over, unless its holder runs on this machine."""
+"""A lock whose file is older than this is taken over, unless its holder runs on this machine."""
 HEARTBEAT_SECONDS = 5.0
 TRY_SECONDS = 3.0
 """What is left of a process that was killed is gone by then, and its lock is free or taken over."""
