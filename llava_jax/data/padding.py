@@ -83,8 +83,8 @@ def measure_padding(
 
     Args:
         order: The run's.
-        tokens: Those of each sample. A sample that is bad for its images counts for the length of its
-            batch, as it does in the run, but is all padding.
+        tokens: Tokens of each sample. A sample with bad images counts for the length of its batch,
+            as it does in the run, but is all padding.
         good: Which samples are learned from.
         room: Tokens of a packed row.
     """

@@ -1,4 +1,10 @@
-"""Batches made ahead, in worker processes or a thread."""
+"""Makes batches ahead of time, in worker processes or in a thread.
+
+The pools of the standard library will not do: they do not say at which record a worker died (a
+`multiprocessing.Pool` waits for it for ever), and they copy every batch through a pipe. The loaders
+of PyTorch and Grain expect the whole input pipeline as a data set of theirs. Here a worker leaves
+its batches in shared memory, names the record that it reads there, and ends with its parent.
+"""
 
 import atexit
 import contextlib

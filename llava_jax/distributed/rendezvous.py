@@ -1,7 +1,7 @@
-"""Where the processes of a run meet before JAX joins them, so that each learns who does not come.
+"""Where the processes of a run meet before JAX joins them, so that each learns who is missing.
 
-JAX's own service waits in silence and then aborts its process. So process 0 listens at the
-coordinator's address until all have come, and only then leaves the port to JAX.
+JAX's own service waits without a message and then aborts its process. So process 0 listens at the
+coordinator's address until all processes have come, and only then leaves the port to JAX.
 """
 
 import contextlib

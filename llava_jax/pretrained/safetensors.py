@@ -1,7 +1,8 @@
 """The safetensors format: a length, a JSON table, raw bytes.
 
-Read and written one tensor at a time with plain file calls: bfloat16 comes as it is, every offset
-is checked before it is used, and no file is mapped into memory (mapped pages would count as used).
+Tensors are read and written one at a time with plain file calls. The library `safetensors` will not
+do: it maps whole files into memory, whose pages then count as used, and it
+cannot give the position of a tensor in its file, from which parts of a tensor are read here. Every offset is checked before it is used.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a monitor asks, in Prometheus' form."""
+"""What a monitoring system reads, in the text format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
