@@ -11,6 +11,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]
+"""An object of a JSON file."""
+
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file for reading.
@@ -96,13 +99,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append_rows(path: Path, rows: Iterable[Json]) -> None:
     """Appends rows to a JSON-lines file."""
     with naming(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: object, depth: int) -> bool:
     """Whether lists and objects of a JSON value are nested more than `depth` levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):

@@ -168,7 +168,7 @@ NEEDS = {
     "serving.uploads": "fastapi",
     "serving.schema": "pydantic",
     "serving.conversation": "pydantic",
-    "serving.metrics": "prometheus_client",
+    "serving.prometheus": "prometheus_client",
     "serving.service": "prometheus_client",
 }
 """What modules need that the tests do not."""

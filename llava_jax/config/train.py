@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,7 @@ from llava_jax.config.fields import (
 )
 from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
 Tuning = Literal["frozen", "lora", "full"]
@@ -36,8 +37,6 @@ Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
-Json = dict[str, Any]
-"""A JSON object."""
 
 
 MAX_NAME_BYTES = 200

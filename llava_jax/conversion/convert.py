@@ -49,15 +49,15 @@ class Opened:
     """A source, opened and checked, not read.
 
     Attributes:
-        name: What its user calls the base.
-        base: Where the base lies.
-        config: Of the model.
+        name: The base's name, as its user gave it.
+        base: The base's directory or parts.
+        config: Sizes of the model.
         abstract: Shapes of the model's parameters.
         sources: The base's files.
         tensors: Where the parameters lie, those of the base with what was trained in full on it.
         trained: What was trained on the base; None for a base alone.
-        inputs: Where the tokenizer and the image processor lie.
-        adapter: Where what was trained lies; None for a base alone.
+        inputs: The directory or parts with the tokenizer and the image processor.
+        adapter: The directory or file of what was trained; None for a base alone.
     """
 
     name: str
@@ -202,13 +202,13 @@ def convert(
     """Writes what was opened in another form.
 
     Args:
-        opened: From `open_source`.
-        destination: Must not exist, or be empty.
+        opened: The result of `open_source`.
+        destination: A directory that does not exist or is empty.
         to: "hf" is Hugging Face's (layout A), "hf5" the same in the names of transformers 5 (D),
             "peft" an adapter, "llava" what LLaVA's own code reads (E; G for adapters).
         merge: Whether adapters are folded in.
-        era: Of a PEFT adapter's names, see `peft.save_adapter`.
-        dtype: Of a whole model's weights; None keeps each as it is.
+        era: Which names a PEFT adapter has, see `peft.save_adapter`.
+        dtype: The dtype of a whole model's weights; None keeps each as it is.
         template: Conversations, for `apply_chat_template`; None keeps the source's own, or takes
             what `processor.choose_template` says.
         aspect: What happens to images that are not square; None is what the source says.
@@ -236,7 +236,7 @@ def convert(
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened, say)
     with unfinished(destination) as directory:
-        if to != "llava":  # first, because what is amiss with these need not wait for the weights
+        if to != "llava":  # first, so that an error in these is found before the weights are read
             _write_inputs(opened, directory, template, aspect, say)
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)

@@ -1,8 +1,9 @@
-"""Tensors out of a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
+"""Finds the tensors in a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
 
-Each process wrote a part of one long float32 array, in which the parameters stand one after the
-other; the shapes beside it tell where (as deepspeed/utils/zero_to_fp32.py has it). Stages 1 and 2
-cut that array among the processes, stage 3 cuts each parameter.
+Each process wrote a part of one long float32 array, which holds the parameters one after the other;
+the shapes beside it say where each begins (as in deepspeed/utils/zero_to_fp32.py). Stages 1 and 2
+divide that array among the processes, stage 3 divides each parameter. DeepSpeed's own script will
+not do: it needs torch and DeepSpeed, runs the pickles, and holds the whole model in memory.
 """
 
 import dataclasses
@@ -143,7 +144,7 @@ def _cut(
 
     Args:
         directory: For messages.
-        shapes: In the order in which they stand.
+        shapes: Shapes in the order of their tensors.
         ranks: Each process's part, in one stretch or several.
         by_parameter: Whether each parameter is cut (stage 3), or the whole array.
     """

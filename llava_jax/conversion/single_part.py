@@ -36,7 +36,7 @@ class Part:
 
     Attributes:
         path: Its directory.
-        config: Of a LLaVA with this part in it; the others in it mean nothing.
+        config: Sizes of a LLaVA with this part in it; those of other parts mean nothing.
         layout: How its software names the tensors.
         params: Where they lie.
     """
@@ -62,7 +62,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     try:
         own = layouts.recognise(tensors, (*layouts.LLAVA_LAYOUTS, *alone))
     except layouts.LayoutError:
-        return None  # opening it as a whole model will say what is amiss
+        return None  # opening it as a whole model will say what is wrong
     parts = own.parts(tensors)
     if parts == {"projector"}:
         raise ConfigError(
@@ -89,9 +89,9 @@ def convert_part(part: Part, destination: Path, dtype: str | None = None) -> Non
     """Writes a part as a directory of transformers', with all that lies beside its weights.
 
     Args:
-        part: From `open_part`.
-        destination: Must not exist, or be empty.
-        dtype: Of the weights; None keeps each as it is.
+        part: The result of `open_part`.
+        destination: A directory that does not exist or is empty.
+        dtype: The dtype of the weights; None keeps each as it is.
 
     Raises:
         ConfigError: The destination is taken.

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_jax.conversion.pickle_machine import PickleMachine, View, type_name
+from llava_jax.conversion.pickle_machine import PickleMachine, Placeholder, View, type_name
 from llava_jax.disk import open_regular
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import ITEM_BYTES, Strided, Tensor, is_shape
@@ -52,7 +52,7 @@ def open_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a whole file of torch.save: {said:.500}") from error
 
 
-def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
+def _read_zip(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, int]]:
     """The pickle of a zip archive, and where each storage begins."""
     machine = PickleMachine()
     if (size := _directory_size(file)) > _MAX_DIRECTORY_BYTES:
@@ -121,7 +121,7 @@ def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> 
     return content
 
 
-def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, int]]:
+def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, int]]:
     """Does the same for a file from before torch 1.6: pickles, then the storages one by one."""
     machine = PickleMachine()
     file.seek(0)
@@ -167,9 +167,9 @@ class _TensorFinder:
         # A view may repeat one item any number of times, and many views may share a storage.
         # Without a limit, the tensors of a small file could fill the memory.
         self._bytes_left = _MAX_SHARING * max(self._end, 2**16)
-        self._done: dict[int, Any] = {}  # by `id`: a pickle may refer to a container many times
+        self._done: dict[int, object] = {}  # by `id`: a pickle may refer to a container many times
 
-    def replace_views(self, value: Any, name: str, depth: int = 0) -> Any:
+    def replace_views(self, value: object, name: str, depth: int = 0) -> object:
         if isinstance(value, View):
             return self._tensor(value, name)
         if not isinstance(value, dict | list | tuple):
@@ -208,7 +208,7 @@ class _TensorFinder:
         return Tensor(*fields) if _is_dense(axes) else Strided(*fields, view.stride)
 
 
-def _key(key: Any) -> str:
+def _key(key: str | int | Placeholder) -> str:
     return str(key) if isinstance(key, str | int) else key.origin
 
 

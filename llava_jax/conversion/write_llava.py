@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_jax.config import Aspect, LlmConfig, LoraConfig, ModelConfig, Parts
 from llava_jax.data.templates import Template
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.models.paths import LLM, is_adapter
 from llava_jax.pretrained import layouts
@@ -42,18 +42,18 @@ def save_official(
     LLaVA's code builds a tower from that directory, and fills it from the checkpoint.
 
     Args:
-        directory: Must exist.
-        final: Where the directory will be: config.json names the tower's place in it.
+        directory: An existing directory.
+        final: Where the directory will be; config.json names the tower's directory in it.
         params: The whole model.
-        config: Of it.
-        inputs: Where the tokenizer lies.
-        dtype: Of the weights; None keeps each as it is.
-        said: What config.json says of it.
-        aspect: As in `official_settings`.
+        config: Sizes of the model.
+        inputs: The directory or parts with the tokenizer.
+        dtype: The dtype of the weights; None keeps each as it is.
+        said: The dtype that config.json names.
+        aspect: How images are made square, as in `official_settings`.
         template: What conversations look like; None if it is not known.
 
     Raises:
-        ConfigError: LLaVA's code has no such model.
+        ConfigError: LLaVA's code has no model like this one.
     """
     _check(config)
     llm = _own_llm(config, inputs)
@@ -87,14 +87,14 @@ def save_official_adapter(
     """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
 
     Args:
-        directory: Must exist.
+        directory: An existing directory.
         params: What was trained.
-        adapters: By stack.
-        config: Of the model.
-        base: The decoder that they belong on, None if it is not in a place of its own.
+        adapters: LoRA settings by stack.
+        config: Sizes of the model.
+        base: The decoder that they belong on, None if it is not in a directory of its own.
         tower: Where the vision tower lies, likewise.
-        inputs: Where the tokenizer lies.
-        aspect: As in `official_settings`.
+        inputs: The directory or parts with the tokenizer.
+        aspect: How images are made square, as in `official_settings`.
 
     Raises:
         ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
@@ -135,7 +135,7 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
     torch.save(values, directory / "non_lora_trainables.bin")
 
 
-def _token_ids(inputs: Path | Parts) -> dict[str, Any]:
+def _token_ids(inputs: Path | Parts) -> Json:
     """What begins and what ends a text, as a decoder's config.json has it."""
     if not has_tokenizer(inputs):
         return {}

@@ -23,7 +23,7 @@ class Batch:
         pixel_values: uint8 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
         pixel_scale: float32 [B, 2, 3]. What these are multiplied by, and what is then added, to
             normalise each channel.
-        text_checksum: Of the texts of the whole batch, of which this may be some rows, where shapes
+        text_checksum: Checksum of the texts of the whole batch, even of some rows only, if shapes
             or places of rows depend on all of them; else 0. Processes whose checksums differ have
             made parts of different batches. At most 31 bits.
     """

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
@@ -26,6 +26,7 @@ from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.data.templates import Template
 from llava_jax.data.workers import WITHOUT_END, WorkerError, read_ahead, write_progress
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, RunError
 
 
@@ -39,11 +40,11 @@ class BatchSpec:
         image_size: Height and width of the pixels.
         max_length: Longest sample in tokens.
         pad_token_id: Fills rows on their right.
-        pixel_scale: As `ImageTransform.scale`.
+        pixel_scale: The same as `ImageTransform.scale`.
         buckets: Lengths that T is chosen from, beside max_length.
         packing: Whether rows, then of max_length, have as many samples as fit; the other rows are
             left empty.
-        devices: Those that rows are divided among. Packed ones are dealt out to them in turn.
+        devices: Number of devices that share the rows. Packed rows are dealt out to them in turn.
     """
 
     size: int
@@ -124,7 +125,7 @@ class SampleEncoder:
         """Encodes a record without looking at its images.
 
         Raises:
-            SampleError: As for the whole.
+            SampleError: The sample cannot be used.
         """
         self._check_images(record)
         encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
@@ -163,7 +164,7 @@ class SampleEncoder:
 class Batches(Iterator[Batch]):
     """Batches without end, from a position that can be saved and returned to."""
 
-    def __init__(self, read: "ReadBatch", workers: int, identity: dict[str, Any]):
+    def __init__(self, read: "ReadBatch", workers: int, identity: Json):
         """Begins with the first.
 
         Args:
@@ -184,11 +185,11 @@ class Batches(Iterator[Batch]):
         self._next += 1
         return batch
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """Returns the position: what `restore` takes. JSON can hold it."""
         return {**self._identity, "next_batch": self._next}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Json) -> None:
         """Goes to a position: the next batch is the one that came next when it was saved.
 
         Raises:
@@ -224,7 +225,7 @@ def eval_batches(
         records: Where the samples come from.
         encode_fn: Encodes one of them.
         spec: Shapes.
-        rows: As in `ReadBatch`.
+        rows: Rows to make, as in `ReadBatch`.
         workers: Processes that encode; 0 encodes in a thread of this one.
 
     Yields:
@@ -252,7 +253,7 @@ class ReadBatch:
         records: Where the samples come from.
         encode_fn: Encodes one of them.
         spec: Shapes of a whole batch.
-        rows: Those of the batch that are made, in order; None is all. Of other rows' samples,
+        rows: The rows of the batch to make, in order; None is all. Of other rows' samples,
             nothing is read but, where shapes depend on it, their text: all of a run's processes
             must take the same.
     """

@@ -27,7 +27,7 @@ class Problem:
     Attributes:
         sample: Its number.
         where: Its file, and its line, record or row there.
-        kind: As `SampleError.kind`.
+        kind: The same as `SampleError.kind`.
         reason: All about it.
     """
 
@@ -42,11 +42,11 @@ class Findings:
     """What N samples are like.
 
     Attributes:
-        tokens: Of each, cut to the longest that is learned from; 0 where the text is bad.
+        tokens: Length of each sample, cut to the longest that is used; 0 where the text is bad.
         learned: How many of these are targets.
-        images: Of each.
+        images: Number of images of each sample.
         cut: Tokens that the cut took away.
-        problems: Of the bad samples, one each.
+        problems: A problem of each bad sample.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -76,7 +76,7 @@ def check(
         records: The data set.
         encoder: The run's.
         workers: Processes that read; 0 reads in a thread of this one.
-        advance: Is told how many records more have been read.
+        advance: Called with the number of records that were read since the last call.
 
     Raises:
         RunError: A worker process died; names the record that it was at.

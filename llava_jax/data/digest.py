@@ -5,12 +5,12 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.files import is_remote, open_file
 from llava_jax.data.parquet_file import ParquetFile
 from llava_jax.data.sources import FileRecords, JoinedRecords, ListRecords, Records
+from llava_jax.disk import Json
 
 _BLOCK = 2**16
 _BLOCKS = 256
@@ -20,7 +20,7 @@ _NAMED = 5
 """Images that differ and are named; the others are counted."""
 
 
-def data_digest(records: Records) -> list[dict[str, Any]]:
+def data_digest(records: Records) -> list[Json]:
     """What a run's data is known again by, wherever it lies. Plain JSON.
 
     It changes when a record is added, removed, moved or edited in a field that is read. Of image
@@ -39,7 +39,7 @@ def data_digest(records: Records) -> list[dict[str, Any]]:
     return [_of_files(part) if isinstance(part, FileRecords) else _of_list(part) for part in parts]
 
 
-def _of_list(records: ListRecords) -> dict[str, Any]:
+def _of_list(records: ListRecords) -> Json:
     digest = hashlib.sha256()
     for record in records:
         names = [os.path.basename(image) for image in record.images if isinstance(image, str)]
@@ -47,7 +47,7 @@ def _of_list(records: ListRecords) -> dict[str, Any]:
     return {"files": [["records", len(records), digest.hexdigest()]], "images": {}}
 
 
-def _of_files(records: FileRecords) -> dict[str, Any]:
+def _of_files(records: FileRecords) -> Json:
     files, tables = records.files, [f for f in records.files if isinstance(f, ParquetFile)]
     with ThreadPoolExecutor(_THREADS) as pool:
         paths = list(dict.fromkeys(path for file in files for path in file.images))
@@ -88,9 +88,7 @@ def _blocks(path: str, count: int) -> str | None:
     return f"{size} bytes, CRC-32 {value:08x}"
 
 
-def data_changes(
-    before: list[dict[str, Any]], now: list[dict[str, Any]], kind: str = "training data"
-) -> Iterator[str]:
+def data_changes(before: list[Json], now: list[Json], kind: str = "training data") -> Iterator[str]:
     """How data differs from what `data_digest` gave before; a line each.
 
     Of image files, only those are compared that could be read both times.

@@ -12,10 +12,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
-from typing import Any, Literal
+from typing import Literal
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import Record
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -48,7 +49,7 @@ def easy_vqa_records(
             the kept questions do not tell both colour and shape have none.
         dialogues: How many conversations of several questions each image also comes with.
         turns: Questions in such a conversation, drawn without order; fewer where there are fewer.
-        seed: Of those draws.
+        seed: Seed of those draws.
 
     Raises:
         ConfigError: The package easy_vqa is not installed.
@@ -99,7 +100,7 @@ def parse_source(source: str) -> list[Record]:
     _, split, *forms = source.split(":")
     if split not in ("train", "test"):
         raise ConfigError(f"{source}: the split must be train or test, found {split!r}")
-    options: dict[str, Any] = {}
+    options: Json = {}
     for form in forms:
         name, _, value = form.partition("=")
         if name not in FORMS:

@@ -14,7 +14,7 @@ from llava_jax.data.image_limits import MAX_PIXELS, check_cost
 from llava_jax.errors import SampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of Pillow's many: what people have, by decoders whose cost can be told before they run."""
+"""The formats that people use, and whose cost of decoding can be known before it starts."""
 
 _STRIP_PIXELS = 2**22
 
@@ -28,7 +28,7 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
         max_side: Most pixels of its longer side.
 
     Raises:
-        SampleError: It is none, or costs too much. So does what fails while it is open.
+        SampleError: It is not an image or costs too much, or reading it fails while it is open.
     """
     try:
         check_cost(data)

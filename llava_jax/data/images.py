@@ -48,8 +48,8 @@ class ImageTransform:
     Attributes:
         shortest_edge: The image is resized until its shorter side has so many pixels; "squash"
             does not use it.
-        height: Of the result: the centre is kept, and a smaller image is filled with black.
-        width: Of the result.
+        height: Height of the result: the centre is kept, a smaller image is filled with black.
+        width: Width of the result.
         mean: Mean of each channel, of values from 0 to 1.
         std: Standard deviation of each channel.
         rescale: Factor that takes a pixel's 0..255 to 0..1.
@@ -98,7 +98,7 @@ class ImageTransform:
             levels: Becomes the pixels.
 
         Raises:
-            SampleError: As `open_image` does, or the transform.
+            SampleError: `open_image` or the transform fails.
         """
         with _opened(image) as file:
             size = file.size

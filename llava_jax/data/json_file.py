@@ -55,7 +55,7 @@ class JsonFile:
         self._unit = "line" if lines else "record"
         spans = array.array("q")
 
-        def scan() -> Iterator[Any]:
+        def scan() -> Iterator[object]:
             for number, start, stop, raw in (_scan_lines if lines else _scan_list)(path):
                 spans.extend((number, start, stop))
                 yield raw
@@ -101,7 +101,7 @@ class JsonFile:
         return raw
 
 
-def _check_text(raw: Any) -> None:
+def _check_text(raw: object) -> None:
     try:
         json.dumps(raw, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -109,7 +109,7 @@ def _check_text(raw: Any) -> None:
         raise SampleError(f"not Unicode: {half!r} is half of a character", "not JSON") from None
 
 
-Scanned = tuple[int, int, int, Any]
+Scanned = tuple[int, int, int, object]
 """Number of a line or record, the bytes where it starts and stops, and itself; None if damaged."""
 
 
@@ -193,7 +193,7 @@ class _Window:
         self._skip_space()
         return found
 
-    def read_record(self) -> tuple[Any, int]:
+    def read_record(self) -> tuple[object, int]:
         """Goes over one value; returns it and the byte where it stops. None is a damaged one."""
         raw, length = self._decode(0, _SIZES[1:])
         self._position += length
@@ -222,7 +222,7 @@ class _Window:
             if self._position < len(self._text) or not self._has(1):
                 return
 
-    def _decode(self, ahead: int, sizes: tuple[int, ...]) -> tuple[Any, int]:
+    def _decode(self, ahead: int, sizes: tuple[int, ...]) -> tuple[object, int]:
         """The value so far behind what comes next, and its length, which is 0 if there is none."""
         for size in sizes:
             if self._position + ahead + size > len(self._text):

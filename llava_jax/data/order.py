@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from llava_jax.errors import ConfigError
 
 NO_RECORD = -1
-"""In the place of a record's number: nothing is there."""
+"""Stands instead of a record's number where there is no record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Grouping:
 
     Attributes:
         has_images: Whether a record has any.
-        lengths: Of each record, in any unit.
+        lengths: Length of each record, in any unit.
         group: Samples in a group; those of a group follow each other.
     """
 
@@ -87,7 +87,7 @@ class EpochOrder:
         Args:
             counts: Records of each data set; they are numbered through.
             size: Records in a batch.
-            seed: Of the order.
+            seed: Seed of the order.
             weights: How often an epoch has each record of a data set; None is once.
             shuffle: Whether to shuffle; else every epoch has the records as they are numbered.
             grouping: What batches have in common; None does not group.

@@ -11,8 +11,8 @@ def first_fit(lengths: Mapping[int, int], room: int) -> list[list[int]]:
     That takes at most 11/9 of the fewest rows, and one more (Johnson, 1973).
 
     Args:
-        lengths: Of each item, at most `room`. Items without a length are in no row.
-        room: Of a row.
+        lengths: Length of each item, at most `room`. Items without a length are in no row.
+        room: Length of a row.
 
     Returns:
         The items of each row.

@@ -17,8 +17,8 @@ class Padding:
     Attributes:
         longest: Tokens of the longest sample of each batch; 1 where it has none.
         size: Samples in a batch.
-        tokens: Of all samples that are learned from, together.
-        packed: Of all rows, if samples were packed into such of the longest length.
+        tokens: Sum over all samples that are used.
+        packed: Tokens of all rows, if samples were packed into rows of the longest length.
     """
 
     longest: Int64[np.ndarray, " batches"]
@@ -45,7 +45,7 @@ class Padding:
         return 1 - self.tokens / max(self.packed, 1)
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
-        """The lengths, at most so many, with which `padded` is least.
+        """The lengths, up to a number of them, with which `padded` is least.
 
         Exact: such a length is that of a batch, so batches in the order of their lengths are cut
         into runs, and the best cut of the first n into k runs is one of their first i into k - 1.
@@ -83,8 +83,8 @@ def measure_padding(
 
     Args:
         order: The run's.
-        tokens: Of each sample. A sample that is bad for its images counts for the length of its
-            batch, as it does in the run, but is all padding.
+        tokens: Tokens of each sample. A sample with bad images counts for the length of its batch,
+            as it does in the run, but is all padding.
         good: Which samples are learned from.
         room: Tokens of a packed row.
     """

@@ -19,6 +19,7 @@ from llava_jax.data.records import (
     SAMPLED_IMAGES,
     survey,
 )
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class ParquetFile:
         path: The file.
         size: Its bytes.
         sizes, images: As `records.Survey` has them.
-        digest: Of its records, and of how many bytes their columns take.
+        digest: Digest of its records and of the number of bytes that their columns take.
     """
 
     def __init__(self, path: str, *, sampled_images: int = SAMPLED_IMAGES):
@@ -88,7 +89,7 @@ class ParquetFile:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int) -> Json:
         """Reads a record, as it is in the file.
 
         Raises:
@@ -206,7 +207,7 @@ def _measure_groups(
     return ends, largest
 
 
-def _row(table: Any, number: int) -> dict[str, Any]:
+def _row(table: Any, number: int) -> Json:
     row = table.slice(number, 1)
     weight = _weight(row)
     if weight > MAX_RECORD_BYTES:
@@ -219,7 +220,7 @@ def _row(table: Any, number: int) -> dict[str, Any]:
         raise SampleError(f"not UTF-8: {error}", "not Parquet") from None
 
 
-def _row_or_none(table: Any, number: int) -> dict[str, Any] | None:
+def _row_or_none(table: Any, number: int) -> Json | None:
     try:
         return _row(table, number)
     except SampleError:

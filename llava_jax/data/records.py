@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, SampleError
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
@@ -116,7 +117,7 @@ class Survey(NamedTuple):
     """What one pass through records finds.
 
     Attributes:
-        sizes: Of the records.
+        sizes: Sizes of the records.
         digest: SHA-256 of what is learned from them, in their order.
         images: Paths of some of their image files, evenly spread.
     """
@@ -162,13 +163,13 @@ def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAG
     return Survey(found, digest.hexdigest(), paths)
 
 
-def _bytes_of(images: list[Any], turns: list[Turn], category: Any) -> bytes:
+def _bytes_of(images: list[object], turns: list[Turn], category: object) -> bytes:
     """What is learned from a record; of an image that is embedded, what is there of it."""
     parts = [repr((images, category)), *(f"{turn.role}:{turn.text}" for turn in turns), ""]
     return "\0".join(parts).encode(errors="surrogatepass")
 
 
-def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
+def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
     """The images of a record, as it has them, and its turns."""
     if not isinstance(raw, dict):
         raise SampleError(f"expected an object, found {raw!r:.60}")
@@ -181,7 +182,7 @@ def _parse(raw: Any) -> tuple[list[Any], list[Turn]]:
         )
     _limit("turns", len(found), MAX_TURNS)
     turns: list[Turn] = []
-    parts: list[dict[str, Any]] = []
+    parts: list[Json] = []
     for index, turn in enumerate(found):
         name, said = turn.get("from") or turn.get("role"), turn.get("value")
         if said is None:  # a table has all its columns, even where they are empty
@@ -208,9 +209,7 @@ def _limit(what: str, found: int, most: int, kind: str = "record size") -> None:
         raise SampleError(f"it has {found:,} {what}, and a record may have {most:,}", kind)
 
 
-def _join_parts(
-    content: list[dict[str, Any]], role: str, turn: int
-) -> tuple[str, list[dict[str, Any]]]:
+def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
     """The text of a content in parts, and the image parts."""
     texts, images = [], []
     for part in content:
@@ -227,7 +226,7 @@ def _join_parts(
     return "".join(texts), images
 
 
-def _images_beside(raw: dict[str, Any]) -> list[Any]:
+def _images_beside(raw: Json) -> list[object]:
     named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
     if len(named) > 1:
         raise SampleError('there are both "image" and "images"; keep one of them')
@@ -242,7 +241,7 @@ def _images_beside(raw: dict[str, Any]) -> list[Any]:
     return []
 
 
-def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any]) -> list[Any]:
+def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
     """The images in the order of the parts that show them, if these say which they show."""
     if not parts:
         return beside
@@ -270,16 +269,16 @@ def _images_of_parts(parts: list[dict[str, Any]], beside: list[Any]) -> list[Any
     return images
 
 
-def _is_image(value: Any) -> bool:
+def _is_image(value: object) -> bool:
     known = isinstance(value, dict) and not value.keys().isdisjoint({"bytes", "path"})
     return known or isinstance(value, str | bytes)
 
 
-def _is_list_of(value: Any, kind: type) -> bool:
+def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
+def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
     """The path of an image below a folder, or what is in its file.
 
     Args:
@@ -288,7 +287,7 @@ def locate_image(image: Any, root: str, follow_links: bool) -> str | bytes:
         follow_links: Whether links may lead out of it.
 
     Raises:
-        SampleError: It is none of these, or its path leads out of the folder.
+        SampleError: It is not an image, a path or a URL, or its path leads out of the folder.
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]

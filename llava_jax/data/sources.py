@@ -1,4 +1,4 @@
-"""Where samples come from: data files, told apart by what is in them, and easy-VQA by its name."""
+"""Where samples come from: data files of a form found by their content, and easy-VQA by name."""
 
 import copy
 import functools
@@ -78,12 +78,14 @@ class ListRecords(list[Record]):
         return f"sample {index}"
 
 
-class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read bad records
+class FileRecords(
+    Sequence[object]
+):  # not of Record: a check of types at run time would read bad records
     """The records of data files, one file after the other. Can be pickled.
 
     Attributes:
-        sizes: Of its records.
-        files: In order.
+        sizes: Sizes of its records.
+        files: The files in order.
     """
 
     def __init__(
@@ -163,11 +165,11 @@ class FileRecords(Sequence[Any]):  # of Any, lest type checks at run time read b
         return file, number - int(self._ends[position]) + len(file)
 
 
-class JoinedRecords(Sequence[Any]):
+class JoinedRecords(Sequence[object]):
     """Several sources, one after the other. Can be pickled.
 
     Attributes:
-        sizes: Of its records.
+        sizes: Sizes of its records.
         parts: The sources.
     """
 
@@ -188,7 +190,7 @@ class JoinedRecords(Sequence[Any]):
         """Reads a record, or several.
 
         Raises:
-            SampleError: As the source does.
+            SampleError: The source cannot read the record.
         """
         if isinstance(index, slice):
             return ListRecords(self[number] for number in range(*index.indices(len(self))))
@@ -207,7 +209,7 @@ class JoinedRecords(Sequence[Any]):
 
 
 Records = ListRecords | FileRecords | JoinedRecords
-"""A sequence of records, with their sizes and places. To read one may be a SampleError."""
+"""A sequence of records, with their sizes and positions. Reading one may raise SampleError."""
 
 
 def _join(parts: Sequence[Sizes]) -> Sizes:

@@ -1,4 +1,10 @@
-"""Batches made ahead, in worker processes or a thread."""
+"""Makes batches ahead of time, in worker processes or in a thread.
+
+The pools of the standard library will not do: they do not say at which record a worker died (a
+`multiprocessing.Pool` waits for it for ever), and they copy every batch through a pipe. The loaders
+of PyTorch and Grain expect the whole input pipeline as a data set of theirs. Here a worker leaves
+its batches in shared memory, names the record that it reads there, and ends with its parent.
+"""
 
 import atexit
 import contextlib
@@ -13,6 +19,8 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 
@@ -25,14 +33,14 @@ from llava_jax.distributed.watchdog import end_with
 WITHOUT_END = 2**48
 
 Read = Callable[[int], Any]
-"""Makes a batch, a pytree of arrays, of its number. Must pickle where there are workers."""
+"""Makes the batch, a tree of arrays, with a number. It must pickle if there are workers."""
 
 
 class WorkerError(Exception):
     """A worker process died.
 
     Attributes:
-        record: Number of the record that it was at; None if that is not known.
+        record: The number of the record that it was reading; None if that is not known.
     """
 
     def __init__(self, record: int | None, reason: str):
@@ -50,7 +58,7 @@ def read_ahead(
         start: Number of the first.
         workers: Processes that make whole batches; 0 makes them in a thread of this one.
         stop: Number behind the last.
-        most_bytes: Of one batch. What is more goes from a worker through a pipe, which is slower.
+        most_bytes: Largest batch. Larger ones go from a worker through a pipe, which is slower.
 
     Raises:
         WorkerError: A worker process died.
@@ -72,11 +80,11 @@ def read_ahead(
 
 
 class _Worker(NamedTuple):
-    """A process that makes batches, of which it holds two.
+    """A process that makes batches, and holds at most two of them.
 
     Attributes:
-        give: Tells it what to read, and the numbers; waits until it has heard.
-        take: Waits for the next batch.
+        give: Sends the function that makes batches, and their numbers.
+        take: Waits for the next batch and returns it.
     """
 
     give: Callable[[Read, range], None]
@@ -90,13 +98,14 @@ def _worker(most_bytes: int) -> Iterator[_Worker]:
     with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
         name = None if shared is None else shared.name
         process = context.Process(target=_work, args=(theirs, name, os.getpid()))
-        # They are told of a Ctrl-C too; until they ignore it, it waits.
+        # A Ctrl-C reaches the worker too. It is blocked here, and so in the new process, until the
+        # worker ignores it; otherwise it could kill a worker that has just started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_MAIN)
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        atexit.register(process.kill)  # before Python would wait for it
+        atexit.register(process.kill)  # otherwise Python waits for it at its end
         theirs.close()
         try:
             yield _Worker(partial(_give, pipe), partial(_take, pipe, process, shared))
@@ -108,7 +117,7 @@ def _worker(most_bytes: int) -> Iterator[_Worker]:
 
 
 _OF_MAIN = (signal.SIGINT, signal.SIGTERM)
-"""They reach every process of a terminal's or SLURM's job, but only the main one may act."""
+"""These reach every process of a terminal's or SLURM's job, but only the main one may act."""
 _HEAD = 64
 """Bytes of a worker's shared memory before its batch: the record it is at, or -1."""
 _ALIGNMENT, _LEAVES = 64, 16
@@ -129,13 +138,13 @@ class _Left:
 
 
 def _give(pipe: Any, read: Read, numbers: range) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it is dead, as who takes from it finds
+    with contextlib.suppress(BrokenPipeError):  # the worker has died; `_take` reports that
         pipe.send((read, numbers))
 
 
-def _take(pipe: Any, process: Any, shared: SharedMemory | None) -> Any:
-    """A worker's next batch. Its memory, which is always the same, is then free for one more."""
-    with contextlib.suppress(OSError):  # it is dead, as the next line finds
+def _take(pipe: Any, process: BaseProcess, shared: SharedMemory | None) -> Any:
+    """Copies a worker's next batch out of its shared memory, which the next one may then use."""
+    with contextlib.suppress(OSError):  # the worker has died; receiving from it reports that
         pipe.send_bytes(b"go on")
     try:
         made = pipe.recv()
@@ -150,8 +159,8 @@ def _take(pipe: Any, process: Any, shared: SharedMemory | None) -> Any:
     return jax.tree.map(copy, made)
 
 
-def _work(pipe: Any, name: str | None, parent: int) -> None:
-    """What a worker process does."""
+def _work(pipe: Connection, name: str | None, parent: int) -> None:
+    """Runs in a worker process: makes batches, and sends one each time it is asked."""
     global _at
     for number in _OF_MAIN:
         signal.signal(number, signal.SIG_IGN)
@@ -162,7 +171,7 @@ def _work(pipe: Any, name: str | None, parent: int) -> None:
         _at = np.ndarray((), np.int64, shared.buf)
     try:
         read, numbers = pipe.recv()
-    except (EOFError, OSError):  # nobody wants it
+    except (EOFError, OSError):  # the main process has ended
         return
     for number in numbers:
         try:
@@ -173,12 +182,12 @@ def _work(pipe: Any, name: str | None, parent: int) -> None:
         try:
             pipe.recv_bytes()
             pipe.send(made if isinstance(made, Exception) else _leave(made, shared))
-        except (EOFError, OSError):  # nobody wants it
+        except (EOFError, OSError):  # the main process has ended
             return
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or another that says the same where a pipe cannot carry it."""
+    """The error, or another one with the same text if a pipe cannot carry it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -187,8 +196,8 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _keep_memory() -> None:
-    """Has the C library keep what was freed for the next batch: new pages are dear."""
-    with contextlib.suppress(AttributeError, OSError):  # only glibc's can
+    """Tells the C library to keep freed memory for the next batch, because new pages are slow."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has this function
         set_option = ctypes.CDLL(None).mallopt
         set_option(_M_MMAP_MAX, 0)
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -198,10 +207,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _leave(batch: Any, shared: SharedMemory | None) -> Any:
-    """A batch whose arrays, if they fit, are left in shared memory."""
+    """Moves the arrays of a batch into shared memory, as many as fit."""
     offset, end = _HEAD, 0 if shared is None else shared.size
 
-    def leave(leaf: np.ndarray) -> Any:
+    def leave(leaf: np.ndarray) -> np.ndarray | _Left:
         nonlocal offset
         if shared is None or offset + leaf.nbytes > end:
             return leaf
@@ -224,7 +233,7 @@ def write_progress(record: int) -> None:
 
 @contextlib.contextmanager
 def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
-    """Memory that processes share by its name; None where there is no such thing."""
+    """Memory that processes share by its name; None where the system has none."""
     try:
         shared = SharedMemory(create=True, size=size)
     except OSError:
@@ -242,5 +251,5 @@ def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
 def _fits_shared_memory(size: int) -> bool:
     try:
         return shutil.disk_usage("/dev/shm").free > size
-    except OSError:  # Not Linux: no such limit.
+    except OSError:  # not Linux: there is no limit
         return True

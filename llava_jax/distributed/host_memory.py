@@ -5,12 +5,15 @@ slow work on the host, or stop the compiler (openxla/xla #47362, #47380, #34565)
 """
 
 import math
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
+
+Tree = TypeVar("Tree")
+"""A tree of arrays."""
 
 PINNED_HOST = "pinned_host"
 """The memory kind of what waits outside the devices, in pages that they reach themselves."""
@@ -18,7 +21,7 @@ PINNED_HOST = "pinned_host"
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 MAX_SLICES, MIN_SLICE = 64, 2**16
-"""Arrays in host memory move in at most so many slices, each of at least so many elements."""
+"""The most slices in which an array in host memory moves, and the fewest elements of a slice."""
 
 SUBLANES = 8
 """Rows of a float32 matrix that lie together on a TPU: it copies no fewer."""
@@ -56,7 +59,7 @@ def move(x: Array, space: jax.memory.Space) -> Array:
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: Tree) -> Tree:
     """Takes what lies in host memory to the device."""
     return jax.tree.map(lambda x: move(x, DEVICE), tree)
 
@@ -72,13 +75,13 @@ def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
 
 
-def layer_at(stacks: Any, index: Int[Array, ""]) -> Any:
+def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
     """One layer of stacked arrays, where they lie."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return jax.tree.map(take, stacks)
 
 
-def write_layer(stacks: Any, layer: Any, index: Int[Array, ""]) -> Any:
+def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
     """Puts one layer, from the device, back into stacked arrays."""
     return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
 

@@ -1,8 +1,8 @@
 """One process at a time that writes into a directory, also on a disk that machines share.
 
-The lock is a file that its holder touches every few seconds, for locks of the operating system do
-not reach across all shared disks. One whose holder is gone is taken over: at once if the holder ran
-here, else when nobody has touched it for a minute.
+The lock is a file that its holder touches every few seconds, because locks of the operating system
+do not work across all shared disks. A lock whose holder is gone is taken over: at once if the
+holder ran on this machine, otherwise when nobody has touched the file for a minute.
 """
 
 import datetime
@@ -23,7 +23,7 @@ from llava_jax.errors import ConfigError
 
 NAME = "in_use.lock"
 LEASE_SECONDS = 60.0
-"""A lock that was not touched for so long is taken over, unless its holder runs on this machine."""
+"""A lock whose file is older than this is taken over, unless its holder runs on this machine."""
 HEARTBEAT_SECONDS = 5.0
 TRY_SECONDS = 3.0
 """What is left of a process that was killed is gone by then, and its lock is free or taken over."""

@@ -11,8 +11,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,9 @@ SHUTDOWN_SECONDS = 600
 
 END_SECONDS = 10
 """A process that ends with an error waits so long for others that end with the same one."""
+
+Value = TypeVar("Value")
+"""What JSON can hold; a tuple comes back as a list."""
 
 _ENDED = "llava_jax/ended/"
 """The prefix of the keys under which a process that ends publishes why, one for each number."""
@@ -221,7 +224,7 @@ def _highest(values: Int32[Array, "devices n"]) -> Int32[Array, " n"]:
 _exchanges = itertools.count()
 
 
-def all_gather_values(value: Any) -> list[Any]:
+def all_gather_values(value: Value) -> list[Value]:
     """Gathers a value of each process, in the order of their numbers; all must call this.
 
     Args:
@@ -257,7 +260,7 @@ def _wait_for(key: str) -> str:
             lines.say(f"process {key.rsplit('/', 1)[1]} of this run, which is slower")
 
 
-def broadcast_from_main(value: Any) -> Any:
+def broadcast_from_main(value: Value) -> Value:
     """Returns the value of process 0; all must call this."""
     return all_gather_values(value)[0]
 
@@ -272,14 +275,14 @@ def barrier() -> None:
     all_gather_values(None)
 
 
-def differences(facts: Mapping[str, Any]) -> list[str]:
+def differences(facts: dict[str, object]) -> list[str]:
     """Compares facts among all processes, which must all call this; a line for each difference.
 
     Args:
         facts: Values by name that JSON can hold.
     """
-    facts = json.loads(json.dumps(facts))
-    first = broadcast_from_main(facts if is_main_process() else None)
+    facts = dict(json.loads(json.dumps(facts)))
+    first = broadcast_from_main(facts if is_main_process() else {})
     own = {name: facts.get(name) for name in first | facts if facts.get(name) != first.get(name)}
     others: dict[tuple[str, str], list[int]] = {}
     for number, differing in enumerate(all_gather_values(own)):

@@ -1,7 +1,7 @@
-"""Where the processes of a run meet before JAX joins them, so that each learns who does not come.
+"""Where the processes of a run meet before JAX joins them, so that each learns who is missing.
 
-JAX's own service waits in silence and then aborts its process. So process 0 listens at the
-coordinator's address until all have come, and only then leaves the port to JAX.
+JAX's own service waits without a message and then aborts its process. So process 0 listens at the
+coordinator's address until all processes have come, and only then leaves the port to JAX.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterable
-from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
 WAIT_SECONDS = 300
-"""A process waits for the others at most so long."""
+"""The longest time that a process waits for the others."""
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 15, 60
 """A process that waits says so after the first of these, and then in intervals of the second."""
@@ -53,7 +53,7 @@ def meet_at(address: str, count: int, number: int) -> None:
     Args:
         address: host:port, where process 0 runs.
         count: Processes of the run.
-        number: Of this one, from 0.
+        number: The number of this process, from 0.
 
     Raises:
         ConfigError: Process 0 cannot be reached there, or not every process comes exactly once.
@@ -76,7 +76,7 @@ def meet_at(address: str, count: int, number: int) -> None:
         reason = _report(host, port, count, number)
         if reason is None:
             return
-        if problem is not None and lines.seconds > _TRY_SECONDS:  # nobody else can be told
+        if problem is not None and lines.seconds > _TRY_SECONDS:  # nobody else can be informed
             raise ConfigError(problem)
         if lines.seconds > WAIT_SECONDS:
             raise ConfigError(
@@ -126,11 +126,11 @@ def _report(host: str, port: int, count: int, number: int) -> str | None:
     return None
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+def _send(connection: socket.socket, message: Json) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(connection: socket.socket) -> dict[str, Any]:
+def _receive(connection: socket.socket) -> Json:
     with connection.makefile("rb") as file:
         message = json.loads(file.readline(_MAX_LINE))
     if not isinstance(message, dict):

@@ -93,7 +93,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
     """The logical axes of a parameter.
 
     Raises:
-        LookupError: None or several rules match; the table is wrong.
+        LookupError: No rule matches, or several do; the table is wrong.
     """
     found = [axes for pattern, axes in PARAMETER_RULES if re.fullmatch(pattern, path)]
     if len(found) != 1:
@@ -152,7 +152,7 @@ def with_shardings(
     }
 
 
-def shardings(placed: Any) -> Any:
+def shardings(placed: object) -> Any:
     """The shardings in a tree of placed shapes."""
     return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
@@ -190,7 +190,7 @@ def shard_map_rows(
     Args:
         function: Treats rows by themselves, or gives each device's sum of them, [1].
         axes: Logical axes of each of `params`.
-        params: By name.
+        params: Parameters by name.
         rows: Trees of arrays whose first dimension is the batch; an array is the first.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -219,7 +219,7 @@ def shard_map_rows(
     )(params, *rows)
 
 
-def _divided(axes: tuple[str, ...], x: Any, mesh: AbstractMesh) -> Any:
+def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
     """How an array, or those of a quantised weight that have its rank, lie on the `fsdp` axis."""
 
     def spec(part: jax.Array) -> PartitionSpec:
@@ -231,7 +231,7 @@ def _divided(axes: tuple[str, ...], x: Any, mesh: AbstractMesh) -> Any:
     return jax.tree.map(spec, x)
 
 
-def _narrow(x: Any, dtype: Any) -> Any:
+def _narrow(x: object, dtype: np.dtype) -> object:
     """Casts matrices, as their products are; vectors, and the scales of a quantised weight, are
     multiplied in float32.
     """
@@ -255,7 +255,7 @@ def on_shards(
     Args:
         function: Gives a result of the shape of its first argument.
         arguments: Logical axes of each argument.
-        result: Those of the result.
+        result: Logical axes of the result.
     """
 
     def run(*args: jax.Array) -> jax.Array:

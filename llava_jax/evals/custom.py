@@ -7,6 +7,7 @@ from typing import Any
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError
 from llava_jax.data.records import Record
 from llava_jax.data.sources import FileRecords, ListRecords, load_records
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import Answered, Files, Question
 from llava_jax.evals.scoring import METRICS, count_yes_no, mean
@@ -43,7 +44,7 @@ def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
 
 
 def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]:
-    """Those of several people, where a record has them beside its conversation, as VQA's does."""
+    """Answers of several people, if a record has them beside its conversation, as VQA's do."""
     raw = records.read_raw(number) if isinstance(records, FileRecords) else {}
     found = raw.get("answers")
     if not isinstance(found, list):
@@ -68,7 +69,7 @@ def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
         )
 
 
-def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> dict[str, Any]:
+def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> Json:
     """Scores all, and each category if there are any."""
     groups: dict[str, list[Answered]] = defaultdict(list)
     for answer in answered:
@@ -78,10 +79,10 @@ def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> dict
     return score(answered) | ({"categories": categories} if categories else {})
 
 
-def scorer(metric: str) -> Callable[[Sequence[Answered]], dict[str, Any]]:
+def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
     """What scores answers by one of `METRICS`, or by `YES_NO`."""
 
-    def score(answered: Sequence[Answered]) -> dict[str, Any]:
+    def score(answered: Sequence[Answered]) -> Json:
         # What could not be read has no answer to be held to, and is wrong.
         if metric == YES_NO:
             return count_yes_no(_yes_or_no(answered)).scores

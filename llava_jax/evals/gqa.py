@@ -3,9 +3,8 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llava_jax.disk import replace_text
+from llava_jax.disk import Json, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import (
     EVAL_ZIP,
@@ -43,7 +42,7 @@ def read(files: Files) -> list[Question]:
     known = check_fields(read_json(annotations), str(annotations))
     fields = {"answer": str, "types": dict}
 
-    def entry(name: Any) -> dict[str, Any]:
+    def entry(name: str | int) -> Json:
         if name not in known:
             raise ConfigError(f"{path}: question {name} is not in {annotations}")
         return check_fields(known[name], f"{annotations}, question {name}", **fields)
@@ -67,7 +66,7 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def score(answered: Sequence[Answered]) -> dict[str, Any]:
+def score(answered: Sequence[Answered]) -> Json:
     """The share of answers that are GQA's, of all, of the open and of the binary questions."""
     right = lambda kind: mean(
         prediction(text) == question.answers[0]

@@ -23,6 +23,7 @@ from rich.progress import track
 from llava_jax.config import Quantisation, parse_source
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import ROLES
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.prompts import Prompt
@@ -44,9 +45,9 @@ class LlavaJax(lmms):
     Args:
         pretrained: A run's directory, an adapter's, a checkpoint, or a hub id.
         base: What an adapter was trained on, if not what it names.
-        dtype: Of weights and computation.
+        dtype: The dtype of weights and computation.
         quantize: The decoder in fewer bits.
-        max_length: Of a question and its answer, in tokens.
+        max_length: Most tokens of a question with its answer.
         batch_size: Questions at a time.
         given: What lmms-eval gives every model, and is not used: all devices are.
     """
@@ -113,7 +114,7 @@ class LlavaJax(lmms):
         for number in refused:
             yield number, GenerationResult("")
 
-    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+    def _messages(self, request: Instance) -> list[Json]:
         _, to_messages, _, document, task, split = request.args
         return to_messages(self.task_dict[task][split][document])
 
@@ -126,7 +127,7 @@ class LlavaJax(lmms):
         raise NotImplementedError("llava_jax answers tasks of one round")
 
 
-def read_settings(given: dict[str, Any]) -> tuple[int, Sampling, tuple[str, ...]]:
+def read_settings(given: Json) -> tuple[int, Sampling, tuple[str, ...]]:
     """A task's generation_kwargs: most new tokens, how tokens are chosen, and what ends an answer.
 
     Beams are passed over: tasks ask for one.
@@ -145,7 +146,7 @@ def read_settings(given: dict[str, Any]) -> tuple[int, Sampling, tuple[str, ...]
     return longest, sampling, (until,) if isinstance(until, str) else tuple(until)
 
 
-def to_prompt(messages: Sequence[dict[str, Any]]) -> Prompt:
+def to_prompt(messages: Sequence[Json]) -> Prompt:
     """Messages of lmms-eval, whose contents are texts and images, as a prompt.
 
     Raises:

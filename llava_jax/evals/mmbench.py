@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import first_letter
 from llava_jax.evals.questions import LETTER, Answered, Files, Question, Source, ask, open_text
@@ -84,7 +85,7 @@ def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Quest
         "option_char": [*options],
         "row": {name: value for name, value in row.items() if name not in _DROPPED},
     }
-    more: dict[str, Any] = {"category": row.get("category") or None, "extra": extra}
+    more: Json = {"category": row.get("category") or None, "extra": extra}
     image: bytes | None = None
     try:
         image = base64.b64decode(_image(row["image"], images), validate=True)
@@ -97,7 +98,7 @@ def _image(text: str, images: dict[str, str]) -> str:
     return images.get(text, text) if len(text) <= _LONGEST_REFERENCE else text
 
 
-def score(answered: Sequence[Answered]) -> dict[str, Any] | None:
+def score(answered: Sequence[Answered]) -> Json | None:
     """The share of right letters, and of questions that are right in every order of their choices.
 
     None for a table without answers. The server reads answers that are no letter with an LLM.

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import mme_label
 from llava_jax.evals.questions import (
@@ -87,7 +87,7 @@ def _read_category(root: Path, category: str) -> list[Question]:
     return questions
 
 
-def score(answered: Sequence[Answered]) -> dict[str, Any]:
+def score(answered: Sequence[Answered]) -> Json:
     """Scores as MME does: per cent of right answers and of right images, added up.
 
     An image is right if all of its questions are.

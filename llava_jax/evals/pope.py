@@ -1,8 +1,8 @@
 """POPE: is there such a thing in the image? Three sets of questions about COCO's images."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import (
     EVAL_ZIP,
@@ -58,7 +58,7 @@ def read(files: Files) -> list[Question]:
         (category, row["image"], row["text"].strip()): row["label"] for category, row in labelled
     }
 
-    def label(row: dict[str, Any]) -> Sequence[str]:
+    def label(row: Json) -> Sequence[str]:
         key = row.get("category"), row["image"], without_prompt(row["text"])
         if key not in labels:
             raise ConfigError(
@@ -70,7 +70,7 @@ def read(files: Files) -> list[Question]:
     return read_questions(asked[0], root, label)
 
 
-def score(answered: Sequence[Answered]) -> dict[str, Any]:
+def score(answered: Sequence[Answered]) -> Json:
     """Scores each set; `f1` is the mean of theirs, the number that is published."""
     of = lambda name: [answer for answer in answered if answer.question.category == name]
     sets = {name: count_yes_no(of(name)).scores for name in SETS if of(name)}

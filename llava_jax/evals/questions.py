@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
 from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, locate_image
-from llava_jax.disk import is_deeper, open_regular
+from llava_jax.disk import Json, is_deeper, open_regular
 from llava_jax.errors import ConfigError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -26,7 +26,7 @@ class Question:
         prompt: Its text, as answer files of LLaVA have it.
         turns: The conversation that ends with it, an `<image>` for each image.
         images: Paths, or what is in the files.
-        answers: Those expected; none where only a server knows them.
+        answers: The expected answers; empty where only a server knows them.
         category: Groups the scores; None outside any group.
         extra: More fields of its answer in answers.jsonl.
         problem: Why it cannot be asked, if it cannot.
@@ -42,7 +42,7 @@ class Question:
     problem: str | None = None
 
 
-Answers = Callable[[dict[str, Any]], Sequence[str]]
+Answers = Callable[[Json], Sequence[str]]
 """The answers that are expected of a line of a question file."""
 
 
@@ -68,7 +68,7 @@ def ask(
         id: Its name.
         prompt: Its text; no image is left where it says `<image>`.
         image: What comes before it, if anything: a path below `root`, or what is in a file.
-        answers: Those expected.
+        answers: The expected answers.
         root: The folder of images.
         more: Further attributes of the question.
     """
@@ -90,7 +90,7 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
     Args:
         path: The file.
         root: The folder of its images.
-        answers: Those expected of a line.
+        answers: Gives the expected answers of a line.
 
     Raises:
         ConfigError: A line has another form.
@@ -109,7 +109,7 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
     ]
 
 
-def _category(row: dict[str, Any]) -> str | None:
+def _category(row: Json) -> str | None:
     category = row.get("category")
     return category if isinstance(category, str) and category != "default" else None
 
@@ -144,7 +144,7 @@ class Files(NamedTuple):
     annotations: Path | None = None
 
     def look(self, source: Source) -> list[Path]:
-        """All that fits a source, in order; empty if there is none.
+        """All that fits a source, in order; empty if nothing fits.
 
         Raises:
             ConfigError: What the command line names is not there, or it names no folder.
@@ -182,7 +182,7 @@ class Files(NamedTuple):
         """All files of a source.
 
         Raises:
-            ConfigError: There is none; says where it comes from.
+            ConfigError: There is no such file; the message says where to get it.
         """
         if found := self.look(source):
             return found
@@ -198,7 +198,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not JSON.
     """
     try:
         with open_text(path) as file:
@@ -219,7 +219,7 @@ def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
+def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
     """Reads a file of JSON lines.
 
     Args:
@@ -259,7 +259,7 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
         raise ConfigError(f"{path} is not UTF-8: {error}") from None
 
 
-def check_fields(row: Any, where: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+def check_fields(row: object, where: str, **fields: type | tuple[type, ...]) -> Json:
     """Returns an object of a file if it has the fields, of the types.
 
     Raises:

@@ -5,10 +5,10 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_jax.config import Parts, format_source
-from llava_jax.disk import append_rows, replace_text
+from llava_jax.disk import Json, append_rows, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import Answered, Question
 from llava_jax.generation.assistant import Assistant, Reply
@@ -34,15 +34,15 @@ def describe(
     how: How,
     checkpoint: str | Path | Parts,
     **loaded: str | None,
-) -> dict[str, Any]:
+) -> Json:
     """All that answers depend on, for settings.json.
 
     Args:
         task: The benchmark.
         questions: All of its questions.
         how: How answers are generated.
-        checkpoint: What is asked.
-        loaded: How it is loaded.
+        checkpoint: The checkpoint that answers.
+        loaded: How the checkpoint is loaded.
     """
     digest = hashlib.sha256()
     for question in questions:
@@ -92,7 +92,7 @@ class Answers:
         ConfigError: The folder has answers to other settings, or is damaged.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], questions: Sequence[Question]):
+    def __init__(self, folder: Path, settings: Json, questions: Sequence[Question]):
         self.path = folder / "answers.jsonl"
         self._questions = questions
         self._model = settings["model"]
@@ -114,7 +114,7 @@ class Answers:
         return [Answered(self._questions[n], self._rows[n]["text"]) for n in range(count)]
 
     def add(self, number: int, reply: Reply | None, error: str | None = None) -> None:
-        """Keeps an answer, or why there is none."""
+        """Keeps an answer, or the reason why it is missing."""
         question = self._questions[number]
         row = {
             "question_id": question.id,
@@ -140,7 +140,7 @@ class Answers:
         rows = [self._rows[number] for number in sorted(self._rows)]
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def _read(self) -> dict[int, dict[str, Any]]:
+    def _read(self) -> dict[int, Json]:
         if not self.path.exists():
             return {}
         *whole, last = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -160,8 +160,8 @@ class Answers:
         return rows
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """The object in a line; empty where there is none."""
+def _parse(text: str) -> Json:
+    """The object in a line; empty if the line is not an object."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -169,7 +169,7 @@ def _parse(text: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _check_settings(path: Path, settings: dict[str, Any], answers: Path) -> None:
+def _check_settings(path: Path, settings: Json, answers: Path) -> None:
     if not answers.exists():  # what was asked before and not answered binds nobody
         replace_text(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -202,7 +202,7 @@ def ask_all(
         assistant: Who answers.
         answers: Where they are kept.
         questions: All questions of the benchmark.
-        numbers: Of those to ask.
+        numbers: Numbers of the questions to ask.
         how: How answers are generated.
         advance: Called after each.
     """

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER
-from llava_jax.disk import replace_text
+from llava_jax.disk import Json, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import science_letter
 from llava_jax.evals.questions import (
@@ -61,7 +60,7 @@ def read(files: Files) -> list[Question]:
     return [questions[name] for name in test]
 
 
-def _choices(problems: Any, name: str, where: str) -> tuple[list[str], str]:
+def _choices(problems: object, name: str, where: str) -> tuple[list[str], str]:
     fields = {"choices": list, "answer": int}
     problem = check_fields(problems, "problems.json").get(name)
     problem = check_fields(problem, f"{where}, problem {name} of problems.json", **fields)
@@ -80,7 +79,7 @@ def _is_right(answer: Answered) -> bool:
     return _letter(answer) == answer.question.answers[0]
 
 
-def score(answered: Sequence[Answered]) -> dict[str, Any]:
+def score(answered: Sequence[Answered]) -> Json:
     """The share of right letters, of all and of the questions with an image."""
     images = [answer for answer in answered if answer.question.images]
     return {"accuracy": mean(map(_is_right, answered)), "image": mean(map(_is_right, images))}

@@ -66,7 +66,7 @@ class Confusion:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Accuracy, precision, recall, F1 and the share of "yes"; 0 where there is none."""
+        """Accuracy, precision, recall, F1 and the share of "yes"; 0 where one is undefined."""
         said_yes = self.true_yes + self.false_yes
         is_yes = self.true_yes + self.false_no
         total = said_yes + self.true_no + self.false_no

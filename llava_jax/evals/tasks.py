@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.evals import custom, gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
 from llava_jax.evals.questions import Answered, Files, Question
 from llava_jax.evals.scoring import METRICS
@@ -20,12 +20,12 @@ class Task:
         read: Reads its questions.
         score: Scores answers; None where only a server can.
         submit: Writes what its server or its own script takes into a folder, and returns where.
-        max_new_tokens: Of an answer, as LLaVA's evaluation has it.
+        max_new_tokens: Most tokens of an answer, as in LLaVA's evaluation.
         needs: A package that `submit` needs.
     """
 
     read: Callable[[Files], list[Question]]
-    score: Callable[[Sequence[Answered]], dict[str, Any] | None]
+    score: Callable[[Sequence[Answered]], Json | None]
     submit: Callable[[Path, Sequence[Answered], Files], Path] | None = None
     max_new_tokens: int = 128
     needs: str | None = None

@@ -1,8 +1,8 @@
 """TextVQA: questions about text in images, each with the answers of ten people."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import (
     EVAL_ZIP,
@@ -41,7 +41,7 @@ def read(files: Files) -> list[Question]:
         row = check_fields(row, where, image_id=str, question=str, answers=list)
         known[row["image_id"], row["question"].lower()] = [str(a) for a in row["answers"]]
 
-    def answers(row: dict[str, Any]) -> Sequence[str]:
+    def answers(row: Json) -> Sequence[str]:
         key = row["question_id"], asked(row["text"]).lower()
         if key not in known:
             raise ConfigError(f"{path}: {annotations} has no answers to {key[1]!r} on {key[0]}")
@@ -54,7 +54,7 @@ def asked(prompt: str) -> str:
     """The question in LLaVA's prompt, which has what OCR read of the image on a line of its own.
 
     Raises:
-        ConfigError: It is no such prompt.
+        ConfigError: The prompt is not one of TextVQA's.
     """
     lines = prompt.split("\n")
     with_ocr = len(lines) == 3 and _OCR in prompt

@@ -21,7 +21,7 @@ def plan_for_attached(
     """The cheapest plan that fits the attached devices, if asked for, before a weight is loaded.
 
     Raises:
-        ConfigError: None fits; names the closest.
+        ConfigError: No plan fits; the message names the closest one.
     """
     if is_main_process():
         write_trial(config.run_dir, None)

@@ -33,7 +33,7 @@ def matmul_flops(text: str) -> int:
 
     Raises:
         ValueError: A loop with products has no fixed length, a library call is not known, or the
-            text is none.
+            text is not that of a module.
     """
     return total(text, lambda *call: {"": _products(*call)})[""]
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_jax.jax_compat import loop_bound
 
@@ -33,28 +33,29 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
-def total(text: str, cost: Callable[[Instruction, Computation], Mapping[Any, int]]) -> Counter[Any]:
-    """What a compiled module's instructions cost when it runs, on one device.
+def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int]]) -> Counter[str]:
+    """Adds up what the instructions of a compiled module cost when it runs, on one device.
 
-    Of a conditional's branches the dearest counts.
+    Of the branches of a conditional, the one with the highest cost counts.
 
     Args:
         text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
-        cost: Of an instruction in its computation, without the computations that it calls.
+        cost: The cost of an instruction in its computation, without the computations it calls.
 
     Raises:
-        ValueError: Something that costs is in a loop of unknown length, or the text is none.
+        ValueError: An instruction with a cost is in a loop of unknown length, or the text is not
+            that of a module.
     """
     module, entry = _parse(text)
 
     @functools.cache
-    def of(name: str) -> Counter[Any]:
-        found: Counter[Any] = Counter()
+    def of(name: str) -> Counter[str]:
+        found: Counter[str] = Counter()
         for instruction in module[name].values():
             found.update(of_instruction(instruction, module[name]))
         return found
 
-    def of_instruction(instruction: Instruction, scope: Computation) -> Counter[Any]:
+    def of_instruction(instruction: Instruction, scope: Computation) -> Counter[str]:
         called = CALLED.findall(instruction.attributes)
         inner = [of(name) for names in called for name in NAME.findall(names)]
         if instruction.opcode == "conditional":

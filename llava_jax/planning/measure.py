@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.config import AttentionImplementation, ModelConfig, Parts, TrainConfig
+from llava_jax.data.batch import Batch
 from llava_jax.data.packing import images_in_row
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.host_memory import is_for_host
@@ -39,13 +40,13 @@ REST = "activations and temporaries"  # what no other term of a Usage names
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a plan takes, for each device; bytes but for `flops`.
+    """What a plan needs on each device; all are bytes except `flops`.
 
     Attributes:
-        device: On the device by term; they add up to the compiler's total.
-        host: In the host's pinned memory by term.
+        device: Bytes on the device by term; they add up to the compiler's total.
+        host: Bytes in the host's pinned memory by term.
         total: The compiler's peak on the device: arguments, results and temporaries.
-        host_total: The same in host memory.
+        host_total: The compiler's peak in host memory.
         pcie: Bytes over PCIe in an optimizer step, both ways together.
         capacity: The device's memory.
         flops: Floating-point operations of an optimizer step's matrix products, as compiled.
@@ -85,7 +86,7 @@ def find_device(name: str) -> Gpu | Tpu:
     """A device of `planning.devices.py`.
 
     Raises:
-        ConfigError: None is called so.
+        ConfigError: There is no device of this name.
     """
     known: dict[str, Gpu | Tpu] = {**GPUS, **TPUS}
     if name not in known:
@@ -164,7 +165,7 @@ def compile_here(
 
 def _program_here(
     config: TrainConfig, model: ModelConfig, images: int
-) -> tuple[TrainConfig, Program, Any]:
+) -> tuple[TrainConfig, Program, Batch]:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     return config, *_program(config, model, jax.devices(), implementation, donate=False)
@@ -173,11 +174,11 @@ def _program_here(
 def _program(
     config: TrainConfig,
     model: ModelConfig,
-    devices: list[Any],
+    devices: list[jax.Device],
     implementation: AttentionImplementation,
     *,
     donate: bool,
-) -> tuple[Program, Any]:
+) -> tuple[Program, Batch]:
     """A program and its batch's shapes; `donate` is for devices that stand for others."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
@@ -237,7 +238,7 @@ def _compile_for_tpus(
     return program, *_compiled(program, batch)
 
 
-def _compiled(program: Program, batch: Any) -> tuple[tuple[int, int], str]:
+def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
     """Bytes that a step takes on a device and in host memory, and the compiled module.
 
     A step that does not fit is not compiled for TPUs: of it there is what the compiler says, and no
@@ -276,7 +277,7 @@ def _totals(stats: Any) -> tuple[int, int]:
     return total, host_total
 
 
-def _terms(program: Program) -> dict[str, Any]:
+def _terms(program: Program) -> dict[str, object]:
     abstract = program.abstract
     return {
         "frozen weights": {path: abstract[path] for path in program.frozen},
@@ -311,7 +312,7 @@ def _flops(text: str) -> int | None:
         return None
 
 
-def _bytes(tree: Any, *, on_host: bool) -> int:
+def _bytes(tree: object, *, on_host: bool) -> int:
     """Bytes on one device (or its share of host memory) of placed shapes."""
     leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize

@@ -26,8 +26,8 @@ class Row:
     """What a row of a batch asks for, in numbers of tokens.
 
     Attributes:
-        tokens: All.
-        learned: Those that have a loss.
+        tokens: All tokens.
+        learned: Tokens that have a loss.
         seen: Keys that a token's attention is counted for; a compiled step's are all.
         images: Images, not tokens.
     """

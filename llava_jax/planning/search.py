@@ -124,7 +124,7 @@ def write_trial(run_dir: Path, trial: Trial | None) -> None:
 
 
 def least_devices(usage: Usage, count: int) -> int | None:
-    """At least so many devices would take a plan that `count` do not; None if no number would.
+    """The fewest devices that a plan would fit if it does not fit `count`; None if none would do.
 
     They share weights, gradients and moments, and each has its own activations. They do not help a
     host that has too little memory.

@@ -12,12 +12,12 @@ They are recognised by the names of their tensors. What fits the model in part f
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
+from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
@@ -50,7 +50,7 @@ class _Piece:
     path: Path
     tensors: Mapping[str, Tensor]
     layout: Layout
-    settings: dict[str, Any] | None
+    settings: Json | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AdapterCheckpoint:
             target, and what was trained in full.
         tensors: Where each lies, one a layer of those that are stacked.
         base_name: Its base, as it says itself; None if it does not.
-        fingerprint: Of that base, as `weights.fingerprint` gives it; None if it does not say.
+        fingerprint: The fingerprint of that base; None if the checkpoint has none.
     """
 
     layouts: list[Layout]
@@ -156,7 +156,7 @@ def open_adapter(
 
     Args:
         path: A directory or file in a form that this module knows.
-        config: Of the base model.
+        config: Sizes of the base model.
         abstract: The model's parameters, with adapters or without.
         read: Opens one file or directory of tensors.
         alphas: LoRA's alpha by stack, for a .pth file, which does not say it.
@@ -256,13 +256,13 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
 def check_base(
     trained: AdapterCheckpoint, path: str | Path, base: str | Path | Parts, fingerprint: str
 ) -> None:
-    """Refuses a base that something was not trained on, if it says on which it was.
+    """Refuses a base other than the one that adapters were trained on, if they name one.
 
     Args:
-        trained: From `open_adapter`.
-        path: Where it lies.
-        base: Where the base lies.
-        fingerprint: Of the base.
+        trained: The result of `open_adapter`.
+        path: Its directory or file.
+        base: The base's directory or parts.
+        fingerprint: The base's fingerprint.
 
     Raises:
         CheckpointError: The base has other weights.
@@ -282,18 +282,18 @@ def load_adapter(
     trainable: Collection[str],
     fingerprint: str | None,
 ) -> Params:
-    """Reads what a run is to go on with; it must be of the run's own kind.
+    """Reads adapters that a run continues to train; their settings must be those of the run.
 
     Args:
-        path: As for `open_adapter`.
+        path: A directory or file, as in `open_adapter`.
         adapters: The run's LoRA settings by stack; dropout may differ.
-        config: Of the base model.
+        config: Sizes of the base model.
         abstract: The run's parameters with their dtypes and shardings.
         trainable: The parameters that the run trains.
-        fingerprint: Of the run's base; None is not compared.
+        fingerprint: The fingerprint of the run's base; None is not compared.
 
     Raises:
-        CheckpointError: As `open_adapter`; or it has other settings than the run, holds parameters
+        CheckpointError: `open_adapter` fails; or it has other settings than the run, parameters
             that the run keeps frozen, or was trained on another base.
     """
     alphas = {stack: lora.alpha for stack, lora in adapters.items()}

@@ -20,7 +20,7 @@ class Layout:
 
     Attributes:
         name: Whose it is, for messages.
-        prefixes: From the start of our name to the start of the file's; the longest match counts.
+        prefixes: The start of the file's name by the start of ours; the longest match counts.
         is_xtuner: Whether XTuner wrote it, which has a prompt of its own.
     """
 
@@ -174,7 +174,7 @@ _IGNORED = re.compile("|".join(IGNORED))
 
 
 def is_ignored(file_name: str) -> bool:
-    """Whether a tensor is none of a LLaVA's parameters, but nothing to complain about."""
+    """Whether a tensor is not a parameter of a LLaVA, but may be ignored without a message."""
     return _IGNORED.search(file_name) is not None
 
 

@@ -1,9 +1,9 @@
-"""A checkpoint's programs, run in a process of their own that has limits.
+"""Runs the programs of a checkpoint in a process of their own that has limits.
 
-A chat template is a program, and so is a regular expression. Jinja's sandbox keeps a template from
-files and from Python's internals, but not from loops without end or texts without measure, and
-nothing can end one reliably inside a process: `"x" * 10**9` is a single step. A process can be
-limited by the system, dies alone, and is started again.
+A chat template is a program, and so is a regular expression. Jinja's sandbox keeps a template away
+from files and from Python's internals, but it allows endless loops and texts of any length, and
+nothing inside a process can reliably stop them: `"x" * 10**9` is a single step. The system can
+limit a process, and the process can end and be started again without harm to this one.
 
 This file is also that process's program. It imports no more than Jinja, so it starts in 0.1 s.
 """
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SECONDS = 1  # of a processor's time; a real template takes a few milliseconds
@@ -35,7 +35,7 @@ class LimitedProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def __call__(self, task: str, **arguments: Any) -> Any:
+    def __call__(self, task: str, **arguments: object) -> Any:
         """What a task gives.
 
         Args:
@@ -120,7 +120,9 @@ def match(patterns: list[str], names: list[str]) -> list[int | None]:
     return [next(found(name), None) for name in names]
 
 
-def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+def render(
+    template: str, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]
+) -> str:
     """A conversation as text, as transformers' `apply_chat_template` makes it for generation."""
     # The template has the messages, to change at will.
     most = len(json.dumps(messages)) + _MAX_ADDED
@@ -162,13 +164,13 @@ def _environment() -> Any:
     class Namespace(jinja2.utils.Namespace):
         """Takes no name that means something to Python."""
 
-        def __init__(*args: Any, **values: Any):
+        def __init__(*args: Any, **values: object):
             self, *given = args  # so that a value may be called self
             jinja2.utils.Namespace.__init__(self)
             for name, value in dict(*given, **values).items():
                 self[name] = value
 
-        def __setitem__(self, name: str, value: Any) -> None:
+        def __setitem__(self, name: str, value: object) -> None:
             if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a namespace takes no {name!r}")
             super().__setitem__(name, value)
@@ -177,7 +179,7 @@ def _environment() -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(
-        value: Any,
+        value: object,
         ensure_ascii: bool = False,
         indent: int | None = None,
         separators: tuple[str, str] | None = None,

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llava_jax.config import Aspect, ModelConfig, Parts, VisionConfig
+from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
 
 DECODERS = {
@@ -24,7 +24,7 @@ _TOWERS = {
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
-def decoder_settings(raw: dict[str, Any]) -> dict[str, Any]:
+def decoder_settings(raw: Json) -> Json:
     """A config.json as its decoder's, if it is LLaVA's own."""
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or ("mm_vision_tower" not in raw and kind == "llava"):
@@ -32,7 +32,7 @@ def decoder_settings(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"model_type": DECODERS.get(kind, kind)}
 
 
-def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def feature_settings(file: Path, raw: Json) -> Json:
     """What LLaVA's config.json says about image features, as fields of `ModelConfig`.
 
     Raises:
@@ -57,14 +57,14 @@ def feature_settings(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def image_aspect(raw: dict[str, Any]) -> Aspect | None:
+def image_aspect(raw: Json) -> Aspect | None:
     """What becomes of images that are not square by a config.json of LLaVA's; None if it is not."""
     if "mm_vision_tower" not in raw:
         return None
     return "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"
 
 
-def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
+def named_tower(file: Path, raw: Json) -> str | VisionConfig | None:
     """The vision tower that LLaVA's config.json names.
 
     Returns:
@@ -79,9 +79,7 @@ def named_tower(file: Path, raw: dict[str, Any]) -> str | VisionConfig | None:
     return _TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def official_settings(
-    config: ModelConfig, llm: dict[str, Any], tower: str, aspect: Aspect | None
-) -> dict[str, Any]:
+def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect | None) -> Json:
     """The config.json that LLaVA's own code reads.
 
     Args:
@@ -112,7 +110,7 @@ def official_settings(
 
 
 def as_parts(
-    path: Path, file: Path, raw: dict[str, Any], find: Callable[[str], Path], *, has_tower: bool
+    path: Path, file: Path, raw: Json, find: Callable[[str], Path], *, has_tower: bool
 ) -> Parts:
     """LLaVA's own directory as separate parts, of which it may be two.
 
@@ -120,7 +118,7 @@ def as_parts(
         path: The directory.
         file: Its config.json.
         raw: What that says.
-        find: From a directory or a hub id to where it lies.
+        find: Finds the directory of a path or a hub id.
         has_tower: Whether the tower's weights are in the directory.
 
     Raises:

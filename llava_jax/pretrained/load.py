@@ -163,7 +163,7 @@ def find_tensors(
 
 
 def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:
-    """One error of all tensors that are amiss, if there are any."""
+    """Raises one error that names all tensors that do not fit, if there are any."""
     lines = [
         f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
         for what, items in problems.items()
@@ -296,8 +296,8 @@ class Stored:
     """A parameter that is still in its files: what `save_params` takes in the place of an array.
 
     Attributes:
-        shape: Of the whole parameter.
-        dtype: Of what `read` gives.
+        shape: Shape of the whole parameter.
+        dtype: The dtype that `read` returns.
         read: One layer of it, or all of one that is not stacked.
     """
 

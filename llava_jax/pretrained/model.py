@@ -52,7 +52,7 @@ def load_weights(
     """Parameters from a checkpoint, and fresh ones where it has none.
 
     Args:
-        source: From `resolve`; None makes everything fresh.
+        source: The result of `resolve`; None initialises all parameters.
         config: The model.
         abstract: Shapes, dtypes and shardings of all parameters, adapters included.
         seed: For fresh ones: adapters, and a projector that `source` lacks.
@@ -101,12 +101,12 @@ class LlavaModel(Llava):
         Args:
             path: A directory in a layout of `pretrained.layouts`, a run's directory, a hub id, or
                 parts, also as text: llm=DIR,vision=DIR,projector=FILE.
-            dtype: Of the weights and the computation, "float32" or "bfloat16".
-            mesh: From `make_mesh`; the weights are sharded over it. None is one device.
+            dtype: The dtype of the weights and the computation, "float32" or "bfloat16".
+            mesh: A mesh of `make_mesh` over which the weights are sharded; None is one device.
             quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
 
         Raises:
-            ConfigError: There is no such checkpoint, or it cannot be quantised_shapes.
+            ConfigError: There is no such checkpoint, or it cannot be quantised.
             CheckpointError: It is not a LLaVA of a known kind, or not whole.
         """
         source = parse_source(path) if isinstance(path, str) else path
@@ -159,9 +159,9 @@ class LlavaModel(Llava):
             llm: A LlamaForCausalLM directory, or Mistral's or Qwen2's.
             vision: A CLIPVisionModel or CLIPModel directory, or SigLIP's.
             projector: Its safetensors file or directory; None makes a new one from the seed.
-            dtype: Of the weights and the computation.
-            seed: Of a new projector.
-            mesh: As for `from_pretrained`.
+            dtype: The dtype of the weights and the computation.
+            seed: The seed of a new projector.
+            mesh: The same as in `from_pretrained`.
 
         Raises:
             CheckpointError: A part cannot be used.

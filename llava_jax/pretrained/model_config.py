@@ -14,12 +14,11 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
-
-Json = dict[str, Any]
 
 # Defaults of transformers' configs, the same in 4.36 (Qwen2's and SigLIP's: 4.37) and in 5.23.
 LLAMA_DEFAULTS: Json = {
@@ -236,20 +235,20 @@ def read_json_config(directory: str | Path) -> tuple[Path, Json]:
     """A directory's config.json, as it is.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: There is no config, or it cannot be read.
     """
     file = Path(directory) / "config.json"
     return file, read_json(file)
 
 
 def _given(raw: Json | None) -> Json:
-    """What a config says; null means the default, or for some fields that there is none."""
+    """The value of a field; null means the default, or in some fields that there is no value."""
     none = ("sliding_window", "num_key_value_heads")
     return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
 
 
 def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
-    """A part of a config; the default if there is none."""
+    """An object inside a config; the default if it is missing."""
     value = raw.get(name)
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"{file}: {name} is {value!r:.80}, not an object")
@@ -391,8 +390,8 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
 
     Args:
         config: The model.
-        directory: Must exist.
-        dtype: Of the weights beside it, "bfloat16" for example.
+        directory: An existing directory.
+        dtype: The dtype of the weights beside it, such as "bfloat16".
     """
     llava = {
         "model_type": "llava",

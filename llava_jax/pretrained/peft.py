@@ -26,6 +26,7 @@ from llava_jax.config import (
     ModelConfig,
     absolute_source,
 )
+from llava_jax.disk import Json
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
@@ -85,10 +86,10 @@ def save_adapter(
         params: Everything that was trained: adapters, and the parts tuned in full beside them. Of
             such a vision tower also what did not train, for PEFT takes it only whole.
         adapters: LoRA settings by stack, `LLM` or `VISION`.
-        config: Of the model that was trained.
+        config: Sizes of the model that was trained.
         base_name: Directory, hub id or parts of the base, for those who load the adapter; paths are
             written absolute.
-        fingerprint: Of the base, as `weights.fingerprint` gives it.
+        fingerprint: The base's fingerprint.
         era: The version of transformers that names the modules: 5, which 4.52 to 4.57 share, or 4,
             up to 4.51.
 
@@ -124,7 +125,7 @@ def peft_name(layout: Layout, parameter: str) -> str:
 
 def _peft_config(
     adapters: Mapping[str, LoraConfig], config: ModelConfig, modules: list[str]
-) -> dict[str, Any]:
+) -> Json:
     """adapter_config.json: the decoder's settings, and the tower's as patterns if they differ."""
     first = adapters.get(LLM) or adapters[VISION]
     ranks, alphas = {}, {}
@@ -148,7 +149,7 @@ def _peft_config(
     }
 
 
-def lora_settings(lora: LoraConfig) -> dict[str, Any]:
+def lora_settings(lora: LoraConfig) -> Json:
     """What all adapter_config.jsons of one LoRA say alike."""
     return {
         "peft_type": "LORA",
@@ -169,7 +170,7 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
     return rf"{_BLOCKS[stack]}\.{layers}\.\w+\.({'|'.join(lora.targets)})"
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> Json:
     """An adapter_config.json.
 
     Raises:
@@ -198,9 +199,7 @@ def plain_name(name: str) -> str:
     )
 
 
-def stack_settings(
-    directory: Path, settings: dict[str, Any], stack: str, names: list[str]
-) -> LoraConfig:
+def stack_settings(directory: Path, settings: Json, stack: str, names: list[str]) -> LoraConfig:
     """The one setting of all of a stack's adapters.
 
     Args:
@@ -232,7 +231,7 @@ def stack_settings(
 
 def _of_modules(
     file: Path,
-    settings: dict[str, Any],
+    settings: Json,
     modules: list[str],
     name: str,
     pattern_name: str,

@@ -11,7 +11,7 @@ from llava_jax.config import Aspect, ModelConfig, Parts, format_source
 from llava_jax.data.conversation import adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
-from llava_jax.disk import copy_regular
+from llava_jax.disk import Json, copy_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model_config import read_vision_config
 from llava_jax.pretrained.safetensors import read_json
@@ -87,7 +87,7 @@ def load_fitting_transform(
     """As `load_image_transform`, for a model.
 
     Raises:
-        CheckpointError: As there.
+        CheckpointError: `load_image_transform` fails.
         ConfigError: The pixels are not of the size that the model takes.
     """
     transform = load_image_transform(source, aspect)
@@ -100,7 +100,7 @@ def load_fitting_transform(
     return transform
 
 
-def _is_numbers(values: Any, count: int, least: float = -_MAX_LEVEL) -> bool:
+def _is_numbers(values: object, count: int, least: float = -_MAX_LEVEL) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == count
@@ -113,7 +113,7 @@ def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[floa
     return (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
 
 
-def _sizes(file: Path, settings: dict[str, Any]) -> tuple[int, int, int, Aspect]:
+def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
     """An image processor's shortest edge, height, width, and what it does with the aspect."""
     size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     size = {"shortest_edge": size} if isinstance(size, int) else size
@@ -141,7 +141,7 @@ def _sizes(file: Path, settings: dict[str, Any]) -> tuple[int, int, int, Aspect]
     return size.get("shortest_edge", max(height, width)), height, width, aspect
 
 
-def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+def _image_settings(directory: Path) -> tuple[Path, Json] | None:
     """The image processor's settings and their file; transformers 5 nests them in another."""
     for name, inner in ((_PROCESSOR, "image_processor"), (_IMAGES, None)):
         file = directory / name
@@ -171,8 +171,8 @@ def save_processor(
 
     Args:
         source: The checkpoint to take the tokenizer and the image processor from.
-        directory: Must exist.
-        config: Of the model.
+        directory: An existing directory.
+        config: Sizes of the model.
         template: What conversations look like; None keeps the source's own chat template.
         aspect: What happens to images that are not square; None keeps what the source says.
 
@@ -229,12 +229,12 @@ def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
     write_json(directory / _IMAGES, _image_processor(load_image_transform(source)))
 
 
-def write_json(file: Path, settings: dict[str, Any]) -> None:
+def write_json(file: Path, settings: Json) -> None:
     """Writes a settings file as transformers does."""
     file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _tokenizer_settings(directory: Path) -> dict[str, Any]:
+def _tokenizer_settings(directory: Path) -> Json:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     for own in ("backend", "local_files_only"):  # how it was opened here, not what it is
         settings.pop(own, None)
@@ -252,7 +252,7 @@ _PROCESSORS: dict[Aspect, str] = {
 }
 
 
-def _image_processor(transform: ImageTransform) -> dict[str, Any]:
+def _image_processor(transform: ImageTransform) -> Json:
     sides = {"height": transform.height, "width": transform.width}
     sizes = {"size": {"shortest_edge": transform.shortest_edge}, "crop_size": sides}
     return {
@@ -276,7 +276,7 @@ def generation_settings(
     tokenizer: PreTrainedTokenizerBase,
     config: ModelConfig,
     template: Template | None,
-) -> dict[str, Any]:
+) -> Json:
     """Greedy decoding, and which tokens end it: the source's own, and the template's.
 
     Nothing else of the source's settings is kept: some (Vicuna's temperature without sampling) make
@@ -359,7 +359,7 @@ def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> s
     """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
 
     Args:
-        source: Where the tokenizer lies.
+        source: The directory or parts with the tokenizer.
         is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
 
     Returns:
@@ -381,7 +381,7 @@ def read_chat_template(
 
     Args:
         source: A LLaVA's directory, or separate parts.
-        tokenizer: From there.
+        tokenizer: The tokenizer of `source`.
         image_token: What stands for an image in its text.
 
     Returns:

@@ -102,7 +102,7 @@ def adapter_in(name: str | Path, read: Reader = open_tensors) -> Path:
 
     Args:
         name: A path or a hub id.
-        read: As for `resolve`.
+        read: Opens a file of weights, as in `resolve`.
 
     Raises:
         ConfigError: There is nothing of the kind.
@@ -218,7 +218,7 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
     try:
         layout = layouts.recognise(tensors := read(path))
     except layouts.LayoutError:
-        return path  # reading it will say what is amiss
+        return path  # reading it will say what is wrong
     if layout.name != layouts.LLAVA.name:
         return path
     file, raw = read_json_config(path)

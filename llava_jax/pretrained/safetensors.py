@@ -1,7 +1,9 @@
 """The safetensors format: a length, a JSON table, raw bytes.
 
-Read and written one tensor at a time with plain file calls: bfloat16 comes as it is, every offset
-is checked before it is used, and no file is mapped into memory (mapped pages would count as used).
+Tensors are read and written one at a time with plain file calls. The library `safetensors` will not
+do: it maps whole files into memory, whose pages then count as used, and it cannot give the position
+of a tensor in its file, from which parts of a tensor are read here. Every offset is checked before
+it is used.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llava_jax.disk import is_deeper, open_regular, read_regular
+from llava_jax.disk import Json, is_deeper, open_regular, read_regular
 from llava_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -185,7 +187,7 @@ _ADVICE = (
 )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """A JSON object from a file.
 
     Raises:
@@ -206,7 +208,7 @@ def parse_json(text: bytes) -> Any:
     """A JSON value.
 
     Raises:
-        ValueError: It is none, has more or deeper parts than a checkpoint has, or has a key
+        ValueError: It is not JSON, has more or deeper parts than a checkpoint has, or has a key
             twice: of those Python would take the last, others take the first.
     """
     if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its bytes
@@ -220,7 +222,7 @@ def parse_json(text: bytes) -> Any:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _distinct(pairs: list[tuple[str, object]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError(f"it has {commonest(key for key, _ in pairs)!r:.200} twice")
@@ -264,7 +266,7 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 _FORMATS = ("pt", "tf", "flax", "mlx", "np")  # what transformers takes
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[Json, int]:
     """A file's JSON table, and where its data begin."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
@@ -345,7 +347,7 @@ def write_tensors(path: Path, specs: Specs, values: Callable[[str], np.ndarray])
 
     The file has its name only when it is complete.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: Json = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in specs.items():
         start, end = end, end + _size(specs[name])

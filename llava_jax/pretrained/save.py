@@ -67,10 +67,10 @@ def save_tensors(
     Args:
         params: What to write.
         config: The model that `params` belong to.
-        naming: From our name of one layer to the tensor's name in the file.
+        naming: Turns our name of one layer into the tensor's name in the file.
         write: Takes the tensors' shapes and dtypes, and a function that fetches one by its name;
             must fetch them in that order.
-        dtype: As in `save_params`.
+        dtype: The dtype of the file, as in `save_params`.
     """
     origins, specs = {}, {}
     for path, param in params.items():

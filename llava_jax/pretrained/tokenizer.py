@@ -46,7 +46,7 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
             which `<image>` is added, and `<pad>` if it has no padding token.
 
     Raises:
-        CheckpointError: There is none, it cannot be read, or is none that may be used.
+        CheckpointError: There is no tokenizer, it cannot be read, or it cannot be used safely.
     """
     directory = Path(source.llm if isinstance(source, Parts) else source)
     if not has_tokenizer(directory):
@@ -87,7 +87,7 @@ def _check_files(directory: Path) -> None:
     """Holds what transformers opens by itself to what it would not survive.
 
     Raises:
-        CheckpointError: A file is none, is too large, or has something else in it than settings.
+        CheckpointError: A file is not JSON, is too large, or has something else than settings.
     """
     settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     others = (_FAST, _SENTENCEPIECE, "chat_template.jinja")
@@ -106,7 +106,7 @@ def _check_files(directory: Path) -> None:
             _check_listed(file, [*own, *(found[name] for name in found if "tokens" in name)])
 
 
-def _check_listed(file: Path, values: Iterable[Any]) -> None:
+def _check_listed(file: Path, values: Iterable[object]) -> None:
     for value in values:
         if isinstance(value, list | dict) and len(value) > _MAX_LISTED:
             raise CheckpointError(f"{file} lists {len(value):,} tokens, more than {_MAX_LISTED:,}")

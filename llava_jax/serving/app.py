@@ -7,16 +7,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from llava_jax.disk import Json
 from llava_jax.generation.assistant import Answer
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Body, client_of, media_type
 from llava_jax.serving.limits import RequestError, refusal
-from llava_jax.serving.metrics import CONTENT_TYPE
+from llava_jax.serving.prometheus import CONTENT_TYPE
 from llava_jax.serving.schema import ChatRequest, parse_request
 from llava_jax.serving.service import Service, Ticket
 
@@ -43,7 +44,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
 
-    def card(name: str) -> dict[str, Any]:
+    def card(name: str) -> Json:
         return {"id": name, "object": "model", "created": started, "owned_by": "llava_jax"}
 
     @app.post("/v1/chat/completions")
@@ -189,13 +190,13 @@ class Reply:
         self._send = send
         self.has_begun = False
 
-    async def whole(self, value: dict[str, Any]) -> None:
+    async def whole(self, value: Json) -> None:
         """An object, and the end."""
         body = json.dumps(value).encode()
         await self._begin("application/json", [(b"content-length", str(len(body)).encode())])
         await self.end(body)
 
-    async def event(self, value: dict[str, Any]) -> None:
+    async def event(self, value: Json) -> None:
         """An object as an event."""
         if not self.has_begun:
             await self._begin("text/event-stream; charset=utf-8", _NO_BUFFERS)
@@ -240,7 +241,7 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def _naming(request: ChatRequest, kind: str) -> dict[str, Any]:
+def _naming(request: ChatRequest, kind: str) -> Json:
     name = f"chatcmpl-{secrets.token_hex(12)}"
     return {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
 

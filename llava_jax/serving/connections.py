@@ -52,7 +52,7 @@ class Connections:
         return lambda *args, **options: Connection(self, *args, **options)
 
     def add(self, connection: "Connection") -> bool:
-        """Adds one, and closes another if need be; False if this one finds no place."""
+        """Adds one, and closes another if need be; False if there are too many."""
         address = connection.address
         greedy = self._clients[address] >= self.maximum * 3 // 4
         if greedy or len(self._open) >= self.maximum:
@@ -124,8 +124,8 @@ class Connection(HttpToolsProtocol):
 
     Args:
         connections: All of them.
-        args: Those of uvicorn.
-        options: Those of uvicorn.
+        args: Arguments of uvicorn.
+        options: Options of uvicorn.
     """
 
     def __init__(self, connections: Connections, *args: Any, **options: Any):

@@ -22,8 +22,8 @@ def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Pr
     """The conversation, with the URLs of its images. In a turn, they come before the text.
 
     Args:
-        messages: Of the request.
-        limits: Of the server.
+        messages: Messages of the request.
+        limits: Limits of the server.
         max_length: Longest conversation in tokens.
 
     Raises:

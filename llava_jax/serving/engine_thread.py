@@ -81,7 +81,7 @@ class EngineThread:
     these in the same order.
 
     Args:
-        assistants: By the names of their models.
+        assistants: Assistants by the names of their models.
 
     Attributes:
         failure: Why it generates no more, if something ended it.

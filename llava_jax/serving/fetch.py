@@ -1,6 +1,6 @@
 """A file from an http or https URL that a stranger named: from public addresses alone.
 
-A server that fetches what it is told to reaches what its clients cannot: its own machine, its
+A server that fetches any URL reaches what its clients cannot: its own machine, its
 network, a cloud's metadata. So a host's addresses are looked up once, all must be public, and the
 connection goes to one of those that were checked; each redirect is a new URL.
 """
@@ -28,11 +28,11 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
 
     Args:
         url: http or https.
-        most_bytes: Of the file.
+        most_bytes: Largest size of the file.
         seconds: For all of it, redirects included.
 
     Raises:
-        FetchError: It is not public, too large or too slow, or there is no such file.
+        FetchError: It is not public, too large or too slow, or the file does not exist.
     """
     until = time.monotonic() + seconds
     for _ in range(1 + MAX_REDIRECTS):
@@ -102,7 +102,7 @@ def public_address(host: str, port: int) -> str:
 
     Raises:
         FetchError: One is not.
-        OSError: There is no such host.
+        OSError: The host does not exist.
     """
     found = [str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in found:

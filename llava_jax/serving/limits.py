@@ -12,14 +12,14 @@ class Limits:
     """What the server takes of its clients.
 
     Attributes:
-        queue: Requests that wait for their first token; more are told to come again.
-        client_queue: Those of one address, so that others find a place.
-        body_bytes: Of a request.
-        image_bytes: Of an image's file.
-        image_pixels: Of the square around an image, which is made of it.
-        images: In a conversation. The prefill is compiled for each number of them.
-        new_tokens: Of an answer; a request that asks for more is given so many.
-        seconds: From a request's first byte to its answer's last token.
+        queue: Requests that wait for their first token; more are refused, to be sent again later.
+        client_queue: Waiting requests of one address, so that others get a turn.
+        body_bytes: Largest size of a request.
+        image_bytes: Largest size of an image's file.
+        image_pixels: Most pixels of the square into which an image is padded.
+        images: Most images in a conversation. The prefill is compiled for each number of them.
+        new_tokens: Most tokens of an answer; a request for more gets this number.
+        seconds: Longest time from a request's first byte to its answer's last token.
         remote_images: Whether images are fetched from http and https URLs.
     """
 
@@ -40,7 +40,7 @@ class RequestError(Exception):
     Attributes:
         status: HTTP's.
         code: A word for programs, as OpenAI has them.
-        param: The field that is amiss.
+        param: The field that is wrong.
         retry_after: Seconds after which it may be asked again.
     """
 
@@ -67,7 +67,7 @@ class RequestError(Exception):
 
 
 def refusal(error: RequestError) -> JSONResponse:
-    """What a client gets in place of an answer."""
+    """What a client gets instead of an answer."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 408:  # the rest of the body is not waited for
         headers["Connection"] = "close"

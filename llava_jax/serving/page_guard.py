@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava_jax.disk import Json
 from llava_jax.serving.bodies import Bodies, client_of, with_body
 from llava_jax.serving.limits import RequestError
 from llava_jax.serving.schema import parse_json
@@ -98,7 +99,7 @@ class PageGuard:
         """Answers.
 
         Raises:
-            RequestError: The page makes no such request.
+            RequestError: The page makes no request like this.
         """
         if scope["type"] != "http":
             raise RequestError("this server has no websockets", status=404)
@@ -136,7 +137,7 @@ class PageGuard:
         finally:
             self._streams -= 1
 
-    def _event(self, body: bytearray) -> dict[str, Any]:
+    def _event(self, body: bytearray) -> Json:
         """An event of the page, made of nothing but checked values."""
         event = parse_json(_Event, body)
         self._make_room(event.session_hash)
@@ -156,7 +157,7 @@ class PageGuard:
         if len(self._events.get(session, ())) >= MAX_EVENTS:
             raise RequestError("the last questions are not answered yet", status=429, retry_after=5)
 
-    def _value(self, component: Any, value: _Question | bool | float | None) -> Any:
+    def _value(self, component: Any, value: _Question | bool | float | None) -> object:
         """A component's value, as Gradio takes it from a browser."""
         kind = component.get_block_name()
         if kind == "state":
@@ -173,7 +174,7 @@ class PageGuard:
             return {"text": value.text, "files": [self._file(file.path) for file in value.files]}
         raise RequestError(f"data: {kind} takes another type of value")
 
-    def _file(self, name: str) -> dict[str, Any]:
+    def _file(self, name: str) -> Json:
         path = self._uploads.path(name)
         kind = mimetypes.guess_type(path)[0]
         meta = {"_type": "gradio.FileData"}
@@ -196,5 +197,5 @@ def _size(body: bytes) -> bytes:
     return str(len(body)).encode()
 
 
-def _cancel(body: bytearray) -> dict[str, Any]:
+def _cancel(body: bytearray) -> Json:
     return parse_json(_Cancel, body).model_dump()

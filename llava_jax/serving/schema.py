@@ -1,7 +1,7 @@
 """What clients of OpenAI's chat completions send."""
 
 import random
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
@@ -90,17 +90,17 @@ class ChatRequest(_Part):
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], MaxLen(MAX_STOPS)] | None = None
     # What changes an answer and is not to be had here: taken where it asks for nothing.
-    n: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
+    n: object = None
+    logprobs: object = None
+    top_logprobs: object = None
+    logit_bias: object = None
+    frequency_penalty: object = None
+    presence_penalty: object = None
+    response_format: object = None
+    tools: object = None
+    tool_choice: object = None
+    functions: object = None
+    function_call: object = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -131,7 +131,7 @@ class ChatRequest(_Part):
             raise RequestError(str(error), param=str(error).partition(" ")[0]) from error
 
 
-_IDLE: dict[str, tuple[Any, ...]] = {
+_IDLE: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),

@@ -18,7 +18,7 @@ from llava_jax.serving.conversation import to_prompt
 from llava_jax.serving.engine_thread import EngineFailed, EngineThread, Job, Update
 from llava_jax.serving.images import Images
 from llava_jax.serving.limits import Limits, RequestError
-from llava_jax.serving.metrics import Metrics
+from llava_jax.serving.prometheus import Metrics
 from llava_jax.serving.schema import Message
 
 MAX_READERS = 4
@@ -31,11 +31,11 @@ class Service:
     """Models that answer.
 
     Args:
-        assistants: By the names under which they are asked for, the usual one first.
-        limits: Of what is taken.
+        assistants: Assistants by the names that requests use, the default first.
+        limits: Limits of requests.
 
     Attributes:
-        metrics: Of all requests.
+        metrics: Metrics of all requests.
         engine: The thread that generates.
         readers: The threads that read prompts.
         compiler: The thread that compiles for prompts of new sizes.
@@ -110,7 +110,7 @@ class Service:
         """A model by its name.
 
         Raises:
-            RequestError: There is none.
+            RequestError: There is no model of this name.
         """
         if name not in self._assistants:
             raise RequestError(

@@ -30,7 +30,7 @@ class Uploads:
         limits: Limits of the server.
 
     Attributes:
-        limits: The same.
+        limits: The server's limits.
         folder: The folder's path.
     """
 

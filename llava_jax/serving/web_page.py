@@ -9,11 +9,13 @@ import os
 import random
 import traceback
 from collections.abc import AsyncIterator, Sequence
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.limits import RequestError
@@ -49,8 +51,8 @@ class Exchange:
     Attributes:
         text: The question.
         images: Files.
-        answers: As far as they have come.
-        errors: Why there is none, or no more of one.
+        answers: The answers, as far as they are generated.
+        errors: Why an answer is missing or incomplete.
     """
 
     text: str
@@ -69,8 +71,8 @@ class Exchange:
         return " ".join(filter(None, (self.answers[name], error))) or "…"
 
 
-def load_gradio() -> Any:
-    """Gradio, which takes seconds, told to send nothing home.
+def load_gradio() -> ModuleType:
+    """Imports Gradio, which takes seconds, with its reports to its makers switched off.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -133,7 +135,7 @@ class _Page:
         uploads: Images that were uploaded.
     """
 
-    def __init__(self, gr: Any, service: Service, uploads: Uploads):
+    def __init__(self, gr: ModuleType, service: Service, uploads: Uploads):
         self._gr, self._service, self._uploads = gr, service, uploads
         self._names = service.names
 
@@ -206,8 +208,8 @@ class _Page:
             ]
 
     async def _ask(
-        self, asked: dict[str, Any], exchanges: list[Exchange], compare: bool, *settings: float
-    ) -> AsyncIterator[list[Any]]:
+        self, asked: Json, exchanges: list[Exchange], compare: bool, *settings: float
+    ) -> AsyncIterator[list[object]]:
         text = asked["text"].strip()
         images = tuple(str(self._uploads.path(file)) for file in asked["files"])
         if text or images:
@@ -219,7 +221,7 @@ class _Page:
 
     async def _regenerate(
         self, exchanges: list[Exchange], compare: bool, *settings: float
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncIterator[list[object]]:
         if exchanges:
             *before, last = exchanges
             exchanges = [*before, Exchange(last.text, last.images)]
@@ -228,7 +230,7 @@ class _Page:
 
     async def _answer(
         self, exchanges: list[Exchange], compare: bool, settings: Sequence[float]
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncIterator[list[object]]:
         """States of the page while the last question is answered."""
         names = self._names if compare else self._names[:1]
         tasks = [asyncio.ensure_future(self._follow(name, exchanges, *settings)) for name in names]
@@ -291,7 +293,7 @@ class _Page:
             messages.append(ChatMessage(role="assistant", content=said))
         return messages[:-1]
 
-    def _shown(self, exchanges: list[Exchange]) -> list[list[dict[str, Any]]]:
+    def _shown(self, exchanges: list[Exchange]) -> list[list[Json]]:
         """The messages of every chat."""
         chats = []
         for name in self._names:
@@ -306,10 +308,10 @@ class _Page:
             chats.append(messages)
         return chats
 
-    def _clear(self) -> list[Any]:
+    def _clear(self) -> list[object]:
         return [self._ready(), [], *([] for _ in self._names)]
 
-    def _ready(self) -> Any:
+    def _ready(self) -> object:
         return self._gr.MultimodalTextbox(submit_btn=True, stop_btn=False, interactive=True)
 
 
@@ -319,4 +321,4 @@ def _as_text(text: str) -> dict[str, str]:
 
 
 # The service has a queue of its own.
-_UNQUEUED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+_UNQUEUED: Json = {"concurrency_limit": None, "show_progress": "hidden"}

@@ -1,4 +1,4 @@
-"""What a monitor asks, in Prometheus' form."""
+"""What a monitoring system reads, in the text format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
@@ -18,8 +18,8 @@ class Metrics:
         new_tokens: That were generated.
         waiting: Requests before their first token.
         running: Requests after it.
-        seconds: From a request's arrival to its end, where it was answered.
-        first_seconds: From its arrival to its first token.
+        seconds: Time from an answered request's arrival to its end.
+        first_seconds: Time from its arrival to its first token.
     """
 
     def __init__(self):
