@@ -71,7 +71,7 @@ class StopRequest:
         sys.unraisablehook = self._hook
 
     def _pass_over(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        # A signal may come while a callback of the garbage collector runs. Python cannot raise there
+        # A signal may come while a callback of the garbage collector runs. Python cannot raise it
         # and would print a traceback. `signal` is set, so the run stops where it next asks for it.
         if unraisable.exc_type is not Stopped:
             self._hook(unraisable)
