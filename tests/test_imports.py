@@ -96,7 +96,7 @@ def test_only_conversion_imports_what_reads_pickles():
 
 
 def test_nothing_else_imports_what_serves():
-    others = [module for module in MODULES if not module.startswith("serving.")]
+    others = [m for m in MODULES if not m.startswith("serving.") and m != "cli.serve"]
     assert {name for module in others for name in imported(module) if "serving" in name} == set()
     of_extra = re.compile(r"^\s*(?:import|from) (fastapi|uvicorn|gradio|pydantic|prometheus)", re.M)
     sources = {module: source_of(module) for module in others}
@@ -155,6 +155,7 @@ def loaded_globals(code: types.CodeType) -> set[str]:
 
 
 NEEDS = {
+    "speed.peer": "torch",
     "evals.lmms_eval": "lmms_eval.api",
     "serving.access": "fastapi",
     "serving.app": "fastapi",

@@ -1,7 +1,7 @@
-"""Times decoding beside transformers' on this machine's CPU: `python tools/generation_speed.py`.
+"""Compares the speed of decoding with that of transformers, on the CPU of this machine.
 
-Models of random weights, float32, the two in turn, as many threads each. What is timed is all but
-the first token, and the medians of the runs are shown.
+The models have random weights in float32. Both sides take turns. The time of all tokens but the
+first is measured, and the medians of the runs are printed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS = 511, 16, 64
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0."""
+    """Runs the command; returns 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/generation_speed.py",
@@ -35,8 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=7, help="of each")
-    parser.add_argument("--threads", type=int, default=2, help="of transformers; ours takes all")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each side")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of transformers; ours takes all"
+    )
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         make_model(given.shape, Path(directory))

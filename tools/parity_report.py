@@ -1,7 +1,8 @@
-"""Writes docs/parity.md, how near we are to others: `python tools/parity_report.py`.
+"""Writes docs/parity.md, which shows how near the results are to those of other software.
 
-Runs tests/parity; every comparison in it is a row, named by its test. With --slow the long forms
-too, with --size what tools/size_check.py measures. Nothing is written if anything fails.
+Runs tests/parity. Each comparison there becomes a row with the name of its test. With --slow, the
+long forms of the tests run too; with --size, also tools/size_check.py. If anything fails, nothing
+is written.
 """
 
 import argparse
@@ -39,17 +40,19 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 if all tests pass."""
+    """Runs the command; returns 0 if all tests pass."""
     parser = argparse.ArgumentParser(prog="python tools/parity_report.py", description=__doc__)
-    parser.add_argument("--slow", action="store_true", help="the long forms of tests too")
+    parser.add_argument("--slow", action="store_true", help="run the long forms of the tests too")
     parser.add_argument(
-        "--size", metavar="DIRECTORY", help="where 14 GB may lie for the size check"
+        "--size",
+        metavar="DIRECTORY",
+        help="a directory with 14 GB of free space, for the size check",
     )
     given = parser.parse_args(argv)
     commands = [["-m", "pytest", "-q", "tests/parity"]]
     if given.slow:
         commands[0] += ["-m", "slow or not slow"]
-    if given.size:  # first: it may well fail, for want of memory
+    if given.size:  # first, because it may well fail if memory is short
         commands.insert(0, ["tools/size_check.py", str(Path(given.size).resolve())])
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"

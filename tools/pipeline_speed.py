@@ -1,9 +1,9 @@
-"""Times the input pipeline beside a bare loop over JPEGs: `python tools/pipeline_speed.py`.
+"""Compares the speed of the input pipeline with that of a bare loop over JPEGs.
 
-The bare loop only makes pixels: it opens, converts, pads (or crops) and resizes with Pillow, and
-stops at 8 bits. A run's own code also reads records, tokenises, masks, pads and batches in a worker
-process, which hands the batches over. Seconds are those of processors, not of the clock, of both
-processes and all threads together. Bare, exact and draft are timed in turn.
+The bare loop only makes pixels of 8 bits: it opens, converts, pads (or crops) and resizes images
+with Pillow. The pipeline of a run also reads records, tokenises, masks, pads and batches them in a
+worker process, and passes the batches on. The seconds are CPU time of both processes and all
+threads, not wall time. The bare loop, decode "exact" and decode "draft" take turns.
 """
 
 import argparse
@@ -36,20 +36,24 @@ MFU = 0.5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0."""
+    """Runs the command; returns 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/pipeline_speed.py",
         description=__doc__,
     )
-    parser.add_argument("--size", nargs="+", default=SIZES, help="of the JPEGs, WxH")
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, in the place of noise")
-    parser.add_argument("--tokenizer", default=ASSETS / "tiny-llava", help="a decoder's folder")
+    parser.add_argument("--size", nargs="+", default=SIZES, help="sizes of the JPEGs, WxH")
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, instead of noise")
+    parser.add_argument(
+        "--tokenizer", default=ASSETS / "tiny-llava", help="the directory of a tokenizer"
+    )
     parser.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad")
-    parser.add_argument("--edge", type=int, default=336, help="of the pixels, both ways")
-    parser.add_argument("--batch", type=int, default=16, help="samples in one")
-    parser.add_argument("--batches", type=int, default=2, help="that are timed at a time")
-    parser.add_argument("--runs", type=int, default=9, help="of each")
+    parser.add_argument(
+        "--edge", type=int, default=336, help="width and height of the resized image"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="samples of a batch")
+    parser.add_argument("--batches", type=int, default=2, help="batches of a run")
+    parser.add_argument("--runs", type=int, default=9, help="runs of each side")
     given = parser.parse_args(argv)
     print(f"{'JPEGs':>12}{'bytes':>10}{'bare':>8}{'exact':>16}{'draft':>16}  samples/s a core")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""Measures memory and time at the size of LLaVA-1.5-7B: `python tools/size_check.py DIRECTORY`.
+"""Measures memory and time at the size of LLaVA-1.5-7B.
 
-Writes a checkpoint of random weights into DIRECTORY, unless one is there, and then, on the CPU and
-each in a process of its own:
+Writes a checkpoint of random weights into DIRECTORY, unless there is one. Then two processes make
+these measurements on the CPU:
 
-1. imports it in bfloat16, which may take 3 GiB beyond the weights;
-2. makes one LoRA step of rank 128, of an image and 64 words, which may take 24 GB.
+1. Import the checkpoint in bfloat16, which may take 3 GiB more than the weights.
+2. Make one LoRA step of rank 128 with an image and 64 words, which may take 24 GB.
 
-Returns 0 if neither takes more. With --layers, a decoder of fewer layers, to try it out.
+The exit status is 0 if both keep to their limit.
 """
 
 import argparse
@@ -18,13 +18,15 @@ from llava_jax.config import LLAVA_7B
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 if all is within its limit."""
+    """Runs the command; returns 0 if both measurements keep to their limit."""
     parser = argparse.ArgumentParser(prog="python tools/size_check.py", description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, default=LLAVA_7B.llm.num_hidden_layers)
+    parser.add_argument("directory", type=Path, help="the directory of the checkpoint")
+    layers = LLAVA_7B.llm.num_hidden_layers
+    parser.add_argument("--layers", type=int, default=layers, help="layers of the decoder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
 
+    # This import is slow, so --help must not wait for it.
     from checks.size import check_all, measure_here
 
     if given.measure:

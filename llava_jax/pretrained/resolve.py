@@ -195,8 +195,8 @@ def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
 
 
 _NAME_BASE = (
-    "name that base by --base or, to train the adapter further, by --init-from beside "
-    "--init-adapter"
+    "name that base: --base, or --init-from beside --init-adapter if the adapter is to be trained "
+    "further"
 )
 
 

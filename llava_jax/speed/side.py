@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llava_jax.distributed.environment import prepare_for_training
 from llava_jax.speed.case import BASE, Case, load_case
 
 
+@runtime_checkable
 class Side(Protocol):
     """A model that trains.
 

@@ -18,6 +18,7 @@ from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.prompts import Prompt
 from llava_jax.models.layers import split
 from llava_jax.pretrained.model import LlavaModel
+from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.step import make_eval_step
 from llava_jax.training import evaluation
 from llava_jax.training.inputs import find_model, open_inputs
@@ -65,6 +66,7 @@ class FakeAssistant(Assistant):
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeAssistant:
     assistant = FakeAssistant()
     monkeypatch.setattr(Assistant, "load", lambda *_, **__: assistant)
+    monkeypatch.setattr("llava_jax.cli.evaluate.find_checkpoint", lambda _: resolve(TINY))
     return assistant
 
 
@@ -136,7 +138,7 @@ def test_all_are_asked_kept_in_order_and_scored(run, fake, tmp_path):
 def test_the_same_command_asks_only_what_is_missing(run, fake, tmp_path, capsys):
     fake.stops_after = 7
     assert run() == 2
-    assert "goes on" in capsys.readouterr().err
+    assert "continues" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "out")) == 6  # those that were over
     with (tmp_path / "out" / "answers.jsonl").open("a") as file:
         file.write('{"question_id": "9", "tex')  # a kill in the midst of a line

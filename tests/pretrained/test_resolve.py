@@ -147,7 +147,9 @@ def test_a_tower_on_the_hub_is_fetched(hub, llava: Path, tmp_path: Path):
 
 def test_a_tower_on_the_hub_may_be_pickles(hub, llava: Path):
     snapshot = hub(CLIP, FIXTURES / "base" / "clip_openai")
-    with pytest.raises(CheckpointError, match=rf"convert\.py {CLIP} clip-safetensors --to hf"):
+    with pytest.raises(
+        CheckpointError, match=rf"llava-jax convert {CLIP} clip-safetensors --to hf"
+    ):
         resolve(str(llava))
     assert resolve(str(llava), open_any).base == Parts(str(llava), str(snapshot))
 

@@ -38,7 +38,7 @@ def test_both_sides_make_the_same_steps(tune, tmp_path, capfd):
 
 def test_a_micro_batch_that_does_not_divide_is_a_mistake(capsys):
     assert benchmark.main([*SHORT, "--micro-size", "3"]) == 1
-    assert "2 samples are no multiple of 3" in capsys.readouterr().err
+    assert "2 samples are not a multiple of 3" in capsys.readouterr().err
 
 
 def test_losses_that_differ_are_told(monkeypatch, capsys):
