@@ -163,6 +163,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help_to = f"{text} (default: %(default)s)"
         add(name, type=type(default), default=default, metavar="N", help=help_to)
     given = parser.parse_args(argv)
+    check_options(given, parser)
+    return given
+
+
+def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Checks the values of options, and brings the key and the origins into their usual form.
+
+    Raises:
+        SystemExit: A value is not allowed (2).
+    """
     if given.name is not None and not (given.name and given.name.isprintable()):
         parser.error(f"--name {given.name!a}: it must be a printable text, and not empty")
     for name, value in vars(given).items():
@@ -179,7 +189,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 f"--allow-origin {origin}: an origin has the form https://chat.example.org, with "
                 "the port at its end if that is not the usual one"
             )
-    return given
 
 
 def bind(given: argparse.Namespace) -> socket.socket:
