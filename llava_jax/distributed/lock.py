@@ -1,8 +1,8 @@
 """One process at a time that writes into a directory, also on a disk that machines share.
 
 The lock is a file that its holder touches every few seconds, because locks of the operating system
-do not work across all shared disks. A lock whose holder is gone is taken over: at once if the holder
-ran on this machine, otherwise when nobody has touched the file for a minute.
+do not work across all shared disks. A lock whose holder is gone is taken over: at once if the
+holder ran on this machine, otherwise when nobody has touched the file for a minute.
 """
 
 import datetime

@@ -1,8 +1,8 @@
 """The safetensors format: a length, a JSON table, raw bytes.
 
 Tensors are read and written one at a time with plain file calls. The library `safetensors` will not
-do: it maps whole files into memory, whose pages then count as used, and it
-cannot give the position of a tensor in its file, from which parts of a tensor are read here. Every offset is checked before it is used.
+do: it maps files into memory, whose pages then count as used, and it does not tell where a tensor
+lies in its file, so that parts of one could be read. Every offset is checked before it is used.
 """
 
 import dataclasses
