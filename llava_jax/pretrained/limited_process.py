@@ -1,7 +1,7 @@
 """Runs the programs of a checkpoint in a process of their own that has limits.
 
-A chat template is a program, and so is a regular expression. Jinja's sandbox keeps a template
-away from files and from Python's internals, but it allows endless loops and texts of any length, and
+A chat template is a program, and so is a regular expression. Jinja's sandbox keeps a template away
+from files and from Python's internals, but it allows endless loops and texts of any length, and
 nothing inside a process can reliably stop them: `"x" * 10**9` is a single step. The system can
 limit a process, and the process can end and be started again without harm to this one.
 
