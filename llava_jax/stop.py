@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -54,11 +55,19 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._pass_over
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def _pass_over(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        # A signal may come while a callback of the garbage collector runs. Python cannot raise it
+        # and would print a traceback. `signal` is set, so the run ends where it next asks for it.
+        if unraisable.exc_type is not Stopped:
+            self._hook(unraisable)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         is_new, self.signal = self.signal is None, number

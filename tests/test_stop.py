@@ -32,6 +32,29 @@ def test_a_signal_may_come_in_the_midst_of_a_print(
     assert capfd.readouterr().out.startswith("stopping: ")
 
 
+IN_A_CALLBACK = """
+import gc, os, signal
+from llava_jax.stop import Stopped, StopRequest
+calls = iter(range(10))
+gc.callbacks.append(lambda *_: next(calls) == 0 and os.kill(os.getpid(), signal.SIGTERM))
+with StopRequest() as stop:
+    gc.collect()
+    print("goes on")
+    try:
+        stop.raise_if_asked("later")
+    except Stopped as stopped:
+        print(stopped)
+"""
+
+
+def test_a_signal_in_a_callback_that_cannot_raise_stops_the_run_later():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["goes on", "later"]
+    assert "Traceback" not in done.stderr
+
+
 TWICE = """
 import os, signal
 from llava_jax.stop import StopRequest
