@@ -152,7 +152,8 @@ def text(content: str) -> list[dict[str, str]]:
 REFUSED = {
     "not JSON": (b'{"model": "tiny-llava", ', 400, None, "not JSON"),
     "not text": (b"\xff\xfe\x00", 400, None, "not JSON"),
-    "deep": (b"[" * 100_000, 400, None, "not JSON"),
+    "deep": (b"[" * 20_000, 400, None, "not JSON"),
+    "many values": (b"[" * 100_000, 400, None, "more than 20,000 values"),
     "no object": ([], 400, None, "object"),
     "no messages": ({"model": "tiny-llava"}, 400, "messages", "required"),
     "empty": (chat(messages=[]), 400, "messages", "at least 1"),
