@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from importlib import resources
@@ -16,6 +17,9 @@ from typing import Any
 from tiny_run import ROOT, environment
 
 TINY = ROOT / "assets" / "tiny-llava"
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+MIB = 2**20
 RED_TRIANGLE = resources.files("easy_vqa") / "data" / "test" / "images" / "0.png"
 
 
@@ -65,6 +69,12 @@ def metric(text: str, name: str) -> float:
     """A figure of /metrics; 0 if it is not there."""
     found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
+
+
+def resident(address: str) -> float:
+    """Memory of a server, in MiB."""
+    with urllib.request.urlopen(f"{address}/metrics") as figures:
+        return metric(figures.read().decode(), "process_resident_memory_bytes") / MIB
 
 
 def data_url(data: bytes) -> str:

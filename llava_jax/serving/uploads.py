@@ -84,9 +84,8 @@ def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        if (
-            media_type(request.headers) != "multipart/form-data"
-        ):  # forms of another kind have no files
+        # Forms of another kind have no files.
+        if media_type(request.headers) != "multipart/form-data":
             raise RequestError("an upload is multipart/form-data", status=415)
         with bodies.hold(client_of(request.scope)) as held:
             body = await held.read(request.headers, request.receive)

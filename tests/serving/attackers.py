@@ -14,12 +14,8 @@ from typing import Any
 
 import httpx
 from hostile_images import jpeg
-from live_server import data_url, picture, user
+from live_server import CHAT, JSON, MIB, data_url, picture, user
 from test_serving import COSTLY, chat
-
-MIB = 2**20
-CHAT = "/v1/chat/completions"
-JSON = {"Content-Type": "application/json"}
 
 
 class Attack:

@@ -12,17 +12,13 @@ from typing import Any
 
 import pytest
 from hostile_images import plain_jpeg
-from live_server import data_url, metric, picture, server, user
+from live_server import CHAT, JSON, data_url, picture, resident, server, user
 from test_serving import chat, text
 from tiny_run import ROOT, environment
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httptools"):
     pytest.importorskip(package)
 httpx = pytest.importorskip("httpx")
-
-MIB = 2**20
-CHAT = "/v1/chat/completions"
-JSON = {"Content-Type": "application/json"}
 
 
 class Clients:
@@ -54,11 +50,6 @@ class Clients:
                 self.statuses[response.status_code] += 1
                 if response.status_code == 429:
                     await asyncio.sleep(0.5 + draw.random())
-
-
-def resident(address: str) -> float:
-    figures = httpx.get(f"{address}/metrics").text
-    return metric(figures, "process_resident_memory_bytes") / MIB
 
 
 def attack(seconds: float, clients: int, slow: int) -> Clients:
