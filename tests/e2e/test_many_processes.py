@@ -403,7 +403,7 @@ def test_a_text_that_one_process_reads_differently_ends_both(
             rf"{SAID[change]} in process 1",
             which,
         ), said
-        assert advice.endswith("the same command then continues")
+        assert advice.endswith("the same command then continues the run")
         assert "Traceback" not in said
 
 
