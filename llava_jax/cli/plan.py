@@ -4,11 +4,17 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
+
+if TYPE_CHECKING:
+    from llava_jax.config import ModelConfig, TrainConfig
+    from llava_jax.planning.measure import Usage
+    from llava_jax.planning.search import Plan, Trial
 
 PROG = "llava-jax plan"
 MAX_DEVICES = 64  # the largest number of devices that is tried where one is not enough
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def plan(given: argparse.Namespace, config: Any) -> int:
+def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     """Finds the plan, prints what it needs, and writes the files that were asked for."""
     import jax
 
@@ -92,7 +98,7 @@ def plan(given: argparse.Namespace, config: Any) -> int:
     return 0 if chosen.usage.fits else 3
 
 
-def compare_flops(chosen: Any, config: Any, model: Any, count: int) -> str:
+def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", count: int) -> str:
     """Compares the FLOPs of the compiled step with those that the model needs."""
     from llava_jax.data.packing import images_in_row
     from llava_jax.planning.model_flops import full_row, model_flops
@@ -131,7 +137,7 @@ def table(given: argparse.Namespace) -> int:
     return 0 if all(row.holds(usage) for row, usage in found) else 3
 
 
-def write(given: argparse.Namespace, figures: Any, bars: list[tuple[str, Any]]) -> None:
+def write(given: argparse.Namespace, figures: object, bars: list[tuple[str, "Usage"]]) -> None:
     """Writes the figures to the files that the user named."""
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -141,7 +147,7 @@ def write(given: argparse.Namespace, figures: Any, bars: list[tuple[str, Any]]) 
         draw(given.chart, bars)
 
 
-def devices_that_would(plan: Any, measure: Any, count: int) -> str:
+def devices_that_would(plan: "Plan", measure: Callable[..., "Usage"], count: int) -> str:
     """Says on how many devices the plan would fit; the number is doubled until it does."""
     from llava_jax.errors import ConfigError
 

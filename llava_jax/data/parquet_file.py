@@ -24,6 +24,9 @@ from llava_jax.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
 
+Table = Metadata = Any
+"""A batch, row or array of pyarrow, and a file's metadata; pyarrow has no types."""
+
 MAX_GROUP_BYTES = 256 * 2**20
 """A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
 
@@ -117,7 +120,7 @@ class ParquetFile:
         """Where a record stands, for messages."""
         return f"{self.path}, row {number}"
 
-    def _read_group(self, group: int, columns: list[str]) -> Iterator[Any]:
+    def _read_group(self, group: int, columns: list[str]) -> Iterator[Table]:
         """Reads a row group as batches of some rows."""
         texts = [column for column in columns if not column.endswith(".bytes")]
         options = {"row_groups": [group], "columns": columns, "use_threads": False}
@@ -125,7 +128,7 @@ class ParquetFile:
         with opened as file, _named(self.path, f"row group {group}"):
             yield from file.iter_batches(self._batch_rows, **options)
 
-    def _scan(self) -> Iterator[Any]:
+    def _scan(self) -> Iterator[Table]:
         """The rows, without images that have a path beside their bytes."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
@@ -141,13 +144,13 @@ class ParquetFile:
 class _Cursor:
     """How far a row group has been read, and the batches that were read last."""
 
-    def __init__(self, group: int, batches: Iterator[Any]):
+    def __init__(self, group: int, batches: Iterator[Table]):
         self.group, self.start, self._batches = group, 0, batches
-        self._kept: list[Any] = []
+        self._kept: list[Table] = []
         self._ends: list[int] = []
         self._bytes = 0
 
-    def go_to(self, row: int) -> tuple[Any, int]:
+    def go_to(self, row: int) -> tuple[Table, int]:
         """The batch with a row from `start` on, and the row's place in it."""
         while not self._ends or row >= self._ends[-1]:
             batch = next(self._batches)
@@ -168,7 +171,7 @@ _lock = threading.Lock()
 
 
 def _measure_groups(
-    path: str, size: int, metadata: Any, columns: list[str]
+    path: str, size: int, metadata: Metadata, columns: list[str]
 ) -> tuple[np.ndarray, int]:
     """Where row groups end, and the bytes of the largest column in one.
 
@@ -207,7 +210,7 @@ def _measure_groups(
     return ends, largest
 
 
-def _row(table: Any, number: int) -> Json:
+def _row(table: Table, number: int) -> Json:
     row = table.slice(number, 1)
     weight = _weight(row)
     if weight > MAX_RECORD_BYTES:
@@ -220,14 +223,14 @@ def _row(table: Any, number: int) -> Json:
         raise SampleError(f"not UTF-8: {error}", "not Parquet") from None
 
 
-def _row_or_none(table: Any, number: int) -> Json | None:
+def _row_or_none(table: Table, number: int) -> Json | None:
     try:
         return _row(table, number)
     except SampleError:
         return None
 
 
-def _weight(data: Any) -> int:
+def _weight(data: Table) -> int:
     """Bytes of all texts in a batch or an array, as objects of Python would have them."""
     arrow = _import_pyarrow("")
     if isinstance(data, arrow.RecordBatch):
@@ -243,7 +246,9 @@ def _weight(data: Any) -> int:
 
 
 @contextlib.contextmanager
-def _open(path: str, texts: list[str] | None = None, metadata: Any | None = None) -> Iterator[Any]:
+def _open(
+    path: str, texts: list[str] | None = None, metadata: Metadata | None = None
+) -> Iterator[Table]:
     """Opens a file whose texts, of these columns, are then kept once each."""
     arrow = _import_pyarrow(path)
     with contextlib.ExitStack() as opened:

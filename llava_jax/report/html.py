@@ -19,6 +19,7 @@ from markupsafe import Markup
 from llava_jax.report import formatting
 from llava_jax.report.charts import line_chart, thin
 from llava_jax.report.formatting import NBSP, number, percent, times, width
+from llava_jax.report.rows import Row
 from llava_jax.report.run_files import RunFiles
 from llava_jax.report.thumbnails import MAX_IMAGES, find_thumbnails
 
@@ -61,7 +62,7 @@ def render(run: RunFiles) -> str:
     )
 
 
-def _header(run: RunFiles) -> dict[str, Any]:
+def _header(run: RunFiles) -> Row:
     total = run.config["steps"]
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -104,7 +105,7 @@ def _speed(run: RunFiles) -> np.ndarray:
     return run.columns["tokens"] / np.where(seconds > 0, seconds, np.nan)
 
 
-def _charts(run: RunFiles) -> list[dict[str, Any]]:
+def _charts(run: RunFiles) -> list[Row]:
     """Everything that changes over steps."""
     columns, steps, rows = run.columns, run.columns["step"], run.evaluations
     eval_steps = np.array([row["step"] for row in rows], float)
@@ -138,7 +139,7 @@ def _chart(
     *,
     missing: str = "",
     in_percent: bool = False,
-) -> dict[str, Any]:
+) -> Row:
     """One chart and the line below it; without finite values, a text says why there is none."""
     finite = np.isfinite(values)
     if not finite.any():
@@ -163,7 +164,7 @@ def _chart(
     return {"title": title, "unit": unit, "svg": Markup(svg), "caption": " · ".join(facts)}
 
 
-def _answers(run: RunFiles) -> dict[str, Any]:
+def _answers(run: RunFiles) -> Row:
     """The first evaluation beside the last: accuracy by category, and examples."""
     if not run.evaluations:
         has_data = run.config["data"]["eval_path"]
@@ -190,16 +191,16 @@ def _answers(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _key(example: dict[str, Any]) -> Any:
+def _key(example: Row) -> Any:
     """Tells an example from others, also if the data changed while the run was stopped."""
     return example.get("index"), example["question"], example["expected"]
 
 
-def _when(row: dict[str, Any]) -> str:
+def _when(row: Row) -> str:
     return "before" if row["step"] == 0 else f"after {times(row['step'], 'step')}"
 
 
-def _categories(rows: Sequence[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
+def _categories(rows: Sequence[Row]) -> list[tuple[str, int, list[str]]]:
     """Each category's name, its samples and its accuracy in each evaluation; none if all are one.
 
     A category may be missing in the first evaluation, if the data changed since.
@@ -212,9 +213,7 @@ def _categories(rows: Sequence[dict[str, Any]]) -> list[tuple[str, int, list[str
     return [(name, samples[name], [accuracy(row, name) for row in rows]) for name in shown]
 
 
-def _card(
-    example: dict[str, Any], answers: list[tuple[str, dict[str, Any]]], folder: Path
-) -> dict[str, Any]:
+def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
     """One question with its images and its answers."""
     index, images = example.get("index"), example.get("images")
     files = [] if index is None else find_thumbnails(folder, index)
@@ -229,13 +228,13 @@ def _card(
     }
 
 
-def _is_right(answer: dict[str, Any]) -> bool:
+def _is_right(answer: Row) -> bool:
     """As it was measured; older versions did not record that."""
     right = answer.get("right")
     return answer["given"] == answer["expected"] if right is None else right
 
 
-def _memory(run: RunFiles) -> dict[str, Any]:
+def _memory(run: RunFiles) -> Row:
     """What the plan expects of device memory and host memory, and what was measured."""
     if run.device_bytes:
         measured = f"The measured peak of the first device: {formatting.memory(run.device_bytes)}."
@@ -262,7 +261,7 @@ def _colored(sizes: Any) -> list[tuple[str, int]]:
     return [(f"t{n}", size) for n, size in enumerate(sizes)]
 
 
-def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> dict[str, Any]:
+def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> Row:
     """A bar of parts (CSS class, bytes); all of `scale` is as wide as the page."""
     return {
         "name": name,
@@ -271,7 +270,7 @@ def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> dic
     }
 
 
-def _manual_plan(config: dict[str, Any]) -> str:
+def _manual_plan(config: Row) -> str:
     """The memory settings of a run for which no plan was made."""
     given = config["memory"]
     if given["plan"] == "auto":
@@ -284,7 +283,7 @@ def _manual_plan(config: dict[str, Any]) -> str:
     return f"The config sets the plan (memory.plan manual): {', '.join(parts)}."
 
 
-def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+def _recipe(config: Row) -> Row:
     """The recipe in short."""
     tune, batch, rates = config["tune"], config["batch"], config["optimizer"]
     ranks = {"llm": "lora", "vision": "vision_lora"}
@@ -307,7 +306,7 @@ def _recipe(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _software(described: dict[str, Any]) -> dict[str, str]:
+def _software(described: Row) -> dict[str, str]:
     """Versions, devices and the fingerprint of the base."""
     devices = Counter(described["devices"])
     facts = dict(described["versions"])

@@ -3,7 +3,6 @@
 import dataclasses
 from array import array
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,17 +32,17 @@ class RunFiles:
     """
 
     directory: Path
-    described: dict[str, Any]
+    described: Row
     columns: dict[str, np.ndarray]
     device_bytes: int | None
-    evaluations: list[dict[str, Any]]
-    skipped: list[dict[str, Any]]
-    nonfinite: list[dict[str, Any]]
-    plan: dict[str, Any] | None
+    evaluations: list[Row]
+    skipped: list[Row]
+    nonfinite: list[Row]
+    plan: Row | None
     damaged: list[str]
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Row:
         """The resolved config."""
         return self.described["config"]
 

@@ -99,7 +99,7 @@ class Turns:
     def __enter__(self) -> "Turns":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.__exit__(None, None, None)  # closes the pipes, and waits
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from llava_jax.disk import append_rows
+from llava_jax.report.rows import Row
 from llava_jax.training.trackers import Tracker
 
 PLAIN_SECONDS = 10.0
@@ -75,7 +75,7 @@ class Reporter:
         if self._bar:
             self._bar.stop()
 
-    def log(self, row: dict[str, Any], device_bytes: int | None = None) -> None:
+    def log(self, row: Row, device_bytes: int | None = None) -> None:
         """Records one optimizer step.
 
         Args:
@@ -100,7 +100,7 @@ class Reporter:
             self._last_plain = now
             self.console.print(f"step {row['step']}/{self._total}  {text}  {self._left(row, now)}")
 
-    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]], text: str) -> None:
+    def log_eval(self, row: Row, images: Sequence[Sequence[Path]], text: str) -> None:
         """Shows an evaluation and passes it to the trackers.
 
         Args:
@@ -129,7 +129,7 @@ class Reporter:
         """Prints a line or a table above the progress bar."""
         self.console.print(text, markup=False)
 
-    def _left(self, row: dict[str, Any], now: float) -> str:
+    def _left(self, row: Row, now: float) -> str:
         started, first_step = self._started
         per_step = (now - started) / max(row["step"] - first_step, 1)
         seconds = round(per_step * (self._total - row["step"]))

@@ -21,7 +21,7 @@ from PIL import Image
 from llava_jax.config import LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
 from llava_jax.errors import ConfigError
-from llava_jax.report.rows import parse_object
+from llava_jax.report.rows import Row, parse_object
 
 GROUPS = ("train", "eval")
 STEP_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -32,10 +32,10 @@ EVAL_SCALARS = ("loss", "accuracy")
 class Tracker(Protocol):
     """A service that receives a run's metrics."""
 
-    def log_step(self, row: dict[str, Any]) -> None:
+    def log_step(self, row: Row) -> None:
         """Receives a row of metrics.jsonl, with its tokens_per_second."""
 
-    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+    def log_eval(self, row: Row, images: Sequence[Sequence[Path]]) -> None:
         """Receives a row of evaluations.jsonl, and the image files of each of its examples."""
 
 
@@ -76,12 +76,12 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
         yield trackers
 
 
-def _scalars(row: dict[str, Any], group: str, names: Sequence[str]) -> dict[str, float]:
+def _scalars(row: Row, group: str, names: Sequence[str]) -> dict[str, float]:
     """The finite ones of these values, by the names that trackers show."""
     return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
 
 
-def _caption(example: dict[str, Any]) -> str:
+def _caption(example: Row) -> str:
     return "\n".join(f"{name}: {example[name]}" for name in ("question", "expected", "given"))
 
 
@@ -114,11 +114,11 @@ class TensorBoard:
         self._writer = writer
         self._write(first_step + 1, session_log={"status": self._session.START})
 
-    def log_step(self, row: dict[str, Any]) -> None:
+    def log_step(self, row: Row) -> None:
         """Writes the scalars of a step."""
         self._write(row["step"], summary={"value": _numbers(row, "train", STEP_SCALARS)})
 
-    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+    def log_eval(self, row: Row, images: Sequence[Sequence[Path]]) -> None:
         """Writes the scalars of an evaluation, and the images and texts of its examples."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -130,16 +130,16 @@ class TensorBoard:
             values += text_pb(tag, textwrap.indent(_caption(example), " " * 4)).value
         self._write(row["step"], summary={"value": values})
 
-    def _write(self, step: int, **content: dict[str, Any]) -> None:
+    def _write(self, step: int, **content: Row) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, **content))
 
 
-def _numbers(row: dict[str, Any], group: str, names: Sequence[str]) -> list[Any]:
+def _numbers(row: Row, group: str, names: Sequence[str]) -> list[Row]:
     found = _scalars(row, group, names)
     return [{"tag": tag, "simple_value": number} for tag, number in found.items()]
 
 
-def _image(tag: str, file: Path) -> dict[str, Any]:
+def _image(tag: str, file: Path) -> Row:
     with Image.open(file) as image:
         width, height = image.size
     size = {"width": width, "height": height, "colorspace": 3}
@@ -198,17 +198,17 @@ class Wandb:
             run.define_metric(f"{group}/*", step_metric=f"{group}/step")
         self._last_step = {group: run.summary.get(f"{group}/step", -1) for group in GROUPS}
 
-    def log_step(self, row: dict[str, Any]) -> None:
+    def log_step(self, row: Row) -> None:
         """Sends the scalars of a step."""
         self._log("train", row["step"], _scalars(row, "train", STEP_SCALARS))
 
-    def log_eval(self, row: dict[str, Any], images: Sequence[Sequence[Path]]) -> None:
+    def log_eval(self, row: Row, images: Sequence[Sequence[Path]]) -> None:
         """Sends the scalars of an evaluation, and the images of its examples with their texts.
 
         They are not a wandb table, because wandb copies images of tables to places outside the
         run's directory.
         """
-        values: dict[str, Any] = dict(_scalars(row, "eval", EVAL_SCALARS))
+        values: Row = dict(_scalars(row, "eval", EVAL_SCALARS))
         captioned = [
             self._wandb.Image(str(file), caption=_caption(example))
             for example, files in zip(row["examples"], images, strict=True)
@@ -217,6 +217,6 @@ class Wandb:
         values |= {"eval/examples": captioned} if captioned else {}
         self._log("eval", row["step"], values)
 
-    def _log(self, group: str, step: int, values: dict[str, Any]) -> None:
+    def _log(self, group: str, step: int, values: Row) -> None:
         if step > self._last_step[group]:
             self._run.log({f"{group}/step": step} | values)
