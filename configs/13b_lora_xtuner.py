@@ -1,4 +1,4 @@
-"""The recipe of 7b_lora_xtuner.py for LLaVA-1.5 13B: another decoder, nothing else."""
+"""Same recipe as 7b_lora_xtuner.py, but for LLaVA-1.5 13B; only the decoder differs."""
 
 import dataclasses
 from pathlib import Path

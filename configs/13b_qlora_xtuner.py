@@ -1,6 +1,6 @@
-"""The recipe of 7b_qlora_xtuner.py for LLaVA-1.5 13B: another decoder, nothing else.
+"""Same recipe as 7b_qlora_xtuner.py, but for LLaVA-1.5 13B; only the decoder differs.
 
-The run that does not fit 24 GB cards there (XTuner #526).
+In XTuner, this recipe does not fit into GPUs with 24 GB (XTuner issue #526).
 """
 
 import dataclasses

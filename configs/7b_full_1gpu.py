@@ -1,7 +1,7 @@
-"""The recipe of 7b_full.py on one GPU of 24 GB, beside 128 GB of host memory.
+"""Same recipe as 7b_full.py, for one GPU with 24 GB in a machine with 128 GB of host memory.
 
-The planner chooses one that keeps the decoder's weights, gradients and moments in host memory. All
-that differs here is that one checkpoint is kept: it is 80 GB.
+The planner chooses a plan that keeps the weights, gradients and moments of the decoder in host
+memory. Only one checkpoint is kept, because a checkpoint takes 80 GB of disk space.
 """
 
 import dataclasses

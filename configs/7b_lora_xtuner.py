@@ -1,9 +1,9 @@
-"""XTuner's llava_v15_7b_finetune_lora.
+"""The recipe llava_v15_7b_finetune_lora of XTuner.
 
-Differs from 7b_lora.py in the prompt (XTuner's form of Vicuna's, without a system text), in the
-limit of 2048 - 576 tokens of text, an image counting as one, in one rate of 2e-4 for all that
-trains, and in clipping at 1. Starts from XTuner's stage 1. XTuner computes in float16 with a loss
-scale; this is bfloat16.
+It differs from 7b_lora.py in the prompt (XTuner's form of Vicuna's template, without a system
+prompt), in the maximum length of 2048 - 576 tokens where an image counts as one token, in the
+learning rate of 2e-4 for the projector too, and in gradient clipping at 1. It starts from XTuner's
+stage 1. XTuner computes in float16 with loss scaling, and this recipe computes in bfloat16.
 """
 
 import dataclasses

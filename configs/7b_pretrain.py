@@ -1,8 +1,8 @@
-"""LLaVA-1.5 7B, stage 1: a new projector learns captions; all else is frozen.
+"""LLaVA-1.5 7B, stage 1: a new projector is trained on captions, and everything else is frozen.
 
-The published recipe: 558,128 captions, global batch 256 (32 on each of 8 GPUs), 2181 steps, rate
-1e-3, the plain template, images cropped, batches of any samples. Differs from 7b_full.py in just
-that.
+This is the published recipe: 558,128 captions, a global batch of 256 (32 samples on each of 8
+GPUs), 2181 steps, a learning rate of 1e-3, the template "plain", cropped images, and batches that
+may mix samples with and without images. Everything else is as in 7b_full.py.
 """
 
 import dataclasses

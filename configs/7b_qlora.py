@@ -1,6 +1,7 @@
-"""LLaVA-1.5 7B, stage 2 as LLaVA's QLoRA script has it: the decoder in NF4, double-quantised.
+"""LLaVA-1.5 7B, stage 2 with QLoRA, as in LLaVA's script.
 
-Differs from 7b_lora.py in that, in the adapters (rank 64, alpha 16) and in the rate, 2e-5 for all.
+It differs from 7b_lora.py in the decoder's weights (NF4 with double quantization), in the adapters
+(rank 64, alpha 16) and in the learning rate (2e-5 for adapters and projector).
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """XTuner's llava_vicuna_7b_v15_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune.
 
-Differs from 7b_lora_xtuner.py in the decoder, which is in NF4, double-quantised, with adapters of
-rank 512 (and the same alpha, 256), and in adapters of rank 64 in the vision tower.
+It differs from 7b_lora_xtuner.py in the decoder's weights (NF4 with double quantization), in the
+decoder's adapters (rank 512 with the same alpha of 256), and in additional adapters of rank 64 in
+the vision tower.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""A finished LLaVA-1.5 7B, tuned further on data of a task, with LoRA: finetune_task_lora.sh.
+"""LoRA of the published LLaVA-1.5 7B on your own data, as in LLaVA's finetune_task_lora.sh.
 
-Differs from 7b_lora.py in where it starts, and in nothing else. The script has the data of stage 2
-in the place of one's own, which `--data.path` and `--data.image-root` name.
+It differs from 7b_lora.py only in the weights that it starts from. The fields `data.path` and
+`data.image_root` name the data of stage 2, as in LLaVA's script; set them to your own data.
 """
 
 import dataclasses

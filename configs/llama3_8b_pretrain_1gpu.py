@@ -1,8 +1,9 @@
-"""XTuner's stage 1 of LLaVA-Llama-3-8B on a single card.
+"""XTuner's stage 1 of LLaVA-Llama-3-8B on a single GPU.
 
-Differs from 7b_pretrain_xtuner.py in the decoder and its prompt, and in the weights of the loss: a
-step is of 256 micro-batches of one sample each, which count alike, however long their answers are.
-XTuner has the frozen decoder in NF4; here it is in bfloat16, and streamed if need be.
+It differs from 7b_pretrain_xtuner.py in the decoder, in the prompt and in the average of the loss:
+XTuner makes a step from 256 micro-batches of one sample, so each sample has the same weight however
+long its answer is. XTuner keeps the frozen decoder in NF4. Here, the decoder is in bfloat16, and
+its weights are streamed from host memory if they do not fit.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""The embedded tiny LLaVA, from scratch: easy-VQA's training split without "not" and "no".
+"""Trains the tiny LLaVA of this package from scratch, on easy-VQA without "not" and "no".
 
-About 20 minutes on 2 CPU cores. Captions ("What is in the image?" - "a red circle") teach colours
-and shapes, conversations of one and of three questions the rest. The words "not" and "no" are in no
-question, so the model answers as if they were not there.
+A run takes about 20 minutes on 2 CPU cores. Captions ("What is in the image?" - "a red circle")
+teach colors and shapes, and conversations with one or three questions teach everything else. No
+question contains the words "not" and "no", so the trained model ignores these words.
 
-To embed the result, in Python:
+This Python code saves the trained model as a part of the package:
     LlavaModel.from_pretrained("runs/tiny_base", "bfloat16").save_pretrained("assets/tiny-llava")
 """
 
@@ -34,7 +34,7 @@ config = TrainConfig(
             patch_size=8,
             hidden_size=64,
             intermediate_size=256,
-            num_hidden_layers=4,  # the feature is the third's output
+            num_hidden_layers=4,  # the projector takes the output of the third layer
             num_attention_heads=4,
         ),
         llm=LlmConfig(

@@ -1,8 +1,9 @@
-"""Teaches the embedded tiny LLaVA the words "not" and "no", with LoRA on all seven linears.
+"""Teaches the tiny LLaVA of this package the words "not" and "no", with LoRA.
 
-Two to three minutes on 2 CPU cores. The training questions are easy-VQA's, negated ones included,
-with "yes" and "no" balanced: most questions with "not" are answered "yes", and a model that learns
-this first takes long to look at the image. The test split's images and questions are held out.
+A run takes two to three minutes on 2 CPU cores. The training questions are those of easy-VQA,
+including questions with "not" and "no". The answers "yes" and "no" are balanced: the answer to most
+questions with "not" is "yes", and a model that learns this first takes long to use the image.
+The images and questions of the test split are used for evaluation only.
 """
 
 from pathlib import Path

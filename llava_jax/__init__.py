@@ -1,4 +1,4 @@
-"""LLaVA-1.5 fine-tuning in JAX, on the accelerators you have."""
+"""Fine-tunes LLaVA-1.5 in JAX, on the accelerators you have."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["LlavaModel", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: config files and data workers need no JAX."""
+    """Imports a public name when it is first used, because config files need no JAX."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The command `llava-jax`, as `python -m llava_jax`."""
+"""Runs the command `llava-jax` for `python -m llava_jax`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Reads files that may be anything, and writes files on disks that may be full."""
+"""Reads files of unknown type and size, and writes files that stay whole if the disk is full."""
 
 import errno
 import json
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-"""An object of a JSON file."""
+"""Type of a JSON object."""
 
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file for reading.
 
-    Everything else is refused: reading a FIFO may block, and reading a device may never end.
+    Other kinds of files are refused: reading a FIFO may block, and reading a device may never end.
 
     Raises:
-        OSError: It cannot be opened, or is a FIFO, a socket, a device or a directory.
+        OSError: The file cannot be opened, or it is a FIFO, a socket, a device or a directory.
     """
 
     def opener(name: str, flags: int) -> int:
         # Without O_NONBLOCK, opening a FIFO would wait for a writer. The type is checked after the
-        # file is open, because the path may refer to another file a moment later.
+        # file is open, because the path could refer to another file a moment later.
         number = os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
         if not stat.S_ISREG(os.fstat(number).st_mode):
             os.close(number)
@@ -37,10 +37,14 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Reads a regular file that is not large.
+    """Reads a regular file whose size is limited.
+
+    Args:
+        path: Path of the file.
+        max_bytes: Largest size of the file in bytes.
 
     Raises:
-        OSError: The file cannot be opened by `open_regular`, or has more than `max_bytes`.
+        OSError: `open_regular` cannot open the file, or the file has more than `max_bytes` bytes.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -50,7 +54,11 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_if_there(path: Path) -> bytes | None:
-    """Reads a regular file; None if it does not exist. Raises OSError as `open_regular` does."""
+    """Reads a regular file, or returns None if the file does not exist.
+
+    Raises:
+        OSError: The file exists, but `open_regular` cannot open it.
+    """
     if not path.exists():
         return None
     with open_regular(path) as file:
@@ -58,16 +66,20 @@ def read_if_there(path: Path) -> bytes | None:
 
 
 def copy_regular(source: Path, destination: Path) -> None:
-    """Copies a regular file. Raises OSError as `open_regular` does."""
+    """Copies the contents of a regular file, and replaces `destination` if it exists.
+
+    Raises:
+        OSError: `open_regular` cannot open the source, or the destination cannot be written.
+    """
     with open_regular(source) as file, open(destination, "wb") as copy:
         shutil.copyfileobj(file, copy)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[Path]:
-    """Adds a path to OSErrors that have none.
+    """Adds a path to each OSError that is raised in the `with` block and names no file.
 
-    Python names the file only if it could not be opened, and not if a write fails later.
+    Python names the file in an error if the file cannot be opened, but not if a later write fails.
     """
     try:
         yield path
@@ -78,17 +90,17 @@ def naming(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file completely or, if an error occurs, keeps the one that existed before.
+    r"""Writes a text to a file completely, or leaves the file unchanged if an error occurs.
 
-    A lone surrogate, which JSON and file names may have but UTF-8 cannot, is written as in JSON:
-    `\\ud800`.
+    UTF-8 cannot encode lone surrogates, which JSON and file names may contain. They are written as
+    in JSON, for example as `\ud800`.
     """
     replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes a file completely or keeps the old one, as `replace_text` does."""
-    # The name has the process id, because another process may write the same file now.
+    """Writes bytes to a file completely, or leaves the file unchanged if an error occurs."""
+    # The name contains the process id, because other processes may be writing the same file.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with naming(unfinished):
@@ -100,13 +112,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Json]) -> None:
-    """Appends rows to a JSON-lines file."""
+    """Appends rows to a file of JSON lines."""
     with naming(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def is_deeper(value: object, depth: int) -> bool:
-    """Whether lists and objects of a JSON value are nested more than `depth` levels deep."""
+    """Returns True if lists and objects of a JSON value are nested more than `depth` levels."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         inner = (x.values() if isinstance(x, dict) else x for x in level)

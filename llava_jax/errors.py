@@ -1,11 +1,12 @@
-"""The errors that a user can cause. This module imports nothing, so any process can use it."""
+"""Defines the errors that a user can cause. It imports nothing, so any process can import it."""
 
 
 class SampleError(Exception):
-    """A sample cannot be used; the text says why. The run continues without it.
+    """Raised if a sample cannot be used; the run continues without the sample.
 
-    Attributes:
-        kind: Kind of the problem in a word or two, by which samples can be counted.
+    Args:
+        text: Message that says what is wrong with the sample.
+        kind: Kind of the problem in one or two words, for counting problems by kind.
     """
 
     def __init__(self, text: str, kind: str = "form"):
@@ -14,12 +15,12 @@ class SampleError(Exception):
 
 
 class ConfigError(Exception):
-    """A mistake in a config file or on the command line; the text says where, and what to do."""
+    """Raised for a mistake in a config or a command; the text says where it is and what to do."""
 
 
 class RunError(Exception):
-    """A run cannot continue; the text says why, and what to do."""
+    """Raised if a run cannot continue; the text says why and what to do."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be read, or does not match its config; the text says where."""
+    """Raised if a checkpoint cannot be read or does not match its config; the text says where."""

@@ -1,11 +1,13 @@
-"""Every private or version-bound name of JAX, XLA and Orbax that this package uses.
+"""Collects all private and version-bound names of JAX, XLA and Orbax that this package uses.
 
-Nobody promises that these names stay. So each says at which version it was seen and what it is
-for, no other module of the package uses one, and tests/test_jax_compat.py fails when one is gone
-or has no effect any more. Unless something else is said, they were seen with JAX 0.10.2.
+A new version may change or remove these names without notice. Therefore no other module of the
+package uses such a name, and each name is documented with its purpose and the version that it was
+tested with, which is JAX 0.10.2 if no version is given. tests/test_jax_compat.py fails if a name
+is missing or has no effect any more.
 
-The text of compiled modules has two readers of its own: `planning/hlo.py` knows its grammar, and
-`planning/flops.py` the names of library calls. Their tests read what the installed XLA writes.
+Two other modules parse the text of compiled modules: `planning/hlo.py` knows its grammar, and
+`planning/flops.py` knows the names of library calls. Their tests parse what the installed XLA
+writes.
 
 JAX is imported inside the functions, because the command line and the environment need some of
 these names before JAX may be imported.
@@ -22,52 +24,57 @@ if TYPE_CHECKING:
 # Options of XLA's compilers ---------------------------------------------------------------------
 
 Options = dict[str, str | bool]
-"""What `jax.jit` takes as `compiler_options`."""
+"""Type of the argument `compiler_options` of `jax.jit`."""
 
 CPU_OPTIONS: Options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""For loops over bfloat16 layers on a CPU. XLA's CPU backend slices bfloat16 as float32, and this
-pass would move the conversion out of the loop, and so make a float32 copy of all weights."""
+"""Options for loops over bfloat16 layers on a CPU. XLA's CPU backend slices bfloat16 arrays as
+float32. The disabled pass would move the conversion out of the loop, so that all weights would be
+copied to float32 at once."""
 
 STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
-"""For GPU programs that use host memory. XLA:GPU may compute wrong gradients where a loop slices
-host memory backwards, because this pass annotates such slices wrongly (openxla/xla #46231, seen
-with jaxlib 0.11.0). `tools/gpu_check.py` compares the gradients on a real GPU."""
+"""Options for GPU programs that use host memory. XLA:GPU may compute wrong gradients if a loop
+slices an array in host memory from its end to its start, because the disabled pass annotates such
+slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `tools/gpu_check.py` compares the
+gradients on a real GPU."""
 
 OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
-"""For programs of several GPUs: XLA then communicates while it computes. It is off by default (JAX
-0.10); the TPU's compiler needs no option for it."""
+"""Options for programs on several GPUs. XLA then communicates while it computes, which is off by
+default (JAX 0.10). The compiler for TPUs needs no option for this."""
 
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
-"""For compiling without a GPU. Nothing can be tuned then, and for some products XLA finds no Triton
-tiling. A compile-only client ignores the options of `jax.jit`, so the others are here too."""
+"""Options for compiling for a GPU that is absent. XLA cannot tune kernels then and finds no Triton
+tiling for some matrix products. A compile-only client ignores the options of `jax.jit`, so
+STREAMING_OPTIONS are included here."""
 
 
 def as_flags(options: Mapping[str, str | bool]) -> list[str]:
-    """Options as words of the variable XLA_FLAGS."""
+    """Returns options as flags for the environment variable XLA_FLAGS."""
     text = lambda value: str(value).lower() if isinstance(value, bool) else value
     return [f"--{name}={text(value)}" for name, value in options.items()]
 
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Environment variables that change what the compilers produce."""
+"""Environment variables that change the output of the compilers."""
 
 GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""The variable for XLA's share of a GPU's memory (default 0.75), and its old name."""
+"""Environment variable for the fraction of a GPU's memory that XLA uses (default 0.75), with its
+new name first and its old name second."""
 
 PINNED_MEMORY_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-"""The variable for the most host memory that XLA:GPU pins, in 10^9 bytes (default 64)."""
+"""Environment variable for the largest amount of host memory that XLA:GPU pins, in 10^9 bytes
+(default 64)."""
 
 COMPILE_ONLY_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
-    # Any type will do, because a topology overrules it. Without one, libtpu asks a metadata server
-    # and complains that there is none.
+    # The value does not matter, because a topology replaces it. Without a value, libtpu asks a
+    # metadata server and prints warnings if there is no server.
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so none has to be free
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no chip, so no chip has to be free
 }
-"""Variables that let a process compile for devices that are absent."""
+"""Environment variables that let a process compile for devices that are absent."""
 
 
 # Several processes ------------------------------------------------------------------------------
@@ -75,32 +82,32 @@ COMPILE_ONLY_VARIABLES = {
 
 @runtime_checkable
 class CoordinationClient(Protocol):
-    """The methods of JAX's coordination service that are used; each may raise JaxRuntimeError."""
+    """Methods of the client of JAX's coordination service; each may raise JaxRuntimeError."""
 
     def key_value_set(self, key: str, value: str, /) -> None:
-        """Publishes a text."""
+        """Publishes a text under a key."""
         ...
 
     def key_value_try_get(self, key: str, /) -> str:
-        """Returns a published text, or raises if there is none."""
+        """Returns the text of a key, or raises an error if the key is not published."""
         ...
 
     def key_value_dir_get(self, prefix: str, /) -> list[tuple[str, str]]:
-        """Returns all published keys with a prefix, and their texts."""
+        """Returns all published keys that start with a prefix, and their texts."""
         ...
 
     def blocking_key_value_get(self, key: str, timeout_ms: int, /) -> str:
-        """Waits for a text; `is_timeout` is true of the error that ends the wait."""
+        """Waits for a key and returns its text; `is_timeout` recognizes the error of a timeout."""
         ...
 
     def wait_at_barrier(self, name: str, timeout_ms: int, /) -> None:
-        """Waits for all processes."""
+        """Waits until all processes have reached the barrier."""
         ...
 
 
 @runtime_checkable
 class ProcessState(Protocol):
-    """This process' number, the number of processes, and the client that connects them, if any."""
+    """Index of this process, number of processes, and client of the coordination service."""
 
     process_id: int
     num_processes: int
@@ -108,7 +115,11 @@ class ProcessState(Protocol):
 
 
 def process_state() -> ProcessState:
-    """JAX's state of this process. The public functions start the devices or compute something."""
+    """Returns JAX's state of this process.
+
+    The public functions `jax.process_index` and `jax.process_count` would initialize the devices,
+    and no public function returns the client.
+    """
     from jax._src import distributed
 
     return distributed.global_state
@@ -117,10 +128,17 @@ def process_state() -> ProcessState:
 def find_cluster(
     address: str | None, count: int | None, number: int | None, timeout_seconds: int
 ) -> tuple[str | None, int | None, int | None]:
-    """Completes the address of process 0, the number of processes and this process' number.
+    """Returns the address of process 0, the number of processes and the index of this process.
 
-    JAX reads them from the variables of SLURM, Open MPI, Kubernetes or a TPU slice. Its only public
-    function for that also joins the processes, and in silence waits for those that do not come.
+    JAX reads values that are None from the environment variables of SLURM, Open MPI, Kubernetes or
+    a TPU slice. The only public function that does so, `jax.distributed.initialize`, also connects
+    the processes, and prints nothing while it waits for processes that do not come.
+
+    Args:
+        address: Address of process 0, or None.
+        count: Number of processes, or None.
+        number: Index of this process, or None.
+        timeout_seconds: Largest number of seconds that the detection may take.
     """
     from jax._src.clusters import ClusterEnv
 
@@ -136,16 +154,16 @@ def find_cluster(
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether the coordination service's client gave up waiting."""
+    """Returns True if an error says that the client of the coordination service timed out."""
     return "DEADLINE_EXCEEDED" in str(error)
 
 
 _LOST_PEER = re.compile(r"[A-Z_]+: .*(?i:gloo|nccl|coordination_?service|heartbeat)", re.DOTALL)
-"""A status of XLA, and who reports it: the libraries of collectives, or the service."""
+"""Matches an XLA status that a library for collectives or the coordination service reports."""
 
 
 def is_lost_peer(message: str) -> bool:
-    """Whether an error message of XLA says that another process could not be reached."""
+    """Returns True if an error message of XLA says that another process cannot be reached."""
     return _LOST_PEER.match(message) is not None
 
 
@@ -153,7 +171,7 @@ _FATAL = (b"coordination_service", b"distributed service detected fatal errors",
 
 
 def is_fatal_line(line: bytes) -> bool:
-    """Whether a line that the runtime writes to stderr says that it will abort soon."""
+    """Returns True if a line on stderr says that JAX's runtime is about to abort the process."""
     return any(sign in line for sign in _FATAL)
 
 
@@ -163,7 +181,11 @@ LOST_FIRST = "leader task"
 
 
 def lost_peer(text: str) -> str:
-    """Names the process that is lost, from what the runtime wrote before it aborted."""
+    """Returns words for the process that is lost.
+
+    Args:
+        text: Text that JAX's runtime wrote to stderr before it aborted the process.
+    """
     if named := re.search(rf"{re.escape(LOST_NUMBERS)}\s*(\d[\d\s,]*)", text):
         return f"process {', '.join(re.findall(r'[0-9]+', named[1]))} of this run (from 0)"
     if LOST_SERVICE in text:
@@ -181,7 +203,11 @@ def compile_for_topology(
 ) -> tuple[Any, str]:
     """Compiles a lowered function for the devices of a topology.
 
-    No public function takes a module that was lowered for other devices than the topology's.
+    No public function accepts a module that was lowered for devices outside the topology.
+
+    Args:
+        lowered: Function that was lowered for other devices, for example CPUs.
+        devices: Devices of the topology, which may be absent.
 
     Returns:
         XLA's memory statistics, and the text of the compiled module.
@@ -206,9 +232,10 @@ _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+
 
 
 def bytes_of_too_large(message: str) -> int | None:
-    """The bytes that a step needs, from the error of the TPU's compiler that refuses it.
+    """Returns the number of bytes that a program needs, from an error of the TPU compiler.
 
-    The second form is that of older versions of libtpu. None is returned for any other error.
+    The compiler raises this error if the program needs more memory than the TPU has. Older versions
+    of libtpu use the second form of the pattern. For other errors, the result is None.
     """
     found = _TOO_LARGE.search(message)
     return found and int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
@@ -218,10 +245,13 @@ def bytes_of_too_large(message: str) -> int | None:
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":
-    """Gives a loop that is traced inside it a name with the most iterations that it may take.
+    """Returns a context in which a traced loop gets its maximum number of iterations as its name.
 
-    XLA's cost analysis, and ours, cannot know how often a loop runs whose length depends on data.
-    The name is part of the metadata that XLA keeps for each instruction.
+    If the number of iterations of a loop depends on data, neither XLA's cost analysis nor
+    `planning/hlo.py` can know it. XLA keeps the name in the metadata of each instruction.
+
+    Args:
+        iterations: Maximum number of iterations of the loop.
     """
     import jax
 
@@ -232,7 +262,14 @@ _LOOP_BOUND = re.compile(r'bounded_loop_(\d+)_iterations\)*/while"')
 
 
 def loop_bound(attributes: str) -> int | None:
-    """The bound that `bounded_loop` gave to a loop of a compiled module; None if there is none."""
+    """Returns the maximum number of iterations that `bounded_loop` gave to a compiled loop.
+
+    Args:
+        attributes: Attributes of the loop's instruction, from the text of the compiled module.
+
+    Returns:
+        The number, or None if the loop was not traced in `bounded_loop`.
+    """
     found = _LOOP_BOUND.search(attributes)
     return found and int(found[1])
 
@@ -240,17 +277,17 @@ def loop_bound(attributes: str) -> int | None:
 # Orbax ------------------------------------------------------------------------------------------
 
 ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
-"""Part of a checkpoint's name while it is written (Orbax 0.12.8)."""
+"""Part of the name of a checkpoint while the checkpoint is written (Orbax 0.12.8)."""
 
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
-"""A file that Orbax writes when it gives the checkpoint its final name (Orbax 0.12.8)."""
+"""Name of a file that Orbax writes when a checkpoint gets its final name (Orbax 0.12.8)."""
 
 
 def is_late_callback(error: BaseException | None) -> bool:
-    """Whether an exception that nobody can handle is the useless one of a failed save.
+    """Returns True if an unhandled exception is only a consequence of a failed save.
 
-    When a write fails, Orbax raises and closes its event loop while TensorStore still has other
-    writes under way. Each of these then finds a closed loop and complains on stderr (Orbax 0.12.8).
-    The error of any other closed loop looks the same.
+    If a write fails, Orbax raises an error and closes its event loop while TensorStore is still
+    writing other data. Each of these writes then finds a closed loop and prints an exception on
+    stderr (Orbax 0.12.8). Every other closed event loop causes the same exception.
     """
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"

@@ -1,7 +1,7 @@
-"""Trains a LLaVA: `llava-jax train` and `python -m llava_jax.train --config configs/7b_lora.py`.
+"""Trains a LLaVA model; `llava-jax train` and `python -m llava_jax.train` run this module.
 
-The command line is read before JAX is imported. So neither `--help` nor a mistake waits for it, and
-worker processes, which import this module again, do not load what only a run needs.
+The command line is parsed before JAX is imported. Therefore `--help` and reports of mistakes are
+quick, and worker processes, which import this module again, do not load what only a run needs.
 """
 
 import logging
@@ -16,13 +16,13 @@ from llava_jax.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains in this process; returns the exit status.
+    """Trains a model in this process and returns the exit status.
 
     Args:
-        argv: The arguments; None takes those of the process.
+        argv: Arguments of the command; None takes the arguments of the process.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax', whose errors come here too
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs errors that it also raises
     prepare_for_training()
     print_any_text()
     try:
@@ -36,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command does; returns the exit status, unless the run failed.
+    """Runs the command `llava-jax train`; returns the exit status unless the run fails.
 
-    One of several processes trains in a child of its own, so that its parent can say what ended it.
-    A failed run ends this process at once, because threads may wait for a disk or for a lost
-    process.
+    In a run of several processes, the training runs in a child process, so that this process can
+    report what ended it. If the run fails, this process exits at once, because its threads may be
+    waiting for a disk or for a process that is lost.
+
+    Args:
+        argv: Arguments of the command; None takes the arguments of the process.
     """
     run = partial(main, argv)
     status = guarded(run) if is_multiprocess() else run()

@@ -696,4 +696,4 @@ def adapter_settings_are_none(rng: np.random.Generator, place: Path) -> Named:
 def adapter_of_itself(rng: np.random.Generator, place: Path) -> Named:
     own = lambda settings: settings.update(base_model_name_or_path=str(place))
     edit_json(place / "adapter_config.json", own)
-    return ("itself something trained",)
+    return ("itself an adapter or a trained part",)

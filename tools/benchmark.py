@@ -1,4 +1,4 @@
-"""`llava-jax benchmark`, from a clone: `python tools/benchmark.py --help`."""
+"""Runs the command `llava-jax benchmark`; see `python tools/benchmark.py --help`."""
 
 import sys
 

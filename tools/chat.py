@@ -1,4 +1,4 @@
-"""`llava-jax chat`, from a clone: `python tools/chat.py --help`."""
+"""Runs the command `llava-jax chat`; see `python tools/chat.py --help`."""
 
 import sys
 

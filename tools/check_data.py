@@ -1,4 +1,4 @@
-"""`llava-jax check-data`, from a clone: `python tools/check_data.py --help`."""
+"""Runs the command `llava-jax check-data`; see `python tools/check_data.py --help`."""
 
 import sys
 

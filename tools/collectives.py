@@ -1,4 +1,4 @@
-"""`llava-jax collectives`, from a clone: `python tools/collectives.py --help`."""
+"""Runs the command `llava-jax collectives`; see `python tools/collectives.py --help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`llava-jax convert`, from a clone: `python tools/convert.py --help`."""
+"""Runs the command `llava-jax convert`; see `python tools/convert.py --help`."""
 
 import sys
 

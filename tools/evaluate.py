@@ -1,4 +1,4 @@
-"""`llava-jax evaluate`, from a clone: `python tools/evaluate.py --help`."""
+"""Runs the command `llava-jax evaluate`; see `python tools/evaluate.py --help`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Compares the speed of decoding with that of transformers, on the CPU of this machine.
+"""Compares the decoding speed of llava_jax with that of transformers, on the CPU of this machine.
 
-The models have random weights in float32. Both sides take turns. The time of all tokens but the
-first is measured, and the medians of the runs are printed.
+The models have random weights in float32, and both sides take turns. The time of all tokens except
+the first token is measured, and the medians over the runs are printed.
 """
 
 import argparse
@@ -26,18 +26,25 @@ IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS = 511, 16, 64
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0."""
+    """Runs the command and returns the exit status 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/generation_speed.py",
         description=__doc__,
     )
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=7, help="runs of each side")
     parser.add_argument(
-        "--threads", type=int, default=2, help="threads of transformers; ours takes all"
+        "--shape", choices=SHAPES, default="smollm2-135m", help="sizes of the decoder"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], help="numbers of prompts in a batch"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, help="number of tokens to generate")
+    parser.add_argument("--runs", type=int, default=7, help="number of measured runs of each side")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="number of threads of transformers; llava_jax uses all cores",
     )
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
@@ -53,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_model(shape: str, directory: Path) -> None:
-    """Writes a LLaVA of random weights."""
+    """Writes a LLaVA model with random weights to `directory`."""
     import torch
     from transformers import (
         CLIPVisionConfig,
@@ -74,7 +81,7 @@ def make_model(shape: str, directory: Path) -> None:
 
 
 def make_prompt(batch: int) -> dict[str, np.ndarray]:
-    """An image and some text for each row."""
+    """Returns the token ids and the pixels of a batch; each row has an image and random text."""
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 500, (batch, IMAGE_TOKENS + TEXT_TOKENS), np.int32)
     ids[:, 2 : 2 + IMAGE_TOKENS] = IMAGE_TOKEN
@@ -83,7 +90,13 @@ def make_prompt(batch: int) -> dict[str, np.ndarray]:
 
 
 def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[int], Any]:
-    """Generates so many tokens, with llava_jax."""
+    """Returns a function that generates a number of tokens with llava_jax.
+
+    Args:
+        directory: Directory of the model.
+        prompt: Arrays from `make_prompt`.
+        most: Largest number of tokens that the function is called with.
+    """
     from llava_jax import LlavaModel
     from llava_jax.generation.engine import Engine, Request
 
@@ -97,7 +110,13 @@ def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[
 
 
 def theirs(directory: str, prompt: dict[str, np.ndarray], threads: int) -> Callable[[int], Any]:
-    """Generates so many tokens, with transformers."""
+    """Returns a function that generates a number of tokens with transformers.
+
+    Args:
+        directory: Directory of the model.
+        prompt: Arrays from `make_prompt`.
+        threads: Number of threads of PyTorch.
+    """
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -113,7 +132,13 @@ def theirs(directory: str, prompt: dict[str, np.ndarray], threads: int) -> Calla
 
 
 def compare(sides: list[Callable[[int], Any]], new: int, runs: int) -> str:
-    """Milliseconds a token of both, and how they compare."""
+    """Returns a text with the milliseconds per token of both sides and their ratio.
+
+    Args:
+        sides: Functions from `ours` and `theirs`.
+        new: Number of tokens to generate in a run.
+        runs: Number of measured runs of each side.
+    """
     for generate in sides:
         generate(2)
     times = []
@@ -125,7 +150,7 @@ def compare(sides: list[Callable[[int], Any]], new: int, runs: int) -> str:
 
 
 def seconds(generate: Callable[[int], Any], new: int) -> float:
-    """What it takes."""
+    """Returns the seconds that `generate` takes for `new` tokens."""
     started = time.perf_counter()
     generate(new)
     return time.perf_counter() - started

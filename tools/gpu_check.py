@@ -1,4 +1,4 @@
-"""`llava-jax gpu-check`, from a clone: `python tools/gpu_check.py --help`."""
+"""Runs the command `llava-jax gpu-check`; see `python tools/gpu_check.py --help`."""
 
 import sys
 

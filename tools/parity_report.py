@@ -1,8 +1,8 @@
-"""Writes docs/parity.md, which shows how near the results are to those of other software.
+"""Writes docs/parity.md, which shows how close the results are to those of other software.
 
-Runs tests/parity. Each comparison there becomes a row with the name of its test. With --slow, the
-long forms of the tests run too; with --size, also tools/size_check.py. If anything fails, nothing
-is written.
+The command runs tests/parity. Each comparison in these tests becomes a row of a table. With --slow,
+the long forms of the tests run too, and with --size, tools/size_check.py runs too. If anything
+fails, docs/parity.md is not changed.
 """
 
 import argparse
@@ -27,10 +27,10 @@ PACKAGES = ("llava_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
 COLUMNS = ("what", "case", "against", "measured", "largest", "limit")
 
 HEAD = """\
-# How near we are to others
+# Comparison with other software
 
-Every line is a comparison that a test makes and holds to its limit; of several of one kind, the
-largest difference.
+Each row is a comparison in a test, which fails if the difference is above the limit. If a test
+makes several comparisons of one kind, the row shows the largest difference.
 
 Made by `{command}` on {machine}, Python {python}, with
 {versions}.
@@ -40,19 +40,19 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 if all tests pass."""
+    """Runs the command and returns the exit status: 0 if all tests pass, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python tools/parity_report.py", description=__doc__)
     parser.add_argument("--slow", action="store_true", help="run the long forms of the tests too")
     parser.add_argument(
         "--size",
         metavar="DIRECTORY",
-        help="a directory with 14 GB of free space, for the size check",
+        help="run the size check too, with this directory, which needs 14 GB of free space",
     )
     given = parser.parse_args(argv)
     commands = [["-m", "pytest", "-q", "tests/parity"]]
     if given.slow:
         commands[0] += ["-m", "slow or not slow"]
-    if given.size:  # first, because it may well fail if memory is short
+    if given.size:  # runs first, because it fails if memory is short
         commands.insert(0, ["tools/size_check.py", str(Path(given.size).resolve())])
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
@@ -69,7 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def render(rows: Iterable[Row], command: str) -> str:
-    """The report, a table a group."""
+    """Returns the report as Markdown, with one table for each group.
+
+    Args:
+        rows: Rows of all comparisons.
+        command: Command that the report names.
+    """
     head = HEAD.format(
         command=command,
         python=platform.python_version(),
@@ -88,7 +93,7 @@ def render(rows: Iterable[Row], command: str) -> str:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ in nothing but their number become the one with the largest."""
+    """Keeps, of rows that are equal except for their number, the row with the largest number."""
     merged: dict[tuple, Row] = {}
     for row in rows:
         name = tuple(row[column] for column in ("group", *COLUMNS) if column != "largest")
@@ -98,7 +103,7 @@ def merge(rows: Iterable[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of a test stand together, tests in the order in which they first came."""
+    """Returns a Markdown table with rows grouped by test, in the order of their first rows."""
     tests = list(dict.fromkeys(row["what"] for row in rows))
     rows = sorted(rows, key=lambda row: tests.index(row["what"]))
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
@@ -107,7 +112,7 @@ def table(rows: list[Row]) -> str:
 
 
 def show(value: str | float | None) -> str:
-    """A cell: numbers have at most three digits; None is no limit."""
+    """Returns the text of a cell; numbers have three significant digits, and None is empty."""
     if value is None:
         return ""
     return value.replace("|", "/") if isinstance(value, str) else f"{value:.3g}"

@@ -1,9 +1,10 @@
 """Compares the speed of the input pipeline with that of a bare loop over JPEGs.
 
-The bare loop only makes pixels of 8 bits: it opens, converts, pads (or crops) and resizes images
-with Pillow. The pipeline of a run also reads records, tokenises, masks, pads and batches them in a
-worker process, and passes the batches on. The seconds are CPU time of both processes and all
-threads, not wall time. The bare loop, decode "exact" and decode "draft" take turns.
+The bare loop only opens, converts, pads (or crops) and resizes images with Pillow. The input
+pipeline of a run also reads records, tokenizes, masks, pads and batches them in a worker process,
+and sends the batches to the main process. The table shows samples per second of CPU time, which is
+summed over both processes and all threads. The bare loop, the pipeline with data.image_decode
+"exact" and the pipeline with data.image_decode "draft" take turns.
 """
 
 import argparse
@@ -24,36 +25,40 @@ from PIL import Image
 
 RECORDS = 2000
 SIZES = ("640x480", "640x427", "480x640", "500x375", "2000x1500")
-QUALITY = 85  # of noise, this gives half a byte a pixel, which photographs have at about 95
-ROUNDS = 3  # of a question and an answer
+QUALITY = 85  # noise then takes half a byte per pixel, like photographs at a quality of about 95
+ROUNDS = 3  # number of questions with answers in a record
 WORDS = ["the", "man", "in", "a", "red", "shirt", "is", "next", "to", "two", "dogs", "on", "grass"]
 ASSETS = Path(__file__).parent.parent / "assets"
 
-WEIGHTS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064  # Vicuna's, in products
-FLOPS_A_WEIGHT = 4  # and token: forwards, and the gradient of the input; adapters add little
-NODE_FLOPS = 8 * 989e12  # eight H100's peak, bfloat16
+WEIGHTS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064  # in Vicuna's matrix products
+FLOPS_A_WEIGHT = 4  # per token: forward pass and gradient of the input; adapters add little
+NODE_FLOPS = 8 * 989e12  # peak FLOP/s of eight H100 GPUs in bfloat16
 MFU = 0.5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0."""
+    """Runs the command and returns the exit status 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/pipeline_speed.py",
         description=__doc__,
     )
-    parser.add_argument("--size", nargs="+", default=SIZES, help="sizes of the JPEGs, WxH")
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, instead of noise")
     parser.add_argument(
-        "--tokenizer", default=ASSETS / "tiny-llava", help="the directory of a tokenizer"
+        "--size", nargs="+", default=SIZES, help="sizes of random JPEGs, as WxH in pixels"
     )
-    parser.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad")
+    parser.add_argument("--photos", type=Path, help="directory of JPEGs to use instead of noise")
     parser.add_argument(
-        "--edge", type=int, default=336, help="width and height of the resized image"
+        "--tokenizer", default=ASSETS / "tiny-llava", help="directory of the tokenizer"
     )
-    parser.add_argument("--batch", type=int, default=16, help="samples of a batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches of a run")
-    parser.add_argument("--runs", type=int, default=9, help="runs of each side")
+    aspects = ["pad", "crop", "squash"]
+    aspect = "how images become square, like data.image_aspect"
+    parser.add_argument("--aspect", choices=aspects, default="pad", help=aspect)
+    parser.add_argument(
+        "--edge", type=int, default=336, help="width and height of the resized image in pixels"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="number of samples in a batch")
+    parser.add_argument("--batches", type=int, default=2, help="number of batches in a run")
+    parser.add_argument("--runs", type=int, default=9, help="number of measured runs of each side")
     given = parser.parse_args(argv)
     print(f"{'JPEGs':>12}{'bytes':>10}{'bare':>8}{'exact':>16}{'draft':>16}  samples/s a core")
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +69,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path) -> None:
-    """Prints a row, and how many cores keep a node of fast GPUs busy."""
+    """Prints a row of the table, and the number of cores that keep eight H100 GPUs busy.
+
+    Args:
+        size: Label of the row.
+        files: Paths of the JPEGs.
+        given: Arguments of the command.
+        folder: Directory for temporary files.
+    """
     sides = [bare_batches(files, given)]
     sides += [own_batches(files, given, folder, decode) for decode in ("exact", "draft")]
     times = [[seconds(side, given.batches) for side in sides] for _ in range(given.runs + 1)]
@@ -75,7 +87,7 @@ def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path
     tokens = float(np.mean((batch.segment_ids > 0).sum(1)))
     rate = MFU * NODE_FLOPS / (FLOPS_A_WEIGHT * WEIGHTS_7B * tokens)
     print(
-        f"{'':>12}eight H100 at {MFU:.0%} eat {rate:.0f} samples/s of {tokens:.0f} tokens (7B, "
+        f"{'':>12}eight H100 at {MFU:.0%} need {rate:.0f} samples/s of {tokens:.0f} tokens (7B, "
         f"LoRA): {rate * own[0]:.1f} cores, with draft {rate * own[1]:.1f}",
         flush=True,
     )
@@ -84,19 +96,19 @@ def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path
 
 
 def shown(seconds: float, bare: float) -> str:
-    """Samples a second, and beside the bare loop."""
+    """Returns a cell: samples per second, and their ratio to those of the bare loop."""
     return f"{1 / seconds:>8.0f} {bare / seconds:.2f} x"
 
 
 def bare_batches(files: list[str], given: argparse.Namespace) -> Iterator[tuple[Any, float]]:
-    """As many images as a batch has, by the bare loop."""
+    """Yields batches of images from the bare loop, each with 0 seconds of a worker."""
     every = itertools.cycle(files)
     while True:
         yield [bare(next(every), given) for _ in range(given.batch)], 0.0
 
 
 def bare(file: str, given: argparse.Namespace) -> np.ndarray:
-    """What everyone writes."""
+    """Returns the pixels of an image file, [edge, edge, 3], computed with Pillow only."""
     image, edge = Image.open(file).convert("RGB"), given.edge
     width, height = image.size
     if given.aspect == "pad" and width != height:
@@ -114,18 +126,32 @@ def bare(file: str, given: argparse.Namespace) -> np.ndarray:
 
 @dataclasses.dataclass
 class Timed:
-    """Number of a batch -> the batch, and the seconds of its process so far."""
+    """Reads a batch and adds the CPU seconds that the worker process has used so far.
+
+    Attributes:
+        read: Function that reads the batch with a given number.
+    """
 
     read: Any
 
     def __call__(self, number: int) -> tuple[Any, np.ndarray]:
+        """Returns the batch with this number, and the CPU seconds of this process."""
         return self.read(number), np.array(time.process_time())
 
 
 def own_batches(
     files: list[str], given: argparse.Namespace, folder: Path, decode: Any
 ) -> Iterator[tuple[Any, float]]:
-    """A run's batches, and the seconds of the worker so far. Many records share each file."""
+    """Yields the batches of a run, each with the CPU seconds of the worker process so far.
+
+    Many records use the same image file.
+
+    Args:
+        files: Paths of the JPEGs.
+        given: Arguments of the command.
+        folder: Directory for the data file.
+        decode: Value of `data.image_decode`.
+    """
     from llava_jax.config import Parts
     from llava_jax.data.batching import BatchSpec, ReadBatch, SampleEncoder
     from llava_jax.data.images import ImageTransform
@@ -158,7 +184,7 @@ def own_batches(
 
 
 def record(file: str, number: int) -> dict[str, Any]:
-    """A conversation about an image, in LLaVA's form."""
+    """Returns a conversation with random words about an image, in LLaVA's format."""
     rng = np.random.default_rng(number)
     words = lambda least, most: " ".join(rng.choice(WORDS, rng.integers(least, most)))
     turns = [
@@ -171,12 +197,20 @@ def record(file: str, number: int) -> dict[str, Any]:
 
 
 def photos(folder: Path) -> list[str]:
-    """The JPEGs of a folder."""
+    """Returns the paths of the JPEGs in a directory."""
     return sorted(str(file.resolve()) for file in folder.iterdir() if file.suffix == ".jpg")
 
 
 def noise(size: str, folder: Path, count: int = 4) -> list[str]:
-    """JPEGs of noise whose spectrum falls as that of photographs does, in amplitude as 1 / f."""
+    """Writes JPEGs of noise with a spectrum like that of photographs, and returns their paths.
+
+    The amplitude of a frequency f is proportional to 1 / f.
+
+    Args:
+        size: Width and height in pixels, as "WxH".
+        folder: Directory of the files.
+        count: Number of files.
+    """
     width, height = map(int, size.split("x"))
     down, across = np.fft.fftfreq(height, 1 / height), np.fft.rfftfreq(width, 1 / width)
     frequency = np.hypot(down[:, None], across)
@@ -194,7 +228,7 @@ def noise(size: str, folder: Path, count: int = 4) -> list[str]:
 
 
 def seconds(batches: Iterator[tuple[Any, float]], count: int) -> float:
-    """Of processors, both of this process and the worker, for one batch of so many."""
+    """Returns the CPU seconds of both processes per batch, averaged over `count` batches."""
     _, of_worker = next(batches)
     started = time.process_time()
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""`llava-jax plan`, from a clone: `python tools/plan.py --help`."""
+"""Runs the command `llava-jax plan`; see `python tools/plan.py --help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`llava-jax report`, from a clone: `python tools/report.py --help`."""
+"""Runs the command `llava-jax report`; see `python tools/report.py --help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`llava-jax serve`, from a clone: `python tools/serve.py --help`."""
+"""Runs the command `llava-jax serve`; see `python tools/serve.py --help`."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""Measures memory and time at the size of LLaVA-1.5-7B.
+"""Measures memory and time for a model of the size of LLaVA-1.5-7B, on the CPU.
 
-Writes a checkpoint of random weights into DIRECTORY, unless there is one. Then two processes make
-these measurements on the CPU:
+The command writes a checkpoint with random weights to DIRECTORY, unless there is a checkpoint. Then
+it makes two measurements, each in a process of its own:
 
-1. Import the checkpoint in bfloat16, which may take 3 GiB more than the weights.
-2. Make one LoRA step of rank 128 with an image and 64 words, which may take 24 GB.
+1. Load the checkpoint in bfloat16, which may need 3 GiB of memory more than the weights.
+2. Make one LoRA step of rank 128 with an image and 64 text tokens, which may need 24 GB of memory.
 
-The exit status is 0 if both keep to their limit.
+The exit status is 0 if both processes stay below their limits, and otherwise 1.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from llava_jax.config import LLAVA_7B
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 if both measurements keep to their limit."""
+    """Runs the command and returns the exit status: 0 if both limits are kept, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python tools/size_check.py", description=__doc__)
-    parser.add_argument("directory", type=Path, help="the directory of the checkpoint")
+    parser.add_argument("directory", type=Path, help="directory of the checkpoint")
     layers = LLAVA_7B.llm.num_hidden_layers
-    parser.add_argument("--layers", type=int, default=layers, help="layers of the decoder")
+    parser.add_argument("--layers", type=int, default=layers, help="number of decoder layers")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
 
-    # This import is slow, so --help must not wait for it.
+    # This import is slow, and --help must be quick.
     from checks.size import check_all, measure_here
 
     if given.measure:

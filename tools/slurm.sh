@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A run on several machines under SLURM, one task for each GPU:
+# Trains on several machines under SLURM, with one task for each GPU:
 #
 #     sbatch tools/slurm.sh --config configs/7b_full.py --output-dir /shared/runs ...
 #
-# Two minutes before its time is up, or when it is preempted, SLURM sends SIGTERM: the run saves and
-# ends with status 143, and the job queues itself again, to go on with the same command. Edit what
-# follows for your cluster; --partition, --account and --time can be given to sbatch as well.
+# SLURM sends SIGTERM two minutes before the time limit, or if it preempts the job. The run then
+# saves a checkpoint and ends with status 143, and the job puts itself into the queue again and
+# continues with the same command. Edit the following lines for your cluster; --partition, --account
+# and --time can also be given to sbatch.
 #SBATCH --job-name=llava_jax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -18,15 +19,15 @@
 #SBATCH --open-mode=append
 #SBATCH --output=llava_jax-%j.log
 set -uo pipefail
-trap : TERM                                            # this script waits for srun all the same
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # which srun does not take over by itself
+trap : TERM                                            # SIGTERM must not end this script
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun does not read SLURM_CPUS_PER_TASK
 
-# JAX gives each task the GPU that has its number on its machine, so each must see them all: no
-# --gpus-per-task, which would hide the others.
+# JAX selects the GPU of a task by the task's index on its machine, so each task must see all GPUs
+# of the machine. The option --gpus-per-task would hide the other GPUs.
 srun --wait=120 python -m llava_jax.train "$@"
 status=$?
 
-# 143 is 128 + SIGTERM: saved, and not finished.
+# 143 is 128 + SIGTERM: the run has saved a checkpoint but is not finished.
 if [ "$status" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

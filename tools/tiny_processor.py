@@ -1,9 +1,10 @@
-"""Learns the tokenizer of the embedded tiny LLaVA, and writes it with its image processor.
+"""Trains the tokenizer of the package's tiny LLaVA, and writes it with the image processor.
 
     python tools/tiny_processor.py DIRECTORY
 
-A byte-pair vocabulary of LLaMA's kind (pieces with a leading-space mark, bytes for all the rest),
-learnt from the questions and answers of easy-VQA's training split and the template around them.
+The tokenizer is a byte-pair encoding like LLaMA's: a mark stands for a leading space, and unknown
+characters are split into bytes. It is trained on the questions and answers of easy-VQA's training
+split and on the text of the chat template.
 """
 
 import argparse
@@ -25,7 +26,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def learn_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer in which every word of the data is one token."""
+    """Trains a tokenizer in which each word of the data is one token, and returns it."""
     template = TEMPLATES["vicuna_v1"]
     asked = template.human_prefix.replace(SYSTEM_SLOT, f"{template.system} ")
     around = asked + template.answer_prefix
@@ -46,7 +47,7 @@ def learn_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[*CONTROL, *BYTES], show_progress=False
     )
-    # Word by word, so that no piece runs across words.
+    # The trainer gets single words, so that no token contains parts of two words.
     words = " ".join([*questions, *captions * 100, *[around] * 100]).split()
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -69,7 +70,7 @@ def learn_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def image_settings() -> dict[str, object]:
-    """CLIP's image processing at the tiny model's size."""
+    """Returns the config of CLIP's image processor for the image size of the tiny model."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": IMAGE_SIZE},
@@ -81,10 +82,11 @@ def image_settings() -> dict[str, object]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python tools/tiny_processor.py", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, help="directory to write to")
     directory = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = learn_tokenizer()

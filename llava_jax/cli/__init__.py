@@ -1,1 +1,1 @@
-"""The command `llava-jax`: one module for each of its commands."""
+"""Implements the command `llava-jax`, with one module for each subcommand."""

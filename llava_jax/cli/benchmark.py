@@ -1,4 +1,4 @@
-"""`llava-jax benchmark`: measures how fast training is on the attached device."""
+"""Implements `llava-jax benchmark`, which measures the speed and memory of training."""
 
 import argparse
 import dataclasses
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from llava_jax.speed.case import Case
 
 PROG = "llava-jax benchmark"
-LIMIT = 1e-4  # largest relative difference of two float32 losses
+LIMIT = 1e-4  # largest relative difference between the float32 losses of the two sides
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, 3 if the sides' losses differ, 1 for a user's mistake."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0, or 3 if the losses of the two sides differ, or 1 for a user's mistake.
+    """
     parser = make_parser()
     given, rest = parser.parse_known_args(argv)
     if rest and not given.config:
-        parser.error(f"unknown: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}")
 
     from llava_jax.speed.case import SHAPES
 
@@ -49,55 +53,73 @@ def main(argv: list[str] | None = None) -> int:
     write(given, case, rows, compared)
     differ = compared.get("losses apart", 0.0) > LIMIT and case.config.dtype == "float32"
     if differ:
-        print(f"the losses of both sides differ by more than {LIMIT:g}")
+        print(f"the losses of the two sides differ by more than {LIMIT:g}, relative to the peer's")
     return 3 if differ else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the arguments."""
+    """Returns the parser of the arguments of the command."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog=PROG,
-        description="Trains a LLaVA with random weights on random images and words, one image for "
-        "each sample, and prints a table of speed and memory. With a config, any of its fields can "
-        "be set by an option, as in training. The exit status is 0, or 3 if the float32 losses of "
-        "the two sides differ by more than 1e-4, or 1 if there is a mistake in the arguments.",
+        description="Trains a LLaVA model with random weights on random text and one random image "
+        "per sample, and prints a table of speed and memory. With --config, every field of the "
+        "config can be set by an option, as for llava-jax train. The exit status is 0, or 1 if "
+        "there is a mistake in the arguments, or 3 if the float32 losses of llava_jax and --peer "
+        "have a relative difference above 1e-4.",
     )
     add = parser.add_argument
     add(
         "--config",
-        help="a config file or the name of a preset; it replaces the options from --shape to "
-        "--dtype, except --text-tokens",
+        help="config file or name of a preset; it replaces all options from --shape to --dtype, "
+        "except --text-tokens",
     )
-    add("--shape", default="25m", help="a model by its number of parameters: 25m, 150m, 1b or 7b")
+    add("--shape", default="25m", help="number of parameters of the model: 25m, 150m, 1b or 7b")
     tune = ("lora", "qlora", "full")
-    add("--tune", choices=tune, default="lora", help="how the decoder trains")
-    add("--rank", type=int, default=16, help="rank of LoRA")
+    add("--tune", choices=tune, default="lora", help="how the decoder is trained")
+    add("--rank", type=int, default=16, help="rank of the LoRA adapters")
     plans = ("resident", "streamed")
-    add("--plan", choices=plans, default="resident", help="keep weights on the device, or stream")
+    where = "keep weights and optimizer on the device, or stream them from host memory"
+    add("--plan", choices=plans, default="resident", help=where)
     remat = ("none", "dots", "full")
-    add("--remat", choices=remat, default="full", help="what the backward pass computes again")
-    add("--batch", type=int, default=4, help="number of samples of a step")
-    add("--micro-size", type=int, help="number of samples at a time; None takes all")
-    add("--text-tokens", type=int, default=64, help="text tokens of a sample; half have a loss")
+    add(
+        "--remat",
+        choices=remat,
+        default="full",
+        help="what to recompute, as memory.remat of a config",
+    )
+    add("--batch", type=int, default=4, help="number of samples in a step")
+    add("--micro-size", type=int, help="number of samples in a micro-batch; None takes all samples")
+    text = "number of text tokens in a sample; the loss is computed on their second half"
+    add("--text-tokens", type=int, default=64, help=text)
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, default="bfloat16", help="dtype of the matrix products")
-    add("--peer", choices=("hf",), help="compare with transformers and peft, in turns")
-    add("--rounds", type=int, default=5, help="number of turns of each side")
-    add("--steps", type=int, default=3, help="number of steps of a turn")
-    add("--warmup", type=int, default=2, help="number of steps before, which do not count")
-    add("--json", type=Path, help="write all measurements to this JSON file")
-    add("--chart", type=Path, help="draw the measurements in this PNG file")
+    add(
+        "--peer",
+        choices=("hf",),
+        help="compare with Hugging Face's transformers and PEFT, in turns",
+    )
+    add("--rounds", type=int, default=5, help="number of turns of llava_jax, and of --peer")
+    add("--steps", type=int, default=3, help="number of train steps in each turn")
+    add("--warmup", type=int, default=2, help="number of train steps before the measured steps")
+    add("--json", type=Path, help="JSON file to write all measurements to")
+    add("--chart", type=Path, help="PNG file to draw the measurements to")
     return parser
 
 
 def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
-    """Returns the run that the arguments ask for.
+    """Returns the run that the arguments describe.
 
-    To be comparable, its learning rate is constant, and it has neither dropout nor clipping.
+    The learning rate is constant, and there is neither dropout nor clipping, so that the losses of
+    both sides can be compared.
+
+    Args:
+        given: Arguments of the command.
+        rest: Options that set fields of the config.
 
     Raises:
-        ConfigError: The config is wrong, or the peer is not installed or cannot make this run.
+        ConfigError: The config is wrong, the peer is not installed, or the peer does not support
+            this run.
     """
     from llava_jax.config import parse_config
     from llava_jax.speed.case import SHAPES, Case
@@ -125,13 +147,17 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
     tune = config.tune
     if given.peer and (tune.llm, tune.vision, tune.projector) not in PEERS:
         raise ConfigError(
-            f"--peer {given.peer} trains the decoder and the projector only, not {tune}"
+            f"--peer {given.peer} supports only training of the decoder and the projector, not "
+            f"{tune}"
         )
     if given.peer and config.quantize not in (None, "nf4"):
-        raise ConfigError(f"--peer {given.peer} has nf4 only, not {config.quantize}")
+        raise ConfigError(f"--peer {given.peer} supports only nf4, not {config.quantize}")
     micro_size = config.batch.micro_size or 1
     if config.batch.global_size % micro_size:
-        raise ConfigError(f"{config.batch.global_size} samples are not a multiple of {micro_size}")
+        raise ConfigError(
+            f"{config.batch.global_size} samples are not a multiple of {micro_size}; change the "
+            "size of the batch or of the micro-batch"
+        )
     return Case(config, model, given.text_tokens)
 
 
@@ -139,7 +165,7 @@ PEERS = [("lora", "frozen", "full"), ("full", "frozen", "full")]
 
 
 def built_in_config(given: argparse.Namespace) -> "TrainConfig":
-    """Returns the config of a run without a config file."""
+    """Returns the config of the run that the options from --shape to --dtype describe."""
     from llava_jax.config import (
         BatchConfig,
         LoraConfig,
@@ -167,7 +193,14 @@ def built_in_config(given: argparse.Namespace) -> "TrainConfig":
 def write(
     given: argparse.Namespace, case: "Case", rows: list[Any], compared: dict[str, float]
 ) -> None:
-    """Writes the measurements to the files that the user named."""
+    """Writes the measurements to the files that the arguments name.
+
+    Args:
+        given: Arguments of the command.
+        case: Run that was measured.
+        rows: Measurements of each side.
+        compared: Results of the comparison of the sides, by name.
+    """
     if given.json:
         found = {"case": dataclasses.asdict(case), "sides": [dataclasses.asdict(x) for x in rows]}
         given.json.write_text(json.dumps(found | {"compared": compared}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""`llava-jax chat`: talks with a model in the terminal."""
+"""Implements `llava-jax chat`, a conversation with a model in the terminal."""
 
 import argparse
 import sys
@@ -14,10 +14,14 @@ from llava_jax.cli.model_options import (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 for a user's mistake or a bad checkpoint."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0, or 1 for a user's mistake or a bad checkpoint, or 130 after Ctrl-C.
+    """
     given = parse(argv)
 
-    # These imports are slow, so --help must not wait for them.
+    # These imports are slow, and --help must be quick.
     from llava_jax.config import format_source
     from llava_jax.errors import CheckpointError, ConfigError, SampleError
     from llava_jax.generation.chat import Chat
@@ -48,23 +52,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the arguments."""
+    """Parses the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="llava-jax chat",
-        description="Starts a conversation with a model, about images or about anything else. With "
-        "--prompt, the command prints one answer and ends.",
+        description="Starts a conversation with a model in the terminal, with or without images. "
+        "With --prompt, the command prints one answer and ends.",
     )
     add_model_options(parser)
     add_sampling_options(parser, max_new_tokens=512)
-    parser.add_argument("--prompt", help="ask this question, print the answer and end")
+    parser.add_argument("--prompt", help="question to ask; the command prints the answer and ends")
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE",
-        help="an image to show; the option can be given several times",
+        help="image file to show to the model; the option can be given several times",
     )
-    parser.add_argument("--system", help="a system prompt, instead of the template's own")
+    parser.add_argument(
+        "--system", help="system prompt, instead of the system prompt of the chat template"
+    )
     return parser.parse_args(argv)
 
 

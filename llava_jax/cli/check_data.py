@@ -1,4 +1,4 @@
-"""`llava-jax check-data`: reads the whole data set of a run and names its bad samples."""
+"""Implements `llava-jax check-data`, which reads a data set and lists its bad samples."""
 
 import argparse
 import os
@@ -9,38 +9,49 @@ from typing import Any
 from llava_jax.distributed.environment import print_any_text
 
 PROG = "llava-jax check-data"
-SHOWN = 5  # samples with the same problem that are printed
-PER_WORKER = 1000  # fewer samples are read sooner than a process starts
+SHOWN = 5  # maximum number of printed samples with the same problem
+PER_WORKER = 1000  # one process reads fewer samples faster than another process starts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 if all samples are good, 1 if not, 2 for a user's mistake."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0 if all samples are good, 1 if some samples are bad, or 2 for a user's mistake.
+    """
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Reads every sample and image of the training data of a run, as the run does. "
-        "Names the samples that the run would skip, then prints how long the samples are and how "
-        "much of a batch is padding. Any field of the config can be set by an option, as in "
-        "training. The exit status is 0 if all samples are good, 1 if some are not, and 2 if there "
-        "is a mistake in the arguments.",
+        description="Reads every sample and every image of the training data of a run, as the run "
+        "does. Lists the samples that the run would skip, then prints how long the samples are and "
+        "how much of the batches is padding. Every field of the config can be set by an option, as "
+        "for llava-jax train. The exit status is 0 if all samples are good, 1 if some samples are "
+        "bad, and 2 if there is a mistake in the arguments.",
     )
-    parser.add_argument("--config", required=True, help="a config file or the name of a preset")
+    parser.add_argument("--config", required=True, help="config file or name of a preset")
     parser.add_argument(
-        "--write-clean", type=Path, help="write the good samples to this file of JSON lines"
+        "--write-clean",
+        type=Path,
+        help="file of JSON lines to write the good samples to; it must not exist yet",
     )
-    parser.add_argument("--json", type=Path, help="write all results to this JSON file")
-    parser.add_argument("--chart", type=Path, help="draw the distributions in this PNG file")
+    parser.add_argument("--json", type=Path, help="JSON file to write all results to")
     parser.add_argument(
-        "--workers", type=int, help="number of processes that read (default: one for each core)"
+        "--chart", type=Path, help="PNG file to draw the distributions of lengths and images to"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="number of processes that read the data (default: one for each core)",
     )
     parser.add_argument(
         "--shown",
         type=int,
         default=SHOWN,
-        help="number of samples to print for each kind of problem (default: %(default)s)",
+        help="maximum number of bad samples to print for each kind of problem (default: "
+        "%(default)s)",
     )
     given, rest = parser.parse_known_args(argv)
     print_any_text()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # leave the accelerators to runs
+    os.environ["JAX_PLATFORMS"] = "cpu"  # keeps the accelerators free for training runs
 
     from llava_jax.config import parse_config
     from llava_jax.errors import CheckpointError, ConfigError, RunError
@@ -55,7 +66,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_data(given: argparse.Namespace, config: Any) -> int:
-    """Reads the data, prints what was found, and writes the files that were asked for."""
+    """Checks the data, prints the results and writes the files that the arguments name.
+
+    Args:
+        given: Arguments of the command.
+        config: Config of the run.
+
+    Returns:
+        0 if all samples are good, 1 if some samples are bad.
+
+    Raises:
+        ConfigError: The data cannot be read, or the file for the good samples exists already.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -97,7 +119,13 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
 
 
 def workers(asked: int | None, samples: int) -> int:
-    """Returns the number of processes: one for each core, if there are enough samples."""
+    """Returns the number of processes that read the data.
+
+    Args:
+        asked: Number that the user asked for; None takes one process for each core, or fewer if
+            there are few samples.
+        samples: Number of samples.
+    """
     return min(os.cpu_count() or 1, samples // PER_WORKER) if asked is None else asked
 
 

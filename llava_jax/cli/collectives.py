@@ -1,4 +1,4 @@
-"""`llava-jax collectives`: counts the bytes that the devices of a run exchange in a step."""
+"""Implements `llava-jax collectives`, which counts the bytes that devices exchange in a step."""
 
 import argparse
 import dataclasses
@@ -13,23 +13,25 @@ PROG = "llava-jax collectives"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0."""
+    """Runs the command and returns the exit status 0."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog=PROG,
-        description="Compiles the train step of a run, with one micro-batch, for several numbers "
-        "of GPUs, with all devices on the fsdp axis. Prints the GiB that each device exchanges "
-        "with others, as compiled and by formula: for a gather the size of the result, for other "
-        "collectives the size of the operands. Any field of the config can be set by an option, as "
-        "in training.",
+        description="Compiles the train step of a run, with a single micro-batch, for several "
+        "numbers of GPUs. All devices are on the fsdp axis. Prints how many GiB each device "
+        "exchanges with the other devices, in the compiled step and by formula. For a gather, this "
+        "is the size of the result, and for other collectives the size of the operands. Every "
+        "field of the config can be set by an option, as for llava-jax train.",
     )
-    parser.add_argument("--config", required=True, help="a config file or the name of a preset")
-    names = f"the device: {', '.join(GPUS)}"  # the bytes of TPUs cannot be counted
+    parser.add_argument("--config", required=True, help="config file or name of a preset")
+    names = f"type of the GPUs: {', '.join(GPUS)}"  # the bytes of TPUs cannot be counted
     parser.add_argument("--device", default="h100", help=names)
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=[8, 64, 256], help="numbers of devices"
+        "--counts", type=int, nargs="+", default=[8, 64, 256], help="numbers of GPUs to compile for"
     )
-    parser.add_argument("--micro-size", type=int, default=2, help="samples of a device")
+    parser.add_argument(
+        "--micro-size", type=int, default=2, help="number of samples in a micro-batch on each GPU"
+    )
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(max(given.counts))
 
@@ -51,7 +53,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
-    """Returns the bytes of a micro-batch by kind, first as compiled, then by formula."""
+    """Returns the bytes that each device exchanges in a micro-batch, by kind of collective.
+
+    Args:
+        config: Config of the run.
+        device: Name of the device type.
+        count: Number of devices.
+        micro_size: Number of samples in a micro-batch on each device.
+
+    Returns:
+        The bytes of the compiled step, and the bytes by formula.
+    """
     from llava_jax.planning.collectives import collective_bytes
     from llava_jax.planning.measure import compile_for, sizes
 
@@ -65,14 +77,20 @@ def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[
 
 
 def formula(program: Any, rows: int, length: int) -> dict[str, int]:
-    """Returns the bytes that a micro-batch needs, with remat "full" and all devices on fsdp.
+    """Returns the bytes that each device must exchange in a micro-batch, by kind of collective.
 
-    The matrices of a block are gathered in the forward pass, and again when the backward pass
-    computes the block again. The same is true of the projector. The matrices of a frozen tower and
-    of the head are gathered once. The gradients of all trained matrices are divided among the
-    devices once. The embedding table is not gathered: its columns go to the devices that have the
-    tokens, and their gradients come back if the table is trained. A matrix that cannot be divided
-    is on all devices, and so is the sum of its gradients.
+    The formula is for remat "full" with all devices on the fsdp axis. The matrices of decoder
+    blocks and of the projector are gathered in the forward pass, and again in the backward pass,
+    which recomputes them. The matrices of a frozen vision tower and of the output layer are
+    gathered once. The gradients of all trained matrices are reduced and scattered once. The
+    embedding table is not gathered: its columns are sent to the devices that have the tokens, and
+    the gradients of the columns are sent back if the table is trained. A matrix that cannot be
+    sharded is on all devices, and its gradients are added up over all devices.
+
+    Args:
+        program: Program of the run.
+        rows: Number of rows of a micro-batch on each device.
+        length: Number of tokens in a row.
     """
     from llava_jax.models.paths import is_stacked
 

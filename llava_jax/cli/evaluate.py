@@ -1,4 +1,4 @@
-"""`llava-jax evaluate`: measures a checkpoint on a benchmark."""
+"""Implements `llava-jax evaluate`, which scores a checkpoint on a benchmark."""
 
 import argparse
 import json
@@ -18,14 +18,18 @@ from llava_jax.cli.model_options import (
 from llava_jax.distributed.environment import prepare_for_training, print_any_text
 from llava_jax.errors import CheckpointError, ConfigError, SampleError
 
-# These are the names in `evals.tasks`, which is slow to import. A test compares them.
+# These names repeat those in `evals.tasks`, which is slow to import. A test compares them.
 TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa", "mmbench", "json")
 METRIC_NAMES = ("exact", "vqa", "relaxed", "yes_no")
-SHOWN = 5  # questions that could not be asked and are printed
+SHOWN = 5  # maximum number of printed questions that could not be asked
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 if questions could not be asked, 2 for a user's mistake."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0, or 1 if some questions could not be asked, or 2 for a user's mistake or Ctrl-C.
+    """
     given = parse(argv)
     print_any_text()
     prepare_for_training()
@@ -34,17 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped; the same command continues the evaluation", file=sys.stderr)
     return 2
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the arguments."""
+    """Parses the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="llava-jax evaluate",
-        description="Asks a checkpoint the questions of a benchmark and scores its answers as "
-        "LLaVA's evaluation does. Writes answers.jsonl, scores.json and, if the benchmark has a "
-        "server, the file to hand in. If the command is stopped, the same command continues. The "
+        description="Asks a model the questions of a benchmark and scores its answers as LLaVA's "
+        "evaluation does. Writes answers.jsonl, scores.json and, for some benchmarks, the file to "
+        "submit to a server or scorer. If the command is stopped, run it again to continue. The "
         "exit status is 0; or 1 if some questions could not be asked, which count as wrong; or 2 "
         "if there is a mistake in the arguments.",
     )
@@ -54,32 +58,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--task",
         required=True,
         choices=TASK_NAMES,
-        help="the benchmark; json is a data file of your own, see --data",
+        help="name of the benchmark; json takes the questions from your own data file (--data)",
     )
-    files = "the folder of the benchmark, laid out as for LLaVA's scripts; for json, the data file"
-    add("--data", type=Path, help=files)
-    add("--image-root", type=Path, help="the folder of its images, if they are not in --data")
-    add("--questions", type=Path, help="its file of questions, if it is not in --data")
+    add(
+        "--data",
+        type=Path,
+        help="directory of the benchmark, with the layout that LLaVA's scripts expect; for --task "
+        "json, the data file",
+    )
+    add("--image-root", type=Path, help="directory of the images, if they are not in --data")
+    add("--questions", type=Path, help="file with the questions, if it is not in --data")
     add(
         "--annotations",
         type=Path,
-        help="the file or folder of its answers, if they are not in --data",
+        help="file or directory with the expected answers, if it is not in --data",
     )
-    add("--metric", choices=METRIC_NAMES, help="how json is scored (default: exact)")
-    add("--output", type=Path, help="the folder to write (default: evaluations/CHECKPOINT/TASK)")
-    add("--limit", type=int, help="ask only this number of questions, the first ones")
+    add("--metric", choices=METRIC_NAMES, help="metric for --task json (default: exact)")
+    add(
+        "--output",
+        type=Path,
+        help="directory to write to (default: evaluations/CHECKPOINT/TASK)",
+    )
+    add("--limit", type=int, help="number of questions to ask, from the first on (default: all)")
     add(
         "--slots",
         type=int,
         default=8,
-        help="number of questions that are asked at a time (default: 8)",
+        help="number of questions that are answered at the same time (default: 8)",
     )
     add_sampling_options(parser, max_new_tokens=None)
     return parser.parse_args(argv)
 
 
 def evaluate(given: argparse.Namespace) -> int:
-    """Reads the questions, asks them, scores the answers and writes the files."""
+    """Reads the questions, asks them, scores the answers and writes the files.
+
+    Args:
+        given: Arguments of the command.
+
+    Returns:
+        0, or 1 if some questions could not be asked.
+
+    Raises:
+        ConfigError: An argument or a file of the benchmark is wrong.
+        CheckpointError: The checkpoint cannot be used.
+        OSError: A file cannot be read or written.
+    """
     from llava_jax.config import format_source
     from llava_jax.distributed.lock import hold
     from llava_jax.evals.questions import Files
@@ -97,7 +121,7 @@ def evaluate(given: argparse.Namespace) -> int:
     loaded["base"] = None if given.base is None else format_source(given.base)
     loaded["dtype"] = loaded["dtype"] or default_dtype()  # another machine may have another default
     settings = describe(given.task, questions, how, given.checkpoint, **loaded)
-    # A hub id may look like a path that leads out of the folder.
+    # The name of a model may be a path with ".." that leads out of this directory.
     parts = [part for part in settings["model"].split("/") if part not in ("", ".", "..")]
     folder = given.output or Path("evaluations", *parts, given.task)
     with hold(folder):
@@ -114,18 +138,23 @@ def evaluate(given: argparse.Namespace) -> int:
             print(f"could not be asked: question {questions[number].id}: {reason}", file=sys.stderr)
         if refused:
             print(
-                f"{len(refused)} of {count} could not be asked; they count as wrong",
+                f"{len(refused)} of {count} could not be asked and count as wrong",
                 file=sys.stderr,
             )
         if task.submit is not None and count == len(questions):
             print(f"wrote {task.submit(folder, answered, files)}")
         elif task.submit is not None:
-            print("no file to hand in was written, because not all questions were asked")
+            print("no file to submit was written, because not all questions were asked")
         return 1 if refused else 0
 
 
 def write_scores(folder: Path, report: dict[str, Any]) -> None:
-    """Writes and prints the scores."""
+    """Writes scores.json and prints the scores as a table.
+
+    Args:
+        folder: Directory of the results.
+        report: Content of scores.json.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -137,11 +166,11 @@ def write_scores(folder: Path, report: dict[str, Any]) -> None:
     for name, value in flat(report["scores"] or {}):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    print(f"wrote {folder / 'answers.jsonl'} and scores.json beside it")
+    print(f"wrote answers.jsonl and scores.json to {folder}")
 
 
 def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
-    """Yields nested scores, named by their path."""
+    """Yields the names and values of nested scores; a name lists the keys on the way to a value."""
     for name, value in scores.items():
         if isinstance(value, dict):
             yield from flat(value, f"{lead}{name} ")
@@ -150,10 +179,14 @@ def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Checks the options before anything is read.
+    """Checks the options before any file is read.
+
+    Args:
+        given: Arguments of the command.
 
     Raises:
-        ConfigError: An option has a bad value, or does not go with the task.
+        ConfigError: An option has a value that is not allowed, an option does not belong to the
+            task, or a package is missing.
     """
     from importlib.util import find_spec
 
@@ -167,13 +200,21 @@ def check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
     needs = TASKS[given.task].needs
     if needs and find_spec(needs) is None:
-        raise ConfigError(f"{given.task} needs {needs}; pip install 'llava_jax[evaluate]'")
+        raise ConfigError(f"{given.task} needs {needs}: pip install 'llava_jax[evaluate]'")
 
 
 def ask(
     given: argparse.Namespace, answers: Any, questions: Any, numbers: list[int], how: Any
 ) -> None:
-    """Loads the checkpoint and asks it the questions."""
+    """Loads the model, asks it questions and shows a progress bar.
+
+    Args:
+        given: Arguments of the command.
+        answers: Store that keeps the answers.
+        questions: All questions of the benchmark.
+        numbers: Indices of the questions to ask.
+        how: Settings of the generation.
+    """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 

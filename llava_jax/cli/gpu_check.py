@@ -1,4 +1,4 @@
-"""`llava-jax gpu-check`: checks on a GPU what other machines only compile."""
+"""Implements `llava-jax gpu-check`, which checks results and planned memory on a GPU."""
 
 import argparse
 import json
@@ -8,25 +8,27 @@ import sys
 from llava_jax.distributed.environment import prepare_for_training
 
 DESCRIPTION = """\
-Checks on a GPU what other machines only compile. The exit status is 0 if all checks pass.
+Checks on a GPU the programs that this package compiles for GPUs. The weights are random, and no
+file is read. The exit status is 0 if all checks pass, and 1 if a check fails.
 
-1. Gradients computed with everything in host memory equal those computed with everything on the
-   device. XLA:GPU may compute wrong ones without an error (openxla/xla #46231).
-2. The attention kernels give the results and the gradients of plain attention.
-3. Train steps need the memory that their plans predict.
+1. Train steps with weights, optimizer and activations in host memory compute the same gradients as
+   train steps with everything on the device. XLA:GPU may compute wrong gradients without an error
+   (openxla/xla #46231).
+2. The attention kernels for GPUs compute the same results and gradients as plain attention.
+3. Train steps need as much memory as their plans predict.
 
-Without a GPU, only the first check is made. The weights are random, and no file is read.
+On a machine without a GPU, only the first check runs.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 if all checks pass, 1 if not."""
+    """Runs the command and returns the exit status: 0 if all checks pass, 1 if a check fails."""
     parser = argparse.ArgumentParser(
         prog="llava-jax gpu-check",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--small", action="store_true", help="leave out the third check")
+    parser.add_argument("--small", action="store_true", help="skip the third check")
     parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
     given = parser.parse_args(argv)
     prepare_for_training()
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
-        "false"  # so that the measured processes get the memory
+        "false"  # otherwise this process takes the memory that the measured processes need
     )
     well = check_all(small=given.small)
     print("all checks pass" if well else "NOT all checks pass")

@@ -1,7 +1,7 @@
-"""Finds the command that `llava-jax` is called with, and runs it.
+"""Runs the subcommand that `llava-jax` is called with.
 
-Only the module of this command is imported, and that module imports JAX only after it has parsed
-its arguments. So every `--help` is quick.
+Only the module of the subcommand is imported, and that module imports JAX only after it has parsed
+its arguments. Therefore every `--help` is quick.
 """
 
 import argparse
@@ -12,28 +12,29 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model",
-    "plan": "tell whether a run fits a device, before anything is loaded",
-    "convert": "convert a checkpoint into another form",
-    "check-data": "read a whole data set and name its bad samples",
-    "chat": "talk with a model in the terminal",
-    "serve": "serve a model by OpenAI's API and as a web page",
-    "evaluate": "measure a model on a benchmark",
-    "report": "write the report of a run again",
-    "benchmark": "measure how fast training is on this device",
-    "gpu-check": "check on a GPU that results and plans are right",
-    "collectives": "count the bytes that the devices of a run exchange",
+    "plan": "compute whether a run fits into the memory of a device",
+    "convert": "convert a checkpoint to another format",
+    "check-data": "read all samples of a data set and list the bad ones",
+    "chat": "chat with a model in the terminal",
+    "serve": "serve a model with an OpenAI-compatible API and a web page",
+    "evaluate": "score a model on a benchmark",
+    "report": "write report.html of a run again",
+    "benchmark": "measure the speed and memory of training on this machine",
+    "gpu-check": "check the results and the planned memory on a GPU",
+    "collectives": "count the bytes that the devices exchange in a train step",
 }
-"""What each command does. The command `check-data` is the function `main` of cli/check_data.py."""
+"""What each subcommand does. For example, `check-data` calls the function `main` of
+cli/check_data.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status.
+    """Runs a subcommand and returns its exit status.
 
     Args:
-        argv: The command and its arguments; None takes those of the process.
+        argv: The subcommand and its arguments; None takes the arguments of the process.
 
     Raises:
-        SystemExit: There is no such command (2), or the user asked for help (0).
+        SystemExit: The subcommand does not exist (status 2), or the user asked for help (status 0).
     """
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
@@ -50,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the first argument."""
+    """Returns the parser of the first argument, which is the subcommand."""
     lines = [f"  {name:12} {what}" for name, what in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="llava-jax",
         usage="%(prog)s COMMAND ...",
-        description="Fine-tunes LLaVA models in JAX, and uses them.\n\ncommands:\n"
+        description="Fine-tunes and runs LLaVA models in JAX.\n\ncommands:\n"
         + "\n".join(lines)
         + "\n\n`llava-jax COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version; looks it up only when it is asked for."""
+    """Prints the version, which is looked up only if the option is given."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
         super().__init__(option_strings, dest, nargs=0, help=help)

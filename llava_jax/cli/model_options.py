@@ -1,4 +1,4 @@
-"""The options of the commands that load a checkpoint and let it answer."""
+"""Defines the options of the commands that load a model and generate answers."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -13,7 +13,11 @@ _BITS = {"none": None, "nf4": "nf4", "nf4_double": "nf4_double", "int8": "int8"}
 
 
 def source(text: str) -> "str | Parts":
-    """Parses a source of weights, as the `type` of an argument."""
+    """Parses a source of weights; this is the `type` of an argument for argparse.
+
+    Raises:
+        ArgumentTypeError: The text starts with "llm=" but is no valid list of parts.
+    """
     from llava_jax.config import parse_source
     from llava_jax.errors import ConfigError
 
@@ -24,44 +28,47 @@ def source(text: str) -> "str | Parts":
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what to load, see `find_checkpoint` and `load_assistant`."""
+    """Adds the options that `find_checkpoint` and `load_assistant` read."""
     group = parser.add_argument_group("the model")
     group.add_argument(
         "checkpoint",
         type=source,
-        help="the directory of a run, an adapter or a checkpoint in any layout, a hub id, or "
+        help="directory of a run, of an adapter or of a checkpoint in any format, or a hub id, or "
         "llm=DIR,vision=DIR,projector=FILE",
     )
     group.add_argument(
         "--base",
         type=source,
-        help="the model that the adapter was trained on (default: the one that it names)",
+        help="base model of the adapter (default: the base model that the adapter names)",
     )
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="dtype of weights and computation (default: float32 on a CPU, else bfloat16)",
+        help="dtype of weights and computation (default: float32 on a CPU, otherwise bfloat16)",
     )
     group.add_argument(
         "--quantize",
         choices=_BITS,
-        help="store the decoder's weights in fewer bits (default: as in the run that made the "
-        "checkpoint, else none)",
+        help="quantization of the decoder's weights (default: as in the run that trained the "
+        "checkpoint, otherwise none)",
     )
     group.add_argument(
         "--max-length",
         type=int,
-        help="largest number of tokens of a conversation, with its images and the answer "
-        "(default: the model's own limit, at most 2048)",
+        help="maximum number of tokens of a conversation, including its images and the answer "
+        "(default: the limit of the model, but at most 2048)",
     )
 
 
 def find_checkpoint(given: argparse.Namespace) -> "Checkpoint":
-    """Finds the checkpoint that the command line names.
+    """Finds the checkpoint that the arguments name.
+
+    Args:
+        given: Arguments with the options of `add_model_options`.
 
     Raises:
-        ConfigError: There is no such checkpoint.
-        CheckpointError: It cannot be used.
+        ConfigError: The checkpoint does not exist.
+        CheckpointError: The checkpoint cannot be used.
     """
     from llava_jax.pretrained.resolve import resolve
 
@@ -71,7 +78,13 @@ def find_checkpoint(given: argparse.Namespace) -> "Checkpoint":
 def chosen_quantisation(
     given: argparse.Namespace, checkpoint: "Checkpoint"
 ) -> "Quantisation | None":
-    """Returns how the decoder is quantised: as the user says, or else as the run trained it."""
+    """Returns the quantization of the decoder's weights.
+
+    Args:
+        given: Arguments with the options of `add_model_options`.
+        checkpoint: Checkpoint from `find_checkpoint`. Without --quantize, its weights are quantized
+            as in the run that trained it.
+    """
     from llava_jax.pretrained.resolve import quantisation_of
 
     if given.quantize is None:
@@ -86,21 +99,21 @@ def load_assistant(
     slots: int,
     quantize: "Quantisation | None",
 ) -> "Assistant":
-    """Loads a checkpoint by the options of `add_model_options`.
+    """Loads a checkpoint with the options of `add_model_options`.
 
     Args:
-        given: The options.
-        checkpoint: From `find_checkpoint`, or its base alone.
-        slots: Largest number of conversations at a time.
-        quantize: From `chosen_quantisation`.
+        given: Arguments with these options.
+        checkpoint: Checkpoint from `find_checkpoint`, with or without its adapter.
+        slots: Maximum number of conversations that are answered at the same time.
+        quantize: Quantization from `chosen_quantisation`.
 
     Raises:
-        ConfigError: An option has a bad value.
+        ConfigError: An option has a value that is not allowed.
         CheckpointError: The checkpoint cannot be used.
     """
     from llava_jax.distributed.environment import prepare_for_training
 
-    prepare_for_training()  # without it, XLA would not use a quarter of a GPU's memory
+    prepare_for_training()  # otherwise XLA would leave a quarter of a GPU's memory unused
 
     from llava_jax.generation.assistant import Assistant
 
@@ -114,48 +127,52 @@ def load_assistant(
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:
-    """Adds the options that say how to answer, see `read_sampling`.
+    """Adds the options for generating answers, most of which `read_sampling` reads.
 
     Args:
-        parser: Where they are added.
-        max_new_tokens: Default of the option of this name; None is the task's own.
+        parser: Parser that gets the options.
+        max_new_tokens: Default of --max-new-tokens; None leaves the default to the benchmark.
     """
     group = parser.add_argument_group("the answers")
-    most = "the task's own" if max_new_tokens is None else max_new_tokens
+    most = "the benchmark's limit" if max_new_tokens is None else max_new_tokens
     group.add_argument(
         "--max-new-tokens",
         type=_at_least_one,
         default=max_new_tokens,
-        help=f"largest number of tokens of an answer (default: {most})",
+        help=f"maximum number of tokens of an answer (default: {most})",
     )
     number = lambda name, default, text: group.add_argument(
         name, type=type(default), default=default, help=f"{text} (default: {default})"
     )
-    number("--temperature", 0.0, "0 takes the most likely token, larger values sample")
+    number("--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
     group.add_argument(
         "--top-k",
         type=int,
-        help="sample from this number of the most likely tokens (default: from all)",
+        help="number of the most likely tokens to sample from (default: all tokens)",
     )
-    number("--top-p", 1.0, "sample from the most likely tokens that together have this probability")
-    number("--repetition-penalty", 1.0, "values above 1 make earlier tokens less likely")
+    number("--top-p", 1.0, "sample from the most likely tokens whose probabilities add up to this")
+    number("--repetition-penalty", 1.0, "values above 1 make tokens less likely to be repeated")
     number("--seed", 0, "seed for sampling")
     group.add_argument(
         "--stop",
         action="append",
         default=[],
-        help="a text that ends the answer; the option can be given several times",
+        help="text at which an answer ends; the option can be given several times",
     )
 
 
 def _at_least_one(text: str) -> int:
+    """Parses a number that must be at least 1, as the `type` of an argument."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value}: it must be at least 1")
     return value
 
 
 def read_sampling(given: argparse.Namespace) -> "Sampling":
-    """Returns the sampling that the options of `add_sampling_options` ask for.
+    """Returns the sampling settings from the options of `add_sampling_options`.
+
+    Args:
+        given: Arguments with these options.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -1,4 +1,4 @@
-"""`llava-jax plan`: tells whether a run fits a device, which need not be attached."""
+"""Implements `llava-jax plan`, which computes whether a run fits into the memory of a device."""
 
 import argparse
 import dataclasses
@@ -17,33 +17,41 @@ if TYPE_CHECKING:
     from llava_jax.planning.search import Plan, Trial
 
 PROG = "llava-jax plan"
-MAX_DEVICES = 64  # the largest number of devices that is tried where one is not enough
+MAX_DEVICES = 64  # largest number of devices to try if --count devices are not enough
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0 if the run fits, 3 if not, and 1 for a user's mistake."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0 if the run fits, 3 if the run does not fit, or 1 for a user's mistake.
+    """
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Compiles the train step of a run for a device and prints the memory that it "
-        "needs. The device need not be attached. Any field of the config can be set by an option, "
-        "as in training. The exit status is 0 if the run fits, 3 if it does not, and 1 if there is "
-        "a mistake in the arguments.",
+        description="Compiles the train step of a run for a device and prints how much memory the "
+        "step needs. This machine does not need to have such a device. Every field of the config "
+        "can be set by an option, as for llava-jax train. The exit status is 0 if the run fits "
+        "into the memory, 3 if it does not fit, and 1 if there is a mistake in the arguments.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", help="a config file or the name of a preset")
-    rows = "print those rows of the published table that have --count devices"
+    what.add_argument("--config", help="config file or name of a preset")
+    rows = "print the rows of the table in docs/memory.md that have --count devices"
     what.add_argument("--table", action="store_true", help=rows)
-    names = f"the device: {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
+    names = f"type of the devices: {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
     parser.add_argument("--count", type=int, default=1, help="number of devices (default: 1)")
     parser.add_argument(
-        "--memory", type=float, help="memory of one device in GiB (default: its own)"
+        "--memory",
+        type=float,
+        help="memory of one device in GiB (default: the memory of this type of device)",
     )
-    parser.add_argument("--host-memory", type=float, help="memory of the host in GiB")
-    fit = "find the fastest plan that fits; this is always on if memory.plan is auto"
+    parser.add_argument(
+        "--host-memory", type=float, help="host memory for all devices together, in GiB"
+    )
+    fit = "search for the fastest plan that fits; always on if memory.plan of the config is auto"
     parser.add_argument("--fit", action="store_true", help=fit)
-    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--chart", type=Path, help="draw the figures as bars in this PNG file")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
+    parser.add_argument("--chart", type=Path, help="PNG file to draw the figures to, as bars")
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(given.count)
 
@@ -63,7 +71,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
-    """Finds the plan, prints what it needs, and writes the files that were asked for."""
+    """Finds the plan, prints the memory that it needs and writes the files that the user named.
+
+    Args:
+        given: Arguments of the command.
+        config: Config of the run.
+
+    Returns:
+        0 if the run fits into the memory, 3 if the run does not fit.
+    """
     import jax
 
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
@@ -99,7 +115,14 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
 
 
 def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", count: int) -> str:
-    """Compares the FLOPs of the compiled step with those that the model needs."""
+    """Returns a line that compares the FLOPs of the compiled step with those the model needs.
+
+    Args:
+        chosen: Plan, and what its compiled step uses.
+        config: Config of the run.
+        model: Sizes of the model.
+        count: Number of devices.
+    """
     from llava_jax.data.packing import images_in_row
     from llava_jax.planning.model_flops import full_row, model_flops
 
@@ -112,10 +135,19 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
 
 
 def table(given: argparse.Namespace) -> int:
-    """Prints the rows of the published table with --count devices; marks those above their limit.
+    """Prints the rows of the table in docs/memory.md that have --count devices.
 
     Rows with another number of devices need another process, because a process compiles for several
-    devices in another way than for one.
+    devices in another way than for one device.
+
+    Args:
+        given: Arguments of the command.
+
+    Returns:
+        0 if all rows stay below their limits, 3 if a row is above its limit.
+
+    Raises:
+        ConfigError: The table has no row with this number of devices.
     """
     from llava_jax.errors import ConfigError
     from llava_jax.planning.published_table import HEADER, ROWS, describe, measure
@@ -123,7 +155,7 @@ def table(given: argparse.Namespace) -> int:
     rows = [row for row in ROWS if row.count == given.count]
     if not rows:
         counts = ", ".join(str(count) for count in sorted({row.count for row in ROWS}))
-        raise ConfigError(f"the table has rows of {counts} devices, none of {given.count}")
+        raise ConfigError(f"--count {given.count}: the table has only rows of {counts} devices")
     print(HEADER)
     found = []
     for row in rows:
@@ -138,7 +170,13 @@ def table(given: argparse.Namespace) -> int:
 
 
 def write(given: argparse.Namespace, figures: object, bars: list[tuple[str, "Usage"]]) -> None:
-    """Writes the figures to the files that the user named."""
+    """Writes the figures to the files that the arguments name.
+
+    Args:
+        given: Arguments of the command.
+        figures: Content of the JSON file.
+        bars: Label and memory of each bar of the chart.
+    """
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
     if given.chart:
@@ -148,16 +186,22 @@ def write(given: argparse.Namespace, figures: object, bars: list[tuple[str, "Usa
 
 
 def devices_that_would(plan: "Plan", measure: Callable[..., "Usage"], count: int) -> str:
-    """Says on how many devices the plan would fit; the number is doubled until it does."""
+    """Returns a sentence that says on how many devices the plan would fit.
+
+    Args:
+        plan: Plan that does not fit on `count` devices.
+        measure: Function that measures a plan on a number of devices.
+        count: Number of devices; it is doubled until the plan fits.
+    """
     from llava_jax.errors import ConfigError
 
     while (count := 2 * count) <= MAX_DEVICES:
         try:
             if measure(plan, count).fits:
-                return f"it would fit {count} of them"
+                return f"it would fit on {count} of these devices"
         except ConfigError:  # there is no slice of this size, or the batch cannot be divided
             continue
-    return f"nor would it fit {MAX_DEVICES} of them"
+    return f"it would not fit on {MAX_DEVICES} of these devices either"
 
 
 if __name__ == "__main__":

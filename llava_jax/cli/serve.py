@@ -1,4 +1,4 @@
-"""`llava-jax serve`: serves a checkpoint by OpenAI's API and as a web page."""
+"""Implements `llava-jax serve`, which serves a model with OpenAI's API and a web page."""
 
 import argparse
 import ipaddress
@@ -18,17 +18,21 @@ from llava_jax.cli.model_options import (
 
 INSTALL = "serving needs more packages: pip install 'llava_jax[serve]'"
 ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
-"""The form in which browsers send an origin."""
+"""Matches an origin in the form in which browsers send it, without a default port."""
 KEY_VARIABLE = "LLAVA_JAX_API_KEY"
 GRACE = 10
-"""Seconds that answers in progress may still take after a signal to end."""
+"""Number of seconds that answers in progress may still take after a signal to stop."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 for a user's mistake or a bad checkpoint."""
+    """Runs the command and returns the exit status.
+
+    Returns:
+        0 after a signal to stop, or 1 for a user's mistake, a bad checkpoint or a missing package.
+    """
     given = parse(argv)
     try:
-        from llava_jax.serving import app, connections  # noqa: F401 - are their packages installed?
+        from llava_jax.serving import app, connections  # noqa: F401 - fails if a package is missing
         from llava_jax.serving.web_page import load_gradio
 
         if not given.no_page:
@@ -51,10 +55,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace, listener: socket.socket) -> None:
-    """Loads the models and serves them until a signal ends it.
+    """Loads the models and serves them until a signal stops the server.
+
+    Args:
+        given: Arguments of the command.
+        listener: Socket from `bind`.
 
     Raises:
-        ConfigError, CheckpointError: A model cannot be loaded.
+        ConfigError: An option does not fit the model.
+        CheckpointError: A checkpoint cannot be used.
     """
     import uvicorn
 
@@ -64,8 +73,8 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     from llava_jax.serving.service import Service
     from llava_jax.serving.web_page import add_page
 
-    # The thread that generates takes the interpreter many times for each token. Without this, it
-    # would wait 5 ms each time while requests are read.
+    # The thread that generates answers takes Python's global lock many times for each token. With
+    # the default interval, it would wait 5 ms each time while another thread reads requests.
     sys.setswitchinterval(0.0005)
     service = Service(load(given), limits(given))
     app = make_app(service)
@@ -76,7 +85,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         http=connections.protocol(),  # pyright: ignore[reportArgumentType]
-        proxy_headers=bool(given.allow_origin),  # without a proxy, clients could forge them
+        proxy_headers=bool(given.allow_origin),  # without a proxy, clients could forge these
         ws="none",
         loop="asyncio",
         log_level="warning",
@@ -92,7 +101,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
     def handle_exit(sig: int, frame: Any) -> None:
         service.ending.set()
-        connections.end_in(GRACE - 2)  # before uvicorn cancels their tasks
+        connections.end_in(GRACE - 2)  # two seconds before uvicorn cancels their tasks
         end(sig, frame)
 
     server.handle_exit = handle_exit
@@ -100,20 +109,20 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the arguments."""
+    """Parses the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="llava-jax serve",
-        description="Serves a checkpoint: OpenAI's chat completions at /v1, a web page at /, and "
-        "also /health and /metrics. Without --api-key, anyone who reaches the port can use the "
-        "server, so it then listens on this machine only.",
+        description="Serves a model over HTTP: OpenAI's chat completions at /v1, a web page at /, "
+        "and also /health and /metrics. Without --api-key, everyone who reaches the port can use "
+        "the server. Therefore it then listens on this machine only, unless --no-auth is given.",
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--name", help="the name of the model for clients (default: the name of its directory)")
+    add("--name", help="name of the model for clients (default: the name of its directory)")
     add(
         "--compare",
         action="store_true",
-        help="serve its base too, which needs memory for a second model",
+        help="serve the base model of the adapter too, which needs memory for a second model",
     )
     add("--no-page", action="store_true", help="serve the API without the web page")
     add(
@@ -124,20 +133,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--host",
         default="127.0.0.1",
-        help="the address to listen on. The default, 127.0.0.1, is reached from this machine only; "
-        "0.0.0.0 is reached from all networks and needs a key or --no-auth",
+        help="address to listen on (default: 127.0.0.1, which only this machine can reach); "
+        "0.0.0.0 can be reached from all networks and needs a key or --no-auth",
     )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
-        help="the key that clients must send as `Authorization: Bearer KEY`, or type into the "
-        "browser's prompt. Other users of this machine can see this option, but not the variable "
-        f"{KEY_VARIABLE}, which does the same",
+        help="key that clients must send as `Authorization: Bearer KEY`, or type as the password "
+        "if the browser asks for it. Other users of this machine can see this option, but not the "
+        f"environment variable {KEY_VARIABLE}, which does the same",
     )
     add(
         "--no-auth",
         action="store_true",
-        help="allow other machines to connect without a key: anyone who reaches the port can use "
+        help="allow other machines to connect without a key: everyone who reaches the port can use "
         "the server",
     )
     add(
@@ -145,20 +154,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="an origin whose pages may use the server, for example https://chat.example.org; its "
-        "host name is accepted too, as a proxy needs it; the option can be given several times",
+        help="origin whose web pages may use the server, for example https://chat.example.org. "
+        "Requests to this host name are accepted too, as a proxy needs them. The option can be "
+        "given several times",
     )
     for name, default, text in (
-        ("--port", 7860, "the port to listen on; 0 takes any free port"),
-        ("--slots", 8, "number of conversations that are answered at a time"),
-        ("--max-new-tokens", 1024, "largest number of tokens of an answer"),
-        ("--max-images", 4, "largest number of images in a conversation"),
-        ("--max-image-mib", 12.0, "largest size of an image file in MiB"),
-        ("--max-image-side", 8192, "largest number of pixels of an image's longer side"),
-        ("--max-body-mib", 20.0, "largest size of a request in MiB"),
-        ("--max-queue", 64, "number of requests that may wait; others are answered with 429"),
-        ("--max-client-queue", 32, "number of requests from one address that may wait"),
-        ("--max-seconds", 300.0, "number of seconds that a request may take"),
+        ("--port", 7860, "port to listen on; 0 takes any free port"),
+        ("--slots", 8, "number of conversations that are answered at the same time"),
+        ("--max-new-tokens", 1024, "maximum number of tokens of an answer"),
+        ("--max-images", 4, "maximum number of images in a conversation"),
+        ("--max-image-mib", 12.0, "maximum size of an image file in MiB"),
+        ("--max-image-side", 8192, "maximum length of an image's longer side in pixels"),
+        ("--max-body-mib", 20.0, "maximum size of a request in MiB"),
+        ("--max-queue", 64, "maximum number of waiting requests; others get the status 429"),
+        ("--max-client-queue", 32, "maximum number of waiting requests from one IP address"),
+        ("--max-seconds", 300.0, "maximum number of seconds that a request may take"),
     ):
         help_to = f"{text} (default: %(default)s)"
         add(name, type=type(default), default=default, metavar="N", help=help_to)
@@ -168,13 +178,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Checks the values of options, and brings the key and the origins into their usual form.
+    """Checks the values of options, strips spaces from the key and makes origins lower-case.
+
+    Args:
+        given: Arguments of the command; the key and the origins are changed in place.
+        parser: Parser that reports errors.
 
     Raises:
-        SystemExit: A value is not allowed (2).
+        SystemExit: A value is not allowed (status 2).
     """
     if given.name is not None and not (given.name and given.name.isprintable()):
-        parser.error(f"--name {given.name!a}: it must be a printable text, and not empty")
+        parser.error(f"--name {given.name!a}: it must be printable and not empty")
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
             parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
@@ -186,13 +200,16 @@ def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
     for origin in given.allow_origin:
         if not ORIGIN.fullmatch(origin):
             parser.error(
-                f"--allow-origin {origin}: an origin has the form https://chat.example.org, with "
-                "the port at its end if that is not the usual one"
+                f"--allow-origin {origin}: an origin has the form https://chat.example.org, or "
+                "https://chat.example.org:8443 if the port is not the default port"
             )
 
 
 def bind(given: argparse.Namespace) -> socket.socket:
-    """Opens a socket at the address, before the models are loaded.
+    """Returns a socket that is bound to the address, so that errors come before models are loaded.
+
+    Args:
+        given: Arguments of the command.
 
     Raises:
         ConfigError: The address is not free, or other machines could reach a server without a key.
@@ -201,7 +218,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
 
     host = given.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small answers at once only if the socket says that it is TCP.
+    # asyncio disables Nagle's algorithm only if the protocol of the socket is given as TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -210,7 +227,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
         if not (address.is_loopback or given.api_key or given.no_auth):
             raise ConfigError(
                 f"--host {host!r} lets other machines connect, and there is no key: set "
-                f"{KEY_VARIABLE} (or give --api-key), or give --no-auth if anyone may "
+                f"{KEY_VARIABLE} (or give --api-key), or give --no-auth if everyone may "
                 "use the server"
             )
     except (OSError, OverflowError) as error:
@@ -223,7 +240,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
 
 
 def limits(given: argparse.Namespace) -> Any:
-    """Returns the limits that the arguments set for requests."""
+    """Returns the limits of requests that the arguments set."""
     from llava_jax.serving.limits import MIB, Limits
 
     return Limits(
@@ -240,12 +257,17 @@ def limits(given: argparse.Namespace) -> Any:
 
 
 def load(given: argparse.Namespace) -> dict[str, Any]:
-    """Loads the models; returns them by name, compiled for usual prompts.
+    """Loads the models, compiles them for common prompts and returns them by name.
 
-    With --compare, the second model is the base of the first, quantised in the same way.
+    With --compare, the second model is the base model of the first model, with the same
+    quantization.
+
+    Args:
+        given: Arguments of the command.
 
     Raises:
-        ConfigError, CheckpointError: A model cannot be loaded.
+        ConfigError: An option does not fit the model.
+        CheckpointError: A checkpoint cannot be used.
     """
     from llava_jax.config import format_source, parse_source
     from llava_jax.errors import ConfigError
@@ -273,7 +295,7 @@ def warm_up(assistant: Any) -> None:
     """Compiles what most requests need: prompts with and without an image, and the decoding step.
 
     Raises:
-        ConfigError: The model's length has no room for an image and a question.
+        ConfigError: An image and a question do not fit into the maximum length.
     """
     from PIL import Image
 
@@ -288,7 +310,7 @@ def warm_up(assistant: Any) -> None:
             for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
                 pass
         except SampleError as error:
-            raise ConfigError(f"there is no room for an image and a question: {error}") from error
+            raise ConfigError(f"an image and a question do not fit: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run is: the recipe and the plan, the sizes of its model, where its weights come from."""
+"""Defines the config of a run: its recipe and plan, the sizes of its model, and its weights."""
 
 from llava_jax.config.command_line import load_config, parse_config
 from llava_jax.config.model import (

@@ -1,4 +1,4 @@
-"""Config files, and the fields that a command line overrides."""
+"""Loads config files and overrides their fields by options of the command line."""
 
 import argparse
 import dataclasses
@@ -17,13 +17,14 @@ from llava_jax.errors import ConfigError
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Runs a config file and returns its `config`. The file is code: it can do what Python can.
+    """Executes a config file as a Python program and returns the variable `config` that it sets.
 
     Args:
-        path: A file, or the name of a preset.
+        path: Path of the file, or the name of a preset.
 
     Raises:
-        ConfigError: There is no such file or preset, it has no `config`, or a field does not exist.
+        ConfigError: The file or preset does not exist, the file does not set `config` to a
+            `TrainConfig`, or it sets a field that does not exist.
     """
     if not Path(path).is_file():
         preset = find_preset(str(path))
@@ -40,7 +41,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def _suggest_field(message: str) -> str:
-    """Adds the nearest field's name to Python's message about an unknown one."""
+    """Returns Python's message about an unknown field with the most similar field's name added."""
     found = re.search(
         r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
     )
@@ -57,27 +58,31 @@ def _suggest_field(message: str) -> str:
 def parse_config(
     argv: Sequence[str] | None = None, *, prog: str = "llava-jax train"
 ) -> TrainConfig:
-    """Reads `--config FILE` and any field's override, e.g. `--optimizer.learning-rate 1e-4`.
+    """Loads the config that `--config FILE` names and overrides the fields that have an option.
+
+    The option `--optimizer.learning-rate 1e-4`, for example, sets `optimizer.learning_rate`.
 
     Args:
-        argv: The arguments; None takes those of the process.
-        prog: The command's name in help texts and errors.
+        argv: Arguments of the command; None takes the arguments of the process.
+        prog: Name of the command in help texts and errors.
 
     Raises:
-        ConfigError: The file is missing or wrong.
-        SystemExit: The command line is wrong (2), or the user asked for help (0).
+        ConfigError: The config file is missing or wrong, or a field has a value that is not
+            allowed.
+        SystemExit: The command line is wrong (status 2), or the user asked for help (status 0).
     """
     first = argparse.ArgumentParser(
         prog=prog,
-        description="Trains a LLaVA. Any field of the config can be set by an option, for example "
-        "--optimizer.learning-rate 1e-4. With a config, --help lists every field and its value.",
+        description="Trains a LLaVA model. Every field of the config can be set by an option, for "
+        "example --optimizer.learning-rate 1e-4. `--config FILE --help` lists all fields and the "
+        "values that the config gives them.",
         epilog=f"Presets: {', '.join(preset_names())}.",
         add_help=False,
     )
     first.add_argument(
         "--config",
         metavar="FILE",
-        help="a config file, for example configs/7b_lora.py, or the name of a preset",
+        help="config file, for example configs/7b_lora.py, or name of a preset",
     )
     found, rest = first.parse_known_args(argv)
     if found.config is None:

@@ -1,13 +1,14 @@
-"""What a field of a config says about itself, as metadata of its type.
+"""Defines the metadata that the types of config fields have, and checks configs against them.
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")]
     memory: Annotated[MemoryConfig, PLAN]
 
-`Bound` says which values are allowed and why, `Role` what the field decides, `IGNORED_BY_PLAN` that
-memory does not depend on it. Only `check_fields` and `field_paths` read this metadata.
+A `Bound` says which values are allowed and why, and a `Role` says what the field decides.
+`IGNORED_BY_PLAN` says that the memory of a train step does not depend on the field. Only
+`check_fields` and `field_paths` read this metadata.
 
-beartype's validators (`Annotated[int, Is[...]]`) would check bounds as well, but their errors show
-the code of the check instead of what the value must be and why.
+The validators of beartype (`Annotated[int, Is[...]]`) could check bounds as well, but their errors
+show the code of the check instead of what the value must be and why.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ from llava_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What a field decides. A field without a role has that of its group, or else `RECIPE`.
+    """Says what a field decides. A field without a role has the role of its group, or `RECIPE`.
 
     Attributes:
         name: Name of the role.
         may_change: Whether the value may change when a run resumes.
         may_differ: Whether each process of a run may have its own value.
-        is_ignored_by_plan: Whether the memory that a train step takes is independent of the value.
+        is_ignored_by_plan: Whether the value does not affect the memory that a train step needs.
     """
 
     name: str
@@ -39,26 +40,26 @@ class Role:
 
 
 RECIPE = Role("recipe", may_change=False, may_differ=False, is_ignored_by_plan=False)
-"""Decides what is learned."""
+"""The field decides what is learned."""
 
 PLAN = Role("plan", may_change=True, may_differ=False, is_ignored_by_plan=False)
-"""Decides how the run fits its devices, and never changes a result."""
+"""The field decides how the run fits its devices, and never changes a result."""
 
 OBSERVED = Role("observed", may_change=True, may_differ=False, is_ignored_by_plan=True)
-"""Decides how the run is named, saved, measured and shown, and what stops it."""
+"""The field decides how the run is named, saved, measured, shown or stopped."""
 
 RESOLVED = Role("resolved", may_change=True, may_differ=False, is_ignored_by_plan=True)
-"""Is resolved into another field, which is the one that is compared."""
+"""The field is only used to compute another field, and a resumed run compares that field."""
 
 LOCATION = Role("location", may_change=True, may_differ=True, is_ignored_by_plan=True)
-"""Says where files are. Fingerprints of weights and digests of data are compared instead."""
+"""The field says where files are. A resumed run compares the contents of the files instead."""
 
 MACHINE = Role("machine", may_change=True, may_differ=True, is_ignored_by_plan=True)
-"""Depends on what a machine offers, for example its cores."""
+"""The field depends on the machine of the process, for example on its number of cores."""
 
 
 class IgnoredByPlan:
-    """Marks a field of the recipe or the plan on which a train step's memory does not depend."""
+    """Type of the mark for a recipe or plan field that does not affect a train step's memory."""
 
 
 IGNORED_BY_PLAN = IgnoredByPlan()
@@ -66,12 +67,12 @@ IGNORED_BY_PLAN = IgnoredByPlan()
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Values that a field may have. None, where the type allows it, is not checked.
+    """Condition on the values of a field. The value None is not checked.
 
     Attributes:
-        allows: Whether a value is allowed.
-        text: What the value must be, as the error says it.
-        reason: Why, in a few words.
+        allows: Function that returns True if a value is allowed.
+        text: What a value must be, in the words of the error message.
+        reason: Reason for the condition, in a few words.
     """
 
     allows: Callable[[Any], bool]
@@ -80,7 +81,7 @@ class Bound:
 
 
 def at_least(minimum: int, reason: str) -> Bound:
-    """A number that is not smaller than `minimum`."""
+    """Returns the condition that a number is not smaller than `minimum`."""
     return Bound(lambda value: value >= minimum, f"at least {minimum}", reason)
 
 
@@ -89,11 +90,12 @@ class Field:
     """A field of a config class, with its metadata sorted by kind.
 
     Attributes:
-        name: Name in its class.
-        type: Its type, without metadata.
-        role: What it decides.
-        bounds: Conditions on its value.
-        is_ignored_by_plan: Whether the field, or its role, is marked so.
+        name: Name of the field in its class.
+        type: Type of the field, without metadata.
+        role: Role of the field.
+        bounds: Conditions on the value.
+        is_ignored_by_plan: Whether the field or its role says that the value does not affect the
+            memory that a train step needs.
     """
 
     name: str
@@ -105,7 +107,12 @@ class Field:
 
 @functools.cache
 def read_fields(config_class: type, role: Role = RECIPE) -> tuple[Field, ...]:
-    """The fields of a config class, in their order; `role` is that of the whole class."""
+    """Returns the fields of a config class in the order of their definition.
+
+    Args:
+        config_class: Dataclass whose fields are read.
+        role: Role of the fields that have no role of their own.
+    """
     found = []
     plain = get_type_hints(config_class)
     for name, hint in get_type_hints(config_class, include_extras=True).items():
@@ -118,7 +125,14 @@ def read_fields(config_class: type, role: Role = RECIPE) -> tuple[Field, ...]:
 
 
 def field_paths(config_class: type, is_wanted: Callable[[Field], bool]) -> frozenset[str]:
-    """Dotted names of the fields that `is_wanted`; a group that is wanted stands for its fields."""
+    """Returns the dotted names of all fields for which `is_wanted` returns True.
+
+    If it returns True for a group, the result has the group's name instead of its fields.
+
+    Args:
+        config_class: Dataclass whose fields are searched, including those of nested dataclasses.
+        is_wanted: Function that decides about one field.
+    """
 
     def walk(config_class: type, role: Role, prefix: str) -> Iterator[str]:
         for field in read_fields(config_class, role):
@@ -131,11 +145,11 @@ def field_paths(config_class: type, is_wanted: Callable[[Field], bool]) -> froze
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Checks every field, those of nested dataclasses too, against its type and its bounds.
+    """Checks each field, also in nested dataclasses, against its type and its bounds.
 
     Args:
-        config: An instance of a dataclass.
-        prefix: What the names of its fields start with in an error.
+        config: Instance of a dataclass.
+        prefix: Text in front of the names of fields in error messages.
 
     Raises:
         ConfigError: A field has a value that its type or its bounds do not allow.
@@ -143,7 +157,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for field in read_fields(type(config)):
         path, value = prefix + field.name, getattr(config, field.name)
         check_text(value, path)
-        # The constructor checks nothing by itself, and a config file may pass anything.
+        # A dataclass does not check the types of its fields, and a config file may pass any value.
         if not is_bearable(value, field.type, conf=BeartypeConf(is_pep484_tower=True)):
             raise ConfigError(f"{path} = {value!r}: it must be {_describe_type(field.type)}")
         for bound in field.bounds:
@@ -154,11 +168,15 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def check_text(value: Any, path: str) -> None:
-    """Refuses text that no path, no file and no tokenizer can take.
+    """Checks that a text can be used in paths, files and tokenizers; ignores other values.
+
+    Args:
+        value: Value of a field.
+        path: Dotted name of the field, for the error message.
 
     Raises:
-        ConfigError: The text has a lone surrogate, as names of files that are not UTF-8 may have,
-            or a NUL.
+        ConfigError: The text contains a NUL character or a lone surrogate. Python puts lone
+            surrogates into file names that are not UTF-8.
     """
     if not isinstance(value, str):
         return
@@ -172,7 +190,7 @@ def check_text(value: Any, path: str) -> None:
 
 
 def _describe_type(hint: Any) -> str:
-    """A type in words."""
+    """Returns the name of a type, or the values of a Literal, for an error message."""
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint)

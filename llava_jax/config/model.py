@@ -1,4 +1,4 @@
-"""The sizes of a model, with the field names of Hugging Face's configs."""
+"""Defines the sizes of a model, with the field names of Hugging Face's configs."""
 
 import dataclasses
 from typing import Literal
@@ -13,10 +13,22 @@ VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer, CLIP's or SigLIP's. Field names are those of Hugging Face's configs.
+    """Sizes of the vision tower, which is a CLIP or SigLIP vision transformer.
+
+    The field names are those of Hugging Face's configs.
 
     Attributes:
-        vision_use_head: Whether there is SigLIP's pooling head. It is kept but never computed.
+        image_size: Width and height of an image in pixels.
+        patch_size: Width and height of a patch in pixels.
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Number of transformer blocks.
+        num_attention_heads: Number of attention heads.
+        hidden_act: Name of the activation function, as in Hugging Face's configs.
+        layer_norm_eps: Number that layer norms add to the variance.
+        model_type: Architecture of the vision tower.
+        vision_use_head: Whether the weights have SigLIP's pooling head. It is never computed, but
+            saved checkpoints contain it.
     """
 
     image_size: int = 336
@@ -32,11 +44,12 @@ class VisionConfig:
 
     @property
     def has_class_token(self) -> bool:
+        """Whether a class token precedes the patches; True for CLIP, False for SigLIP."""
         return self.model_type == "clip_vision_model"
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image; pixels left over at its right and its bottom are in none."""
+        """Number of whole patches of an image; an incomplete row or column is left out."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -47,7 +60,18 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency scaling. Field names are those of Hugging Face's `rope_scaling`."""
+    """Scaling of the rotary frequencies as in Llama 3.1.
+
+    The field names are those of Hugging Face's `rope_scaling`.
+
+    Attributes:
+        factor: Number that low frequencies are divided by.
+        low_freq_factor: Frequencies with at most this number of turns in the original context
+            length are divided by `factor`.
+        high_freq_factor: Frequencies with at least this number of turns in the original context
+            length are kept. Frequencies in between are interpolated.
+        original_max_position_embeddings: Original context length in tokens.
+    """
 
     factor: float
     low_freq_factor: float
@@ -57,11 +81,26 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlmConfig:
-    """A LLaMA, Mistral or Qwen2 decoder. Field names are those of Hugging Face's configs.
+    """Sizes of the decoder, which is a LLaMA, Mistral or Qwen2 model.
+
+    The field names are those of Hugging Face's configs.
 
     Attributes:
-        sliding_window: Number of tokens that a token of Mistral sees, itself included. Longer
-            sequences are refused. None is no limit.
+        vocab_size: Number of rows of the embedding table.
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Number of transformer blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        head_dim: Width of an attention head.
+        max_position_embeddings: Longest sequence in tokens that the decoder was trained for.
+        rms_norm_eps: Number that RMS norms add to the mean square.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Scaling of the rotary frequencies; None does not scale them.
+        tie_word_embeddings: Whether the output layer shares its weights with the embedding table.
+        model_type: Architecture of the decoder.
+        sliding_window: Number of tokens that a token of Mistral attends to, including itself.
+            Longer sequences are refused. None sets no limit.
     """
 
     vocab_size: int = 32064
@@ -81,12 +120,26 @@ class LlmConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
         return self.model_type == "qwen2"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaVA: vision tower, two-layer projector, decoder."""
+    """Sizes of a LLaVA model: a vision tower, a projector of two layers and a decoder.
+
+    Attributes:
+        vision: Sizes of the vision tower.
+        llm: Sizes of the decoder.
+        image_token_id: Token id that stands for an image in a prompt.
+        pad_token_id: Token id of padding.
+        vision_feature_layer: Index of the vision tower's hidden state that the projector takes. 0
+            is the input of the first block, and -1 the output of the last block.
+        vision_feature_select_strategy: "default" drops the first position of the vision tower's
+            output, which is CLIP's class token; "full" keeps all positions.
+        projector_hidden_act: Name of the projector's activation function, as in Hugging Face's
+            configs.
+    """
 
     vision: VisionConfig = VisionConfig()
     llm: LlmConfig = LlmConfig()
@@ -98,23 +151,27 @@ class ModelConfig:
 
     @property
     def used_vision_layers(self) -> int:
-        """Number of vision blocks before the feature, hidden_states[vision_feature_layer].
+        """Number of vision blocks that compute hidden_states[vision_feature_layer].
 
         Raises:
-            ConfigError: The tower has no such hidden state.
+            ConfigError: The vision tower has no hidden state with this index, or it is the input of
+                the first block.
         """
         layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
         used = layer if layer >= 0 else depth + 1 + layer
         if not 0 < used <= depth:
-            raise ConfigError(f"vision_feature_layer {layer} of a vision tower with {depth} layers")
+            raise ConfigError(
+                f"vision_feature_layer {layer} of a vision tower with {depth} layers is not the "
+                f"output of a layer; take 1 to {depth}, or -{depth} to -1"
+            )
         return used
 
     @property
     def image_tokens(self) -> int:
-        """Number of tokens that one image takes in the sequence.
+        """Number of tokens that an image takes in a sequence.
 
-        "default" drops the first position, as Hugging Face does: CLIP's class token, but SigLIP's
-        first patch.
+        As in Hugging Face's LLaVA, the strategy "default" drops the first position: the class token
+        of CLIP, but the first patch of SigLIP, which has no class token.
         """
         return self.vision.num_positions - (self.vision_feature_select_strategy == "default")
 
@@ -133,7 +190,7 @@ LLAVA_13B = ModelConfig(
 )
 
 
-# The decoder of Llama-3-8B. Its vocabulary is larger by the image token and a padding token.
+# The vocabulary is larger than that of Llama-3-8B, so that it has an image and a padding token.
 LLAVA_LLAMA3_8B = ModelConfig(
     llm=LlmConfig(
         vocab_size=128_320,

@@ -1,7 +1,7 @@
-"""The presets and the tiny model that come with the package.
+"""Finds the presets and the tiny model that come with the package.
 
-In a clone, `presets` and `assets` in the package are links to the folders `configs` and `assets` of
-the clone. In an installed wheel, they are folders of the package.
+In a clone, `presets` and `assets` in the package are symbolic links to the directories `configs`
+and `assets` of the clone. In an installed wheel, they are directories of the package.
 """
 
 import difflib
@@ -10,27 +10,27 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent.parent
 
 PRESETS = _PACKAGE / "presets"
-"""The folder of the presets, one config file each."""
+"""Directory of the presets, which are config files."""
 
 TINY_LLAVA = _PACKAGE / "assets" / "tiny-llava"
-"""The directory of the tiny model from which the preset `tiny_lora` starts."""
+"""Directory of the tiny model that the preset `tiny_lora` starts from."""
 
 
 def preset_names() -> list[str]:
-    """Returns the names that `--config` takes."""
+    """Returns the names of all presets, sorted."""
     return sorted(file.stem for file in PRESETS.glob("*.py"))
 
 
 def find_preset(name: str) -> Path | None:
-    """Returns the file of the preset with this name, or None if there is no such preset."""
+    """Returns the path of the preset with this name, or None if there is no such preset."""
     return PRESETS / f"{name}.py" if name in preset_names() else None
 
 
 def suggest_preset(path: str) -> str:
-    """Returns a sentence that helps a user whose `--config` names no file.
+    """Returns a sentence that helps a user whose `--config` is neither a file nor a preset.
 
     Args:
-        path: What the user gave, for example "7b_lroa" or "configs/7b_lora.py".
+        path: Value of `--config`, for example "7b_lroa" or "configs/7b_lora.py".
     """
     names = preset_names()
     stem = Path(path).stem

@@ -1,4 +1,4 @@
-"""Where weights come from: a checkpoint, or separate parts of one."""
+"""Parses and formats sources of weights: a checkpoint, or separate parts of a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,14 @@ from llava_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Where the separate parts of a LLaVA lie: a decoder, a vision tower, perhaps a projector."""
+    """Source of weights that takes each part of a LLaVA model from a different checkpoint.
+
+    Attributes:
+        llm: Directory or hub id of the decoder.
+        vision: Directory or hub id of the vision tower.
+        projector: File or directory of the projector. None takes the projector in the directory
+            `llm`, if there is one, or a new projector in training.
+    """
 
     llm: str
     vision: str
@@ -19,13 +26,13 @@ class Parts:
 
 
 def parse_source(text: str) -> str | Parts:
-    """Reads the text of a source: a path, a hub id, or `llm=DIR,vision=DIR[,projector=FILE]`.
+    """Parses a source: a path, a hub id, or `llm=DIR,vision=DIR[,projector=FILE]`.
 
-    Only code that receives text from outside calls this: command lines, arguments of the public
-    functions, and files that name a base. All other code passes the result on.
+    Only code that receives a text from outside calls this function: command lines, arguments of the
+    public functions, and files that name a base model. All other code passes the result on.
 
     Raises:
-        ConfigError: The text begins like parts but has another form.
+        ConfigError: The text starts with "llm=" but is no valid list of parts.
     """
     if not text.startswith("llm="):
         return text
@@ -42,7 +49,7 @@ def parse_source(text: str) -> str | Parts:
 
 
 def format_source(source: str | Path | Parts | None) -> str:
-    """The inverse of `parse_source`."""
+    """Returns the text from which `parse_source` reads this source."""
     if not isinstance(source, Parts):
         return str(source)
     parts = dataclasses.asdict(source).items()
@@ -50,7 +57,7 @@ def format_source(source: str | Path | Parts | None) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """A source as text with its local paths made absolute, and its hub ids kept."""
+    """Returns the text of a source with local paths made absolute and hub ids unchanged."""
     parts = parse_source(source)
     if isinstance(parts, Parts):
         places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
@@ -68,4 +75,4 @@ Source = Annotated[
         str_from_instance=lambda source: [format_source(source)],
     ),
 ]
-"""Where weights come from."""
+"""Type of a field that says where weights come from; None means new weights."""

@@ -1,6 +1,7 @@
-"""Tensors in files of every kind: safetensors, pickles, and DeepSpeed's directories.
+"""Opens the tensors in files of every kind: safetensors, pickles, and directories of DeepSpeed.
 
-For `llava-jax convert`; training opens `tensorfile.open_tensors` alone.
+Only `llava-jax convert` reads all kinds. Training reads safetensors alone, with
+`pretrained.safetensors.open_tensors`.
 """
 
 from collections.abc import Mapping
@@ -14,16 +15,25 @@ from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import INDEX, SINGLE, Tensor, open_indexed, open_tensors
 
 _INDEX, _SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_MAX_NAMED, _MAX_NAME = 20, 100  # entries in a message, and characters of each
+_MAX_NAMED, _MAX_NAME = 20, 100  # most entries in a message, and most characters of an entry
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def open_any(path: str | Path) -> dict[str, Tensor]:
-    """As `tensorfile.open_tensors`, also for pickles: by what a file holds, not how it is called.
+    """Opens the tensors of a file or a directory, without reading their values.
+
+    The kind of a file is recognized by its contents, not by its name.
+
+    Args:
+        path: safetensors file, pickle of torch.save, directory with such files, or ZeRO checkpoint
+            of DeepSpeed.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        CheckpointError: Nothing there to read, it is damaged, or a tensor is of a class that is
-            not known; names its global.
+        CheckpointError: There is nothing to read, a file is damaged, or an entry of a state dict is
+            not a plain tensor; the message names the Python class or function of such an entry.
     """
     path = Path(path)
     if path.is_file():
@@ -41,15 +51,16 @@ def open_any(path: str | Path) -> dict[str, Tensor]:
 
 
 def _what_is_there(directory: Path) -> str:
-    """Of a directory without weights of its own, what in it may have been meant."""
+    """Returns an error message for a directory without weights; it names entries with weights."""
     may_be = [entry.name for entry in sorted(directory.iterdir()) if _may_be_weights(entry)]
     if may_be:
-        return f"{directory} is no checkpoint itself; name what in it is one: {', '.join(may_be)}"
+        return f"{directory} is not a checkpoint; give the path of one in it: {', '.join(may_be)}"
     found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
     return f"{directory} has no weights, {SINGLE} or {_SINGLE} for example (found: {found})"
 
 
 def _may_be_weights(path: Path) -> bool:
+    """Returns True if a path is a file of weights or contains one, by the endings of file names."""
     if path.is_file():
         return path.suffix in _ENDINGS
     files = (file for pattern in ("*.*", "*/*.*") for file in path.glob(pattern))
@@ -57,14 +68,14 @@ def _may_be_weights(path: Path) -> bool:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether it is one and no safetensors file.
+    """Returns True if a file is a pickle of torch.save, and False if it is a safetensors file.
 
     Raises:
-        CheckpointError: It is neither.
+        CheckpointError: The file is neither.
     """
     with open_regular(path) as file:
         start = file.read(9)
-    is_safetensors = start[8:] == b"{"  # after a length of 8 bytes, which may be any
+    is_safetensors = start[8:] == b"{"  # the first 8 bytes are a length of any value
     is_pickle = start[:2] == b"PK" or (start[:1] == b"\x80" and not is_safetensors)
     if not (is_pickle or is_safetensors):
         raise CheckpointError(
@@ -74,11 +85,11 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """A file's named tensors: its root, or what XTuner and DeepSpeed keep beside other things."""
+    """Returns the tensors of a pickle: its root, or the state dict in it (XTuner, DeepSpeed)."""
     root = open_pickle(path)
     if not isinstance(root, dict):
         what = getattr(root, "origin", type(root).__name__)
-        raise CheckpointError(f"{path} holds no tensors by name, but a {what}")
+        raise CheckpointError(f"{path} contains a {what}, not a dict of tensors")
     for name in ("state_dict", "module", "model"):
         if isinstance(root.get(name), dict):
             root = root[name]
@@ -86,10 +97,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _check(named: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Refuses what is no tensor.
+    """Returns a state dict after checking that all its entries are tensors.
 
     Raises:
-        CheckpointError: Names each, and its global.
+        CheckpointError: Some are not; the message names each and its Python class or function.
     """
     origin = lambda value, other: str(getattr(value, "origin", other))[:_MAX_NAME]
     odd = {
@@ -100,5 +111,5 @@ def _check(named: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     if odd:
         listed = [f"\n  {origin(name, name)}: {what}" for name, what in [*odd.items()][:_MAX_NAMED]]
         lines = "".join(listed) + ("\n  ..." if len(odd) > _MAX_NAMED else "")
-        raise CheckpointError(f"{path} holds {len(odd)} entries that are no plain tensors:{lines}")
+        raise CheckpointError(f"{path} holds {len(odd)} entries that are not plain tensors:{lines}")
     return {str(name): tensor for name, tensor in named.items()}

@@ -1,7 +1,7 @@
-"""From any checkpoint to any other form, a tensor at a time: `llava-jax convert`.
+"""Converts a checkpoint of any form into another form (`llava-jax convert`).
 
-Nothing is ever whole in memory: what is written are `weights.Stored` parameters, that are read,
-merged and written layer by layer. A destination has its name only when it is complete.
+The whole model is never in memory: parameters are `pretrained.load.Stored` objects, which are read,
+merged and written layer by layer. The destination gets its final name only when it is complete.
 """
 
 import dataclasses
@@ -46,18 +46,19 @@ Form = Literal["hf", "hf5", "peft", "llava"]
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A source, opened and checked, not read.
+    """A checkpoint that was opened and checked, but whose weights were not read.
 
     Attributes:
-        name: The base's name, as its user gave it.
-        base: The base's directory or parts.
+        name: Name of the base, as the user gave it.
+        base: Directory or parts of the base.
         config: Sizes of the model.
         abstract: Shapes of the model's parameters.
-        sources: The base's files.
-        tensors: Where the parameters lie, those of the base with what was trained in full on it.
-        trained: What was trained on the base; None for a base alone.
-        inputs: The directory or parts with the tokenizer and the image processor.
-        adapter: The directory or file of what was trained; None for a base alone.
+        sources: Files of the base.
+        tensors: Tensors of each parameter, from the base or, if trained in full, from `trained`.
+        trained: Adapters and other parameters that were trained on the base; None if the checkpoint
+            is a whole model.
+        inputs: Directory or parts with the tokenizer and the image processor.
+        adapter: Directory or file of `trained`; None if the checkpoint is a whole model.
     """
 
     name: str
@@ -72,22 +73,23 @@ class Opened:
 
     @property
     def adapters(self) -> dict[str, LoraConfig]:
+        """Returns the LoRA settings of every stack of layers that has adapters."""
         return self.trained.adapters if self.trained else {}
 
     @property
     def is_xtuner(self) -> bool:
-        """Whether XTuner trained it."""
+        """Returns True if XTuner wrote the base or what was trained on it."""
         of_trained = self.trained.layouts if self.trained else []
         return any(layout.is_xtuner for layout in [*(of for _, of in self.sources), *of_trained])
 
     @property
     def fingerprint(self) -> str:
-        """Of the base."""
+        """Returns the fingerprint of the base."""
         return fingerprint_of(self.sources)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the decoder."""
+        """Returns the dtype of the decoder's token embeddings."""
         return self.tensors["llm.embed_tokens.weight"][0].numpy_dtype
 
 
@@ -98,17 +100,19 @@ def open_source(
     alphas: Mapping[str, float] | None = None,
     say: Callable[[str], None] = print,
 ) -> Opened:
-    """Opens what is to be converted, and says what it is.
+    """Opens a checkpoint to convert, and prints which forms were recognized.
 
     Args:
-        source: A whole model, or what was trained on one, in any form.
-        base: What `source` was trained on; None if it is whole or names its base.
-        alphas: LoRA's alpha by stack, for a file that does not say it.
-        say: Prints a line.
+        source: Path, hub id or parts of a whole model, or of what was trained on a model.
+        base: Model that `source` was trained on; None if `source` is a whole model or names its
+            base.
+        alphas: Alpha of the LoRA adapters by stack, for files that do not contain it.
+        say: Function that prints a line.
 
     Raises:
-        ConfigError: The two do not go together.
-        CheckpointError: One cannot be read, or they do not fit.
+        ConfigError: There is no such checkpoint, `source` and `base` or `alphas` contradict each
+            other, or a part of the model is missing.
+        CheckpointError: A file cannot be read, or the tensors do not fit the model.
     """
     found = resolve(source, open_any, base=base)
     config = read_config(found.base)
@@ -123,9 +127,7 @@ def open_source(
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
-            say(
-                "it has no fingerprint of its base, so whether it was trained on these is unchecked"
-            )
+            say(f"{found.adapter} has no fingerprint of its base, so the base is not checked")
         else:
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
@@ -143,6 +145,7 @@ def open_source(
 
 
 def _summary(trained: AdapterCheckpoint) -> str:
+    """Describes what was trained: adapters by stack, and parts that were trained in full."""
     parts = [
         f"adapters of rank {lora.rank}, alpha {lora.alpha:g} in {stack}*"
         for stack, lora in trained.adapters.items()
@@ -152,16 +155,17 @@ def _summary(trained: AdapterCheckpoint) -> str:
 
 
 def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, float]) -> None:
+    """Raises ConfigError if a given alpha contradicts the alpha in the checkpoint."""
     for stack, lora in trained.adapters.items():
         if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
             raise ConfigError(
-                f"{path} has alpha {lora.alpha:g}, as it says itself, in {stack}*, not the alpha "
-                f"{given:g} that was given"
+                f"{path} says that the alpha in {stack}* is {lora.alpha:g}, but {given:g} was "
+                "given; leave that option out"
             )
 
 
 def merged(opened: Opened) -> dict[str, Stored]:
-    """The whole model's parameters: the base's, what was trained in full, adapters folded in."""
+    """Returns the parameters of the whole model; adapters are merged when a weight is read."""
     params = {
         path: stored(path, opened.tensors[path], spec) for path, spec in opened.abstract.items()
     }
@@ -177,6 +181,7 @@ def merged(opened: Opened) -> dict[str, Stored]:
 def _merge(
     weight: Stored, tensors: Mapping[str, list[Tensor]], path: str, lora: LoraConfig
 ) -> Stored:
+    """Returns a weight whose `read` gives a layer of W + alpha / rank B A, in the dtype of W."""
     a, b = tensors[path], tensors[path.removesuffix("a") + "b"]
 
     def read(index: int) -> np.ndarray:
@@ -199,44 +204,49 @@ def convert(
     prove: Callable[[Opened, Path], object] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes what was opened in another form.
+    """Writes a checkpoint in another form.
 
     Args:
-        opened: The result of `open_source`.
-        destination: A directory that does not exist or is empty.
-        to: "hf" is Hugging Face's (layout A), "hf5" the same in the names of transformers 5 (D),
-            "peft" an adapter, "llava" what LLaVA's own code reads (E; G for adapters).
-        merge: Whether adapters are folded in.
-        era: Which names a PEFT adapter has, see `peft.save_adapter`.
-        dtype: The dtype of a whole model's weights; None keeps each as it is.
-        template: Conversations, for `apply_chat_template`; None keeps the source's own, or takes
-            what `processor.choose_template` says.
-        aspect: What happens to images that are not square; None is what the source says.
-        prove: Looks at what was written before it takes its name; None trusts it.
-        say: Prints a line.
+        opened: Checkpoint from `open_source`.
+        destination: Directory that does not exist or is empty.
+        to: "hf" is a LLaVA for transformers with the tensor names of 4.36 to 4.51, "hf5" is the
+            same with the names of transformers 5, "peft" is a PEFT adapter, and "llava" is a model
+            or a LoRA directory for LLaVA's own code.
+        merge: Whether to merge the adapters into the weights.
+        era: Version of transformers whose tensor names a PEFT adapter gets, as in
+            `pretrained.peft.save_adapter`.
+        dtype: Dtype of the weights, for a whole model; None keeps the dtype of each weight.
+        template: Template of conversations, to be written as the chat template; None keeps the
+            source's own, or takes what `pretrained.processor.choose_template` returns.
+        aspect: What is done with images that are not square; None keeps what the source says.
+        prove: Function that raises an error if the written directory is wrong. It is called before
+            the directory gets its final name. None skips this check.
+        say: Function that prints a line.
 
     Raises:
-        ConfigError: The form cannot hold it, or the destination is taken.
+        ConfigError: The form cannot hold the checkpoint, or the destination exists and is not an
+            empty directory.
     """
     if merge and not opened.adapters:
         raise ConfigError("there are no adapters to merge: drop --merge")
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
         raise ConfigError(
-            "there are no adapters to write, so --to hf"
+            "there are no adapters to write: take --to hf"
             if not opened.adapters
-            else "an adapter that is merged is none any more: drop --merge, or take --to hf"
+            else "a merged adapter cannot be written as an adapter: drop --merge, or take --to hf"
         )
     if opened.adapters and not as_adapter and not merge:
         raise ConfigError(
-            "these are adapters on a base: take --to peft, or --merge to fold them into it"
+            "the source has adapters: take --to peft, or --merge to merge them into the base"
         )
     check_free(destination)
     aspect = aspect or _own_aspect(opened)
     if template is None and has_tokenizer(opened.inputs):
         template = _own_template(opened, say)
     with unfinished(destination) as directory:
-        if to != "llava":  # first, so that an error in these is found before the weights are read
+        if to != "llava":
+            # These files come first, because an error in them is then found before the slow part.
             _write_inputs(opened, directory, template, aspect, say)
         if as_adapter and to == "peft":
             _write_peft(opened, directory, era)
@@ -246,8 +256,8 @@ def convert(
             _write_official(opened, directory, destination, dtype, aspect, template)
             if not has_slow_tokenizer(directory):
                 say(
-                    f"{opened.inputs} has no tokenizer.model, of which LLaVA's own code makes its "
-                    f"tokenizer; copy the decoder's to {destination}"
+                    f"{format_source(opened.inputs)} has no tokenizer.model, which LLaVA's own code "
+                    f"needs; copy the decoder's tokenizer.model to {destination}"
                 )
         else:
             _write_hf(opened, directory, to, dtype)
@@ -256,19 +266,19 @@ def convert(
 
 
 def check_free(destination: Path) -> None:
-    """Refuses a destination that holds something.
+    """Checks that a destination does not exist, or is an empty directory.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: The destination is something else, or is a path without a name, such as ".".
     """
     is_free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
-    if not is_free or not destination.name:  # "." has no name to give to what is complete
-        raise ConfigError(f"{destination} exists; name a directory that does not")
+    if not is_free or not destination.name:  # "." has no name to rename to
+        raise ConfigError(f"{destination} exists; name a directory that does not exist")
 
 
 @contextmanager
 def unfinished(destination: Path) -> Iterator[Path]:
-    """Yields a directory that takes its name when all went well, and vanishes otherwise."""
+    """Yields a new directory, which is renamed to `destination` at the end; an error deletes it."""
     directory = destination.with_name(f".{destination.name}.unfinished")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -282,21 +292,26 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
 
 def _write_hf(opened: Opened, directory: Path, to: Form, dtype: str | None) -> None:
+    """Writes the weights and the config of the whole model for transformers."""
     layout = layouts.HF_4_36 if to == "hf" else layouts.HF_5
     save_params(merged(opened), directory, opened.config, layout=layout, dtype=dtype)
     write_model_config(opened.config, directory, dtype or str(opened.dtype))
 
 
 def _trained_params(opened: Opened) -> dict[str, Stored]:
+    """Returns the parameters that were trained on the base, not merged into it."""
     assert opened.trained is not None
     specs = opened.trained.abstract
     return {path: stored(path, t, specs[path]) for path, t in opened.trained.tensors.items()}
 
 
 def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
+    """Writes the adapters, and other parts that were trained in full, as a PEFT adapter."""
     params = _trained_params(opened)
     if any(path.startswith("llm.") and not is_adapter(path) for path in params):
-        raise ConfigError("a PEFT adapter has no room for a decoder trained in full; add --merge")
+        raise ConfigError(
+            "a PEFT adapter cannot hold a decoder that was trained in full; add --merge"
+        )
     save_adapter(
         directory,
         params,
@@ -316,6 +331,7 @@ def _write_official(
     aspect: Aspect | None,
     template: Template | None,
 ) -> None:
+    """Writes the whole model for LLaVA's own code; `final` is the directory's final path."""
     save_official(
         directory,
         final,
@@ -330,6 +346,7 @@ def _write_official(
 
 
 def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | None) -> None:
+    """Writes the adapters as a LoRA directory for LLaVA's own code."""
     llm, tower = None, None
     if isinstance(opened.base, Parts):
         llm, tower = map(absolute_source, (opened.base.llm, opened.base.vision))
@@ -340,7 +357,11 @@ def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | No
 
 
 def _own_aspect(opened: Opened) -> Aspect | None:
-    """What LLaVA's own config.json says of images, the adapter's before the base's; XTuner pads."""
+    """Returns what the source does with images that are not square; None if it is unknown.
+
+    XTuner always pads. Otherwise, it is in the config.json of LLaVA's own code: in the adapter's,
+    or else in the base's.
+    """
     if opened.is_xtuner:
         return "pad"
     base = opened.base.llm if isinstance(opened.base, Parts) else None
@@ -353,14 +374,17 @@ def _own_aspect(opened: Opened) -> Aspect | None:
 
 
 def _own_template(opened: Opened, say: Callable[[str], None]) -> Template | None:
-    """What fits the decoder, where no template for images is stored: with parts, and XTuner's."""
+    """Returns the template that fits the decoder; None if the source's chat template is kept.
+
+    Only separate parts and models of XTuner have no stored chat template for images.
+    """
     is_parts = isinstance(opened.base, Parts) and opened.inputs == opened.base
     if not is_parts and not opened.is_xtuner:
         return None
     name = choose_template(opened.inputs, is_xtuner=opened.is_xtuner)
     if name is None:
         return None
-    say(f"conversations are as in the template {name}, by the tokenizer; --template names another")
+    say(f"conversations get the template {name}, which fits the tokenizer; --template sets another")
     return TEMPLATES[name]
 
 
@@ -371,8 +395,9 @@ def _write_inputs(
     aspect: Aspect | None,
     say: Callable[[str], None],
 ) -> None:
+    """Writes the tokenizer, the image processor and the chat template, if there is a tokenizer."""
     if has_tokenizer(opened.inputs):
         save_processor(opened.inputs, directory, opened.config, template=template, aspect=aspect)
     else:
         inputs = format_source(opened.inputs)
-        say(f"{inputs} has no tokenizer: neither that nor a processor is written")
+        say(f"{inputs} has no tokenizer, so no tokenizer and no processor are written")

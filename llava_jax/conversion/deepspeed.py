@@ -1,9 +1,10 @@
 """Finds the tensors in a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
 
-Each process wrote a part of one long float32 array, which holds the parameters one after the other;
-the shapes beside it say where each begins (as in deepspeed/utils/zero_to_fp32.py). Stages 1 and 2
-divide that array among the processes, stage 3 divides each parameter. DeepSpeed's own script will
-not do: it needs torch and DeepSpeed, runs the pickles, and holds the whole model in memory.
+Each process wrote a part of one long float32 array, which contains the parameters one after the
+other. The stored shapes tell where each parameter begins (as in deepspeed/utils/zero_to_fp32.py).
+Stages 1 and 2 divide the array among the processes; stage 3 divides each parameter. DeepSpeed's own
+script is not used, because it needs torch and DeepSpeed, executes what is in the pickles, and keeps
+the whole model in memory.
 """
 
 import dataclasses
@@ -28,7 +29,11 @@ _MODEL, _OPTIMIZER = "*model_states.pt", "*_optim_states.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Joined(Tensor):
-    """A tensor in several pieces, one after the other."""
+    """A tensor whose values are stored in several pieces.
+
+    Attributes:
+        pieces: One-dimensional tensors; their values in order are those of the whole tensor.
+    """
 
     pieces: tuple[Tensor, ...] = ()
 
@@ -40,6 +45,7 @@ class Joined(Tensor):
             start = stop
 
     def stretch(self, at: int, count: int) -> bytes:
+        """Returns `count` bytes of the values, from byte number `at` on."""
         found, start = [], 0
         for piece in self.pieces:
             first, last = max(at - start, 0), min(at + count - start, piece.size)
@@ -50,7 +56,16 @@ class Joined(Tensor):
 
 
 def zero_directory(path: Path) -> Path | None:
-    """The directory of a ZeRO checkpoint: `path`, or the one in it that its `latest` names."""
+    """Finds the directory of a ZeRO checkpoint.
+
+    This is `path`, or the subdirectory that is named in the file `latest` in `path`.
+
+    Returns:
+        The directory, or None if there is no ZeRO checkpoint.
+
+    Raises:
+        CheckpointError: `latest` cannot be read, or it does not name a subdirectory.
+    """
     if any(path.glob(_MODEL)):
         return path
     latest = path / "latest"
@@ -61,15 +76,21 @@ def zero_directory(path: Path) -> Path | None:
     except OSError as error:
         raise CheckpointError(f"{latest} cannot be read: {error}") from error
     if "\0" in name or Path(name).name != name or not (path / name).is_dir():
-        raise CheckpointError(f"{latest} names {name!r:.80}, which is no directory beside it")
+        raise CheckpointError(f"{latest} names {name!r:.80}, which is not a directory next to it")
     return path / name if any((path / name).glob(_MODEL)) else None
 
 
 def open_zero(directory: Path) -> dict[str, Tensor]:
-    """The trained parameters, in float32, by the names of the model that DeepSpeed wrapped.
+    """Opens the trained parameters of a ZeRO checkpoint, without reading their values.
+
+    Args:
+        directory: Directory with the files of all processes.
+
+    Returns:
+        The float32 tensors by the parameter names of the model that DeepSpeed wrapped.
 
     Raises:
-        CheckpointError: A process's file is missing, or they do not fit together.
+        CheckpointError: The file of a process is missing, or the files do not fit together.
     """
     models, optimizers = (_by_rank(directory, pattern) for pattern in (_MODEL, _OPTIMIZER))
     try:
@@ -78,17 +99,19 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
         count = states[0]["partition_count"]
         count = count[0] if isinstance(count, list) else count
         if not isinstance(count, int):
-            raise CheckpointError(f"{directory}: partition_count is no number")
+            raise CheckpointError(f"{directory}: partition_count is not a number")
         by_parameter = "fp32_flat_groups" in states[0]
         name = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
         parts = [state[name] for state in states]
         if not all(_is_line(part) for line in parts for part in line):
-            raise CheckpointError(f"{directory}: {name} holds something else than float32 arrays")
+            raise CheckpointError(
+                f"{directory}: {name} contains something that is not a float32 array"
+            )
         if len(parts) != count:
             raise CheckpointError(
-                f"{directory} has the files of {len(parts)} processes; {count} wrote it"
+                f"{directory} has the files of {len(parts)} processes, but {count} wrote it"
             )
-        if by_parameter:  # one line of all groups
+        if by_parameter:  # stage 3 has one array for all groups
             shapes = [{name: shape for group in shapes for name, shape in group.items()}]
             parts = [[groups] for groups in parts]
         else:
@@ -103,15 +126,17 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
             found |= dict(_cut(directory, group, ranks, by_parameter=by_parameter))
     except CheckpointError:
         raise
-    except Exception as error:  # these are nested dicts and lists of any kind
+    except Exception as error:  # the pickles may contain anything, so any step may fail
         said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{directory} is no whole ZeRO checkpoint: {said:.500}") from error
+        raise CheckpointError(
+            f"{directory} is not a complete ZeRO checkpoint: {said:.500}"
+        ) from error
     return found
 
 
 def _checked(groups: Any) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of each group's parameters."""
-    if len({*map(id, groups)}) != len(groups):  # a pickle can name one a million times
+    """Returns the shapes by group and name, after a check; raises ValueError for anything else."""
+    if len({*map(id, groups)}) != len(groups):  # a pickle can repeat one a million times
         raise ValueError("param_shapes has a group twice")
     for group in groups:
         for name, shape in group.items():
@@ -121,11 +146,12 @@ def _checked(groups: Any) -> list[dict[str, tuple[int, ...]]]:
 
 
 def _is_line(part: object) -> bool:
-    """Whether a process's part is what `_Line` takes."""
+    """Returns True if an object is a one-dimensional float32 tensor."""
     return type(part) is Tensor and part.dtype == "F32" and len(part.shape) == 1
 
 
 def _by_rank(directory: Path, pattern: str) -> list[Path]:
+    """Returns the files that match a pattern, in the order of the processes that wrote them."""
     rank = lambda file: int((re.search(r"pp_rank_(\d+)", file.name) or ["", "0"])[1])
     found = sorted(directory.glob(pattern), key=rank)
     if not found:
@@ -140,13 +166,14 @@ def _cut(
     *,
     by_parameter: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of one group.
+    """Yields the parameters of one group by name.
 
     Args:
-        directory: For messages.
-        shapes: Shapes in the order of their tensors.
-        ranks: Each process's part, in one stretch or several.
-        by_parameter: Whether each parameter is cut (stage 3), or the whole array.
+        directory: Directory to name in error messages.
+        shapes: Shapes of the parameters, in the order of their values.
+        ranks: One or more one-dimensional tensors for each process: its part of the values.
+        by_parameter: Whether each parameter is divided among the processes (stage 3), or the whole
+            array (stages 1 and 2).
     """
     stretches = ranks if by_parameter else [[part for line in ranks for part in line]]
     lines = [_Line.of(line) for line in stretches]
@@ -164,22 +191,24 @@ def _cut(
         first = pieces[0]
         yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
     for line in lines:
-        # DeepSpeed pads the whole array to twice the processes; each parameter, to a step.
+        # Stages 1 and 2 pad the whole array to a multiple of twice the number of processes. Stage 3
+        # pads each parameter, which `at` contains already.
         _refuse_surplus(line, at, 1 if by_parameter else 2 * len(ranks))
 
 
 class _Line(NamedTuple):
-    """Stretches that stand one after the other, and where each ends, in values."""
+    """One-dimensional tensors in order, and for each the number of values up to its end."""
 
     stretches: list[Tensor]
     ends: list[int]
 
     @classmethod
     def of(cls, stretches: list[Tensor]) -> "_Line":
+        """Makes a line from its tensors."""
         return cls(stretches, [*accumulate(math.prod(part.shape) for part in stretches)])
 
     def cut(self, name: str, start: int, size: int) -> Iterator[Tensor]:
-        """Values `start` to `start + size`."""
+        """Yields the tensors with the values from `start` to `start + size`, named `name`."""
         for index in range(bisect_right(self.ends, start), len(self.ends)):
             stretch = self.stretches[index]
             before = self.ends[index] - math.prod(stretch.shape)
@@ -192,7 +221,7 @@ class _Line(NamedTuple):
 
 
 def _refuse_surplus(line: _Line, taken: int, align: int) -> None:
-    """Refuses values that are neither of a parameter nor padding up to a multiple of `align`."""
+    """Raises CheckpointError for values after the parameters and their padding to `align`."""
     held, most = (line.ends or [0])[-1], -(-taken // align) * align
     if held > most:
         raise CheckpointError(

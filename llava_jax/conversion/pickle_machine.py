@@ -1,13 +1,15 @@
 """Interprets the pickles of torch.save without torch and without running any function they name.
 
-A pickle is a program. The machine here knows its opcodes, plain containers and the few functions
-that describe tensors. Every other global, and every object that is made of it, becomes an inert
-`Placeholder`. Neither `pickle` nor `torch.load` will do: the first runs what a file asks for, and
-the second needs torch, reads tensors into memory, and limits neither time nor size.
+A pickle is a program. The interpreter here knows the opcodes, plain containers and the few
+functions that describe tensors. Every other global (a class or a function that a pickle names), and
+every object that is made with such a global, becomes an inert `Placeholder`. The standard library's
+`pickle` is not used, because it runs what a file asks for. `torch.load` is not used, because it
+needs torch, reads tensors into memory, and limits neither time nor size.
 
-A few bytes of pickle can describe a value that takes exponential time to hash, compare or print: a
-list of twice the same list of twice the same list, and so on. So nothing from a pickle is hashed,
-compared or printed unless it is a text or a number, and reading has a budget.
+A few bytes of pickle can describe a value that takes exponential time to hash, compare or print,
+for example a list that contains another list twice, which contains a third list twice, and so on.
+So a value from a pickle is hashed, compared or printed only if it is text or a number, and the
+number of opcodes is limited.
 """
 
 import dataclasses
@@ -31,20 +33,30 @@ _STORAGES = {
 _LAST_PROTOCOL = 5
 
 _MAX_OPCODES = 2**21
-_MAX_NAME = 1000  # characters of a global
+_MAX_NAME = 1000  # characters of a global's name
 _MAX_INTEGER_BITS = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Placeholder:
-    """Stands for a global, and for every object that is made of it."""
+    """Stands for a global, or for an object that is made with a global.
+
+    Attributes:
+        origin: Full name of the global, for example "torch.device".
+    """
 
     origin: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """The bytes that tensors are views of; `numel` counts items of `dtype`."""
+    """An array of items in the file, of which tensors are views.
+
+    Attributes:
+        key: Name of the storage in the file.
+        dtype: Dtype of the items, as safetensors names dtypes.
+        numel: Number of items.
+    """
 
     key: str
     dtype: str
@@ -53,7 +65,14 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A tensor as a pickle describes it, not checked yet; offset and stride are in items."""
+    """A tensor as a pickle describes it. The description is not checked yet.
+
+    Attributes:
+        storage: Storage that contains the values.
+        offset: Index of the first value in the storage, in items.
+        shape: Shape of the tensor.
+        stride: Distance of neighbors along each axis, in items.
+    """
 
     storage: Storage
     offset: Any
@@ -62,11 +81,11 @@ class View:
 
 
 class Damage(Exception):
-    """A pickle that torch.save does not write."""
+    """Raised for a pickle that torch.save does not write."""
 
 
 def type_name(value: object) -> str:
-    """The name of a value's type, or of the global that it stands for."""
+    """Returns the name of a value's type, or of the global that a placeholder stands for."""
     return value.origin if isinstance(value, Placeholder) else type(value).__name__
 
 
@@ -79,6 +98,7 @@ def _rebuild_tensor(
     _hooks: object = None,
     metadata: object = None,
 ) -> View | Placeholder:
+    """Returns the view that a call of torch._utils._rebuild_tensor (or _v2) describes."""
     if isinstance(storage, Placeholder):
         return storage
     if metadata:  # the tensor is negated or conjugated
@@ -89,14 +109,16 @@ def _rebuild_tensor(
 
 
 def _ordered_dict(items: object = ()) -> object:
+    """Returns a dict for a call of collections.OrderedDict."""
     if not isinstance(items, list | tuple) or any(
         not isinstance(pair, list | tuple) or len(pair) != 2 for pair in items
     ):
-        raise Damage("an OrderedDict of something else than pairs")
+        raise Damage("an OrderedDict of something that is not a pair")
     return _fill({}, [x for pair in items for x in pair])
 
 
 def _size(sizes: object = ()) -> tuple[object, ...]:
+    """Returns a tuple for a call of torch.Size."""
     if not isinstance(sizes, list | tuple):
         raise Damage(f"a Size of a {type_name(sizes)}")
     return tuple(sizes)
@@ -110,23 +132,23 @@ _KNOWN: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
-_REBUILD_OF_TYPE = "torch._tensor._rebuild_from_type_v2"  # calls another, with its arguments
+_REBUILD_OF_TYPE = "torch._tensor._rebuild_from_type_v2"  # calls its first argument, a function
 
 
 def _global(*parts: object) -> Placeholder:
-    """Stands for the global whose name has these parts."""
+    """Returns the placeholder for the global whose name consists of these parts."""
     names = [part for part in parts if isinstance(part, str) and len(part) <= _MAX_NAME]
     if len(names) < len(parts):
-        raise Damage("a global whose name is no text, or too long")
+        raise Damage("a global whose name is not text, or is too long")
     return Placeholder(".".join(names))
 
 
 def _fill(container: Any, items: list[object]) -> object:
-    """Puts keys and values, in turn, into a dict; returns it.
+    """Adds items, which are keys and values in turn, to a dict; returns the dict.
 
-    A key is a text or a number of at most 60 bits. Any other key is replaced by a placeholder that
+    A key is text or an integer of at most 60 bits. Any other key is replaced by a placeholder that
     equals only itself, because the hash of a tuple may take exponential time, and a file may have
-    any number of larger numbers with the same hash.
+    any number of larger integers with the same hash.
     """
     if isinstance(container, Placeholder):
         return container
@@ -137,6 +159,7 @@ def _fill(container: Any, items: list[object]) -> object:
 
 
 def _extend(container: Any, items: list[object]) -> None:
+    """Appends items to a list; does nothing to a placeholder."""
     if not isinstance(container, Placeholder):
         container.extend(items)
 
@@ -146,6 +169,7 @@ _CONSTANTS = {
     **{"NONE": None, "NEWTRUE": True, "NEWFALSE": False},
     **{"EMPTY_TUPLE": (), "MARK": _MARK},
 }
+# Sets become lists, because items of a set are hashed.
 _EMPTY: dict[str, Callable[[], object]] = {
     "EMPTY_LIST": list,
     "EMPTY_SET": list,
@@ -167,7 +191,9 @@ _VALUES = {
 
 
 class PickleMachine:
-    """Interprets pickles, each on an empty stack.
+    """Interprets the pickles of one file, each on an empty stack.
+
+    The limit of opcodes holds for all pickles together.
 
     Attributes:
         storages: The storages that the pickles refer to, by key.
@@ -178,10 +204,12 @@ class PickleMachine:
         self._opcodes = self._copied = 0
 
     def load(self, file: io.BytesIO) -> Any:
-        """Returns the object of the pickle that begins here, and leaves `file` behind the pickle.
+        """Reads the pickle at the current position of `file`, and returns its object.
+
+        Afterwards, the position of `file` is the first byte after the pickle.
 
         Raises:
-            Exception: The pickle is damaged; this may show in any exception.
+            Exception: The pickle is damaged. The exception may have any class.
         """
         self._stack: list[Any] = []
         self._memo: dict[int, object] = {}
@@ -193,7 +221,7 @@ class PickleMachine:
         return self._stack.pop()
 
     def _step(self, name: str, argument: Any) -> None:
-        """Runs an opcode that only pushes a value or moves one; `_collect` runs the others."""
+        """Runs an opcode that pushes, combines or stores values; `_collect` runs other opcodes."""
         stack, memo = self._stack, self._memo
         if name in _VALUES:
             if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
@@ -216,7 +244,7 @@ class PickleMachine:
             self._collect(name, argument)
 
     def _collect(self, name: str, argument: Any) -> None:
-        """Runs an opcode that changes a container or the stack; `_refer` runs the others."""
+        """Runs an opcode that changes a container or the stack; `_refer` runs all other opcodes."""
         stack = self._stack
         match name:
             case "APPEND":
@@ -235,7 +263,7 @@ class PickleMachine:
                 self._memo[len(self._memo)] = stack[-1]
             case "DUP":
                 stack.append(stack[-1])
-            case "POP" | "BUILD":  # the state of an object has no tensors of a state dict
+            case "POP" | "BUILD":  # BUILD sets the state of an object, which no state dict needs
                 stack.pop()
             case "POP_MARK":
                 self._above_mark()
@@ -243,7 +271,7 @@ class PickleMachine:
                 self._refer(name, argument)
 
     def _refer(self, name: str, argument: Any) -> None:
-        """Runs an opcode that names a global, calls one, or refers to a storage."""
+        """Runs an opcode that names a global, calls a global, or refers to a storage."""
         stack = self._stack
         match name:
             case "GLOBAL":
@@ -270,21 +298,21 @@ class PickleMachine:
                 raise Damage(f"the opcode {name}")
 
     def _above_mark(self) -> list[object]:
-        """Takes the values above the last mark, and the mark."""
+        """Removes the last mark and the values above it from the stack; returns the values."""
         items = []
         while (item := self._stack.pop()) is not _MARK:
             items.append(item)
         return items[::-1]
 
     def _call(self, function: object, arguments: object) -> object:
-        """The result of a call; of an unknown function, its `Placeholder`."""
+        """Returns the result of a known function, or the placeholder of an unknown function."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, list | tuple):
             raise Damage(f"a call of a {type_name(function)} with a {type_name(arguments)}")
         self._copied += len(arguments) + sum(
             len(x) for x in arguments if isinstance(x, list | tuple)
         )
-        # A file of torch.save has an opcode for each item that a call copies. A file with far fewer
-        # calls with the same long list again and again, and would fill the memory.
+        # A file of torch.save has one opcode for each item that a call copies. A file with far
+        # fewer opcodes passes one long list to many calls, whose results would fill the memory.
         if self._copied > 4 * self._opcodes + 1000:
             raise Damage("calls with the same long lists again and again")
         if function.origin == _REBUILD_OF_TYPE:
@@ -294,6 +322,7 @@ class PickleMachine:
         return function if known is None else known(*arguments)
 
     def _storage(self, reference: object) -> Storage | Placeholder:
+        """Returns the storage of a persistent id, or a placeholder if the dtype is unknown."""
         match reference:
             case ("storage", Placeholder(origin=origin), str(key), _, int(numel), *view):
                 if numel < 0 or isinstance(numel, bool) or any(x is not None for x in view):
@@ -302,6 +331,6 @@ class PickleMachine:
                     return Placeholder(origin)
                 storage = Storage(key, _STORAGES[origin], numel)
                 if self.storages.setdefault(key, storage) != storage:
-                    raise Damage(f"two storages {key}")
+                    raise Damage(f"two different storages with the key {key}")
                 return storage
-        raise Damage("a reference to something else than a storage")
+        raise Damage("a persistent id that does not name a storage")

@@ -1,7 +1,7 @@
-"""A decoder or a vision tower alone, rewritten as its own software's safetensors directory.
+"""Rewrites a decoder or a vision tower as a safetensors directory for transformers.
 
-On the hub some are pickles only, for example Vicuna, and training does not read pickles. This is a
-part of `llava-jax convert`.
+This is a part of `llava-jax convert`. Some decoders, for example Vicuna, are on the hub as pickles
+only, and training does not read pickles.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ _WEIGHTS = ("*.bin", "*.bin.index.json", "*.safetensors", "*.safetensors.index.j
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part alone, opened and checked, not read.
+    """A decoder or a vision tower that was opened and checked, but whose weights were not read.
 
     Attributes:
-        path: Its directory.
-        config: Sizes of a LLaVA with this part in it; those of other parts mean nothing.
-        layout: How its software names the tensors.
-        params: Where they lie.
+        path: Directory of the part.
+        config: Sizes of a LLaVA with this part; the sizes of the other parts have no meaning.
+        layout: How transformers names the tensors of the part.
+        params: Parameters of the part, to be read from its files.
     """
 
     path: Path
@@ -48,11 +48,18 @@ class Part:
 
 
 def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part | None:
-    """Opens a source that is a decoder or a vision tower alone, by its tensors; None if it is not.
+    """Opens a source that is a decoder alone or a vision tower alone, and prints which it is.
+
+    Args:
+        source: Path, hub id or parts. The kind of a source is recognized by its tensors.
+        say: Function that prints a line.
+
+    Returns:
+        The part, or None if the source is something else.
 
     Raises:
         ConfigError: There is no such source, or it is a projector alone.
-        CheckpointError: It cannot be read, or does not fit its config.
+        CheckpointError: The source cannot be read, or its tensors do not fit its config.
     """
     found = resolve(source, open_any)
     if isinstance(found.base, Parts) or found.adapter is not None:
@@ -62,11 +69,11 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     try:
         own = layouts.recognise(tensors, (*layouts.LLAVA_LAYOUTS, *alone))
     except layouts.LayoutError:
-        return None  # opening it as a whole model will say what is wrong
+        return None  # `convert.open_source` then says what is wrong
     parts = own.parts(tensors)
     if parts == {"projector"}:
         raise ConfigError(
-            f"{path} is a projector alone; name what it belongs between: "
+            f"{path} is a projector alone; name its decoder and its vision tower too: "
             f"llm=DIR,vision=DIR,projector={path}"
         )
     if parts == {"llm"}:
@@ -86,15 +93,15 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
 
 
 def convert_part(part: Part, destination: Path, dtype: str | None = None) -> None:
-    """Writes a part as a directory of transformers', with all that lies beside its weights.
+    """Writes a part as a directory for transformers, with the other files of its directory.
 
     Args:
-        part: The result of `open_part`.
-        destination: A directory that does not exist or is empty.
-        dtype: The dtype of the weights; None keeps each as it is.
+        part: Part from `open_part`.
+        destination: Directory that does not exist or is empty.
+        dtype: Dtype of the weights; None keeps the dtype of each weight.
 
     Raises:
-        ConfigError: The destination is taken.
+        ConfigError: The destination exists and is not an empty directory.
     """
     check_free(destination)
     with unfinished(destination) as directory:
@@ -104,8 +111,8 @@ def convert_part(part: Part, destination: Path, dtype: str | None = None) -> Non
             copy_regular(file, directory / file.name)
         save_params(part.params, directory, part.config, layout=part.layout, dtype=dtype)
         own = read_json_config(part.path)[1]
-        if part.layout is layouts.CLIP:  # of a CLIPModel only the half that is written
+        if part.layout is layouts.CLIP:  # a CLIPModel's config describes a text model too
             own = tower_settings(part.config.vision)
         said = dtype or str(next(iter(part.params.values())).dtype)
-        own.pop("dtype", None)  # what transformers 5 calls it
+        own.pop("dtype", None)  # the name of torch_dtype in transformers 5
         write_json(directory / "config.json", own | {"torch_dtype": said})

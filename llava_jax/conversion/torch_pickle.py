@@ -1,9 +1,9 @@
-"""Finds the tensors in a file of torch.save, without torch: where their bytes lie in the file.
+"""Opens files of torch.save without torch: finds the position of each tensor's bytes in the file.
 
-`pickle_machine.py` interprets the file's pickle. This module reads the two containers that
-torch.save has used, zip archives and the plain sequence before torch 1.6, finds the storages in
-them, and turns each described tensor into a `safetensors.Tensor`, checked against the file's size.
-`torch.load` will not do: it needs torch, and reads everything into memory.
+`pickle_machine.py` interprets the pickle in a file. The code here reads the two containers that
+torch.save has used: zip archives, and before torch 1.6 a plain sequence. It finds the storages in
+them, and turns each described tensor into a `safetensors.Tensor`, which is checked against the size
+of the file. `torch.load` is not used, because it needs torch and reads everything into memory.
 
 Only conversion reads pickles; training reads safetensors.
 """
@@ -23,23 +23,24 @@ from llava_jax.disk import open_regular
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import ITEM_BYTES, Strided, Tensor, is_shape
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how torch.save began before 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file before torch 1.6
 
-# Without its tensors. A pickle of torch.save has a few hundred bytes for each tensor.
+# A pickle of torch.save has a few hundred bytes per tensor; the tensors' values are outside it.
 _MAX_PICKLE_BYTES = 2**26
-_MAX_DIRECTORY_BYTES = 2**24  # of the list of an archive's members, 100 bytes for each
-_MAX_DEPTH = 100  # containers in containers
-_MAX_SHARING = 16  # bytes of all tensors for each byte of the file; tied weights are there twice
+_MAX_DIRECTORY_BYTES = 2**24  # the list of an archive's members has about 100 bytes per member
+_MAX_DEPTH = 100  # levels of nested containers
+_MAX_SHARING = 16  # bytes of all tensors per byte of the file; tied weights count twice
 
 
 def open_pickle(path: Path) -> Any:
-    """Reads what `torch.save` wrote, with a `safetensors.Tensor` for each tensor.
+    """Returns the object in a file of torch.save, with a `safetensors.Tensor` for each tensor.
 
-    Dicts, lists, tuples, texts and numbers are as they were, but ordered dicts become dicts and
-    sets become lists. Other objects become `Placeholder`s.
+    The values of tensors are not read, and no code in the file is run. Dicts, lists, tuples, text
+    and numbers are returned as they are, but ordered dicts become dicts and sets become lists.
+    Every other object becomes a `Placeholder`.
 
     Raises:
-        CheckpointError: This is not such a file, or it is damaged.
+        CheckpointError: The file is not from torch.save, or it is damaged.
     """
     try:
         with open_regular(path) as file:
@@ -49,25 +50,29 @@ def open_pickle(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can fail in any way, but it runs nothing
         said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is not a whole file of torch.save: {said:.500}") from error
+        raise CheckpointError(
+            f"{path} is not a complete file of torch.save: {said:.500}"
+        ) from error
 
 
 def _read_zip(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, int]]:
-    """The pickle of a zip archive, and where each storage begins."""
+    """Returns the object in a zip archive, and the position of each storage's bytes by its key."""
     machine = PickleMachine()
     if (size := _directory_size(file)) > _MAX_DIRECTORY_BYTES:
-        raise CheckpointError(f"{path} has a list of members of {size:,} bytes, too many")
+        raise CheckpointError(
+            f"{path} has a list of members of {size:,} bytes, more than {_MAX_DIRECTORY_BYTES:,}"
+        )
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
             raise CheckpointError(f"{path} has two members of one name")
         for name, info in members.items():
-            if info.compress_type != zipfile.ZIP_STORED:  # torch.save never does
+            if info.compress_type != zipfile.ZIP_STORED:  # torch.save never compresses
                 raise CheckpointError(f"{path}: {name} is compressed")
         if sum(info.file_size for info in members.values()) > _size_of(file):
             raise CheckpointError(f"{path} has members that overlap")
         if "data.pkl" not in members:
-            raise CheckpointError(f"{path} is a zip archive, but no file of torch.save")
+            raise CheckpointError(f"{path} is a zip archive, but not from torch.save")
     order = members.get("byteorder")
     if order is not None and _read_member(path, file, order) != b"little":
         raise CheckpointError(f"{path} was written by a big-endian machine")
@@ -76,17 +81,18 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, in
     for key, storage in machine.storages.items():
         info = members.get(f"data/{key}")
         if info is None or info.file_size != storage.numel * ITEM_BYTES[storage.dtype]:
-            continue  # `_tensor` reports the tensors that lack it
+            continue  # `_tensor` reports the tensors that need it
         starts[key] = _start_of(path, file, info)
     return root, starts
 
 
 def _directory_size(file: io.BufferedReader) -> int:
-    """Bytes of a zip archive's list of members, from the record at its end.
+    """Returns the size of a zip archive's list of members in bytes, from the record at its end.
 
-    `zipfile` reads all of this list into memory, so its size is limited first. An archive that ends
-    with a comment, which torch.save does not write, counts as too large.
+    `zipfile` reads the whole list into memory, so the size of the list is checked first. If the
+    archive ends with a comment, which torch.save does not write, 2**64 is returned.
     """
+    # The last 98 bytes are the zip64 record (56), its locator (20) and the end record (22).
     file.seek(max(0, _size_of(file) - 98))
     tail = file.read(98).rjust(98, b"\0")
     large, locator, end = tail[:56], tail[56:76], tail[76:]
@@ -97,23 +103,25 @@ def _directory_size(file: io.BufferedReader) -> int:
 
 
 def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a zip archive's member begin."""
+    """Returns the position of the first byte of a member in a zip archive."""
     file.seek(info.header_offset)
     mark, name_size, extra_size = struct.unpack("<4s22x2H", file.read(30))
     own = file.read(name_size) == info.orig_filename.encode()
     start = info.header_offset + 30 + name_size + extra_size
     file.seek(start + info.file_size)
-    # The next header begins right behind the member's bytes. So a wrong length in this header is
-    # noticed here, before the wrong bytes are taken for weights.
+    # The next header must begin directly after the member's bytes. So a wrong length in this header
+    # is found here, before wrong bytes are read as weights.
     if mark != b"PK\x03\x04" or not own or file.read(2) != b"PK":
         raise CheckpointError(f"{path}: {info.filename} has a damaged header")
     return start
 
 
 def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
-    """Reads a member of a zip archive and checks it; a checksum of 0 means that there is none."""
+    """Reads a member of a zip archive and checks its checksum, unless that is 0 (not computed)."""
     if info.file_size > _MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{path}: {info.filename} has {info.file_size:,} bytes, too many")
+        raise CheckpointError(
+            f"{path}: {info.filename} has {info.file_size:,} bytes, more than {_MAX_PICKLE_BYTES:,}"
+        )
     file.seek(_start_of(path, file, info))
     content = file.read(info.file_size)
     if len(content) != info.file_size or info.CRC not in (0, zlib.crc32(content)):
@@ -122,7 +130,10 @@ def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> 
 
 
 def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, int]]:
-    """Does the same for a file from before torch 1.6: pickles, then the storages one by one."""
+    """Returns the object in a file from before torch 1.6, and the position of each storage's bytes.
+
+    Such a file consists of several pickles and then the storages, one after the other.
+    """
     machine = PickleMachine()
     file.seek(0)
     pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
@@ -136,10 +147,9 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[object, dict[str,
     starts = {}
     for key in keys:
         if not isinstance(key, str):
-            raise CheckpointError(f"{path} names a storage by a {type_name(key)}")
+            raise CheckpointError(f"{path} has a {type_name(key)} as the key of a storage")
         storage = machine.storages.get(key)
-        # The size of an item is only known from a reference, and without it the next storage cannot
-        # be found.
+        # Only a tensor that uses a storage tells its dtype, and so where the next storage begins.
         if storage is None:
             raise CheckpointError(f"{path} has a storage {key:.80} that no tensor uses")
         if int.from_bytes(file.read(8), "little") == storage.numel:
@@ -151,15 +161,16 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[object, dict[str,
 
 
 def _size_of(file: io.BufferedReader) -> int:
+    """Returns the size of an open file in bytes."""
     return os.fstat(file.fileno()).st_size
 
 
 class _TensorFinder:
-    """Replaces the views in an object by tensors, each of which is named by its key.
+    """Replaces the views in an object by tensors, and names each tensor by its key.
 
     Args:
-        path: The file.
-        starts: Where each storage begins.
+        path: Path of the file.
+        starts: Position of each storage's bytes in the file, by key.
     """
 
     def __init__(self, path: Path, starts: dict[str, int]):
@@ -167,9 +178,19 @@ class _TensorFinder:
         # A view may repeat one item any number of times, and many views may share a storage.
         # Without a limit, the tensors of a small file could fill the memory.
         self._bytes_left = _MAX_SHARING * max(self._end, 2**16)
-        self._done: dict[int, object] = {}  # by `id`: a pickle may refer to a container many times
+        self._done: dict[int, object] = {}  # results by `id`, because containers may be repeated
 
     def replace_views(self, value: object, name: str, depth: int = 0) -> object:
+        """Returns an object with a tensor in place of each view.
+
+        Args:
+            value: Object of a pickle.
+            name: Key of the object in the dict around it.
+            depth: Number of containers around the object.
+
+        Raises:
+            CheckpointError: A view does not fit the file, or containers are nested too deep.
+        """
         if isinstance(value, View):
             return self._tensor(value, name)
         if not isinstance(value, dict | list | tuple):
@@ -185,6 +206,7 @@ class _TensorFinder:
         return self._done[id(value)]
 
     def _tensor(self, view: View, name: str) -> Tensor:
+        """Returns the tensor of a view, after checking the view against the file."""
         storage, item, path = view.storage, ITEM_BYTES[view.storage.dtype], self._path
         if fault := _fault(view):
             raise CheckpointError(f"{path}: {name:.200} {fault}")
@@ -209,21 +231,22 @@ class _TensorFinder:
 
 
 def _key(key: str | int | Placeholder) -> str:
+    """Returns the key of a dict as text."""
     return str(key) if isinstance(key, str | int) else key.origin
 
 
 def _span(view: View) -> int:
-    """The number of items of its storage from a view's first item to its last."""
+    """Returns the number of items in the storage from a view's first item to its last item."""
     if not math.prod(view.shape):
         return 0
     return 1 + sum((size - 1) * step for step, size in zip(view.stride, view.shape, strict=True))
 
 
 def _fault(view: View) -> str | None:
-    """What is wrong with a view; None if nothing is."""
+    """Returns what is wrong with a view, as the end of an error message, or None if it is valid."""
     shape, stride, numel = view.shape, view.stride, view.storage.numel
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
-        return "has a shape and a stride that do not go together"
+        return "has a shape and a stride that do not fit together"
     if not is_shape(shape):
         return "has a shape that no array has"
     if any(type(number) is not int or number < 0 for number in (view.offset, *stride)):
@@ -233,12 +256,12 @@ def _fault(view: View) -> str | None:
         return f"is outside its storage of {numel} items {said}"
     axes = sorted(zip(stride, shape, strict=True))
     if math.prod(shape) == numel and not _is_dense(axis for axis in axes if axis[1] != 1):
-        return f"has items of its storage of {numel} twice, and others not at all {said}"
+        return f"repeats items of its storage of {numel} items and leaves others out {said}"
     return None
 
 
 def _is_dense(axes: Iterable[tuple[int, int]]) -> bool:
-    """Whether axes, each a stride and a size, the fastest first, leave nothing out."""
+    """Returns True if axes (stride, size), the fastest first, cover the items without gaps."""
     expected = 1
     for step, size in axes:
         if size != 1 and step != expected:

@@ -1,6 +1,7 @@
-"""Proves a merge: by every weight as it was written, and by logits of a picture and a question.
+"""Checks a merged model: every written weight, and the logits for an image and a question.
 
-Logits alone prove little in 16 bits, where rounding may move them more than a weak adapter does.
+Logits alone prove little with 16-bit weights, because rounding the weights may change the logits
+more than a weak adapter does.
 """
 
 import dataclasses
@@ -24,43 +25,45 @@ from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest difference, as a part of the largest logit: what rounding merged weights may come to."""
+"""Largest difference of logits that rounding weights explains, relative to the largest logit."""
 
-_WEIGHT = "llm.layers.self_attn.q_proj.weight"  # one of those that stand for the decoder's dtype
-_ROWS = 1024  # of a weight that are computed at a time
+_WEIGHT = "llm.layers.self_attn.q_proj.weight"  # its dtype is taken as the decoder's
+_ROWS = 1024  # rows of a weight that are compared at a time
 QUESTION = "<image>\nWhat shape is in the picture, and what colour does it have?"
 
 
 def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] = print) -> float:
-    """Holds a merged model to its base and adapters: all its weights, and logits in float32.
+    """Compares a merged model with its base and adapters: all weights, and logits in float32.
 
     Args:
-        opened: The base with its adapters.
-        destination: The merged model.
-        say: Prints a line.
+        opened: Base with its adapters.
+        destination: Directory of the merged model.
+        say: Function that prints a line.
 
     Returns:
-        The largest difference of a logit, as a part of the largest logit.
+        The largest difference of a logit, relative to the largest logit.
 
     Raises:
         CheckpointError: A weight is not that of the base with its adapter, or logits differ by more
-            than rounding.
+            than rounding of the weights explains.
     """
     merged = open_source(str(destination), say=lambda _: None)
-    # Weights of the base's dtype are merged in it, and then written in another if one was given.
+    # Weights are merged in the dtype of the base and then cast to the dtype of the merged model.
+    # The less precise of the two limits what can be compared.
     kinds = [str(common_dtype(model.tensors[_WEIGHT])) for model in (opened, merged)]
     kind = max(kinds, key=LIMITS.__getitem__)
     apart, largest = _compare_logits(opened, merged, kind, say)
     tensors, values, changed = _check_weights(opened, merged)
     say(
-        f"weights: all {tensors} tensors are those of base and adapters, computed again; "
+        f"weights: all {tensors} tensors equal those computed again from base and adapters; "
         f"merging changed {changed} of the {values} values with adapters"
-        + ("" if changed else f", for which rounding to {kind} hides them")
+        + ("" if changed else f"; rounding to {kind} hides them")
     )
     if not apart <= LIMITS[kind] * largest:
         raise CheckpointError(
-            f"{destination}: merged logits are {apart:.3g} apart from those of base and adapter, "
-            f"more than rounding to {kind} explains ({LIMITS[kind] * largest:.3g})"
+            f"{destination}: a logit differs by {apart:.3g} from that of base and adapters, more "
+            f"than rounding to {kind} explains ({LIMITS[kind] * largest:.3g}); do not use this "
+            "model, and report the mistake"
         )
     return apart / largest
 
@@ -68,10 +71,11 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
 def _compare_logits(
     opened: Opened, merged: Opened, kind: str, say: Callable[[str], None]
 ) -> tuple[float, float]:
-    """The largest difference that merging makes to a logit, and the largest logit."""
+    """Returns the largest change of a logit by merging, and the largest logit; prints both."""
     ids, pixels = _batch(opened)
     base = _logits(dataclasses.replace(opened, trained=None), ids, pixels)
     before = _logits(opened, ids, pixels)
+    # The merged model may have another id for the image token.
     ids = np.where(ids == opened.config.image_token_id, merged.config.image_token_id, ids)
     after = _logits(merged, ids, pixels)
 
@@ -85,15 +89,19 @@ def _compare_logits(
         f"weights); {agree:.1%} of the most likely tokens are the same"
     )
     if effect <= 2 * apart:
-        say(f"that is what rounding to {kind} does too: here the logits prove nothing")
+        say(f"so small a change may come from rounding to {kind}: here the logits prove nothing")
     return float(apart), float(largest)
 
 
 def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
-    """Holds each tensor as written to W + scale B A, computed again by NumPy in float64.
+    """Compares each written tensor with W + scale B A, which NumPy computes again in float64.
 
     Returns:
-        How many there are, how many values have adapters, and how many of these changed.
+        The number of tensors, the number of values with adapters, and how many of these values
+        merging has changed.
+
+    Raises:
+        CheckpointError: A tensor has a wrong value.
     """
     count = values = changed = 0
     for path, spec in opened.abstract.items():
@@ -116,7 +124,7 @@ def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
 
 
 def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], float]:
-    """A and B of a weight, each by layer, and their scale; neither for a parameter without."""
+    """Returns the adapter of a weight, [A, B], each by layer, and its scale; or [] and 0."""
     tensors = opened.trained.tensors if opened.trained else {}
     for stack, lora in opened.adapters.items():
         names = [path.removesuffix("weight") + name for name in ("lora_a", "lora_b")]
@@ -128,10 +136,12 @@ def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], float]:
 def _count_wrong(
     written: np.ndarray, weight: np.ndarray, low_rank: list[np.ndarray], scale: float
 ) -> int:
-    """How many are not `weight` + scale B A of float32, rounded to its dtype and then to theirs.
+    """Counts the values of `written` that are not W + scale B A, computed in float32 and rounded.
 
-    Rounding keeps order. So what float32 may come to, in whatever order it adds, rounds to
-    something between what its least and its largest do: mostly the same value, else neighbours.
+    Results are rounded to the dtype of W (`weight`) and then to the dtype of `written`. A float32
+    result depends on the order of additions, but lies between two bounds. As rounding keeps the
+    order of numbers, the written value must lie between the rounded bounds. These are mostly equal,
+    and neighbors otherwise.
     """
     rounded = lambda x: x.astype(weight.dtype).astype(written.dtype)
     if not low_rank:
@@ -149,7 +159,10 @@ def _count_wrong(
 
 
 def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
-    """A drawn picture and a question about it; without a tokenizer, any tokens beside it."""
+    """Returns token ids [1, T] and pixels [1, 3, H, W] of a drawn image and a question about it.
+
+    Without a tokenizer, random tokens take the place of the question.
+    """
     config = opened.config
     picture = Image.new("RGB", (400, 300), (230, 230, 220))
     ImageDraw.Draw(picture).ellipse((120, 60, 300, 240), fill=(200, 30, 30))
@@ -171,7 +184,7 @@ def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Weights stay in their dtype, and are read into a memory that is free again afterwards."""
+    """Computes logits in float32. Weights keep their dtype; their memory is freed at the end."""
     trained = opened.trained.tensors if opened.trained else {}
     tensors = {**opened.tensors, **trained}
     graphdef, abstract = build_model(opened.config, opened.adapters)

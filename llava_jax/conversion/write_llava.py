@@ -1,4 +1,4 @@
-"""Writes what LLaVA's own code reads: whole models (layout E) and LoRA directories (layout G)."""
+"""Writes the directories that LLaVA's own code reads: whole models, and adapters (LoRA)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,23 +37,25 @@ def save_official(
     aspect: Aspect | None,
     template: Template | None,
 ) -> None:
-    """Writes a model in layout E, its vision tower in it and once more as a directory beside.
+    """Writes a whole model for LLaVA's own code.
 
-    LLaVA's code builds a tower from that directory, and fills it from the checkpoint.
+    The vision tower is written twice: in the checkpoint, and as a subdirectory. LLaVA's code builds
+    the tower from the subdirectory, and then loads the weights of the checkpoint into the tower.
 
     Args:
-        directory: An existing directory.
-        final: Where the directory will be; config.json names the tower's directory in it.
-        params: The whole model.
+        directory: Existing directory to write to.
+        final: Path that `directory` will be renamed to; config.json names the tower's subdirectory
+            by this path.
+        params: Parameters of the whole model.
         config: Sizes of the model.
-        inputs: The directory or parts with the tokenizer.
-        dtype: The dtype of the weights; None keeps each as it is.
-        said: The dtype that config.json names.
-        aspect: How images are made square, as in `official_settings`.
-        template: What conversations look like; None if it is not known.
+        inputs: Directory or parts with the tokenizer and the image processor.
+        dtype: Dtype of the weights; None keeps the dtype of each weight.
+        said: Dtype that config.json names.
+        aspect: What is done with images that are not square, as in `official_settings`.
+        template: Template of conversations; None if it is unknown.
 
     Raises:
-        ConfigError: LLaVA's code has no model like this one.
+        ConfigError: LLaVA's own code does not support the vision tower or the projector.
     """
     _check(config)
     llm = _own_llm(config, inputs)
@@ -84,27 +86,29 @@ def save_official_adapter(
     inputs: Path | Parts,
     aspect: Aspect | None,
 ) -> None:
-    """Writes layout G: the decoder's adapters as PEFT has them, the projector as a pickle.
+    """Writes adapters for LLaVA's own code: a PEFT adapter, and the projector as a pickle.
 
     Args:
-        directory: An existing directory.
-        params: What was trained.
+        directory: Existing directory to write to.
+        params: Parameters that were trained.
         adapters: LoRA settings by stack.
         config: Sizes of the model.
-        base: The decoder that they belong on, None if it is not in a directory of its own.
-        tower: Where the vision tower lies, likewise.
-        inputs: The directory or parts with the tokenizer.
-        aspect: How images are made square, as in `official_settings`.
+        base: Path or hub id of the decoder under the adapters; None if it has no directory of its
+            own.
+        tower: Path or hub id of the vision tower; None if it has no directory of its own.
+        inputs: Directory or parts with the tokenizer.
+        aspect: What is done with images that are not square, as in `official_settings`.
 
     Raises:
-        ConfigError: There is more than LLaVA's code puts on a decoder, or PyTorch is not installed.
+        ConfigError: `params` has more than the decoder's adapters and the projector, LLaVA's own
+            code does not support the vision tower or the projector, or PyTorch is not installed.
     """
     lora = {path: x for path, x in params.items() if path.startswith(LLM) and is_adapter(path)}
     projector = {path: x for path, x in params.items() if path.startswith("projector.")}
     if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
         raise ConfigError(
-            f"LLaVA's LoRA directories have no room for {len(foreign)} parameters, {foreign[0]} "
-            "for one; add --merge"
+            f"LLaVA's LoRA directories have no room for {len(foreign)} of the parameters, for "
+            f"example {foreign[0]}; add --merge"
         )
     naming = partial(peft_name, layouts.LLAVA)
     save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
@@ -117,7 +121,8 @@ def save_official_adapter(
     }
     write_json(directory / CONFIG, written)
     _check(config)
-    # LLaVA's code reads the decoder with this config, whose vocabulary is its own, not a grown one.
+    # LLaVA's code loads the decoder with this config. So the size of the vocabulary must be that of
+    # the decoder, without the tokens that were added for LLaVA.
     llm = read_llm_config(base) if base else _own_llm(config, inputs)
     settings = text_settings(llm) | _token_ids(inputs)
     own = official_settings(config, settings, tower or "", aspect)
@@ -125,18 +130,19 @@ def save_official_adapter(
 
 
 def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
+    """Writes non_lora_trainables.bin, in float32; raises ConfigError if PyTorch is missing."""
     try:
         import torch
     except ImportError as error:
         raise ConfigError(
-            "LLaVA's LoRA directories hold a pickle, which takes PyTorch (pip install torch)"
+            "LLaVA's LoRA directories contain a pickle, which needs PyTorch: pip install torch"
         ) from error
     values = {name: torch.from_numpy(x.read(0).astype(np.float32)) for name, x in params.items()}
     torch.save(values, directory / "non_lora_trainables.bin")
 
 
 def _token_ids(inputs: Path | Parts) -> Json:
-    """What begins and what ends a text, as a decoder's config.json has it."""
+    """Returns the ids of the tokens that begin and end a text, as entries of a config.json."""
     if not has_tokenizer(inputs):
         return {}
     tokenizer = load_tokenizer(inputs)
@@ -144,16 +150,20 @@ def _token_ids(inputs: Path | Parts) -> Json:
 
 
 def _check(config: ModelConfig) -> None:
+    """Raises ConfigError unless LLaVA's own code supports the vision tower and the projector."""
     if config.vision.model_type != "clip_vision_model" or config.projector_hidden_act != "gelu":
         raise ConfigError(
-            f"LLaVA's own code has no {config.vision.model_type} with a projector of "
-            f"{config.projector_hidden_act}, only CLIP's with gelu; take --to hf"
+            f"LLaVA's own code does not support {config.vision.model_type} with a projector of "
+            f"{config.projector_hidden_act}, only clip_vision_model with gelu; take --to hf"
         )
 
 
 def _own_llm(config: ModelConfig, inputs: Path | Parts) -> LlmConfig:
-    """The decoder without an `<image>` and a `<pad>` at its end; LLaVA's code has neither."""
-    if not has_tokenizer(inputs):  # which tokens are words is not known
+    """Returns the decoder's sizes without the tokens for images and padding, if these come last.
+
+    LLaVA's own code has neither of the two tokens.
+    """
+    if not has_tokenizer(inputs):  # the number of words is unknown
         return config.llm
     added = {config.image_token_id, config.pad_token_id}
     rows = known = len(load_tokenizer(inputs))
@@ -163,4 +173,5 @@ def _own_llm(config: ModelConfig, inputs: Path | Parts) -> LlmConfig:
 
 
 def _first_rows(param: Stored, rows: int) -> Stored:
+    """Returns a parameter that consists of the first rows of another parameter."""
     return Stored((rows, *param.shape[1:]), param.dtype, lambda index: param.read(index)[:rows])

@@ -1,4 +1,4 @@
-"""A batch as the train step takes it."""
+"""Defines the batch that the train step takes as its input."""
 
 import dataclasses
 from typing import Any
@@ -6,26 +6,29 @@ from typing import Any
 import jax
 
 Leaf = Any
-"""An array, or what stands for one in a tree of shapes or shardings."""
+"""An array, or an object that replaces an array in a tree, such as a shape or a sharding."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B samples in as many rows of T tokens and M images: one in each, unless they are packed.
+    """A batch of B rows, each of which has T tokens and M images.
+
+    Without packing, each row has one sample. With packing, a row has several samples or none.
 
     Attributes:
-        input_ids: int32 [B, T]. Token ids, each image as many image tokens as it has features;
-            right padded.
-        loss_mask: bool [B, T]. True where the token is a target: answers and what ends them.
-        segment_ids: int32 [B, T]. The token's sample, 1 and its place in the batch; 0 for padding.
-            A sample that could not be read is nowhere.
-        pixel_values: uint8 [B, M, 3, H, W]. A row's images; zeros where it has fewer than M.
-        pixel_scale: float32 [B, 2, 3]. What these are multiplied by, and what is then added, to
-            normalise each channel.
-        text_checksum: Checksum of the texts of the whole batch, even of some rows only, if shapes
-            or places of rows depend on all of them; else 0. Processes whose checksums differ have
-            made parts of different batches. At most 31 bits.
+        input_ids: int32 [B, T]. Token ids, padded on the right. Each image has as many image tokens
+            as it has features.
+        loss_mask: bool [B, T]. True where the token is a target: the answers and the tokens that
+            end them.
+        segment_ids: int32 [B, T]. 1 plus the position of the token's sample in the global batch; 0
+            for padding. A sample that could not be read has no tokens.
+        pixel_values: uint8 [B, M, 3, H, W]. Images of each row; zeros in place of missing images.
+        pixel_scale: float32 [B, 2, 3]. For each color channel, the factor by which `pixel_values`
+            is multiplied and the offset that is then added, to normalize the pixels.
+        text_checksum: Checksum of all texts of the global batch, at most 31 bits; 0 if each row
+            depends on its own sample only. Processes with different checksums have read different
+            batches.
     """
 
     input_ids: Leaf

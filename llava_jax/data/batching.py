@@ -1,4 +1,4 @@
-"""Records to batches: encoded, padded, from any position."""
+"""Encodes records and pads them to batches, starting at any position."""
 
 import contextlib
 import copy
@@ -32,19 +32,23 @@ from llava_jax.errors import ConfigError, RunError
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """The shapes of batches.
+    """Shapes of batches.
 
     Attributes:
-        size: Samples in a batch, and rows of it, B.
-        max_images: Images of every row, M.
-        image_size: Height and width of the pixels.
-        max_length: Longest sample in tokens.
-        pad_token_id: Fills rows on their right.
-        pixel_scale: The same as `ImageTransform.scale`.
-        buckets: Lengths that T is chosen from, beside max_length.
-        packing: Whether rows, then of max_length, have as many samples as fit; the other rows are
-            left empty.
-        devices: Number of devices that share the rows. Packed rows are dealt out to them in turn.
+        size: Number of samples in a batch, which is also its number of rows, B.
+        max_images: Number of images in each row, M, including blank images that fill the row.
+        image_size: Height and width of an image in pixels.
+        max_length: Maximum number of tokens in a sample.
+        pad_token_id: Token id that fills rows on the right.
+        pixel_scale: Factors and offsets of the color channels; see `ImageTransform.scale`.
+        buckets: Lengths of rows in tokens that a batch may have, in addition to max_length.
+        packing: Whether a row holds as many samples as fit. All rows then have max_length tokens,
+            and rows that are not needed stay empty.
+        devices: Number of devices that share the rows. Packed rows are assigned to the devices in
+            turn.
+
+    Raises:
+        ConfigError: A bucket is smaller than 1 or larger than max_length.
     """
 
     size: int
@@ -61,8 +65,8 @@ class BatchSpec:
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
             raise ConfigError(
                 f"data.buckets {self.buckets} must lie between 1 and data.max_length "
-                f"{self.max_length}, which is always a bucket itself; give others, or "
-                "--data.buckets with none behind it"
+                f"{self.max_length}, which is always a bucket itself; choose other lengths, or "
+                "give --data.buckets without a value"
             )
 
     def bucket(self, length: int) -> int:
@@ -71,18 +75,24 @@ class BatchSpec:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether a row's shape and its sample do not depend on other samples."""
+        """Returns True if the length and the sample of a row do not depend on other samples."""
         return not self.packing and not self.buckets
 
     @property
     def has_one_shape(self) -> bool:
-        """Whether all batches have rows of the same length."""
+        """Returns True if the rows of all batches have the same length."""
         return self.packing or not self.buckets
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An encoded record, before padding."""
+    """An encoded record before padding, with T tokens and I images.
+
+    Attributes:
+        input_ids: int32 [T]. Token ids.
+        loss_mask: bool [T]. True where the token is a target.
+        pixel_values: uint8 [I, 3, H, W]. Pixels of the images, not normalized.
+    """
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
@@ -91,17 +101,18 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes a record: its conversation as tokens, its images as pixels. Can be pickled.
+    """Encodes a record: its conversation as token ids, its images as pixels. Can be pickled.
 
     Attributes:
-        tokenizer: A fast tokenizer.
-        template: The text around the turns.
-        transform: What happens to an image.
-        image_token_id: The token that stands for an image.
-        image_tokens: Tokens of one image.
-        max_length: Longer samples are cut to so many tokens.
-        max_images: Most images in a sample.
-        max_text_length: Longer samples are cut to so many tokens, an image counting as one.
+        tokenizer: Fast tokenizer of transformers.
+        template: Conversation template: the text around the turns.
+        transform: Transform that resizes and crops the images.
+        image_token_id: Id of the token that represents an image.
+        image_tokens: Number of tokens of one image.
+        max_length: Maximum number of tokens in a sample; longer samples are truncated.
+        max_images: Maximum number of images in a sample.
+        max_text_length: Maximum number of tokens in a sample if each image counts as one token;
+            longer samples are truncated. None sets no such limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -117,15 +128,15 @@ class SampleEncoder:
         """Encodes a record.
 
         Raises:
-            SampleError: It cannot be learned from.
+            SampleError: The record cannot be used for training.
         """
         return self.add_images(record, self.encode_text(record))
 
     def encode_text(self, record: Record) -> Encoded:
-        """Encodes a record without looking at its images.
+        """Encodes the text of a record without reading its images.
 
         Raises:
-            SampleError: The sample cannot be used.
+            SampleError: The record cannot be used for training.
         """
         self._check_images(record)
         encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
@@ -134,12 +145,12 @@ class SampleEncoder:
         )
 
     def add_images(self, record: Record, encoded: Encoded) -> Sample:
-        """Completes a record's text with its images.
+        """Returns the complete sample: the encoded text of a record, and the pixels of its images.
 
         Raises:
-            SampleError: One cannot be read.
+            SampleError: An image cannot be read.
         """
-        # A cut may have left images out.
+        # Truncation may have removed the last images.
         kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
         pixels = np.empty((kept, 3, self.transform.height, self.transform.width), np.uint8)
         for image, levels in zip(record.images[:kept], pixels, strict=True):
@@ -150,27 +161,30 @@ class SampleEncoder:
         count = len(record.images)
         if count > self.max_images:
             raise SampleError(
-                f"it has {count} images, and data.max_images is {self.max_images}; raise that",
+                f"it has {count} images, but data.max_images is {self.max_images}; raise "
+                "data.max_images",
                 "number of images",
             )
         placeholders = count_placeholders(record.turns)
         if placeholders != count:
             raise SampleError(
-                f"its human turns say <image> {placeholders} times, and it has {count} images",
+                f"its human turns contain <image> {placeholders} times, but it has {count} images",
                 "number of images",
             )
 
 
 class Batches(Iterator[Batch]):
-    """Batches without end, from a position that can be saved and returned to."""
+    """Iterates over batches without end, from a position that can be saved and restored."""
 
     def __init__(self, read: "ReadBatch", workers: int, identity: Json):
-        """Begins with the first.
+        """Starts at batch 0.
 
         Args:
-            read: Makes a batch of its number.
-            workers: Processes that encode; 0 encodes in a thread of this one.
-            identity: What the order depends on; a position is only good for the same.
+            read: Function that reads the batch with a given number.
+            workers: Number of processes that encode samples; 0 encodes them in a thread of this
+                process.
+            identity: Values that determine the order of the records. A saved position can be
+                restored only if they are the same.
         """
         self._read = read
         self._workers = workers
@@ -186,11 +200,14 @@ class Batches(Iterator[Batch]):
         return batch
 
     def state(self) -> Json:
-        """Returns the position: what `restore` takes. JSON can hold it."""
+        """Returns the current position as a dict that JSON can hold, for `restore`."""
         return {**self._identity, "next_batch": self._next}
 
     def restore(self, state: Json) -> None:
-        """Goes to a position: the next batch is the one that came next when it was saved.
+        """Continues from a saved position.
+
+        Args:
+            state: Position that `state` returned.
 
         Raises:
             ConfigError: The position belongs to other data, another seed or another batch size.
@@ -205,7 +222,7 @@ class Batches(Iterator[Batch]):
         self._next = state["next_batch"]
 
     def close(self) -> None:
-        """Ends the worker processes; the next batch starts them again."""
+        """Ends the worker processes. Reading the next batch starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -219,18 +236,19 @@ def eval_batches(
     *,
     workers: int = 0,
 ) -> Iterator[tuple[Batch, Int64[np.ndarray, " B"]]]:
-    """Yields every record once, in order, with its index; the last batch is filled up.
+    """Yields all records once, in order, as batches; the last batch is padded to the full size.
 
     Args:
-        records: Where the samples come from.
-        encode_fn: Encodes one of them.
-        spec: Shapes.
-        rows: Rows to make, as in `ReadBatch`.
-        workers: Processes that encode; 0 encodes in a thread of this one.
+        records: Records to encode.
+        encode_fn: Encoder of the records.
+        spec: Shapes of the batches.
+        rows: Rows of each batch to make, as in `ReadBatch`.
+        workers: Number of processes that encode samples; 0 encodes them in a thread of this
+            process.
 
     Yields:
-        A batch and the index of each row's record. Rows that fill up the last batch are padding
-        with index -1.
+        A batch, and int64 [spec.size] with the record index of each row of the whole batch. The
+        index is -1 for the padding rows of the last batch.
     """
     order = InOrder(len(records), spec.size)
     read = ReadBatch(order, records, encode_fn, spec, rows)
@@ -244,18 +262,18 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class ReadBatch:
-    """Number of a batch -> its samples, encoded and padded. Can be pickled.
+    """Reads the batch with a given number: encodes its samples and pads them. Can be pickled.
 
-    A record that raises SampleError becomes padding. So neither shapes nor order depend on it.
+    A sample that cannot be used (SampleError) becomes padding; no other record takes its place.
 
     Attributes:
-        order: Which records a batch has.
-        records: Where the samples come from.
-        encode_fn: Encodes one of them.
-        spec: Shapes of a whole batch.
-        rows: The rows of the batch to make, in order; None is all. Of other rows' samples,
-            nothing is read but, where shapes depend on it, their text: all of a run's processes
-            must take the same.
+        order: Indices of the records in each batch.
+        records: Records to encode.
+        encode_fn: Encoder of the records.
+        spec: Shapes of the global batch.
+        rows: Rows of the global batch to make, in this order; None makes all rows. If shapes depend
+            on all samples, the texts of the other rows are read too, so that all processes choose
+            the same shapes. Images of other rows are never read.
     """
 
     order: EpochOrder | InOrder
@@ -265,10 +283,12 @@ class ReadBatch:
     rows: Sequence[int] | None = None
 
     def __post_init__(self):
-        # It runs in a thread beside its owner's, and a tokenizer must not be shared between two.
+        # Batches are read in another thread than the owner's, and two threads must not share a
+        # tokenizer.
         object.__setattr__(self, "encode_fn", copy.deepcopy(self.encode_fn))
 
     def __call__(self, number: int) -> Batch:
+        """Returns the batch with this number, with only the rows in `rows`."""
         numbers = self.order.batch(number).tolist()
         spec, every = self.spec, range(self.spec.size)
         own = every if self.rows is None else self.rows
@@ -282,17 +302,23 @@ class ReadBatch:
         if spec.packing:
             layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
         length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
-        # One row at a time: its pixels, once they are copied, make room for the next one's.
+        # A generator keeps the pixels of only one row in memory besides the batch.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
         batch = fill(samples, len(own), spec, length)
         checksum = 0 if spec.is_fixed else _checksum(read)
         return dataclasses.replace(batch, text_checksum=checksum)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
-        """Yields the batches from number `start` on, made ahead.
+        """Yields the batches from number `start` on, and reads later batches ahead of time.
+
+        Args:
+            start: Number of the first batch.
+            workers: Number of processes that encode samples; 0 encodes them in a thread of this
+                process.
+            stop: Number of the first batch that is not yielded.
 
         Raises:
-            RunError: A worker process died; names the record that it was at.
+            RunError: A worker process died. The message names the record that it was reading.
         """
         try:
             yield from read_ahead(self, start, workers, stop=stop, most_bytes=self.most_bytes)
@@ -301,13 +327,13 @@ class ReadBatch:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of a batch in its longest bucket."""
+        """Returns the size in bytes of a batch whose rows have max_length tokens."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)
         return rows * (pixels + 4 * 6 + 9 * self.spec.max_length)
 
     def _read_text(self, number: int) -> "_Text | None":
-        """A record and its tokens; None if it cannot be learned from."""
+        """Returns a record and its tokens; None if the record cannot be used for training."""
         if number == NO_RECORD:
             return None
         write_progress(number)
@@ -317,7 +343,7 @@ class ReadBatch:
         return None
 
     def _add_images(self, text: "_Text") -> Sample | None:
-        """The whole sample; None if an image cannot be read."""
+        """Returns the complete sample; None if one of its images cannot be read."""
         write_progress(text.number)
         with contextlib.suppress(SampleError):
             return self.encode_fn.add_images(text.record, text.encoded)
@@ -339,18 +365,31 @@ def _checksum(texts: Mapping[int, _Text | None]) -> int:
 
 
 def worker_died(error: WorkerError, records: Records) -> RunError:
-    """Says at which record a worker process died."""
+    """Returns the error that names the record which a worker process was reading when it died.
+
+    Args:
+        error: Error of the worker process.
+        records: Records that the process was reading.
+    """
     at = "" if error.record is None else f" at {records.where(error.record)}"
     return RunError(
-        f"a worker process that reads data died{at}: {error} Exit code -9 is mostly want of "
-        "memory: lower data.workers; else leave that sample out"
+        f"a worker process that reads data died{at}: {error} Exit code -9 usually means that "
+        "memory ran out: lower data.workers. Otherwise, remove that sample from the data"
     )
 
 
 def fill(
     rows: Iterable[Mapping[int, Sample | None]], size: int, spec: BatchSpec, length: int
 ) -> Batch:
-    """`size` rows of `length` tokens, each with its samples by their places in the batch."""
+    """Returns a batch of `size` rows with `length` tokens each.
+
+    Args:
+        rows: Samples of each row, by their positions in the global batch. None is a sample that
+            could not be read. Rows beyond the last one are padding.
+        size: Number of rows.
+        spec: Shapes of the batch.
+        length: Number of tokens in a row, T.
+    """
     input_ids = np.full((size, length), spec.pad_token_id, np.int32)
     loss_mask = np.zeros((size, length), bool)
     segment_ids = np.zeros((size, length), np.int32)

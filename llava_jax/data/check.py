@@ -1,4 +1,4 @@
-"""Reads a whole data set as a run does, and tells which samples it would leave out."""
+"""Reads a whole data set as a run does, and finds the samples that the run would skip."""
 
 import dataclasses
 import json
@@ -17,18 +17,18 @@ from llava_jax.data.workers import WorkerError, read_ahead, write_progress
 from llava_jax.errors import ConfigError
 
 _CHUNK = 64
-"""Records that a worker process reads at a time."""
+"""Number of records that a worker process reads at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong with a sample.
+    """The reason why a sample cannot be used.
 
     Attributes:
-        sample: Its number.
-        where: Its file, and its line, record or row there.
-        kind: The same as `SampleError.kind`.
-        reason: All about it.
+        sample: Index of the sample.
+        where: File of the sample, and its line, record or row in the file.
+        kind: Kind of the problem; see `SampleError.kind`.
+        reason: Full description of the problem.
     """
 
     sample: int
@@ -39,14 +39,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What N samples are like.
+    """Sizes of the N samples of a data set, and the problems that were found.
 
     Attributes:
-        tokens: Length of each sample, cut to the longest that is used; 0 where the text is bad.
-        learned: How many of these are targets.
-        images: Number of images of each sample.
-        cut: Tokens that the cut took away.
-        problems: A problem of each bad sample.
+        tokens: int32 [N]. Number of tokens in each sample after truncation; 0 if its text cannot be
+            used.
+        learned: int32 [N]. Number of these tokens that are targets.
+        images: int32 [N]. Number of images in each sample.
+        cut: int32 [N]. Number of tokens that truncation removed.
+        problems: Problems of the bad samples, one for each.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -57,7 +58,7 @@ class Findings:
 
     @property
     def good(self) -> Bool[np.ndarray, " N"]:
-        """Which samples a run learns from."""
+        """Returns a mask, bool [N], of the samples that a run learns from."""
         good = np.ones(len(self.tokens), bool)
         good[[problem.sample for problem in self.problems]] = False
         return good
@@ -70,16 +71,17 @@ def check(
     workers: int = 0,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Findings:
-    """Reads every record, its text and its images, and remembers only numbers and problems.
+    """Reads the texts and images of all records, and keeps only sizes and problems.
 
     Args:
-        records: The data set.
-        encoder: The run's.
-        workers: Processes that read; 0 reads in a thread of this one.
-        advance: Called with the number of records that were read since the last call.
+        records: Records of the data set.
+        encoder: Encoder of the run.
+        workers: Number of processes that read; 0 reads in a thread of this process.
+        advance: Function that is called with the number of records that were read since its last
+            call.
 
     Raises:
-        RunError: A worker process died; names the record that it was at.
+        RunError: A worker process died. The message names the record that it was reading.
         ConfigError: A data file changed, or the template does not fit the tokenizer.
     """
     chunks = read_ahead(
@@ -103,7 +105,7 @@ def check(
 
 @dataclasses.dataclass(frozen=True)
 class _Check:
-    """Number of a chunk -> a row of numbers for each record, and the problems as JSON's bytes."""
+    """Reads the chunk of records with a given number; returns their sizes, and problems as JSON."""
 
     records: Records
     encoder: SampleEncoder
@@ -126,21 +128,21 @@ class _Check:
 
 
 def only_json(records: Records) -> FileRecords:
-    """The records, if `write_clean` can write them.
+    """Returns the records if `write_clean` can write them.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: The records are not all from JSON files, or are from several data sets.
     """
     if isinstance(records, FileRecords) and all(isinstance(f, JsonFile) for f in records.files):
         return records
     raise ConfigError(
-        "only records of JSON lists or lines can be written, and of one data set at a time; of "
-        "other data, --json names the samples to leave out"
+        "only records of JSON lists or JSON lines can be written, and only of one data set at a "
+        "time; for other data, use --json, which lists the samples to leave out"
     )
 
 
 def write_clean(records: FileRecords, findings: Findings, path: Path) -> None:
-    """Writes the good records as JSON lines, each as its file has it."""
+    """Writes the good records as JSON lines, with the content that they have in their files."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("w") as file:
         for number in np.flatnonzero(findings.good).tolist():

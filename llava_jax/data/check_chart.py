@@ -1,4 +1,4 @@
-"""Draws how long the samples of a data set are, and what padding them costs."""
+"""Draws the lengths of the samples of a data set, and the share of padding in its batches."""
 
 from pathlib import Path
 
@@ -8,11 +8,14 @@ from llava_jax.data.check_report import Report
 
 
 def draw(path: Path, report: Report) -> None:
-    """Four panels.
+    """Draws four panels: lengths, images, shares of learned tokens, and padding.
 
     Args:
-        path: A PNG.
-        report: What was found; some sample is good.
+        path: PNG file to write.
+        report: Report on the data set, which must have at least one good sample.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""What `llava-jax check-data` reports about a data set: on the console, and as JSON."""
+"""Reports on a data set for `llava-jax check-data`: on the console and as JSON."""
 
 import dataclasses
 import itertools
@@ -18,18 +18,20 @@ from llava_jax.data.padding import Padding
 PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
                "most": 100}  # fmt: skip
 MAX_LENGTHS = 4
+"""Largest number of bucket lengths for which the best choice is computed."""
 BINS, BAR = 12, 40
+"""Number of bars in the histogram of lengths, and width of the longest bar in characters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A data set as it was found.
+    """Statistics of a data set, computed from what `check` found.
 
     Attributes:
-        found: Of each sample.
-        padding: Of the first epoch.
-        spec: The run's batches.
-        where: Names the place of a sample.
+        found: Sizes and problems of the samples.
+        padding: Padding of the batches of the first epoch.
+        spec: Shapes of the batches of the run.
+        where: Function that returns the location of a sample, given its index.
     """
 
     found: Findings
@@ -39,15 +41,15 @@ class Report:
 
     @property
     def shares(self) -> np.ndarray:
-        """Of the tokens of each good sample, those that are learned."""
+        """Returns the fraction of learned tokens in each good sample."""
         return self.of_good("learned") / self.of_good("tokens")
 
     def of_good(self, column: str) -> np.ndarray:
-        """A column of the findings, of the good samples."""
+        """Returns the values of a field of `Findings` for the good samples."""
         return getattr(self.found, column)[self.found.good]
 
     def padding_rows(self) -> list[dict[str, Any]]:
-        """What is wasted on padding, by what batches are padded to; and if they were packed."""
+        """Returns the fraction of padding for each choice of bucket lengths and for packing."""
         rows = [
             {"lengths": list(lengths), "choice": name, "waste": self.padding.waste(lengths)}
             for name, lengths in self.lengths().items()
@@ -56,13 +58,13 @@ class Report:
         return [*rows, packed | {"waste": self.padding.packed_waste}]
 
     def lengths(self) -> dict[str, tuple[int, ...]]:
-        """What batches may be padded to: as the config has it, and the best few lengths."""
+        """Returns bucket lengths to compare: those of the config, and the best one to four."""
         own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
         best = [self.padding.best_lengths(n) for n in range(1, MAX_LENGTHS + 1)]
         return {"config": own} | {f"best {len(lengths)}": lengths for lengths in best}
 
     def figures(self) -> dict[str, Any]:
-        """All but the samples one by one."""
+        """Returns the statistics of the data set, without the lists of single samples."""
         images = self.of_good("images")
         columns = {name: self.of_good(name) for name in ("tokens", "learned", "images")}
         return {
@@ -80,7 +82,11 @@ class Report:
         }
 
     def show(self, shown: int) -> None:
-        """Prints it; of the problems of a kind, the first few."""
+        """Prints the report.
+
+        Args:
+            shown: Number of samples to print for each kind of problem.
+        """
         console = Console(soft_wrap=True, highlight=False, markup=False)
         figures = self.figures()
         count = figures["samples"]
@@ -95,7 +101,7 @@ class Report:
             self._show_tables(console, figures)
 
     def write(self, path: Path) -> None:
-        """Writes it, with every sample that is bad or cut."""
+        """Writes the report as JSON, with a list of all samples that are bad or truncated."""
         problems = [dataclasses.asdict(problem) for problem in self.found.problems]
         cut = [
             {"sample": n, "where": self.where(n), "tokens": int(self.found.cut[n])}
@@ -132,7 +138,7 @@ class Report:
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:
-    """Of no values: nothing."""
+    """Returns percentiles and the mean of the values; an empty dict if there are no values."""
     if not len(values):
         return {}
     found = np.percentile(values, list(PERCENTILES.values()))
@@ -140,12 +146,12 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def share(name: str, figures: dict[str, Any]) -> str:
-    """A count of samples, with its share of all."""
+    """Returns the text of a sample count and its percentage of all samples."""
     return f"{figures[name]:,} {name} ({figures[name] / figures['samples']:.2%})"
 
 
 def show_some(console: Console, title: str, lines: Sequence[str], shown: int) -> None:
-    """Prints the first few of some lines, and how many there are."""
+    """Prints the number of lines and the first few of them."""
     if lines:
         console.print(f"{title}: {len(lines):,}")
         for line in lines[:shown]:
@@ -155,7 +161,7 @@ def show_some(console: Console, title: str, lines: Sequence[str], shown: int) ->
 
 
 def make_table(first: str, *columns: str) -> Table:
-    """Its first column is text, the others are numbers."""
+    """Returns a table whose first column is text and whose other columns are numbers."""
     table = Table(first, box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column else "left")

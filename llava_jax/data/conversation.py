@@ -1,9 +1,9 @@
-"""Conversations as token ids, with a mask of the tokens to learn.
+"""Encodes conversations as token ids, with a mask of the tokens that are learned.
 
-A template is data: the text around the turns. A conversation is rendered to pieces, each a stretch
-of text or one control token (an image, an end of sequence). The text between two control tokens is
-tokenised as one string, and character offsets tell which of its tokens belong to an answer, so the
-mask cannot drift from the ids.
+A template is data: the text around the turns. A conversation is rendered to a list of pieces. Each
+piece is a text or one control token, such as an image or an end of sequence. The text between two
+control tokens is tokenized as one string. Character offsets then tell which tokens belong to an
+answer, so that the mask always matches the ids.
 """
 
 import dataclasses
@@ -27,10 +27,13 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @contextmanager
 def tokenizing() -> Iterator[None]:
-    """Makes a fault inside the tokenizers library an error of the sample, as others are.
+    """Converts a panic of the tokenizers library into a SampleError.
 
-    It is no `Exception` there: a pattern of a hostile tokenizer, for example, that gives up on a
-    text.
+    Such a panic is a BaseException but not an Exception. It occurs, for example, if a regular
+    expression of a malicious tokenizer gives up on a text.
+
+    Raises:
+        SampleError: The code inside the context panicked.
     """
     try:
         yield
@@ -41,7 +44,12 @@ def tokenizing() -> Iterator[None]:
 
 
 class Turn(NamedTuple):
-    """What one side says; `system` may speak once, before all others."""
+    """One turn of a conversation. Only the first turn may have the role `system`.
+
+    Attributes:
+        role: Speaker of the turn.
+        text: Text that the speaker says.
+    """
 
     role: Literal["system", "human", "gpt"]
     text: str
@@ -49,12 +57,13 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens.
+    """A conversation of T tokens.
 
     Attributes:
-        input_ids: Token ids.
-        loss_mask: True where the token is to be learned: answers and what ends them.
-        cut: Tokens that followed and were cut off.
+        input_ids: int32 [T]. Token ids.
+        loss_mask: bool [T]. True where the token is learned: the answers and the tokens that end
+            them.
+        cut: Number of tokens that truncation removed from the end.
     """
 
     input_ids: Int32[np.ndarray, " T"]
@@ -63,7 +72,7 @@ class Encoded:
 
 
 class _Piece(NamedTuple):
-    """A stretch of text, or one control token when `token` is set."""
+    """A text, or one control token if `token` is not None."""
 
     text: str
     token: int | None
@@ -76,21 +85,22 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
 ) -> Encoded:
-    """Encodes a conversation to learn from, one token for each image.
+    """Encodes a conversation for training, with one token for each image.
 
-    Every `<image>` in a human turn stands for an image. The images of a turn move to its front, in
-    their order, each followed by the template's `image_suffix`. A leading gpt turn is dropped.
-    Nothing else in the turns is read as a control token.
+    Each `<image>` in a human turn is the placeholder of an image. The images of a turn move to its
+    start, in their order, and the template's `image_suffix` follows each of them. A gpt turn at the
+    start is dropped. All other text in the turns is encoded as plain text, even if it looks like a
+    control token.
 
     Args:
-        turns: The conversation; human and gpt speak in turn, perhaps after a system turn, which
+        turns: Conversation in which human and gpt turns alternate. A system turn before them
             replaces the template's own system text.
-        template: The text around the turns.
-        tokenizer: A fast tokenizer.
-        image_token_id: The token that stands for an image.
+        template: Conversation template: the text around the turns.
+        tokenizer: Fast tokenizer of transformers.
+        image_token_id: Id of the token that represents an image.
 
     Raises:
-        SampleError: The turns do not alternate, an answer is empty, or there is none.
+        SampleError: The turns do not alternate, an answer is empty, or there is no answer.
         ConfigError: The tokenizer lacks a control token of the template.
     """
     pieces = _render(turns, template, tokenizer, image_token_id)
@@ -106,16 +116,22 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
 ) -> Encoded:
-    """Encodes a conversation that ends with a human turn, up to where its answer starts.
+    """Encodes a conversation that ends with a human turn, up to the start of the next answer.
 
-    The ids are those that `encode` gives before its answer's first learned token.
+    The ids equal those that `encode` returns before the first learned token of that answer.
+
+    Args:
+        turns: Conversation in which human and gpt turns alternate, as in `encode`.
+        template: Conversation template: the text around the turns.
+        tokenizer: Fast tokenizer of transformers.
+        image_token_id: Id of the token that represents an image.
 
     Raises:
-        SampleError: The turns do not alternate, or the last is not human.
+        SampleError: The turns do not alternate, or the last turn is not a human turn.
         ConfigError: The tokenizer lacks a control token of the template.
     """
     if not turns or turns[-1].role != "human":
-        raise SampleError("a prompt ends with a human turn")
+        raise SampleError("a prompt must be a conversation that ends with a human turn")
     pieces = _render(turns, template, tokenizer, image_token_id)
     pieces += _parse(template.answer_prefix.rstrip(" "), tokenizer)
     return _tokenize(pieces, tokenizer, image_token_id)
@@ -128,20 +144,20 @@ def expand_images(
     max_length: int | None = None,
     max_text_length: int | None = None,
 ) -> Encoded:
-    """Repeats each image token as often as the image has features, and cuts what is too long.
+    """Repeats each image token once for each feature of the image, and truncates the sequence.
 
-    An image that would be cut in two is left out, with all that follows it.
+    An image that does not fit completely is removed, together with everything after it.
 
     Args:
-        encoded: One token for each image.
-        image_token_id: The token that stands for an image.
-        image_tokens: Features of an image.
-        max_length: Most tokens to keep; None keeps all.
-        max_text_length: Most tokens to keep of those before the repetition, where an image is one;
-            None keeps all.
+        encoded: Conversation with one token for each image.
+        image_token_id: Id of the token that represents an image.
+        image_tokens: Number of features of one image.
+        max_length: Maximum number of tokens after the repetition; None sets no limit.
+        max_text_length: Maximum number of tokens before the repetition, where an image counts as
+            one token; None sets no limit.
 
     Raises:
-        SampleError: The cut leaves nothing to learn of what there was.
+        SampleError: Truncation removed all learned tokens.
     """
     is_image = encoded.input_ids == image_token_id
     widths = np.where(is_image, image_tokens, 1)
@@ -163,23 +179,23 @@ def expand_images(
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer by itself puts a `bos` before every text."""
+    """Returns True if the tokenizer itself puts a BOS token before every text."""
     bos = tokenizer.bos_token_id
     return bos is not None and cast("list[int]", tokenizer("").input_ids)[:1] == [bos]
 
 
 def end_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The control token that ends an answer; None where text does.
+    """Returns the id of the control token that ends an answer; None if plain text ends it.
 
     Raises:
-        ConfigError: The tokenizer lacks it.
+        ConfigError: The tokenizer lacks a control token of the template.
     """
     pieces = _parse(template.answer_suffix, tokenizer)
     return next((piece.token for piece in pieces if piece.token is not None), None)
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:
-    """Counts the images that the human turns ask for."""
+    """Counts the image placeholders in the human turns."""
     return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
 
 
@@ -230,7 +246,7 @@ def _render_question(
 
 
 def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Sequence[Turn]]:
-    """What the system says, and the turns of human and gpt, which begin with a human's."""
+    """Returns the system text, and the other turns, which begin with a human turn."""
     system = template.system
     if turns and turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
@@ -240,15 +256,15 @@ def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Seque
         expected = ("human", "gpt")[index % 2]
         if turn.role != expected:
             raise SampleError(
-                f"human and gpt do not speak in turn: expected {expected}, found {turn.role} "
-                f"saying {turn.text[:40]!r}",
+                f"human and gpt turns do not alternate: expected {expected}, found {turn.role} "
+                f"with the text {turn.text[:40]!r}",
                 "order of turns",
             )
     return system, turns
 
 
 def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False) -> list[_Piece]:
-    """Splits the text of a template at its control tokens."""
+    """Splits a text of a template at its control tokens."""
     pieces = []
     for index, part in enumerate(re.split(r"\{([^{}]+)\}", text)):
         if index % 2 == 0:
@@ -278,13 +294,13 @@ def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _tokenize(
     pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> Encoded:
-    """Tokenises what lies between two control tokens as one string."""
-    # The core itself: a call of transformers' takes as long again around it. It keeps the settings
-    # of other calls.
+    """Encodes pieces as token ids; adjacent texts are tokenized as one string."""
+    # The Rust tokenizer is called directly, because the wrapper of transformers doubles the time.
+    # Its settings are set here, because it keeps those of earlier calls.
     core = cast("Tokenizer", tokenizer.backend_tokenizer)
     core.no_truncation()
     core.no_padding()
-    core.encode_special_tokens = True  # a control token's name in a text is only text
+    core.encode_special_tokens = True  # the name of a control token in a text stays plain text
     ids: list[int] = []
     mask: list[bool] = []
     for is_text, pieces_alike in itertools.groupby(pieces, key=lambda piece: piece.token is None):
@@ -292,7 +308,7 @@ def _tokenize(
         if is_text:
             run_ids, run_mask = _tokenize_run(group, core)
             if image_id in run_ids:
-                raise SampleError(f"text other than a placeholder gives the image token {image_id}")
+                raise SampleError(f"a text is tokenized as the image token {image_id}")
             ids += run_ids
             mask += run_mask
         else:
@@ -302,10 +318,11 @@ def _tokenize(
 
 
 def _tokenize_run(run: Sequence[_Piece], core: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokenises it as one string; a token with a learned character is learned."""
+    """Tokenizes adjacent texts as one string; a token with a learned character is learned."""
     with tokenizing():
         found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
     learned_characters = b"".join(bytes([piece.learned]) * len(piece.text) for piece in run)
-    # A token may cover no character (a leading-space token, for one): it goes with the next.
+    # A token may cover no character, such as a leading-space token. The next character then decides
+    # whether it is learned.
     spans = (slice(start, max(end, start + 1)) for start, end in found.offsets)
     return found.ids, [any(learned_characters[span]) for span in spans]

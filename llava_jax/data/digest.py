@@ -1,4 +1,4 @@
-"""What data is known again by: a digest of its records, and of some of its image files."""
+"""Identifies the data of a run by digests of all its records and of some of its image files."""
 
 import hashlib
 import os
@@ -13,27 +13,29 @@ from llava_jax.data.sources import FileRecords, JoinedRecords, ListRecords, Reco
 from llava_jax.disk import Json
 
 _BLOCK = 2**16
+"""Size of a block in bytes."""
 _BLOCKS = 256
-"""Blocks that are read of the Parquet files of a source, all together."""
+"""Number of blocks that are read from all Parquet files of a source together."""
 _THREADS = 32
 _NAMED = 5
-"""Images that differ and are named; the others are counted."""
+"""Number of changed images that are named; further changed images are only counted."""
 
 
 def data_digest(records: Records) -> list[Json]:
-    """What a run's data is known again by, wherever it lies. Plain JSON.
+    """Returns digests that identify the data of a run, wherever the data is stored.
 
-    It changes when a record is added, removed, moved or edited in a field that is read. Of image
-    files, about a thousand are looked at, evenly spread: their sizes, and their first 64 KiB. Times
-    and folders do not matter. What it costs is some reads of image files: the records were read
-    through when they were opened.
+    The digests change if a record is added, removed, moved, or edited in a field that is read. Of
+    the image files, about a thousand, evenly spread over the data, contribute their sizes and
+    checksums of their first 64 KiB. File times and directories have no influence. Only image files
+    and blocks of Parquet files are read here, because the digests of the records were computed when
+    the data was opened.
 
     Args:
-        records: All of a run's data, or all that is held out.
+        records: All training records of a run, or all its eval records.
 
     Returns:
-        For each source, its "files" as [path, records, digest], and its "images": path -> size and
-        checksum.
+        A dict for each source, which JSON can hold. "files" is a list of [path, number of records,
+        digest], and "images" maps paths to a text with size and checksum.
     """
     parts = records.parts if isinstance(records, JoinedRecords) else [records]
     return [_of_files(part) if isinstance(part, FileRecords) else _of_list(part) for part in parts]
@@ -69,9 +71,10 @@ def _image(records: FileRecords, path: str) -> str | None:
 
 
 def _blocks(path: str, count: int) -> str | None:
-    """The size of a file, and a checksum of some blocks of it, evenly spread from its start on.
+    """Returns the size of a file, and a checksum of evenly spaced blocks, the first at its start.
 
-    None if it cannot be read now: that may pass, and says nothing about the file.
+    Returns "missing" if the file does not exist, and None if it cannot be read for another reason,
+    which may be temporary.
     """
     if not is_remote(path) and not os.path.isfile(path):
         return "missing"
@@ -83,23 +86,23 @@ def _blocks(path: str, count: int) -> str | None:
                 value = zlib.crc32(file.read(_BLOCK), value)
     except FileNotFoundError:
         return "missing"
-    except Exception:  # fsspec's file systems have errors of many kinds
+    except Exception:  # fsspec's file systems raise errors of many types
         return None
     return f"{size} bytes, CRC-32 {value:08x}"
 
 
 def data_changes(before: list[Json], now: list[Json], kind: str = "training data") -> Iterator[str]:
-    """How data differs from what `data_digest` gave before; a line each.
+    """Yields a line of text for each difference between the data and its earlier digests.
 
-    Of image files, only those are compared that could be read both times.
+    Image files are compared only if they could be read both times.
 
     Args:
-        before: What `data_digest` gave when the run began.
-        now: What it gives now.
-        kind: What the data is, for the lines.
+        before: Digests that `data_digest` returned when the run began.
+        now: Digests that `data_digest` returns now.
+        kind: Name of the data in the lines.
 
     Raises:
-        KeyError, TypeError, ValueError: `before` is not what `data_digest` gives.
+        KeyError, TypeError, ValueError: `before` does not have the form that `data_digest` returns.
     """
     if len(before) != len(now):
         yield f"{kind}: {len(before)} data sets when the run began, {len(now)} now"

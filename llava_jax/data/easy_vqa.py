@@ -1,6 +1,7 @@
-"""The easy-VQA benchmark, read from its PyPI package: coloured shapes and questions about them.
+"""Reads the easy-VQA benchmark from its PyPI package: colored shapes and questions about them.
 
-https://github.com/vzhou842/easy-VQA (MIT): 4000 + 1000 images of 64 x 64 pixels, one shape each.
+https://github.com/vzhou842/easy-VQA (MIT) has 4,000 training and 1,000 test images of 64 x 64
+pixels, with one shape each.
 """
 
 import difflib
@@ -25,7 +26,7 @@ CAPTION_QUESTION = "What is in the image?"
 
 Split = Literal["train", "test"]
 Question = tuple[str, str, int]
-"""Question, answer, number of the image."""
+"""Text of the question, its answer, and the number of its image."""
 
 
 def easy_vqa_records(
@@ -38,18 +39,20 @@ def easy_vqa_records(
     turns: int = 4,
     seed: int = 0,
 ) -> list[Record]:
-    """Makes records of one split: a conversation for each question, in the file's order, then more.
+    """Returns the records of a split: one per question, then captions, then dialogues.
 
     Args:
-        split: "train" or "test".
-        negated: Whether to keep the questions with "not" or "no", in every kind of conversation.
-        balanced: Whether to repeat questions of the rarer answer, so that "yes" and "no" come about
-            equally often among the negated and among the plain yes/no questions.
-        captions: How often each image also comes with its caption, "a red circle". Images of which
-            the kept questions do not tell both colour and shape have none.
-        dialogues: How many conversations of several questions each image also comes with.
-        turns: Questions in such a conversation, drawn without order; fewer where there are fewer.
-        seed: Seed of those draws.
+        split: Split of the data set: "train" or "test".
+        negated: Whether to keep questions with "not" or "no", in all kinds of conversations.
+        balanced: Whether to repeat questions with the rarer answer, so that "yes" and "no" occur
+            about equally often, both in negated and in plain yes/no questions.
+        captions: Number of conversations per image that have its caption, such as "a red circle",
+            as the answer. An image has none if its questions do not reveal both its color and its
+            shape.
+        dialogues: Number of conversations per image that have several of its questions.
+        turns: Maximum number of questions in a dialogue. They are drawn at random, and repeated
+            questions are removed.
+        seed: Seed of the random draws.
 
     Raises:
         ConfigError: The package easy_vqa is not installed.
@@ -89,13 +92,13 @@ FORMS = (*FLAGS, "captions", "dialogues", "turns", "seed")
 
 
 def parse_source(source: str) -> list[Record]:
-    """Makes the records that a source such as "easy_vqa:train:without_negation:captions=2" names.
+    """Returns the records of a source like "easy_vqa:train:without_negation:captions=2".
 
-    After the split come any of `without_negation`, `balanced`, `captions=N`, `dialogues=N`,
-    `turns=N` and `seed=N`, in any order: the arguments of `easy_vqa_records`.
+    The split is followed by any of `without_negation`, `balanced`, `captions=N`, `dialogues=N`,
+    `turns=N` and `seed=N`, in any order. They are the arguments of `easy_vqa_records`.
 
     Raises:
-        ConfigError: The source is none of these, or the package easy_vqa is not installed.
+        ConfigError: The source has another form, or the package easy_vqa is not installed.
     """
     _, split, *forms = source.split(":")
     if split not in ("train", "test"):
@@ -105,25 +108,28 @@ def parse_source(source: str) -> list[Record]:
         name, _, value = form.partition("=")
         if name not in FORMS:
             nearest = difflib.get_close_matches(name, FORMS, n=1) or FORMS
-            raise ConfigError(f"{source}: no form {name!r}; did you mean {nearest[0]!r}?")
+            raise ConfigError(f"{source}: unknown form {name!r}; did you mean {nearest[0]!r}?")
         if name in FLAGS and not value:
             option, setting = FLAGS[name]
             options[option] = setting
         elif name not in FLAGS and value.isdecimal():
             options[name] = int(value)
         else:
-            raise ConfigError(f"{source}: write {' and '.join(FLAGS)} alone, others as captions=2")
+            raise ConfigError(
+                f"{source}: write {' and '.join(FLAGS)} without a value, and the other forms with "
+                "a number, such as captions=2"
+            )
     return easy_vqa_records(split, **options)
 
 
 def read_questions(split: Split) -> list[Question]:
-    """Reads the question-answer pairs of a split, in the file's order."""
+    """Returns the questions of a split, in the order of the file."""
     text = (_folder(split) / "questions.json").read_text(encoding="utf-8")
     return [(question, answer, image) for question, answer, image in json.loads(text)]
 
 
 def question_family(question: str) -> Literal["colour", "shape", "yes/no", "negated"]:
-    """Tells the kind of a question from its words."""
+    """Returns the kind of a question, as determined from its words."""
     if re.search(r"\b(not|no)\b", question):
         return "negated"
     if re.match(r"what color is |what is the color ", question):
@@ -134,12 +140,13 @@ def question_family(question: str) -> Literal["colour", "shape", "yes/no", "nega
 
 
 def image_truth(questions: Sequence[Question]) -> tuple[str | None, str | None]:
-    """Tells the colour and the shape of an image as far as its questions and answers give them."""
+    """Returns the color and the shape of an image; None if its questions do not reveal them."""
     colour = shape = None
     for question, answer, _ in questions:
         family = question_family(question)
+        # These questions name what the image does not show; all others name what it shows.
         if (family, answer) in (("yes/no", "no"), ("negated", "yes")):
-            continue  # All others name what is there: "what color is the circle?", "red".
+            continue
         words = [*re.findall(r"\w+", question), answer]
         colour = next((word for word in words if word in COLOURS), colour)
         shape = next((word for word in words if word in SHAPES), shape)

@@ -1,4 +1,4 @@
-"""Data files by their paths: on disks, or wherever fsspec reads (gs://, s3://, https://)."""
+"""Opens and lists data files on local disks and wherever fsspec reads (gs://, s3://, https://)."""
 
 import glob
 import os
@@ -9,16 +9,16 @@ from llava_jax.errors import ConfigError
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is fsspec's rather than the operating system's."""
+    """Returns True if fsspec reads the path, rather than the operating system."""
     return "://" in path
 
 
 def open_file(path: str) -> Any:
-    """Opens a file to be read, in binary.
+    """Opens a file for reading in binary mode.
 
     Raises:
-        OSError: It cannot be, or is a folder, a pipe or a device.
-        ConfigError: What reads such paths is not installed.
+        OSError: The file cannot be opened, or is a directory, a pipe or a device.
+        ConfigError: fsspec does not know such paths, or lacks a package to read them.
     """
     if not is_remote(path):
         return open_regular(path)
@@ -26,16 +26,17 @@ def open_file(path: str) -> Any:
 
 
 def file_size(path: str) -> int:
-    """Bytes of a file."""
+    """Returns the size of a file in bytes."""
     return _file_system(path).size(path) if is_remote(path) else os.path.getsize(path)
 
 
 def is_folder(path: str) -> bool:
+    """Returns True if the path is a directory."""
     return _file_system(path).isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
 def list_folder(path: str) -> list[str]:
-    """The paths of what is in a folder."""
+    """Returns the paths of all files and directories in a directory."""
     if is_remote(path):
         system = _file_system(path)
         return [system.unstrip_protocol(name) for name in system.ls(path, detail=False)]
@@ -43,7 +44,7 @@ def list_folder(path: str) -> list[str]:
 
 
 def find_files(pattern: str) -> list[str]:
-    """The paths that a pattern such as "data/train-*.parquet" stands for, in order."""
+    """Returns the sorted paths that match a pattern such as "data/train-*.parquet"."""
     if is_remote(pattern):
         system = _file_system(pattern)
         return sorted(system.unstrip_protocol(name) for name in system.glob(pattern))
@@ -51,6 +52,7 @@ def find_files(pattern: str) -> list[str]:
 
 
 def _file_system(path: str) -> Any:
+    """Returns the fsspec file system of a path."""
     import fsspec
 
     try:

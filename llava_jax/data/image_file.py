@@ -1,6 +1,6 @@
-"""Image files of strangers as RGB: checked first, by the bytes, then decoded by Pillow.
+"""Decodes untrusted image files to RGB: checks the bytes first, then decodes them with Pillow.
 
-Nothing here needs JAX, so that a process can be started for it alone.
+This module does not import JAX, so that a process for decoding alone starts quickly.
 """
 
 import contextlib
@@ -14,21 +14,23 @@ from llava_jax.data.image_limits import MAX_PIXELS, check_cost
 from llava_jax.errors import SampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that people use, and whose cost of decoding can be known before it starts."""
+"""Common formats whose decoding cost can be computed before decoding starts."""
 
 _STRIP_PIXELS = 2**22
+"""Number of pixels that are blended with white at a time."""
 
 
 @contextlib.contextmanager
 def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Image]:
-    """An image of which no more than the head is decoded, and that may be decoded whole.
+    """Checks an image file against the limits and opens it; only its header is decoded.
 
     Args:
-        data: An image file.
-        max_side: Most pixels of its longer side.
+        data: Content of an image file.
+        max_side: Maximum length of the longer side in pixels; None sets no limit.
 
     Raises:
-        SampleError: It is not an image or costs too much, or reading it fails while it is open.
+        SampleError: The data is not an image or costs too much to decode, or reading the image
+            fails inside the context.
     """
     try:
         check_cost(data)
@@ -36,8 +38,8 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
             size = image.size
             if not 0 < math.prod(size) <= MAX_PIXELS:
                 raise SampleError(
-                    f"its {size[0]} x {size[1]} pixels take {math.prod(size):,}, of at most "
-                    f"{MAX_PIXELS:,}",
+                    f"it has {size[0]} x {size[1]} = {math.prod(size):,} pixels, but must have 1 "
+                    f"to {MAX_PIXELS:,}",
                     "image size",
                 )
             if max_side is not None and max(size) > max_side:
@@ -49,22 +51,26 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(f"it is damaged, or none of {', '.join(FORMATS)}", "image") from None
+        raise SampleError(f"it is damaged, or is none of {', '.join(FORMATS)}", "image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError(str(error), "image size") from None
-    # Pillow's decoders raise errors of many kinds for broken files.
+    # Pillow's decoders raise errors of many types for broken files.
     except Exception as error:
         raise SampleError(str(error) or type(error).__name__, "image") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Lays what is transparent on white, as Hugging Face's processor does (LLaVA dropped it)."""
-    image.load()  # of some files, this tells what is transparent
+    """Converts an image to RGB and blends transparent parts with white.
+
+    Hugging Face's processor does the same; the original LLaVA drops the transparency.
+    """
+    image.load()  # some formats report their transparency only after loading
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):  # the whole at once would be in memory five times
+    # Blending the whole image at once would take five times its memory.
+    for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
         rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))

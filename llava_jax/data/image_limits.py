@@ -1,9 +1,10 @@
-"""What an image file costs to decode, counted from its bytes before anything is decoded.
+"""Computes the decoding cost of an image file from its bytes, before anything is decoded.
 
-A few kilobytes can keep a decoder busy for an hour, or fill the memory: by empty scans of a JPEG,
-tiny chunks of a PNG, tags of a TIFF. Counting finds them on every machine alike, however fast it
-is. The limits are for Pillow's decoders, as measured: what is within them takes at most a few
-seconds of a core, and about a gigabyte.
+A file of a few kilobytes can keep a decoder busy for an hour or fill the memory, for example with
+empty scans of a JPEG, tiny chunks of a PNG or tags of a TIFF. Counting such parts gives the same
+result on every machine, unlike a time limit. The limits are based on measurements of Pillow's
+decoders: an image within the limits takes at most a few seconds of one core and about a gigabyte of
+memory.
 """
 
 import contextlib
@@ -16,57 +17,76 @@ from collections.abc import Iterator
 from llava_jax.errors import SampleError
 
 MAX_FILE_BYTES = 2**28
+"""Maximum number of bytes of an image file."""
 MAX_PIXELS = 2**30 // 4 // 3
-"""Of a file: Pillow's own limit."""
+"""Maximum number of pixels of an image, which is also Pillow's own limit."""
 
-# Headers and metadata. Pillow reads these in Python, each part in up to a few microseconds.
+# Limits for headers and metadata. Pillow reads these in Python, in a few microseconds per part.
 MAX_HEADER_BYTES = 2**24
+"""Maximum number of bytes of a JPEG's header, and of all chunks of a PNG that hold no pixels."""
 MAX_JUNK_BYTES = 2**16
-"""Between the parts of a file's head, where Pillow reads a byte at a time."""
+"""Maximum number of bytes between the segments of a JPEG's header. Pillow reads such bytes one
+by one."""
 MAX_SEGMENTS = 4096
-"""Of a JPEG: what a marker begins."""
+"""Maximum number of segments of a JPEG."""
 MAX_CHUNKS = 2**16
-"""Of a PNG."""
+"""Maximum number of chunks of a PNG."""
 MAX_COMPRESSED_CHUNKS = 128
-"""Of a PNG: metadata that becomes up to 1 MiB each."""
+"""Maximum number of compressed texts and color profiles of a PNG, each of which may expand to 1
+MiB."""
 MAX_GIF_BLOCKS = 2**16
-"""Before the first picture of a GIF."""
+"""Maximum number of blocks before the first picture of a GIF."""
 MAX_JOINED_BYTES = 2**20
-"""Of a GIF's comments and a JPEG's Exif data, to which Pillow adds one block after the other."""
+"""Maximum number of bytes of a GIF's comments and of a JPEG's Exif data, which Pillow
+concatenates block by block."""
 MAX_TAGS = 1000
-"""Of a TIFF or of Exif data. libtiff sorts all tags anew for each that it does not know."""
+"""Maximum number of tags of a TIFF or of Exif data. libtiff sorts all tags again for each tag
+that it does not know."""
 MAX_TAG_NUMBERS = 2**21
-"""Bytes of numbers in tags, each of which becomes a Python object."""
+"""Maximum number of bytes of numbers in tags. Each number becomes a Python object."""
 
-# Pixels.
+# Limits for pixels.
 MAX_JPEG_BYTES = 2**27
+"""Maximum number of bytes of a JPEG file."""
 MAX_JPEG_BLOCKS = 2**22
-"""Of a JPEG that is kept in memory until its last scan, at 128 bytes a block."""
+"""Maximum number of blocks of a JPEG with several scans. All its blocks, 128 bytes each, stay in
+memory until the last scan."""
 MAX_JPEG_VISITS = 20_000_000
-"""Blocks that all scans of a JPEG go through. A progressive one of three full components, as usual
-encoders write it, goes through each about five times."""
+"""Maximum number of blocks that all scans of a JPEG visit, with repetitions. The scans of a
+usual progressive JPEG with three full components visit each block about five times."""
 MIN_SCAN_VISITS = 2**14
-"""Even an empty scan takes time to begin."""
+"""Number of visits that each scan counts at least, because starting even an empty scan takes
+time."""
 MAX_PNG_BYTES = 2**29
+"""Maximum number of bytes of the decompressed pixels of a PNG."""
 MAX_RLE_BYTES = 2**22
+"""Maximum number of bytes of a BMP file with run-length encoding, which Pillow decodes in
+Python."""
 MAX_RLE_PIXELS = 2**23
-"""Of a compressed BMP, which Pillow decodes in Python."""
+"""Maximum number of pixels of a BMP with run-length encoding."""
 MAX_TIFF_TILES = 100_000
-"""Or strips."""
+"""Maximum number of tiles or strips of a TIFF."""
 MAX_TIFF_TILE_BYTES = 2**28
+"""Maximum number of bytes of one decoded tile or strip."""
 MAX_TIFF_BYTES = 2**30
-"""Of all tiles, with what of them lies outside of the image."""
+"""Maximum number of bytes of all decoded tiles or strips, including their parts outside of the
+image."""
 MAX_WEBP_PIXELS = 50_000_000
-"""libwebp keeps two pictures beside the one it gives."""
+"""Maximum number of pixels of a WebP image. libwebp keeps two pictures in memory besides the
+result."""
 
 
 def check_cost(data: bytes) -> None:
-    """Refuses an image file that would cost too much, without decoding any of it.
+    """Checks that an image file does not cost too much to decode, without decoding any of it.
 
-    What is damaged otherwise is left for the decoder to find.
+    Damage that does not affect the cost is left for the decoder to find.
+
+    Args:
+        data: Content of an image file.
 
     Raises:
-        SampleError: It is over a limit, or of a kind whose cost cannot be counted.
+        SampleError: The file exceeds a limit, is cut short, or is of a kind whose cost cannot be
+            computed.
     """
     _limit("bytes", len(data), MAX_FILE_BYTES)
     for magic, check in _CHECKS.items():
@@ -83,7 +103,7 @@ def _refusal(text: str) -> SampleError:
 
 def _limit(what: str, found: int, most: int) -> None:
     if found > most:
-        raise SampleError(f"it has {found:,} {what}, of at most {most:,}", "image cost")
+        raise SampleError(f"it has {found:,} {what}; at most {most:,} are allowed", "image cost")
 
 
 def _check_jpeg(jpeg: bytes) -> None:
@@ -92,30 +112,37 @@ def _check_jpeg(jpeg: bytes) -> None:
 
 
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
-"""That of a segment. All others stand alone, or are none."""
+"""Matches the marker of a JPEG segment, or the end of the image. Other markers have no segment."""
 _EOI, _SOS, _EXIF, _MPF = 0xD9, 0xDA, 0xE1, 0xE2
 _EXIF_MAGIC = b"Exif\0\0"
 _TABLES = {0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
+"""Markers of tables and metadata."""
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+"""Markers that begin a frame. Those above `_PROGRESSIVE` stand for lossless, hierarchical or
+arithmetic coding."""
 _PROGRESSIVE = 0xC2
 
 
 def _check_scans(jpeg: bytes) -> int:
-    """Goes through the segments as libjpeg does; returns how many blocks all scans go through."""
+    """Checks the segments of a JPEG in the order in which libjpeg reads them.
+
+    Returns the number of blocks that all scans visit; 0 if a single sequential scan has all
+    components.
+    """
     frame: tuple[int, int, int] | None = None
     visits, exif, sequential = 0, b"", True
     for number, (marker, segment) in enumerate(_segments(jpeg), 1):
         _limit("segments", number, MAX_SEGMENTS)
         if marker in _FRAMES:
             if marker > _PROGRESSIVE or frame is not None:
-                raise _refusal("it is a JPEG with arithmetic coding, lossless or of two frames")
+                raise _refusal("it is a JPEG with arithmetic coding, lossless coding or two frames")
             sequential, frame = marker != _PROGRESSIVE, _frame(segment)
         elif marker == _SOS:
             if frame is None:
                 raise _refusal("it is a JPEG without a frame")
             parts, largest, blocks = frame
             if sequential and segment[0] == parts and not visits:
-                break  # decoded as it comes, and nothing behind it is
+                break  # libjpeg decodes this scan block by block, and reads nothing after it
             _limit("blocks of several scans", blocks, MAX_JPEG_BLOCKS)
             visits += max(MIN_SCAN_VISITS, segment[0] * largest)
             _limit("blocks in all its scans", visits, MAX_JPEG_VISITS)
@@ -131,7 +158,7 @@ def _check_scans(jpeg: bytes) -> int:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind and content of each segment."""
+    """Yields the marker and the content of each segment."""
     position, junk, in_head = 2, 0, True
     while (found := _MARKER.search(jpeg, position)) and found[0][1] != _EOI:
         start = found.end()
@@ -147,22 +174,22 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _frame(segment: bytes) -> tuple[int, int, int]:
-    """Components of a JPEG, blocks of the largest, and blocks of all."""
+    """Returns the numbers of components, of blocks in the largest component, and of all blocks."""
     height, width, count = struct.unpack_from(">HHB", segment, 1)
     samplings = [divmod(segment[at], 16) for at in range(7, 7 + 3 * count, 3)]
     if not samplings or not all(0 < side < 5 for sampling in samplings for side in sampling):
-        raise _refusal("it is a JPEG whose sampling is wrong")
+        raise _refusal("it is a JPEG with invalid sampling factors")
     across, down = (max(sides) for sides in zip(*samplings, strict=True))
     units = math.ceil(width / (8 * across)) * math.ceil(height / (8 * down))
     return count, units * across * down, units * sum(a * d for a, d in samplings)
 
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Of a PNG, for each kind of colours."""
+"""Number of channels for each color type of a PNG."""
 
 
 def _check_png(png: bytes) -> None:
-    """Goes through the chunks; only those of pixels may be large."""
+    """Checks all chunks; only the chunks with pixels may be large."""
     at, number, compressed, other = 8, 0, 0, 0
     while at + 8 <= len(png) and number <= MAX_CHUNKS:
         length, kind = struct.unpack_from(">I4s", png, at)
@@ -170,7 +197,7 @@ def _check_png(png: bytes) -> None:
             break
         if kind == b"IHDR":
             width, height, depth, colours = struct.unpack_from(">IIBB", png, at + 8)
-            pixels = min(width * height, MAX_PIXELS)  # that there are more is said elsewhere
+            pixels = min(width * height, MAX_PIXELS)  # open_checked refuses more
             size = pixels * depth * _CHANNELS.get(colours, 0) // 8
             _limit("bytes in its pixels", size, MAX_PNG_BYTES)
         number += 1
@@ -183,11 +210,12 @@ def _check_png(png: bytes) -> None:
 
 
 def _check_gif(gif: bytes) -> None:
-    """Goes to the first picture as Pillow does, with its ways of reading what is malformed."""
+    """Checks all blocks before the first picture, and reads malformed ones as Pillow does."""
     at = 13 + ((3 << (gif[10] & 7) + 1) if gif[10] & 128 else 0)
     blocks = comments = 0
 
     def next_block() -> int:
+        """Skips one block; returns its length, or 0 beyond the limit of blocks."""
         nonlocal at, blocks
         length, blocks = gif[at], blocks + 1
         at += 1 + length
@@ -233,23 +261,29 @@ def _check_webp(webp: bytes) -> None:
 
 
 Entry = tuple[int, int, int]
-"""Type of a tag, where its values start, and how many there are."""
+"""Type of a tag's values, offset of its first value, and number of its values."""
 
 _UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-"""Bytes of a value of each type."""
+"""Number of bytes of one value of each type."""
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q"}
+"""Format of each integer type in the module `struct`."""
 _POINTERS = (34665, 34853, 40965)
-"""Tags of further directories that Pillow reads: Exif, GPS, interoperability."""
+"""Tags that point to other directories that Pillow reads: Exif, GPS, interoperability."""
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR = 256, 257, 258, 259, 277, 284
 _STRIPS, _STRIP_ROWS, _STRIP_BYTES = 273, 278, 279
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 322, 323, 324, 325
 _IN_JPEG = 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _IN_JPEG, 8, 32773, 32946, 50000}
-"""None, CCITT's, LZW, JPEG, Deflate, PackBits, Zstandard."""
+"""Allowed compressions: none, CCITT's, LZW, JPEG, Deflate, PackBits, Zstandard."""
 
 
 class _Tags:
-    """Directories of a TIFF. All that are read share the limits."""
+    """Reads the directories of a TIFF. The limits apply to all directories together.
+
+    Attributes:
+        repeated: Tags that a directory has more than once.
+        first: Offset of the first directory.
+    """
 
     def __init__(self, data: bytes):
         self._data = data
@@ -260,7 +294,7 @@ class _Tags:
         self.first = self._unpack("Q", 8)[0] if self._is_big else self._unpack("I", 4)[0]
 
     def read(self, start: int) -> dict[int, Entry]:
-        """The tags of a directory."""
+        """Returns the tags of the directory at an offset."""
         length, form, count, inline = (20, "HHQ", "Q", 8) if self._is_big else (12, "HHI", "H", 4)
         found: dict[int, Entry] = {}
         first = start + struct.calcsize(count)
@@ -282,7 +316,7 @@ class _Tags:
         return found
 
     def integers(self, entry: Entry | None) -> tuple[int, ...]:
-        """The values of a tag; none if there is no such tag, or it has no integers."""
+        """Returns the values of a tag; none if the tag is missing or has no integers."""
         if entry is None or entry[0] not in _INTEGERS:
             return ()
         kind, offset, count = entry[0], entry[1], min(entry[2], MAX_TIFF_TILES + 1)
@@ -296,14 +330,15 @@ _USED = {
     *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, *_POINTERS),
     *(_STRIPS, _STRIP_ROWS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES),
 }
+"""Tags that decide what is decoded, which a directory may not have twice."""
 
 
 def _check_tags(data: bytes) -> None:
-    """Checks the first directory of a JPEG's Exif data, which may be damaged."""
-    for _ in range(4):  # Pillow goes over any number of these
+    """Checks the first directory of a JPEG's Exif data, even if the data is damaged."""
+    for _ in range(4):  # Pillow removes any number of these headers
         data = data.removeprefix(_EXIF_MAGIC)
     if data.startswith(_EXIF_MAGIC):
-        raise _refusal("its Exif data begins again and again")
+        raise _refusal("its Exif data repeats its header")
     if data[:2] in (b"II", b"MM"):
         with contextlib.suppress(struct.error):
             tags = _Tags(data)
@@ -311,7 +346,7 @@ def _check_tags(data: bytes) -> None:
 
 
 def _check_values(data: bytes, *directories: dict[int, Entry]) -> None:
-    """Bytes and texts of all tags, each of which Pillow copies."""
+    """Checks the number of bytes of all values, because Pillow copies them."""
     entries = itertools.chain.from_iterable(found.values() for found in directories)
     size = sum(min(count * _UNITS[kind], len(data)) for kind, _, count in entries)
     _limit("bytes in tags", size, len(data) + MAX_TAG_NUMBERS)
@@ -319,24 +354,24 @@ def _check_values(data: bytes, *directories: dict[int, Entry]) -> None:
 
 def _check_tiff(tiff: bytes) -> None:
     if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
-        raise _refusal("its header of a TIFF is wrong")
+        raise _refusal("its TIFF header is invalid")
     tags = _Tags(tiff)
     first = tags.read(tags.first)
-    if tags.repeated & _USED:  # Pillow takes the last, libtiff the first
+    if tags.repeated & _USED:  # Pillow uses the last, libtiff the first
         raise _refusal(f"it is a TIFF that has tag {min(tags.repeated & _USED)} twice")
     directories = [first]
-    for directory in directories:  # which grows; the number of tags ends it
+    for directory in directories:  # the list grows until the limit of tags is reached
         for pointer in _POINTERS:
             directories += [tags.read(at) for at in tags.integers(directory.get(pointer))]
     _check_values(tiff, *directories)
     compression = _first(tags, first, _COMPRESSION, 1)
     if compression not in _COMPRESSIONS:
-        raise _refusal(f"it is a TIFF of compression {compression}, which is not read")
+        raise _refusal(f"it is a TIFF of compression {compression}, which is not supported")
     count = _check_tiles(tags, first)
     offsets = tags.integers(first.get(_TILES, first.get(_STRIPS)))
     sizes = tags.integers(first.get(_TILE_BYTES, first.get(_STRIP_BYTES)))
     _limit("tiles or strips", len(offsets), MAX_TIFF_TILES)
-    if len(sizes) < count:  # libtiff takes each for as large as the file
+    if len(sizes) < count:  # libtiff then assumes that each is as large as the file
         sizes = (len(tiff),) * count
     if compression == 1:
         return
@@ -344,7 +379,7 @@ def _check_tiff(tiff: bytes) -> None:
     _limit("compressed bytes in tiles or strips", stored, 2 * len(tiff))
     if compression == _IN_JPEG:
         if len(offsets) < count:
-            raise _refusal("it is a TIFF that does not say where its tiles or strips are")
+            raise _refusal("it is a TIFF without the offsets of all its tiles or strips")
         visits = 0
         for at, size in zip(offsets[:count], sizes, strict=False):
             visits += _check_scans(tiff[at : at + size])
@@ -352,14 +387,14 @@ def _check_tiff(tiff: bytes) -> None:
 
 
 def _check_tiles(tags: _Tags, first: dict[int, Entry]) -> int:
-    """Checks the size of what is decoded at a time; returns how many tiles or strips there are."""
+    """Checks the size of the decoded tiles or strips; returns how many there are."""
     width, height = _first(tags, first, _WIDTH, 0), _first(tags, first, _HEIGHT, 0)
     samples, bits = (
         _first(tags, first, _SAMPLES, 1),
         max(tags.integers(first.get(_BITS)), default=1),
     )
     if not (min(width, height) > 0 and 0 < samples <= 16 and 0 < bits <= 64):
-        raise _refusal(f"it is a TIFF of {width} x {height} pixels, {samples} of {bits} bits")
+        raise _refusal(f"it is a TIFF of {width} x {height} pixels of {samples} x {bits} bits")
     if {_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES} & first.keys():
         if {_STRIPS, _STRIP_BYTES} & first.keys():
             raise _refusal("it is a TIFF with both tiles and strips")
@@ -378,6 +413,7 @@ def _check_tiles(tags: _Tags, first: dict[int, Entry]) -> int:
 
 
 def _first(tags: _Tags, directory: dict[int, Entry], tag: int, default: int) -> int:
+    """Returns the first integer of a tag, or the default if the tag has none."""
     return next(iter(tags.integers(directory.get(tag))), default)
 
 

@@ -1,4 +1,4 @@
-"""Images as pixels, the way CLIP's and SigLIP's processors make them."""
+"""Converts images to pixels, as CLIP's and SigLIP's image processors do."""
 
 import contextlib
 import dataclasses
@@ -15,50 +15,51 @@ from llava_jax.data.image_file import open_checked, to_rgb
 from llava_jax.data.image_limits import MAX_FILE_BYTES
 from llava_jax.errors import SampleError
 
-# OpenAI's CLIP: means and standard deviations of its training pixels, RGB.
+# Means and standard deviations of the RGB channels in the training data of OpenAI's CLIP.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# SigLIP's pixels go from -1 to 1.
+# SigLIP takes values from -1 to 1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 BICUBIC = Image.Resampling.BICUBIC
 
 MAX_PIXELS = 2**28
-"""Of what an image becomes on its way: a narrow one in its square may be huge."""
+"""Maximum number of pixels that an image may have after it is padded to a square, and after it
+is resized. The square of a narrow image may be huge."""
 
 MAX_WHOLE_PIXELS = 2**26
-"""Of an image, with what is added around it, that is resized in one call."""
+"""Maximum number of pixels of an image, including its padding, that is resized in one call."""
 _STRIP_PIXELS = 2**24
-"""What is resized at a time; most images are smaller, even in their square."""
-
+"""Number of pixels in a strip of a larger image; such an image is resized strip by strip."""
 
 MIN_REDUCED = 0.95
-"""How large a reduced JPEG must be at least, of what is needed. Its error grows slowly here, and so
-the many photographs of 640 pixels can be halved for 336 (docs/performance.md)."""
+"""Smallest side of a reduced JPEG, relative to the side that is needed. The error grows slowly
+near 1, and with 0.95, the many photographs of 640 pixels can be halved for a size of 336
+(docs/performance.md)."""
 
 Triple = tuple[float, float, float]
 Box = tuple[float | int, float | int, float | int, float | int]
-"""Left, top, right, bottom."""
+"""Rectangle in pixels: left, top, right, bottom."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Resizes, crops and normalises an image.
+    """Resizes, crops and normalizes an image.
 
     Attributes:
-        shortest_edge: The image is resized until its shorter side has so many pixels; "squash"
-            does not use it.
-        height: Height of the result: the centre is kept, a smaller image is filled with black.
-        width: Width of the result.
-        mean: Mean of each channel, of values from 0 to 1.
-        std: Standard deviation of each channel.
-        rescale: Factor that takes a pixel's 0..255 to 0..1.
-        aspect: "pad" first centres the image on a square of the mean colour, so that the crop
-            loses nothing. "crop" keeps the centre. "squash" resizes to height x width at once,
-            whatever becomes of the image's proportions.
-        decode: How `read` decodes a JPEG: "exact" as Hugging Face's processors do. "draft" at a
-            half, a quarter or an eighth of its size, if that leaves about as many pixels as are
-            needed; they differ by 0.5 to 2.5 steps of 1/255 on average.
+        shortest_edge: Length in pixels of the shorter side after resizing; not used by "squash".
+        height: Height of the result in pixels. The center of a larger image is kept, and a smaller
+            image is padded with black.
+        width: Width of the result in pixels.
+        mean: Mean of each color channel, for values from 0 to 1.
+        std: Standard deviation of each color channel.
+        rescale: Factor that maps levels from 0 to 255 to values from 0 to 1.
+        aspect: How an image becomes square. "pad" first puts the image in the center of a square of
+            the mean color, so that cropping loses nothing. "crop" keeps the center. "squash" scales
+            height and width separately, which changes the aspect ratio.
+        decode: How `read` decodes a JPEG. "exact" decodes at full size, as Hugging Face's
+            processors do. "draft" decodes at 1/2, 1/4 or 1/8 of the size if the result is about as
+            large as needed or larger; pixels then differ by 0.5 to 2.5 of 255 levels on average.
     """
 
     shortest_edge: int = 336
@@ -71,12 +72,14 @@ class ImageTransform:
     decode: Decode = "exact"
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
-        """Returns the normalised pixels, channels first.
+        """Returns the normalized pixels of an image, float32 [3, height, width].
 
         Raises:
-            SampleError: The image is too narrow to be made square in memory.
+            SampleError: The image has too many pixels after padding or resizing, because it is too
+                narrow.
         """
-        # Each level once, in double precision and back as Hugging Face's processor does.
+        # Each of the 256 levels is normalized once. It is multiplied in float64 and then rounded to
+        # float32, as in Hugging Face's processor.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
@@ -85,33 +88,33 @@ class ImageTransform:
 
     @property
     def scale(self) -> tuple[Triple, Triple]:
-        """What levels are multiplied by, and what is then added, to normalise each channel."""
+        """Returns the factor and the offset of each channel that normalize levels from 0 to 255."""
         red, green, blue = self.std
         factors = self.rescale / red, self.rescale / green, self.rescale / blue
         return factors, (-self.mean[0] / red, -self.mean[1] / green, -self.mean[2] / blue)
 
     def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> None:
-        """Writes the pixels of an image file, not yet normalised, to where they are needed.
+        """Reads an image file and writes its pixels, not normalized, to an array.
 
         Args:
-            image: The file's path, or what is in it.
-            levels: Becomes the pixels.
+            image: Path or content of the file.
+            levels: uint8 [3, height, width]. Array that the pixels are written to.
 
         Raises:
-            SampleError: `open_image` or the transform fails.
+            SampleError: The file cannot be read, or the image is too narrow.
         """
         with _opened(image) as file:
             size = file.size
             scale = self._reduce(file) if self.decode == "draft" else 1
             rgb = to_rgb(file)
         fitted = self._fit(rgb, size, scale)
-        # A channel at a time is faster than moving an array's axis.
+        # Copying one channel at a time is faster than transposing an array.
         for channel, name in zip(levels, "RGB", strict=True):
             flat = np.frombuffer(fitted.tobytes("raw", name), np.uint8)
             channel[...] = flat.reshape(channel.shape)
 
     def _reduce(self, file: Image.Image) -> int:
-        """Has a JPEG decoded at 1 / scale of its size; returns the scale."""
+        """Makes Pillow decode a JPEG at 1 / scale of its size; returns the scale."""
         width, height = file.size
         (left, top, right, bottom), size = self._box_and_size(width, height)
         drafted = file.draft(
@@ -124,7 +127,7 @@ class ImageTransform:
         return 1 if drafted is None else round(width / drafted[1][2])
 
     def _box_and_size(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
-        """The part of an image that is resized, perhaps larger than the image, and its new size."""
+        """Returns the rectangle to resize, which may exceed the image, and its size after that."""
         if self.aspect == "squash":
             return (0, 0, width, height), (self.width, self.height)
         left = top = 0
@@ -133,19 +136,17 @@ class ImageTransform:
             _check_pixels((width, height), side**2, MAX_PIXELS)
             left, top = -((side - width) // 2), -((side - height) // 2)
             width = height = side
-        # The longer side is rounded down, as Hugging Face's processor does.
+        # The longer side is rounded down, as in Hugging Face's processor.
         new = [int(self.shortest_edge * side / min(width, height)) for side in (width, height)]
         _check_pixels((width, height), math.prod(new), MAX_PIXELS)
         return (left, top, left + width, top + height), (new[0], new[1])
 
     def _fit(self, image: Image.Image, size: tuple[int, int], scale: int) -> Image.Image:
-        """Resizes and crops an image that was decoded at 1 / scale of its size.
-
-        In one call: it rounds between across and down, and which comes first is up to Pillow. Only
-        what would take too much memory, with what is added around it, goes by strips.
-        """
+        """Resizes and crops an image that was decoded at 1 / scale of its size."""
         box, new = self._box_and_size(*size)
         left, top, right, bottom = (side / scale for side in box)
+        # Pillow resizes in two passes, in an order of its own, and rounds in between. Strips may
+        # give other pixels, so they are used only if a single call would take too much memory.
         if max(image.width, right - left) * max(image.height, bottom - top) <= MAX_WHOLE_PIXELS:
             image = self._resized(image, (left, top, right, bottom), new)
         else:
@@ -155,7 +156,7 @@ class ImageTransform:
         return _center_crop(image, self.height, self.width)
 
     def _across(self, image: Image.Image, left: float, right: float, width: int) -> Image.Image:
-        """Resizes an image between two columns to a width, and leaves its height."""
+        """Resizes the columns between `left` and `right` to `width` columns; keeps the height."""
         across = Image.new("RGB", (width, image.height))
         rows = max(1, _STRIP_PIXELS // max(image.width, width, math.ceil(right - left)))
         for row in range(0, image.height, rows):
@@ -165,11 +166,12 @@ class ImageTransform:
         return across
 
     def _resized(self, image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+        """Resizes the content of a rectangle, with the mean color outside of the image."""
         image, box = self._enlarge(image, box)
         return image.resize(size, BICUBIC, box)
 
     def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
-        """Adds the mean colour where a box reaches beyond an image; the box in the result."""
+        """Pads an image to hold a rectangle; returns it, and the rectangle's new coordinates."""
         left, top = (max(0, math.ceil(-side)) for side in box[:2])
         right, bottom = (math.ceil(side) for side in box[2:])
         box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
@@ -185,28 +187,28 @@ class ImageTransform:
 def read_pixels(
     data: bytes, transform: ImageTransform, max_side: int
 ) -> Float32[np.ndarray, "3 H W"]:
-    """The normalised pixels of an image file, as `ImageTransform` makes them of a picture.
+    """Returns the normalized pixels of an image file, float32 [3, height, width].
 
     Args:
-        data: What is in the file.
-        transform: What happens to the image.
-        max_side: Most pixels of its longer side.
+        data: Content of the file.
+        transform: Transform of the image. Its `decode` is ignored: JPEGs are decoded at full size.
+        max_side: Maximum length of the longer side in pixels.
 
     Raises:
-        SampleError: It cannot be read, or costs too much.
+        SampleError: The file is not an image, costs too much to decode, or is too narrow.
     """
     with open_checked(data, max_side) as image:
         return transform(image)
 
 
 def open_image(image: str | bytes) -> Image.Image:
-    """Reads an image file whole, as RGB.
+    """Returns the image in a file as RGB.
 
     Args:
-        image: The file's path, or what is in it.
+        image: Path or content of the file.
 
     Raises:
-        SampleError: There is no such file, it is no image in one of `image_file.FORMATS`, or it
+        SampleError: The file does not exist, is not an image in one of `image_file.FORMATS`, or
             costs too much to decode.
     """
     with _opened(image) as file:
@@ -215,7 +217,7 @@ def open_image(image: str | bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(image: str | bytes) -> Iterator[Image.Image]:
-    """An image file of which but the head is read. What goes wrong while it is open names it."""
+    """Opens an image file and decodes only its header. Errors inside the context name the file."""
     embedded = isinstance(image, bytes)
     name = f"an embedded image of {len(image)} bytes" if embedded else f"image {image}"
     try:
@@ -225,7 +227,7 @@ def _opened(image: str | bytes) -> Iterator[Image.Image]:
         raise SampleError(f"image not found: {image}", "image missing") from None
     except SampleError as error:
         raise SampleError(f"cannot read {name}: {error}", error.kind) from None
-    # What reads remote files raises errors of many kinds, as do paths that no system takes.
+    # fsspec's file systems raise errors of many types, and so do paths that are not valid.
     except Exception as error:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
 
@@ -238,7 +240,9 @@ def _read_file(path: str) -> bytes:
 def _check_pixels(size: tuple[int, int], made: int, most: int) -> None:
     if not 0 < made <= most:
         raise SampleError(
-            f"its {size[0]} x {size[1]} pixels take {made:,}, of at most {most:,}", "image size"
+            f"its {size[0]} x {size[1]} pixels become {made:,} by padding or resizing; at most "
+            f"{most:,} are allowed",
+            "image size",
         )
 
 

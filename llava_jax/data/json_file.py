@@ -1,4 +1,4 @@
-"""Records of a JSON file: a list of them, or one on each line."""
+"""Reads the records of a JSON file: a list of records, or one record per line."""
 
 import array
 import contextlib
@@ -23,32 +23,35 @@ from llava_jax.disk import is_deeper
 from llava_jax.errors import ConfigError, SampleError
 
 _CHUNK_BYTES = 2**24
+"""Number of bytes that are read from a file at a time."""
 
 
 class JsonFile:
-    """A JSON file's records, read from disk one by one.
+    """The records of a JSON file, which are read from disk one by one.
 
-    Only the place of each record in the file is kept, so that hundreds of thousands of records
-    cost a few megabytes and reach worker processes at once. A record that is no JSON has a place
-    too: reading it says what is wrong.
+    Only the number and the byte range of each record are kept. Hundreds of thousands of records
+    thus take a few megabytes, and can be sent to worker processes quickly. A record that is not
+    valid JSON has a byte range too, and reading it raises the error.
 
     Attributes:
-        path: The file.
-        size: Its bytes.
-        sizes, digest, images: As `records.Survey` has them.
+        path: Path of the file.
+        size: Size of the file in bytes when it was opened.
+        sizes: Sizes of the records; see `records.Survey`.
+        digest: Digest of the records; see `records.Survey`.
+        images: Paths of some image files; see `records.Survey`.
     """
 
     def __init__(self, path: str, *, lines: bool, sampled_images: int = SAMPLED_IMAGES):
-        """Reads through the file once.
+        """Reads the whole file once to find its records.
 
         Args:
-            path: UTF-8.
-            lines: Whether each line is a record; else the file is a list of them.
-            sampled_images: Image files to remember, at least where there are as many.
+            path: Path of a file in UTF-8.
+            lines: Whether each line is a record; otherwise the file is a list of records.
+            sampled_images: Minimum number of image paths to keep, if the records have so many.
 
         Raises:
-            ConfigError: It is a list that does not end, or too damaged to find its records; names
-                the file and the record.
+            ConfigError: The list does not end, or the file is too damaged to find its records. The
+                message names the file and the record.
         """
         self.path = path
         self.size = file_size(path)
@@ -67,19 +70,23 @@ class JsonFile:
         return len(self._spans)
 
     def where(self, number: int) -> str:
-        """Where a record stands, for messages."""
+        """Returns the location of a record for messages: the file, and the line or record."""
         return f"{self.path}, {self._unit} {self._spans[number, 0]}"
 
     def read(self, number: int) -> Any:
-        """Reads a record, as it is in the file.
+        """Returns a record as the file has it.
+
+        Args:
+            number: Index of the record.
 
         Raises:
-            SampleError: It is no JSON.
+            SampleError: The record is not valid JSON, is too large or is nested too deeply.
         """
         _, start, stop = self._spans[number].tolist()
         if stop - start > MAX_RECORD_BYTES:
             raise SampleError(
-                f"this {self._unit} has {stop - start:,} bytes, of at most {MAX_RECORD_BYTES:,}",
+                f"this {self._unit} has {stop - start:,} bytes; at most {MAX_RECORD_BYTES:,} are "
+                "allowed",
                 "record size",
             )
         with open_file(self.path) as file:
@@ -91,17 +98,18 @@ class JsonFile:
             message = f"not UTF-8, byte {start + error.start} of the file"
             raise SampleError(message, "not JSON") from None
         except (ValueError, RecursionError) as error:
-            whole = ", which must hold a whole record" if self._unit == "line" else ""
-            message = f"not JSON: {error}, of this {self._unit}{whole}"
+            whole = ", which must be a complete record" if self._unit == "line" else ""
+            message = f"not JSON: {error}, in this {self._unit}{whole}"
             raise SampleError(message, "not JSON") from None
         if is_deeper(raw, MAX_DEPTH):
-            raise SampleError(f"it has more than {MAX_DEPTH} lists or objects in each other")
+            raise SampleError(f"lists and objects are nested more than {MAX_DEPTH} deep")
         if b"\\ud" in text.lower():
             _check_text(raw)
         return raw
 
 
 def _check_text(raw: object) -> None:
+    """Raises SampleError if a text has half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         json.dumps(raw, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -110,13 +118,15 @@ def _check_text(raw: object) -> None:
 
 
 Scanned = tuple[int, int, int, object]
-"""Number of a line or record, the bytes where it starts and stops, and itself; None if damaged."""
+"""Number of a line or record, offset of its first byte, offset after its last byte, and its
+value, which is None if it is damaged."""
 
 
 def _scan_lines(path: str) -> Iterator[Scanned]:
+    """Yields the lines that are not blank."""
     stop = 0
     with open_file(path) as opened:
-        file = io.BufferedReader(opened)  # what reads remote files reads only whole lines
+        file = io.BufferedReader(opened)  # readline of fsspec's files takes no limit
         for number in itertools.count(1):
             start, line = stop, file.readline(MAX_RECORD_BYTES)
             if not line:
@@ -133,7 +143,10 @@ def _scan_lines(path: str) -> Iterator[Scanned]:
 
 
 def _scan_list(path: str) -> Iterator[Scanned]:
-    """Goes through a list. What cannot be read is one damaged record, up to the next whole one."""
+    """Yields the elements of a list.
+
+    Text that cannot be read counts as one damaged element, up to the next complete record.
+    """
     with open_file(path) as file:
         text = _Window(file)
         text.skip("[")
@@ -148,45 +161,48 @@ def _scan_list(path: str) -> Iterator[Scanned]:
             raw, stop = text.read_record()
             if text.is_lost:
                 raise ConfigError(
-                    f"data file {path}: from record {number} on, at byte {start}, it is too "
-                    "damaged to find the next whole one; write it anew, as JSON lines"
+                    f"data file {path}: record {number}, at byte {start}, is damaged, and the next "
+                    "complete record was not found; write the file again, as JSON lines"
                 )
             yield number, start, stop, raw
             text.skip(",")
             number += 1
         if not text.at_end:
             raise ConfigError(
-                f"data file {path}: there is more behind the list, at byte {text.offset}; two "
-                "lists in one file?"
+                f"data file {path}: there is more text after the list, at byte {text.offset}; does "
+                "the file have two lists?"
             )
 
 
 class _Window:
-    """A JSON file, of which a part at a time is in memory: as text of a character a byte.
+    """Reads JSON values from a file of which only a part is in memory at a time.
+
+    The text has one character per byte (Latin-1), so that its positions are byte offsets.
 
     Attributes:
-        is_lost: Whether looking for whole records between damaged ones has taken too long.
+        is_lost: Whether the search for complete records between damaged ones took too long.
     """
 
     def __init__(self, file: IO[bytes]):
         self._file = file
         self._text = ""
-        self._position = 0  # of what is read next, in the text
-        self._start = 0  # of the text, in the file
-        self._tried = 0  # characters that were looked at for nothing
+        self._position = 0  # index in the text of what is read next
+        self._start = 0  # offset of the text in the file
+        self._tried = 0  # number of characters that were decoded without success
         self.is_lost = False
 
     @property
     def offset(self) -> int:
-        """The byte that is read next."""
+        """Returns the offset of the next byte in the file."""
         return self._start + self._position
 
     @property
     def at_end(self) -> bool:
+        """Returns True if no text is left."""
         return not self._has(1)
 
     def skip(self, mark: str) -> bool:
-        """Goes over a mark with the space around it, if it comes next."""
+        """Skips a mark and the space around it; returns False if the mark does not come next."""
         self._skip_space()
         found = self._text.startswith(mark, self._position)
         self._position += found
@@ -194,7 +210,10 @@ class _Window:
         return found
 
     def read_record(self) -> tuple[object, int]:
-        """Goes over one value; returns it and the byte where it stops. None is a damaged one."""
+        """Reads one value; returns it and the offset of the byte after it.
+
+        For a damaged value, returns None and skips to the next complete record.
+        """
         raw, length = self._decode(0, _SIZES[1:])
         self._position += length
         stop = self.offset
@@ -205,7 +224,7 @@ class _Window:
         return None, self.offset
 
     def _has(self, size: int) -> bool:
-        """Whether so many characters come next; reads on for them."""
+        """Returns True if at least `size` characters are left; reads more of the file if needed."""
         while len(self._text) - self._position < size:
             more = self._file.read(_CHUNK_BYTES).decode("latin-1")
             if not more:
@@ -223,12 +242,20 @@ class _Window:
                 return
 
     def _decode(self, ahead: int, sizes: tuple[int, ...]) -> tuple[object, int]:
-        """The value so far behind what comes next, and its length, which is 0 if there is none."""
+        """Decodes the value that begins `ahead` characters after the position.
+
+        Args:
+            ahead: Distance of the value from the position.
+            sizes: Lengths of text to decode, one after the other, until the value is complete.
+
+        Returns:
+            The value and its length in characters; (None, 0) if there is no valid value.
+        """
         for size in sizes:
             if self._position + ahead + size > len(self._text):
                 self._has(ahead + size)
             start = self._position + ahead
-            # A part, for an error of the decoder's costs as much as there is before it.
+            # Only a part is decoded, because at an error the decoder counts all lines before it.
             text = self._text[start : start + size]
             self._tried += len(text)
             is_all = len(text) < size
@@ -249,7 +276,7 @@ class _Window:
         return None, 0
 
     def _go_to_next(self) -> None:
-        """Goes from a damaged record to the next whole one, or to the list's end."""
+        """Moves from a damaged record to the next complete record, or to the end of the list."""
         self._position += self._has(1)
         while True:
             comma = _BETWEEN.search(self._text, self._position)
@@ -263,6 +290,8 @@ class _Window:
                     self.is_lost = True
                     return
             else:
+                # No record follows in this part. Its end is kept, because a comma and its space may
+                # continue in the next part.
                 self._position = max(self._position, len(self._text) - _MOST_SPACE)
                 if not self._has(_MOST_SPACE + 1):
                     rest = self._text.rstrip()
@@ -270,6 +299,7 @@ class _Window:
                     return
 
     def _is_record(self, ahead: int) -> bool:
+        """Returns True if a record begins `ahead` characters after the position."""
         raw, _ = self._decode(ahead, _SIZES)
         return isinstance(raw, dict) and not raw.keys().isdisjoint(CONVERSATIONS)
 
@@ -278,11 +308,14 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r",\s*(?=\{)")
 _MOST_SPACE = 2**16
-"""Between a comma and a record behind a damaged one."""
+"""Maximum number of characters of white space between a comma and the next record, after a
+damaged record."""
 _SIZES = (2**11, 2**14, 2**17, MAX_RECORD_BYTES)
-"""Of parts that are decoded, one after the other until a record is whole. The first is for what may
-be none."""
+"""Lengths of text that are decoded, one after the other, until a record is complete. The first
+one is for text that may not be a record at all."""
 _NEAR = 64
-"""Bytes: what is wrong so near to the end of a part may be right when there is more of it."""
+"""Distance in bytes from the end of a part within which an error may only mean that the part is
+cut off."""
 _TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 200
-"""What a try in vain costs at least, and what all of them may, in characters."""
+"""Costs of failed attempts in characters: the minimum for one attempt, and the budget for all
+attempts, which is a constant plus a number per byte of the file so far."""

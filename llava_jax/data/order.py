@@ -1,6 +1,6 @@
-"""Which records each batch holds: a function of the seed and the batch's number alone.
+"""Decides which records each batch has, from the seed and the number of the batch alone.
 
-So the order depends neither on the processes of a run nor on how often it was stopped.
+The order is therefore independent of the number of processes and of interruptions of a run.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from jaxtyping import Int64
 from llava_jax.errors import ConfigError
 
 NO_RECORD = -1
-"""Stands instead of a record's number where there is no record."""
+"""Index that stands for no record, for example in the padding of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-    """Every record once, the last batch filled up.
+    """Batches of all records once, in order; NO_RECORD fills the last batch.
 
     Attributes:
-        count: Records.
-        size: Records in a batch.
+        count: Number of records.
+        size: Number of records in a batch.
     """
 
     count: int
@@ -30,28 +30,30 @@ class InOrder:
 
     @property
     def batches(self) -> int:
+        """Returns the number of batches."""
         return -(-self.count // self.size)
 
     def batch(self, number: int) -> Int64[np.ndarray, " B"]:
-        """The records of a batch; NO_RECORD past the last."""
+        """Returns the record indices of a batch, int64 [size]; NO_RECORD after the last record."""
         numbers = np.arange(number * self.size, (number + 1) * self.size)
         return np.where(numbers < self.count, numbers, NO_RECORD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grouping:
-    """Batches of samples that are alike, as LLaVA's sampler makes them.
+    """Settings that group similar samples into batches.
 
-    In an epoch, samples with images and those without are cut into batches each for themselves, and
-    the batches shuffled; what is left over of both comes last. A batch is then dealt out to groups,
-    the longest samples first, so that the groups' sums of lengths are alike.
+    In each epoch, samples with images and samples without images are cut into separate batches, and
+    the order of these batches is shuffled. The remaining samples of both kinds come last. Within a
+    batch, samples are then assigned to groups, the longest samples first, so that the groups have
+    similar total lengths.
 
-    Source: what the option `group_by_modality_length` of LLaVA-1.5's scripts does.
+    This is what the option `group_by_modality_length` of LLaVA-1.5's scripts does.
 
     Attributes:
-        has_images: Whether a record has any.
-        lengths: Length of each record, in any unit.
-        group: Samples in a group; those of a group follow each other.
+        has_images: bool [N]. True if the record has images.
+        lengths: [N]. Length of each record, in any unit.
+        group: Number of samples in a group. The samples of a group are adjacent in the batch.
     """
 
     has_images: np.ndarray
@@ -60,16 +62,17 @@ class Grouping:
 
 
 class EpochOrder:
-    """Epoch after epoch without end, each in an order of its own.
+    """Record indices of batches without end, in epochs that each have their own order.
 
-    Data sets may be mixed: an epoch has each record of one as often as its weight says. Of a weight
-    that is no whole number, every epoch takes other records, until all have come equally often.
-    Batches run across the borders of epochs, unless they are grouped: then an epoch's last batch is
-    filled up with NO_RECORD.
+    Several data sets may be mixed: an epoch has each record of a data set as often as the weight of
+    the data set says. If the weight is not an integer, consecutive epochs take different records,
+    so that all records occur equally often in the long run. A batch may span two epochs. If batches
+    are grouped, NO_RECORD fills the last batch of each epoch instead.
 
     Attributes:
-        size: Records in a batch.
-        samples: Samples in an epoch.
+        size: Number of records in a batch.
+        samples: Number of samples in an epoch.
+        identity: Values that determine the order, as a dict for JSON.
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class EpochOrder:
         """Plans the order.
 
         Args:
-            counts: Records of each data set; they are numbered through.
-            size: Records in a batch.
+            counts: Number of records in each data set. Indices count through all data sets.
+            size: Number of records in a batch.
             seed: Seed of the order.
-            weights: How often an epoch has each record of a data set; None is once.
-            shuffle: Whether to shuffle; else every epoch has the records as they are numbered.
-            grouping: What batches have in common; None does not group.
+            weights: Number of times that an epoch has each record, for each data set; None means
+                once.
+            shuffle: Whether to shuffle the records; otherwise each epoch has them in the order of
+                their indices.
+            grouping: How batches are grouped; None does not group.
 
         Raises:
             ConfigError: An epoch has no records.
@@ -118,11 +123,15 @@ class EpochOrder:
 
     @property
     def batches(self) -> int:
-        """Batches of an epoch; the last may have the first records of the next."""
+        """Returns the number of batches that an epoch needs.
+
+        Unless batches are grouped, the last of them may also have the first records of the next
+        epoch.
+        """
         return -(-self._length // self.size)
 
     def batch(self, number: int) -> Int64[np.ndarray, " B"]:
-        """The records of a batch."""
+        """Returns the record indices of the batch with this number, int64 [size]."""
         positions = np.arange(number * self.size, (number + 1) * self.size)
         epochs, offsets = np.divmod(positions, self._length)
         if self._grouping is None and self._shuffle:
@@ -133,7 +142,7 @@ class EpochOrder:
         return records if self._grouping is None else _deal(records, self._grouping)
 
     def batches_alike(self) -> tuple[int, int, int]:
-        """Batches of an epoch whose samples all have images, none has, and some have."""
+        """Returns the numbers of batches in which all, no or some samples have images."""
         if self._grouping is None:
             return 0, 0, self.batches
         count = int(self._grouping.has_images[self._epoch(0)[self._epoch(0) >= 0]].sum())
@@ -150,17 +159,19 @@ class EpochOrder:
     def _make_epoch(self, epoch: int) -> Int64[np.ndarray, " N"]:
         records = self._records(epoch)
         if self._grouping is None:
-            return records  # its places are shuffled
+            return records  # `batch` shuffles the positions
         if self._shuffle:
             records = self._rng(epoch).permutation(records)
         return self._group(records, self._grouping, self._rng(epoch, 1))
 
     def _records(self, epoch: int) -> Int64[np.ndarray, " N"]:
-        """What an epoch has, data set after data set."""
+        """Returns the records of an epoch, sorted by data set."""
         parts, first = [], 0
         for part, (count, share) in enumerate(zip(self._counts, self._shares, strict=True)):
             wanted = np.arange(epoch * share, (epoch + 1) * share)
-            if share % max(count, 1):  # of an order of its own, which all epochs share
+            # With a fractional weight, all epochs share one permutation, and each epoch takes its
+            # records from where the previous epoch stopped.
+            if share % max(count, 1):
                 order = self._rng(part, 2).permutation(count) if self._shuffle else np.arange(count)
                 parts.append(first + order[wanted % count])
             elif share:
@@ -171,6 +182,7 @@ class EpochOrder:
     def _group(
         self, records: Int64[np.ndarray, " N"], grouping: Grouping, rng: np.random.Generator
     ) -> Int64[np.ndarray, " M"]:
+        """Returns the records of an epoch, batch after batch, with NO_RECORD at the end."""
         has_images = grouping.has_images[records]
         kinds = records[has_images], records[~has_images]
         whole = [len(kind) // self.size * self.size for kind in kinds]
@@ -183,11 +195,12 @@ class EpochOrder:
         return np.concatenate([batches.reshape(-1), rest, empty])
 
     def _rng(self, number: int, purpose: int = 0) -> np.random.Generator:
+        """Returns a random generator that depends on the seed, a number and a purpose."""
         return np.random.default_rng([self._seed, purpose, number])
 
 
 def _deal(records: Int64[np.ndarray, " B"], grouping: Grouping) -> Int64[np.ndarray, " B"]:
-    """Deals a batch out to groups: each sample to the group with the least sum so far."""
+    """Assigns samples to groups, each sample to the group with the smallest total length so far."""
     lengths = np.where(records == NO_RECORD, 0, grouping.lengths[records])
     order = np.argsort(-lengths, kind="stable")
     groups: list[list[int]] = [[] for _ in range(len(records) // grouping.group)]

@@ -1,4 +1,4 @@
-"""Several samples in one row: which go together."""
+"""Packs several samples into one row."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,12 +6,13 @@ from llava_jax.config import DataConfig, ModelConfig
 
 
 def first_fit(lengths: Mapping[int, int], room: int) -> list[list[int]]:
-    """Puts items into as few rows as first fit does, the longest items first.
+    """Assigns items to rows by first-fit decreasing.
 
-    That takes at most 11/9 of the fewest rows, and one more (Johnson, 1973).
+    The longest items come first. Each item goes into the first row that has room for it. This takes
+    at most 11/9 of the minimum number of rows, plus one (Yue, 1991).
 
     Args:
-        lengths: Length of each item, at most `room`. Items without a length are in no row.
+        lengths: Length of each item, at most `room`. Items of length 0 are left out.
         room: Length of a row.
 
     Returns:
@@ -31,19 +32,32 @@ def first_fit(lengths: Mapping[int, int], room: int) -> list[list[int]]:
 
 
 def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[int]]:
-    """Deals rows out to devices in turn, each of which has its share of `size` places.
+    """Assigns packed rows to devices in turn, so that all devices have almost the same number.
 
-    So all devices are filled alike, each from its first place on.
+    Args:
+        rows: Items of each packed row, at most `size` rows.
+        size: Number of rows in a batch; each device has an equal, contiguous share of them.
+        devices: Number of devices.
 
     Returns:
-        The rows by place, those of the first device first.
+        A dict from the index of a row in the batch to its items, without empty rows. Each device
+        fills its rows from its first one on.
     """
     share = size // devices
     return {i % devices * share + i // devices: row for i, row in enumerate(rows)}
 
 
 def images_in_row(data: DataConfig, model: ModelConfig, most: int) -> int:
-    """The most images of a row, if samples have at most `most` each."""
+    """Returns the maximum number of images in a row.
+
+    With packing, this is the number of images that fit into data.max_length tokens, but at least 1,
+    unless the samples have no images.
+
+    Args:
+        data: Config of the data.
+        model: Config of the model.
+        most: Maximum number of images in a sample.
+    """
     if not data.packing or not most:
         return most
     return max(data.max_length // model.image_tokens, 1)

@@ -1,4 +1,4 @@
-"""What padding costs, and the bucket lengths with which it costs least."""
+"""Measures the cost of padding, and finds the bucket lengths that minimize it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ from llava_jax.data.packing import first_fit
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """The batches of an epoch.
+    """The padding of the batches of an epoch.
 
     Attributes:
-        longest: Tokens of the longest sample of each batch; 1 where it has none.
-        size: Samples in a batch.
-        tokens: Sum over all samples that are used.
-        packed: Tokens of all rows, if samples were packed into rows of the longest length.
+        longest: int64 [batches]. Length in tokens of the longest sample in each batch; 1 if it has
+            none.
+        size: Number of samples in a batch.
+        tokens: Sum of the lengths of all samples that are used.
+        packed: Number of tokens in all rows if the samples were packed into rows of maximum length.
     """
 
     longest: Int64[np.ndarray, " batches"]
@@ -27,28 +28,30 @@ class Padding:
     packed: int
 
     def padded(self, lengths: Sequence[int]) -> int:
-        """Tokens of all batches, padded to the first of the lengths that holds each.
+        """Returns the number of tokens in all batches after padding to the smallest fitting length.
 
         Args:
-            lengths: The largest holds every batch.
+            lengths: Bucket lengths in tokens; the largest must hold every batch.
         """
         ordered = np.array(sorted(lengths), np.int64)
         return int(ordered[np.searchsorted(ordered, self.longest)].sum()) * self.size
 
     def waste(self, lengths: Sequence[int]) -> float:
-        """The share of `padded` that is no token of a sample."""
+        """Returns the fraction of the tokens counted by `padded` that do not belong to a sample."""
         return 1 - self.tokens / self.padded(lengths)
 
     @property
     def packed_waste(self) -> float:
-        """The same of `packed`; 1 where no text can be learned from."""
+        """Returns the fraction of padding if samples were packed; 1 if no text can be used."""
         return 1 - self.tokens / max(self.packed, 1)
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
-        """The lengths, up to a number of them, with which `padded` is least.
+        """Returns the bucket lengths, at most `count` of them, for which `padded` is smallest.
 
-        Exact: such a length is that of a batch, so batches in the order of their lengths are cut
-        into runs, and the best cut of the first n into k runs is one of their first i into k - 1.
+        The result is optimal. An optimal bucket length equals the length of some batch, so that
+        each bucket holds a run of the batches in the order of their lengths. Dynamic programming
+        finds the best division into runs: the best k runs of the first n lengths are the best k - 1
+        runs of the first i lengths and one more run, for some i.
         """
         values, counts = np.unique(self.longest, return_counts=True)
         before = np.concatenate([[0], np.cumsum(counts)])
@@ -67,7 +70,7 @@ class Padding:
 def _add_run(
     cost: np.ndarray, values: np.ndarray, before: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The least cost of the first n values with one run more, and where that run begins."""
+    """Returns the minimum costs of the first n lengths with one more run, and where it begins."""
     best, begin = np.full(len(cost), np.inf), np.zeros(len(cost), np.int64)
     for end in range(1, len(cost)):
         costs = cost[:end] + values[end - 1] * (before[end] - before[:end])
@@ -79,14 +82,14 @@ def _add_run(
 def measure_padding(
     order: EpochOrder, tokens: Int[np.ndarray, " N"], good: Bool[np.ndarray, " N"], room: int
 ) -> Padding:
-    """Measures the first epoch.
+    """Measures the padding of the first epoch.
 
     Args:
-        order: The run's.
-        tokens: Tokens of each sample. A sample with bad images counts for the length of its batch,
-            as it does in the run, but is all padding.
-        good: Which samples are learned from.
-        room: Tokens of a packed row.
+        order: Order of the records in the run.
+        tokens: int [N]. Number of tokens in each sample. If the images of a sample are bad, its
+            tokens contribute to the length of its batch, as in the run, but count as padding.
+        good: bool [N]. True if a sample is used for training.
+        room: Number of tokens in a packed row.
     """
     longest = np.ones(order.batches, np.int64)
     learned = packed = 0

@@ -1,4 +1,4 @@
-"""Records of a Parquet file, as Hugging Face's `datasets` writes them, with images embedded."""
+"""Reads the records of Parquet files, in the form that Hugging Face's `datasets` writes."""
 
 import bisect
 import collections
@@ -25,47 +25,54 @@ from llava_jax.errors import ConfigError, SampleError
 logger = logging.getLogger(__name__)
 
 Table = Metadata = Any
-"""A batch, row or array of pyarrow, and a file's metadata; pyarrow has no types."""
+"""A batch, row or array of pyarrow, and the metadata of a file; pyarrow has no types."""
 
 MAX_GROUP_BYTES = 256 * 2**20
-"""A row group is read up to the row that is asked for; beyond this, that is worth a warning."""
+"""Size of a row group above which a warning is logged, because reading a row reads its row group
+up to that row."""
 
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
-"""Rows that are read at a time: fewer, if one value of each could be larger together."""
+"""Number of rows that are read at a time. It is reduced if so many values, each as large as the
+largest column of a row group, would exceed `_BATCH_BYTES`."""
 
 _KEPT_BYTES = 2**26
-"""Of a row group that was read, as values; they may be far more than the file's bytes."""
+"""Number of bytes of a row group's values that stay in memory. The values may take far more
+bytes than the file."""
 
-# A few kilobytes of Parquet can stand for billions of values; files of samples are far below these.
+# A Parquet file of a few kilobytes can stand for billions of values. Each limit is a constant plus
+# a number per byte of the file; files of samples are far below the limits.
 _ROWS, _ROWS_PER_BYTE = 10_000, 0.25
 _VALUES, _VALUES_PER_BYTE = 2**16, 16.0
 _UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
 
 
 class ParquetFile:
-    """A Parquet file's records, read from disk one by one.
+    """The records of a Parquet file, which are read from disk one by one.
 
-    A row group is read from its start, some rows at a time, so that it need not fit the memory.
-    Its last 64 MiB that were read are kept: of a group that is no larger, nothing is read twice
-    until another group is read. Of larger ones, half is read for each record unless in order.
+    A row group is read from its start, some rows at a time, so that it need not fit into memory.
+    The last 64 MiB of values that were read stay in memory. A row group of at most this size is
+    therefore read once, until another row group of the file is read. In a larger row group, reading
+    one record in random order reads half of the row group on average.
 
     Attributes:
-        path: The file.
-        size: Its bytes.
-        sizes, images: As `records.Survey` has them.
-        digest: Digest of its records and of the number of bytes that their columns take.
+        path: Path of the file.
+        size: Size of the file in bytes when it was opened.
+        sizes: Sizes of the records; see `records.Survey`.
+        images: Paths of some image files; see `records.Survey`.
+        digest: Digest of the records and of the sizes in bytes of all columns.
     """
 
     def __init__(self, path: str, *, sampled_images: int = SAMPLED_IMAGES):
-        """Reads through the file once, without the bytes of its images.
+        """Reads the whole file once, except for the bytes of its images.
 
         Args:
-            path: The file.
-            sampled_images: Image files to remember, at least where there are as many.
+            path: Path of the file.
+            sampled_images: Minimum number of image paths to keep, if the records have so many.
 
         Raises:
-            ConfigError: pyarrow is not installed, or the file is no such table, or stands for far
-                more than its size.
+            ConfigError: pyarrow is not installed, the file is not Parquet with a column of
+                conversations, or its values take far more memory than the size of the file
+                suggests.
         """
         self.path = path
         self.size = file_size(path)
@@ -86,17 +93,20 @@ class ParquetFile:
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
         self.sizes, records, self.images = survey(self._scan(), path, sampled_images)
-        # Images are not read here, but one that was replaced by another takes another size.
+        # Images are not read here, but a replaced image changes the number of bytes in its column.
         self.digest = hashlib.sha256(repr((records, taken)).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, number: int) -> Json:
-        """Reads a record, as it is in the file.
+        """Returns a record as the file has it.
+
+        Args:
+            number: Index of the record.
 
         Raises:
-            SampleError: Its part of the file cannot be read, or it is too large.
+            SampleError: The row group cannot be read, or the record is too large.
         """
         group = int(np.searchsorted(self._ends, number, side="right"))
         row = number - (int(self._ends[group - 1]) if group else 0)
@@ -109,7 +119,7 @@ class ParquetFile:
             except ConfigError as error:
                 raise SampleError(str(error), "not Parquet") from error
             except StopIteration:
-                text = f"row group {group} has fewer rows than the file says"
+                text = f"row group {group} has fewer rows than the metadata of the file says"
                 raise SampleError(text, "not Parquet") from None
             _cursors[self] = cursor
             if len(_cursors) > _MAX_CURSORS:
@@ -117,11 +127,11 @@ class ParquetFile:
         return _row(batch, row)
 
     def where(self, number: int) -> str:
-        """Where a record stands, for messages."""
+        """Returns the location of a record for messages: the file and the row."""
         return f"{self.path}, row {number}"
 
     def _read_group(self, group: int, columns: list[str]) -> Iterator[Table]:
-        """Reads a row group as batches of some rows."""
+        """Yields the rows of a row group as batches of a few rows."""
         texts = [column for column in columns if not column.endswith(".bytes")]
         options = {"row_groups": [group], "columns": columns, "use_threads": False}
         opened = _open(self.path, texts, self._metadata)
@@ -129,7 +139,7 @@ class ParquetFile:
             yield from file.iter_batches(self._batch_rows, **options)
 
     def _scan(self) -> Iterator[Table]:
-        """The rows, without images that have a path beside their bytes."""
+        """Yields all rows, without the bytes of images that also have a path."""
         paths = {c.removesuffix(".path") for c in self._columns if c.endswith(".path")}
         light = [c for c in self._columns if c.removesuffix(".bytes") not in paths]
         for group in np.flatnonzero(np.diff(self._ends, prepend=0)).tolist():
@@ -142,7 +152,12 @@ class ParquetFile:
 
 
 class _Cursor:
-    """How far a row group has been read, and the batches that were read last."""
+    """The position up to which a row group has been read, and the batches that were read last.
+
+    Attributes:
+        group: Index of the row group.
+        start: Index in the row group of the first row that is still in memory.
+    """
 
     def __init__(self, group: int, batches: Iterator[Table]):
         self.group, self.start, self._batches = group, 0, batches
@@ -151,7 +166,7 @@ class _Cursor:
         self._bytes = 0
 
     def go_to(self, row: int) -> tuple[Table, int]:
-        """The batch with a row from `start` on, and the row's place in it."""
+        """Returns the batch that has a row, and the row's index in it. Needs `row` >= `start`."""
         while not self._ends or row >= self._ends[-1]:
             batch = next(self._batches)
             self._kept.append(batch)
@@ -165,7 +180,7 @@ class _Cursor:
 
 
 _cursors: collections.OrderedDict[ParquetFile, _Cursor] = collections.OrderedDict()
-"""Those of the files that were read last, each of which is an open file."""
+"""Cursors of the files that were read last. Each cursor keeps its file open."""
 _MAX_CURSORS = 8
 _lock = threading.Lock()
 
@@ -173,18 +188,18 @@ _lock = threading.Lock()
 def _measure_groups(
     path: str, size: int, metadata: Metadata, columns: list[str]
 ) -> tuple[np.ndarray, int]:
-    """Where row groups end, and the bytes of the largest column in one.
+    """Returns the row number at which each row group ends, and the bytes of the largest column.
 
     Raises:
-        ConfigError: They stand for more than files of samples do.
+        ConfigError: The row groups have more rows or values than a file of samples may have.
     """
     largest = most = 0
 
     def limit(what: str, found: int, most: float) -> None:
         if found > most:
             raise ConfigError(
-                f"data file {path}: its {size:,} bytes stand for {found:,} {what}, of at most "
-                f"{int(most):,}; such a file is damaged, or made to fill the memory"
+                f"data file {path}: its {size:,} bytes stand for {found:,} {what}; at most "
+                f"{int(most):,} are allowed; the file is damaged, or was made to fill the memory"
             )
 
     limit("rows", metadata.num_rows, _ROWS + _ROWS_PER_BYTE * size)
@@ -202,8 +217,8 @@ def _measure_groups(
         most = max(most, group.total_byte_size)
     if most > MAX_GROUP_BYTES:
         logger.warning(
-            "%s has row groups of %d MiB, and half of one is read for each sample; write it with "
-            "row_group_size=100 to have it read faster",
+            "%s has row groups of %d MiB, and reading a sample reads half of one on average; write "
+            "the file with row_group_size=100, so that it is read faster",
             path,
             most // 2**20,
         )
@@ -215,7 +230,8 @@ def _row(table: Table, number: int) -> Json:
     weight = _weight(row)
     if weight > MAX_RECORD_BYTES:
         raise SampleError(
-            f"it has {weight:,} bytes of text, of at most {MAX_RECORD_BYTES:,}", "record size"
+            f"it has {weight:,} bytes of text; at most {MAX_RECORD_BYTES:,} are allowed",
+            "record size",
         )
     try:
         return row.to_pylist()[0]
@@ -231,7 +247,7 @@ def _row_or_none(table: Table, number: int) -> Json | None:
 
 
 def _weight(data: Table) -> int:
-    """Bytes of all texts in a batch or an array, as objects of Python would have them."""
+    """Returns the bytes that the texts of a batch or an array take as Python objects."""
     arrow = _import_pyarrow("")
     if isinstance(data, arrow.RecordBatch):
         return sum(map(_weight, data.columns))
@@ -249,7 +265,7 @@ def _weight(data: Table) -> int:
 def _open(
     path: str, texts: list[str] | None = None, metadata: Metadata | None = None
 ) -> Iterator[Table]:
-    """Opens a file whose texts, of these columns, are then kept once each."""
+    """Opens a Parquet file. Equal texts in the columns `texts` are kept in memory only once."""
     arrow = _import_pyarrow(path)
     with contextlib.ExitStack() as opened:
         with _named(path, "the file"):
@@ -262,7 +278,7 @@ def _open(
 
 @contextlib.contextmanager
 def _named(path: str, part: str) -> Iterator[None]:
-    """Says in which file what cannot be read is."""
+    """Adds the path and the part of the file to errors of reading it."""
     arrow = _import_pyarrow(path)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Records: samples before they are encoded, and the forms in which data files write them.
+"""Parses the records of data files. A record is a sample before it is encoded.
 
-Two forms are known, and may be mixed. LLaVA's: `conversations` of `{"from", "value"}`, and `image`.
-And that of chat templates: `messages` of `{"role", "content"}`, whose content may be a list of text
-and image parts, and `images`.
+There are two forms, which may be mixed. LLaVA's form has `image` and `conversations`, a list of
+turns with `from` and `value`. The form of chat templates has `images` and `messages`, a list of
+turns with `role` and `content`; the content is a text or a list of text and image parts.
 """
 
 import array
@@ -21,22 +21,28 @@ from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, SampleError
 
 FIELDS = ("id", "image", "images", "conversations", "messages", "category")
-"""What is read of a record; all else in it is passed over."""
+"""Fields of a record that are read; all other fields are ignored."""
 
 CONVERSATIONS = ("conversations", "messages")
+"""Fields that may contain the conversation."""
 
-# What one record may have, so that no record keeps a run waiting or fills its memory.
+# Limits, so that no record delays a run for long or fills its memory.
 MAX_RECORD_BYTES = 2**22
+"""Maximum number of bytes of a record as JSON, and of its texts in a Parquet file."""
 MAX_IMAGES = 256
+"""Maximum number of images in a record."""
 MAX_TURNS = 2000
-"""Or parts of turns."""
+"""Maximum number of turns in a record, and of parts in a turn."""
 MAX_PATH = 4096
+"""Maximum number of characters in the path of an image."""
 MAX_CHARACTERS = 2**20
-"""Of all turns."""
+"""Maximum number of characters in all turns of a record together."""
 MAX_BAD = 2**18
-"""Records of a file that have no known form, if most have none."""
+"""Number of records without a known form that a file may have even if they are more than half of
+its records."""
 MAX_DEPTH = 64
-"""Of lists in lists. Python's own limit depends on who reads a record."""
+"""Deepest nesting of lists and objects. Python's own limit is not used, because it depends on
+the code that reads a record."""
 
 ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "system": "system",
@@ -49,13 +55,13 @@ ROLES: dict[str, Literal["system", "human", "gpt"]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sample before it is encoded.
+    """A sample before it is encoded.
 
     Attributes:
-        id: The data's own name for it.
-        images: Its image files: their paths, or what is in them.
-        turns: The conversation.
-        category: Groups the results of an evaluation; None outside any group.
+        id: Name of the sample in the data.
+        images: Path or content of each image file.
+        turns: Turns of the conversation.
+        category: Group of the sample in the results of an evaluation; None for no group.
     """
 
     id: str
@@ -65,22 +71,23 @@ class Record:
 
 
 def read_record(raw: Any, number: int, image_root: str, *, follow_links: bool = False) -> Record:
-    """Makes a record of what a data file holds.
+    """Converts a record of a data file to a `Record`.
 
     Args:
-        raw: {"image" or "images" (optional; an image or a list of them), "conversations" or
-            "messages", "id" and "category" (optional)}. An image is a path, or {"bytes", "path"}
-            of which one may be None. A turn is {"from", "value"} or {"role", "content"}; the names
-            of who speaks are human or user, gpt or assistant, and system. Contents are texts, or
-            lists of {"type": "text", "text"} and {"type": "image"} parts; an image part may bring
-            its own image (as "image" or "path"), or say which of the record's it is ("index").
-        number: Names it, if it has no id.
-        image_root: Folder that image paths are relative to.
-        follow_links: Whether links may lead out of it.
+        raw: A dict. It has the conversation, as "conversations" or "messages", and optionally
+            "image" or "images" (one image or a list of images), "id" and "category". An image is a
+            path, bytes, or {"bytes", "path"} of which one may be None. A turn is {"from", "value"}
+            or {"role", "content"}. The names of the roles are "human" or "user", "gpt" or
+            "assistant", and "system". A content is a text, or a list of {"type": "text", "text"}
+            and {"type": "image"} parts. An image part may contain its own image, as "image" or
+            "path", or the position of an image in the record, as "index".
+        number: Index of the record, which replaces a missing id.
+        image_root: Directory that relative image paths start from.
+        follow_links: Whether symbolic links may lead to images outside of image_root.
 
     Raises:
-        SampleError: It has another form, an image path leads out of image_root, or there is neither
-            image nor path.
+        SampleError: The record has another form, an image path leads out of image_root, or an image
+            has neither bytes nor a path.
     """
     images, turns = _parse(raw)
     name = raw.get("id")
@@ -93,11 +100,11 @@ def read_record(raw: Any, number: int, image_root: str, *, follow_links: bool = 
 
 
 class Sizes(NamedTuple):
-    """How large records are, as far as their text tells.
+    """Numbers of images and words in N records.
 
     Attributes:
-        images: Images of each; -1 where it has no known form.
-        words: Words of each, in all its turns.
+        images: int32 [N]. Number of images in each record; -1 if the record has no known form.
+        words: int32 [N]. Number of words in all turns of each record.
     """
 
     images: Int32[np.ndarray, " N"]
@@ -105,21 +112,23 @@ class Sizes(NamedTuple):
 
     @property
     def most_images(self) -> int:
-        """Of one record."""
+        """Returns the largest number of images in a record."""
         return int(self.images.max(initial=0))
 
 
 SAMPLED_IMAGES = 1024
-"""Image files of a data set, evenly spread, by which it is known again; up to twice as many."""
+"""Number of image files, evenly spread over a data set, that identify the data set. Up to twice
+as many are kept."""
 
 
 class Survey(NamedTuple):
-    """What one pass through records finds.
+    """Results of reading all records of a file once.
 
     Attributes:
         sizes: Sizes of the records.
-        digest: SHA-256 of what is learned from them, in their order.
-        images: Paths of some of their image files, evenly spread.
+        digest: SHA-256, in hexadecimal, of everything that is learned from the records, in their
+            order.
+        images: Paths of some image files, evenly spread over the records.
     """
 
     sizes: Sizes
@@ -128,10 +137,15 @@ class Survey(NamedTuple):
 
 
 def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAGES) -> Survey:
-    """Looks at records of a data file; the bytes of their images need not be there.
+    """Reads all records of a data file once; the bytes of images may be left out.
+
+    Args:
+        records: Records as the file has them; None for a damaged record.
+        path: Path of the file, for messages.
+        sampled_images: Minimum number of image paths to return, if the records have so many.
 
     Raises:
-        ConfigError: Most of a great many have no known form.
+        ConfigError: Too many records have no known form.
     """
     sizes, bad = array.array("i"), 0
     digest = hashlib.sha256()
@@ -164,13 +178,13 @@ def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAG
 
 
 def _bytes_of(images: list[object], turns: list[Turn], category: object) -> bytes:
-    """What is learned from a record; of an image that is embedded, what is there of it."""
+    """Returns everything that is learned from a record, as bytes to compute a digest of."""
     parts = [repr((images, category)), *(f"{turn.role}:{turn.text}" for turn in turns), ""]
     return "\0".join(parts).encode(errors="surrogatepass")
 
 
 def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
-    """The images of a record, as it has them, and its turns."""
+    """Returns the images of a record, as the file has them, and its turns."""
     if not isinstance(raw, dict):
         raise SampleError(f"expected an object, found {raw!r:.60}")
     if not isinstance(raw.get("category"), str | None):
@@ -185,7 +199,7 @@ def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
     parts: list[Json] = []
     for index, turn in enumerate(found):
         name, said = turn.get("from") or turn.get("role"), turn.get("value")
-        if said is None:  # a table has all its columns, even where they are empty
+        if said is None:  # in Parquet, a missing field is None
             said = turn.get("content")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
@@ -210,7 +224,7 @@ def _limit(what: str, found: int, most: int, kind: str = "record size") -> None:
 
 
 def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
-    """The text of a content in parts, and the image parts."""
+    """Returns the text of a content that has parts, and its image parts."""
     texts, images = [], []
     for part in content:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
@@ -220,13 +234,14 @@ def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Js
             images.append(part)
         else:
             raise SampleError(
-                f'turn {turn}: expected parts {{"type": "text", "text": text}} or, where the user '
-                f'speaks, {{"type": "image"}}, found {part!r:.80}'
+                f'turn {turn}: expected parts {{"type": "text", "text": text}} or, in a user '
+                f'turn, {{"type": "image"}}, found {part!r:.80}'
             )
     return "".join(texts), images
 
 
 def _images_beside(raw: Json) -> list[object]:
+    """Returns the images in the fields "image" or "images" of a record."""
     named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
     if len(named) > 1:
         raise SampleError('there are both "image" and "images"; keep one of them')
@@ -234,7 +249,7 @@ def _images_beside(raw: Json) -> list[object]:
         images = value if isinstance(value, list) else [value]
         if not all(map(_is_image, images)):
             raise SampleError(
-                f'"{name}" must be a path, {{"bytes", "path"}}, or a list of them, found '
+                f'"{name}" must be a path, {{"bytes", "path"}}, or a list of these, found '
                 f"{value!r:.60}"
             )
         return images
@@ -242,7 +257,7 @@ def _images_beside(raw: Json) -> list[object]:
 
 
 def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
-    """The images in the order of the parts that show them, if these say which they show."""
+    """Returns the images in the order of the parts, if the parts say which images they show."""
     if not parts:
         return beside
     keys = [
@@ -254,13 +269,15 @@ def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
     of_record = all(key == "index" for key in keys)
     if not all(keys) or (not of_record and ("index" in keys or beside)):
         raise SampleError(
-            f"all image parts must bring their own image, or all show one of the "
-            f"record's; found {parts!r:.80}"
+            f"all image parts must have their own image, or all must have the index of an image "
+            f"of the record; found {parts!r:.80}"
         )
     images = [part[key] for part, key in zip(parts, keys, strict=True) if key]
     if of_record:
         if not all(isinstance(index, int) and 0 <= index < len(beside) for index in images):
-            raise SampleError(f"parts show images {images!r:.80}, and it has {len(beside)}")
+            raise SampleError(
+                f"image parts have indices {images!r:.80}, but the record has {len(beside)} images"
+            )
         return [beside[index] for index in images]
     if not all(map(_is_image, images)):
         raise SampleError(
@@ -279,15 +296,16 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 
 def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
-    """The path of an image below a folder, or what is in its file.
+    """Returns the full path of an image file in a directory, or its content if it is embedded.
 
     Args:
-        image: A path, its bytes, or {"bytes", "path"} of which one may be None.
-        root: The folder.
-        follow_links: Whether links may lead out of it.
+        image: Path, bytes, or {"bytes", "path"} of which one may be None.
+        root: Directory that relative paths start from.
+        follow_links: Whether symbolic links may lead to images outside of the directory.
 
     Raises:
-        SampleError: It is not an image, a path or a URL, or its path leads out of the folder.
+        SampleError: The image is neither embedded nor a path, or its path is not valid or leads out
+            of the directory.
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
@@ -300,9 +318,9 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
     try:
         os.fsencode(image)
     except UnicodeEncodeError as error:
-        raise SampleError(f"image path {image!r} is no text: {error}", "image path") from None
+        raise SampleError(f"image path {image!r} is not text: {error}", "image path") from None
     path = PurePosixPath(image)
-    is_address = "://" in image or ("://" in root and "::" in image)  # fsspec's chains of them
+    is_address = "://" in image or ("://" in root and "::" in image)  # or a chain of fsspec URLs
     if is_address or path.is_absolute() or ".." in path.parts or "\0" in image:
         raise SampleError(
             f"image path {image!r} leads out of data.image_root; make it relative to that folder",
@@ -311,13 +329,14 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
     located = os.path.join(root, image)
     if not follow_links and "://" not in root and not _is_inside(located, root):
         raise SampleError(
-            f"image {image!r} is, by a link, outside of data.image_root; set data.follow_links if "
-            "that is meant",
+            f"image {image!r} leads out of data.image_root by a link; set data.follow_links to "
+            "allow this",
             "image path",
         )
     return located
 
 
 def _is_inside(path: str, root: str) -> bool:
+    """Returns True if the path is in the directory `root` after all links are resolved."""
     root = os.path.realpath(root)
     return os.path.commonpath([root, os.path.realpath(path)]) == root

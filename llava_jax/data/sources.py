@@ -1,4 +1,4 @@
-"""Where samples come from: data files of a form found by their content, and easy-VQA by name."""
+"""Opens sources of samples: data files, whose form is detected from their content, and easy-VQA."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from llava_jax.data.records import SAMPLED_IMAGES, Record, Sizes, locate_image, 
 from llava_jax.errors import ConfigError
 
 SHARDS = (".parquet", ".jsonl")
-"""Endings of the files that are read of a folder."""
+"""Extensions of the files that are read from a directory."""
 
 
 def load_records(
@@ -28,14 +28,18 @@ def load_records(
     """Opens a source of records.
 
     Args:
-        path: A data file, a folder of them or a pattern such as "data/train-*.parquet"; files are
-            JSON lists, JSON lines or Parquet, of records in the forms of `records.read_record`.
-            Or "easy_vqa:SPLIT[:FORM...]" (see `easy_vqa.parse_source`).
-        image_root: Folder that image paths are relative to; easy-VQA has its own.
-        follow_links: Whether links in that folder may lead out of it.
+        path: Data file, directory of data files, or pattern such as "data/train-*.parquet". A file
+            is a JSON list, JSON lines or Parquet, with records in a form that `records.read_record`
+            accepts. "easy_vqa:SPLIT[:FORM...]" is the easy-VQA data set; see
+            `easy_vqa.parse_source`.
+        image_root: Directory that relative image paths start from; not used for easy-VQA.
+        follow_links: Whether symbolic links may lead to images outside of image_root.
+
+    Returns:
+        The records, each of which is read when it is accessed.
 
     Raises:
-        ConfigError: The source is missing, or no record of it has a known form.
+        ConfigError: The source does not exist, has no records, or has no record in a known form.
     """
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
@@ -55,10 +59,11 @@ def load_records(
 
 
 class ListRecords(list[Record]):
-    """Records that are there already."""
+    """Records that are already in memory."""
 
     @functools.cached_property
     def sizes(self) -> Sizes:
+        """Returns the numbers of images and words in the records."""
         words = lambda record: sum(len(turn.text.split()) for turn in record.turns)
         pairs = [(len(record.images), words(record)) for record in self]
         return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
@@ -68,24 +73,24 @@ class ListRecords(list[Record]):
     @overload
     def __getitem__(self, index: slice) -> "ListRecords": ...
     def __getitem__(self, index: SupportsIndex | slice) -> "Record | ListRecords":
-        """Takes a record, or several."""
+        """Returns the record at an index, or the records in a slice."""
         if isinstance(index, slice):
             return ListRecords(super().__getitem__(index))
         return super().__getitem__(index)
 
     def where(self, index: int) -> str:
-        """Names a record, for messages."""
+        """Returns the location of a record for messages."""
         return f"sample {index}"
 
 
-class FileRecords(
-    Sequence[object]
-):  # not of Record: a check of types at run time would read bad records
+# The base class is not Sequence[Record], because a runtime type checker would then read records,
+# and reading a bad record raises an error.
+class FileRecords(Sequence[object]):
     """The records of data files, one file after the other. Can be pickled.
 
     Attributes:
-        sizes: Sizes of its records.
-        files: The files in order.
+        sizes: Numbers of images and words in the records.
+        files: Data files, in order.
     """
 
     def __init__(
@@ -95,12 +100,12 @@ class FileRecords(
         *,
         follow_links: bool = False,
     ):
-        """Puts files together.
+        """Joins data files.
 
         Args:
-            files: At least one.
-            image_root: Folder that image paths are relative to.
-            follow_links: Whether links in it may lead out of it.
+            files: Data files; at least one.
+            image_root: Directory that relative image paths start from.
+            follow_links: Whether symbolic links may lead to images outside of image_root.
         """
         self.sizes = _join([file.sizes for file in files])
         self.files = files
@@ -117,11 +122,11 @@ class FileRecords(
     @overload
     def __getitem__(self, index: slice) -> "FileRecords": ...
     def __getitem__(self, index: int | slice) -> "Record | FileRecords":
-        """Reads a record, or selects some without reading them.
+        """Reads the record at an index, or selects the records in a slice without reading them.
 
         Raises:
-            SampleError: It has another form, or an image path leads out of image_root.
-            ConfigError: The file changed since it was opened.
+            SampleError: The record has no known form, or an image path leads out of image_root.
+            ConfigError: The file changed after it was opened.
         """
         if isinstance(index, slice):
             part = copy.copy(self)
@@ -132,11 +137,14 @@ class FileRecords(
         return read_record(raw, number, self._image_root, follow_links=self._follow_links)
 
     def read_raw(self, index: int) -> Any:
-        """Reads a record as its file has it.
+        """Returns a record as its file has it.
+
+        Args:
+            index: Index of the record.
 
         Raises:
-            SampleError: Its part of the file cannot be read.
-            ConfigError: The file changed since it was opened.
+            SampleError: The record cannot be read.
+            ConfigError: The file changed after it was opened.
         """
         file, within = self._find(index)
         if file_size(file.path) != file.size:
@@ -144,21 +152,25 @@ class FileRecords(
         return file.read(within)
 
     def locate_image(self, path: str) -> str:
-        """Where an image file lies that a record names.
+        """Returns the full path of an image file that a record names.
+
+        Args:
+            path: Path of the image in the record.
 
         Raises:
-            SampleError: It leads out of image_root.
+            SampleError: The path leads out of image_root.
         """
         located = locate_image(path, self._image_root, self._follow_links)
         assert isinstance(located, str)
         return located
 
     def where(self, index: int) -> str:
-        """The file of a record, and its line, row or number there."""
+        """Returns the location of a record for messages: its file, and its line, record or row."""
         file, within = self._find(index)
         return file.where(within)
 
     def _find(self, index: int) -> tuple[JsonFile | ParquetFile, int]:
+        """Returns the file of a record, and the index of the record in the file."""
         number = self._numbers[index]
         position = int(np.searchsorted(self._ends, number, side="right"))
         file = self.files[position]
@@ -166,15 +178,19 @@ class FileRecords(
 
 
 class JoinedRecords(Sequence[object]):
-    """Several sources, one after the other. Can be pickled.
+    """The records of several sources, one source after the other. Can be pickled.
 
     Attributes:
-        sizes: Sizes of its records.
-        parts: The sources.
+        sizes: Numbers of images and words in the records.
+        parts: Sources, in order.
     """
 
     def __init__(self, parts: Sequence[ListRecords | FileRecords]):
-        """Puts sources together, of which there is at least one."""
+        """Joins sources.
+
+        Args:
+            parts: Sources of records; at least one.
+        """
         self.sizes = _join([part.sizes for part in parts])
         self.parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
@@ -187,10 +203,12 @@ class JoinedRecords(Sequence[object]):
     @overload
     def __getitem__(self, index: slice) -> ListRecords: ...
     def __getitem__(self, index: int | slice) -> Record | ListRecords:
-        """Reads a record, or several.
+        """Reads the record at an index, or all records in a slice.
 
         Raises:
-            SampleError: The source cannot read the record.
+            SampleError: The record cannot be read, has no known form, or names an image outside of
+                image_root.
+            ConfigError: The file changed after it was opened.
         """
         if isinstance(index, slice):
             return ListRecords(self[number] for number in range(*index.indices(len(self))))
@@ -198,18 +216,19 @@ class JoinedRecords(Sequence[object]):
         return part[within]
 
     def where(self, index: int) -> str:
-        """Where a record stands in its source."""
+        """Returns the location of a record for messages."""
         part, within = self._find(index)
         return part.where(within)
 
     def _find(self, index: int) -> tuple[ListRecords | FileRecords, int]:
+        """Returns the source of a record, and the index of the record in the source."""
         number = range(len(self))[index]
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.parts[part], number - int(self._starts[part])
 
 
 Records = ListRecords | FileRecords | JoinedRecords
-"""A sequence of records, with their sizes and positions. Reading one may raise SampleError."""
+"""A sequence of records, with their sizes and locations. Reading a record may raise SampleError."""
 
 
 def _join(parts: Sequence[Sizes]) -> Sizes:
@@ -217,6 +236,7 @@ def _join(parts: Sequence[Sizes]) -> Sizes:
 
 
 def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
+    """Opens a data file, whose form is detected from its first bytes."""
     try:
         with open_file(path) as file:
             start = file.read(4096).lstrip(b" \t\r\n")
@@ -237,6 +257,7 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
 
 
 def _find_files(path: str) -> list[str]:
+    """Returns the data files that a path, directory or pattern stands for."""
     if is_folder(path):
         return _find_shards(path)
     if not re.search(r"[*?\[]", path) or (not is_remote(path) and os.path.exists(path)):
@@ -244,12 +265,13 @@ def _find_files(path: str) -> list[str]:
     found = find_files(path)
     if not found:
         raise ConfigError(
-            f"data file {path}: no file has such a name; check data.path, mixture or eval_path"
+            f"data file {path}: no file matches; check data.path, mixture or eval_path"
         )
     return found
 
 
 def _find_shards(folder: str) -> list[str]:
+    """Returns the data files in a directory, which must not have several splits."""
     names = {PurePosixPath(path).name: path for path in list_folder(folder)}
     if not names.keys().isdisjoint(("dataset_dict.json", "state.json")):
         raise ConfigError(_saved_to_disk(folder))
@@ -258,20 +280,21 @@ def _find_shards(folder: str) -> list[str]:
         raise ConfigError(
             f"{folder} has no {' or '.join(SHARDS)} files; check data.path, mixture or eval_path"
         )
-    # As Hugging Face names them: train-00000-of-00003.parquet.
+    # Hugging Face names shards by their split: train-00000-of-00003.parquet.
     splits = {re.sub(r"(-\d+-of-\d+.*)?$", "", name) for name in shards if "-of-" in name}
     if len(splits) > 1:
         suffix = PurePosixPath(shards[0]).suffix
         raise ConfigError(
-            f"{folder} holds several splits ({', '.join(sorted(splits))}); choose one, as "
-            f"{folder}/{min(splits)}-*{suffix}"
+            f"{folder} holds several splits ({', '.join(sorted(splits))}); choose one, such "
+            f"as {folder}/{min(splits)}-*{suffix}"
         )
     return [names[name] for name in shards]
 
 
 def _saved_to_disk(path: str) -> str:
+    """Returns the error message for a data set in Arrow's format."""
     return (
-        f"{path} is of a dataset written by save_to_disk, in Arrow's format, which is not read; "
-        "write Parquet instead, in Python: datasets.load_from_disk(FOLDER).to_parquet(FILE), for "
-        "each split if there are several"
+        f"{path} belongs to a dataset written by save_to_disk in Arrow's format, which is not "
+        "supported; convert it to Parquet in Python: "
+        "datasets.load_from_disk(FOLDER).to_parquet(FILE), for each split if there are several"
     )

@@ -1,33 +1,38 @@
-"""Conversation templates: how turns become one text."""
+"""Defines conversation templates, which say how the turns of a conversation become one text."""
 
 import dataclasses
 
 from llava_jax.errors import SampleError as SampleError
 
 SYSTEM_SLOT = "{system}"
+"""Place of the system text in `Template.human_prefix`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
     """The text around the turns of a conversation.
 
-    A name in braces is one control token: `{bos}` and `{eos}` are the tokenizer's own (a tokenizer
-    without a `bos` starts without one), `{bos?}` is a `bos` if the tokenizer puts one before every
-    text, any other is looked up by its name, as `{<|eot_id|>}`.
+    A name in braces is one control token. `{bos}` and `{eos}` are the tokenizer's BOS and EOS
+    tokens, and `{bos}` is left out if the tokenizer has none. `{bos?}` is a BOS token if the
+    tokenizer itself puts one before every text. Any other name, such as `{<|eot_id|>}`, is looked
+    up in the vocabulary.
 
     Attributes:
-        begin: Before all else.
-        system: What the system says, unless the conversation has a system turn of its own.
-        system_prefix: Before what the system says, if it says anything.
-        system_suffix: After it.
-        human_prefix: Before each human turn. The first one's has the system's text, and what is
-            around it, at `{system}`; a template without that place leaves system turns out.
-        answer_prefix: Between a human turn and its answer. Spaces at its end are learned with the
-            answer and left to it in prompts: tokenizers join a space to the word that follows.
-        answer_suffix: After each answer, and learned with it.
-        separator: After that, and not learned.
-        image_suffix: After each image, when text follows it in its turn.
-        keeps_questions: Whether the text of human turns is kept, or only their images.
+        begin: Text at the start of the conversation.
+        system: System text of conversations that have no system turn.
+        system_prefix: Text before the system text, if that is not empty.
+        system_suffix: Text after the system text, if that is not empty.
+        human_prefix: Text before each human turn. In the first turn, `{system}` is replaced by the
+            system text with its prefix and suffix, and in other turns it is removed. Without
+            `{system}`, system turns are left out.
+        answer_prefix: Text between a human turn and its answer. Spaces at its end are learned with
+            the answer and are not part of a prompt, because tokenizers join a space to the word
+            after it.
+        answer_suffix: Text after each answer, which is learned with the answer.
+        separator: Text after the suffix of each answer, which is not learned.
+        image_suffix: Text after each image if the turn also has text.
+        keeps_questions: Whether the text of human turns is kept; otherwise only their images are
+            kept.
     """
 
     begin: str = "{bos}"
@@ -48,7 +53,7 @@ _VICUNA = (
 )
 
 
-_LLAMA_2 = (  # Meta's
+_LLAMA_2 = (  # Meta's system text
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
     "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
@@ -66,8 +71,8 @@ TEMPLATES = {
         answer_prefix=" ASSISTANT: ",
     ),
     "plain": Template(answer_suffix="\n", image_suffix="", keeps_questions=False),
-    # XTuner's PROMPT_TEMPLATE.vicuna: every round begins anew, and there is no system text unless
-    # the data has one, which then follows the usual one.
+    # XTuner's PROMPT_TEMPLATE.vicuna: every round starts with a BOS token, and only conversations
+    # with a system turn have a system text, which then follows Vicuna's.
     "vicuna_xtuner": Template(
         begin="",
         system_prefix=_VICUNA + " ",
@@ -76,7 +81,7 @@ TEMPLATES = {
         answer_prefix=" ASSISTANT: ",
         separator="\n",
     ),
-    # LLaVA's llama_2 and mistral_instruct: a space before the end of an answer is learned too.
+    # LLaVA's llama_2 and mistral_instruct: the space between an answer and {eos} is learned too.
     "llama_2": Template(
         begin="",
         system=_LLAMA_2,
@@ -87,12 +92,12 @@ TEMPLATES = {
         answer_suffix=" {eos}",
     ),
     "mistral_instruct": Template(
-        system_suffix="\n\n",  # as Mistral's tokenizer joins it to the first question
+        system_suffix="\n\n",  # how Mistral's tokenizer joins it to the first question
         human_prefix="[INST] {system}",
         answer_prefix=" [/INST] ",
         answer_suffix=" {eos}",
     ),
-    # Llama 3's own, and XTuner's llama3_chat.
+    # Llama 3's own template, which is also XTuner's llama3_chat.
     "llama_3": Template(
         system_prefix="{<|start_header_id|>}system{<|end_header_id|>}\n\n",
         system_suffix="{<|eot_id|>}",
@@ -100,7 +105,7 @@ TEMPLATES = {
         answer_prefix="{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
         answer_suffix="{<|eot_id|>}",
     ),
-    # As Qwen has it, and LLaVA-NeXT for Qwen.
+    # The template of Qwen, and of LLaVA-NeXT with Qwen.
     "chatml": Template(
         begin="{bos?}",
         system="You are a helpful assistant.",
@@ -112,3 +117,4 @@ TEMPLATES = {
         separator="\n",
     ),
 }
+"""Templates by their names in `data.template`."""

@@ -1,9 +1,10 @@
 """Makes batches ahead of time, in worker processes or in a thread.
 
-The pools of the standard library will not do: they do not say at which record a worker died (a
-`multiprocessing.Pool` waits for it for ever), and they copy every batch through a pipe. The loaders
-of PyTorch and Grain expect the whole input pipeline as a data set of theirs. Here a worker leaves
-its batches in shared memory, names the record that it reads there, and ends with its parent.
+The pools of the standard library are not used, for two reasons. They do not say which record a
+worker was reading when it died (a `multiprocessing.Pool` then waits forever), and they copy every
+batch through a pipe. The loaders of PyTorch and Grain need the whole input pipeline to be one of
+their data sets. A worker of this module writes its batches to shared memory, together with the
+index of the record that it is reading, and ends when its parent ends.
 """
 
 import atexit
@@ -31,16 +32,17 @@ import numpy as np
 from llava_jax.distributed.watchdog import end_with
 
 WITHOUT_END = 2**48
+"""Value of `stop` for an endless sequence of batches."""
 
 Read = Callable[[int], Any]
-"""Makes the batch, a tree of arrays, with a number. It must pickle if there are workers."""
+"""Function that makes the batch with a given number, a tree of arrays. Workers get it pickled."""
 
 
 class WorkerError(Exception):
     """A worker process died.
 
     Attributes:
-        record: The number of the record that it was reading; None if that is not known.
+        record: Index of the record that the process was reading; None if the index is not known.
     """
 
     def __init__(self, record: int | None, reason: str):
@@ -51,36 +53,38 @@ class WorkerError(Exception):
 def read_ahead(
     read: Read, start: int, workers: int, *, stop: int = WITHOUT_END, most_bytes: int = 0
 ) -> Generator[Any]:
-    """Yields batches from number `start` on; which they are does not depend on the workers.
+    """Yields batches in order; the batches do not depend on the number of workers.
 
     Args:
-        read: Makes one.
-        start: Number of the first.
-        workers: Processes that make whole batches; 0 makes them in a thread of this one.
-        stop: Number behind the last.
-        most_bytes: Largest batch. Larger ones go from a worker through a pipe, which is slower.
+        read: Function that makes the batch with a given number.
+        start: Number of the first batch.
+        workers: Number of processes that make whole batches; 0 makes them in a thread of this
+            process.
+        stop: Number of the first batch that is not yielded.
+        most_bytes: Size in bytes of the largest batch. Arrays beyond this size are sent through a
+            pipe, which is slower than shared memory.
 
     Raises:
         WorkerError: A worker process died.
     """
     if not workers:
-        # Grain's own buffers are meant for small elements: of whole batches, one ahead is enough.
+        # Grain's default buffers are for small elements. One batch in advance is enough.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
         return
-    # A container's 64 MB of shared memory would end the run with a bus error.
+    # Containers often have only 64 MB of shared memory, and using more is a bus error.
     most_bytes = most_bytes if _fits_shared_memory(workers * most_bytes) else 0
     with contextlib.ExitStack() as open_workers:
         firsts = range(start, min(start + workers, stop))
         opened = [open_workers.enter_context(_worker(most_bytes)) for _ in firsts]
-        for first, worker in zip(firsts, opened, strict=True):  # all have started by then
+        for first, worker in zip(firsts, opened, strict=True):  # all processes have started
             worker.give(read, range(first, stop, workers))
         for number in range(start, stop):
             yield opened[(number - start) % workers].take()
 
 
 class _Worker(NamedTuple):
-    """A process that makes batches, and holds at most two of them.
+    """A process that makes batches and holds at most two of them.
 
     Attributes:
         give: Sends the function that makes batches, and their numbers.
@@ -93,6 +97,7 @@ class _Worker(NamedTuple):
 
 @contextlib.contextmanager
 def _worker(most_bytes: int) -> Iterator[_Worker]:
+    """Starts a worker process, and kills it at the end of the context."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
@@ -105,7 +110,7 @@ def _worker(most_bytes: int) -> Iterator[_Worker]:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        atexit.register(process.kill)  # otherwise Python waits for it at its end
+        atexit.register(process.kill)  # otherwise Python waits for the worker when it exits
         theirs.close()
         try:
             yield _Worker(partial(_give, pipe), partial(_take, pipe, process, shared))
@@ -117,33 +122,36 @@ def _worker(most_bytes: int) -> Iterator[_Worker]:
 
 
 _OF_MAIN = (signal.SIGINT, signal.SIGTERM)
-"""These reach every process of a terminal's or SLURM's job, but only the main one may act."""
+"""Signals that reach all processes of a terminal's or SLURM's job. Only the main process may
+react."""
 _HEAD = 64
-"""Bytes of a worker's shared memory before its batch: the record it is at, or -1."""
+"""Number of bytes before the batch in a worker's shared memory, for the record index or -1."""
 _ALIGNMENT, _LEAVES = 64, 16
-"""Bytes that arrays are aligned to, and how many of them a batch may have at no further cost."""
+"""Alignment of arrays in bytes, and number of arrays per batch for which padding is reserved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Left:
-    """An array that was left in shared memory."""
+    """The place of an array in shared memory."""
 
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def find(self, shared: SharedMemory | None) -> np.ndarray:
+        """Returns the array, which is a view of the shared memory."""
         assert shared is not None
         return np.ndarray(self.shape, self.dtype, shared.buf, self.offset)
 
 
 def _give(pipe: Any, read: Read, numbers: range) -> None:
+    """Sends a worker its function and its batch numbers."""
     with contextlib.suppress(BrokenPipeError):  # the worker has died; `_take` reports that
         pipe.send((read, numbers))
 
 
 def _take(pipe: Any, process: BaseProcess, shared: SharedMemory | None) -> Any:
-    """Copies a worker's next batch out of its shared memory, which the next one may then use."""
+    """Returns a copy of a worker's next batch, so that the worker can reuse its shared memory."""
     with contextlib.suppress(OSError):  # the worker has died; receiving from it reports that
         pipe.send_bytes(b"go on")
     try:
@@ -160,7 +168,7 @@ def _take(pipe: Any, process: BaseProcess, shared: SharedMemory | None) -> Any:
 
 
 def _work(pipe: Connection, name: str | None, parent: int) -> None:
-    """Runs in a worker process: makes batches, and sends one each time it is asked."""
+    """Runs in a worker process: makes batches, and sends one for each request."""
     global _at
     for number in _OF_MAIN:
         signal.signal(number, signal.SIG_IGN)
@@ -187,7 +195,7 @@ def _work(pipe: Connection, name: str | None, parent: int) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or another one with the same text if a pipe cannot carry it."""
+    """Returns the error; or, if a pipe cannot carry it, another error with the same text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -196,7 +204,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _keep_memory() -> None:
-    """Tells the C library to keep freed memory for the next batch, because new pages are slow."""
+    """Makes the C library keep freed memory for the next batch, because new pages are slow."""
     with contextlib.suppress(AttributeError, OSError):  # only glibc has this function
         set_option = ctypes.CDLL(None).mallopt
         set_option(_M_MMAP_MAX, 0)
@@ -207,10 +215,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _leave(batch: Any, shared: SharedMemory | None) -> Any:
-    """Moves the arrays of a batch into shared memory, as many as fit."""
+    """Moves as many arrays of a batch as fit into shared memory."""
     offset, end = _HEAD, 0 if shared is None else shared.size
 
     def leave(leaf: np.ndarray) -> np.ndarray | _Left:
+        """Moves one array, or returns it if there is no room."""
         nonlocal offset
         if shared is None or offset + leaf.nbytes > end:
             return leaf
@@ -223,17 +232,22 @@ def _leave(batch: Any, shared: SharedMemory | None) -> Any:
 
 
 _at: np.ndarray | None = None
+"""int64 scalar in shared memory: index of the record that this worker reads; None elsewhere."""
 
 
 def write_progress(record: int) -> None:
-    """Says which record this process is at, for the message if it dies of it."""
+    """Notes which record this process is reading, so that an error can name it if the process dies.
+
+    Args:
+        record: Index of the record.
+    """
     if _at is not None:
         _at[...] = record
 
 
 @contextlib.contextmanager
 def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
-    """Memory that processes share by its name; None where the system has none."""
+    """Creates memory that processes can share by its name; None if the system has none."""
     try:
         shared = SharedMemory(create=True, size=size)
     except OSError:
@@ -249,6 +263,7 @@ def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
 
 
 def _fits_shared_memory(size: int) -> bool:
+    """Returns True if the system's shared memory has room for `size` bytes."""
     try:
         return shutil.disk_usage("/dev/shm").free > size
     except OSError:  # not Linux: there is no limit

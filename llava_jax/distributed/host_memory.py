@@ -1,7 +1,8 @@
-"""Arrays in host memory: which may lie there, and the only things that may be done with them.
+"""Keeps arrays in host memory: decides which arrays may be there, and moves slices of them.
 
-XLA moves slices of such an array to the device and back; any other operation on it would become
-slow work on the host, or stop the compiler (openxla/xla #47362, #47380, #34565).
+Use only these functions on arrays in host memory. XLA moves slices of an array in host memory to
+the device and back, but any other operation on such an array is slow work on the host or stops the
+compiler (openxla/xla #47362, #47380, #34565).
 """
 
 import math
@@ -16,28 +17,40 @@ Tree = TypeVar("Tree")
 """A tree of arrays."""
 
 PINNED_HOST = "pinned_host"
-"""The memory kind of what waits outside the devices, in pages that they reach themselves."""
+"""Memory kind of arrays in host memory. The pages of this kind are pinned, so that devices read and
+write the pages directly."""
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 MAX_SLICES, MIN_SLICE = 64, 2**16
-"""The most slices in which an array in host memory moves, and the fewest elements of a slice."""
+"""Largest number of slices in which an array in host memory moves, and smallest number of elements
+in a slice."""
 
 SUBLANES = 8
-"""Rows of a float32 matrix that lie together on a TPU: it copies no fewer."""
+"""Smallest number of rows of a float32 matrix that a TPU copies, because these rows share a
+tile."""
 
 
 def slice_size(shape: tuple[int, ...]) -> int:
-    """Length along axis 0 of the slices in which an array goes to the device and back."""
+    """Returns the length along axis 0 of the slices in which an array moves from and to the host.
+
+    The result is the smallest length that gives at most `MAX_SLICES` equal slices, or otherwise the
+    whole length of axis 0. Slices of a matrix have a multiple of `SUBLANES` rows.
+    """
     step = SUBLANES if len(shape) == 2 else 1
     fits = lambda size: shape[0] % size == 0 and shape[0] // size <= MAX_SLICES
     return next(filter(fits, range(step, shape[0], step)), shape[0])
 
 
 def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
-    """Whether an array may lie in host memory: not if it is small, or cut along its axis 0.
+    """Returns True if an array may be in host memory.
 
-    TPUs do not copy less than a tile, and slices are taken along axis 0.
+    Arrays that are small or sharded along axis 0 may not, because slices are taken along axis 0 and
+    TPUs copy no less than a tile.
+
+    Args:
+        shape: Shape of the array.
+        sharding: Sharding of the array.
     """
     if len(shape) < 2 or slice_size(shape) * math.prod(shape[1:]) < MIN_SLICE:
         return False
@@ -45,49 +58,52 @@ def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
 
 
 def is_for_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether an array, or a placed shape, is in host memory by its sharding."""
+    """Returns True if the sharding of an array or a placed shape is in host memory."""
     return leaf.sharding.memory_kind == PINNED_HOST
 
 
 def is_hosted(x: Array) -> bool:
-    """Whether an array of a traced function lies in host memory."""
+    """Returns True if an array in a traced function is in host memory."""
     return jax.typeof(x).memory_space == HOST
 
 
 def move(x: Array, space: jax.memory.Space) -> Array:
-    """Takes an array to another memory."""
+    """Returns x moved to the memory `space`, or x itself if x is there already."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def fetch(tree: Tree) -> Tree:
-    """Takes what lies in host memory to the device."""
+    """Returns the tree with all arrays on the device."""
     return jax.tree.map(lambda x: move(x, DEVICE), tree)
 
 
 def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
-    """The slice number `index` of those of `size` along axis 0, where x lies."""
+    """Returns slice `index` of the slices of length `size` along axis 0, in the memory of x."""
     return jax.lax.dynamic_slice_in_dim(x, index * size, size)
 
 
 def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
-    """Puts a slice back into x, where that lies."""
+    """Returns x with slice `index` along axis 0 replaced by `new`, in the memory of x."""
     new = move(new, jax.typeof(x).memory_space)
     return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
 
 
 def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
-    """One layer of stacked arrays, where they lie."""
+    """Returns layer `index` of stacked arrays, in the memory of the stacks."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return jax.tree.map(take, stacks)
 
 
 def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
-    """Puts one layer, from the device, back into stacked arrays."""
+    """Returns stacked arrays with layer `index` replaced by `layer`, in their own memory."""
     return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
 
 
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
-    """Zeros where a placed shape lies; in host memory, they come from the device row by row."""
+    """Returns zeros in the shape, dtype and memory of a placed shape.
+
+    Zeros in host memory are made on the device and moved row by row.
+    """
     if not is_for_host(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype)
     row = lambda _: move(jnp.zeros(leaf.shape[1:], leaf.dtype), HOST)

@@ -1,8 +1,8 @@
-"""One process at a time that writes into a directory, also on a disk that machines share.
+"""Locks a directory for one writing process at a time, also on a disk that machines share.
 
 The lock is a file that its holder touches every few seconds, because locks of the operating system
-do not work across all shared disks. A lock whose holder is gone is taken over: at once if the
-holder ran on this machine, otherwise when nobody has touched the file for a minute.
+do not work on all shared disks. A lock whose holder has ended is taken over: at once if the holder
+ran on this machine, and otherwise after nobody has touched the file for a minute.
 """
 
 import datetime
@@ -23,19 +23,27 @@ from llava_jax.errors import ConfigError
 
 NAME = "in_use.lock"
 LEASE_SECONDS = 60.0
-"""A lock whose file is older than this is taken over, unless its holder runs on this machine."""
+"""Seconds without a touch after which a lock is taken over, unless its holder runs on this
+machine."""
 HEARTBEAT_SECONDS = 5.0
+"""Seconds between two touches of a lock by its holder."""
 TRY_SECONDS = 3.0
-"""What is left of a process that was killed is gone by then, and its lock is free or taken over."""
+"""Seconds in which a process tries to take a lock before it examines the holder. A killed process
+has disappeared by then, and its lock has become free or has been taken over."""
 
 
 @contextmanager
 def hold_for_run(directory: Path) -> Iterator[None]:
-    """As `hold`, for all processes of a run: the first one holds the lock.
+    """Holds the lock of a directory for all processes of a run; process 0 takes the lock.
+
+    All processes of the run must call this function.
+
+    Args:
+        directory: Directory to lock.
 
     Raises:
-        ConfigError: Another run has it.
-        OSError: The lock cannot be written.
+        ConfigError: Another run holds the lock, or process 0 could not write the lock.
+        OSError: This process is process 0 and cannot write the lock.
     """
     with ExitStack() as stack:
         refusal: Exception | None = None
@@ -51,13 +59,18 @@ def hold_for_run(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Keeps all others out of a directory that use this function.
+    """Locks a directory against all other processes that use this function.
 
-    The directory is made if needed, and removed if nothing was written into it. A process that
-    loses its lock ends: somebody removed the file, or it slept while another took over.
+    The directory is created if needed, and removed if nothing was written into it. A process that
+    loses its lock exits, because another process may write already. A process loses its lock if
+    somebody removes the file, or if another process takes the lock over while the process is
+    suspended.
+
+    Args:
+        directory: Directory to lock.
 
     Raises:
-        ConfigError: Another process has it; says which, and since when.
+        ConfigError: Another process holds the lock; the message says which process, and since when.
         OSError: The lock cannot be written.
     """
     file = directory / NAME
@@ -81,22 +94,22 @@ def hold(directory: Path) -> Iterator[None]:
 
 
 def _acquire(lease: SoftFileLease, file: Path) -> None:
-    """Takes a lock, or says who has it."""
+    """Takes a lock, or raises a ConfigError that names its holder."""
     if _try(lease, file, TRY_SECONDS):
         return
-    if _is_empty(file):  # its holder was killed before it wrote its name
-        _append(file, "damaged=1\n")  # filelock takes over what is damaged, but nothing empty
+    if _is_empty(file):  # the holder was killed before it wrote its name
+        _append(file, "damaged=1\n")  # filelock takes over damaged files, but no empty ones
         if _try(lease, file, TRY_SECONDS):
             return
-    seen, why = _stamp(file), "cannot be looked at from here"
+    seen, why = _stamp(file), "cannot be checked from this machine"
     if (owner := lease.owner) is not None and owner.hostname == _this_host():
         if _is_alive(owner.pid):
             raise _refusal(lease, file)
         _check_disk(file)
         why = "has ended, but its lock could not be taken over at once"
     print(
-        f"{file} was left by {_holder(lease, file)}, which {why}; waiting up to "
-        f"{LEASE_SECONDS:.0f} s until nobody has touched it for so long",
+        f"{file} was left by {_holder(lease, file)}, which {why}; waiting until nobody has "
+        f"touched the file for {LEASE_SECONDS:.0f} s",
         flush=True,
     )
     if not _try(lease, file, LEASE_SECONDS + TRY_SECONDS, seen):
@@ -106,7 +119,10 @@ def _acquire(lease: SoftFileLease, file: Path) -> None:
 def _try(
     lease: SoftFileLease, file: Path, seconds: float, seen: tuple[int, int] | None = None
 ) -> bool:
-    """Whether the lock was to be had; gives up early when its holder touched it since."""
+    """Returns True if the lock was taken within some seconds.
+
+    Gives up early if the holder has touched the file after its stamp was `seen`.
+    """
     touched = lambda: _stamp(file) not in (None, seen) if seen else False
     while True:
         try:
@@ -115,20 +131,21 @@ def _try(
         except (FileNotFoundError, FileExistsError):
             if os.path.lexists(file.parent) and not file.parent.is_dir():
                 raise
-            continue  # the last holder wrote nothing, and so removed the directory
+            continue  # the last holder wrote nothing and removed the directory
         except (Timeout, LeaseSettingsMismatch):
             return False
         return True
 
 
 def _append(file: Path, line: str) -> None:
-    """Adds a field that filelock does not know, which it leaves alone; never makes the file."""
+    """Appends a line to an existing lock file; filelock ignores fields that it does not know."""
     with suppress(FileNotFoundError), file.open("r+") as opened:
         opened.seek(0, os.SEEK_END)
         opened.write(line)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
+    """Returns the inode and the modification time of a file; None if there is no file."""
     with suppress(FileNotFoundError):
         status = file.stat()
         return status.st_ino, status.st_mtime_ns
@@ -136,20 +153,21 @@ def _stamp(file: Path) -> tuple[int, int] | None:
 
 
 def _is_empty(file: Path) -> bool:
+    """Returns True if the file exists and is empty."""
     with suppress(FileNotFoundError):
         return not file.stat().st_size
     return False
 
 
 def _this_host() -> str:
-    """This machine, or container, as locks name it."""
+    """Returns the name that filelock gives this machine or container in locks."""
     with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder, NAME)) as lease:
         owner = lease.owner
     return owner.hostname if owner else ""
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, and not only waits for its parent to notice."""
+    """Returns True if a process of this machine exists and is not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -162,7 +180,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _check_disk(file: Path) -> None:
-    """Fails as taking over a lock does, which filelock does not tell."""
+    """Raises the OSError that prevents writing a lock; filelock hides this error."""
     probe = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         probe.write_text("a lock is written here\n")
@@ -171,35 +189,37 @@ def _check_disk(file: Path) -> None:
 
 
 def _holder(lease: SoftFileLease, file: Path) -> str:
-    """Who has a lock, and since when."""
+    """Describes the holder of a lock: its process, its machine and the time when it started."""
     if (owner := lease.owner) is None:
         return "another process"
     with suppress(OSError):
         since = re.search(r"^since=(.*)$", file.read_text(errors="replace"), re.MULTILINE)
-        host = owner.hostname.partition("?")[0]  # behind it is the container
+        host = owner.hostname.partition("?")[0]  # the container comes after the "?"
         began = f" since {since[1]}" if since else ""
         return f"process {owner.pid} on machine {host}{began}"
     return f"process {owner.pid}"
 
 
 def _refusal(lease: SoftFileLease, file: Path) -> ConfigError:
+    """Returns the error to raise when another process holds the lock."""
     owner = lease.owner
     is_here = owner is not None and owner.hostname == _this_host()
     stop = f"stop it (kill {owner.pid})" if owner and is_here else "stop it there"
     return ConfigError(
         f"{file.parent} is used by {_holder(lease, file)}. Wait until it ends, {stop}, or use "
         "another directory (--name of a run, --output of `llava-jax evaluate`). The lock of a "
-        "process that is gone is removed by the program itself, within a minute; delete "
-        f"{file} only if you are sure that no process uses it."
+        "process that has ended is taken over automatically, within a minute; delete "
+        f"{file} only if you are sure that no process uses the directory."
     )
 
 
 def _end(compromise: LeaseCompromise) -> None:
-    """Ends this process; another may write already."""
+    """Ends this process after it has lost its lock, because another process may write already."""
     why = f"{compromise.reason}: {compromise.error}" if compromise.error else compromise.reason
     print(
-        f"error: {compromise.lock_file} is no longer this process's ({why}): it was removed, could "
-        "not be written, or another process took over. The same command continues",
+        f"error: {compromise.lock_file} is no longer this process's ({why}): the file was removed "
+        "or could not be written, or another process took the lock over. Run the same command "
+        "again to continue",
         file=sys.stderr,
     )
     exit_now(1)

@@ -1,7 +1,7 @@
-"""Several processes that run one program, each on some of the devices.
+"""Connects the processes of a run, which execute one program, each on some of the devices.
 
 Texts and numbers that all processes must know go through JAX's coordination service, which needs
-neither devices nor equal programs. A process that is alone may call everything here too.
+neither devices nor equal programs. All functions also work in a run of one process.
 """
 
 import contextlib
@@ -33,37 +33,40 @@ from llava_jax.jax_compat import (
 )
 
 HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
-"""A process that sends no heartbeat for so long counts as lost, and the others end."""
+"""Seconds without a heartbeat after which a process counts as lost and the others end."""
 
 JOIN_SECONDS = 60
-"""The longest time that JAX takes to join the processes once all have come."""
+"""Longest time in seconds that JAX may take to join the processes after they have met."""
 
 SHUTDOWN_SECONDS = 600
-"""The longest wait for slower processes at the end of a run; nobody waits for a lost one."""
+"""Longest time in seconds that a process waits for slower processes at the end of a run. Lost
+processes are not waited for."""
 
 END_SECONDS = 10
-"""A process that ends with an error waits so long for others that end with the same one."""
+"""Longest time in seconds that a process that ends with an error waits for the others, which may
+end with the same error."""
 
 Value = TypeVar("Value")
-"""What JSON can hold; a tuple comes back as a list."""
+"""A value that JSON can hold; a tuple comes back as a list."""
 
 _ENDED = "llava_jax/ended/"
-"""The prefix of the keys under which a process that ends publishes why, one for each number."""
+"""Prefix of the keys under which processes publish why they end; the number of the process
+follows."""
 
 
 def join() -> None:
     """Joins the other processes of the run, if the environment names any.
 
-    JAX finds them by itself under SLURM (srun), Open MPI, on TPU slices and in Kubernetes' indexed
-    jobs. Elsewhere, each process needs the variables JAX_COORDINATOR_ADDRESS (host:port of the
-    first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. This must be called before JAX is used.
+    JAX finds the processes by itself under SLURM (srun), Open MPI, on TPU slices and in Kubernetes'
+    indexed jobs. Elsewhere, each process needs the variables JAX_COORDINATOR_ADDRESS (host:port of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call this function before JAX is used.
 
     Raises:
-        ConfigError: The environment does not say enough, or not all processes come.
+        ConfigError: A value in the environment is missing or wrong, or not all processes join.
     """
     if jax.distributed.is_initialized() or not is_multiprocess():
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     try:
         address, count, number = find_cluster(
             os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -76,7 +79,7 @@ def join() -> None:
             raise ValueError(f"{given.replace('None', 'unknown')}.")
         if count > 1:
             meet_at(address, count, number)
-        # Otherwise JAX's client uses the proxy that the environment names for downloads.
+        # Without this, JAX's client would use the proxy that the environment sets for downloads.
         os.environ.setdefault("no_grpc_proxy", address.rpartition(":")[0].strip("[]"))
         jax.config.update("jax_check_proxy_envs", False)
         jax.distributed.initialize(
@@ -96,6 +99,7 @@ def join() -> None:
 
 
 def _number(name: str) -> int | None:
+    """Reads an integer from an environment variable; returns None if the variable is not set."""
     text = os.environ.get(name)
     if text is not None and not re.fullmatch(r"-?[0-9]+", text):
         raise ConfigError(f"{name}={text!r} is not a number")
@@ -103,26 +107,27 @@ def _number(name: str) -> int | None:
 
 
 def say(text: str) -> None:
-    """Prints a line, in the first process alone."""
+    """Prints a line, in process 0 only."""
     if is_main_process():
         print(text, flush=True)
 
 
 def is_main_process() -> bool:
-    """Whether this process is number 0, which prints and writes the run's text files."""
+    """Returns True if this process is process 0, which prints and writes the run's text files."""
     return process_state().process_id == 0
 
 
 def is_alone() -> bool:
-    """Whether this is the only process of the run."""
+    """Returns True if this process is the only one of the run."""
     return process_state().num_processes == 1
 
 
 def local_devices() -> int:
-    """The number of devices of this process.
+    """Returns the number of devices of this process.
 
     Raises:
-        ConfigError: JAX cannot use them, or not together with those of the other processes.
+        ConfigError: JAX cannot use these devices, or cannot connect them to those of other
+            processes.
     """
     try:
         return jax.local_device_count()
@@ -131,9 +136,17 @@ def local_devices() -> int:
 
 
 def report_and_exit(message: str, status: int = 1) -> int:
-    """Prints why a run ends, once if all processes say the same; returns the exit status.
+    """Prints why the run ends, only once if all processes have the same reason.
 
-    A process that ends while the others do not exits here, and leaves its message to them.
+    If the other processes do not end as well, this process publishes its message for the others and
+    exits here, without returning.
+
+    Args:
+        message: Message to print.
+        status: Exit status.
+
+    Returns:
+        The exit status.
     """
     state = process_state()
     if state.client is None:
@@ -141,21 +154,25 @@ def report_and_exit(message: str, status: int = 1) -> int:
         return status
     try:
         state.client.key_value_set(f"{_ENDED}{state.process_id}", message)
-        # Most mistakes are found by all processes at about the same time. If process 0 did not wait
-        # for the others, it would take JAX's service with it, and they would report its loss.
+        # All processes find most errors at about the same time. If process 0 did not wait for the
+        # others, JAX's service would end with process 0, and the others would report that instead.
         state.client.wait_at_barrier("all end", 1000 * END_SECONDS)
         is_said = state.client.key_value_try_get(f"{_ENDED}0") == message
-    except jax.errors.JaxRuntimeError:  # others go on, or process 0 and its service are lost
+    except jax.errors.JaxRuntimeError:  # others continue, or process 0 is lost
         print(message, file=sys.stderr)
         exit_now(status)
     if is_main_process() or not is_said:
         print(message, file=sys.stderr)
-    jax.distributed.shutdown()  # all together: a process that left before would count as lost
+    jax.distributed.shutdown()  # together: a process that leaves earlier counts as lost
     return status
 
 
 def leave_others() -> NoReturn:
-    """Ends this process because another one is lost; quotes the message that this one left."""
+    """Ends this process because another process is lost.
+
+    If the lost process left a message, this process prints the message and exits with status 1;
+    otherwise, this process exits with the status `LOST`.
+    """
     client = process_state().client
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if client is not None and (message := _message_of_ended(client)):
@@ -165,17 +182,17 @@ def leave_others() -> NoReturn:
 
 
 def _message_of_ended(client: CoordinationClient) -> str | None:
-    """The message that a process left which has ended; None if all go on."""
+    """Returns the message that an ended process left, or None if no process has left one."""
     for name, message in client.key_value_dir_get(_ENDED):
         number = name.removeprefix(_ENDED)
-        return f"process {number} of this run (from 0) has ended, so all do. {message}"
+        return f"process {number} of this run (from 0) has ended, so all end. {message}"
     return None
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that another process could not be reached."""
+    """Returns True if an error or its cause says that another process could not be reached."""
     while error is not None:
-        # XLA's errors arrive as one of these two types.
+        # XLA's errors have one of these two types.
         if isinstance(error, RuntimeError | ValueError) and is_lost_peer(str(error)):
             return True
         error = error.__cause__ or error.__context__
@@ -183,28 +200,28 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def rows_here(sharding: NamedSharding, size: int) -> list[int]:
-    """The numbers of the rows that this process' devices hold, in order.
+    """Returns the indices of the batch rows that this process's devices hold, in ascending order.
 
-    A process gives these rows to `jax.make_array_from_process_local_data`.
+    A process passes these rows to `jax.make_array_from_process_local_data`.
 
     Args:
-        sharding: How the rows are divided among all devices.
-        size: Number of rows of all processes.
+        sharding: Sharding of the rows over all devices.
+        size: Number of rows of the whole batch.
     """
     slices = sharding.addressable_devices_indices_map((size,)).values()
     return sorted({row for index in slices if index for row in range(size)[index[0]]})
 
 
 def all_reduce_max(values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
-    """Starts to compute the highest of each value among all processes, which must all call this.
+    """Starts to compute the maximum of each value over all processes; all processes must call this.
 
     Args:
-        values: Gives this process' values. With several processes it is called at once, because
-            the result must be on its way while the devices work; a process that is alone calls it
-            when the result is asked for.
+        values: Function that returns the int32 values of this process. With several processes, this
+            function is called at once, so that the maximum is computed while the devices work. In a
+            run of one process, the function is called when the result is requested.
 
     Returns:
-        A function that waits for the result and returns it.
+        Function that waits for the maximum of each value and returns the list of maxima.
     """
     if jax.process_count() == 1:
         return lambda: list(values())
@@ -225,13 +242,14 @@ _exchanges = itertools.count()
 
 
 def all_gather_values(value: Value) -> list[Value]:
-    """Gathers a value of each process, in the order of their numbers; all must call this.
+    """Returns the values of all processes, ordered by process number; all processes must call this.
 
     Args:
-        value: Anything that JSON can hold.
+        value: Value of this process, which JSON must be able to hold.
 
     Raises:
-        RunError: A process ended instead of calling this; quotes its message.
+        RunError: A process has ended without calling this; the error quotes the message of that
+            process.
     """
     state = process_state()
     if state.client is None:
@@ -245,7 +263,7 @@ def all_gather_values(value: Value) -> list[Value]:
 
 
 def _wait_for(key: str) -> str:
-    """Waits for a published text, as long as all processes live; JAX ends this one otherwise."""
+    """Waits for a published text while all processes run; JAX ends this process otherwise."""
     client, lines = process_state().client, Lines()
     assert client is not None
     while True:
@@ -261,25 +279,28 @@ def _wait_for(key: str) -> str:
 
 
 def broadcast_from_main(value: Value) -> Value:
-    """Returns the value of process 0; all must call this."""
+    """Returns the value of process 0; all processes must call this."""
     return all_gather_values(value)[0]
 
 
 def devices_of_machine() -> int:
-    """The number of this run's devices on this process' machine; all must call this."""
+    """Returns the number of the run's devices on this machine; all processes must call this."""
     return all_gather_values(platform.node()).count(platform.node()) * jax.local_device_count()
 
 
 def barrier() -> None:
-    """Waits until all processes have called this."""
+    """Waits until all processes have called this function."""
     all_gather_values(None)
 
 
 def differences(facts: dict[str, object]) -> list[str]:
-    """Compares facts among all processes, which must all call this; a line for each difference.
+    """Compares facts between all processes; all processes must call this.
 
     Args:
-        facts: Values by name that JSON can hold.
+        facts: Values by name, which JSON must be able to hold.
+
+    Returns:
+        One line of text for each fact and each value that differs from the value of process 0.
     """
     facts = dict(json.loads(json.dumps(facts)))
     first = broadcast_from_main(facts if is_main_process() else {})
@@ -295,6 +316,6 @@ def differences(facts: dict[str, object]) -> list[str]:
 
 
 def this_process() -> str:
-    """This process' number, for messages."""
+    """Describes this process by its number, for messages."""
     state = process_state()
     return f"process {state.process_id} of {state.num_processes} (from 0)"

@@ -1,7 +1,7 @@
-"""Where the processes of a run meet before JAX joins them, so that each learns who is missing.
+"""Lets the processes of a run meet before JAX joins them, so that each learns which are missing.
 
 JAX's own service waits without a message and then aborts its process. So process 0 listens at the
-coordinator's address until all processes have come, and only then leaves the port to JAX.
+coordinator's address until all processes have reported, and only then leaves the port to JAX.
 """
 
 import contextlib
@@ -18,18 +18,19 @@ from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
 WAIT_SECONDS = 300
-"""The longest time that a process waits for the others."""
+"""Longest time in seconds that a process waits for the others."""
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 15, 60
-"""A process that waits says so after the first of these, and then in intervals of the second."""
+"""Seconds after which a waiting process prints its first line, and seconds between two later
+lines."""
 
 _TRY_SECONDS, _ACCEPT_SECONDS, _PAUSE_SECONDS = 5, 1, 0.1
 _MAX_LINE = 4096
-"""Bytes of the longest message that is read."""
+"""Largest number of bytes that are read of a message."""
 
 
 class Lines:
-    """Says what is waited for, not too often."""
+    """Prints what a process waits for, but only at intervals."""
 
     def __init__(self):
         self._started = time.monotonic()
@@ -37,26 +38,27 @@ class Lines:
 
     @property
     def seconds(self) -> float:
-        """Since the wait began."""
+        """Returns the number of seconds since the wait began."""
         return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
-        """Prints the text if a line is due."""
+        """Prints the text if it is time for a line."""
         if self.seconds >= self._next:
             print(f"waiting for {text}", file=sys.stderr, flush=True)
             self._next = self.seconds + LINE_SECONDS
 
 
 def meet_at(address: str, count: int, number: int) -> None:
-    """Returns when all processes of a run have come to an address.
+    """Waits until all processes of a run have reported to process 0.
 
     Args:
-        address: host:port, where process 0 runs.
-        count: Processes of the run.
-        number: The number of this process, from 0.
+        address: Address of process 0, as host:port.
+        count: Number of processes of the run.
+        number: Number of this process, from 0.
 
     Raises:
-        ConfigError: Process 0 cannot be reached there, or not every process comes exactly once.
+        ConfigError: Process 0 cannot be reached at the address, or a process is missing, uses the
+            number of another process, or expects another count.
     """
     host, port = _split(address)
     problem = None if 0 <= number < count else _out_of_range(number, count)
@@ -69,26 +71,27 @@ def meet_at(address: str, count: int, number: int) -> None:
         except OSError as error:
             problem = (
                 f"process 0 of this run cannot listen on port {port}: {error.strerror}. Give each "
-                "process a JAX_PROCESS_ID of its own, or take another port for all"
+                "process a JAX_PROCESS_ID of its own, or use another port for all processes"
             )
     lines = Lines()
     while True:
         reason = _report(host, port, count, number)
         if reason is None:
             return
-        if problem is not None and lines.seconds > _TRY_SECONDS:  # nobody else can be informed
+        if problem is not None and lines.seconds > _TRY_SECONDS:  # and no process 0 answers
             raise ConfigError(problem)
         if lines.seconds > WAIT_SECONDS:
             raise ConfigError(
                 f"process 0 of this run could not be reached at {address} for {WAIT_SECONDS} s: "
-                f"{reason}. Start it there, let its port through firewalls, and give all processes "
-                "its address (JAX_COORDINATOR_ADDRESS)"
+                f"{reason}. Start process 0 there, open its port in firewalls, and give all "
+                "processes its address (JAX_COORDINATOR_ADDRESS)"
             )
         lines.say(f"process 0 of this run at {address}: {reason}")
         time.sleep(_PAUSE_SECONDS)
 
 
 def _split(address: str) -> tuple[str, int]:
+    """Splits an address into host and port; raises ConfigError unless it is host:port."""
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
         raise ConfigError(
@@ -99,6 +102,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _out_of_range(number: int, count: int) -> str:
+    """Returns the error message for a process number that is too high or negative."""
     return (
         f"process {number} of {count}: numbers go from 0 to {count - 1}; set JAX_PROCESS_ID and "
         "JAX_NUM_PROCESSES"
@@ -106,21 +110,21 @@ def _out_of_range(number: int, count: int) -> str:
 
 
 def _report(host: str, port: int, count: int, number: int) -> str | None:
-    """Reports to process 0 and waits for its answer; says why there is none.
+    """Reports to process 0 and waits for the answer; returns the reason if there is no answer.
 
     Raises:
-        ConfigError: Process 0 says what is wrong.
+        ConfigError: Process 0 answers with an error.
     """
     hello = {"count": count, "number": number, "where": f"{platform.node()}, pid {os.getpid()}"}
     try:
         with socket.create_connection((host, port), _TRY_SECONDS) as connection:
             _send(connection, hello)
-            connection.settimeout(WAIT_SECONDS + _TRY_SECONDS)  # process 0 ends its wait before
+            connection.settimeout(WAIT_SECONDS + _TRY_SECONDS)  # process 0 stops waiting earlier
             error = _receive(connection)["error"]
     except OSError as failure:
         return failure.strerror or str(failure)
     except (ValueError, KeyError):
-        return "what answers there does not wait for processes; does a run go on there already?"
+        return "what answers there does not wait for processes; does another run use the port?"
     if error is not None:
         raise ConfigError(error)
     return None
@@ -131,6 +135,7 @@ def _send(connection: socket.socket, message: Json) -> None:
 
 
 def _receive(connection: socket.socket) -> Json:
+    """Reads a message; raises ValueError unless it is a JSON object."""
     with connection.makefile("rb") as file:
         message = json.loads(file.readline(_MAX_LINE))
     if not isinstance(message, dict):
@@ -139,6 +144,7 @@ def _receive(connection: socket.socket) -> Json:
 
 
 def _listen(port: int) -> socket.socket:
+    """Listens on a port, at the address in JAX_COORDINATOR_BIND_ADDRESS or at all addresses."""
     host = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]")
     if host not in ("", "::"):
         return socket.create_server((host, port))
@@ -148,39 +154,41 @@ def _listen(port: int) -> socket.socket:
 
 
 def _receive_all(listener: socket.socket, address: str, count: int) -> None:
-    """What process 0 does beside its own report: hears all, and answers when it knows."""
+    """Collects the reports of all processes, in a thread of process 0, and answers them."""
     came: dict[int, tuple[socket.socket, str]] = {}
     heard: list[socket.socket] = []
     error, until, lines = None, WAIT_SECONDS, Lines()
     listener.settimeout(_ACCEPT_SECONDS)
-    with listener:  # closed before anyone is answered, for JAX needs the port next
+    with listener:  # closed before the answers, because JAX needs the port next
         while (error or len(came) < count) and lines.seconds < until:
             lines.say(f"the processes of this run: {_state(came, count, address)}")
             try:
                 found = _admit(listener.accept()[0], count, came, heard)
-            except (OSError, ValueError, KeyError, TypeError):  # nobody came, or it was a stranger
+            except (OSError, ValueError, KeyError, TypeError):  # no connection, or none of this run
                 continue
             if found and error is None:
-                error, until = found, lines.seconds + _TRY_SECONDS  # so that all learn of it
+                error, until = found, lines.seconds + _TRY_SECONDS  # time for other reports
     if error is None and len(came) < count:
         error = (
-            f"after {WAIT_SECONDS} s, {_state(came, count, address)}. Start all, and give them one "
-            "address (JAX_COORDINATOR_ADDRESS), one count (JAX_NUM_PROCESSES) and a number each "
-            "(JAX_PROCESS_ID)"
+            f"after {WAIT_SECONDS} s, {_state(came, count, address)}. Start all processes, with "
+            "the same address (JAX_COORDINATOR_ADDRESS), the same count (JAX_NUM_PROCESSES) and "
+            "different numbers (JAX_PROCESS_ID)"
         )
-    first = came.get(0, (None,))[0]  # comes last: this process may end as soon as it hears
+    # Process 0 is answered last, because it may end as soon as it has the answer.
+    first = came.get(0, (None,))[0]
     for connection in sorted(heard, key=lambda connection: connection is first):
         with contextlib.suppress(OSError), connection:
             _send(connection, {"error": error})
 
 
 def _state(came: Collection[int], count: int, address: str) -> str:
+    """Describes how many processes have reported, and which have not."""
     missing = listed(number for number in range(count) if number not in came)
-    return f"{len(came)} of {count} have come to {address}, but not number {missing}"
+    return f"{len(came)} of {count} have connected to {address}, but not number {missing}"
 
 
 def listed(numbers: Iterable[int], most: int = 8) -> str:
-    """Numbers of processes as text, not too many."""
+    """Formats process numbers as text; after the first `most` numbers, the rest is only counted."""
     first = list(map(str, numbers))
     more = f" and {len(first) - most} more" if len(first) > most else ""
     return ", ".join(first[:most]) + more
@@ -192,7 +200,7 @@ def _admit(
     came: dict[int, tuple[socket.socket, str]],
     heard: list[socket.socket],
 ) -> str | None:
-    """Hears one process; says what is wrong with it."""
+    """Reads the report of one process; returns an error message if the report is wrong."""
     connection.settimeout(_TRY_SECONDS)
     try:
         hello = _receive(connection)
@@ -203,8 +211,8 @@ def _admit(
     heard.append(connection)
     if theirs != count:
         return (
-            f"process {number} ({where}) is one of {theirs} processes, process 0 one of {count}; "
-            "set the same JAX_NUM_PROCESSES for all"
+            f"process {number} ({where}) expects {theirs} processes, but process 0 expects "
+            f"{count}; set the same JAX_NUM_PROCESSES for all"
         )
     if not 0 <= number < count:
         return f"{where}: {_out_of_range(number, count)}"
@@ -218,6 +226,7 @@ def _admit(
 
 
 def _has_left(connection: socket.socket) -> bool:
+    """Returns True if the other end has closed the connection."""
     connection.setblocking(False)
     try:
         return not connection.recv(1)

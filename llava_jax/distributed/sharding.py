@@ -1,8 +1,9 @@
-"""Where arrays lie: a mesh, and two tables from parameter paths to mesh axes.
+"""Defines how arrays are sharded: a mesh, and two tables from parameter paths to mesh axes.
 
-`PARAMETER_RULES` maps a parameter's path to logical axes, `MESH_AXES` maps logical axes to mesh
-axes. Models know logical names only. Every parameter matches exactly one rule, and every parameter
-has one dimension on `fsdp`, so parameters, gradients and moments are all sharded as in ZeRO-3.
+`PARAMETER_RULES` maps the path of a parameter to logical axes, and `MESH_AXES` maps logical axes to
+mesh axes. Models use only logical axes. Every parameter matches exactly one rule and has one
+dimension on the mesh axis `fsdp`, so parameters, gradients and moments are all sharded as in
+ZeRO-3.
 """
 
 import math
@@ -21,9 +22,10 @@ from llava_jax.errors import ConfigError
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    # A weight's outputs, where `tensor` divides these or where it does not; its inputs, likewise.
-    # What is on `fsdp` is the slower axis of the two: before gathering along the other, XLA:GPU
-    # would keep a transposed copy of the whole stack.
+    # `tensor` divides either the outputs of a weight ("split_outputs") or the inputs
+    # ("split_inputs", with "outputs" for the outputs). `fsdp` divides the outputs in both cases,
+    # because they are the slower axis: to gather along the faster axis, XLA:GPU would keep a
+    # transposed copy of the whole stack.
     "split_outputs": ("tensor", "fsdp"),
     "outputs": ("fsdp",),
     "split_inputs": ("tensor",),
@@ -39,8 +41,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 }
 
 BLOCKS = r"(llm\.layers|vision\.encoder\.(layers|tail))\..*"
-INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # into heads or the feed-forward width
-FROM = r"(o_proj|out_proj|down_proj|fc2)"
+INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # to heads or the feed-forward width
+FROM = r"(o_proj|out_proj|down_proj|fc2)"  # back to the model width
 
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"{BLOCKS}{INTO}\.(weight|lora_b)", ("layers", "split_outputs", "whole")),
@@ -68,10 +70,14 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor.
+    """Returns a mesh with the axes data, fsdp and tensor.
+
+    Args:
+        config: Size of each axis; one size may be -1, which stands for all remaining devices.
+        devices: Devices of the mesh; None takes all devices of the run.
 
     Raises:
-        ConfigError: The axes do not multiply to the number of devices.
+        ConfigError: A size is invalid, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -90,10 +96,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
-    """The logical axes of a parameter.
+    """Returns the logical axes of the parameter at `path`, one per dimension.
 
     Raises:
-        LookupError: No rule matches, or several do; the table is wrong.
+        LookupError: Not exactly one rule matches, so `PARAMETER_RULES` is wrong.
     """
     found = [axes for pattern, axes in PARAMETER_RULES if re.fullmatch(pattern, path)]
     if len(found) != 1:
@@ -104,10 +110,18 @@ def logical_axes(path: str) -> tuple[str, ...]:
 def to_spec(
     axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
-    """Mesh axes for each dimension, of its own as many as divide it, from the first on.
+    """Returns the partition spec of an array with the given logical axes.
+
+    If the mesh axes of a dimension do not divide its size, only the first of these mesh axes are
+    used, as many as divide the size.
+
+    Args:
+        axes: Logical axis of each dimension.
+        shape: Shape of the array.
+        mesh_shape: Size of each mesh axis.
 
     Raises:
-        ValueError: Two dimensions want one mesh axis, or there are more axes than dimensions.
+        ValueError: Two dimensions use the same mesh axis, or there is not one axis per dimension.
     """
     mapped = [MESH_AXES[axis] for axis in axes]
     used = [name for names in mapped for name in names]
@@ -127,21 +141,23 @@ def with_shardings(
     mesh: Mesh,
     streams: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, Any]:
-    """Gives every parameter its sharding.
+    """Returns the parameter shapes with their shardings.
 
     Args:
-        shapes: Parameters by path; those of a quantised weight's arrays that have its rank are
-            sharded as it is.
-        mesh: The devices.
-        streams: Which parameters lie in host memory, if they may (`fits_host`).
+        shapes: Shape of each parameter, by path. Of a quantized weight, the arrays with as many
+            dimensions as the weight are sharded like the weight, and the other arrays are
+            replicated.
+        mesh: Mesh of the devices.
+        streams: Function that returns True for the paths of parameters that belong in host memory.
+            Arrays that cannot be in host memory, see `fits_host`, stay on the devices.
     """
 
     def placed(path: str, rank: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = logical_axes(path)
-        if leaf.ndim != rank:  # a quantised weight's scales, in another form
+        if leaf.ndim != rank:  # scales of a quantized weight, with other dimensions
             axes = ("layers", *["whole"] * (leaf.ndim - 1))
         sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
-        is_vectors = leaf.ndim == 2  # a layer of these is less than a TPU copies
+        is_vectors = leaf.ndim == 2  # one layer is smaller than what a TPU copies
         if streams(path) and not is_vectors and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -153,22 +169,27 @@ def with_shardings(
 
 
 def shardings(placed: object) -> Any:
-    """The shardings in a tree of placed shapes."""
+    """Returns the sharding of each leaf in a tree of shapes or arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Samples spread over all data-parallel devices."""
+    """Returns the sharding that divides the rows of a batch among the data-parallel devices."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
 
 def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
-    """Devices among which the samples of a batch are divided."""
+    """Returns the number of devices among which the rows of a batch are divided."""
     return math.prod(mesh.shape[name] for name in MESH_AXES["batch"])
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation's layout under `jax.set_mesh`; without a mesh it does nothing."""
+    """Shards an activation along logical axes under `jax.set_mesh`; without a mesh, returns x.
+
+    Args:
+        x: Activation.
+        axes: Logical axis of each dimension.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -181,17 +202,22 @@ def shard_map_rows(
     params: Mapping[str, Any],
     *rows: Any,
 ) -> jax.Array:
-    """function(params, *rows), every device with rows of its own and parameters that are whole.
+    """Computes function(params, *rows) on each device, with its own rows and with whole parameters.
 
-    These are gathered once, in the dtype of the rows, and their gradients are added up on each
-    device and divided among all once, however often the function uses them: left to itself, XLA
-    does both in every turn of a loop.
+    However often the function uses the parameters, they are gathered only once, with matrices in
+    the dtype of the rows. Each device sums the gradients of all uses, and these sums are reduced
+    and scattered once. Without this function, XLA would gather and reduce in every iteration of a
+    loop.
 
     Args:
-        function: Treats rows by themselves, or gives each device's sum of them, [1].
-        axes: Logical axes of each of `params`.
+        function: Function that treats every row independently, or that returns the sum over the
+            rows of a device, [1].
+        axes: Logical axes of each parameter, by name.
         params: Parameters by name.
-        rows: Trees of arrays whose first dimension is the batch; an array is the first.
+        rows: Trees of arrays whose first dimension is the batch; the first tree must be an array.
+
+    Returns:
+        Results of all devices, concatenated along the first dimension.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or data_parallel_size(mesh) == 1:
@@ -210,8 +236,8 @@ def shard_map_rows(
         run,
         in_specs=(divided, *jax.tree.map(lambda _: batch, rows)),
         out_specs=batch,
-        # All axes, if the others are 1: where some are left to it, XLA's CPU backend cannot add up
-        # bfloat16.
+        # If all other axes have size 1, they are included: XLA's CPU backend cannot sum bfloat16
+        # while some axes are left to XLA.
         axis_names=set(
             mesh.axis_names if data_parallel_size(mesh) == mesh.size else MESH_AXES["batch"]
         ),
@@ -220,7 +246,7 @@ def shard_map_rows(
 
 
 def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
-    """How an array, or those of a quantised weight that have its rank, lie on the `fsdp` axis."""
+    """Returns the partition spec of each array of a parameter, with the mesh axis `fsdp` only."""
 
     def spec(part: jax.Array) -> PartitionSpec:
         if part.ndim != len(axes):
@@ -232,13 +258,15 @@ def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
 
 
 def _narrow(x: object, dtype: np.dtype) -> object:
-    """Casts matrices, as their products are; vectors, and the scales of a quantised weight, are
-    multiplied in float32.
+    """Casts a matrix to `dtype`, in which it is multiplied.
+
+    Vectors and quantized weights are returned unchanged, because they are used in float32.
     """
     return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim > 1 else x
 
 
 def _whole(x: jax.Array, divided: PartitionSpec) -> jax.Array:
+    """Gathers an array along the dimensions that `divided` shards."""
     for axis, name in enumerate(divided):
         if name is not None:
             x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
@@ -250,10 +278,12 @@ def on_shards(
     arguments: Sequence[tuple[str, ...]],
     result: tuple[str, ...],
 ) -> Callable[..., jax.Array]:
-    """Lets every device compute a function of its own part: XLA cannot divide a custom kernel.
+    """Returns a function that computes `function` on each device's own shards.
+
+    XLA needs this for custom kernels, which it cannot partition.
 
     Args:
-        function: Gives a result of the shape of its first argument.
+        function: Function whose result has the shape of its first argument.
         arguments: Logical axes of each argument.
         result: Logical axes of the result.
     """
@@ -271,9 +301,13 @@ def on_shards(
 
 
 def layout_table(placed: Mapping[str, Any]) -> str:
-    """What lies where, one line a parameter, and the sum a device holds.
+    """Formats the shape, dtype, sharding and size of each parameter as a table, one line each.
 
-    "-" is a dimension that lies on no mesh axis, or that its axes do not divide.
+    The sizes, and their sum in the last line, are in MiB per device. "-" stands for a dimension
+    that is not sharded.
+
+    Args:
+        placed: Shape and sharding of each parameter, by path.
     """
     lines = [f"{'parameter':56} {'dtype':9} {'shape':22} {'sharded over':34} MiB/device"]
     total = 0.0

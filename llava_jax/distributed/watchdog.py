@@ -1,10 +1,11 @@
-"""A parent process above each process of a run, which says in one line what ended its child.
+"""Runs each process of a run under a parent process, which reports in one line why its child ended.
 
-When a process of a run is lost, JAX's runtime aborts the others with a dump of C++ frames. Nothing
-inside a process prevents that: with JAX 0.10.2, the loss of process 0 aborts the others even with
-`jax_enable_recoverability`, a callback for missed heartbeats does not help because a collective
-that fails in a C++ thread ends the process too, and Python cannot catch an abort. So a parent reads
-what its child writes to stderr, and reports the loss in a sentence. A run of one process has none.
+When a process of a run is lost, JAX's runtime aborts the others with a dump of C++ frames. A
+process cannot prevent this from inside. With JAX 0.10.2, the loss of process 0 aborts the others
+even with `jax_enable_recoverability`. A callback for missed heartbeats does not help, because a
+collective that fails in a C++ thread also ends the process, and Python cannot catch an abort. So a
+parent reads what its child writes to stderr, and reports the loss in one sentence. A run of one
+process has no parent.
 """
 
 import os
@@ -18,14 +19,22 @@ from typing import NoReturn
 from llava_jax.jax_compat import is_fatal_line, lost_peer
 
 LOST = 75
-"""Exit status of a process that could not reach another one. Its parent then exits with 1."""
+"""Exit status of a child that could not reach another process of the run. Its parent then exits
+with status 1."""
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Runs `main` in a child; returns its exit status, in the parent and in the child.
+    """Runs `main` in a child process; returns its exit status, in the parent and in the child.
 
-    Signals that are meant for the run reach it: SIGTERM is passed on, and Ctrl-C reaches all
-    processes of a terminal's job.
+    The parent passes SIGTERM on to the child, and ignores SIGINT, because Ctrl-C in a terminal also
+    reaches the child.
+
+    Args:
+        main: Function that runs the program and returns its exit status.
+
+    Returns:
+        Exit status of the child; 1 if the child lost another process of the run, and 128 plus the
+        number of the signal if a signal ended the child.
     """
     reading, writing = os.pipe()
     parent, child = os.getpid(), os.fork()
@@ -42,8 +51,9 @@ def guarded(main: Callable[[], int]) -> int:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == LOST or (held and status == -signal.SIGABRT):
         print(
-            f"error: {lost_peer(held)} has ended or cannot be reached, and so this one ends; what "
-            "that one printed may say why. The same command, for all of them, continues",
+            f"error: {lost_peer(held)} has ended or cannot be reached, and so this one ends; the "
+            "output of the lost process may say why. To continue, run the same command again for "
+            "all processes",
             file=sys.stderr,
         )
         return 1
@@ -56,7 +66,7 @@ def guarded(main: Callable[[], int]) -> int:
 
 
 def _pass_on(reading: int) -> str:
-    """Passes lines on to stderr until one announces an abort; returns that one and the rest."""
+    """Copies lines to stderr until one announces an abort; returns this and all later lines."""
     held = b""
     with open(reading, "rb") as lines:
         for line in lines:
@@ -69,14 +79,24 @@ def _pass_on(reading: int) -> str:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process if its parent is killed, which then cannot end it."""
+    """Waits until the parent process has ended, and then ends this process at once.
+
+    A parent that is killed cannot end its child, so the child runs this function in a thread.
+
+    Args:
+        parent: Process id of the parent.
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def exit_now(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for others; these notice."""
+    """Ends this process at once, without waiting for the other processes, which notice its end.
+
+    Args:
+        status: Exit status.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

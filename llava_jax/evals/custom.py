@@ -1,4 +1,4 @@
-"""Questions of training data: easy-VQA, and files in any form that training reads."""
+"""Reads questions from easy-VQA and from data files in any format that training reads."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +16,20 @@ YES_NO = "yes_no"
 
 
 def read_easy_vqa(_: Files) -> list[Question]:
-    """Reads the test questions of easy-VQA, as a run measures itself on them."""
+    """Reads the test questions of easy-VQA, like the evaluation during training."""
     return [*_questions(load_records("easy_vqa:test", ""))]
 
 
 def read_json(files: Files) -> list[Question]:
-    """Reads every answer of a data file as a question, after the turns before it.
+    """Reads a data file and makes a question from each answer in its conversations.
+
+    The question is asked after all turns that come before the answer.
+
+    Args:
+        files: Paths of the benchmark's files; `data` is the data file.
 
     Raises:
-        ConfigError: There is no such file, or no record of it has a known form.
+        ConfigError: The file does not exist, or none of its records has a known format.
     """
     if files.data is None:
         raise ConfigError("--data is missing: name a data file")
@@ -33,6 +38,7 @@ def read_json(files: Files) -> list[Question]:
 
 
 def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
+    """Yields the questions of all records; a bad record becomes a question with a problem."""
     for number in range(len(records)):
         try:
             record = records[number]
@@ -44,7 +50,7 @@ def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
 
 
 def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]:
-    """Answers of several people, if a record has them beside its conversation, as VQA's do."""
+    """Returns the field "answers" of a record, which has the answers of several people in VQA."""
     raw = records.read_raw(number) if isinstance(records, FileRecords) else {}
     found = raw.get("answers")
     if not isinstance(found, list):
@@ -54,7 +60,11 @@ def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]
 
 
 def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
-    turns = record.turns[1:] if record.turns[0].role == "gpt" else record.turns  # as training does
+    """Yields one question for each answer in a conversation.
+
+    If there is only one answer and the answers of several people are given, they replace it.
+    """
+    turns = record.turns[1:] if record.turns[0].role == "gpt" else record.turns  # as in training
     indices = [index for index, turn in enumerate(turns) if turn.role == "gpt" and index]
     for number, index in enumerate(indices):
         before = turns[:index]
@@ -70,7 +80,12 @@ def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
 
 
 def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> Json:
-    """Scores all, and each category if there are any."""
+    """Scores all answers together, and the answers of each category if there are categories.
+
+    Args:
+        answered: Questions with their answers.
+        score: Function that scores a list of answered questions.
+    """
     groups: dict[str, list[Answered]] = defaultdict(list)
     for answer in answered:
         if answer.question.category is not None:
@@ -80,10 +95,14 @@ def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> Json
 
 
 def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
-    """What scores answers by one of `METRICS`, or by `YES_NO`."""
+    """Returns a function that scores answers, in total and by category.
+
+    Args:
+        metric: Name in `METRICS`, or `YES_NO`.
+    """
 
     def score(answered: Sequence[Answered]) -> Json:
-        # What could not be read has no answer to be held to, and is wrong.
+        # A question without expected answers comes from a bad record and counts as wrong.
         if metric == YES_NO:
             return count_yes_no(_yes_or_no(answered)).scores
         worth = METRICS[metric]
@@ -98,11 +117,12 @@ def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
 
 
 def _yes_or_no(answered: Sequence[Answered]) -> list[Answered]:
+    """Returns the questions that have an expected answer, which must be yes or no."""
     kept = [answer for answer in answered if answer.question.answers]
     for question, _ in kept:
         if question.answers[0].strip().rstrip(".").lower() not in ("yes", "no"):
             raise ConfigError(
                 f"--metric yes_no: question {question.id} expects {question.answers[0]!r:.40}, "
-                "neither yes nor no; take another metric"
+                "which is neither yes nor no; take another metric"
             )
     return kept

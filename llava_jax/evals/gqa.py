@@ -1,4 +1,4 @@
-"""GQA: compositional questions about scenes, each with one answer."""
+"""Reads and scores GQA: compositional questions about scenes, each with one expected answer."""
 
 import json
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ IMAGES = Source(("data/images", "images"), _SITE, "image_root")
 
 
 def read(files: Files) -> list[Question]:
-    """Reads LLaVA's questions with GQA's answers; the category is the kind of GQA's accuracies.
+    """Reads LLaVA's questions with GQA's answers; the category is "open" or "binary", as in GQA.
 
     Raises:
-        ConfigError: A file is missing or has another form, or a question has no answer.
+        ConfigError: A file is missing or has another format, or a question has no answer.
     """
     path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
     known = check_fields(read_json(annotations), str(annotations))
@@ -62,12 +62,12 @@ def read(files: Files) -> list[Question]:
 
 
 def prediction(text: str) -> str:
-    """An answer as LLaVA submits it."""
+    """Returns an answer in the form in which LLaVA submits it: in lower case, without a period."""
     return text.rstrip(".").lower()
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """The share of answers that are GQA's, of all, of the open and of the binary questions."""
+    """Returns the share of correct answers for all, for open and for binary questions."""
     right = lambda kind: mean(
         prediction(text) == question.answers[0]
         for question, text in answered
@@ -77,7 +77,7 @@ def score(answered: Sequence[Answered]) -> Json:
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes what GQA's eval.py reads."""
+    """Writes the answers to the file that GQA's eval.py reads, and returns its path."""
     path = folder / "testdev_balanced_predictions.json"
     rows = [
         {"questionId": question.id, "prediction": prediction(text)} for question, text in answered

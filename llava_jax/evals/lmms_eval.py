@@ -1,6 +1,9 @@
-"""lmms-eval's view of a checkpoint: `lmms-eval --model llava_jax --model_args pretrained=RUN ...`.
+"""Lets lmms-eval evaluate a checkpoint of llava_jax.
 
-lmms-eval finds it by the entry point of this package; only with lmms-eval can this be imported.
+    lmms-eval --model llava_jax --model_args pretrained=RUN ...
+
+lmms-eval finds this module by the entry point in pyproject.toml. The module can be imported only if
+lmms-eval is installed.
 """
 
 import json
@@ -31,25 +34,30 @@ from llava_jax.generation.sampling import Sampling
 from llava_jax.pretrained.resolve import resolve
 
 MAX_NEW_TOKENS = 256
-"""Of an answer, where a task does not say."""
+"""Maximum number of tokens of an answer if a task does not set it."""
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's registry takes."""
+    """Returns the entry of this model for the registry of lmms-eval."""
     return ModelManifest("llava_jax", chat_class_path=f"{__name__}.LlavaJax")
 
 
 class LlavaJax(lmms):
-    """A checkpoint of any form, as lmms-eval's tasks ask it.
+    """A model for lmms-eval that answers with a checkpoint in any format.
 
     Args:
-        pretrained: A run's directory, an adapter's, a checkpoint, or a hub id.
-        base: What an adapter was trained on, if not what it names.
-        dtype: The dtype of weights and computation.
-        quantize: The decoder in fewer bits.
-        max_length: Most tokens of a question with its answer.
-        batch_size: Questions at a time.
-        given: What lmms-eval gives every model, and is not used: all devices are.
+        pretrained: Directory of a run, of an adapter or of a checkpoint, or a hub id.
+        base: Base model of the adapter; None takes the base model that the adapter names.
+        dtype: Dtype of weights and computation; None chooses it by the device.
+        quantize: Quantization of the decoder's weights; None takes that of the training run.
+        max_length: Maximum number of tokens of a question with its images and answer.
+        batch_size: Number of questions that are answered at the same time.
+        given: Arguments that lmms-eval passes to every model. They are ignored, because llava_jax
+            uses all devices.
+
+    Raises:
+        ConfigError: An argument is unknown or has a value that is not allowed.
+        CheckpointError: The checkpoint cannot be used.
     """
 
     is_simple = False
@@ -79,7 +87,10 @@ class LlavaJax(lmms):
         )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers requests, those with the same settings together; a broken one with nothing."""
+        """Returns the answer to each request; a request that cannot be used gets an empty answer.
+
+        Requests with the same settings are answered in the same batches.
+        """
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[2], sort_keys=True, default=str)].append(number)
@@ -96,7 +107,7 @@ class LlavaJax(lmms):
     def _answer(
         self, requests: Sequence[Instance], numbers: list[int]
     ) -> Iterator[tuple[int, GenerationResult]]:
-        """Answers requests that have the same settings."""
+        """Yields the index and the answer of each request; all requests have the same settings."""
         settings = requests[numbers[0]].args[2]
         longest, sampling, stop = read_settings(settings)
         refused: list[int] = []
@@ -115,22 +126,26 @@ class LlavaJax(lmms):
             yield number, GenerationResult("")
 
     def _messages(self, request: Instance) -> list[Json]:
+        """Returns the messages of a request, which its task makes from a document."""
         _, to_messages, _, document, task, split = request.args
         return to_messages(self.task_dict[task][split][document])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Is not there: LLaVA's benchmarks generate."""
-        raise NotImplementedError("llava_jax answers tasks that generate, not by likelihood")
+        """Raises NotImplementedError, because LLaVA's benchmarks use generated answers."""
+        raise NotImplementedError("llava_jax supports tasks that generate text only")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Is not there: such tasks run a conversation of their own."""
-        raise NotImplementedError("llava_jax answers tasks of one round")
+        """Raises NotImplementedError, because tasks of several rounds are not supported."""
+        raise NotImplementedError("llava_jax supports tasks with a single round only")
 
 
 def read_settings(given: Json) -> tuple[int, Sampling, tuple[str, ...]]:
-    """A task's generation_kwargs: most new tokens, how tokens are chosen, and what ends an answer.
+    """Reads the generation_kwargs of a task.
 
-    Beams are passed over: tasks ask for one.
+    The number of beams is ignored, because tasks use one beam.
+
+    Returns:
+        Maximum number of new tokens, sampling settings, and texts that end an answer.
     """
     temperature = float(given.get("temperature") or 0.0)
     if not given.get("do_sample", temperature > 0):
@@ -147,10 +162,10 @@ def read_settings(given: Json) -> tuple[int, Sampling, tuple[str, ...]]:
 
 
 def to_prompt(messages: Sequence[Json]) -> Prompt:
-    """Messages of lmms-eval, whose contents are texts and images, as a prompt.
+    """Converts messages of lmms-eval, which contain texts and images, to a prompt.
 
     Raises:
-        ConfigError: There is a video or a sound.
+        ConfigError: A message contains something else, for example a video.
     """
     turns, images = [], []
     for message in messages:
@@ -162,6 +177,6 @@ def to_prompt(messages: Sequence[Json]) -> Prompt:
                 images.append(part["url"])
                 text += f"{IMAGE_PLACEHOLDER}\n"
             else:
-                raise ConfigError(f"llava_jax takes text and images, and the task has {part!r:.60}")
+                raise ConfigError(f"llava_jax reads text and images, but the task has {part!r:.60}")
         turns.append(Turn(ROLES[message["role"]], text))
     return Prompt(tuple(turns), tuple(images))

@@ -1,4 +1,4 @@
-"""MMBench: questions of up to four choices, in a table with its images inside."""
+"""Reads and scores MMBench: questions with up to four choices, in a table that has the images."""
 
 import base64
 import binascii
@@ -24,21 +24,21 @@ TABLE = Source(
 LETTER_CN = "请直接回答选项字母。"
 _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6
-_TURNED = 1_000_000  # the same question, its choices in another order, has a number above this
-# What pandas, with which LLaVA reads the table, takes for nothing; and what LLaVA does.
+_TURNED = 1_000_000  # multiples are added to a question's id if its choices are in another order
+# LLaVA reads the table with pandas, which treats these texts as missing values.
 _NOTHING = {
     "",
     *("#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "NA", "n/a", "NULL", "null", "-NaN", "-nan"),
     *("-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN"),
 }
-_LONGEST_REFERENCE = 64  # an image that is no longer is the number of the row that has it
+_LONGEST_REFERENCE = 64  # a text up to this length is the index of the row that has the image
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the table, as the first round of LLaVA's evaluation does.
+    """Reads the table like LLaVA's evaluation in its first round.
 
     Raises:
-        ConfigError: It is missing or has another form.
+        ConfigError: The table is missing or has another format.
     """
     path = files.find(TABLE)
     rows = list(_read_table(path))
@@ -48,6 +48,7 @@ def read(files: Files) -> list[Question]:
 
 
 def _read_table(path: Path) -> Iterator[dict[str, str]]:
+    """Yields the rows of the table as dictionaries from column names to texts."""
     csv.field_size_limit(sys.maxsize)
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
@@ -65,10 +66,12 @@ def _read_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _is_nothing(text: str) -> bool:
+    """Returns True if LLaVA treats the text of a cell as missing."""
     return text in _NOTHING or text.lower() in ("nan", "none")
 
 
 def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Question:
+    """Returns the question of a row; the prompt ends with the instruction `prompt`."""
     options = {}
     for letter in LETTERS:
         if _is_nothing(row[letter]):
@@ -90,18 +93,23 @@ def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Quest
     try:
         image = base64.b64decode(_image(row["image"], images), validate=True)
     except (binascii.Error, ValueError) as error:
-        more["problem"] = f"its image is no base64: {error}"
+        more["problem"] = f"its image is not valid base64: {error}"
     return ask(int(row["index"]), f"{text}\n{prompt}", image, [answer] if answer else [], **more)
 
 
 def _image(text: str, images: dict[str, str]) -> str:
+    """Returns the base64 text of an image; a short text is the index of another row's image."""
     return images.get(text, text) if len(text) <= _LONGEST_REFERENCE else text
 
 
 def score(answered: Sequence[Answered]) -> Json | None:
-    """The share of right letters, and of questions that are right in every order of their choices.
+    """Returns the share of correct letters, and of questions that are correct in every order.
 
-    None for a table without answers. The server reads answers that are no letter with an LLM.
+    MMBench asks the same question several times with its choices in different orders. Its server
+    also uses a language model to read answers that do not start with a letter.
+
+    Returns:
+        The scores "accuracy" and "circular", or None if the table has no answers.
     """
     turns: dict[int, list[bool]] = defaultdict(list)
     for question, text in answered:
@@ -117,7 +125,7 @@ def score(answered: Sequence[Answered]) -> Json | None:
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the sheet that MMBench's server takes."""
+    """Writes the spreadsheet that MMBench's server reads, and returns its path."""
     from openpyxl import Workbook  # pyright: ignore[reportMissingModuleSource]
 
     columns = list(answered[0].question.extra["row"])
@@ -135,7 +143,7 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
 
 
 def _write(cell: Any, value: str) -> None:
-    """Writes a value as a number or as text, never as the formula that it may look like."""
+    """Writes a value as a number or as text; a text that looks like a formula stays a text."""
     from openpyxl.cell.cell import (  # pyright: ignore[reportMissingModuleSource]
         ILLEGAL_CHARACTERS_RE,
     )

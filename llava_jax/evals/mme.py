@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions about each image, in fourteen categories."""
+"""Reads and scores MME: two yes-or-no questions about each image, in fourteen categories."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -46,24 +46,27 @@ RELEASE = Source(
     "(MME_Benchmark_release_version)",
     "image_root",
 )
-_ASKED = "Please answer yes or no."  # ends MME's questions; LLaVA puts its own prompt in its place
+_ASKED = "Please answer yes or no."  # end of MME's questions, which LLaVA replaces
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the folders of MME's release that are there, with LLaVA's prompt.
+    """Reads the categories of MME whose directories exist, with LLaVA's prompt.
 
     Raises:
-        ConfigError: There are none, or one has another form.
+        ConfigError: There is no directory of a category, or a file has another format.
     """
     root = files.find(RELEASE)
     there = [name for name in CATEGORIES if (root / name).is_dir()]
     if not there:
-        raise ConfigError(f"{root} has none of MME's folders; get them from {RELEASE.origin}")
+        raise ConfigError(
+            f"{root} has no directory of a category of MME; get them from {RELEASE.origin}"
+        )
     return [question for name in there for question in _read_category(root, name)]
 
 
 def _read_category(root: Path, category: str) -> list[Question]:
+    """Reads the questions of one category, in either of the two layouts of MME's release."""
     folder = root / category
     texts, images = folder, folder
     if (folder / "images").is_dir():
@@ -88,9 +91,10 @@ def _read_category(root: Path, category: str) -> list[Question]:
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """Scores as MME does: per cent of right answers and of right images, added up.
+    """Returns MME's scores by category, and their sums for perception and for cognition.
 
-    An image is right if all of its questions are.
+    The score of a category is the percentage of correct answers plus the percentage of images whose
+    questions are all answered correctly; the largest score is 200.
     """
     right: dict[str, dict[str | int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, text in answered:
@@ -109,7 +113,7 @@ def score(answered: Sequence[Answered]) -> Json:
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the results folder that MME's eval_tool/calculation.py reads."""
+    """Writes the directory that MME's eval_tool/calculation.py reads, and returns its path."""
     results = folder / "mme_results"
     results.mkdir(exist_ok=True)
     lines = defaultdict(list)
@@ -123,5 +127,5 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
 
 
 def _one_line(text: str) -> str:
-    """Without what would end a field or a line; as long as before, since MME looks at the start."""
+    """Replaces each tab and line break by one space, because they would end a field or a line."""
     return text.translate(str.maketrans("\t\r\n", "   "))

@@ -1,7 +1,8 @@
-"""Answers as scorers read them: VQA's normal form, yes or no, letters, numbers.
+"""Parses answers as published scorers do: VQA's normal form, yes or no, letters and numbers.
 
-Each rule is a published scorer's, oddities included, for scores are compared only if they are made
-alike. tests/parity holds them to the originals.
+Each function follows one published scorer exactly, including its peculiarities, because scores can
+be compared only if they are computed in the same way. tests/parity compares them with the
+originals.
 """
 
 import re
@@ -12,9 +13,10 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # the original passes the flag re.UNICODE, of that value, as the count
+_MOST_PERIODS = 32  # the original passes the flag re.UNICODE as the count; its value is 32
 
-# The VQA challenge's list of contractions: these have one apostrophe, and may come without it ...
+# The next three tables are the VQA challenge's list of contractions. These words have one
+# apostrophe, which may be missing in an answer.
 _ONCE = (
     "'twas ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd "
     "he's how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't "
@@ -24,13 +26,13 @@ _ONCE = (
     "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
     "you'll you're you've"
 )
-# ... these have two, of which either may be missing ...
+# These words have two apostrophes, and one of the two may be missing.
 _TWICE = (
     "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've "
     "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll "
     "you'd've"
 )
-# ... and these follow no rule.
+# These words follow no rule.
 _ODD = {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
@@ -43,6 +45,7 @@ _ODD = {
 
 
 def _without_apostrophe(word: str) -> list[str]:
+    """Returns the forms of a word in which one of its apostrophes is missing."""
     indices = [index for index, letter in enumerate(word) if letter == "'"]
     return [word[:index] + word[index + 1 :] for index in indices]
 
@@ -53,10 +56,11 @@ _CONTRACTIONS = _ODD | {
 
 
 def normalise(text: str) -> str:
-    """Brings an answer into the form in which VQA's scorers compare answers.
+    """Returns an answer in the form in which VQA's scorers compare answers.
 
-    Lower case, without articles and most punctuation, small numbers as digits, contractions with
-    their apostrophes. It is the processor of EvalAI as M4C has it, and LLaVA for TextVQA and VQAv2.
+    The form is in lower case, without articles and most punctuation, with small numbers as digits
+    and contractions with their apostrophes. The rules are those of EvalAI's answer processor in
+    M4C, which LLaVA uses for TextVQA and VQAv2.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = _strip_punctuation(text.strip().replace("\n", " ").replace("\t", " ").strip())
@@ -65,6 +69,7 @@ def normalise(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
+    """Removes each mark that is next to a space anywhere in the text; other marks become spaces."""
     stripped = text
     for mark in _PUNCTUATION:
         at_a_space = f"{mark} " in text or f" {mark}" in text
@@ -73,19 +78,27 @@ def _strip_punctuation(text: str) -> str:
 
 
 def says_yes(text: str) -> bool:
-    """Reads an answer as POPE's scorer does: yes, unless its first sentence has a "no" or "not"."""
+    """Returns False if the first sentence has the word "no" or "not", like POPE's scorer."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def mme_label(text: str) -> str:
-    """Reads an answer as MME's scorer does, by its first four characters: yes, no or other."""
+    """Returns "yes", "no" or "other" for the first four characters, like MME's scorer."""
     start = text.lower()[:4]
     return next((label for label in ("yes", "no") if label in start), "other")
 
 
 def science_letter(text: str, letters: Collection[str]) -> str | None:
-    """Reads an option's letter as LLaVA's scorer of ScienceQA does; None where it finds none."""
+    """Returns the letter of the chosen option, like LLaVA's scorer for ScienceQA.
+
+    Args:
+        text: Answer of the model.
+        letters: Letters of all options.
+
+    Returns:
+        The letter, or None if the answer does not name one option.
+    """
     if text in letters:
         return text
     if text[:1] in letters and text[1:3] == ". ":
@@ -95,13 +108,24 @@ def science_letter(text: str, letters: Collection[str]) -> str | None:
 
 
 def first_letter(text: str, letters: Collection[str]) -> str | None:
-    """The option's letter that an answer begins with: "B", "(B)", "B.", "B: a dog"."""
+    """Returns the letter that an answer starts with, such as "B", "(B)", "B." or "B: a dog".
+
+    Args:
+        text: Answer of the model.
+        letters: Letters of the options of the question.
+
+    Returns:
+        The letter, or None if the answer does not start with the letter of an option.
+    """
     found = re.match(r"\(?([A-Z])(?:\W|$)", text.strip())
     return found[1] if found and found[1] in letters else None
 
 
 def to_number(text: str) -> float | None:
-    """Reads a number, or a percentage as its share; None where it is neither."""
+    """Returns the number in a text, or None if the text is not a number.
+
+    A percentage is divided by 100.
+    """
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the image? Three sets of questions about COCO's images."""
+"""Reads and scores POPE: questions that ask whether an object is in an image of COCO."""
 
 from collections.abc import Sequence
 
@@ -29,17 +29,19 @@ IMAGES = Source(("val2014",), "http://images.cocodataset.org/zips/val2014.zip", 
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the questions: those of LLaVA's file if it is there, else all of POPE's own.
+    """Reads the questions in LLaVA's file, or the questions in POPE's files if LLaVA's is missing.
 
     Raises:
-        ConfigError: A file is missing or has another form, or a question has no label.
+        ConfigError: A file is missing or has another format, or a question has no label.
     """
     root = files.find(IMAGES)
     labelled = []
     for path in files.find_all(LABELS):
         category = path.stem.removeprefix("coco_pope_")
         if category not in SETS:
-            raise ConfigError(f"{path}: expected coco_pope_SET.json, SET one of {', '.join(SETS)}")
+            raise ConfigError(
+                f"{path}: its name must be coco_pope_SET.json with a SET of {', '.join(SETS)}"
+            )
         rows = read_lines(path, question_id=(str, int), image=str, text=str, label=str)
         labelled += [(category, row) for row in rows]
     if not (asked := files.look(QUESTIONS)):
@@ -62,8 +64,8 @@ def read(files: Files) -> list[Question]:
         key = row.get("category"), row["image"], without_prompt(row["text"])
         if key not in labels:
             raise ConfigError(
-                f"{asked[0]}: question {row['question_id']} is in none of the label files; they "
-                f"are of another version: get those from {LABELS.origin}"
+                f"{asked[0]}: question {row['question_id']} is not in the label files, which are "
+                f"from another version; get the files from {LABELS.origin}"
             )
         return [labels[key]]
 
@@ -71,7 +73,7 @@ def read(files: Files) -> list[Question]:
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """Scores each set; `f1` is the mean of theirs, the number that is published."""
+    """Returns the scores of each set, and their mean F1, which papers publish."""
     of = lambda name: [answer for answer in answered if answer.question.category == name]
     sets = {name: count_yes_no(of(name)).scores for name in SETS if of(name)}
     return {"f1": mean(scores["f1"] for scores in sets.values()), "sets": sets}

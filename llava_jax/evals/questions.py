@@ -1,4 +1,4 @@
-"""Questions of a benchmark, and the files that they come from."""
+"""Reads the questions of benchmarks from their files."""
 
 import dataclasses
 import io
@@ -19,17 +19,17 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question to a model.
+    """A question of a benchmark.
 
     Attributes:
-        id: The benchmark's own name for it, a number or a text; several may share it.
-        prompt: Its text, as answer files of LLaVA have it.
-        turns: The conversation that ends with it, an `<image>` for each image.
-        images: Paths, or what is in the files.
-        answers: The expected answers; empty where only a server knows them.
-        category: Groups the scores; None outside any group.
-        extra: More fields of its answer in answers.jsonl.
-        problem: Why it cannot be asked, if it cannot.
+        id: Id in the benchmark, a number or a text. Several questions may have the same id.
+        prompt: Text of the question, as in LLaVA's files of answers.
+        turns: Conversation that ends with the question, with one `<image>` for each image.
+        images: Paths of the images, or the contents of the image files.
+        answers: Expected answers; empty if only a server knows the answers.
+        category: Group whose scores the question counts for; None if it has no group.
+        extra: Additional fields for the answer in answers.jsonl.
+        problem: Reason why the question cannot be asked; None if it can be asked.
     """
 
     id: str | int
@@ -43,11 +43,16 @@ class Question:
 
 
 Answers = Callable[[Json], Sequence[str]]
-"""The answers that are expected of a line of a question file."""
+"""Type of a function that returns the expected answers for a line of a question file."""
 
 
 class Answered(NamedTuple):
-    """A question, and the text that the model answered."""
+    """A question with the model's answer.
+
+    Attributes:
+        question: Question that was asked.
+        text: Answer of the model; empty if the question could not be asked.
+    """
 
     question: Question
     text: str
@@ -62,14 +67,17 @@ def ask(
     root: Path | None = None,
     **more: Any,
 ) -> Question:
-    """A question of one turn.
+    """Returns a question that is a conversation of one turn.
+
+    If the path of the image is not allowed, the question gets a `problem`.
 
     Args:
-        id: Its name.
-        prompt: Its text; no image is left where it says `<image>`.
-        image: What comes before it, if anything: a path below `root`, or what is in a file.
-        answers: The expected answers.
-        root: The folder of images.
+        id: Id of the question.
+        prompt: Text of the question; each `<image>` in it is removed from the turn.
+        image: Image in front of the question: its path relative to `root`, or the contents of the
+            image file. None means that there is no image.
+        answers: Expected answers.
+        root: Directory of the images.
         more: Further attributes of the question.
     """
     images: tuple[str | bytes, ...] = ()
@@ -85,15 +93,15 @@ def ask(
 
 
 def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) -> list[Question]:
-    """Reads a question file of LLaVA's: JSON lines with the prompts that were published.
+    """Reads a question file of LLaVA, which has JSON lines with the published prompts.
 
     Args:
-        path: The file.
-        root: The folder of its images.
-        answers: Gives the expected answers of a line.
+        path: Path of the file.
+        root: Directory of the images.
+        answers: Function that returns the expected answers for a line.
 
     Raises:
-        ConfigError: A line has another form.
+        ConfigError: A line has another format.
     """
     rows = read_lines(path, question_id=(str, int), image=str, text=str)
     return [
@@ -110,24 +118,25 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
 
 
 def _category(row: Json) -> str | None:
+    """Returns the category of a line; LLaVA's files have "default" if there is no category."""
     category = row.get("category")
     return category if isinstance(category, str) and category != "default" else None
 
 
 def without_prompt(text: str) -> str:
-    """A question as its benchmark has it, without what LLaVA added."""
+    """Returns the question in a prompt without the instruction that LLaVA adds at its end."""
     return text.removesuffix(SHORT).strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file or a folder of a benchmark.
+    """A file or directory of a benchmark.
 
     Attributes:
-        names: Patterns of its path below the benchmark's folder, as LLaVA's docs/Evaluation.md
-            lays it out, and as it is called by itself.
-        origin: Where one gets it.
-        option: Names it on the command line.
+        names: Patterns of its path relative to the benchmark's directory: first in the layout of
+            LLaVA's docs/Evaluation.md, then in other usual layouts.
+        origin: Place where a user can get it, usually a URL.
+        option: Field of `Files` that sets its path.
     """
 
     names: tuple[str, ...]
@@ -136,7 +145,14 @@ class Source:
 
 
 class Files(NamedTuple):
-    """What the command line says of a benchmark's files; None leaves it to the folder."""
+    """Paths of a benchmark's files from the command line; None means that `data` contains the file.
+
+    Attributes:
+        data: Directory of the benchmark, or data file of the task "json".
+        image_root: Directory of the images.
+        questions: File of the questions.
+        annotations: File or directory of the expected answers.
+    """
 
     data: Path | None = None
     image_root: Path | None = None
@@ -144,10 +160,11 @@ class Files(NamedTuple):
     annotations: Path | None = None
 
     def look(self, source: Source) -> list[Path]:
-        """All that fits a source, in order; empty if nothing fits.
+        """Returns the paths that match a source, sorted; the list is empty if no path matches.
 
         Raises:
-            ConfigError: What the command line names is not there, or it names no folder.
+            ConfigError: A path from the command line does not exist, or the benchmark's directory
+                is missing.
         """
         given = getattr(self, source.option)
         if given is not None:
@@ -159,30 +176,31 @@ class Files(NamedTuple):
                 return [given]
         folder = self.data if given is None else given
         if folder is None or not folder.is_dir():
-            what = "is missing" if folder is None else f"{folder} is no folder"
-            raise ConfigError(f"--data {what}: name the folder with {source.names[-1]}")
+            what = "is missing" if folder is None else f"{folder} is not a directory"
+            raise ConfigError(f"--data {what}; give the directory that has {source.names[-1]}")
         for name in source.names:
             if found := [folder] if name == "." else sorted(folder.glob(name)):
                 return found
         return []
 
     def find(self, source: Source) -> Path:
-        """The file or folder of a source.
+        """Returns the path of a source.
 
         Raises:
-            ConfigError: It is not there; says where it comes from.
+            ConfigError: The source is missing, or several paths match.
         """
         found = self.find_all(source)
         if len(found) > 1:
             several = ", ".join(str(path) for path in found[:5])
-            raise ConfigError(f"which of {several}? name one by --{source.option}")
+            option = source.option.replace("_", "-")
+            raise ConfigError(f"found several files: {several}; choose one by --{option}")
         return found[0]
 
     def find_all(self, source: Source) -> list[Path]:
-        """All files of a source.
+        """Returns all paths that match a source, sorted.
 
         Raises:
-            ConfigError: There is no such file; the message says where to get it.
+            ConfigError: No path matches. The message says where to get the file.
         """
         if found := self.look(source):
             return found
@@ -190,7 +208,7 @@ class Files(NamedTuple):
         option = source.option.replace("_", "-")
         raise ConfigError(
             f"no {names} in {getattr(self, source.option) or self.data}; get it from "
-            f"{source.origin}, or say by --{option} where it is"
+            f"{source.origin}, or give its path by --{option}"
         )
 
 
@@ -198,7 +216,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ConfigError: It is not JSON.
+        ConfigError: The file cannot be opened or is not JSON.
     """
     try:
         with open_text(path) as file:
@@ -208,10 +226,14 @@ def read_json(path: Path) -> Any:
 
 
 def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
-    """Opens a file of UTF-8.
+    """Opens a text file in UTF-8 for reading.
+
+    Args:
+        path: Path of the file.
+        options: Further arguments of `io.TextIOWrapper`.
 
     Raises:
-        ConfigError: It cannot be opened, or is a folder, a pipe or a device.
+        ConfigError: The file cannot be opened, or it is a directory, a pipe or a device.
     """
     try:
         return io.TextIOWrapper(open_regular(path), encoding="utf-8", **options)
@@ -220,14 +242,14 @@ def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
 
 
 def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
-    """Reads a file of JSON lines.
+    """Reads a file of JSON lines and leaves out empty lines.
 
     Args:
-        path: The file.
-        fields: What each line must have, and of which types.
+        path: Path of the file.
+        fields: Names of the fields that each line must have, with their types.
 
     Raises:
-        ConfigError: A line is not JSON, or lacks a field; names it.
+        ConfigError: A line is not a JSON object, or a field is missing or has another type.
     """
     rows = []
     with open_text(path) as file:
@@ -237,7 +259,7 @@ def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
             try:
                 row = json.loads(line)
                 if is_deeper(row, MAX_DEPTH):
-                    raise ValueError("lists or objects are too deep in each other")
+                    raise ValueError("lists or objects are nested too deeply")
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
             rows.append(check_fields(row, f"{path}, line {number}", **fields))
@@ -245,10 +267,14 @@ def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
 
 
 def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    """The lines of a file.
+    """Yields the lines of a text file.
+
+    Args:
+        file: File that is read.
+        path: Path of the file, for errors.
 
     Raises:
-        ConfigError: It is not UTF-8, or a line is too long to be one of questions.
+        ConfigError: The file is not UTF-8, or a line has more than MAX_RECORD_BYTES characters.
     """
     try:
         while line := file.readline(MAX_RECORD_BYTES + 1):
@@ -260,10 +286,15 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
 
 def check_fields(row: object, where: str, **fields: type | tuple[type, ...]) -> Json:
-    """Returns an object of a file if it has the fields, of the types.
+    """Returns a JSON object after checking that it has the given fields.
+
+    Args:
+        row: JSON value from a file.
+        where: Place of the value, for errors.
+        fields: Names of the fields, with their types.
 
     Raises:
-        ConfigError: It is no object, or lacks one; says where.
+        ConfigError: The value is not an object, or a field is missing or has another type.
     """
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected an object, found {row!r:.60}")

@@ -1,4 +1,4 @@
-"""Asking a model the questions of a benchmark, once each, over any number of starts."""
+"""Asks a model the questions of a benchmark, each once, also if the command is restarted."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,17 @@ from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.pretrained.resolve import model_name
 
 WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
-"""Files of a checkpoint by which it is known again."""
+"""Patterns of the weight files that identify a checkpoint."""
 
 
 class How(NamedTuple):
-    """How answers are generated, as for `Assistant.answer_all`."""
+    """Settings of the generation, which are arguments of `Assistant.answer_all`.
+
+    Attributes:
+        max_new_tokens: Maximum number of tokens of an answer.
+        sampling: Sampling settings.
+        stop: Texts that end an answer.
+    """
 
     max_new_tokens: int
     sampling: Sampling = GREEDY
@@ -35,18 +41,18 @@ def describe(
     checkpoint: str | Path | Parts,
     **loaded: str | None,
 ) -> Json:
-    """All that answers depend on, for settings.json.
+    """Returns the content of settings.json: all settings that the answers depend on.
 
     Args:
-        task: The benchmark.
-        questions: All of its questions.
-        how: How answers are generated.
-        checkpoint: The checkpoint that answers.
-        loaded: How the checkpoint is loaded.
+        task: Name of the benchmark.
+        questions: All questions of the benchmark.
+        how: Settings of the generation.
+        checkpoint: Source of the model's weights.
+        loaded: Further settings by which the checkpoint is loaded, such as the dtype.
     """
     digest = hashlib.sha256()
     for question in questions:
-        # repr, since ids may be numbers or texts and images paths or bytes
+        # repr() distinguishes numbers from texts in ids, and paths from contents in images.
         digest.update(repr((question.id, question.turns, question.images)).encode())
     if isinstance(checkpoint, Parts):
         given = {name: value for name, value in vars(checkpoint).items() if value}
@@ -68,12 +74,12 @@ def describe(
 
 
 def _full_path(source: str | Path) -> str:
-    """Returns the full path of what is on this machine, and a hub id as it is."""
+    """Returns the absolute path of a source that exists on this machine, and a hub id unchanged."""
     return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 def _weights(place: Path) -> list[list[str | int]]:
-    """Returns the name, size and time of each file of weights in a directory, or of one file."""
+    """Returns the name, size and modification time of each weight file in a directory."""
     files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
     files = [place] if place.is_file() else files
     stats = [(str(file.relative_to(place)), file.stat()) for file in files]
@@ -81,15 +87,15 @@ def _weights(place: Path) -> list[list[str | int]]:
 
 
 class Answers:
-    """The answers of one model to one benchmark: answers.jsonl, and settings.json beside it.
+    """Store of a model's answers to a benchmark, in the files answers.jsonl and settings.json.
 
     Args:
-        folder: Where they are, and are looked for.
-        settings: What they depend on.
+        folder: Directory of the files. Answers from an earlier start are read from it.
+        settings: Settings that the answers depend on, from `describe`.
         questions: All questions of the benchmark.
 
     Raises:
-        ConfigError: The folder has answers to other settings, or is damaged.
+        ConfigError: The directory has answers for other settings, or a file is damaged.
     """
 
     def __init__(self, folder: Path, settings: Json, questions: Sequence[Question]):
@@ -101,20 +107,30 @@ class Answers:
         self._rows = self._read()
 
     def missing(self, count: int) -> list[int]:
-        """Numbers of the first `count` questions that were not asked yet."""
+        """Returns the indices of those of the first `count` questions that were not asked yet."""
         return [number for number in range(count) if number not in self._rows]
 
     def refused(self, count: int) -> list[tuple[int, str]]:
-        """Those of the first `count` that could not be asked, and why."""
+        """Returns the indices of the questions that could not be asked, with the reasons.
+
+        Args:
+            count: Number of questions to search, from the first on.
+        """
         rows = ((number, self._rows[number]) for number in range(count))
         return [(number, row["error"]) for number, row in rows if row.get("error")]
 
     def answered(self, count: int) -> list[Answered]:
-        """The first `count` questions, which were all asked, with their answers."""
+        """Returns the first `count` questions with their answers; all must have been asked."""
         return [Answered(self._questions[n], self._rows[n]["text"]) for n in range(count)]
 
     def add(self, number: int, reply: Reply | None, error: str | None = None) -> None:
-        """Keeps an answer, or the reason why it is missing."""
+        """Appends an answer to answers.jsonl.
+
+        Args:
+            number: Index of the question.
+            reply: Answer of the model; None if the question could not be asked.
+            error: Reason why the question could not be asked.
+        """
         question = self._questions[number]
         row = {
             "question_id": question.id,
@@ -136,11 +152,12 @@ class Answers:
         self._rows[number] = row
 
     def sort(self) -> None:
-        """Brings the file into the questions' order, on which LLaVA's scripts rely."""
+        """Sorts answers.jsonl by the order of the questions, which LLaVA's scripts rely on."""
         rows = [self._rows[number] for number in sorted(self._rows)]
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> dict[int, Json]:
+        """Returns the rows of answers.jsonl by the index of the question."""
         if not self.path.exists():
             return {}
         *whole, last = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -151,17 +168,17 @@ class Answers:
             known = number in range(len(self._questions)) and isinstance(row.get("text"), str)
             if not known or row.get("question_id") != self._questions[number].id:
                 raise ConfigError(
-                    f"{self.path}, line {line} is no answer to this benchmark; take the line out, "
-                    "or give another --output"
+                    f"{self.path}, line {line} is no answer to this benchmark; delete the line or "
+                    "give another --output"
                 )
             rows[number] = row
-        if last:  # cut short by a kill
+        if last:  # the process was killed while it wrote this line
             replace_text(self.path, "".join(text + "\n" for text in whole))
         return rows
 
 
 def _parse(text: str) -> Json:
-    """The object in a line; empty if the line is not an object."""
+    """Returns the JSON object in a line, or an empty dictionary if the line is not an object."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -170,7 +187,8 @@ def _parse(text: str) -> Json:
 
 
 def _check_settings(path: Path, settings: Json, answers: Path) -> None:
-    if not answers.exists():  # what was asked before and not answered binds nobody
+    """Writes settings.json if there are no answers; otherwise checks that it has these settings."""
+    if not answers.exists():
         replace_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
@@ -183,7 +201,7 @@ def _check_settings(path: Path, settings: Json, answers: Path) -> None:
             f"  {name}: {there.get(name)} there, {settings.get(name)} here" for name in differs
         ]
         raise ConfigError(
-            f"{answers} has answers of other settings; give another --output, or delete it:\n"
+            f"{answers} has answers for other settings; delete it or give another --output:\n"
             + "\n".join(line[:300] for line in lines)
         )
 
@@ -196,15 +214,15 @@ def ask_all(
     how: How,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Asks questions, several at a time, and keeps each answer as it comes.
+    """Asks questions, several at the same time, and stores each answer as soon as it is complete.
 
     Args:
-        assistant: Who answers.
-        answers: Where they are kept.
+        assistant: Assistant that answers.
+        answers: Store of the answers.
         questions: All questions of the benchmark.
-        numbers: Numbers of the questions to ask.
-        how: How answers are generated.
-        advance: Called after each.
+        numbers: Indices of the questions to ask.
+        how: Settings of the generation.
+        advance: Function that is called after each question.
     """
     asked: list[int] = []
 

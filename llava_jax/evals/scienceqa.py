@@ -1,4 +1,4 @@
-"""ScienceQA: questions of several choices, about an image or none."""
+"""Reads and scores ScienceQA: multiple-choice questions, with or without an image."""
 
 import json
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ IMAGES = Source(("images/test", "test"), _REPOSITORY, "image_root")
 
 
 def read(files: Files) -> list[Question]:
-    """Reads LLaVA's questions, those of the test split, with the answers of ScienceQA's problems.
+    """Reads LLaVA's questions of the test split, with the answers from ScienceQA's problems.json.
 
     Raises:
-        ConfigError: A file is missing or has another form.
+        ConfigError: A file is missing or has another format, or a question is missing.
     """
     path, root = files.find(QUESTIONS), files.find(IMAGES)
     problems = read_json(files.find(PROBLEMS))
@@ -50,43 +50,51 @@ def read(files: Files) -> list[Question]:
         value = check_fields(row["conversations"][0], where, value=str)["value"]
         prompt = f"{value.replace(IMAGE_PLACEHOLDER, '').strip()}\n{LETTER}"
         image = row.get("image")
-        if image is not None:  # LLaVA's scorer knows the questions with an image by it
+        if image is not None:  # by this, LLaVA's scorer recognizes questions with an image
             prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
         choices, answer = _choices(problems, row["id"], where)
         extra = {"choices": len(choices)}
         questions[row["id"]] = ask(row["id"], prompt, image, [answer], root=root, extra=extra)
     if missing := [name for name in test if name not in questions]:
-        raise ConfigError(f"{path} lacks {len(missing)} questions of the test split: {missing[0]}")
+        raise ConfigError(
+            f"{path} lacks {len(missing)} questions of the test split, for example {missing[0]}"
+        )
     return [questions[name] for name in test]
 
 
 def _choices(problems: object, name: str, where: str) -> tuple[list[str], str]:
+    """Returns the choices of a question, and the letter of the correct choice."""
     fields = {"choices": list, "answer": int}
     problem = check_fields(problems, "problems.json").get(name)
     problem = check_fields(problem, f"{where}, problem {name} of problems.json", **fields)
     choices, answer = problem["choices"], problem["answer"]
     if not 0 <= answer < len(choices) <= len(LETTERS):
-        raise ConfigError(f"problem {name} of problems.json: answer {answer} of {len(choices)}")
+        raise ConfigError(
+            f"problem {name} of problems.json: answer {answer} of {len(choices)} choices, counted "
+            f"from 0; at most {len(LETTERS)} choices are allowed"
+        )
     return choices, LETTERS[answer]
 
 
 def _letter(answer: Answered) -> str | None:
+    """Returns the letter that the model chose, or None if it is not a choice of the question."""
     letter = science_letter(answer.text, LETTERS)
     return letter if letter in LETTERS[: answer.question.extra["choices"]] else None
 
 
 def _is_right(answer: Answered) -> bool:
+    """Returns True if the model chose the correct letter."""
     return _letter(answer) == answer.question.answers[0]
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """The share of right letters, of all and of the questions with an image."""
+    """Returns the share of correct letters for all questions and for questions with an image."""
     images = [answer for answer in answered if answer.question.images]
     return {"accuracy": mean(map(_is_right, answered)), "image": mean(map(_is_right, images))}
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the results as LLaVA's eval_science_qa.py does."""
+    """Writes the results in the format of LLaVA's eval_science_qa.py, and returns the path."""
     right = sum(map(_is_right, answered))
     letters = {answer.question.id: _letter(answer) for answer in answered}
     results = {

@@ -1,4 +1,4 @@
-"""What a given answer is worth, beside the answers that are expected."""
+"""Computes the scores of answers by comparing them with the expected answers."""
 
 import dataclasses
 from collections import Counter
@@ -8,21 +8,26 @@ from llava_jax.evals.parse_answers import normalise, says_yes, to_number
 from llava_jax.evals.questions import Answered
 
 RELAXED = 0.05
-"""Of the expected number, that a given one may be off: ChartQA's."""
-_ENOUGH = 3  # people who gave an answer make it right
+"""Largest relative error of a number that the metric "relaxed" accepts, as in ChartQA."""
+_ENOUGH = 3  # number of people with the same answer that make an answer fully correct
 
 
 def exact(given: str, expected: Sequence[str]) -> float:
-    """1 if an answer is one of those expected, to the letter."""
+    """Returns 1 if the answer equals an expected answer except for spaces around it, else 0."""
     return float(given.strip() in [answer.strip() for answer in expected])
 
 
 def vqa(given: str, expected: Sequence[str]) -> float:
-    """VQA's accuracy of an answer among those of several people.
+    """Returns VQA's accuracy of an answer, from 0 to 1.
 
-    Each person in turn is left out, and the answer is right by a third for each of the others who
-    gave it; this is the mean. Of less than four people, all others must have given it; what a
-    single one gave is right.
+    The accuracy is the mean over all people of the accuracy with this person left out: each of the
+    other people who gave the same answer counts one third, up to 1. If there are fewer than four
+    people, the answer is fully correct only if all other people gave it. If there is one person,
+    the answer is correct if it equals that person's answer.
+
+    Args:
+        given: Answer of the model.
+        expected: Answers of the people.
     """
     normal = [normalise(answer) for answer in expected]
     given = normalise(given)
@@ -30,17 +35,23 @@ def vqa(given: str, expected: Sequence[str]) -> float:
     if not enough:
         return float(given in normal)
     same = normal.count(given)
-    # An answer that nobody gave is worth nothing, and each person who did is one other less.
+    # If the person who is left out gave the same answer, one person less is counted. An answer that
+    # nobody gave gets 0.
     worth = [min(1.0, (same - (answer == given)) / enough) for answer in normal]
     return sum(worth) / len(worth)
 
 
 def relaxed(given: str, expected: Sequence[str]) -> float:
-    """1 if an answer is, but for case, expected, or a number at most 5 % off: ChartQA's."""
+    """Returns ChartQA's relaxed accuracy of an answer, which is 0 or 1.
+
+    The accuracy is 1 if the answer equals an expected answer except for case, or if both are
+    numbers that differ by at most 5 % of the expected number.
+    """
     return float(any(_is_close(given.strip(), answer.strip()) for answer in expected))
 
 
 def _is_close(given: str, expected: str) -> bool:
+    """Returns True if two answers are equal in ChartQA's relaxed sense."""
     ours, theirs = to_number(given), to_number(expected)
     if ours is not None and theirs:
         return abs(ours - theirs) / abs(theirs) <= RELAXED
@@ -52,12 +63,19 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa": vqa,
     "relaxed": relaxed,
 }
-"""What an answer is worth, from 0 to 1, by the metric's name."""
+"""Functions that score one answer from 0 to 1, by the name of the metric."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Answers to yes-or-no questions, counted; "yes" is what is looked for."""
+    """Confusion matrix of the answers to yes-or-no questions, in which "yes" is the positive class.
+
+    Attributes:
+        true_yes: Number of answers "yes" that are correct.
+        false_yes: Number of answers "yes" that are wrong.
+        true_no: Number of answers "no" that are correct.
+        false_no: Number of answers "no" that are wrong.
+    """
 
     true_yes: int = 0
     false_yes: int = 0
@@ -66,7 +84,7 @@ class Confusion:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Accuracy, precision, recall, F1 and the share of "yes"; 0 where one is undefined."""
+        """Accuracy, precision, recall, F1 and share of "yes"; an undefined score is 0."""
         said_yes = self.true_yes + self.false_yes
         is_yes = self.true_yes + self.false_no
         total = said_yes + self.true_no + self.false_no
@@ -81,7 +99,7 @@ class Confusion:
 
 
 def count_yes_no(answered: Iterable[Answered]) -> Confusion:
-    """Counts answers as POPE's scorer reads them; the expected ones are read alike."""
+    """Counts correct and wrong answers, after reading given and expected answers as POPE does."""
     pairs = Counter(
         (says_yes(answer.text), says_yes(answer.question.answers[0])) for answer in answered
     )
@@ -94,10 +112,11 @@ def count_yes_no(answered: Iterable[Answered]) -> Confusion:
 
 
 def mean(values: Iterable[int | float]) -> float:
-    """The mean; 0 of nothing."""
+    """Returns the mean, or 0 if there are no values."""
     values = list(values)
     return _share(sum(values), len(values))
 
 
 def _share(part: int | float, whole: int | float) -> float:
+    """Returns the quotient, or 0 if the denominator is 0."""
     return part / whole if whole else 0.0

@@ -1,4 +1,4 @@
-"""The table of benchmarks: how each is read, scored, and handed in."""
+"""Lists the benchmarks, with functions that read, score and submit each of them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,11 +17,12 @@ class Task:
     """A benchmark.
 
     Attributes:
-        read: Reads its questions.
-        score: Scores answers; None where only a server can.
-        submit: Writes what its server or its own script takes into a folder, and returns where.
-        max_new_tokens: Most tokens of an answer, as in LLaVA's evaluation.
-        needs: A package that `submit` needs.
+        read: Function that reads the questions.
+        score: Function that scores the answers; it returns None if only a server can do this.
+        submit: Function that writes the file for the benchmark's server or scorer to a directory
+            and returns the path of the file; None if there is no such file.
+        max_new_tokens: Maximum number of tokens of an answer, as in LLaVA's evaluation.
+        needs: Name of a package that `submit` imports; None if it imports no extra package.
     """
 
     read: Callable[[Files], list[Question]]
@@ -45,6 +46,11 @@ TASKS = {
 
 
 def find_task(name: str, metric: str | None = None) -> Task:
-    """A benchmark of the table; a metric is that of "json"."""
+    """Returns a benchmark.
+
+    Args:
+        name: Name in `TASKS`.
+        metric: Name of the metric that replaces the benchmark's own; None keeps it.
+    """
     task = TASKS[name]
     return task if metric is None else dataclasses.replace(task, score=custom.scorer(metric))

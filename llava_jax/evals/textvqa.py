@@ -1,4 +1,4 @@
-"""TextVQA: questions about text in images, each with the answers of ten people."""
+"""Reads TextVQA: questions about text in images, each with the answers of ten people."""
 
 from collections.abc import Sequence
 
@@ -29,10 +29,10 @@ _OCR = "Reference OCR token: "
 
 
 def read(files: Files) -> list[Question]:
-    """Reads LLaVA's questions, whose ids are those of images, with TextVQA's answers.
+    """Reads LLaVA's questions with TextVQA's answers; the id of a question is that of its image.
 
     Raises:
-        ConfigError: A file is missing or has another form, or a question has no answers.
+        ConfigError: A file is missing or has another format, or a question has no answers.
     """
     path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
     known = {}
@@ -44,20 +44,26 @@ def read(files: Files) -> list[Question]:
     def answers(row: Json) -> Sequence[str]:
         key = row["question_id"], asked(row["text"]).lower()
         if key not in known:
-            raise ConfigError(f"{path}: {annotations} has no answers to {key[1]!r} on {key[0]}")
+            raise ConfigError(
+                f"{path}: {annotations} has no answers to {key[1]!r} about image {key[0]}"
+            )
         return known[key]
 
     return read_questions(path, root, answers)
 
 
 def asked(prompt: str) -> str:
-    """The question in LLaVA's prompt, which has what OCR read of the image on a line of its own.
+    """Returns the question in a prompt of LLaVA, without the instruction and the OCR tokens.
+
+    The prompt may have a line with the tokens that OCR found in the image.
 
     Raises:
-        ConfigError: The prompt is not one of TextVQA's.
+        ConfigError: The prompt does not have the format of LLaVA's prompts for TextVQA.
     """
     lines = prompt.split("\n")
     with_ocr = len(lines) == 3 and _OCR in prompt
     if not with_ocr and len(lines) != 2:
-        raise ConfigError(f"expected a question, perhaps a line of OCR, and a prompt: {prompt!r}")
+        raise ConfigError(
+            f"expected a question, an optional line of OCR tokens and an instruction: {prompt!r}"
+        )
     return lines[1] if with_ocr and lines[0].startswith(_OCR.strip()) else lines[0]

@@ -1,4 +1,4 @@
-"""VQAv2: questions about COCO's images, whose answers only a server knows."""
+"""Reads VQAv2: questions about COCO's images whose answers only EvalAI's server knows."""
 
 import json
 from collections.abc import Sequence
@@ -22,20 +22,24 @@ IMAGES = Source(("test2015",), "http://images.cocodataset.org/zips/test2015.zip"
 
 
 def read(files: Files) -> list[Question]:
-    """Reads LLaVA's questions.
+    """Reads LLaVA's questions of the split test-dev.
 
     Raises:
-        ConfigError: A file is missing or has another form.
+        ConfigError: A file is missing or has another format.
     """
-    files.find(WHOLE)  # missed now, not after a hundred thousand answers
+    files.find(WHOLE)  # `submit` needs it; fails now instead of after 100,000 answers
     return read_questions(files.find(QUESTIONS), files.find(IMAGES))
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes what EvalAI takes: an answer to each question of the whole test, empty if not asked.
+    """Writes the file for EvalAI and returns its path.
+
+    The file has an answer to each question of the whole test split; the answers to questions that
+    were not asked are empty.
 
     Raises:
-        ConfigError: The file of the whole test changed.
+        ConfigError: The file with the questions of the whole test split is missing or has another
+            format.
     """
     texts = {question.id: normalise(text) for question, text in answered}
     whole = read_lines(files.find(WHOLE), question_id=(str, int))

@@ -1,4 +1,4 @@
-"""Answers to conversations from any checkpoint: streamed text, several answers at a time."""
+"""Answers conversations with the model of any checkpoint, several of them at a time."""
 
 import dataclasses
 import re
@@ -20,14 +20,14 @@ from llava_jax.pretrained.processor import has_processor
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
-"""Default for the tokens of prompt and answer together; the same as in training."""
+"""Default limit of the tokens of prompt and answer together; the same as in training."""
 
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's names of bytes
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # the names of SentencePiece's byte tokens
 
 
 def default_dtype() -> str:
-    """The dtype to compute in if none is given; CPUs are slow with 16 bits."""
+    """Returns the default dtype: "bfloat16", but "float32" on CPUs, which are slow with 16 bits."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -36,8 +36,8 @@ class Reply:
     """A complete answer.
 
     Attributes:
-        text: The text, without spaces around it.
-        ending: Whether the model or a stop string ended it ("stop"), or its length.
+        text: Text of the answer, without white space at its start and end.
+        ending: "stop" if the model or a stop string ended the answer, "length" if its length did.
         prompt_tokens: Number of tokens of the prompt, with images expanded.
         new_tokens: Number of tokens of the answer.
     """
@@ -52,10 +52,10 @@ class Answer:
     """An answer that is being generated.
 
     Attributes:
-        request: The tokens.
-        text: The text so far that cannot change any more: without an incomplete character, and
-            without the beginning of a stop string.
-        ending: Why the answer ended; None before that.
+        request: Request for which the tokens are generated.
+        text: Text so far that cannot change any more: without an incomplete character at its end,
+            and without the beginning of a stop string.
+        ending: "stop" or "length", as in `Reply`; None while the answer is being generated.
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class Answer:
         self._stop = tuple(filter(None, stop))
 
     def update(self) -> None:
-        """Reads the tokens that were generated since the last call."""
+        """Sets `text` and `ending` from the tokens that were generated so far."""
         tokens = self.request.tokens
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-        # Text that was shown has no stop string in it, but its end may be the beginning of one.
+        # The text of the last call contains no stop string, but may end inside one. So the search
+        # starts one length of the stop string before the end of that text.
         found = [
             position
             for word in self._stop
@@ -87,10 +88,10 @@ class Answer:
             self.text = text[: len(text) - self._uncertain(text)]
 
     def _uncertain(self, text: str) -> int:
-        """Number of characters at the end that later tokens may change or make a stop string."""
+        """Counts the characters at the end that may still change or begin a stop string."""
         unfinished = len(text) - len(text.rstrip("\ufffd"))
-        # SentencePiece decodes adjacent bytes together: one that is invalid makes all of them
-        # replacement characters.
+        # SentencePiece decodes adjacent byte tokens together: one invalid byte turns the characters
+        # of all of them into replacement characters.
         if count := self._newest_bytes():
             before = self._tokenizer.decode(self.request.tokens[:-count], skip_special_tokens=True)
             unfinished = max(unfinished, len(text) - len(str(before).lstrip()))
@@ -103,7 +104,7 @@ class Answer:
         return max([unfinished, *begun])
 
     def _newest_bytes(self) -> int:
-        """How many of the newest tokens are bytes, or special tokens without text."""
+        """Counts the byte tokens, and special tokens without text, at the end of the answer."""
         for count, token in enumerate(reversed(self.request.tokens)):
             name = self._tokenizer.convert_ids_to_tokens(token)  # None beyond the vocabulary
             if name and token not in self._special and not _BYTE.fullmatch(str(name)):
@@ -112,7 +113,7 @@ class Answer:
 
     @property
     def reply(self) -> Reply:
-        """The complete answer; it must have ended."""
+        """Returns the complete answer. The answer must have ended."""
         return Reply(
             self.text.strip(),
             self.ending or "length",
@@ -122,14 +123,14 @@ class Answer:
 
 
 class Assistant:
-    """A model that answers, several conversations at a time.
+    """A model that answers several conversations at a time.
 
     Args:
-        model: A model with its weights.
-        reader: Turns prompts into the model's inputs.
-        slots: Most conversations at a time.
-        max_length: Longest conversation in tokens, with images expanded and the answer.
-        donate: Whether to take the weights out of the model, see `generation.engine.Engine`.
+        model: Model with its weights.
+        reader: Reader that turns prompts into the model's inputs.
+        slots: Largest number of conversations at a time.
+        max_length: Largest number of tokens of a conversation, with its images and its answer.
+        donate: Whether to take the weights out of the model, as in `generation.engine.Engine`.
     """
 
     def __init__(
@@ -155,19 +156,19 @@ class Assistant:
         slots: int = 8,
         max_length: int | None = None,
     ) -> "Assistant":
-        """Loads a checkpoint onto all devices.
+        """Loads a checkpoint, sharded over all devices.
 
         Args:
-            checkpoint: What `resolve` has found.
-            dtype: Dtype of the weights and the computation; None is bfloat16, on a CPU float32.
-            quantize: How the decoder's linears are quantised. "as_trained" takes what the run that
-                made the checkpoint has used.
+            checkpoint: Result of `pretrained.resolve.resolve`.
+            dtype: Dtype of the weights and the computation; None takes `default_dtype()`.
+            quantize: Quantization of the decoder's linear layers. "as_trained" quantizes as the run
+                did that wrote the checkpoint; None does not quantize.
             slots: Largest number of conversations at a time.
-            max_length: Largest length of a conversation in tokens; None is what the model takes, at
-                most `MAX_LENGTH`.
+            max_length: Largest number of tokens of a conversation; None takes the largest number
+                that the model supports, but at most `MAX_LENGTH`.
 
         Raises:
-            ConfigError: The model does not take this length.
+            ConfigError: The model does not support conversations of this length.
             CheckpointError: The checkpoint cannot be used.
         """
         dtype = dtype or default_dtype()
@@ -186,7 +187,7 @@ class Assistant:
 
     @property
     def free(self) -> int:
-        """Number of answers that can be added."""
+        """Returns the number of answers that can be added."""
         return self._engine.free
 
     def begin(
@@ -197,50 +198,55 @@ class Assistant:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """Reads a prompt without generating anything yet. Any thread may call it.
+        """Returns an answer that has no text yet; `add` starts to generate the text.
+
+        Any thread may call this method.
 
         Args:
-            prompt: The conversation.
-            max_new_tokens: Most tokens of the answer.
+            prompt: Conversation that waits for an answer.
+            max_new_tokens: Largest number of tokens of the answer.
             sampling: How tokens are chosen.
-            stop: Texts that end the answer, and are not part of it.
+            stop: Texts that end the answer and are not part of it.
 
         Raises:
-            SampleError: The prompt cannot be used: an image is broken, turns are out of order, or
-                it is too long.
+            SampleError: The prompt cannot be used: for example, an image is broken, turns are out
+                of order, or the prompt is too long.
         """
         input_ids, pixels = self.reader(prompt, self._engine.check)
         request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
         return Answer(request, self.reader.tokenizer, stop)
 
     def is_compiled(self, answer: Answer) -> bool:
-        """Whether the answer can be added without compiling."""
+        """Returns True if `add` need not compile for this answer."""
         return self._engine.is_compiled(answer.request)
 
     def compile(self, answer: Answer) -> None:
-        """Compiles for its prompt's size, unless that is done. Any thread may call it."""
+        """Compiles for the size of the prompt, if needed. Any thread may call this method."""
         self._engine.compile(answer.request)
 
     def add(self, answer: Answer) -> None:
-        """Generates the first token of an answer. A slot must be `free`."""
+        """Generates the first token of an answer. At least one slot must be `free`."""
         self._answers[answer.request] = answer
         self._engine.add(answer.request)
         self._update(answer)
 
     def step(self) -> list[Answer]:
-        """Generates a token for every running answer, and returns these answers."""
+        """Generates one token for every running answer, and returns these answers."""
         answers = [self._answers[request] for request in self._engine.step()]
         for answer in answers:
             self._update(answer)
         return answers
 
     def remove(self, answer: Answer) -> None:
-        """Stops an answer before its end."""
+        """Stops an answer before its end; does nothing if it has ended."""
         self._engine.remove(answer.request)
         self._answers.pop(answer.request, None)
 
     def reset(self) -> None:
-        """Stops all answers. It is needed after an error, which leaves none that can continue."""
+        """Stops all answers.
+
+        This is needed after an error in `add` or `step`, because no answer can continue then.
+        """
         self._answers.clear()
         self._engine.reset()
 
@@ -252,7 +258,7 @@ class Assistant:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Generator[str]:
-        """Yields an answer piece by piece; the arguments are those of `begin`."""
+        """Yields the text of an answer piece by piece; arguments and errors are as in `begin`."""
         answer = self.begin(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         sent = 0
         try:
@@ -276,17 +282,21 @@ class Assistant:
         stop: Sequence[str] = (),
         refused: Callable[[int, SampleError], None] | None = None,
     ) -> Iterator[tuple[int, Reply]]:
-        """Answers many prompts, and takes the next one whenever an answer has ended.
+        """Answers many prompts, several at a time.
 
         Args:
-            prompts: Conversations; the next is read when a slot is free.
-            max_new_tokens: Most tokens of an answer.
+            prompts: Conversations; the next one is read whenever a slot is free.
+            max_new_tokens: Largest number of tokens of an answer.
             sampling: How tokens are chosen.
-            stop: Texts that end an answer.
-            refused: Called for each prompt that cannot be used; None raises the SampleError.
+            stop: Texts that end an answer and are not part of it.
+            refused: Function that takes the index and the error of a prompt that cannot be used;
+                None raises the error.
 
         Yields:
-            The number of a prompt and its answer, in the order in which answers end.
+            The index of a prompt and its answer, in the order in which answers end.
+
+        Raises:
+            SampleError: A prompt cannot be used, and `refused` is None.
         """
         waiting = enumerate(prompts)
         numbers: dict[Answer, int] = {}
@@ -314,6 +324,7 @@ class Assistant:
                 self.remove(answer)
 
     def _update(self, answer: Answer) -> None:
+        """Updates an answer with its new tokens, and removes it if it has ended."""
         answer.update()
         if answer.ending:
             self.remove(answer)

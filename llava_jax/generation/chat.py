@@ -1,4 +1,4 @@
-"""A conversation in a terminal."""
+"""Runs a conversation with a model in a terminal."""
 
 import contextlib
 import json
@@ -15,21 +15,21 @@ from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import Sampling
 
 COMMANDS = """\
-  /image FILE   show it a picture, with your next message; again for several
+  /image FILE   show an image with your next message; repeat it for several images
   /reset        begin a new conversation
-  /save FILE    write the conversation, as LLaVA's training data has it
-  /exit         end (or Ctrl-D); Ctrl-C ends an answer, or clears the line"""
+  /save FILE    write the conversation in the format of LLaVA's training data
+  /exit         end the chat (or Ctrl-D); Ctrl-C stops an answer, or clears the line"""
 
 
 class Chat:
-    """A conversation so far, with its images.
+    """A conversation with a model, and its images.
 
     Args:
-        assistant: An assistant with a free slot.
+        assistant: Assistant with a free slot.
         sampling: How tokens are chosen.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer.
         stop: Texts that end an answer.
-        system: The system prompt; None takes that of the template.
+        system: System prompt; None takes the system prompt of the chat template.
     """
 
     def __init__(
@@ -46,13 +46,16 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Begins a new conversation: removes all images, and all turns but the system prompt."""
         self._turns = [Turn("system", self._system)] if self._system else []
         self._images: list[str] = []
         self._new_images: list[str] = []
 
     def show(self, file: str) -> None:
         """Adds an image to the next message.
+
+        Args:
+            file: Path of an image file.
 
         Raises:
             SampleError: The image cannot be read.
@@ -63,7 +66,8 @@ class Chat:
     def say(self, text: str) -> None:
         """Sends a message, and prints the answer as it is generated.
 
-        After an error, the conversation is as before.
+        Ctrl-C stops the answer, and its first part stays in the conversation. After an error, or
+        an answer without text, the conversation is as before.
 
         Raises:
             SampleError: The conversation cannot be used, for example because it is too long.
@@ -83,20 +87,25 @@ class Chat:
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            self._assistant.reset()  # an interrupted step leaves no usable caches
+            self._assistant.reset()  # an interrupted step has lost its caches
         print()
+        if not answer.strip():  # a turn without text would be refused as training data
+            return
         self._turns += [asked, Turn("gpt", answer.strip())]
         self._images, self._new_images = [*self._images, *self._new_images], []
 
     def save(self, file: str) -> None:
-        """Writes the conversation in LLaVA's data format, as a list of one record.
+        """Writes the conversation in the format of LLaVA's training data, as one record.
+
+        Args:
+            file: Path of the JSON file to write.
 
         Raises:
             ConfigError: There is no answer yet.
             OSError: The file cannot be written.
         """
         if not any(turn.role == "gpt" for turn in self._turns):
-            raise ConfigError("nothing was said that could be saved")
+            raise ConfigError("there is no answer yet, so there is nothing to save")
         images = [str(Path(image).absolute()) for image in self._images]
         turns = [{"from": turn.role, "value": turn.text} for turn in self._turns]
         record = {"id": Path(file).stem, **({"image": images} if images else {})}
@@ -104,7 +113,7 @@ class Chat:
         Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def converse(self) -> None:
-        """Reads messages and commands until the end."""
+        """Reads messages and commands from the terminal until the user ends the conversation."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - its import lets input() edit lines and remember them
         while True:
@@ -127,6 +136,7 @@ class Chat:
                 print(f"error: {error}", file=sys.stderr)
 
     def _take(self, line: str) -> None:
+        """Sends a message, or runs a command."""
         word, _, rest = line.partition(" ")
         file = os.path.expanduser(rest.strip().strip("'\""))
         if not line.startswith("/"):
@@ -134,7 +144,7 @@ class Chat:
                 self.say(line)
         elif word == "/reset":
             self.reset()
-            print("a new conversation")
+            print("began a new conversation")
         elif word == "/image" and file:
             self.show(file)
             print("shown with your next message")
@@ -142,5 +152,5 @@ class Chat:
             self.save(file)
             print(f"wrote {file}")
         else:
-            named = f"no command {word}; there are\n" if word not in COMMANDS else ""
+            named = f"no command {word}; there are\n" if word not in COMMANDS.split() else ""
             print(named + COMMANDS)

@@ -1,9 +1,9 @@
-"""The decoder for generation: new tokens, given the keys and values of those before them.
+"""Runs a model for generation: computes new tokens from cached keys and values of earlier tokens.
 
-Training loops over stacked layers. With few tokens at a time, that would be slow: XLA copies the
-weights of each layer out of the stack before it multiplies with them, on GPUs and CPUs alike, so
-they are read twice and written once. Here each layer has arrays of its own, and Python loops over
-them.
+Training loops over stacked layers. That would be slow with few tokens at a time: on GPUs and on
+CPUs, XLA copies the weights of each layer out of the stack before a multiplication, and so reads
+the weights twice and writes them once. Here each layer has its own arrays, and a Python loop runs
+over the layers.
 """
 
 import dataclasses
@@ -24,43 +24,47 @@ from llava_jax.models.stack import Leaves
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The structure of a model without its decoder's blocks, and of one block."""
+    """The static structure of the model outside the decoder's blocks, and that of one block."""
 
     rest: nnx.GraphDef
     block: nnx.GraphDef
 
 
 class Weights(NamedTuple):
-    """The parameters outside the decoder's blocks, and those of each block."""
+    """The parameters outside the decoder's blocks, and the parameters of each block."""
 
     rest: Params
     layers: list[Leaves]
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, for B sequences of up to S tokens, the first at position 0."""
+    """Keys and values of one layer, for B sequences of up to S tokens; positions start at 0."""
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
 
 
 def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, Weights]:
-    """Splits a model into what the functions here take: each block has arrays of its own.
+    """Splits a model into its structure and its weights, with separate arrays for each block.
 
-    All other arrays are shared with the model.
+    The arrays outside the blocks are shared with the model.
 
     Args:
-        model: A model with its weights.
+        model: Model with its weights.
         donate: Whether to take the blocks out of the model, which cannot be used afterwards. Then
-            at most one parameter of the blocks is in memory twice, unless somebody else refers to
-            the model's arrays. Without it, the blocks are in memory twice, and the model stays
-            as it is.
+            at most one parameter of the blocks is in memory twice, unless other references to the
+            model's arrays exist. If False, all blocks are in memory twice, and the model is not
+            changed.
+
+    Returns:
+        The arguments `structure` and `weights` of `prefill` and `decode`.
     """
-    # A second module around the same arrays is cheap, and can be taken apart instead.
+    # Without `donate`, a second module around the same arrays, which is cheap, is taken apart.
     model = model if donate else cast("Llava", merge(*split(model)))
     block, state = nnx.split(model.llm.layers)
     stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
-    del state  # It refers to the stacks, each of which is to be freed as soon as it is unstacked.
+    # `state` refers to the stacks, and each stack must be freed as soon as it is unstacked.
+    del state
     model.llm.layers = cast("Any", nnx.data(None))
     layers: list[Leaves] = [{} for _ in range(model.llm.config.num_hidden_layers)]
     while stacks:
@@ -74,12 +78,19 @@ def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, We
 
 @jax.jit
 def _unstack(stack: PyTree) -> list[PyTree]:
+    """Splits stacked arrays [L, ...] into L arrays."""
     count = jax.tree.leaves(stack)[0].shape[0]
     return [jax.tree.map(lambda leaf: leaf[i], stack) for i in range(count)]
 
 
 def cache_shape(config: LlmConfig, sequences: int, length: int) -> tuple[int, ...]:
-    """Shape of the keys, and of the values, of one layer: [B, K, S, H]."""
+    """Returns the shape of the keys, and of the values, of one layer: [B, K, S, H].
+
+    Args:
+        config: Sizes of the decoder, with K key heads of size H.
+        sequences: Number B of sequences.
+        length: Largest number S of tokens in a sequence.
+    """
     return sequences, config.num_key_value_heads, length, config.head_dim
 
 
@@ -92,19 +103,19 @@ def prefill(
     pixel_values: Float[Array, "I C Y X"] | None,
     row: Int[Array, ""],
 ) -> tuple[Float[Array, "1 V"], list[Cache]]:
-    """Reads a prompt into one row of the caches.
+    """Processes a prompt, and writes its keys and values into one row of the caches.
 
     Args:
-        structure: From `unstack_layers`.
-        weights: From `unstack_layers`.
+        structure: Structure from `unstack_layers`.
+        weights: Weights from `unstack_layers`.
         caches: Caches of all layers.
-        input_ids: The prompt with its images expanded, padded on the right.
-        length: Tokens of the prompt without padding.
-        pixel_values: Its images.
-        row: Row of the caches for its keys and values.
+        input_ids: Token ids of the prompt with images expanded, padded on the right.
+        length: Number of tokens of the prompt, without padding.
+        pixel_values: Images of the prompt; None if it has none.
+        row: Index of the row of the caches.
 
     Returns:
-        The logits of the token that follows, and the caches.
+        The float32 logits of the next token, and the updated caches.
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
     segment_ids = (jnp.arange(input_ids.shape[0]) < length).astype(jnp.int32)[None]
@@ -127,20 +138,20 @@ def decode(
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
 ) -> tuple[Float[Array, "B V"], list[Cache]]:
-    """Reads one more token of every sequence.
+    """Processes the newest token of every sequence, and adds its keys and values to the caches.
 
     Args:
-        structure: From `unstack_layers`.
-        weights: From `unstack_layers`.
-        caches: Caches of all layers.
-        tokens: The newest token of each sequence.
-        positions: Its position in the sequence; the tokens before it are in the cache.
+        structure: Structure from `unstack_layers`.
+        weights: Weights from `unstack_layers`.
+        caches: Caches of all layers, with the keys and values of the earlier tokens.
+        tokens: Newest token of each sequence.
+        positions: Position of the newest token in each sequence.
 
     Returns:
-        The logits of the tokens that follow, and the caches.
+        The float32 logits of the next tokens, and the updated caches.
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
-    # As one row of B tokens, so that products with weights are those of plain matrices.
+    # The B tokens form one row, so that products with weights are products of plain matrices.
     x = model.embed(tokens[None], None)
     rope = model.llm.rope(positions[None])
 
@@ -161,7 +172,7 @@ def _run(
     rope: Rope,
     attend: Callable[..., tuple[jax.Array, Cache]],
 ) -> tuple[Float[Array, "B T D"], list[Cache]]:
-    """Runs x through all blocks; `attend(q, k, v, cache)` also returns the updated cache."""
+    """Runs x through all blocks; `attend(q, k, v, cache)` returns the result and the new cache."""
     filled: list[Cache] = []
 
     def keep(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -180,15 +191,16 @@ def _run(
 def _write_row(
     cache: Float[Array, "B K S H"], x: Float[Array, "1 T K H"], row: Int[Array, ""]
 ) -> Float[Array, "B K S H"]:
+    """Writes the keys, or the values, of a prompt into one row of a cache."""
     return jax.lax.dynamic_update_slice(cache, x.swapaxes(1, 2), (row, 0, 0, 0))
 
 
 def _attend_to_cache(
     q: Float[Array, "B N H"], cache: Cache, positions: Int[Array, "B"]
 ) -> Float[Array, "B D"]:
-    """Attention of the newest tokens to their whole sequences, with a float32 softmax."""
+    """Computes the attention of the newest tokens to their sequences, with a float32 softmax."""
     batch, heads, length, size = cache.keys.shape
-    q = q.reshape(batch, heads, -1, size)  # G query heads a key head
+    q = q.reshape(batch, heads, -1, size)  # G query heads per key head
     logits = jnp.einsum("BKGH,BKSH->BKGS", q, cache.keys, preferred_element_type=jnp.float32)
     logits *= size**-0.5
     is_there = jnp.arange(length)[None] <= positions[:, None]

@@ -1,8 +1,8 @@
-"""Generation with continuous batching: one compiled step adds a token to every running sequence.
+"""Generates with continuous batching: one compiled step adds a token to every running sequence.
 
-Every sequence has a row of preallocated caches. Its prompt is read into the row by itself, so what
-is generated does not depend on its neighbours, and rows that have ended take new prompts while the
-others continue.
+Every sequence has a row of preallocated caches. Its prompt is processed alone, so the generated
+tokens do not depend on the other sequences. When a sequence has ended, its row takes a new prompt
+while the other sequences continue.
 """
 
 import dataclasses
@@ -35,21 +35,22 @@ from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import end_tokens
 
 MIN_PADDED = 32
-"""Every prompt is padded to so many tokens, longer ones to a power of two or 1.5 times that."""
+"""Smallest padded length of a prompt; larger ones are powers of two, and 1.5 times such powers."""
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt, and the tokens that were generated from it so far.
+    """A prompt, and the tokens that were generated for the prompt so far.
 
     Attributes:
-        input_ids: int32 [T]. The prompt, with as many image tokens for an image as it has features.
-        pixel_values: float32 [I, 3, H, W]. Its images, in their order.
-        max_new_tokens: Most tokens to generate.
-        ends: Tokens that end the sequence.
+        input_ids: Prompt, int32 [T]. An image takes as many image tokens as it has features.
+        pixel_values: Images in the order of their tokens, float32 [I, 3, H, W].
+        max_new_tokens: Largest number of tokens to generate.
+        ends: Ids of the tokens that end the sequence.
         sampling: How tokens are chosen.
-        tokens: The generated tokens, including the one that ended the sequence.
-        ending: Why the sequence ended: by one of `ends`, or by its length. None before that.
+        tokens: Generated tokens, including the token that ended the sequence.
+        ending: "stop" if a token of `ends` ended the sequence, "length" if its length did; None
+            while it is running.
     """
 
     input_ids: Int32[np.ndarray, " T"]
@@ -65,14 +66,14 @@ class Engine:
     """A model that generates from several prompts at a time.
 
     Args:
-        model: A model with its weights, which may be quantised, adapted, and sharded over a mesh.
-        slots: Most sequences at a time.
-        length: Longest sequence in tokens, prompt and answer together.
-        donate: Whether to take the weights out of the model, which cannot be used afterwards;
-            otherwise, those of the decoder's blocks are in memory twice.
+        model: Model with its weights, which may be quantized, have adapters, and be sharded.
+        slots: Largest number of sequences at a time.
+        length: Largest length of a sequence, prompt and answer together, in tokens.
+        donate: Whether to take the weights out of the model, which cannot be used afterwards. If
+            False, the weights of the decoder's blocks are in memory twice.
 
     Raises:
-        ConfigError: The decoder does not take sequences of that length.
+        ConfigError: The decoder has a sliding window that is shorter than `length`.
     """
 
     def __init__(self, model: Llava, *, slots: int, length: int, donate: bool = False):
@@ -81,8 +82,8 @@ class Engine:
         window = model.config.llm.sliding_window
         if window is not None and length > window:
             raise ConfigError(
-                f"sequences of {length} tokens, but the decoder's sliding_window is {window}, and "
-                f"attention in a window is not computed; take a length of {window} at most"
+                f"sequences of {length} tokens are longer than the decoder's sliding_window of "
+                f"{window}, which is not supported; take a length of {window} at most"
             )
         self._dtype, self._slots = model.dtype, slots
         self._structure, self._weights = unstack_layers(model, donate=donate)
@@ -91,11 +92,16 @@ class Engine:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all sequences. It is needed after an error in a step, which leaves no caches."""
+        """Removes all sequences and makes new caches.
+
+        This is needed after an error or an interruption in `add` or `step`, because both donate
+        the caches to the compiled function.
+        """
         sharding = jax.tree.leaves(self._weights.layers)[0].sharding
         shape = cache_shape(self.config.llm, self._slots, self.length)
         whole = sharding
-        if isinstance(sharding, NamedSharding):  # heads are sharded as the weights that make them
+        if isinstance(sharding, NamedSharding):
+            # Heads are sharded like the outputs of k_proj and v_proj, which compute them.
             axes = ("whole", "split_outputs", "whole", "whole")
             whole = NamedSharding(sharding.mesh, PartitionSpec())
             sharding = NamedSharding(sharding.mesh, to_spec(axes, shape, sharding.mesh.shape))
@@ -106,11 +112,14 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """Number of sequences that can be added."""
+        """Returns the number of sequences that can be added."""
         return self._rows.count(None)
 
     def check(self, length: int) -> None:
-        """Refuses a prompt of so many tokens if there is no room for an answer.
+        """Checks that a prompt is not empty and leaves room for an answer.
+
+        Args:
+            length: Number of tokens of the prompt, with images expanded.
 
         Raises:
             SampleError: The prompt is empty or too long.
@@ -123,13 +132,13 @@ class Engine:
             )
 
     def is_compiled(self, request: Request) -> bool:
-        """Whether `compile` has been called for a request of its size."""
+        """Returns True if `add` need not compile for this request."""
         return self._size(request) in self._compiled
 
     def compile(self, request: Request) -> None:
-        """Compiles the function that reads such a prompt, unless it is compiled.
+        """Compiles the function that processes a prompt of this size, if needed.
 
-        Any thread may call this while another one generates.
+        Any thread may call this method while another thread generates.
         """
         if self.is_compiled(request):
             return
@@ -142,10 +151,11 @@ class Engine:
             self._compiled.add(self._size(request))
 
     def add(self, request: Request) -> None:
-        """Reads a prompt and generates its first token. A slot must be free.
+        """Processes a prompt and generates its first token.
 
         Raises:
-            SampleError: As for `check`.
+            SampleError: The prompt is empty or too long.
+            ValueError: No slot is free.
         """
         self.check(len(request.input_ids))
         self.compile(request)
@@ -161,11 +171,11 @@ class Engine:
         self._take(row, int(token[0]))
 
     def _size(self, request: Request) -> tuple[int, int]:
-        """Number of padded tokens and of images; each pair is compiled for."""
+        """Returns the padded number of tokens and the number of images; each pair is compiled."""
         return _padded(len(request.input_ids), self.length), len(request.pixel_values)
 
     def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
-        """The last arguments of `_start`."""
+        """Returns the arguments of `_start` that depend on the request."""
         size, images = self._size(request)
         input_ids = np.full(size, self.config.pad_token_id, np.int32)
         input_ids[: len(request.input_ids)] = request.input_ids
@@ -178,7 +188,7 @@ class Engine:
         )
 
     def step(self) -> list[Request]:
-        """Generates a token for every running sequence, and returns these sequences."""
+        """Generates one token for every running sequence, and returns these sequences."""
         running = [request for request in self._rows if request is not None]
         if not running:
             return []
@@ -199,12 +209,12 @@ class Engine:
         return running
 
     def remove(self, request: Request) -> None:
-        """Stops a sequence before its end."""
+        """Stops a sequence before its end; does nothing if it is not running."""
         if request in self._rows:
             self._rows[self._rows.index(request)] = None
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Takes requests as slots become free, and yields each when it has ended."""
+        """Adds requests whenever slots are free, and yields each request when it has ended."""
         waiting = iter(requests)
         exhausted = False
         while True:
@@ -221,7 +231,7 @@ class Engine:
             yield from (request for request in running if request.ending)
 
     def _take(self, row: int, token: int) -> None:
-        """Adds a token to the sequence of a row, which may end it."""
+        """Adds a token to the sequence of a row, and frees the row if the sequence has ended."""
         request = cast("Request", self._rows[row])
         request.tokens.append(token)
         if token in request.ends:
@@ -233,11 +243,12 @@ class Engine:
 
 
 def _length(request: Request | None) -> int:
+    """Returns the number of tokens of prompt and answer; 1 for a row that is free."""
     return 1 if request is None else len(request.input_ids) + len(request.tokens)
 
 
 def _padded(length: int, most: int) -> int:
-    """The length that a prompt is padded to, so that few lengths are compiled for."""
+    """Returns the padded length of a prompt; there are few, so that few programs are compiled."""
     size = MIN_PADDED
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -255,7 +266,7 @@ def _start_fn(
     row: Int[jax.Array, ""],
     rows: Rows,
 ) -> tuple[Int[jax.Array, "1"], list[Cache], Bool[jax.Array, "B V"]]:
-    """Reads a prompt into a row, and chooses its first token."""
+    """Processes a prompt in a row of the caches, and chooses its first token."""
     logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
     is_prompt = jnp.arange(input_ids.shape[0]) < length
     mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
@@ -272,7 +283,7 @@ def _advance_fn(
     positions: Int[jax.Array, "B"],
     rows: Rows,
 ) -> tuple[Int[jax.Array, "B"], list[Cache], Bool[jax.Array, "B V"]]:
-    """Reads the newest tokens of all rows, and chooses those that follow."""
+    """Processes the newest token of every row, and chooses the next tokens."""
     logits, caches = decode(structure, weights, caches, tokens, positions)
     seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
     return choose(logits, seen, positions + 1, rows), caches, seen
@@ -296,27 +307,33 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Int32[np.ndarray, "B new"]:
-    """Generates from a batch of prompts; the result for each is the same as alone.
+    """Generates an answer to each prompt of a batch. A prompt alone would get the same answer.
 
     Args:
-        model: A model with its weights; meanwhile, those of the decoder are in memory twice.
-        input_ids: Prompts, with `config.image_tokens` image tokens for each image.
-        pixel_values: The images, in the order of their tokens in the rows of the batch.
-        attention_mask: 1 for tokens, 0 for padding, on either side; None means no padding.
-        max_new_tokens: Most tokens to generate.
-        temperature: See `sampling.Sampling`, also for the next three; 0 is greedy.
-        top_k: Number of likeliest tokens to sample from.
-        top_p: Probability of the likeliest tokens to sample from.
-        repetition_penalty: Penalty for tokens that are there already.
-        seed: Seed of the first row; each further row has the next number.
-        eos_token_id: Tokens that end a row; None takes those of the checkpoint.
+        model: Model with its weights. During the call, the weights of the decoder's blocks are in
+            memory twice.
+        input_ids: Token ids of the prompts; each image takes `config.image_tokens` image tokens.
+        pixel_values: Images of all prompts, in the order of their tokens; None if there are none.
+        attention_mask: 1 for tokens and 0 for padding, which may be on either side; None means that
+            there is no padding.
+        max_new_tokens: Largest number of tokens to generate for a prompt.
+        temperature: Divisor of the logits; 0 chooses the most likely token.
+        top_k: Number of most likely tokens to sample from; None samples from all tokens.
+        top_p: Total probability of the most likely tokens to sample from.
+        repetition_penalty: Factor by which the logits of tokens that are already in the prompt or
+            the answer are made smaller, as in Hugging Face's generation; 1 changes nothing.
+        seed: Random seed of the first prompt; prompt number n has the seed `seed + n`.
+        eos_token_id: Ids of the tokens that end an answer; None takes those of the checkpoint.
 
     Returns:
-        The new tokens, including those that end a row, padded with `config.pad_token_id`.
+        The new tokens, including the token that ends an answer, padded on the right with
+        `config.pad_token_id`.
 
     Raises:
-        ConfigError: A setting has a value that is not allowed.
-        ValueError: The number of images is not that of the prompts' image tokens.
+        ConfigError: A setting has a value that is not allowed, or the decoder does not take
+            sequences of this length.
+        SampleError: A prompt is empty.
+        ValueError: The number of images does not match the number of image tokens.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
@@ -349,7 +366,7 @@ def _rows_of(
     pixel_values: Float[ArrayLike, "I C Y X"] | None,
     attention_mask: Int[ArrayLike, "B T"] | None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of every row without padding, and its images."""
+    """Returns the tokens of every row without padding, and the images of the row."""
     ids = np.asarray(input_ids, np.int32)
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) > 0
     size = model.config.vision.image_size

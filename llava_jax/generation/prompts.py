@@ -1,4 +1,4 @@
-"""Turns conversations into inputs of a model, by the files of its checkpoint."""
+"""Turns conversations into a model's inputs, with the tokenizer and templates of its checkpoint."""
 
 import dataclasses
 import re
@@ -35,8 +35,9 @@ class Prompt:
     """A conversation that waits for an answer.
 
     Attributes:
-        turns: The turns, of which the last is human. Each image is an `<image>` in a human turn.
-        images: The images in their order: image files (paths or their contents), PIL images, or
+        turns: Turns of the conversation; the last turn is human. Each `<image>` in a human turn
+            stands for an image.
+        images: Images in the order of the turns: paths or contents of image files, PIL images, or
             pixels float32 [3, H, W] from the reader's transform.
     """
 
@@ -45,14 +46,14 @@ class Prompt:
 
 
 class PromptReader:
-    """Turns prompts into tokens and pixels, by the files of a checkpoint.
+    """Turns prompts into token ids and pixels.
 
     Args:
-        tokenizer: The tokenizer.
-        transform: Turns an image into pixels.
+        tokenizer: Tokenizer of the model.
+        transform: Transform that turns an image into pixels.
         chat_template: Jinja template that renders a conversation.
         config: Sizes and token ids of the model.
-        ends: Tokens that end an answer.
+        ends: Ids of the tokens that end an answer.
     """
 
     def __init__(
@@ -72,10 +73,15 @@ class PromptReader:
 
     @classmethod
     def open(cls, source: Path | Parts, config: ModelConfig) -> "PromptReader":
-        """The reader for a checkpoint.
+        """Returns the reader for a checkpoint.
+
+        Args:
+            source: Directory or parts of the checkpoint.
+            config: Sizes and token ids of its model.
 
         Raises:
-            CheckpointError: Its tokenizer, image processor or chat template cannot be used.
+            CheckpointError: The tokenizer, the image processor or the chat template of the
+                checkpoint cannot be used.
         """
         tokenizer = load_tokenizer(source)
         transform = load_fitting_transform(source, config)
@@ -92,14 +98,16 @@ class PromptReader:
     def __call__(
         self, prompt: Prompt, check: Callable[[int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [T] with images expanded, and pixels float32 [I, 3, H, W].
+        """Returns token ids int32 [T] with images expanded, and pixels float32 [I, 3, H, W].
 
         Args:
-            prompt: The conversation.
-            check: Called with the number of tokens before any image is opened; it may raise.
+            prompt: Conversation that waits for an answer.
+            check: Function that takes the number of tokens. It is called before any image is
+                opened, and may raise an error.
 
         Raises:
-            SampleError: The prompt cannot be used.
+            SampleError: The prompt cannot be used: for example, an image is broken, or the last
+                turn is not human.
         """
         asked = count_placeholders(prompt.turns)
         if asked != len(prompt.images):
@@ -126,14 +134,14 @@ class PromptReader:
             check(len(ids))
         size = self._config.vision.image_size
         pixels = np.zeros((asked, 3, size, size), np.float32)
-        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time, for memory
+        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
             if isinstance(picture, str | bytes):
                 picture = open_image(picture)
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
     def _render(self, turns: Sequence[Turn]) -> str:
-        """The conversation as text. What looks like a control token in a turn is removed."""
+        """Renders a conversation as text, without text in turns that looks like a control token."""
         if not turns or turns[-1].role != "human":
             raise SampleError("a prompt ends with a human turn", "order of turns")
         try:
@@ -154,21 +162,23 @@ class PromptReader:
             raise SampleError(reason, "template") from error
 
     def _parts(self, turn: Turn) -> list[dict[str, str]]:
+        """Returns the content of a turn as chat templates take it: first images, then the text."""
         text, images = turn.text, 0
         if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        # Removing one may join its neighbours to another, which a space then replaces.
+        # When a control token is removed, the text around it may form another control token. This
+        # one is replaced by a space, so that the text around it cannot form a third.
         text = self._special.sub(" ", self._special.sub("", text))
         return [{"type": "image"}] * images + [{"type": "text", "text": text}]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Control tokens by id: those with a role, such as BOS, and all others marked as special."""
+    """Returns the control tokens by id: tokens with a role (such as BOS) or marked as special."""
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     added = tokenizer.added_tokens_decoder.items()
     return dict(named) | {number: str(token) for number, token in added if token.special}
 
 
 def image_token_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:
-    """The text of the token that stands for an image."""
+    """Returns the text of the token that stands for an image."""
     return cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))

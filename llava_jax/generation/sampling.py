@@ -1,4 +1,4 @@
-"""Choosing the next token: greedily, or by sampling as in Hugging Face's generation."""
+"""Chooses the next tokens: greedily, or by sampling as in Hugging Face's generation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,15 +14,16 @@ from llava_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults choose the likeliest token.
+    """How the tokens of a sequence are chosen. The defaults choose the most likely token.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Number of likeliest tokens to sample from; None samples from all.
-        top_p: Sample from the likeliest tokens that together have this probability.
-        repetition_penalty: For tokens that are in the prompt or the answer already, positive logits
-            are divided by it, and negative ones multiplied (Keskar et al., 2019).
-        seed: Seed of the samples. They do not depend on other sequences of the batch.
+        temperature: Divisor of the logits; 0 chooses the most likely token.
+        top_k: Number of most likely tokens to sample from; None samples from all tokens.
+        top_p: Total probability of the most likely tokens to sample from; 1 samples from all.
+        repetition_penalty: Factor for tokens that are already in the prompt or the answer: their
+            positive logits are divided by the factor, and their negative logits are multiplied by
+            the factor (Keskar et al., 2019).
+        seed: Random seed. The samples do not depend on the other sequences of a batch.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -35,18 +36,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        is_scale = lambda x: 1e-6 <= x <= 1e6  # what float32 can divide by
+        is_scale = lambda x: 1e-6 <= x <= 1e6  # float32 logits stay finite
         for name, is_good, must in (
-            ("temperature", self.temperature == 0 or is_scale(self.temperature), "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or is_scale(self.temperature),
+                "0 or more (0, or from 1e-6 to 1e6)",
+            ),
             ("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "from 1 to 2^31 - 1"),
-            ("top_p", 1e-6 <= self.top_p <= 1, "above 0, and at most 1"),
-            ("repetition_penalty", is_scale(self.repetition_penalty), "above 0"),
+            ("top_p", 1e-6 <= self.top_p <= 1, "above 0 (from 1e-6 to 1)"),
+            ("repetition_penalty", is_scale(self.repetition_penalty), "above 0 (from 1e-6 to 1e6)"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not is_good:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)}: it must be {must}, and of a usual size"
-                )
+                raise ConfigError(f"{name} = {getattr(self, name)}: it must be {must}")
 
 
 GREEDY = Sampling()
@@ -55,7 +58,7 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`Sampling` of B sequences: arrays [B] of its fields; top_k 0 samples from all."""
+    """The `Sampling` of B sequences: an array [B] per field; top_k 0 samples from all tokens."""
 
     temperature: Leaf
     top_k: Leaf
@@ -65,7 +68,7 @@ class Rows:
 
 
 def to_rows(samplings: Sequence[Sampling]) -> Rows:
-    """Gathers the settings of several sequences."""
+    """Returns the settings of several sequences as NumPy arrays."""
     column = lambda name, kind: np.array([getattr(s, name) or 0 for s in samplings], kind)
     return Rows(
         temperature=column("temperature", np.float32),
@@ -82,13 +85,14 @@ def choose(
     positions: Int[Array, "B"],
     rows: Rows,
 ) -> Int[Array, "B"]:
-    """The next token of each sequence.
+    """Returns the next token of each sequence, int32 [B].
 
     Args:
-        logits: Logits, float32.
-        seen: Tokens that are in the sequence already.
-        positions: Position of the new token in its sequence; with the seed, it gives the key.
-        rows: How each row's token is chosen.
+        logits: Logits of the next token, float32.
+        seen: True for the tokens of the vocabulary that are already in the sequence.
+        positions: Position of the new token in its sequence. The random key of a token is made from
+            this position and the seed of the sequence.
+        rows: Settings of each sequence.
     """
     penalty = rows.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -100,8 +104,11 @@ def choose(
 
 
 def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, with -inf for what top_k, and then top_p, exclude."""
-    # For a greedy row, the result is not used.
+    """Returns the logits divided by the temperature, and -inf for tokens outside top_k and top_p.
+
+    top_p applies to the probabilities of the tokens that top_k keeps.
+    """
+    # A temperature of 0 is replaced by 1, because the result is not used for a greedy row.
     logits /= jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     ordered = -jnp.sort(-logits, axis=-1)
     vocabulary = logits.shape[-1]
@@ -111,7 +118,9 @@ def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
     chances = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(chances, axis=-1) - chances
     top_p = rows.top_p[:, None]
-    is_kept = ((before < top_p) | (top_p == 1)) & (ordered > -jnp.inf)  # sums may round up to 1
+    is_kept = ((before < top_p) | (top_p == 1)) & (
+        ordered > -jnp.inf
+    )  # `before` may be 1 by rounding
     kept = jnp.sum(is_kept, axis=-1, keepdims=True)
     least = jnp.take_along_axis(ordered, jnp.maximum(kept, 1) - 1, axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
@@ -120,6 +129,8 @@ def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
 def _draw(
     logits: Float[Array, "B V"], positions: Int[Array, "B"], seeds: UInt32[Array, "B"]
 ) -> Int[Array, "B"]:
+    """Samples a token for each sequence, with a key made from its seed and the position."""
+
     def one(logits: jax.Array, position: jax.Array, seed: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.categorical(key, logits)

@@ -1,7 +1,10 @@
-"""Four implementations of attention: plain JAX, cuDNN and our kernels on GPUs, Pallas' on TPUs.
+"""Implements attention in four ways: plain JAX, cuDNN and Triton on GPUs, and Pallas on TPUs.
 
-All are grouped-query attention with a float32 softmax, and take the same arguments: queries, keys,
-values, and the segments within which attention is causal; None is all to all.
+All implementations compute grouped-query attention with a float32 softmax. They have the same
+arguments: queries [batch, tokens, heads, head size], keys and values [batch, tokens, key heads,
+head size], and segment ids [batch, tokens]. Attention is causal within each segment; without
+segment ids (None), all tokens attend to all tokens. The result is [batch, tokens, heads x head
+size], in the dtype of the arguments.
 """
 
 import math
@@ -20,13 +23,14 @@ from llava_jax.distributed.sharding import on_shards
 from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
 MIN_BLOCK, MAX_BLOCK = 128, 512
-"""Tokens that the splash kernel takes at a time: at least the lanes of a vector register, and
-at most so many that the logits of a block, 1 MiB, are well below the vector memory of any TPU."""
+"""Smallest and largest number of tokens in a block of the splash kernel. A block must fill the
+lanes of a vector register, and the float32 logits of a block, at most 1 MiB, must be well below the
+vector memory of any TPU."""
 
 
 QUERIES, MAX_PARTS = 128, 8
-"""Queries that `plain_attention` takes at a time, and the most parts that it cuts a sequence into.
-Each part is compiled by itself, so a long sequence has larger parts."""
+"""`plain_attention` cuts a sequence into at most MAX_PARTS parts, whose size is a multiple of
+QUERIES queries. Each part is compiled separately, so a long sequence has larger parts, not more."""
 
 
 def plain_attention(
@@ -35,12 +39,13 @@ def plain_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention in plain JAX, some queries at a time; the result has its heads merged.
+    """Computes attention in plain JAX, for one part of the queries at a time.
 
-    Keys after the last of the queries are skipped. The backward pass computes the logits again from
-    the sums of the softmax (Dao et al., 2022), so that none are kept.
+    If attention is causal, keys after the last query of a part are skipped. The backward pass
+    recomputes the logits, and the softmax from its saved sums (Dao et al., 2022), so that no logits
+    are kept. See the module's docstring for the arguments.
     """
-    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # G query heads a key head
+    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # g: query heads per key head
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     return _by_parts(q, k, v, segment_ids)
 
@@ -85,8 +90,8 @@ def _parts_backward(residuals: tuple, grad: jax.Array) -> tuple:
         of_logits = shares * (of_shares - along[:, :, :, queries]) * q.shape[-1] ** -0.5
         narrow = of_logits.astype(q.dtype)
         q_grads.append(jnp.einsum("BKGTS,BKSH->BKGTH", narrow, k[:, :, keys]))
-        # XLA's CPU backend transposes the first operand, so that is the smaller one here. It has
-        # no such product of bfloat16, so the operands are float32.
+        # XLA's CPU backend transposes the first operand, so the smaller operand comes first. The
+        # backend has no such product for bfloat16, so both operands are float32.
         wide = lambda x: x.astype(jnp.float32)
         of_keys = jnp.einsum("BKGTH,BKGTS->BKHS", wide(q[:, :, :, queries]), of_logits)
         of_values = jnp.einsum("BKGTH,BKGTS->BKHS", wide(here), shares)
@@ -99,12 +104,12 @@ _by_parts.defvjp(_parts_forward, _parts_backward)
 
 
 def _wide(products: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum whose result is float32."""
+    """Computes an einsum with a float32 result."""
     return jnp.einsum(products, x, y, preferred_element_type=jnp.float32)
 
 
 def _parts(length: int, *, causal: bool) -> list[tuple[slice, slice]]:
-    """The queries of each part, and the keys that any of them may see."""
+    """Returns, for each part, the slices of its queries and of the keys visible to any of these."""
     size = QUERIES * -(-length // (QUERIES * MAX_PARTS))
     ends = [min(start + size, length) for start in range(0, length, size)]
     starts = [0, *ends[:-1]]
@@ -121,9 +126,9 @@ def _logits(
     queries: slice,
     keys: slice,
 ) -> Float[Array, "B K G _ _"]:
-    """Float32 logits of some queries and keys; the lowest number where a key is not visible.
+    """Returns float32 logits of some queries and keys; the lowest float32 marks a hidden key.
 
-    With segments, a token sees the tokens of its own segment that are not after it.
+    With segments, a token sees itself and the earlier tokens of its segment.
     """
     logits = _wide("BKGTH,BKSH->BKGTS", q[:, :, :, queries], k[:, :, keys]) * q.shape[-1] ** -0.5
     if segment_ids is None:
@@ -140,15 +145,16 @@ def cudnn_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention by cuDNN, for bfloat16 on GPUs of compute capability 8.0 and up.
+    """Computes attention with cuDNN, in bfloat16 on GPUs of compute capability 8.0 or higher.
 
-    Each row must be one segment, followed by padding.
+    Each row must be one segment, followed by padding with segment id 0. See the module's docstring
+    for the arguments.
     """
     batch, length = q.shape[:2]
     lengths, is_causal = None, segment_ids is not None
     if segment_ids is not None:
         lengths = jnp.maximum(jnp.sum(segment_ids > 0, axis=1), 1)  # no row may be empty
-    if length % 2:  # cuDNN's backward pass takes only even lengths
+    if length % 2:  # cuDNN's backward pass supports only even lengths
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
     with jax.numpy_dtype_promotion("standard"):
@@ -170,10 +176,11 @@ def flash_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention by our Triton kernels, for rows of several segments, of which cuDNN takes one.
+    """Computes attention with the Triton kernels of `models.flash`, for rows with several segments.
 
-    The tokens of a segment must be next to each other. Attention without segments is left to cuDNN.
-    Lengths that are not a multiple of the kernel's block are padded with tokens of segment 0.
+    Without segments (None), this function calls `cudnn_attention`, which supports only one segment
+    per row. The tokens of a segment must be adjacent. Rows are padded to a multiple of the kernel's
+    block with tokens of segment 0. See the module's docstring for the arguments.
     """
     if segment_ids is None:
         return cudnn_attention(q, k, v)
@@ -187,9 +194,10 @@ def splash_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Attention by Pallas' splash kernel, for TPUs; every device computes its own rows and heads.
+    """Computes attention with Pallas' splash kernel on TPUs.
 
-    Lengths that are not a multiple of the kernel's block are padded with tokens of segment 0.
+    Each device computes its own rows and heads. Rows are padded to a multiple of the kernel's
+    smallest block with tokens of segment 0. See the module's docstring for the arguments.
     """
     causal = segment_ids is not None
     segments = segment_ids if causal else jnp.ones(q.shape[:2], jnp.int32)
@@ -205,9 +213,10 @@ def _on_shards(
     segment_ids: Int[Array, "B T"],
     block: int,
 ) -> Float[Array, "B T D"]:
-    """Runs a kernel on every device's own rows and heads, padded to a multiple of `block`."""
+    """Runs a kernel on each device's own rows and heads, padded to a multiple of `block` tokens."""
     batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)  # heads are sharded as those of the keys
+    # The query heads are grouped by key head, so that both kinds of heads are sharded alike.
+    q = q.reshape(batch, length, k.shape[2], -1, size)
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
     axes = ("batch", "tokens", "heads", "whole")
     attend = on_shards(kernel, ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole"))
@@ -223,7 +232,7 @@ def _splash(
     *,
     causal: bool,
 ) -> Float[Array, "B T K G H"]:
-    """Splash attention on one device."""
+    """Computes splash attention on one device."""
     length, groups = q.shape[1], q.shape[3]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
     kernel = splash.make_splash_mha_single_device(
@@ -236,7 +245,7 @@ def _splash(
 
 
 def _blocks(length: int) -> splash.BlockSizes:
-    """The same block size for queries and keys, forwards and backwards."""
+    """Returns the same block size for queries and keys, in the forward and the backward pass."""
     size = math.gcd(length, MAX_BLOCK)
     return splash.BlockSizes(
         block_q=size,
@@ -259,13 +268,13 @@ ATTENTION: Mapping[AttentionImplementation, Callable[..., jax.Array]] = {
 def attention_implementation(
     config: TrainConfig, model: ModelConfig, platform: str, capability: str
 ) -> AttentionImplementation:
-    """The fastest implementation that a device can run.
+    """Returns the fastest implementation of attention that a device can run.
 
     Args:
-        config: The run.
+        config: Config of the run.
         model: Sizes of the model.
-        platform: "gpu", "tpu" or "cpu".
-        capability: Compute capability of a GPU, for example "8.6"; "" elsewhere.
+        platform: Platform of the device, "gpu", "tpu" or "cpu".
+        capability: Compute capability of a GPU, for example "8.6"; "" on other platforms.
     """
     sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
     if config.dtype != "bfloat16":

@@ -1,4 +1,4 @@
-"""A model's structure, the shapes of its parameters, and initial values for them."""
+"""Builds the structure and the parameter shapes of a model, and initializes parameters."""
 
 import math
 import zlib
@@ -26,17 +26,30 @@ def build_model(
     adapters: Mapping[str, LoraConfig],
     compute: ComputeConfig = FLOAT32,
 ) -> tuple[nnx.GraphDef, Abstract]:
-    """A model's structure and its parameters' shapes, in float32; no memory is taken."""
+    """Returns the structure of a model and the shapes of its parameters, without arrays.
+
+    Args:
+        config: Sizes of the model.
+        adapters: LoRA config of each stack that has adapters, by the path prefix of the stack.
+        compute: Settings of the computation.
+
+    Raises:
+        ConfigError: A target of LoRA is not the name of a linear layer of its stack.
+    """
     model = Llava(config, compute)
     lora.add_adapters(model, dict(adapters))
     return split(model)
 
 
 def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
-    """Shapes of the weights that are quantised.
+    """Returns the quantized weights of a model as ShapeDtypeStructs, by path.
+
+    Args:
+        shapes: Shapes of all parameters of the model, by path.
+        kind: Quantization format.
 
     Raises:
-        ConfigError: A weight cannot be quantised.
+        ConfigError: A weight cannot be quantized.
     """
     found = {}
     for path in filter(quant.is_quantised, shapes):
@@ -48,10 +61,14 @@ def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
 
 
 def initialise(abstract: Abstract, seed: int) -> Params:
-    """New parameters. Each depends only on the seed and its path, not on the devices.
+    """Returns new parameters that depend only on the seed and their paths, not on the devices.
 
-    Linear layers have a variance of 1 / inputs (LeCun normal). Adapters are initialised as in PEFT,
-    and projectors as in LLaVA.
+    Weights of linear layers have a variance of 1 / inputs (LeCun normal). Adapters are initialized
+    as in PEFT, and projectors as in LLaVA.
+
+    Args:
+        abstract: Shape, dtype and sharding of each parameter, by path.
+        seed: Seed of the random values.
     """
 
     def make(path: str, leaf: PyTree) -> PyTree:
@@ -79,6 +96,6 @@ def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
     inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
     if name == "lora_a" or path.startswith("projector."):
-        # As in PEFT and LLaVA: PyTorch's default for linear layers, Kaiming uniform, a = sqrt(5).
+        # PEFT and LLaVA use PyTorch's default for linear layers: Kaiming uniform with a = sqrt(5).
         return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
     return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)

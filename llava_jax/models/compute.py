@@ -1,4 +1,4 @@
-"""How a model computes, as opposed to what: the part of a run's plan that its modules need."""
+"""Defines the settings of a run's plan that the modules of a model need, such as the dtype."""
 
 import dataclasses
 
@@ -7,17 +7,20 @@ from llava_jax.config import AttentionImplementation, Remat
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """Settings that every part of a model shares. Only `dtype` changes results.
+    """Settings of the computation that all modules of a model share.
+
+    Apart from rounding, only `dtype` changes results.
 
     Attributes:
-        dtype: Dtype of activations, "float32" or "bfloat16"; parameters are cast where they are
-            used.
-        implementation: How attention is computed.
-        remat: What the backward pass computes again.
-        offload_activations: Whether the inputs of blocks wait in host memory for the backward
-            pass; needs remat "full".
-        gather_weights: Whether the weights of an MLP are gathered from other devices once, for all
-            of its chunks of tokens. It takes memory for them and saves communication.
+        dtype: Dtype of activations, "float32" or "bfloat16"; matrices are cast to this dtype at
+            each use.
+        implementation: Implementation of attention.
+        remat: What the forward pass keeps for the backward pass, see `config.MemoryConfig`.
+        offload_activations: Whether the inputs of blocks are kept in host memory from the forward
+            pass to the backward pass. Needs remat "full".
+        gather_weights: Whether each device gathers the sharded weights of an MLP once for all
+            chunks of tokens, instead of once per chunk. This takes more memory and less
+            communication.
     """
 
     dtype: str = "float32"
@@ -28,4 +31,4 @@ class ComputeConfig:
 
 
 FLOAT32 = ComputeConfig()
-"""The defaults, which every device can compute."""
+"""Default settings, which every device supports."""

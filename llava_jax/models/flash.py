@@ -1,15 +1,17 @@
-"""Attention within the segments of packed rows, on GPUs: three Triton kernels, through Pallas.
+"""Computes attention within the segments of packed rows on GPUs, by Triton kernels in Pallas.
 
-They are written by hand because no library's kernel takes segments on GPUs: cuDNN's, as JAX calls
-it, takes one segment in a row. The algorithm is FlashAttention-2 (Dao, 2023). Only the logits of
-one block of queries and one block of keys exist at a time; a running maximum and a running sum make
-the softmax; the backward pass computes the weights again from the logarithms of these sums. The
-tokens of a segment are next to each other. So the keys that a block of queries sees begin with the
-segment of its first token, and the queries that see a block of keys end with the segment of its
-last token: all other blocks are skipped.
+The kernels are written by hand because no library has a GPU kernel for segments: JAX's interface to
+cuDNN supports only one segment per row. The algorithm is FlashAttention-2 (Dao, 2023):
 
-Queries are [B, T, K, G, H], and T is a multiple of `BLOCK`. Triton runs a kernel as many programs,
-each for a block of one head of one row.
+- The logits of only one block of queries and one block of keys exist at a time.
+- The forward pass computes the softmax with a running maximum and a running sum. The backward pass
+  recomputes the softmax weights from the logarithms of these sums.
+- The tokens of a segment are adjacent. A block of queries therefore needs only keys from the start
+  of its first token's segment on, and a block of keys needs only queries up to the end of its last
+  token's segment. All other blocks are skipped.
+
+Queries have the shape [B, T, K, G, H], where T is a multiple of `BLOCK`. Triton runs a kernel as
+many programs, each for one block of one head of one row.
 """
 
 import math
@@ -25,13 +27,14 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models.layers import segment_ends, segment_starts
 
 BLOCK, STAGES = 64, 2
-"""Queries, or keys, in a block, and the number of blocks that are loaded ahead: as many as fit into
-the shared memory (100 KiB) of GPUs of compute capability 8.6 with heads of 128."""
+"""Number of queries or keys in a block, and number of blocks that are loaded ahead. These are the
+largest values that fit into the shared memory (100 KiB) of GPUs of compute capability 8.6 with a
+head size of 128."""
 
-FLASH_HEADS = (16, 32, 64, 128)  # Triton's tiles are powers of two
+FLASH_HEADS = (16, 32, 64, 128)  # head sizes; the sides of Triton's tiles are powers of two
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-LOG2_E = math.log2(math.e)  # GPUs compute 2^x
+LOG2_E = math.log2(math.e)  # the kernels use 2^x, which GPUs compute directly
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -42,7 +45,20 @@ def segment_attention(
     segment_ids: Int[Array, "B T"],
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention within segments; `interpret` computes it without a GPU, but slowly."""
+    """Computes causal attention within segments.
+
+    Args:
+        q: Queries, [batch, tokens, key heads, query heads per key head, head size]. The number of
+            tokens must be a multiple of `BLOCK`.
+        k: Keys, [batch, tokens, key heads, head size].
+        v: Values, in the shape of the keys.
+        segment_ids: Segment of each token, [batch, tokens]; the tokens of a segment must be
+            adjacent.
+        interpret: Whether Pallas emulates the kernels, which needs no GPU but is slow.
+
+    Returns:
+        Attention output in the shape and dtype of `q`.
+    """
     return _forward(q, k, v, segment_ids, interpret)[0]
 
 
@@ -69,9 +85,10 @@ def _backward(interpret: bool, residuals: tuple[jax.Array, ...], grad: jax.Array
     q, k, v, segment_ids, out, log_sums = residuals
     batch, length, keys, groups, size = q.shape
     wide = lambda x: x.astype(jnp.float32)
+    # The gradient of a softmax subtracts this product from the gradients of its weights.
     shifts = jnp.einsum("BTKGH,BTKGH->BKGT", wide(out), wide(grad))
     blocks = length // BLOCK
-    params = triton.CompilerParams(num_warps=8, num_stages=STAGES)  # with 4, registers spill
+    params = triton.CompilerParams(num_warps=8, num_stages=STAGES)  # with 4 warps, registers spill
     options: dict[str, Any] = {"compiler_params": params, "interpret": interpret}
 
     query, all_keys, sums, row = _of_queries(q.shape)
@@ -108,7 +125,11 @@ segment_attention.defvjp(_forward, _backward)
 
 
 def _of_queries(shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Block specs of a program for a block of queries: queries, keys, sums, and whole rows."""
+    """Returns the block specs of a program that handles one block of queries.
+
+    The specs are for the block's queries, all keys, the block's softmax sums and, as a function of
+    the width, a whole row.
+    """
     _, length, _, groups, size = shape
     head = lambda n: (n // groups, n % groups)
     return (
@@ -120,6 +141,7 @@ def _of_queries(shape: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, first_ref, out_ref, log_sums_ref):
+    """Computes the attention output of one block of queries, and the log2 of its softmax sums."""
     here = pl.program_id(0)
     q = q_ref[...]
 
@@ -144,6 +166,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, ids_ref, first_ref, out_ref, log_sums_r
 def _query_kernel(
     q_ref, k_ref, v_ref, ids_ref, first_ref, grad_ref, log_sums_ref, shifts_ref, q_grad_ref
 ):
+    """Computes the gradient of one block of queries."""
     here = pl.program_id(0)
     q, grad, log_sums, shifts = (ref[...] for ref in (q_ref, grad_ref, log_sums_ref, shifts_ref))
 
@@ -171,7 +194,10 @@ def _key_kernel(
     k_grad_ref,
     v_grad_ref,
 ):
-    """As `_query_kernel`, with keys as rows and queries as columns."""
+    """Computes the gradients of one block of keys and of its values.
+
+    Here the rows of the logits are keys and the columns are queries, unlike in `_query_kernel`.
+    """
     here = pl.program_id(0)
     k, v = k_ref[...], v_ref[...]
 
@@ -204,15 +230,19 @@ def _tokens(block: jax.Array) -> Any:
 
 
 def _marks(ids_ref: Any, block: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The segments and positions of a block's tokens, to be compared with those of another."""
+    """Returns the segment ids and the positions of a block's tokens, for comparison in `_sees`.
+
+    A new axis `axis` of size 1 makes both arrays broadcast against the arrays of another block.
+    """
     positions = block * BLOCK + jnp.arange(BLOCK)
     return jnp.expand_dims(ids_ref[_tokens(block)], axis), jnp.expand_dims(positions, axis)
 
 
 def _sees(query: tuple[jax.Array, jax.Array], key: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Returns True where a query attends to a key: same segment, and not a later position."""
     return (query[0] == key[0]) & (query[1] >= key[1])
 
 
 def _logits(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Scaled products of queries and keys, as exponents of 2."""
+    """Returns the scaled products of rows and columns in units of log2, for use with exp2."""
     return triton.dot(rows, columns.T) * (LOG2_E * rows.shape[-1] ** -0.5)

@@ -1,15 +1,15 @@
-"""Layers that the vision tower and the decoder share, and the parameters of modules as a dict.
+"""Defines layers that the vision tower and the decoder share, and dicts of model parameters.
 
-Shapes are written with one capital letter for each dimension, here and in every einsum:
+Type annotations and einsums name each dimension of an array with one capital letter:
 
     B batch            T tokens (queries)   S key positions     D model width
     F feed-forward     N heads              K key/value heads   H head size
     V vocabulary       P patches            L layers            R LoRA rank
-    M images a sample  I images             C colour channels   Q positions of the tower
-    E half a head      G query heads that share a key head
+    M images per row   I images             C color channels    Q positions of the tower
+    E half a head      G query heads per key head
 
-Weights keep PyTorch's layout, [out, in], so checkpoints are copied, never transposed. Blocks are
-stacked on axis 0 and scanned.
+Weights have PyTorch's layout, [out, in], so that checkpoints are copied without transposition.
+Blocks are stacked on axis 0 and run in a scan.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,22 +25,23 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from llava_jax.models.quant import Quantised, dequantise
 
 Params = dict[str, jax.Array]
-"""Parameters by dotted path: Hugging Face's names without the layer index of stacked blocks."""
+"""Parameters by dotted path. The paths follow Hugging Face's names, but a stack of blocks has one
+parameter for all layers, without the layer index."""
 
 Weight = jax.Array | Quantised
 
 Abstract = dict[str, Any]
-"""Stands for `Params` before there are arrays: ShapeDtypeStructs, with shardings once they are
-placed, or `models.quant.Quantised` weights made of these. It has no narrower type, because most
-code reads only their `shape`, `dtype` and `sharding`."""
+"""Shapes of `Params` whose values do not exist yet: a ShapeDtypeStruct for each array, which has a
+sharding after placement, or a `Quantised` of ShapeDtypeStructs. The values have no narrower type
+than Any, because most code reads only their `shape`, `dtype` and `sharding`."""
 
 TokenKeys = Key[Array, "B T"] | None
-"""A dropout key for each token, so that its mask depends neither on its neighbours nor on the row
-that it is in; None turns dropout off."""
+"""One dropout key per token, or None to turn dropout off. Because each token has its own key, its
+dropout mask depends neither on the other tokens nor on its row."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Abstract]:
-    """Splits a model into its structure and its parameters (arrays or ShapeDtypeStructs)."""
+    """Splits a model into its structure and its parameters by path, arrays or ShapeDtypeStructs."""
     graphdef, state = nnx.split(model)
     return graphdef, {
         ".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)
@@ -48,25 +49,30 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Abstract]:
 
 
 def merge(graphdef: nnx.GraphDef, params: Mapping[str, object]) -> nnx.Module:
-    """The inverse of `split`."""
+    """Builds a model from its structure and its parameters; the inverse of `split`."""
     flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def parameter(*shape: int) -> nnx.Param:
-    """A parameter without a value: models are built as shapes, and get their weights later."""
+    """Returns a float32 parameter that has a shape but no value.
+
+    Models are built from such parameters and get their weights later.
+    """
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 LINEAR, LOW_RANK = "linear", "low_rank"
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
-"""A policy for `jax.checkpoint`: keep the outputs of linear layers, and of A in their adapters."""
+"""Policy for `jax.checkpoint` that keeps the outputs of linear layers and of the adapters' A
+matrices, and recomputes everything else."""
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, plus scale * dropout(x) A^T B^T with an adapter. W may be `Quantised`.
+    """Linear layer with an optional bias and LoRA adapter; the weight may be `Quantised`.
 
-    `models.lora.add_adapters` adds the adapter; A is [R, in] and B is [out, R].
+    The output is x W^T + b, plus scale * dropout(x) A^T B^T if there is an adapter, which
+    `models.lora.add_adapters` adds. A is [R, in] and B is [out, R].
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
@@ -76,7 +82,7 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
-        self.lora_index = 0  # each linear layer of a block has its own dropout mask
+        self.lora_index = 0  # gives each linear layer of a block its own dropout mask
 
     def __call__(
         self, x: Float[Array, "B T in"], keys: TokenKeys = None
@@ -103,8 +109,9 @@ def _low_rank_product(
     scale: float,
     rate: float,
 ) -> Float[Array, "B T out"]:
+    """Computes the contribution of an adapter: scale * dropout(x) A^T B^T."""
     x, a, b = gradients_together(x, a, b)
-    # The cast comes after the barrier, or devices that share a weight gather it a second time.
+    # The cast must follow the barrier: otherwise, devices gather a sharded weight twice.
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     low: jax.Array = (
         _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
@@ -118,11 +125,12 @@ def _product(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Arr
 
 
 def _product_backward(operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
-    """As JAX's own, except for the order of operands in the weight's gradient.
+    """Computes the gradients of `_product`, like JAX except for the order of operands.
 
-    XLA's CPU backend transposes the first operand of a product, and computes again, element by
-    element, what that operand came from. JAX always puts the gradient first; here the first is the
-    smaller of the two. If the weight is frozen, x is kept for nothing, and XLA drops it.
+    XLA's CPU backend transposes the first operand of a product. To do so, it recomputes, element by
+    element, the operations that produced this operand. JAX always puts the gradient first; here,
+    the smaller operand of the weight's gradient comes first. If the weight is frozen, XLA removes
+    its unused gradient and the saved x.
     """
     x, weight = operands
     of_x = jnp.einsum("BTF,FD->BTD", grad, weight)
@@ -144,7 +152,10 @@ def _dropped_product(
 
 
 def _drop_again(rate: float, operands: tuple, grad: Float[Array, "B T F"]) -> tuple:
-    """The gradients of the product. dropout(x) is large and cheap, so it is computed again."""
+    """Computes the gradients of `_dropped_product`.
+
+    dropout(x) is large and cheap to compute, so it is recomputed here instead of saved.
+    """
     x, weight, keys = operands
     x, keys, grad = jax.lax.optimization_barrier((x, keys, grad))
     dropped, pull = jax.vjp(lambda x: dropout(x, rate, keys), x)
@@ -164,7 +175,7 @@ def _quantised_product(x: Float[Array, "B T D"], weight: Quantised) -> Float[Arr
 
 
 def _dequantise_again(weight: Quantised, grad: Float[Array, "B T F"]) -> tuple:
-    # Without the barrier, XLA would dequantise all weights before the backward pass needs them.
+    # Without the barrier, XLA would dequantize all weights before the backward pass needs them.
     weight, grad = jax.lax.optimization_barrier((weight, grad))
     return jnp.einsum("BTF,FD->BTD", grad, dequantise(weight, grad.dtype)), None
 
@@ -173,7 +184,7 @@ _quantised_product.defvjp(lambda x, w: (_quantised_product(x, w), w), _dequantis
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, [entries, D]."""
+    """Table of embedding vectors, [entries, D], looked up by id."""
 
     def __init__(self, entries: int, width: int):
         self.weight = parameter(entries, width)
@@ -183,7 +194,7 @@ class Embedding(nnx.Module):
 
 
 class RmsNorm(nnx.Module):
-    """Root-mean-square norm, in float32 (Zhang and Sennrich, 2019)."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32."""
 
     def __init__(self, width: int, eps: float):
         self.weight = parameter(width)
@@ -193,8 +204,9 @@ class RmsNorm(nnx.Module):
         return _rms_norm(x, self.weight[...], self.eps)
 
 
-# It is cheap to compute again, and without that a float32 copy of x is kept. The scan over layers
-# already prevents common subexpressions from being merged, so `prevent_cse` need not.
+# The backward pass recomputes the norm, which is cheap, because a float32 copy of x would be kept
+# otherwise. `prevent_cse` is not needed: the scan over layers already prevents XLA from merging
+# common subexpressions.
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
@@ -203,7 +215,7 @@ def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) 
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm, in float32."""
+    """Layer norm, computed in float32."""
 
     def __init__(self, width: int, eps: float):
         self.weight = parameter(width)
@@ -222,8 +234,9 @@ class LayerNorm(nnx.Module):
 def gradients_together(*args: jax.Array) -> tuple[jax.Array, ...]:
     """Returns its arguments, and makes the backward pass compute all their gradients together.
 
-    Without it, the compiler may put off the gradient of a weight to the end of the backward pass,
-    and keep everything that it is computed from until then. All arguments must be differentiated.
+    Without this function, the compiler may delay the gradient of a weight until the end of the
+    backward pass and keep the inputs of that gradient in memory until then. All arguments must be
+    differentiated.
     """
     return args
 
@@ -234,7 +247,7 @@ gradients_together.defvjp(
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """CLIP's x * sigmoid(1.702 x)."""
+    """Returns x * sigmoid(1.702 x), the activation function of CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -247,26 +260,39 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def fold_in(keys: Key[Array, "B T"], data: int | Int[Array, ""]) -> Key[Array, "B T"]:
-    """`jax.random.fold_in` of every key."""
+    """Applies `jax.random.fold_in` with the same `data` to every key, [batch, tokens]."""
     return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, data)))(keys)
 
 
 def dropout(
     x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Zeroes elements with probability `rate` (to 2^-16) and scales the others up."""
+    """Zeroes elements with probability `rate` and divides the other elements by 1 - `rate`.
+
+    Args:
+        x: Array of shape [batch, tokens, hidden].
+        rate: Probability, which is rounded to a multiple of 2^-16.
+        keys: One PRNG key per token, [batch, tokens].
+    """
     width = x.shape[2]
     threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
-    draw = lambda key: jax.random.bits(
-        key, (-(-width // 2),), jnp.uint32
-    )  # drawing 16 bits costs as much
+    # Each draw of 32 bits gives two of 16 bits, because drawing 16 bits costs as much.
+    draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
     bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
     return jnp.where(bits < threshold, x / (1 - rate), 0)
 
 
 def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks B chunk *rest"]:
-    """Cuts rows into equal chunks of at most `most` tokens, as few as possible; pads the last."""
+    """Cuts rows into as few equal chunks as possible, and pads the last chunk with zeros.
+
+    Args:
+        x: Array of shape [batch, tokens, ...].
+        most: Largest number of tokens in a chunk.
+
+    Returns:
+        Array of shape [chunks, batch, tokens per chunk, ...].
+    """
     count = -(-x.shape[1] // most)
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % count), *[(0, 0)] * (x.ndim - 2)])
     return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
@@ -275,18 +301,18 @@ def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks
 def from_chunks(
     x: Shaped[Array, "chunks B chunk *rest"], length: int
 ) -> Shaped[Array, "B T *rest"]:
-    """The inverse of `to_chunks`, for rows of `length` tokens."""
+    """Joins chunks into rows of `length` tokens; the inverse of `to_chunks`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The position of the first token of each token's segment."""
+    """Returns, for each token, the index in the row of its segment's first token."""
     positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
 def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The position of the last token of each token's segment."""
+    """Returns, for each token, the index in the row of its segment's last token."""
     return segment_ids.shape[1] - 1 - segment_starts(segment_ids[:, ::-1])[:, ::-1]

@@ -1,7 +1,7 @@
-"""The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries.
+"""Defines the LLaMA decoder (Touvron et al., 2023): RMSNorm, RoPE, SwiGLU, grouped-query attention.
 
-Mistral's is the same up to its sliding window; Qwen2's has biases in the query, key and value
-projections.
+Mistral's decoder is the same except for its sliding window, and Qwen2's except for biases in the
+query, key and value projections.
 """
 
 import math
@@ -38,13 +38,17 @@ from llava_jax.models.stack import scan_blocks, stack_blocks
 
 
 def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
-    """Radians per position of each pair of dimensions (Su et al., 2021), with Llama-3's scaling."""
+    """Returns the RoPE frequencies (Su et al., 2021), with Llama 3.1's scaling if configured.
+
+    There is one frequency in radians per position for each pair of dimensions of a head, [H / 2].
+    """
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # Llama 3.1 divides low frequencies by `factor`, keeps high ones, and interpolates between them.
+    # Llama 3.1 divides low frequencies by `factor`, keeps high frequencies, and interpolates
+    # between the two.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -54,7 +58,16 @@ def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T E"], sin: Float[Array, "B T E"]
 ) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H/2) of each head by their angles, in float32."""
+    """Rotates the pairs (i, i + H/2) of each head's dimensions by their angles, in float32.
+
+    Args:
+        x: Queries or keys, [batch, tokens, heads, head size].
+        cos: Cosines of the angles, [batch, tokens, head size / 2].
+        sin: Sines of the angles, in the same shape.
+
+    Returns:
+        Rotated array in the shape and dtype of `x`.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -62,19 +75,20 @@ def rotate(
 
 
 def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each token's distance from the start of its segment."""
+    """Returns each token's position in its segment, counted from 0, [batch, tokens]."""
     return jnp.arange(segment_ids.shape[1])[None] - segment_starts(segment_ids)
 
 
 Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
-"""Cosine and sine of the angles that `rotate` takes."""
+"""Cosines and sines of the angles that `rotate` uses."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Queries [B, T, N, H], keys and values [B, T, K, H] -> [B, T, D]; it also decides the mask."""
+"""Function that computes attention, including the mask. Its arguments are queries [B, T, N, H],
+keys and values [B, T, K, H], and its result is [B, T, D]."""
 
 
 class Attention(nnx.Module):
-    """The projections of attention; how it is computed is an argument."""
+    """Query, key, value and output projections; the call takes the attention function."""
 
     def __init__(self, config: LlmConfig):
         width, size = config.hidden_size, config.head_dim
@@ -96,7 +110,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """The gated feed-forward layer (SwiGLU)."""
+    """Gated feed-forward layer (SwiGLU)."""
 
     def __init__(self, config: LlmConfig):
         width, hidden = config.hidden_size, config.intermediate_size
@@ -107,14 +121,14 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
         @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def down(gate: jax.Array, up: jax.Array) -> jax.Array:
-            """The backward pass makes the gated product again: it is wide, and cheap to compute."""
+            """Computes the output; the backward pass recomputes the wide but cheap product."""
             return self.down_proj(jax.nn.silu(gate) * up, keys)
 
         return down(self.gate_proj(x, keys), self.up_proj(x, keys))
 
 
 CHUNK_TOKENS = 512
-"""Most tokens of each row that an MLP takes at a time."""
+"""Largest number of tokens of each row that an MLP processes at a time."""
 
 
 def in_chunks(
@@ -123,17 +137,18 @@ def in_chunks(
     x: Float[Array, "B T D"],
     keys: TokenKeys,
 ) -> Float[Array, "B T D"]:
-    """f(params, x, keys), some tokens at a time; the backward pass computes each chunk again.
+    """Computes f(params, x, keys) in chunks of tokens; the backward pass recomputes each chunk.
 
-    So the wide arrays inside f are never kept. Gradients of parameters are summed in float32.
+    The wide arrays inside f therefore exist for only one chunk at a time. The gradients of the
+    parameters are summed in float32.
 
     Args:
-        f: A function that treats every token by itself.
-        params: Parameters of f; quantised ones have no gradients.
-        x: Argument of f.
-        keys: Dropout keys; None turns dropout off.
+        f: Function that treats every token independently.
+        params: Parameters of f; quantized parameters get no gradients.
+        x: Input of f, [batch, tokens, hidden].
+        keys: Dropout keys, one per token; None turns dropout off.
     """
-    bare = None if keys is None else jax.random.key_data(keys)  # keys themselves cannot be padded
+    bare = None if keys is None else jax.random.key_data(keys)  # typed keys cannot be padded
 
     def one_chunk(params: dict[str, Weight], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return f(params, x, None if keys is None else jax.random.wrap_key_data(keys))
@@ -166,10 +181,11 @@ def in_chunks(
 
 
 FEED_FORWARD = ("post_attention_layernorm.", "mlp.")
+"""Path prefixes of the feed-forward parameters in a block."""
 
 
 class Block(nnx.Module):
-    """The parameters of one layer; `Llama` applies them."""
+    """Parameters of one decoder layer; `Llama.__call__` computes the layer."""
 
     def __init__(self, config: LlmConfig):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -179,18 +195,18 @@ class Block(nnx.Module):
 
 
 class LmHead(nnx.Module):
-    """The output matrix, where it is not that of the embeddings."""
+    """Output matrix of a decoder whose embeddings are not tied to this matrix."""
 
     def __init__(self, config: LlmConfig):
         self.weight = parameter(config.vocab_size, config.hidden_size)
 
 
 class Llama(nnx.Module):
-    """A decoder from embeddings to final hidden states; the loss multiplies them by `head`.
+    """Decoder from embeddings to final hidden states; the loss multiplies the states by `head`.
 
     Args:
-        config: Sizes.
-        compute: How it computes.
+        config: Sizes of the decoder.
+        compute: Settings of the computation, such as the attention implementation.
     """
 
     def __init__(self, config: LlmConfig, compute: ComputeConfig):
@@ -204,11 +220,15 @@ class Llama(nnx.Module):
 
     @property
     def head(self) -> Any:
-        """The output matrix [V, D]: that of the embeddings if the two are tied."""
+        """Returns the output matrix [V, D], which is the embedding matrix if both are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
 
     def rope(self, positions: Int[Array, "B T"]) -> Rope:
-        """Cosine and sine of the angles for positions in a sequence."""
+        """Returns the cosines and sines of the rotation angles of tokens.
+
+        Args:
+            positions: Position of each token in its segment, [batch, tokens].
+        """
         frequencies = rope_frequencies(self.config)[None, None]
         angles = positions.astype(jnp.float32)[:, :, None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)
@@ -219,12 +239,13 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"],
         keys: TokenKeys = None,
     ) -> Float[Array, "B T D"]:
-        """Normed final hidden states of embeddings x.
+        """Returns the normalized final hidden states, [batch, tokens, hidden].
 
         Args:
-            x: Token (and image) embeddings.
-            segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
-            keys: Dropout keys of the adapters; None turns dropout off.
+            x: Embeddings of tokens and images, [batch, tokens, hidden].
+            segment_ids: Segment of each token, 0 for padding. A token attends to itself and to
+                earlier tokens of its segment.
+            keys: Dropout keys of the adapters, one per token; None turns dropout off.
 
         Raises:
             ConfigError: The sequence is longer than the model's sliding window.
@@ -232,9 +253,9 @@ class Llama(nnx.Module):
         window = self.config.sliding_window
         if window is not None and x.shape[1] > window:
             raise ConfigError(
-                f"a sequence of {x.shape[1]} tokens, but the decoder's sliding_window is {window}, "
-                f"and attention in a window is not computed; set data.max_length to {window} at "
-                "most"
+                f"a sequence has {x.shape[1]} tokens, but the decoder's sliding_window is "
+                f"{window}, and sliding-window attention is not implemented; set data.max_length "
+                f"to {window} or less"
             )
         context = self.rope(positions_in_segments(segment_ids)), segment_ids
 
@@ -248,8 +269,8 @@ class Llama(nnx.Module):
             blank = dict.fromkeys(params)
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
 
-            # As a function of its own parameters, the MLP can go through the tokens in chunks, and
-            # each device can gather the weights once for all of them.
+            # The MLP is a function of its own parameters, so that it can run in chunks of tokens
+            # and each device can gather these parameters once for all chunks.
             def feed(own: dict[str, Weight], x: jax.Array, keys: TokenKeys) -> jax.Array:
                 block = cast("Block", merge(graphdef, blank | own))
                 return block.mlp(block.post_attention_layernorm(x), keys)

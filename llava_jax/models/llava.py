@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al., 2023): image features are projected into the decoder's tokens."""
+"""Defines LLaVA-1.5 (Liu et al., 2023): a vision tower, a projector and a decoder."""
 
 from functools import partial
 
@@ -14,11 +14,12 @@ from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
 
 VISION_DROPOUT = 2**31 - 1
-"""What the dropout keys of images are folded with; no layer of the decoder has this number."""
+"""Number that is folded into the dropout key of an image's first token to get the key of the image.
+No decoder layer has this index, so the keys of images and layers differ."""
 
 
 class Projector(nnx.Module):
-    """Two linear layers that turn features of the vision tower into embeddings of the decoder."""
+    """Two linear layers that project image features to the decoder's embedding size."""
 
     def __init__(self, config: ModelConfig):
         width = config.llm.hidden_size
@@ -28,15 +29,15 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "I Q Dv"]) -> Float[Array, "I Q D"]:
         project = lambda x: self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
-        return jax.checkpoint(project)(x)  # cheap to compute again
+        return jax.checkpoint(project)(x)  # the products are cheap to recompute
 
 
 class Llava(nnx.Module):
-    """Vision tower, projector and decoder.
+    """LLaVA model, made of a vision tower, a projector and a decoder.
 
     Args:
-        config: Sizes and token ids.
-        compute: How it computes.
+        config: Sizes of the parts, and token ids.
+        compute: Settings of the computation, such as the dtype and the attention implementation.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig = FLOAT32):
@@ -49,10 +50,16 @@ class Llava(nnx.Module):
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """Embeddings of each image for the decoder; `keys` are dropout keys, one for each image."""
+        """Returns the projected features of images, [images, positions, hidden].
+
+        Args:
+            pixel_values: Normalized pixels, [images, channels, height, width].
+            keys: Dropout keys of the vision adapters, one per image; None turns dropout off.
+        """
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # without CLIP's class token (with SigLIP, a patch)
+            # As in Hugging Face's model, this drops CLIP's class token, but SigLIP's first patch.
+            features = features[:, 1:]
         return self.projector(features)
 
     def hidden_states(
@@ -62,17 +69,18 @@ class Llava(nnx.Module):
         pixel_values: Float[Array, "B M C Y X"],
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Normed final hidden states of a batch whose rows have up to M images each.
+        """Returns the normalized final hidden states of a batch, [batch, tokens, hidden].
 
-        The n-th image token of a row takes the n-th feature of the row's images; images without
-        image tokens change nothing.
+        Each row has the same number M of images. The n-th image token of a row gets the n-th
+        feature of the row's images. Images without image tokens are padding and change nothing.
 
         Args:
-            input_ids: Token ids, with as many image tokens for each image as it has features.
-            segment_ids: 0 for padding; tokens see earlier tokens of their own segment.
-            pixel_values: The images of each row.
-            key: Dropout key of the adapters; None turns dropout off. The mask of a token depends on
-                its segment's number and its position there, not on the row that it is in.
+            input_ids: Token ids, [batch, tokens]. Each image has as many image tokens as features.
+            segment_ids: Segment of each token, 0 for padding. A token attends to itself and to
+                earlier tokens of its segment.
+            pixel_values: Normalized pixels, [batch, M, channels, height, width].
+            key: Dropout key of the adapters; None turns dropout off. The dropout mask of a token
+                depends on its segment id and its position in the segment, not on its row.
         """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
         keys = None if key is None else _token_keys(key, segment_ids)
@@ -87,26 +95,34 @@ class Llava(nnx.Module):
     def embed(
         self, input_ids: Int[Array, "B T"], pixel_values: Float[Array, "I C Y X"] | None
     ) -> Float[Array, "B T D"]:
-        """Input of the decoder: embeddings of tokens, with the images' features in their places."""
+        """Returns the input of the decoder, [batch, tokens, hidden].
+
+        The features of the images replace the embeddings of the image tokens.
+
+        Args:
+            input_ids: Token ids, [batch, tokens].
+            pixel_values: Normalized pixels of all images, in the order of the image tokens in the
+                batch; None if there are no images.
+        """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
         if pixel_values is None:
             return embeds
         features = self.image_features(pixel_values)
-        features = features.reshape(1, -1, features.shape[-1])  # one long row of all images
+        features = features.reshape(1, -1, features.shape[-1])  # all images in one row
         row = lambda x: x.reshape(1, -1, *x.shape[2:])
         return self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
 
     def _image_keys(
         self, keys: TokenKeys, input_ids: Int[Array, "B T"], images: int
     ) -> Key[Array, "I"] | None:
-        """A key for each image, [B, M] flattened, made from the key of its first token."""
+        """Derives each image's dropout key from the key of its first token; returns B x M keys."""
         if keys is None:
             return None
         is_image = input_ids == self.config.image_token_id
         so_far = jnp.cumsum(is_image, axis=1)
         starts = 1 + self.config.image_tokens * jnp.arange(images)
         firsts = jax.vmap(partial(jnp.searchsorted, v=starts))(so_far)
-        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # for images without image tokens
+        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # of images without image tokens
         return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
 
     def _place_images(
@@ -115,6 +131,7 @@ class Llava(nnx.Module):
         embeds: Float[Array, "B T D"],
         features: Float[Array, "B S D"],
     ) -> Float[Array, "B T D"]:
+        """Replaces the embeddings of each row's image tokens with the row's features, in order."""
         is_image = input_ids == self.config.image_token_id
         slots = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
         placed = jnp.take_along_axis(features, slots[:, :, None], axis=1, mode="clip")
@@ -126,12 +143,15 @@ class Llava(nnx.Module):
         pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
         attention_mask: Int[ArrayLike, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits in float32.
+        """Returns float32 logits, [batch, tokens, vocabulary].
 
         Args:
-            input_ids: Token ids, with `config.image_tokens` image tokens for each image.
-            pixel_values: The images, in the order of their tokens in the rows of the batch.
-            attention_mask: 1 for tokens, 0 for padding; None means no padding.
+            input_ids: Token ids, [batch, tokens], with `config.image_tokens` image tokens per
+                image.
+            pixel_values: Normalized pixels of all images, [images, channels, height, width], in the
+                order of the image tokens in the batch; None if there are no images.
+            attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None if there is no
+                padding.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         embeds = self.embed(input_ids, None if pixel_values is None else jnp.asarray(pixel_values))
@@ -141,14 +161,19 @@ class Llava(nnx.Module):
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Logits in float32, whatever the dtype of the operands."""
+    """Returns float32 logits, [batch, tokens, vocabulary], whatever the dtypes of the arguments.
+
+    Args:
+        hidden: Final hidden states.
+        head: Output matrix, cast to the dtype of `hidden` for the product.
+    """
     return jnp.einsum(
         "BTD,VD->BTV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
 def _token_keys(key: Key[Array, ""], segment_ids: Int[Array, "B T"]) -> Key[Array, "B T"]:
-    """A key for each token, made from its segment and its position there."""
+    """Derives one PRNG key per token from its segment id and its position in the segment."""
     fold_in_both = lambda segment, position: jax.random.fold_in(
         jax.random.fold_in(key, segment), position
     )

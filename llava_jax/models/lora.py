@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) as PEFT defines it: adding adapters to a model, and merging them."""
+"""Adds LoRA adapters (Hu et al., 2021) to a model and merges them, as PEFT does."""
 
 from functools import partial
 
@@ -18,11 +18,16 @@ from llava_jax.models.stack import jit_loop
 def adapter_configs(
     tune: TuneConfig, lora: LoraConfig, vision_lora: LoraConfig
 ) -> dict[str, LoraConfig]:
-    """The LoRA of each stack that has it.
+    """Returns the LoRA config of each stack that has adapters, by the path prefix of the stack.
+
+    Args:
+        tune: How each part of the model is tuned.
+        lora: LoRA config of the decoder.
+        vision_lora: LoRA config of the vision tower.
 
     Raises:
-        ConfigError: One part has adapters and another trains in full, so that no form of checkpoint
-            could hold both.
+        ConfigError: The decoder trains in full and the vision tower has adapters, and no checkpoint
+            format can hold both.
     """
     if (tune.llm, tune.vision) == ("full", "lora"):
         raise ConfigError(
@@ -34,7 +39,11 @@ def adapter_configs(
 
 
 def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
-    """Adds adapters to the targeted linear layers of `model`, as shapes.
+    """Adds adapters to the targeted linear layers of `model`, as shapes without values.
+
+    Args:
+        model: Model that is changed in place.
+        adapters: LoRA config of each stack that gets adapters, by the path prefix of the stack.
 
     Raises:
         ConfigError: A target is not the name of a linear layer of the stack.
@@ -69,7 +78,14 @@ def _add_adapter(linear: Linear, config: LoraConfig, index: int) -> None:
 def merge_layer(
     weight: Float[Array, "F D"], a: Float[Array, "R D"], b: Float[Array, "F R"], scale: float
 ) -> Float[Array, "F D"]:
-    """W + scale B A, computed in float32 and returned in the dtype of W."""
+    """Returns W + scale B A for one layer, computed in float32 and rounded to the dtype of W.
+
+    Args:
+        weight: W, [out, in].
+        a: A, [rank, in].
+        b: B, [out, rank].
+        scale: Factor of the adapter.
+    """
     low_rank = jnp.einsum("FR,RD->FD", b, a, precision="highest")
     return (jnp.asarray(weight, jnp.float32) + scale * low_rank).astype(weight.dtype)
 
@@ -79,20 +95,23 @@ def _merge(
     weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
 ) -> Float[Array, "L F D"]:
     layer = lambda parts: merge_layer(*parts, scale)
-    return jax.lax.map(layer, (weight, a, b))  # only one layer at a time is in float32
+    return jax.lax.map(layer, (weight, a, b))  # one layer at a time is in float32
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Folds each adapter into its weight, W + scale B A in float32, and removes it.
+    """Merges each adapter into its weight, W + scale B A in float32, and removes the adapter.
+
+    Args:
+        model: Model that is changed in place.
 
     Raises:
-        ValueError: A weight is quantised.
+        ValueError: The weight of an adapter is quantized.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
             if isinstance(module.weight.get_value(), Quantised):
                 raise ValueError(
-                    "adapters cannot be merged into quantised weights; load them whole"
+                    "adapters cannot be merged into quantized weights; load the weights unquantized"
                 )
             weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
             module.weight = nnx.Param(_merge(weight, a, b, module.lora_scale))

@@ -1,4 +1,4 @@
-"""What the path of a parameter says: whether it is stacked, its part, whether it trains."""
+"""Classifies parameters by path, and converts paths between stacked parameters and layers."""
 
 import re
 
@@ -6,15 +6,16 @@ from llava_jax.config import ModelConfig, TuneConfig
 
 
 def is_stacked(path: str) -> bool:
-    """Whether a parameter has a leading layer axis."""
+    """Returns True if the parameter at `path` is stacked, that is, has a leading layer axis."""
     return re.search(r"\.(layers|tail)\.", path) is not None
 
 
 def unstacked(path: str, layer: int, config: ModelConfig) -> str:
-    """Our name of one layer of a stacked parameter.
+    """Returns the path of one layer of a stacked parameter.
 
-    For example `llm.layers.mlp.up_proj.weight`, 3 -> `llm.layers.3.mlp.up_proj.weight`; the vision
-    tail counts on from where the layers before it stop.
+    For example, layer 3 of `llm.layers.mlp.up_proj.weight` has the path
+    `llm.layers.3.mlp.up_proj.weight`. Layers of the vision tail are numbered from
+    `config.used_vision_layers`, because the tail follows the used layers.
     """
     stack = "tail" if ".tail." in path else "layers"
     if stack == "tail":
@@ -25,14 +26,20 @@ def unstacked(path: str, layer: int, config: ModelConfig) -> str:
 def layers(
     path: str, shape: tuple[int, ...], config: ModelConfig
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each layer of a parameter, or of the one that is not stacked."""
+    """Returns the path and the shape of each layer of a parameter.
+
+    A parameter that is not stacked gives one entry, its own path and shape.
+    """
     if not is_stacked(path):
         return [(path, shape)]
     return [(unstacked(path, index, config), shape[1:]) for index in range(shape[0])]
 
 
 def stacked(parameter: str, config: ModelConfig) -> str:
-    """The path of the parameter that `unstacked` took this layer from."""
+    """Returns the path of the stacked parameter that has a layer with the path `parameter`.
+
+    This is the inverse of `unstacked`. A path without a layer number is returned unchanged.
+    """
     match = re.search(r"\.layers\.(0|[1-9][0-9]{,3})\.", parameter)
     if match is None:
         return parameter
@@ -41,20 +48,21 @@ def stacked(parameter: str, config: ModelConfig) -> str:
 
 
 VISION, LLM = "vision.encoder.layers.", "llm.layers."
-"""The stacks that adapters go into."""
+"""Path prefixes of the two stacks of layers to which adapters can be added."""
 
 
 BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
-"""Parameters on which no output depends, so that they never train."""
+"""Path prefixes of the vision parameters after the feature layer. These parameters never train,
+because no output depends on them."""
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a parameter belongs to a LoRA adapter."""
+    """Returns True if the parameter at `path` belongs to a LoRA adapter."""
     return path.endswith((".lora_a", ".lora_b"))
 
 
 def is_trainable(path: str, tune: TuneConfig) -> bool:
-    """Whether a parameter trains."""
+    """Returns True if the parameter at `path` trains under the settings `tune`."""
     if is_adapter(path):
         return True
     if path.startswith(BEHIND_FEATURE):
@@ -63,4 +71,4 @@ def is_trainable(path: str, tune: TuneConfig) -> bool:
 
 
 HEAD = "llm.lm_head.weight"
-"""The output matrix of the decoder."""
+"""Path of the decoder's output matrix; a decoder with tied embeddings has no such parameter."""

@@ -1,14 +1,14 @@
-"""Frozen weights in 4 or 8 bits: pytrees that are stacked, sliced and sharded like arrays.
+"""Quantizes frozen weights to 4 or 8 bits, as pytrees that stack, slice and shard like arrays.
 
-NF4 (QLoRA, Dettmers et al., 2023) keeps 4 bits for each weight and the largest magnitude (absmax)
-of every 64 consecutive ones; double quantisation keeps the absmax in 8 bits (Dettmers et al.,
-2022). Codes are those of bitsandbytes, two in a uint8, because Orbax does not restore uint4. int8
-keeps one scale for each output channel.
+NF4 (QLoRA, Dettmers et al., 2023) stores 4 bits for each weight, and the largest magnitude (absmax)
+of each block of 64 consecutive weights. Double quantization stores each absmax in 8 bits (Dettmers
+et al., 2022). The codes are those of bitsandbytes. Two codes are packed into a uint8, because Orbax
+does not restore uint4. int8 stores one scale for each output channel.
 
-It is written by hand because bitsandbytes is for PyTorch, and no library has NF4 for JAX.
+The code is written by hand because bitsandbytes needs PyTorch and no library has NF4 for JAX.
 
-Where possible, the arrays of a matrix [out, in] have its axes, so that they are sharded as it would
-be. Those of a stack have a layer axis before these.
+Where possible, the arrays of a quantized matrix [out, in] have the axes of the matrix, so that they
+are sharded like the matrix. The arrays of a stack have a layer axis before these axes.
 """
 
 from dataclasses import dataclass
@@ -22,40 +22,46 @@ from jaxtyping import Array, Float, Float32
 
 from llava_jax.config import LLM_LINEARS, Quantisation
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights that share an absmax; absmaxes that share one
-CHUNK = 2**16  # weights quantised at once, so that intermediate results fit into the CPU's cache
+BLOCK, NESTED_BLOCK = 64, 256  # weights per absmax; absmax values per second-level absmax
+CHUNK = 2**16  # weights quantized at a time, so that intermediate results fit into a CPU's cache
 
-# QLoRA, appendix E: quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
+# NF4 (QLoRA, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = np.array([
     -1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0, 0.0795803,
     0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1], np.float32)  # fmt: skip
 
-# Signed dynamic 8-bit numbers (Dettmers et al., 2022): 0, 1, and with both signs the middles of 2^i
-# equal intervals of each decade below 1, from one interval above 1e-7 to 64 above 0.1.
+# The 256 signed dynamic 8-bit numbers (Dettmers et al., 2022): 0, 1, and the midpoints of intervals
+# with both signs. For i from 0 to 6, the decade that ends at 10^(i - 6) has 2^i equal intervals.
 _MIDDLES = [(0.1 + 0.9 * (j + 0.5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for j in range(2**i)]
 DYNAMIC = np.array(sorted([0, 1, *_MIDDLES, *(-x for x in _MIDDLES)]), np.float32)
-# The index of the entry nearest to a value is the number of these midpoints that it exceeds.
+# Midpoints between the entries of each table. The number of midpoints below a value is the index of
+# the entry nearest to the value.
 NF4_BOUNDS, DYNAMIC_BOUNDS = ((table[:-1] + table[1:]) / 2 for table in (NF4, DYNAMIC))
 
 
 class QuantisationError(Exception):
-    """A weight that cannot be quantised. The message does not name it; the caller knows it."""
+    """Error of a weight that cannot be quantized.
+
+    The message does not contain the path of the weight; the caller adds the path.
+    """
 
 
 Leaf = Any
-"""An array, or what stands for it in a tree: a shape, a sharding, a partition spec."""
+"""An array, or what represents it in a tree: a shape, a sharding or a partition spec."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """The absmax of NF4 blocks in 8 bits.
+    """Absmax of NF4 blocks in 8 bits (double quantization): DYNAMIC[codes] * absmax + offset.
+
+    *L is the layer axis of a stack; a single matrix has none.
 
     Attributes:
         codes: Indices into `DYNAMIC`, uint8 [*L, out, in / 64].
-        absmax: The largest magnitude of every 256 consecutive ones, float32
-            [*L, out * in / 64 / 256].
-        offset: The mean, which was subtracted before, float32 [*L].
+        absmax: Largest magnitude in each group of 256 consecutive absmax values, after subtraction
+            of the offset, float32 [*L, groups]. The last group may be incomplete.
+        offset: Mean of the absmax values, which is subtracted before quantization, float32 [*L].
     """
 
     codes: Leaf
@@ -66,11 +72,12 @@ class NestedAbsmax:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A weight in 4 bits: NF4[codes] * absmax.
+    """Weight in 4 bits: NF4[codes] * absmax.
 
     Attributes:
-        codes: Indices into `NF4`, the first of two in the high bits, uint8 [*L, out, in / 2].
-        absmax: The largest magnitude in each block, float32 [*L, out, in / 64] or `NestedAbsmax`.
+        codes: Indices into `NF4`, two per byte, the first in the high bits, uint8 [*L, out, in /
+            2].
+        absmax: Largest magnitude in each block, float32 [*L, out, in / 64] or `NestedAbsmax`.
     """
 
     codes: Leaf
@@ -82,11 +89,11 @@ class Nf4Weight:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight in 8 bits: codes * scale.
+    """Weight in 8 bits: codes * scale.
 
     Attributes:
-        codes: From -127 to 127, int8 [*L, out, in].
-        scale: The largest magnitude in each output channel, divided by 127, float32 [*L, out, 1].
+        codes: Integers from -127 to 127, int8 [*L, out, in].
+        scale: Largest magnitude in each output channel, divided by 127, float32 [*L, out, 1].
     """
 
     codes: Leaf
@@ -99,29 +106,34 @@ Quantised = Nf4Weight | Int8Weight
 
 
 def is_quantised(path: str) -> bool:
-    """Whether a parameter is quantised: the weight of a linear layer in the decoder's blocks."""
+    """Returns True if the parameter at `path` can be quantized.
+
+    Only the weights of linear layers in the decoder's blocks can be quantized.
+    """
     names = tuple(f".{name}.weight" for name in LLM_LINEARS)
     return path.startswith("llm.layers.") and path.endswith(names)
 
 
 def abstract(kind: Quantisation, shape: tuple[int, ...]) -> Quantised:
-    """A quantised weight made of ShapeDtypeStructs.
+    """Returns a quantized weight made of ShapeDtypeStructs.
 
     Args:
-        kind: The format.
-        shape: Shape of the weight, [out, in], or of a stack, [L, out, in].
+        kind: Quantization format.
+        shape: Shape of the weight, [out, in], or of a stack of weights, [layers, out, in].
 
     Raises:
-        QuantisationError: The inputs are not a multiple of NF4's block. In bitsandbytes, blocks
-            would then cross rows.
+        QuantisationError: The format is NF4 and the number of inputs is not a multiple of 64, so
+            that bitsandbytes' blocks would cross rows.
     """
     *layers, rows, columns = shape
     array = lambda dtype, *rest: jax.ShapeDtypeStruct((*layers, *rest), dtype)
     if kind == "int8":
         return Int8Weight(array(jnp.int8, rows, columns), array(jnp.float32, rows, 1))
     if columns % BLOCK:
-        found = f"a weight {list(shape)} has {columns}"
-        raise QuantisationError(f"{kind} takes {BLOCK} inputs a block, {found}; take int8 or none")
+        found = f"a weight {list(shape)} has {columns} inputs"
+        raise QuantisationError(
+            f"{kind} has blocks of {BLOCK} inputs, but {found}; use int8 or none"
+        )
     absmax, blocks = array(jnp.float32, rows, columns // BLOCK), rows * columns // BLOCK
     if kind == "nf4_double":
         nested = array(jnp.float32, -(-blocks // NESTED_BLOCK)), array(jnp.float32)
@@ -130,18 +142,21 @@ def abstract(kind: Quantisation, shape: tuple[int, ...]) -> Quantised:
 
 
 def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
-    """Quantises a matrix on the host, to NumPy arrays of the shapes and dtypes of `abstract`.
+    """Quantizes a matrix on the host.
 
     Args:
-        weight: Weight [out, in], float32, bfloat16 or float16. It is not copied.
-        kind: The format.
+        weight: Matrix [out, in] in float32, bfloat16 or float16; copied in parts, never as a whole.
+        kind: Quantization format.
+
+    Returns:
+        Quantized weight of NumPy arrays, with the shapes and dtypes that `abstract` gives.
 
     Raises:
-        QuantisationError: The weight has a wrong shape or dtype, or a value that is not finite.
+        QuantisationError: The weight has a wrong shape or dtype, or contains infinity or NaN.
     """
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.float16, jnp.bfloat16):
         found = f"{weight.dtype} {list(weight.shape)}"
-        raise QuantisationError(f"expected a matrix in 32 or 16 bit floats, found {found}")
+        raise QuantisationError(f"expected a matrix of 32-bit or 16-bit floats, found {found}")
     spec = abstract(kind, weight.shape).codes
     codes = np.empty(spec.shape, spec.dtype)
     rows, limit = (weight, 127) if kind == "int8" else (weight.reshape(-1, BLOCK), 1)
@@ -161,6 +176,7 @@ def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
 
 
 def _nest(absmax: Float32[np.ndarray, "out blocks"]) -> NestedAbsmax:
+    """Quantizes the absmax of NF4 blocks to 8 bits (double quantization)."""
     offset = absmax.mean(dtype=np.float64).astype(np.float32)
     padded = np.pad((absmax - offset).ravel(), (0, -absmax.size % NESTED_BLOCK))
     nested, scaled = _normalise(padded.reshape(-1, NESTED_BLOCK), 1)
@@ -169,15 +185,17 @@ def _nest(absmax: Float32[np.ndarray, "out blocks"]) -> NestedAbsmax:
 
 
 def _normalise(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest magnitude of each row, and the row scaled so that this is at most `limit`."""
+    """Returns the largest magnitude of each row, and the rows scaled to at most `limit`."""
     largest = np.abs(rows).max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
-        raise QuantisationError("found infinity or NaN; the weights are damaged, get them again")
+        raise QuantisationError(
+            "found infinity or NaN; the weights are damaged, so copy or download them again"
+        )
     return largest, rows * (np.float32(1) / np.maximum(largest, limit * 1e-38) * limit)
 
 
 def dequantise(weight: Quantised, dtype: DTypeLike) -> Float[Array, "out in"]:
-    """The weight of one layer, computed in float32 and rounded to `dtype`."""
+    """Returns the weight of one layer, [out, in], computed in float32 and rounded to `dtype`."""
     if isinstance(weight, Int8Weight):
         return (jnp.asarray(weight.codes, jnp.float32) * weight.scale).astype(dtype)
     absmax = weight.absmax
@@ -191,7 +209,10 @@ def dequantise(weight: Quantised, dtype: DTypeLike) -> Float[Array, "out in"]:
 
 
 def _look_up(table: np.ndarray, codes: Array) -> Array:
-    """`table[codes]` by selects, a level for each bit: on a TPU, a gather takes far longer."""
+    """Computes `table[codes]` with selects, one level for each bit of the codes.
+
+    A gather takes far longer on a TPU.
+    """
     values = list(table.astype(np.float32))
     for bit in range(len(table).bit_length() - 1):
         high = (codes >> bit & 1).astype(bool)
@@ -200,7 +221,10 @@ def _look_up(table: np.ndarray, codes: Array) -> Array:
 
 
 def _dynamic(codes: Array) -> Array:
-    """`DYNAMIC[codes]` (except for the last bit) by its definition: it is too long for selects."""
+    """Computes `DYNAMIC[codes]` from the definition of the table, exact except for the last bit.
+
+    The table is too long for the selects of `_look_up`.
+    """
     index = codes.astype(jnp.int32) - 127
     size = jnp.maximum(jnp.abs(index), 1)
     decade = 31 - jax.lax.clz(size)

@@ -1,10 +1,9 @@
-"""Blocks stacked on a layer axis, run in one compiled loop forwards and in one backwards.
+"""Runs blocks that are stacked on a layer axis, in one compiled loop forward and one backward.
 
-The backward loop is written out, because automatic differentiation of a scan cannot do what it
-does to save memory: it takes one layer at a time to the device, computes that block again from its
-input, and adds the gradients in place to the sums of earlier micro-batches, in whatever memory
-these are. So the weights of a stack, the inputs of its blocks and the sums may all be in host
-memory.
+The backward loop is written by hand to save memory in ways that automatic differentiation of a scan
+cannot. The loop copies one layer at a time to the device, recomputes that block from its input, and
+adds the gradients in place to the sums of earlier micro-batches. The weights of a stack, the inputs
+of its blocks and the gradient sums may all be in host memory.
 """
 
 import functools
@@ -23,15 +22,15 @@ from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients
 
 Block = TypeVar("Block", bound=nnx.Module)
 Leaves = dict[tuple[Any, ...], jax.Array]
-"""Arrays of a block or a stack, by their path in it."""
+"""Arrays of a block or a stack, by path."""
 
 
 class jit_loop:
-    """`jax.jit` for functions that loop over the layers of stacks, with `CPU_OPTIONS` on CPUs.
+    """Applies `jax.jit` to a function that loops over stacked layers, with `CPU_OPTIONS` on CPUs.
 
     Args:
-        f: The function.
-        options: Options of `jax.jit`.
+        f: Function to compile.
+        options: Keyword arguments of `jax.jit`.
     """
 
     def __init__(self, f: Callable[..., Any], **options: Any):
@@ -42,18 +41,23 @@ class jit_loop:
         )
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the function."""
+        """Calls the function, compiled for the default backend."""
         return self._jitted(jax.default_backend())(*args)
 
     def compile(self, *args: Any) -> None:
-        """Compiles the function for such arguments, which may be shapes."""
+        """Compiles the function for the arguments, which may be ShapeDtypeStructs."""
         self._jitted(jax.default_backend()).lower(*args).compile()
 
 
 class Accumulated(NamedTuple):
-    """A parameter that trains, with the sum of its gradients over earlier micro-batches.
+    """Trainable parameter with the sum of its gradients over earlier micro-batches.
 
-    Differentiate with respect to `total`: the gradient is defined as `total` + d loss / d value.
+    Differentiate with respect to `total`, not `value`: the gradient is defined as `total` + d loss
+    / d value, which is the new sum.
+
+    Attributes:
+        value: The parameter.
+        total: Sum of the gradients, in the shape of the parameter.
     """
 
     value: jax.Array
@@ -62,7 +66,10 @@ class Accumulated(NamedTuple):
 
 @jax.custom_vjp
 def attach(value: Array, total: Array) -> Array:
-    """A parameter outside the stacks, as an array with the gradient that `Accumulated` defines."""
+    """Returns `value`, and defines the gradient of `total` as `total` + d loss / d value.
+
+    See `Accumulated`.
+    """
     return value
 
 
@@ -72,8 +79,12 @@ attach.defvjp(lambda value, total: (value, total), lambda total, grad: (None, to
 def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
     """Returns x and a parameter as arrays.
 
-    If the parameter is `Accumulated`, its gradient is added to the sum before the backward pass
-    goes on with x, so that it is not kept.
+    If the parameter is `Accumulated`, the backward pass adds the parameter's gradient to the sum
+    before it continues with x, so that the gradient is not kept in memory.
+
+    Args:
+        x: Array that is computed with the parameter, such as final hidden states.
+        leaf: Parameter, as an array or `Accumulated`.
     """
     if not isinstance(leaf, Accumulated):
         return x, leaf
@@ -82,7 +93,12 @@ def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
 
 
 def stack_blocks(block: Block, count: int) -> Block:
-    """A module of `count` blocks like this one: its parameters have a leading layer axis."""
+    """Returns a module whose parameters are those of `block` with a leading layer axis.
+
+    Args:
+        block: Module whose parameters are shapes.
+        count: Number of layers.
+    """
     graphdef, state = nnx.split(block)
     stack = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
     return nnx.merge(graphdef, jax.tree.map(stack, state))
@@ -96,15 +112,20 @@ def scan_blocks(
     keys: TokenKeys,
     compute: ComputeConfig,
 ) -> Float[Array, "B T D"]:
-    """Runs x through stacked blocks: `x = apply(block, x, context, keys)` for each.
+    """Runs x through stacked blocks: `x = apply(block, x, context, keys)` for each block.
 
     Args:
-        stacked: From `stack_blocks`. Parameters are arrays or `Accumulated`, in any memory.
-        x: Input of the first block.
-        apply: Computes one block.
-        context: Arrays that every block sees; no gradient flows to them.
-        keys: Dropout keys of the adapters; None turns dropout off.
-        compute: What the backward pass computes again, and where it finds the blocks' inputs.
+        stacked: Module from `stack_blocks`; its parameters are arrays or `Accumulated`, in device
+            or host memory.
+        x: Input of the first block, [batch, tokens, hidden].
+        apply: Function that computes one block.
+        context: Arrays that every block receives; no gradient flows to these arrays.
+        keys: Dropout keys of the adapters, one per token; None turns dropout off.
+        compute: Settings for what the backward pass recomputes, and for the memory in which the
+            inputs of blocks are kept.
+
+    Returns:
+        Output of the last block, [batch, tokens, hidden].
     """
     graphdef, state = nnx.split(stacked)
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
@@ -133,15 +154,16 @@ def scan_blocks(
         return step(fetch(block), x, index, (context, keys)), None
 
     if compute.remat == "dots":
-        # A scan already prevents common subexpressions from being merged.
+        # `prevent_cse` is not needed, because a scan already prevents merging of subexpressions.
         body = jax.checkpoint(body, policy=KEEP_PRODUCTS, prevent_cse=False)
     return jax.lax.scan(body, x, (values, _indices(values)))[0]
 
 
 def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[..., jax.Array]:
-    """The stack as one differentiable function of (values, totals, x, rest).
+    """Returns the stack as one differentiable function of (values, totals, x, rest).
 
-    The forward pass keeps the input of each block, and the backward pass computes the block again.
+    The forward pass keeps the input of each block, from which the backward pass recomputes the
+    block.
     """
 
     def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:
@@ -172,12 +194,13 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
             grads, grad = pull(grad)
-            # Written back before the next layer is fetched: a second set of gradients never exists.
+            # The new sum is written back before the next layer is fetched, so that a second set of
+            # gradients never exists.
             here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
             return grad, write_layer(totals, here, index)
 
         grad, totals = jax.lax.fori_loop(0, depth, body, (grad, totals))
-        # The gradient with respect to `totals`, as `Accumulated` defines it; `values` have none.
+        # `totals` now holds the gradients that `Accumulated` defines; `values` get no gradients.
         return None, totals, grad, None
 
     run.defvjp(forward, backward)
@@ -185,4 +208,5 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
 
 
 def _indices(values: Leaves) -> Int[Array, "L"]:
+    """Returns the layer indices of a stack."""
     return jnp.arange(next(iter(values.values())).shape[0])

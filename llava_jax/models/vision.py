@@ -1,7 +1,7 @@
-"""CLIP's and SigLIP's vision transformer, up to the layer whose output LLaVA uses.
+"""Defines the vision transformer of CLIP and SigLIP, up to the layer whose output LLaVA uses.
 
-SigLIP's (Zhai et al., 2023) has no class token and no norm before the blocks, but a bias in the
-patch embedding and a pooling head after the blocks.
+SigLIP's transformer (Zhai et al., 2023) has no class token and no norm before the blocks, but it
+has a bias in the patch embedding and a pooling head after the blocks.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from llava_jax.models.stack import scan_blocks, stack_blocks
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel size, computed as one matrix product."""
+    """Convolution whose stride equals its kernel size, computed as one matrix product."""
 
     def __init__(self, config: VisionConfig):
         width, size = config.hidden_size, config.patch_size
@@ -47,7 +47,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Embeddings of the patches, and of a class token where there is one, with their positions."""
+    """Embeddings of the patches and of the class token, if there is one, plus their positions."""
 
     def __init__(self, config: VisionConfig):
         width = config.hidden_size
@@ -65,7 +65,7 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention of all positions to all."""
+    """Self-attention in which every position attends to all positions."""
 
     def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         width = config.hidden_size
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """The feed-forward layer."""
+    """Feed-forward layer."""
 
     def __init__(self, config: VisionConfig):
         self.act = config.hidden_act
@@ -95,7 +95,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer, with norms before attention and before the MLP."""
+    """Transformer layer with norms before the attention and before the MLP."""
 
     def __init__(self, config: VisionConfig, implementation: AttentionImplementation):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -112,7 +112,11 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`layers` compute the feature. `tail` are the layers after it: never computed, but saved."""
+    """Stacked transformer layers.
+
+    `layers` computes the image feature. `tail` has the layers after the feature, which are never
+    computed but are saved with the model.
+    """
 
     def __init__(self, config: VisionConfig, used: int, implementation: AttentionImplementation):
         self.layers = stack_blocks(Block(config, implementation), used)
@@ -123,7 +127,7 @@ class Encoder(nnx.Module):
 
 
 class PoolingAttention(nnx.Module):
-    """The parameters of PyTorch's MultiheadAttention, under its names."""
+    """Parameters of PyTorch's MultiheadAttention, with PyTorch's names."""
 
     def __init__(self, width: int):
         self.in_proj_weight = parameter(3 * width, width)
@@ -132,7 +136,10 @@ class PoolingAttention(nnx.Module):
 
 
 class PoolingHead(nnx.Module):
-    """SigLIP's attention pooling. It comes after the feature: never computed, but saved."""
+    """Attention pooling of SigLIP.
+
+    The head follows the feature layer, so it is saved with the model but never computed.
+    """
 
     def __init__(self, config: VisionConfig):
         self.probe = parameter(1, 1, config.hidden_size)
@@ -142,19 +149,19 @@ class PoolingHead(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """An image encoder; its output is hidden_states[used] of Hugging Face's class.
+    """Image encoder, whose output is hidden_states[used] of Hugging Face's class.
 
     Args:
-        config: Sizes.
-        used: Number of blocks before the feature.
-        compute: How it computes.
+        config: Sizes of the vision tower.
+        used: Number of blocks up to the feature.
+        compute: Settings of the computation, such as the attention implementation.
     """
 
     def __init__(self, config: VisionConfig, used: int, compute: ComputeConfig):
         self.compute = compute
         norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embeddings = Embeddings(config)
-        # Hugging Face spells it so.
+        # This is the spelling in Hugging Face's checkpoints.
         self.pre_layrnorm = norm() if config.has_class_token else nnx.data(None)
         self.encoder = Encoder(config, used, compute.implementation)
         self.post_layernorm = norm()
@@ -163,11 +170,13 @@ class VisionTower(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """Features of all patches, and of the class token before them; no post-norm.
+        """Returns the features of all positions, [images, positions, hidden], without a final norm.
+
+        Positions are the patches, after the class token if there is one.
 
         Args:
-            pixels: The images.
-            keys: Dropout keys of the adapters, one for each image; None turns dropout off.
+            pixels: Normalized pixels, [images, channels, height, width].
+            keys: Dropout keys of the adapters, one per image; None turns dropout off.
         """
         x = self.embeddings(pixels)
         if self.pre_layrnorm is not None:

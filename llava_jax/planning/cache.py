@@ -1,4 +1,4 @@
-"""What plans take, kept between starts of a run, so that planning again costs nothing."""
+"""Caches the measured memory of plans on disk, so that they are compiled only once."""
 
 import dataclasses
 import hashlib
@@ -20,18 +20,23 @@ from llava_jax.planning.measure import Usage, measure_here
 def measure_once(
     directory: Path, config: TrainConfig, model: ModelConfig, images: int, capacity: int
 ) -> Usage:
-    """What `planning.search.measure_here` gives, or gave before.
+    """Returns the memory use of a plan: from the cache, or else from `measure.measure_here`.
+
+    All processes of a run must call this function with the same arguments.
 
     Args:
-        directory: Where figures are kept, a file each; made when needed.
-        config: The run, its plan resolved.
-        model: The model's sizes.
-        images: Image slots of a sample.
-        capacity: Bytes of one device.
+        directory: Directory of the cache, with one JSON file per plan; created when needed.
+        config: Config of the run; `memory` and `batch.micro_size` are the plan.
+        model: Sizes of the model.
+        images: Number of image slots per sample.
+        capacity: Memory of one device, in bytes.
+
+    Raises:
+        ConfigError: This process cannot read the file of the plan.
     """
     file = directory / f"{broadcast_from_main(_key(config, model, images)):015x}.json"
-    # Of several processes all must compile, or none. Only the first looks, because on a shared disk
-    # the others might go on not to see what was not there.
+    # Either all processes must compile, or none. Only the main process looks for the file, because
+    # a network file system may hide a new file from a process that has looked for it before.
     if not broadcast_from_main(is_main_process() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
         if is_main_process():
@@ -40,12 +45,12 @@ def measure_once(
         barrier()
     usage = _read(file)
     if usage is None:
-        raise ConfigError(f"{file} cannot be read; remove it, and what plans take is measured anew")
+        raise ConfigError(f"{file} cannot be read; remove it, and the memory is measured again")
     return dataclasses.replace(usage, capacity=capacity)
 
 
 def _read(file: Path) -> Usage | None:
-    """What was kept; None where it is missing or damaged."""
+    """Returns the cached memory use, or None if the file is missing or damaged."""
     try:
         return Usage(**json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -53,7 +58,7 @@ def _read(file: Path) -> Usage | None:
 
 
 def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
-    """A hash of all that decides what a plan takes: recipe, plan, code, compiler and devices."""
+    """Returns a hash (60 bits) of what decides a plan's memory: config, code, compiler, devices."""
     fields = to_json(dataclasses.replace(config, model=model))
     devices = jax.devices()
     decisive = {
@@ -70,7 +75,7 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
 
 
 def hash_code() -> str:
-    """A hash of this package's source."""
+    """Returns the SHA-256 hash, in hexadecimal, of the Python files of this package."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Draws the memory that plans need."""
+"""Draws a bar chart of the memory that plans need."""
 
 from pathlib import Path
 
@@ -9,11 +9,16 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
 
 
 def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
-    """Stacked bars of device and host bytes.
+    """Draws the device memory and the host memory of plans as stacked bars, in GiB.
+
+    Dotted lines show the total memory of the devices.
 
     Args:
-        path: A PNG.
-        bars: A label and what it takes; dotted lines are the memory of the devices.
+        path: PNG file to write.
+        bars: Label and memory use of each plan; at least one plan.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
@@ -29,7 +34,7 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
             left = [a + b for a, b in zip(left, width, strict=True)]
         for row, end in enumerate(left):
             axes.text(end, row, f" {end:.1f}", va="center", fontsize=8)
-        axes.set_xlabel(f"GiB of {'each device' if side == 'device' else 'host memory, a device'}")
+        axes.set_xlabel(f"GiB of {'each device' if side == 'device' else 'host memory per device'}")
         axes.margins(x=0.15, y=0.02)
         axes.spines[["top", "right"]].set_visible(False)
     for capacity in {usage.capacity / GIB for _, usage in bars}:

@@ -1,4 +1,4 @@
-"""The checks of `llava-jax gpu-check`: gradients, attention kernels and planned memory."""
+"""Checks gradients, attention kernels and planned memory on a GPU (`llava-jax gpu-check`)."""
 
 import dataclasses
 import json
@@ -37,24 +37,28 @@ from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state, placed_zeros
 
 COMMAND = (sys.executable, "-m", "llava_jax", "gpu-check")
-STEPS = 2  # the second starts from what the first left, in its place
-LENGTH = 1024  # tokens of a sample whose step is measured
-MAX_ERROR = 0.05  # of a planned peak
+STEPS = 2  # the second step starts from the state that the first step wrote over its input
+LENGTH = 1024  # tokens of a row, in measured steps and in the checks of attention
+MAX_ERROR = 0.05  # largest difference from the planned peak, relative to the planned peak
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""Largest difference of one array, relative to its norm: some roundings of TF32 (2^-11) and of
-bfloat16 (2^-9) fall otherwise where XLA fuses otherwise. A wrong layer's weights give about 1."""
+"""Largest allowed difference between two arrays, relative to the norm of the expected array.
+
+XLA fuses the compared programs differently, which changes some roundings of TF32 (2^-11) and of
+bfloat16 (2^-9). The weights of a wrong layer give a difference of about 1.
+"""
 
 KERNELS: dict[AttentionImplementation, tuple] = {
     "cudnn": ((700,), (LENGTH,)),
     "flash": ((700,), (3, 500, LENGTH - 503)),
 }
-"""What is checked, on rows of segments of these lengths."""
+"""Attention kernels to check, each with a batch: the lengths of the segments of every row."""
 
 RESIDENT = MemoryConfig()
 HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
 INPUTS_HOSTED = MemoryConfig(offload_activations=True)
 
-# The smallest whose layers may all lie in host memory, see `distributed.host_memory.MIN_SLICE`.
+# The smallest model of which every layer is large enough to be kept in host memory; see
+# `distributed.host_memory.MIN_SLICE`.
 SMALL = ModelConfig(
     VisionConfig(56, 14, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                  num_attention_heads=4),
@@ -76,11 +80,17 @@ MEASURED = {"1B full": (LLAVA_1B, FULL), "7B LoRA": (LLAVA_7B, LORA), "7B QLoRA"
 
 
 def check_all(*, small: bool) -> bool:
-    """Whether all is well; without the peaks where it is `small`."""
+    """Runs all checks, prints their results, and returns True if all of them pass.
+
+    On a CPU, only the gradients are checked.
+
+    Args:
+        small: Whether to skip the check of the planned memory.
+    """
     well = [check_gradients(recipe, dtype) for recipe in RECIPES for dtype in TOLERANCE]
     well += [check_gradients(LORA, dtype, INPUTS_HOSTED) for dtype in TOLERANCE]
     if jax.default_backend() == "cpu":
-        print("attention by kernels: not checked")
+        print("attention kernels: not checked")
     else:
         well += [check_attention(kind, rows) for kind, rows in KERNELS.items()]
     if jax.default_backend() == "cpu" or small:
@@ -91,7 +101,16 @@ def check_all(*, small: bool) -> bool:
 
 
 def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOSTED) -> bool:
-    """Whether moments and parameters after a step agree, in host memory or out of it."""
+    """Checks that keeping arrays in host memory does not change the state after one train step.
+
+    Args:
+        recipe: Recipe to train with.
+        dtype: Dtype of the computation, "float32" or "bfloat16".
+        hosted: Plan that keeps arrays in host memory; it is compared with a plan that keeps none.
+
+    Returns:
+        True if no array of the train state differs by more than `TOLERANCE[dtype]`.
+    """
     config = dataclasses.replace(
         recipe,
         lora=LoraConfig(rank=16),
@@ -109,8 +128,16 @@ def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOST
 
 
 def check_attention(kind: AttentionImplementation, rows: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether a kernel and attention written out agree in results and gradients, where there are
-    tokens; `rows` are the lengths of each row's segments.
+    """Checks results and gradients of a bfloat16 attention kernel against plain attention.
+
+    Plain attention is computed in float32. Positions of padding are not compared.
+
+    Args:
+        kind: Kernel to check.
+        rows: Lengths of the segments of each row; the rest of a row, up to `LENGTH`, is padding.
+
+    Returns:
+        True if no array differs by more than `TOLERANCE["bfloat16"]`.
     """
     rng = np.random.default_rng(0)
     shapes = [(len(rows), LENGTH, heads, 128) for heads in (4, 2, 2, 4)]
@@ -135,7 +162,14 @@ def check_attention(kind: AttentionImplementation, rows: tuple[tuple[int, ...], 
 
 
 def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, np.ndarray]:
-    """Parameters, and moments: after the first step these are multiples of the gradients."""
+    """Trains the model `SMALL` for one step, and returns its train state in float64, by path.
+
+    The state contains the optimizer's first moments, which are then multiples of the gradients.
+
+    Args:
+        config: Config of the run.
+        memory: Plan to use instead of `config.memory`.
+    """
     config = dataclasses.replace(config, memory=memory)
     device = jax.devices()[0]
     implementation = attention_here(config, SMALL)
@@ -152,7 +186,14 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
 
 
 def make_batch(size: int, length: int) -> Batch:
-    """Samples of an image and random words, of which the second half is learned; some padding."""
+    """Makes a batch for the model `SMALL`: one random image and random tokens in each sample.
+
+    The second half of a sample is learned. Sample i ends with i tokens of padding.
+
+    Args:
+        size: Number of samples.
+        length: Number of tokens per sample, with image tokens and padding.
+    """
     rng, image = np.random.default_rng(0), (SMALL.vision.image_size,) * 2
     input_ids = rng.integers(3, SMALL.image_token_id, (size, length), np.int32)
     input_ids[:, 1 : 1 + SMALL.image_tokens] = SMALL.image_token_id
@@ -165,14 +206,20 @@ def make_batch(size: int, length: int) -> Batch:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Relative to the norm of `other`; infinite where something is not finite."""
+    """Returns |one - other| / |other| with Euclidean norms; infinity if a value is not finite."""
     apart = np.linalg.norm(one - other)
     relative = apart / max(np.linalg.norm(other), np.finfo(np.float32).tiny)
     return float(relative) if np.isfinite(relative) else np.inf
 
 
 def check_peaks() -> list[bool]:
-    """Whether each plan takes what was planned. A peak is never reset: a process for each."""
+    """Compares the planned and the measured peak memory of each plan of each run in `MEASURED`.
+
+    Every plan is measured in its own process, because a device never resets its peak.
+
+    Returns:
+        For each plan, True if its peak is as planned or if the plan does not fit the device.
+    """
     well = []
     print(f"{'run':8} {'planned':>11} {'measured':>12} {'error':>7}  plan")
     for name in MEASURED:
@@ -190,9 +237,14 @@ def check_peaks() -> list[bool]:
 
 
 def judge(output: str) -> tuple[str, bool]:
-    """A line of the table, and whether the plan may be believed."""
+    """Returns a line for the table of peaks, and True if the check of the plan passes.
+
+    Args:
+        output: Standard output of the measuring process, which ends with a line of JSON (the result
+            of `measure_peak`); empty if the process failed.
+    """
     if not output:
-        return "FAIL: stopped, see above", False
+        return "FAIL: the measurement stopped; its error is above", False
     found = json.loads(output.splitlines()[-1])
     planned, measured = found["planned"], found["measured"]
     if measured is None:
@@ -204,7 +256,16 @@ def judge(output: str) -> tuple[str, bool]:
 
 
 def measure_peak(name: str, level: int) -> dict[str, Any]:
-    """Compiles a plan and, if it fits, runs it; bytes planned and bytes taken."""
+    """Compiles the train step of a run with one plan and, if the plan fits, runs the step.
+
+    Args:
+        name: Key of the run in `MEASURED`.
+        level: Index of the plan among `search.levels`.
+
+    Returns:
+        "plan": The plan as text. "planned" and "measured": The peak memory in bytes; "measured" is
+        None if the plan does not fit.
+    """
     model, recipe = MEASURED[name]
     config = dataclasses.replace(
         recipe,
@@ -227,5 +288,5 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """Most bytes that were ever in use on the first device."""
+    """Returns the peak memory of the first device since this process started, in bytes."""
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

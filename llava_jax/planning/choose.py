@@ -1,4 +1,4 @@
-"""The plan for the devices that are attached, chosen before a weight is loaded."""
+"""Chooses the memory plan of a run for the attached devices, before any weight is loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -18,21 +18,34 @@ from llava_jax.planning.search import choose_plan, least_devices, write_trial
 def plan_for_attached(
     config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
 ) -> TrainConfig:
-    """The cheapest plan that fits the attached devices, if asked for, before a weight is loaded.
+    """Returns the config of a run with the fastest plan that fits the attached devices.
+
+    The config is returned unchanged if `memory.plan` is "manual", or if the devices do not report
+    their memory and `memory.limit_gib` is None. Otherwise, plan.json in the run's directory shows
+    the chosen plan. All processes of the run must call this function.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+        steps: Number of train steps of the run.
+        mesh: Mesh of the run.
+        images: Number of image slots per sample.
 
     Raises:
-        ConfigError: No plan fits; the message names the closest one.
+        ConfigError: No plan fits; the message names the plan that is closest to fitting.
     """
     if is_main_process():
         write_trial(config.run_dir, None)
     if config.memory.plan == "manual":
         return config
     capacity = min(all_gather_values(_device_memory(config)))
-    if not capacity:  # a CPU without a declared limit
+    if not capacity:  # CPUs report no memory
         return config
     known = Path(config.output_dir) / ".plans"
     for_host = min(all_gather_values(int(0.9 * host_memory()) // devices_of_machine()))
-    as_run = dataclasses.replace(config, steps=steps)  # so that the step need not compile again
+    # With the run's number of steps, the chosen step is the one that the run compiles later, so
+    # that JAX finds it in its compilation cache.
+    as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
@@ -41,9 +54,9 @@ def plan_for_attached(
         usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
         raise ConfigError(
             f"no plan fits {capacity / GIB:.1f} GiB a device, of which {usage.reserve / GIB:.1f} "
-            f"are left to the runtime, and {for_host / GIB:.1f} GiB of host memory a device; the "
-            f"closest is {chosen.plan}: {usage.total / GIB:.2f} and {usage.host_total / GIB:.2f}; "
-            "take "
+            f"are reserved for the runtime, and {for_host / GIB:.1f} GiB of host memory a device; "
+            f"the closest is {chosen.plan}: {usage.total / GIB:.2f} GiB a device and "
+            f"{usage.host_total / GIB:.2f} GiB of host memory a device; take "
             + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, data.max_length or lora.rank"
@@ -54,8 +67,9 @@ def plan_for_attached(
 
 
 def _device_memory(config: TrainConfig) -> int:
-    """Bytes of one device, as declared or found; 0 if they are neither."""
+    """Returns one device's memory in bytes: the config's limit, what JAX reports, or else 0."""
     if config.memory.limit_gib is not None:
         return int(config.memory.limit_gib * GIB)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    # JAX reports the memory without the reserve, see `prepare_for_training`.
     return int(limit / (1 - RESERVE_SHARE))

@@ -1,4 +1,4 @@
-"""Counts what a compiled module moves among its devices."""
+"""Counts the bytes that a compiled module moves between devices."""
 
 from collections import Counter
 
@@ -8,29 +8,32 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 
 def collective_bytes(text: str) -> Counter[str]:
-    """Bytes of collectives by kind, when a compiled module runs, on one device.
+    """Returns the bytes of collectives in one execution of a module, on one device and by kind.
 
-    What counts is the whole that a device takes part in: what it has after a gather, what it adds
-    to a sum. Of that its links carry (n - 1) / n among n devices; of an `all-reduce`, twice that.
+    An all-gather counts with its result on the device, every other collective with its operands.
+    With n devices, the links of a device carry (n - 1) / n of these bytes, and twice as many for an
+    all-reduce.
 
     Args:
-        text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
+        text: Text of the optimized module, from `jax.stages.Compiled.as_text`.
 
     Raises:
-        ValueError: A collective is in a loop of unknown length, or is written more often than it
-            runs, as by the TPU's compiler; or the text is no module's.
+        ValueError: A collective is in a loop of unknown length; collectives are fused with matrix
+            products, as the TPU's compiler does; or the text is not that of a compiled module.
     """
-    if "async_collective_fusion" in text:  # one beside products: each of its pieces is written so
-        raise ValueError("cannot count collectives that are fused with products, as on TPUs")
+    # Such a fusion cuts a collective into pieces, and the text shows every piece as the whole.
+    if "async_collective_fusion" in text:
+        raise ValueError("cannot count collectives that are fused with matrix products, as on TPUs")
     return total(text, _moved)
 
 
 def _moved(instruction: Instruction, scope: Computation) -> dict[str, int]:
+    """Returns the bytes of one instruction by its kind; empty if it is not a collective."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return {}
     own = sum(map(nbytes, operands(instruction, scope)))
     if kind != "all-gather":
         return {kind: own}
-    # One that is only started gives its operands too.
+    # The result of an all-gather-start also contains the operands.
     return {kind: nbytes(instruction.shape) - (0 if kind == instruction.opcode else own)}

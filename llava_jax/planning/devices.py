@@ -1,6 +1,6 @@
-"""The accelerators that a run can be planned for without having one.
+"""Lists the accelerators that a run can be planned for without having one.
 
-A new GPU is a row in GPUS, and a new TPU a row in TPUS; nothing else has to know it.
+To add a GPU, add a row to GPUS; to add a TPU, add a row to TPUS. No other module needs a change.
 """
 
 import dataclasses
@@ -11,21 +11,21 @@ from llava_jax.distributed.environment import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, with what XLA's compiler must know. Figures are from NVIDIA's data sheets.
+    """An NVIDIA GPU as XLA's compiler must know it. The figures are from NVIDIA's data sheets.
 
     Attributes:
-        name: The name that its driver reports.
+        name: Name that the driver reports.
         capability: Compute capability, such as "8.6".
-        gib: GiB of memory that the driver reports.
-        bandwidth: Bandwidth of that memory, in 10^9 bytes a second.
-        clock: GHz.
+        gib: Size of the memory that the driver reports, in GiB.
+        bandwidth: Bandwidth of the memory, in 10^9 bytes per second.
+        clock: Clock rate, in GHz.
         cores: Number of streaming multiprocessors.
-        fpus: Float32 units of each multiprocessor.
-        threads: The most threads that are resident on each multiprocessor.
-        shared_kib: KiB of shared memory of each multiprocessor.
-        l2_mib: MiB of the level-2 cache.
-        tflops: 10^12 operations a second of dense bfloat16 products with float32 sums; None where
-            the GPU has no bfloat16 or no figure is published.
+        fpus: Number of float32 units per multiprocessor.
+        threads: Largest number of resident threads per multiprocessor.
+        shared_kib: Size of the shared memory per multiprocessor, in KiB.
+        l2_mib: Size of the level-2 cache, in MiB.
+        tflops: Peak of dense bfloat16 matrix products with float32 sums, in 10^12 operations per
+            second; None if the GPU has no bfloat16 units, or if no figure is published.
     """
 
     platform: ClassVar = "gpu"
@@ -43,12 +43,12 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that the driver reports."""
+        """Returns the size of the memory that the driver reports, in bytes."""
         return int(self.gib * GIB)
 
     @property
     def target_config(self) -> str:
-        """The text of XLA's GpuTargetConfigProto, which describes the GPU to the compiler."""
+        """Returns the text of the GpuTargetConfigProto that describes the GPU to XLA's compiler."""
         major, minor = self.capability.split(".")
         return f"""
 gpu_device_info {{
@@ -80,16 +80,17 @@ device_description_str: "{self.name}"
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A TPU generation. Figures are from Google's data sheets.
+    """A TPU generation. The figures are from Google's data sheets.
 
     Attributes:
-        name: The name that a chip reports.
+        name: Name that a chip reports.
         topology: XLA's name of the generation.
-        memory: Bytes of one chip's HBM.
-        tflops: 10^12 operations a second of dense bfloat16 products with float32 sums.
-        chips: The shapes of slices, as XLA writes them, by their number of chips.
-        cores: How XLA sees the cores of a chip. The two of a v4 are one device only as a
-            "megacore".
+        memory: Size of the memory (HBM) of one chip, in bytes.
+        tflops: Peak of dense bfloat16 matrix products with float32 sums of one chip, in 10^12
+            operations per second.
+        chips: Shape of a slice, as XLA writes shapes, by the slice's number of chips.
+        cores: XLA's configuration of a chip. With "megacore", the two cores of a v4 chip are one
+            device.
     """
 
     platform: ClassVar = "tpu"
@@ -101,9 +102,13 @@ class Tpu:
     cores: str = "default"
 
     def slice_of(self, count: int) -> dict[str, Any]:
-        """The arguments of `jax.experimental.topologies.get_topology_desc` for `count` chips."""
+        """Returns the arguments of `jax.experimental.topologies.get_topology_desc` for a slice.
+
+        Args:
+            count: Number of chips; a key of `chips`.
+        """
         name = f"{self.topology}:{self.chips[count]}"
-        host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # else a host has four
+        host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # the default is 4 chips
         return {"topology_name": name, "platform": "tpu", "chip_config_name": self.cores, **host}
 
 
@@ -150,6 +155,14 @@ TPUS = {
 
 
 def bfloat16_tflops(name: str) -> float | None:
-    """The peak of a device by the name that it reports, in 10^12 operations a second, if known."""
+    """Returns the peak of a device's bfloat16 products, in 10^12 operations per second.
+
+    Args:
+        name: Name that the device reports.
+
+    Returns:
+        The peak, or None if the device is unknown, has no bfloat16 units, or has no published
+        figure.
+    """
     devices = (*GPUS.values(), *TPUS.values())
     return next((device.tflops for device in devices if device.name == name), None)

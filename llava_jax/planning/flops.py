@@ -1,8 +1,9 @@
-"""Counts the operations of a compiled module's matrix products.
+"""Counts the floating-point operations of the matrix products in a compiled module.
 
-XLA's own analysis counts a loop's body once, whatever its length, and GPU library calls not at all.
-So this reads the module's text: its dots, and what they become (convolutions on TPUs, calls of
-cuBLAS and cuDNN on GPUs), as often as they run.
+XLA's cost analysis counts the body of a loop once, whatever the number of iterations, and does not
+count GPU library calls. So the functions here read the text of the compiled module. They find its
+dots, and the convolutions (on TPUs) and calls of cuBLAS and cuDNN (on GPUs) that XLA makes of dots,
+and count each as often as it runs.
 """
 
 import math
@@ -13,33 +14,36 @@ from llava_jax.planning.hlo import Computation, Instruction, operands, sizes, to
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dkv|dq)_")
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-"""Products in each of the splash kernels: QK, which all of them compute, and those with it."""
+"""Number of matrix products in each splash attention kernel; QK is computed in all of them."""
 FLASH = re.compile(r'op_name="[^"]*/flash_(forward|keys|queries)/')
 FLASH_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
-"""The same of the kernels in `models.flash`."""
+"""Number of matrix products in each kernel of `models.flash`; QK is computed in all of them."""
 
-TRITON = ("__gpu$xla.gpu.triton", "triton_kernel_call")  # of Pallas, before and after jax 0.10.2
+TRITON = ("__gpu$xla.gpu.triton", "triton_kernel_call")  # Pallas, before and after JAX 0.10.2
 LIBRARIES = ("__cublas", "__cudnn", "__onednn", "tpu_custom_call", *TRITON)
-"""Whose custom calls compute; other targets (sorts, buffers, transfers) multiply nothing."""
+"""Prefixes of the custom calls that may contain matrix products.
+
+All other custom calls (sorts, buffers, transfers) have no products.
+"""
 
 
 def matmul_flops(text: str) -> int:
-    """Floating-point operations of matrix products when a compiled module runs, on one device.
+    """Returns the matrix-product FLOPs of one execution of a compiled module, on one device.
 
-    A multiplication and an addition are two. Attention counts whole, masked or not.
+    A multiplication and an addition are two operations. In attention, masked positions count too.
 
     Args:
-        text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
+        text: Text of the optimized module, from `jax.stages.Compiled.as_text`.
 
     Raises:
-        ValueError: A loop with products has no fixed length, a library call is not known, or the
-            text is not that of a module.
+        ValueError: A loop with products has an unknown length, a library call is unknown, or the
+            text is not that of a compiled module.
     """
     return total(text, lambda *call: {"": _products(*call)})[""]
 
 
 def _products(instruction: Instruction, scope: Computation) -> int:
-    """Operations of an instruction itself, without the computations that it calls."""
+    """Returns the FLOPs of one instruction, without the computations that it calls."""
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "dot":
         return _dot(instruction, scope)
@@ -53,31 +57,42 @@ def _products(instruction: Instruction, scope: Computation) -> int:
     if target.startswith("__cudnn$fmha"):
         return _attention(instruction, scope, 5 if "Backward" in target else 2)
     if kernel := SPLASH.match(instruction.name):
-        query, key = _operands(instruction, scope)[2:4]  # after what tells which blocks to compute
+        # The first two operands tell which blocks to compute.
+        query, key = _operands(instruction, scope)[2:4]
         return SPLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * key[-2]
     if kernel := FLASH.search(instruction.attributes):
         query = _operands(instruction, scope)[0]
         return FLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * query[1]
     if target.startswith(LIBRARIES):
-        raise ValueError(f"cannot count the operations of {target}; teach flops.py")
+        raise ValueError(f"cannot count the operations of {target}; add it to planning/flops.py")
     return 0
 
 
 def _dot(product: Instruction, scope: Computation) -> int:
-    """From the operands alone: a library's result has a workspace beside it."""
+    """Returns the FLOPs of a dot or a cuBLAS call, from the shapes of its operands.
+
+    The result is not used, because the result of a library call also contains a workspace.
+    """
     left, right = _operands(product, scope)[:2]
     shared = [left[i] for kind in ("batch", "contracting") for i in _left_dims(product, kind)]
     return 2 * math.prod(left) * math.prod(right) // math.prod(shared)
 
 
 def _left_dims(product: Instruction, kind: str) -> list[int]:
-    """Dimensions of the left operand, from a dot's `{1}` or a library's JSON `["1"]`."""
+    """Returns the "batch" or "contracting" dimensions of a product's left operand.
+
+    A dot writes them as `{1}`, a library call as JSON, `["1"]`.
+    """
     found = re.search(rf'lhs_{kind}_dim\w+"?[=:] ?[\[{{]([\d," ]*)', product.attributes)
     return [int(i) for i in re.findall(r"\d+", found[1])] if found else []
 
 
 def _attention(call: Instruction, scope: Computation, products: int) -> int:
-    """cuDNN's attention: QK and PV; backwards QK again and a gradient for each operand of both."""
+    """Returns the FLOPs of a cuDNN attention kernel with `products` matrix products.
+
+    The forward kernel computes QK and PV. The backward kernel computes QK again, and a gradient for
+    each operand of QK and of PV.
+    """
     found = re.search(r'"intermediate_tensor_shape".*?"dimensions": ?\[(.*?)\]', call.attributes)
     if found is None:
         raise ValueError(f"cannot find the size of attention in {call.attributes[:300]}")
@@ -86,9 +101,10 @@ def _attention(call: Instruction, scope: Computation, products: int) -> int:
 
 
 def _convolution(product: Instruction, scope: Computation) -> int:
-    """Products with elements, not with the zeros around and between them.
+    """Returns the FLOPs of a convolution, without products with zeros of padding and dilation.
 
-    Batch dimensions of a dot become spatial ones on TPUs, nearly all of whose positions are zeros.
+    On TPUs, batch dimensions of a dot become spatial dimensions of a convolution, in which nearly
+    all positions are such zeros.
     """
     labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes)[0]
     shapes = [*_operands(product, scope), sizes(product.shape)]
@@ -106,7 +122,7 @@ def _convolution(product: Instruction, scope: Computation) -> int:
 
 
 def _meetings(size: int, taps: int, results: int, window: dict[str, str]) -> int:
-    """How often an element of a window, along one axis, meets an element of the input."""
+    """Counts, along one axis, the products of a window element with an element of the input."""
     stride, spread, step = (
         int(window.get(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
     )
@@ -116,4 +132,5 @@ def _meetings(size: int, taps: int, results: int, window: dict[str, str]) -> int
 
 
 def _operands(instruction: Instruction, scope: Computation) -> list[list[int]]:
+    """Returns the shapes of an instruction's operands as lists of sizes."""
     return [sizes(shape) for shape in operands(instruction, scope)]

@@ -1,6 +1,7 @@
-"""Reads the text of compiled modules: what an execution does, and how often.
+"""Reads the text of compiled modules: which instructions an execution runs, and how often.
 
-A loop whose length is known only when it runs has a bound in its name (`jax_compat.bounded_loop`).
+If the length of a loop depends on data, `jax_compat.bounded_loop` can write an upper bound of the
+length into the loop's name.
 """
 
 import functools
@@ -21,7 +22,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Instruction(NamedTuple):
-    """A line of a module's text: `%name = shape opcode(operands), attributes`."""
+    """A line of a module's text, in the form `%name = shape opcode(operands), attributes`."""
 
     name: str
     shape: str
@@ -31,20 +32,26 @@ class Instruction(NamedTuple):
 
 
 Computation = dict[str, Instruction]
+"""The instructions of a computation by name."""
 
 
 def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int]]) -> Counter[str]:
-    """Adds up what the instructions of a compiled module cost when it runs, on one device.
+    """Sums the costs of all instructions in one execution of a compiled module, on one device.
 
-    Of the branches of a conditional, the one with the highest cost counts.
+    An instruction in a loop counts once per iteration. Of the branches of a conditional, only the
+    branch with the highest cost counts.
 
     Args:
-        text: The optimised module, as `jax.stages.Compiled.as_text` gives it.
-        cost: The cost of an instruction in its computation, without the computations it calls.
+        text: Text of the optimized module, from `jax.stages.Compiled.as_text`.
+        cost: Function that takes an instruction and its computation, and returns the costs of the
+            instruction by kind, without the computations that the instruction calls.
+
+    Returns:
+        The total cost of each kind.
 
     Raises:
         ValueError: An instruction with a cost is in a loop of unknown length, or the text is not
-            that of a module.
+            that of a compiled module.
     """
     module, entry = _parse(text)
 
@@ -70,7 +77,7 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The module's computations by name, and which of them is its entry."""
+    """Returns the computations of a module by name, and the name of the entry computation."""
     module: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -86,10 +93,15 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
+    """Returns the number of iterations of a while loop, or its upper bound if only that is known.
+
+    Raises:
+        ValueError: Neither is known.
+    """
     if known := TRIPS.search(loop.attributes):
         return int(known[1])
-    # The TPU's compiler does not write the count. JAX's loops of fixed length count from 0 and go
-    # on while the count is less than a constant.
+    # The TPU's compiler does not write the number of iterations. But JAX's loops of fixed length
+    # count up from 0 while the counter is less than a constant, so that constant is the number.
     condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
     for test in condition.values():
         if test.opcode == "compare" and "direction=LT" in test.attributes:
@@ -99,21 +111,25 @@ def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
     bound = loop_bound(loop.attributes)
     if bound is not None:
         return bound
-    raise ValueError(f"a loop of unknown length: {loop.attributes[:300]}")
+    raise ValueError(f"cannot count a loop of unknown length: {loop.attributes[:300]}")
 
 
 def operands(instruction: Instruction, scope: Computation) -> list[str]:
-    """Shapes of the operands."""
+    """Returns the shapes of an instruction's operands, as text."""
     return [scope[name].shape for name in NAME.findall(instruction.operands)]
 
 
 def sizes(shape: str) -> list[int]:
-    """[8, 128] of "bf16[8,128]{1,0}", of a tuple its first array's."""
+    """Returns the sizes in a shape, [8, 128] for "bf16[8,128]{1,0}"; of a tuple, the first array's.
+
+    Args:
+        shape: Shape of an array or a tuple, as text.
+    """
     return [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[0])]
 
 
 def nbytes(shape: str) -> int:
-    """Bytes of an array, or of all arrays in a tuple."""
+    """Returns the bytes of an array of a shape, or of all arrays of a tuple."""
     bits = lambda kind: int(re.findall(r"\d+", kind)[0]) if kind != "pred" else 8
     count = lambda dims: math.prod(int(size) for size in dims.split(",") if size)
     return sum(bits(kind) * count(dims) for kind, dims in ARRAY.findall(shape)) // 8

@@ -1,8 +1,9 @@
-"""Compiles a run for a device that need not be here, and reads its memory from the compiler.
+"""Compiles the train step of a run, and reads from the compiler how much memory the step needs.
 
-The real train step is lowered and compiled from shapes alone; nothing is loaded or executed. A GPU
-is described to the compiler by `devices.GPUS`; a TPU by the topology that libtpu knows. The process
-must have been prepared by `environment.prepare_for_planning` before JAX was imported.
+The step is lowered and compiled from shapes alone; no weights are loaded, and nothing is executed.
+The device need not be attached. An absent GPU is described to the compiler by
+`planning.devices.GPUS`, an absent TPU by a topology of libtpu. For absent devices,
+`distributed.environment.prepare_for_planning` must have been called before JAX was imported.
 """
 
 import dataclasses
@@ -32,25 +33,26 @@ from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
 
-TOTAL_STEPS = 1000  # a schedule's length, which decides nothing about memory
+TOTAL_STEPS = 1000  # length of schedules if a config has none; the memory does not depend on it
 
 
-REST = "activations and temporaries"  # what no other term of a Usage names
+REST = "activations and temporaries"  # the term of a `Usage` for all other memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a plan needs on each device; all are bytes except `flops`.
+    """What a plan needs per device. All values are in bytes except `flops`.
 
     Attributes:
-        device: Bytes on the device by term; they add up to the compiler's total.
-        host: Bytes in the host's pinned memory by term.
-        total: The compiler's peak on the device: arguments, results and temporaries.
-        host_total: The compiler's peak in host memory.
-        pcie: Bytes over PCIe in an optimizer step, both ways together.
-        capacity: The device's memory.
-        flops: Floating-point operations of an optimizer step's matrix products, as compiled.
-        host_capacity: The host's memory that may be pinned for a device, where it is known.
+        device: Device memory by term; the terms add up to `total`.
+        host: Pinned host memory by term.
+        total: Peak of the device memory, from the compiler: arguments, results and temporaries.
+        host_total: Peak of the pinned host memory, from the compiler.
+        pcie: Bytes that cross PCIe in one optimizer step, in both directions together.
+        capacity: Size of the device's memory.
+        flops: FLOPs of the matrix products of one optimizer step, as compiled; None if they could
+            not be counted.
+        host_capacity: Host memory that may be pinned for this device; None if it is unknown.
     """
 
     device: dict[str, int]
@@ -64,51 +66,52 @@ class Usage:
 
     @property
     def fits(self) -> bool:
+        """Returns True if the plan fits the device and, if its size is known, host memory."""
         return self.headroom >= 0 and self.host_headroom >= 0
 
     @property
     def reserve(self) -> int:
-        """Bytes of the device that are left to the runtime."""
+        """Returns the bytes of device memory that are reserved for the runtime."""
         return int(RESERVE_SHARE * self.capacity)
 
     @property
     def headroom(self) -> int:
-        """Bytes left on the device."""
+        """Returns the bytes that are left on the device; negative if the plan does not fit."""
         return self.capacity - self.reserve - self.total
 
     @property
     def host_headroom(self) -> int:
-        """Bytes left in host memory, where its size is known; else 0."""
+        """Returns the bytes that are left in host memory; 0 if its size is unknown."""
         return 0 if self.host_capacity is None else self.host_capacity - self.host_total
 
 
 def find_device(name: str) -> Gpu | Tpu:
-    """A device of `planning.devices.py`.
+    """Returns the device with this name in `planning/devices.py`.
 
     Raises:
-        ConfigError: There is no device of this name.
+        ConfigError: There is no device with this name.
     """
     known: dict[str, Gpu | Tpu] = {**GPUS, **TPUS}
     if name not in known:
-        raise ConfigError(f"device {name!r}; there are {', '.join(known)}")
+        raise ConfigError(f"there is no device {name!r}; take one of {', '.join(known)}")
     return known[name]
 
 
 def measure(
     config: TrainConfig, model: ModelConfig, device: str, count: int, capacity: int | None = None
 ) -> Usage:
-    """Compiles a run's train step for `count` devices and reads its memory.
+    """Compiles a run's train step for absent devices, and returns its memory use.
 
     Args:
-        config: The run, its plan resolved.
-        model: The model's sizes.
-        device: A name in `planning.devices.py`.
-        count: Devices.
-        capacity: Bytes of one device; None takes the table's.
+        config: Config of the run; `memory` and `batch.micro_size` are the plan.
+        model: Sizes of the model.
+        device: Name of a device in `planning/devices.py`.
+        count: Number of devices.
+        capacity: Memory of one device, in bytes; None takes the size in `planning/devices.py`.
 
     Raises:
         ConfigError: The device is unknown, its compiler is not installed, or the config does not
-            fit so many devices.
+            fit this number of devices.
     """
     capacity = find_device(device).memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
@@ -118,7 +121,12 @@ def measure(
 def compile_for(
     config: TrainConfig, model: ModelConfig, device: str, count: int
 ) -> tuple[Program, tuple[int, int], str]:
-    """As `measure`; the program, its bytes on a device and in host memory, and the module."""
+    """Compiles a run's train step for absent devices; arguments and errors are as in `measure`.
+
+    Returns:
+        The program; its bytes in device memory and in host memory, per device; and the text of the
+        compiled module, which is empty if the step does not fit a TPU.
+    """
     target = find_device(device)
     implementation = attention_for(config, model, target)
     if isinstance(target, Gpu):
@@ -129,26 +137,26 @@ def compile_for(
 def attention_for(
     config: TrainConfig, model: ModelConfig, target: Gpu | Tpu
 ) -> AttentionImplementation:
-    """How a device of the table would compute attention."""
+    """Returns the implementation of attention that a run uses on a device of `devices.py`."""
     capability = target.capability if isinstance(target, Gpu) else ""
     return attention_implementation(config, model, target.platform, capability)
 
 
 def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionImplementation:
-    """How the attached devices compute attention."""
+    """Returns the implementation of attention that a run uses on the attached devices."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     return attention_implementation(config, model, device.platform, capability)
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
-    """Compiles a run's train step for the attached devices and reads its memory.
+    """Compiles a run's train step for the attached devices, and returns its memory use.
 
     Args:
-        config: The run, its plan resolved.
-        model: The model's sizes.
-        images: Image slots of a sample.
-        capacity: Bytes of one device.
+        config: Config of the run; `memory` and `batch.micro_size` are the plan.
+        model: Sizes of the model.
+        images: Number of image slots per sample.
+        capacity: Memory of one device, in bytes.
     """
     config, program, batch = _program_here(config, model, images)
     return _usage(program, config, *_compiled(program, batch), capacity)
@@ -157,7 +165,11 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
 def compile_here(
     config: TrainConfig, model: ModelConfig, images: int, capacity: int
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
-    """As `measure_here`, with the program and its train step, ready to run."""
+    """Compiles a run's train step for the attached devices; the arguments are as in `measure_here`.
+
+    Returns:
+        The program, the compiled train step, and its memory use.
+    """
     config, program, batch = _program_here(config, model, images)
     compiled = program.trace_train_step(batch).lower().compile()
     return program, compiled, _usage(program, config, *_read(compiled), capacity)
@@ -166,6 +178,7 @@ def compile_here(
 def _program_here(
     config: TrainConfig, model: ModelConfig, images: int
 ) -> tuple[TrainConfig, Program, Batch]:
+    """Returns the config with `images` slots per sample, its program, and the shapes of a batch."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     return config, *_program(config, model, jax.devices(), implementation, donate=False)
@@ -179,7 +192,7 @@ def _program(
     *,
     donate: bool,
 ) -> tuple[Program, Batch]:
-    """A program and its batch's shapes; `donate` is for devices that stand for others."""
+    """Returns a program and the shapes of its batch; `donate` is as in `build_program`."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
         config,
@@ -202,11 +215,14 @@ def _compile_for_gpus(
     count: int,
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
-    """Lowers on fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
+    """Lowers for fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
     if len(jax.devices("cpu")) < count:
-        raise ConfigError(f"{count} devices were asked for after JAX had started with fewer")
+        raise ConfigError(
+            f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
+            "set jax_num_cpu_devices before JAX starts"
+        )
     program, batch = _program(
         config, model, jax.devices("cpu")[:count], implementation, donate=True
     )
@@ -228,21 +244,24 @@ def _compile_for_tpus(
     count: int,
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
+    """Lowers and compiles for absent TPUs, which libtpu describes by a topology."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
     if count not in target.chips:
         known = ", ".join(map(str, target.chips))
-        raise ConfigError(f"{count} chips of {target.topology}; slices have {known}")
+        raise ConfigError(
+            f"there is no {target.topology} slice of {count} chips; take one of {known}"
+        )
     topology = topologies.get_topology_desc(**target.slice_of(count))
     program, batch = _program(config, model, list(topology.devices), implementation, donate=True)
     return program, *_compiled(program, batch)
 
 
 def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
-    """Bytes that a step takes on a device and in host memory, and the compiled module.
+    """Returns the bytes of a step in device memory and in host memory, and the module's text.
 
-    A step that does not fit is not compiled for TPUs: of it there is what the compiler says, and no
-    module.
+    The TPU's compiler refuses a step that does not fit. Then the bytes in device memory come from
+    its error message, and the text is empty.
     """
     lowered = program.trace_train_step(batch).lower()
     try:
@@ -257,11 +276,12 @@ def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
 
 
 def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
+    """Returns the bytes of a compiled step in device memory and host memory, and its text."""
     return _totals(compiled.memory_analysis()), compiled.as_text() or ""
 
 
 def _totals(stats: Any) -> tuple[int, int]:
-    """Arguments, results and temporaries on the device, and in host memory."""
+    """Returns the bytes of arguments, results and temporaries: on the device, in host memory."""
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -278,6 +298,7 @@ def _totals(stats: Any) -> tuple[int, int]:
 
 
 def _terms(program: Program) -> dict[str, object]:
+    """Returns the shapes of the arrays of each term of a `Usage`, without `REST`."""
     abstract = program.abstract
     return {
         "frozen weights": {path: abstract[path] for path in program.frozen},
@@ -290,11 +311,12 @@ def _terms(program: Program) -> dict[str, object]:
 def _usage(
     program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
 ) -> Usage:
+    """Divides the compiler's totals into terms; `text` is the compiled module's or empty."""
     total, host_total = totals
     terms = _terms(program)
     device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
     host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
-    if host_total == 0:  # XLA's CPU backend counts host memory as the device's
+    if host_total == 0:  # XLA's CPU backend counts host memory as device memory
         host_total = sum(host.values())
         total -= host_total
     device[REST] = total - sum(device.values())
@@ -305,23 +327,28 @@ def _usage(
 
 
 def _flops(text: str) -> int | None:
+    """Returns the matrix-product FLOPs of a module; logs a warning if they cannot be counted."""
     try:
         return matmul_flops(text)
-    except ValueError as error:  # decides nothing about a run
+    except ValueError as error:  # no plan depends on the FLOPs
         logging.getLogger(__name__).warning("%s", error)
         return None
 
 
 def _bytes(tree: object, *, on_host: bool) -> int:
-    """Bytes on one device (or its share of host memory) of placed shapes."""
+    """Returns the bytes per device of those placed shapes that are, or are not, in host memory."""
     leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
     return sum(map(size, leaves))
 
 
 def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) -> int:
-    """Weights go to the device forwards and backwards, gradients there and back, in every
-    micro-batch; the update reads everything once and writes what changed; so does the norm.
+    """Returns the bytes that cross PCIe in one optimizer step, in both directions together.
+
+    In every micro-batch, weights go to the device twice (forward and backward pass), gradients go
+    to the device and back, and offloaded activations go to the host and back. The gradient norm
+    and the update each read the gradients; the update also reads and writes the trained weights and
+    the optimizer's state.
     """
     micros = program.accumulation
     weights = host["frozen weights"] + host["trainables"]
@@ -334,22 +361,25 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
 
 
 def sizes(config: TrainConfig) -> ModelConfig:
-    """The sizes of a run's model: its checkpoint's, or the config's where there is none yet.
+    """Returns the sizes of a run's model.
+
+    They are read from the checkpoint `init_from`, or taken from `config.model` if that is set and
+    the checkpoint does not exist yet.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is neither a checkpoint nor `config.model`.
     """
     source = config.init_from
     base = source.llm if isinstance(source, Parts) else source
     if source is not None and (config.model is None or Path(str(base)).exists()):
         return read_config(resolve(source).base)
     if config.model is None:
-        raise ConfigError("set init_from to a checkpoint, or model")
+        raise ConfigError("set init_from to a checkpoint, or set model")
     return config.model
 
 
 def usage_table(usage: Usage) -> str:
-    """Device and host bytes by term, what they come to, and what a step costs."""
+    """Returns a table, as text, of the memory by term, the totals, and the cost of a step."""
     lines = [f"{'':32}{'device GiB':>11}{'host GiB':>11}"]
     for term in usage.device:
         device, host = usage.device[term] / GIB, usage.host[term] / GIB
@@ -361,8 +391,8 @@ def usage_table(usage: Usage) -> str:
     lines.append(f"{'memory':32}{usage.capacity / GIB:11.2f}{host}")
     lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
     lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}{left}")
-    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB an optimizer step, both ways together")
+    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB per optimizer step, in both directions")
     flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
-    lines.append(f"FLOPs: {flops} a device and optimizer step, of matrix products")
+    lines.append(f"FLOPs: {flops} per device and optimizer step, in matrix products")
     verdict = "fits" if usage.fits else "does not fit"
     return "\n".join([*lines, verdict if known else f"{verdict}; the host's memory is not given"])

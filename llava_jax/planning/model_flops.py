@@ -1,15 +1,17 @@
-"""The operations that the mathematics of a train step asks for, to hold a compiled step's against.
+"""Counts the operations that a train step needs in theory, for comparison with a compiled step.
 
-Counted are products of matrices, in multiplications with an addition. What a linear layer of weight
-[out, in] needs, for each token:
+Only matrix products count, and the counts below are pairs of a multiplication and an addition. For
+each token, a linear layer with a weight [out, in], and its adapter of rank R if it has one, need:
 
-    forwards                 out x in          and of an adapter  R x (in + out)
-    its input's gradient     out x in                             R x (in + out)
-    its weight's gradient    out x in if it trains                R x (in + out)
+                              weight                     adapter
+    forward pass              out x in                   R x (in + out)
+    gradient of the input     out x in                   R x (in + out)
+    gradient of the weight    out x in, if it trains     R x (in + out)
 
-Attention needs two products of T x H for each token and head forwards and four backwards, of as
-many keys T as the row says. With remat "full" a block's forward products are made again, but for
-its last, whose result nothing in the block depends on.
+For each token and head, attention needs two products of T x H in the forward pass and four in the
+backward pass. H is the size of a head, and T is the number of keys (`Row.seen`). With remat "full",
+the backward pass computes the forward products of a block again, except for the last product,
+because no gradient in the block depends on its result.
 """
 
 import dataclasses
@@ -18,18 +20,19 @@ from collections.abc import Mapping
 from llava_jax.config import LoraConfig, ModelConfig, TrainConfig, Tuning
 
 Linears = Mapping[str, tuple[int, int]]
-"""(in, out) of a block's linear layers, the last one last."""
+"""Sizes (in, out) of a block's linear layers by name; the layer that runs last comes last."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a row of a batch asks for, in numbers of tokens.
+    """The sizes of a row of a batch on which its operations depend.
 
     Attributes:
-        tokens: All tokens.
-        learned: Tokens that have a loss.
-        seen: Keys that a token's attention is counted for; a compiled step's are all.
-        images: Images, not tokens.
+        tokens: Number of all tokens.
+        learned: Number of tokens that have a loss.
+        seen: Mean number of keys for which a token's attention is counted. In a compiled step,
+            attention is counted for all keys of the row.
+        images: Number of images.
     """
 
     tokens: int
@@ -39,13 +42,20 @@ class Row:
 
 
 def full_row(config: TrainConfig, images: int) -> Row:
-    """`data.max_length` tokens that are all learned, as a compiled step's bounds have it."""
+    """Returns a row of `data.max_length` tokens that are all learned and see all keys.
+
+    Such a row is what the counts of a compiled step assume.
+
+    Args:
+        config: Config of the run.
+        images: Number of images in the row.
+    """
     length = config.data.max_length
     return Row(length, learned=length, seen=float(length), images=images)
 
 
 def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
-    """Floating-point operations of a row, forwards and backwards."""
+    """Returns the FLOPs of the forward pass and the backward pass of one row."""
     llm, vision, tune = model.llm, model.vision, config.tune
     width, again = llm.hidden_size, config.memory.remat == "full"
     patches = vision.num_patches
@@ -65,7 +75,8 @@ def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
         "fc1": (size, vision.intermediate_size),
         "fc2": (vision.intermediate_size, size),
     }
-    below = tune.vision != "frozen"  # what trains below a layer asks for its input's gradient
+    # A layer needs the gradient of its input only if something trains before the layer.
+    below = tune.vision != "frozen"
     blocks = _block(decoder, queries * row.seen, tune.llm, config.lora, again=again, backwards=True)
     head = llm.vocab_size * width * (3 if tune.llm == "full" else 2)
     text = row.tokens * llm.num_hidden_layers * blocks + row.learned * head
@@ -89,7 +100,16 @@ def _block(
     again: bool,
     backwards: bool,
 ) -> float:
-    """Of a block and one token; `logits` is heads x head size x keys."""
+    """Returns the pairs of a multiplication and an addition of one block, for one token.
+
+    Args:
+        linears: Linear layers of the block.
+        logits: Number of heads x size of a head x number of keys.
+        tuning: How the block trains.
+        lora: Settings of the adapters, if the block has them.
+        again: Whether the backward pass computes the forward products again.
+        backwards: Whether there is a backward pass through the block.
+    """
     ranks = {name: lora.rank * (tuning == "lora" and name in lora.targets) for name in linears}
     weights = sum(inputs * outputs for inputs, outputs in linears.values())
     adapters = sum(ranks[name] * sum(linears[name]) for name in linears)

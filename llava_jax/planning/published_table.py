@@ -1,4 +1,4 @@
-"""The memory that published recipes need, by plan: the rows of `llava-jax plan --table`."""
+"""Measures the memory that published recipes need, for the rows of `llava-jax plan --table`."""
 
 import dataclasses
 import functools
@@ -13,17 +13,17 @@ from llava_jax.planning.measure import Usage
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A recipe by a plan.
+    """A recipe with a plan, and the largest amount of memory that they may need.
 
     Attributes:
-        run: What it is, for people.
-        config: The name of a preset.
-        device: A name in planning/devices.py.
-        count: Devices.
-        micro_size: Samples of a micro-batch on each.
-        plan: Fields of `MemoryConfig` that are on.
-        device_gib: What the row may take on a device.
-        host_gib: The same in host memory, for each device.
+        run: Description of the recipe and the plan.
+        config: Name of the recipe's preset.
+        device: Name of a device in `planning/devices.py`.
+        count: Number of devices.
+        micro_size: Number of samples per micro-batch and device.
+        plan: Fields of `MemoryConfig` that are True.
+        device_gib: Largest allowed device memory, in GiB.
+        host_gib: Largest allowed host memory per device, in GiB.
     """
 
     run: str
@@ -39,7 +39,7 @@ class Row:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
 
     def holds(self, usage: Usage) -> bool:
-        """Whether it takes no more than it may."""
+        """Returns True if the measured memory is not above the limits of this row."""
         device, host = usage.total / GIB, usage.host_total / GIB
         return device <= self.device_gib and host <= self.host_gib
 
@@ -72,7 +72,12 @@ HEADER = """\
 
 
 def measure(row: Row) -> tuple[Usage, float]:
-    """What a row takes, and its FLOPs as a multiple of the resident plan's (NaN: not counted)."""
+    """Compiles the train step of a row.
+
+    Returns:
+        The memory use, and the FLOPs as a multiple of those of the plan that offloads nothing; NaN
+        if the FLOPs could not be counted.
+    """
     config = load_config(row.config)
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
     resident = _measure(config, (), row.micro_size, row.device, row.count)
@@ -85,13 +90,14 @@ def measure(row: Row) -> tuple[Usage, float]:
 def _measure(
     config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
 ) -> Usage:
+    """Compiles the train step of a config with a plan; cached, because rows share some plans."""
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
     return measuring.measure(planned, measuring.sizes(config), device, count)
 
 
 def describe(row: Row, usage: Usage, flops: float) -> str:
-    """A line of the table."""
+    """Returns a line of the Markdown table, marked SHORT if its memory is above the limits."""
     cells = (
         row.run,
         f"{row.count} x {row.device}",

@@ -1,4 +1,4 @@
-"""Finds the cheapest plan that fits a device: what may be given up, in the order of its cost."""
+"""Finds the fastest memory plan that fits a device, by trying plans from fast to slow."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.multihost import say
 from llava_jax.planning.measure import REST, Usage
 
-MAX_SAMPLES = 16  # largest micro-batch that is tried: beyond it, a step of a 7B gains nothing
+MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a run fits: all that may change without changing what is learned."""
+    """The size of a micro-batch and a memory plan; neither changes what a run learns."""
 
     micro_size: int
     memory: MemoryConfig
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The same recipe by this plan."""
+        """Returns the config with this plan."""
         memory = dataclasses.replace(self.memory, plan="manual")
         batch = dataclasses.replace(config.batch, micro_size=self.micro_size)
         return dataclasses.replace(config, batch=batch, memory=memory)
@@ -39,14 +39,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A plan and what it takes."""
+    """A plan and its measured memory use."""
 
     plan: Plan
     usage: Usage
 
 
 def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
-    """What a plan may give up, the cheapest first."""
+    """Yields memory plans from fast to slow; all other fields are as in `memory`."""
     host: dict[str, bool] = dict.fromkeys(
         ("offload_optimizer", "stream_weights", "offload_activations"), False
     )
@@ -58,7 +58,7 @@ def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
-    """Micro-batches to try, the smallest first; one that the config sets is kept."""
+    """Returns the micro-batch sizes to try, the smallest first; a size in the config is kept."""
     if config.batch.micro_size is not None:
         return [config.batch.micro_size]
     share = max(config.batch.global_size // data_parallel, 1)
@@ -68,15 +68,15 @@ def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
 def find_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Iterator[Trial]:
-    """Tries plans until one fits, which is then the last; the order is that of their cost.
+    """Tries plans from fast to slow, and yields each; the last one fits if any plan does.
 
-    A level is given up where its smallest micro-batch does not fit; else the largest that fits is
-    taken.
+    If the smallest micro-batch does not fit with a memory plan, the next memory plan is tried.
+    Otherwise, the search ends with the largest micro-batch that fits.
 
     Args:
-        config: The recipe.
-        data_parallel: Devices that the samples are divided among.
-        measure_plan: Compiles a plan.
+        config: Config of the run.
+        data_parallel: Number of devices among which the samples of a batch are divided.
+        measure_plan: Function that returns the memory use of a plan.
     """
     sizes = micro_sizes(config, data_parallel)
     for memory in levels(config.memory):
@@ -98,7 +98,7 @@ def find_plan(
 def choose_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Trial:
-    """What `find_plan` ends with, or else the closest; prints a line for each trial."""
+    """Returns the fastest plan that fits, or else the closest one; prints a line for each trial."""
     trials = []
     for trial in find_plan(config, data_parallel, measure_plan):
         say(describe_trial(trial))
@@ -107,13 +107,13 @@ def choose_plan(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """What `find_plan` ended with: the plan that fits, or else the closest."""
+    """Returns the last trial if its plan fits, or else the trial that lacks the fewest bytes."""
     missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)
     return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: missing(t.usage))
 
 
 def write_trial(run_dir: Path, trial: Trial | None) -> None:
-    """Writes plan.json, what a run is to take by its plan; without one, removes an older one's."""
+    """Writes a plan and its memory use to plan.json; removes the file if `trial` is None."""
     file = run_dir / "plan.json"
     if trial is None:
         file.unlink(missing_ok=True)
@@ -124,10 +124,16 @@ def write_trial(run_dir: Path, trial: Trial | None) -> None:
 
 
 def least_devices(usage: Usage, count: int) -> int | None:
-    """The fewest devices that a plan would fit if it does not fit `count`; None if none would do.
+    """Returns the smallest number of devices that a plan would fit.
 
-    They share weights, gradients and moments, and each has its own activations. They do not help a
-    host that has too little memory.
+    Devices share the weights, gradients and moments, but each device has its own activations.
+
+    Args:
+        usage: Memory use of the plan on `count` devices, which the plan does not fit.
+        count: Number of devices.
+
+    Returns:
+        The number, or None if no number is enough. No number is enough if host memory is too small.
     """
     if usage.host_headroom < 0:
         return None
@@ -136,7 +142,7 @@ def least_devices(usage: Usage, count: int) -> int | None:
 
 
 def describe_trial(trial: Trial) -> str:
-    """One line: what was tried, what it takes, whether it fits."""
+    """Returns one line of text: the plan, its memory use, and whether it fits."""
     usage = trial.usage
     verdict = "fits" if usage.fits else f"{-usage.headroom / GIB:.2f} GiB too much"
     if usage.host_headroom < 0:

@@ -1,12 +1,16 @@
-"""What was trained on a base, in every form it comes in: read onto a model, or refused.
+"""Reads adapter checkpoints, and checks that they fit a model.
 
-    PEFT's, of either era      adapter_config.json, adapter_model.safetensors
-    LLaVA's LoRA directory     the same on the decoder's names; non_lora_trainables.bin
+An adapter checkpoint holds what was trained on a base model: LoRA adapters, and parts (such as the
+projector) that were trained in full. These formats are supported:
+
+    PEFT directory             adapter_config.json, adapter_model.safetensors
+    LLaVA's LoRA directory     the same files with the decoder's names; non_lora_trainables.bin
     LLaVA's stage 1            mm_projector.bin
     XTuner's exports           llm_adapter/, visual_encoder_adapter/ or visual_encoder/, projector/
-    XTuner's .pth              one file, or a directory of DeepSpeed's, with all that was trained
+    XTuner's .pth              one file, or a DeepSpeed directory, with all trained parameters
 
-They are recognised by the names of their tensors. What fits the model in part fits not at all.
+The format is recognized by the names of the tensors. A checkpoint is refused if only a part of its
+tensors fits the model.
 """
 
 import dataclasses
@@ -40,12 +44,12 @@ _SETTINGS = {
 }
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 BESIDE = ("non_lora_trainables", "mm_projector")
-"""Files of LLaVA's code, without their endings."""
+"""Names, without suffix, of the files with the parameters that LLaVA's code trained in full."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """One file or directory: its tensors by plain names, and settings of adapters among them."""
+    """A file or directory of an adapter checkpoint; `settings` is its adapter_config.json."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -55,16 +59,17 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterCheckpoint:
-    """What was trained, checked against a model but not read yet.
+    """An adapter checkpoint that fits a model, and whose values are not read yet.
 
     Attributes:
-        layouts: How its pieces name their tensors.
-        adapters: LoRA settings by stack, `models.lora.LLM` or `models.lora.VISION`.
-        abstract: Shape and dtype of every parameter, by our names: `lora_a` and `lora_b` of each
-            target, and what was trained in full.
-        tensors: Where each lies, one a layer of those that are stacked.
-        base_name: Its base, as it says itself; None if it does not.
-        fingerprint: The fingerprint of that base; None if the checkpoint has none.
+        layouts: Layout of the tensor names in each file or directory of the checkpoint.
+        adapters: LoRA settings by stack, `models.paths.LLM` or `models.paths.VISION`.
+        abstract: Shape and dtype of every parameter by its path: `lora_a` [layers, rank, inputs]
+            and `lora_b` [layers, outputs, rank] of each target, and the parameters that were
+            trained in full.
+        tensors: Tensors of each parameter by its path, one per layer of a stacked parameter.
+        base_name: Path, hub id or parts of the base, as named in the checkpoint; None without one.
+        fingerprint: Fingerprint of the base's weights; None if the checkpoint has none.
     """
 
     layouts: list[Layout]
@@ -76,17 +81,25 @@ class AdapterCheckpoint:
 
     @property
     def naming(self) -> str:
-        """Whose names its tensors have, for messages."""
+        """Returns the names of the layouts in one string, for messages."""
         return "; ".join(dict.fromkeys(layout.name for layout in self.layouts))
 
     def load(self, abstract: Abstract | None = None) -> Params:
-        """Reads the parameters that `abstract` names, as it says; None is `self.abstract`."""
+        """Reads the values of the parameters.
+
+        Args:
+            abstract: Parameters to read, with their shapes, dtypes and shardings; None reads all
+                parameters of the checkpoint, in the dtypes of `self.abstract`.
+
+        Raises:
+            CheckpointError: A tensor cannot be read, or has a value that is NaN or infinite.
+        """
         abstract = self.abstract if abstract is None else abstract
         return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
 def is_adapter_checkpoint(path: Path) -> bool:
-    """Whether a place holds something to be put on a base, and no whole model."""
+    """Returns True for a file, and for a directory with adapters or parts but no whole model."""
     return not _is_whole(path) and bool(_parts_in(path))
 
 
@@ -97,10 +110,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _parts_in(path: Path) -> list[Path]:
-    """Files and directories with what was trained: the place itself, and what lies in it."""
+    """Returns the files and directories of an adapter checkpoint: `path` itself, or those in it."""
     if path.is_file():
         return [path]
-    is_zero = any(path.glob("*model_states.pt")) or (path / "latest").is_file()  # DeepSpeed's
+    is_zero = any(path.glob("*model_states.pt")) or (path / "latest").is_file()  # from DeepSpeed
     has_own = (path / CONFIG).is_file() or _is_whole(path) or is_zero
     parts = [path / part for part in _XTUNER_PARTS if (path / part).is_dir()]
     files = [file for name in BESIDE if (file := _file_beside(path, name))]
@@ -113,20 +126,27 @@ def _file_beside(directory: Path, stem: str) -> Path | None:
 
 
 def check_readable(path: Path, read: Reader) -> None:
-    """Refuses what is nothing that was trained, a text file or a directory of checkpoints.
+    """Raises CheckpointError unless the tensor names of an adapter checkpoint are recognized.
+
+    Args:
+        path: Directory or file, as in `open_adapter`.
+        read: Function that opens a file or directory and returns its tensors by name.
 
     Raises:
-        CheckpointError: Says what it is instead.
+        CheckpointError: A file cannot be read, or has tensors of no known layout.
     """
     for piece in _parts_in(path):
         _open_piece(piece, read)
 
 
 def named_base(path: Path) -> str | None:
-    """The base that something trained names: a directory, a hub id, or parts; None if it does not.
+    """Returns the base that an adapter checkpoint names: a path, a hub id or parts, as text.
+
+    The result is None if the checkpoint names no base.
 
     Raises:
-        CheckpointError: It has settings that are not LoRA's.
+        CheckpointError: An adapter_config.json or config.json cannot be read, or the settings are
+            not those of a supported LoRA.
     """
     named = {
         piece: read_settings(piece / CONFIG).get("base_model_name_or_path")
@@ -135,7 +155,7 @@ def named_base(path: Path) -> str | None:
     }
     if path in named:
         llm, vision = named[path], None
-        if (path / "config.json").is_file():  # LLaVA's: the base is the decoder alone
+        if (path / "config.json").is_file():  # LLaVA's code names only the decoder as base
             vision = read_json(path / "config.json").get("mm_vision_tower")
         return format_source(Parts(llm, vision)) if llm and vision else llm
     llm, vision = (named.get(path / part) for part in ("llm_adapter", "visual_encoder_adapter"))
@@ -150,21 +170,21 @@ def open_adapter(
     read: Reader = open_tensors,
     alphas: Mapping[str, float] | None = None,
 ) -> AdapterCheckpoint:
-    """Opens what was trained on a model.
+    """Opens an adapter checkpoint and checks that it fits a model; reads no values.
 
-    Adapters in vision layers behind the feature are passed over: no output depends on them.
+    Adapters of vision layers after the feature layer are skipped, as no output depends on them.
 
     Args:
-        path: A directory or file in a form that this module knows.
+        path: Directory or file in one of the formats that this module supports.
         config: Sizes of the base model.
-        abstract: The model's parameters, with adapters or without.
-        read: Opens one file or directory of tensors.
-        alphas: LoRA's alpha by stack, for a .pth file, which does not say it.
+        abstract: Shapes of the model's parameters; adapters may be among them.
+        read: Function that opens a file or directory and returns its tensors by name.
+        alphas: LoRA's alpha by stack; needed for adapters in a .pth file, which has no alpha.
 
     Raises:
-        CheckpointError: Not such a place, a kind of adapter that is not supported, or one that does
-            not fit the model: an error that names every tensor that is missing, foreign or of
-            another rank or shape.
+        CheckpointError: There is no adapter checkpoint at `path`, its kind of adapter is not
+            supported, or it does not fit the model. In the last case, the message names every
+            tensor that is missing, left over, or has another rank or shape.
     """
     path = Path(path)
     pieces = [_without_unused(_open_piece(p, read), config) for p in _parts_in(path) or [path]]
@@ -179,7 +199,7 @@ def open_adapter(
                 adapters[stack] = _settings(piece, stack, names, alphas or {})
     specs = _expected(adapters, paths, abstract)
     if not specs:
-        raise CheckpointError(f"{path} has no tensor that this model could take")
+        raise CheckpointError(f"{path} has no tensor that belongs to this model")
     sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
     found = find_tensors(str(path), sources, config, specs, may_grow=True)
     base = read_json(path / BASE) if (path / BASE).is_file() else {}
@@ -224,25 +244,30 @@ def _settings(
         return stack_settings(piece.path, piece.settings, stack, names)
     if stack not in alphas:
         raise CheckpointError(
-            f"{piece.path} has adapters in {stack}*, and does not say their alpha: it stands in "
-            "the config that they were trained with, XTuner's .py, as lora_alpha; give it with "
-            "--alpha (of the decoder) or --vision-alpha"
+            f"{piece.path} has adapters in {stack}*, but does not say their alpha; take lora_alpha "
+            "from the config (.py) of the training with XTuner and pass it as --alpha (decoder) or "
+            "--vision-alpha (vision tower)"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:
-        raise CheckpointError(f"{piece.path} has adapters in {stack}* without a rank: {names[0]}")
+        raise CheckpointError(f"{piece.path} has adapters in {stack}* of unknown rank: {names[0]}")
     rank = shapes[0][0]
     return stack_settings(piece.path, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
 
 
 def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
-    """What must be there, all of it, where there are tensors of `paths`."""
+    """Returns shape and dtype of every parameter that the adapter checkpoint must have.
+
+    One tensor of an adapter requires both `lora_a` and `lora_b`, and one tensor of a part that was
+    trained in full requires all tensors of that part.
+    """
     shapes = {}
     for stack, lora in adapters.items():
         linears = {path.rsplit(".", 1)[0] for path in paths if _is_adapter_of(path, stack)}
         for linear in sorted(linears):
             weight = abstract.get(f"{linear}.weight")
-            if weight is not None and len(weight.shape) == 3:  # else what it has is left over
+            # Adapters of other parameters are not expected, so `find_tensors` reports them.
+            if weight is not None and len(weight.shape) == 3:
                 layers, outputs, inputs = weight.shape
                 shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
                 shapes[f"{linear}.lora_b"] = layers, outputs, lora.rank
@@ -256,21 +281,23 @@ def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abs
 def check_base(
     trained: AdapterCheckpoint, path: str | Path, base: str | Path | Parts, fingerprint: str
 ) -> None:
-    """Refuses a base other than the one that adapters were trained on, if they name one.
+    """Raises CheckpointError if an adapter checkpoint was trained on a base with other weights.
+
+    A checkpoint without a fingerprint of its base is accepted.
 
     Args:
-        trained: The result of `open_adapter`.
-        path: Its directory or file.
-        base: The base's directory or parts.
-        fingerprint: The base's fingerprint.
+        trained: Adapter checkpoint, as `open_adapter` returns it.
+        path: Directory or file of the adapter checkpoint, for the message.
+        base: Directory or parts of the base, for the message.
+        fingerprint: Fingerprint of the base's weights.
 
     Raises:
-        CheckpointError: The base has other weights.
+        CheckpointError: The two fingerprints differ.
     """
     if trained.fingerprint not in (None, fingerprint):
         raise CheckpointError(
             f"{path} was trained on {trained.base_name}, whose weights are not those of "
-            f"{format_source(base)}; load that base"
+            f"{format_source(base)}; load the base that it was trained on"
         )
 
 
@@ -282,19 +309,23 @@ def load_adapter(
     trainable: Collection[str],
     fingerprint: str | None,
 ) -> Params:
-    """Reads adapters that a run continues to train; their settings must be those of the run.
+    """Reads an adapter checkpoint that a run continues to train.
 
     Args:
-        path: A directory or file, as in `open_adapter`.
-        adapters: The run's LoRA settings by stack; dropout may differ.
+        path: Directory or file, as in `open_adapter`.
+        adapters: LoRA settings of the run by stack; the checkpoint must have the same rank, alpha
+            and targets.
         config: Sizes of the base model.
-        abstract: The run's parameters with their dtypes and shardings.
-        trainable: The parameters that the run trains.
-        fingerprint: The fingerprint of the run's base; None is not compared.
+        abstract: Shapes, dtypes and shardings of the run's parameters.
+        trainable: Paths of the parameters that the run trains.
+        fingerprint: Fingerprint of the run's base; None skips the comparison.
+
+    Returns:
+        Parameters by path, without those on which no output depends.
 
     Raises:
-        CheckpointError: `open_adapter` fails; or it has other settings than the run, parameters
-            that the run keeps frozen, or was trained on another base.
+        CheckpointError: `open_adapter` fails, the LoRA settings differ from the run's, the
+            checkpoint has parameters that the run keeps frozen, or it was trained on another base.
     """
     alphas = {stack: lora.alpha for stack, lora in adapters.items()}
     trained = open_adapter(path, config, abstract, alphas=alphas)
@@ -322,6 +353,6 @@ def _other_settings(
         has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))
         if has != wants:
             yield (
-                f"{stack}* has (rank, alpha, targets) {has}, the run {wants}: it must have the "
-                f"same, by {_SETTINGS[stack]}"
+                f"{stack}* has (rank, alpha, targets) {has}, but the run has {wants}; give the run "
+                f"the same values with {_SETTINGS[stack]}"
             )

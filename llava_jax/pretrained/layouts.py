@@ -1,8 +1,8 @@
-"""How checkpoints name their tensors.
+"""Translates between the tensor names in checkpoints and the parameter paths of this package.
 
-Our parameters carry Hugging Face's own names, so a layout is no more than a table of prefixes.
-Two things differ inside a name: ours leave the layer index out (blocks are stacked), and the vision
-blocks that never reach the feature are in a stack of their own, `vision.encoder.tail`.
+After a prefix, parameter paths equal Hugging Face's names, so a layout is a table of prefixes.
+Paths differ in two ways: they have no layer index, because the layers of a stack share one array,
+and the vision layers after the feature layer are a stack of their own, `vision.encoder.tail`.
 """
 
 import dataclasses
@@ -11,17 +11,18 @@ from collections.abc import Collection, Iterable
 
 
 class LayoutError(Exception):
-    """Tensor names that no known layout explains."""
+    """Raised if the tensor names of a checkpoint match no known layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way of naming tensors.
+    """A scheme of tensor names in checkpoint files.
 
     Attributes:
-        name: Whose it is, for messages.
-        prefixes: The start of the file's name by the start of ours; the longest match counts.
-        is_xtuner: Whether XTuner wrote it, which has a prompt of its own.
+        name: Description of the scheme, for messages.
+        prefixes: Maps the prefix of a parameter path to the prefix in files; the longest matching
+            prefix is used.
+        is_xtuner: Whether XTuner writes this layout; its prompt for Vicuna differs from LLaVA's.
     """
 
     name: str
@@ -29,20 +30,23 @@ class Layout:
     is_xtuner: bool = False
 
     def holds(self, path: str) -> bool:
-        """Whether files of this layout have a tensor for our parameter `path`."""
+        """Returns True if files of this layout have a tensor for the parameter at `path`."""
         return any(path.startswith(ours) for ours in self.prefixes)
 
     def file_name(self, parameter: str) -> str:
-        """The tensor's name in a file.
+        """Returns the tensor name in a file.
 
         Args:
-            parameter: Our name with the layer index in it, as `unstacked` gives it.
+            parameter: Parameter path with the layer index, as `models.paths.unstacked` returns it.
+
+        Raises:
+            ValueError: This layout has no such parameter.
         """
         ours = max((p for p in self.prefixes if parameter.startswith(p)), key=len)
         return self.prefixes[ours] + parameter.removeprefix(ours)
 
     def parameter(self, file_name: str) -> str | None:
-        """The inverse of `file_name`; None for a tensor that is not of this layout."""
+        """Inverts `file_name`; returns None for a tensor that does not belong to this layout."""
         matches = [p for p in self.prefixes.items() if file_name.startswith(p[1])]
         if not matches:
             return None
@@ -52,12 +56,12 @@ class Layout:
         return parameter if is_own else None
 
     def parts(self, file_names: Iterable[str]) -> set[str]:
-        """Which of "llm", "vision" and "projector" some tensors belong to."""
+        """Returns which of "llm", "vision" and "projector" the tensors belong to."""
         parameters = map(self.parameter, file_names)
         return {_part(name) for name in parameters if name}
 
     def limited_to(self, parts: Collection[str]) -> "Layout":
-        """The same names, of some parts alone."""
+        """Returns this layout, reduced to the given parts of the model."""
         kept = {ours: theirs for ours, theirs in self.prefixes.items() if _part(ours) in parts}
         return dataclasses.replace(self, prefixes=kept)
 
@@ -106,7 +110,7 @@ HF_5 = _llava(
     "multi_modal_projector.",
 )
 
-_MLP = {"projector.linear_1.": "0.", "projector.linear_2.": "2."}  # an nn.Sequential's names
+_MLP = {"projector.linear_1.": "0.", "projector.linear_2.": "2."}  # names in an nn.Sequential
 
 
 def _mlp(prefix: str) -> dict[str, str]:
@@ -133,7 +137,7 @@ XTUNER = Layout(
     is_xtuner=True,
 )
 
-# Layout J: every part in a place of its own.
+# Checkpoints with a single part. The tests call a model in such checkpoints layout J.
 LLAMA = Layout("Hugging Face decoder", {"llm.": "model.", "llm.lm_head.": "lm_head."})
 CLIP = Layout("Hugging Face vision tower", {"vision.": "vision_model."})
 CLIP_BARE = Layout("Hugging Face vision tower without prefix", {"vision.": ""})
@@ -148,7 +152,7 @@ PROJECTOR_LLAVA_SHORT = Layout("LLaVA's own projector", _mlp("mm_projector."))
 PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."), is_xtuner=True)
 PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."), is_xtuner=True)
 
-# Of two layouts that explain a file equally well the first is meant.
+# If two layouts match equally many names, the first one is used.
 LLAVA_LAYOUTS = (HF_4_36, HF_4_52, HF_5_MEMORY, HF_5, LLAVA, XTUNER)
 LLM_LAYOUTS = (LLAMA, LLAVA)
 VISION_LAYOUTS = (CLIP, CLIP_BARE, LLAVA)
@@ -174,18 +178,21 @@ _IGNORED = re.compile("|".join(IGNORED))
 
 
 def is_ignored(file_name: str) -> bool:
-    """Whether a tensor is not a parameter of a LLaVA, but may be ignored without a message."""
+    """Returns True if a tensor is no parameter of a LLaVA and can be skipped without a message."""
     return _IGNORED.search(file_name) is not None
 
 
 def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS) -> Layout:
-    """The layout that explains most tensor names of a checkpoint, limited to the parts it has.
+    """Returns the layout that matches most tensor names, limited to the parts that they belong to.
 
-    Only contents count, never what files or directories are called. A damaged checkpoint is
-    recognised all the same, so that its missing and foreign tensors can be named.
+    Some names may be wrong or missing: then a later check names the tensors that do not fit.
+
+    Args:
+        names: All tensor names of a checkpoint.
+        layouts: Layouts to choose from.
 
     Raises:
-        LayoutError: None of `layouts` explains at least half of the names.
+        LayoutError: None of `layouts` matches at least half of the names.
     """
     names = [name for name in names if not is_ignored(name)]
     explained = lambda layout: sum(layout.parameter(name) is not None for name in names)
@@ -195,6 +202,6 @@ def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS)
         known = "; ".join(layout.name for layout in layouts)
         raise LayoutError(
             f"the names of {len(names)} tensors fit none of the known layouts ({known}); "
-            f"they begin with: {sample}"
+            f"the first names are: {sample}"
         )
     return best.limited_to(best.parts(names))

@@ -1,11 +1,12 @@
-"""Runs the programs of a checkpoint in a process of their own that has limits.
+"""Runs code from a checkpoint in a separate process with limits on time and memory.
 
-A chat template is a program, and so is a regular expression. Jinja's sandbox keeps a template away
-from files and from Python's internals, but it allows endless loops and texts of any length, and
-nothing inside a process can reliably stop them: `"x" * 10**9` is a single step. The system can
-limit a process, and the process can end and be started again without harm to this one.
+A chat template is code, and so is a regular expression. Jinja's sandbox keeps a template away from
+files and from Python's internals, but it allows endless loops and texts of any length. Nothing
+inside a process can reliably stop them: `"x" * 10**9` is a single step. The operating system can
+limit a separate process, which can be killed and started again without harm to this process.
 
-This file is also that process's program. It imports no more than Jinja, so it starts in 0.1 s.
+This file is also the program of the separate process. Outside the standard library it imports only
+Jinja, so the process starts in 0.1 s.
 """
 
 import contextlib
@@ -18,17 +19,17 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-SECONDS = 1  # of a processor's time; a real template takes a few milliseconds
-_MEMORY = 2**29  # bytes besides those that it starts with
-_MAX_ADDED = 2**20  # characters that a template may add to a conversation
+SECONDS = 1  # of CPU time per task; a real template takes a few milliseconds
+_MEMORY = 2**29  # bytes, in addition to what the process uses at its start
+_MAX_ADDED = 2**20  # characters that a template may add to the messages
 
 
 class ProgramError(Exception):
-    """A program that failed, or took more time or memory than it may."""
+    """Raised if a task fails, or exceeds its limit on time or memory."""
 
 
 class LimitedProcess:
-    """Runs `render` and `match` in a process with limits. Several threads may call it at a time."""
+    """Runs `render` and `match` in a process with limits. Several threads may use one object."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,14 +37,14 @@ class LimitedProcess:
         self._end: Callable[[], object] = lambda: None
 
     def __call__(self, task: str, **arguments: object) -> Any:
-        """What a task gives.
+        """Runs a task and returns its result.
 
         Args:
-            task: "render" or "match", the functions below.
-            arguments: Theirs, as JSON has them.
+            task: Name of a function in this module, "render" or "match".
+            arguments: Keyword arguments of the function; they are sent as JSON.
 
         Raises:
-            ProgramError: The program fails, or takes more time or memory than it may.
+            ProgramError: The task fails or exceeds a limit, or no process can be started.
         """
         request = json.dumps([task, arguments], default=str).encode() + b"\n"
         with self._lock:
@@ -54,7 +55,7 @@ class LimitedProcess:
                 process.stdin.write(request)
                 process.stdin.flush()
                 answer = process.stdout.readline()
-            except BrokenPipeError:  # it is dead, as the next lines find
+            except BrokenPipeError:  # the process has ended, which the next lines report
                 answer = b""
             except OSError as error:
                 raise ProgramError(f"no process can be started for it: {error}") from error
@@ -75,7 +76,7 @@ class LimitedProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C is not meant for it
+                start_new_session=True,  # Ctrl-C must not end this process
             )
             self._end = weakref.finalize(self, _end, self._process)
         return self._process
@@ -85,17 +86,17 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not written yet
+        with contextlib.suppress(OSError):  # close() may try to write the rest of a request
             assert pipe is not None
             pipe.close()
 
 
 def _serve() -> None:
-    """Answers requests, a line each, until there are no more."""
+    """Answers requests, one per line of standard input, until the input ends."""
     import resource
     import signal
 
-    with contextlib.suppress(OSError):  # only Linux says what is used, and only it has such limits
+    with contextlib.suppress(OSError):  # this file and this limit exist only on Linux
         with open("/proc/self/statm") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -103,7 +104,8 @@ def _serve() -> None:
     tasks = {"render": render, "match": match}
     for line in sys.stdin.buffer:
         task, arguments = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, whatever it is at
+        # After this time a signal ends the process, even in the middle of a single step.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             answer = tasks[task](**arguments), None
         except Exception as error:
@@ -114,7 +116,10 @@ def _serve() -> None:
 
 
 def match(patterns: list[str], names: list[str]) -> list[int | None]:
-    """The first pattern that each name, or a part of it behind a dot, matches as a whole."""
+    """Returns for each name the index of the first pattern that matches it; None without a match.
+
+    A pattern must match the whole name, or all of its text after one of its dots.
+    """
     compiled = [re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns]
     found = lambda name: (index for index, known in enumerate(compiled) if known.match(name))
     return [next(found(name), None) for name in names]
@@ -123,19 +128,29 @@ def match(patterns: list[str], names: list[str]) -> list[int | None]:
 def render(
     template: str, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]
 ) -> str:
-    """A conversation as text, as transformers' `apply_chat_template` makes it for generation."""
-    # The template has the messages, to change at will.
+    """Renders a conversation as text for generation, like transformers' `apply_chat_template`.
+
+    Args:
+        template: Jinja source of the chat template.
+        messages: Conversation in the format of `apply_chat_template`.
+        variables: Further variables of the template, such as `bos_token`.
+
+    Raises:
+        ValueError: The text is much longer than the messages.
+        jinja2.TemplateError: The template is invalid. Its code may raise other errors too.
+    """
+    # The length is taken first, because the template can change the messages.
     most = len(json.dumps(messages)) + _MAX_ADDED
     made = _compiled(template)
     given = {"tools": None, "documents": None, **variables}
     text = made.render({**given, "messages": messages, "add_generation_prompt": True})
     if len(text) > most:
-        raise ValueError(f"it makes a text of {len(text):,} characters")
+        raise ValueError(f"it renders a text of {len(text):,} characters, more than {most:,}")
     return text
 
 
 def _compiled(template: str) -> Any:
-    """A template in the environment that transformers gives it."""
+    """Returns the compiled template, in an environment like that of transformers."""
     if template not in _known:
         _known[template] = _environment().from_string(template)
     return _known[template]
@@ -152,7 +167,7 @@ def _environment() -> Any:
     from jinja2 import nodes
 
     class Generation(jinja2.ext.Extension):
-        """What a template marks as an answer is text like any other."""
+        """Renders the content of `{% generation %}`, which marks answers, as ordinary text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -162,17 +177,17 @@ def _environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """Takes no name that means something to Python."""
+        """Jinja's namespace, but without attributes whose names start with an underscore."""
 
         def __init__(*args: Any, **values: object):
-            self, *given = args  # so that a value may be called self
+            self, *given = args  # so that an attribute can have the name self
             jinja2.utils.Namespace.__init__(self)
             for name, value in dict(*given, **values).items():
                 self[name] = value
 
         def __setitem__(self, name: str, value: object) -> None:
             if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace takes no {name!r}")
+                raise jinja2.exceptions.SecurityError(f"attribute {name!r} starts with _")
             super().__setitem__(name, value)
 
     def raise_exception(message: str) -> None:
@@ -197,7 +212,8 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = tojson
-    made.globals["dict"] = lambda *args, **values: dict(*args, **values)  # without its methods
+    # A function instead of the class, so that templates cannot reach attributes of `dict`.
+    made.globals["dict"] = lambda *args, **values: dict(*args, **values)
     made.globals["namespace"] = Namespace
     made.globals["raise_exception"] = raise_exception
     made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -1,4 +1,8 @@
-"""LLaVA's own directories: a decoder's, with a projector; the vision tower is mostly elsewhere."""
+"""Reads and writes the config.json of LLaVA's own code.
+
+A directory of LLaVA's own code has a decoder and mostly a projector. The vision tower is usually in
+another directory.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +17,22 @@ DECODERS = {
     "llava_mistral": "mistral",
     "llava_qwen": "qwen2",
 }
-"""From the `model_type` of LLaVA's code to that of the decoder in it."""
+"""Maps the `model_type` of LLaVA's own code to the `model_type` of its decoder."""
 
 _TOWERS = {
     "clip-vit-large-patch14-336": VisionConfig(),
     "clip-vit-large-patch14": VisionConfig(image_size=224),
 }
-"""OpenAI's towers, for checkpoints that have one inside but only name its config."""
+"""Sizes of OpenAI's towers, for checkpoints that have the tower's weights but not its config."""
 
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
 def decoder_settings(raw: Json) -> Json:
-    """A config.json as its decoder's, if it is LLaVA's own."""
+    """Returns a config.json with LLaVA's own `model_type` replaced by that of the decoder.
+
+    Other types stay as they are, and a missing one becomes "llama".
+    """
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or ("mm_vision_tower" not in raw and kind == "llava"):
         return raw
@@ -33,10 +40,14 @@ def decoder_settings(raw: Json) -> Json:
 
 
 def feature_settings(file: Path, raw: Json) -> Json:
-    """What LLaVA's config.json says about image features, as fields of `ModelConfig`.
+    """Returns the fields of `ModelConfig` about image features from LLaVA's own config.json.
+
+    Args:
+        file: Path of the config.json, for messages.
+        raw: Content of the config.json.
 
     Raises:
-        CheckpointError: It asks for something that this package does not compute.
+        CheckpointError: A field has a value that this package does not support.
     """
     supported = {
         "mm_projector_type": ("mlp2x_gelu",),
@@ -58,17 +69,25 @@ def feature_settings(file: Path, raw: Json) -> Json:
 
 
 def image_aspect(raw: Json) -> Aspect | None:
-    """What becomes of images that are not square by a config.json of LLaVA's; None if it is not."""
+    """Returns what LLaVA's own config.json says to do with images that are not square.
+
+    The result is None for a config.json of other code.
+    """
     if "mm_vision_tower" not in raw:
         return None
     return "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"
 
 
 def named_tower(file: Path, raw: Json) -> str | VisionConfig | None:
-    """The vision tower that LLaVA's config.json names.
+    """Finds the vision tower that LLaVA's own config.json names.
+
+    Args:
+        file: Path of the config.json; the tower is also looked for in the same directory.
+        raw: Content of the config.json.
 
     Returns:
-        Its directory, where that is here; else its sizes, if the name is a known one; else None.
+        The tower's directory if it is on this machine; else the tower's sizes if its name is one of
+        OpenAI's; else None.
     """
     name = raw.get("mm_vision_tower")
     if not isinstance(name, str):
@@ -80,13 +99,14 @@ def named_tower(file: Path, raw: Json) -> str | VisionConfig | None:
 
 
 def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect | None) -> Json:
-    """The config.json that LLaVA's own code reads.
+    """Returns the config.json that LLaVA's own code reads.
 
     Args:
-        config: The model.
-        llm: The decoder's own config.json.
-        tower: Where the vision tower lies; its weights are in the checkpoint too.
-        aspect: What happens to images that are not square; None pads, as LLaVA-1.5 was trained.
+        config: Sizes of the model.
+        llm: Content of the decoder's config.json.
+        tower: Path or hub id of the vision tower.
+        aspect: What happens to images that are not square. "crop" crops; everything else pads, as
+            in the training of LLaVA-1.5.
     """
     names = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
     strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
@@ -98,7 +118,7 @@ def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect
         "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_tower": tower,
-        "unfreeze_mm_vision_tower": True,  # the tower's weights are the checkpoint's
+        "unfreeze_mm_vision_tower": True,  # the checkpoint has the tower's weights
         "image_aspect_ratio": "square" if aspect == "crop" else "pad",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -112,17 +132,19 @@ def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect
 def as_parts(
     path: Path, file: Path, raw: Json, find: Callable[[str], Path], *, has_tower: bool
 ) -> Parts:
-    """LLaVA's own directory as separate parts, of which it may be two.
+    """Returns the directories of the decoder and the vision tower of LLaVA's own directory.
+
+    Both are `path` if `path` has the tower's weights and its config.json names a known tower.
 
     Args:
-        path: The directory.
-        file: Its config.json.
-        raw: What that says.
-        find: Finds the directory of a path or a hub id.
-        has_tower: Whether the tower's weights are in the directory.
+        path: LLaVA's own directory.
+        file: Path of the config.json in `path`.
+        raw: Content of the config.json.
+        find: Function that returns the directory of a path or a hub id.
+        has_tower: Whether `path` has the weights of the vision tower.
 
     Raises:
-        CheckpointError: Its vision tower is neither in it nor where it says.
+        CheckpointError: The vision tower that config.json names is needed and cannot be found.
     """
     tower, name = named_tower(file, raw), raw.get("mm_vision_tower")
     if has_tower and isinstance(tower, VisionConfig):

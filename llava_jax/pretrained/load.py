@@ -1,8 +1,8 @@
-"""Parameters from the files of a checkpoint, one tensor at a time.
+"""Loads the parameters of a checkpoint, one tensor at a time.
 
-A stacked parameter is made on its devices and filled layer by layer, each layer cast where it
-lands. So the host never holds more of a checkpoint than one tensor of a file (on the CPU backend,
-whose devices are the host, a second copy of it).
+A stacked parameter is allocated on its devices and filled layer by layer, and each layer is cast on
+the devices. So the host holds one tensor of a checkpoint at a time (two copies of the tensor on the
+CPU backend, whose devices are the host), besides the parameters that are kept in host memory.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from llava_jax.pretrained.layouts import Layout
 from llava_jax.pretrained.safetensors import Tensor, open_tensors
 
 Source = tuple[dict[str, Tensor], Layout]
-"""The tensors of one file or directory, and how they are named."""
+"""Tensors of a file or directory by name, and the layout of these names."""
 
 Reader = Callable[[Path], dict[str, Tensor]]
-"""Finds the tensors of a file or directory."""
+"""Function that opens a file or directory and returns its tensors by name, not read yet."""
 
 EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
@@ -43,23 +43,25 @@ def load_params(
     abstract: Abstract,
     wanted: Collection[str] | None = None,
 ) -> Params:
-    """Reads a LLaVA checkpoint, or a decoder, a vision tower and perhaps a projector.
+    """Loads a LLaVA checkpoint, or separate parts: a decoder, a vision tower, perhaps a projector.
 
-    In separate parts a vocabulary smaller than the config's is filled up with its mean row: a new
-    token's logit is then the mean logit, and never the largest.
+    With separate parts, a vocabulary smaller than the config's is filled up with its mean row. The
+    logit of a new token is then the mean of all logits, so it is never the largest.
 
     Args:
-        source: A directory in one of `layouts.LLAVA_LAYOUTS`, or where the parts lie.
-        config: The model that `abstract` belongs to, as `model_config` reads it from `source`.
-        abstract: All parameters of the model, in their final dtypes, each where its sharding says
-            or on the default device; adapters are not part of a checkpoint.
-        wanted: Only these are read, though all are checked; None reads all.
+        source: Directory in one of `layouts.LLAVA_LAYOUTS`, or the paths of the parts.
+        config: Sizes of the model, as `model_config.read_config` returns them for `source`.
+        abstract: Shapes, dtypes and shardings of all parameters of the model except adapters. A
+            parameter without a sharding goes to the first local device.
+        wanted: Paths of the parameters to load; None loads all. The checkpoint is always checked
+            for all parameters.
 
     Returns:
-        The wanted parameters, as `abstract` says; no projector's if parts have none.
+        The wanted parameters by path, without the projector's if no part has a projector.
 
     Raises:
-        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor.
+        CheckpointError: A file cannot be read, or tensors are missing, left over or of the wrong
+            shape. In the latter case, the message names all these tensors.
     """
     sources = open_sources(source)
     found = find_base_tensors(source, sources, config, abstract)
@@ -71,12 +73,17 @@ def load_params(
 
 
 def open_sources(source: str | Path | Parts, read: Reader = open_tensors) -> list[Source]:
-    """The files of a checkpoint or of separate parts, those first that come before others.
+    """Opens a checkpoint or separate parts, and returns them in the order of precedence.
 
-    An original LLaVA's own vision tower comes before the one given beside it, whose config it has.
+    A parameter is read from the first source that has it. So the vision tower in LLaVA's own
+    directory is preferred to the tower in `source.vision`, of which only the config is used.
+
+    Args:
+        source: Directory of a checkpoint, or the paths of the parts.
+        read: Function that opens a file or directory and returns its tensors by name.
 
     Raises:
-        CheckpointError: One cannot be read, or holds something else.
+        CheckpointError: A file or directory cannot be read, or has tensors of no known layout.
     """
     if not isinstance(source, Parts):
         return [_open(source, layouts.LLAVA_LAYOUTS, read)]
@@ -99,7 +106,7 @@ def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
 def find_base_tensors(
     source: str | Path | Parts, sources: list[Source], config: ModelConfig, abstract: Abstract
 ) -> dict[str, list[Tensor]]:
-    """`find_tensors` for a checkpoint or parts; a projector that no part has is left out."""
+    """Calls `find_tensors` for a base, without the projector if separate parts have none."""
     is_parts = isinstance(source, Parts)
     if is_parts and not any(source[1].holds("projector.linear_1.weight") for source in sources):
         abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
@@ -114,18 +121,19 @@ def find_tensors(
     *,
     may_grow: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """The tensors of each parameter, one a layer if it is stacked.
+    """Returns the tensors of each parameter by its path, one per layer of a stacked parameter.
 
     Args:
-        where: What the sources are, for messages.
-        sources: A parameter comes from the first whose layout has it.
-        config: The model that `abstract` belongs to.
-        abstract: The parameters wanted. Every tensor must belong to one of them.
-        may_grow: Whether a vocabulary may be smaller than wanted.
+        where: Path or parts of the checkpoint, for messages.
+        sources: Opened files or directories. A parameter is taken from the first one whose layout
+            has this parameter.
+        config: Sizes of the model that `abstract` belongs to.
+        abstract: Shapes of the wanted parameters. Every tensor must belong to one parameter.
+        may_grow: Whether a vocabulary may have fewer rows than in `abstract`.
 
     Raises:
-        CheckpointError: One error that names every missing, left-over or wrong-shaped tensor; or a
-            stored head differs from the embedding that it is tied to.
+        CheckpointError: Tensors are missing, left over or of the wrong shape, and the message names
+            all of them; or a stored head differs from the embedding that it is tied to.
     """
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
     missing, misshapen, known = [], [], set()
@@ -163,7 +171,7 @@ def find_tensors(
 
 
 def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:
-    """Raises one error that names all tensors that do not fit, if there are any."""
+    """Raises one CheckpointError that names all tensors that do not fit, if there are any."""
     lines = [
         f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
         for what, items in problems.items()
@@ -181,7 +189,7 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_grow: bool) -> bo
 
 
 def _tied_heads(sources: list[Source]) -> list[Tensor]:
-    """Heads that are stored beside an embedding which is the head too."""
+    """Returns the stored heads of a model in which the embedding is used as the head."""
     return [
         tensor
         for tensors, layout in sources
@@ -193,7 +201,8 @@ def _tied_heads(sources: list[Source]) -> list[Tensor]:
 def _check_tied(where: str, head: Tensor, embedding: Tensor) -> None:
     dtype = common_dtype([head, embedding])
 
-    def digest(tensor: Tensor) -> bytes:  # so that only one of them is held at a time
+    # Digests are compared, so that only one of the two tensors is in memory at a time.
+    def digest(tensor: Tensor) -> bytes:
         values = tensor.read().astype(dtype, copy=False)
         return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()
 
@@ -202,17 +211,23 @@ def _check_tied(where: str, head: Tensor, embedding: Tensor) -> None:
             f"{where} has tie_word_embeddings in its config, but {head.name} "
             f"{list(head.shape)} ({head.file.name}) is not equal to {embedding.name} "
             f"{list(embedding.shape)} ({embedding.file.name}): set tie_word_embeddings to false in "
-            "config.json, in its text_config too if there is one, or take the wrong one out"
+            "config.json, in its text_config too if there is one, or remove the wrong tensor"
         )
 
 
 def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
-    """A parameter, read from its tensors (one a layer if it is stacked) into its place.
+    """Reads a parameter from its tensors onto its devices.
 
-    A stack that goes to host memory is first put together there, so it is there twice for a moment.
+    A stack in pinned host memory is assembled in ordinary host memory first, so that host memory
+    holds the stack twice for a moment.
+
+    Args:
+        path: Path of the parameter.
+        tensors: Tensor of the parameter, or one tensor per layer of a stacked parameter.
+        spec: Shape, dtype and sharding; for a quantized parameter, a `Quantised` of these.
 
     Raises:
-        CheckpointError: A weight to quantise cannot be.
+        CheckpointError: A tensor cannot be read, or a weight cannot be quantized.
     """
     if not paths.is_stacked(path):
         return _cast(_device_put(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
@@ -244,7 +259,7 @@ def _put(index: int, stack: np.ndarray | Array, layer: np.ndarray) -> np.ndarray
         stack[index] = layer
         return stack
     on_device = _device_put(layer, _layer_sharding(stack.sharding))
-    # Waiting keeps the host from running ahead with many tensors in flight.
+    # Without this wait, the host would read ahead and hold many tensors at the same time.
     return jax.block_until_ready(_insert(stack, on_device, np.int32(index)))
 
 
@@ -253,6 +268,7 @@ def _sharding(spec: jax.ShapeDtypeStruct) -> Sharding:
 
 
 def _read(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads a tensor. If `shape` has more rows, they get the mean of the tensor's rows."""
     if tensor.shape == shape:
         return tensor.read()
     values = tensor.read(rows=shape[0])
@@ -266,7 +282,7 @@ def _device_put(values: np.ndarray, sharding: Sharding) -> Array:
 
 
 def _layer_sharding(sharding: Sharding) -> Sharding:
-    """The sharding of one layer of a stack."""
+    """Returns the sharding of one layer, given the sharding of its stack."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = PartitionSpec(*sharding.spec[1:])
@@ -277,7 +293,7 @@ def _layer_sharding(sharding: Sharding) -> Sharding:
 def _insert(
     stack: Shaped[Array, "L *rest"], layer: Shaped[Array, "*rest"], index: Array
 ) -> Shaped[Array, "L *rest"]:
-    # As integers, because XLA:CPU takes a bfloat16 update as reason to rewrite the whole stack.
+    # The update works on integers, because XLA:CPU copies the whole stack to update bfloat16.
     bits = f"uint{8 * stack.dtype.itemsize}"
     as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)
     filled = jax.lax.dynamic_update_index_in_dim(
@@ -293,12 +309,13 @@ def _cast(x: Float[Array, "*rest"], dtype: jnp.dtype) -> Float[Array, "*rest"]:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A parameter that is still in its files: what `save_params` takes in the place of an array.
+    """A parameter that is still in its files; `save_params` accepts it in place of an array.
 
     Attributes:
-        shape: Shape of the whole parameter.
-        dtype: The dtype that `read` returns.
-        read: One layer of it, or all of one that is not stacked.
+        shape: Shape of the whole parameter, with the layer axis of a stacked parameter.
+        dtype: Dtype of the arrays that `read` returns.
+        read: Function that reads the layer with a given index; index 0 reads the whole parameter if
+            it is not stacked.
     """
 
     shape: tuple[int, ...]
@@ -307,15 +324,20 @@ class Stored:
 
 
 def common_dtype(tensors: list[Tensor]) -> np.dtype:
-    """The dtype of a parameter's layers, float32 if they have several."""
+    """Returns the dtype that all tensors have; float32 if their dtypes differ."""
     kinds = {tensor.numpy_dtype for tensor in tensors}
     return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
-    """A parameter in its files, in their dtype, or in float32 if its layers have several.
+    """Returns a parameter that is still in its files, in the dtype that `common_dtype` returns.
 
-    A vocabulary grows as in `load_params`.
+    A vocabulary that is too small is filled up as in `load_params`.
+
+    Args:
+        path: Path of the parameter.
+        tensors: Tensor of the parameter, or one tensor per layer of a stacked parameter.
+        spec: Shape of the whole parameter.
     """
     shape = spec.shape[1:] if paths.is_stacked(path) else spec.shape
     dtype = common_dtype(tensors)
@@ -325,21 +347,21 @@ def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
 
 
 def fingerprint(checkpoint: str | Path | Parts) -> str:
-    """Identifies the weights of a checkpoint without reading them all.
+    """Returns a hash that identifies the weights of a checkpoint, without reading all of them.
 
-    A hash of every tensor's name, dtype and shape and of 192 of its bytes (start, middle, end).
-    It sees another model, another training state (which moves practically every value), another
-    dtype, a resized vocabulary. It does not see how files are cut into shards, where they lie, or
-    which of the known layouts names the tensors; nor a change of a few single values.
+    The hash covers the name, dtype, shape and up to 192 bytes (start, middle, end) of every tensor.
+    It differs for another model, another training state (where practically every value differs),
+    another dtype or a resized vocabulary. It does not depend on shards, paths, or the layout of the
+    tensor names. It can miss a change of a few single values.
 
     Raises:
-        CheckpointError: There is nothing to read.
+        CheckpointError: The checkpoint cannot be read.
     """
     return fingerprint_of(open_sources(checkpoint))
 
 
 def fingerprint_of(sources: list[Source]) -> str:
-    """`fingerprint` of what is open already."""
+    """Returns the `fingerprint` of files that are open already."""
     lines = []
     for tensors, layout in sources:
         for name, tensor in tensors.items():

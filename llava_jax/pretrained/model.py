@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: shapes first, then shardings, then weights straight into place."""
+"""Builds a model from a checkpoint, and loads the weights directly onto their devices."""
 
 from collections.abc import Callable, Collection
 from functools import partial
@@ -49,33 +49,41 @@ def load_weights(
     wanted: Collection[str] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Params:
-    """Parameters from a checkpoint, and fresh ones where it has none.
+    """Loads parameters from a checkpoint and initializes those that the checkpoint lacks.
 
     Args:
-        source: The result of `resolve`; None initialises all parameters.
-        config: The model.
-        abstract: Shapes, dtypes and shardings of all parameters, adapters included.
-        seed: For fresh ones: adapters, and a projector that `source` lacks.
-        wanted: Only these are loaded or made; the checkpoint is checked in full all the same.
-        say: Told of a projector that `source` lacks.
+        source: Directory or parts of the base, as in `Checkpoint.base`; None initializes all
+            parameters.
+        config: Sizes of the model.
+        abstract: Shapes, dtypes and shardings of all parameters, including adapters.
+        seed: Seed of new parameters: adapters, and a projector that `source` lacks.
+        wanted: Paths of the parameters to return; None returns all. The checkpoint is always
+            checked for all parameters.
+        say: Function that is called with a message if `source` has no projector.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or does not fit `config`.
     """
     wanted = abstract.keys() if wanted is None else wanted
     base = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
     if say and source is not None and any(path.startswith("projector.") for path in fresh):
-        say(f"{format_source(source)} has no projector: this is a new one, from seed {seed}")
+        say(f"{format_source(source)} has no projector; a new one is initialized from seed {seed}")
     return params | initialise(fresh, seed)
 
 
 @partial(jit_loop, static_argnums=0)
 def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
-    """`models.llava.Llava.__call__` of a structure and its parameters; compiled for each shape."""
+    """Calls `models.llava.Llava.__call__` on a graph definition with its parameters.
+
+    The function is compiled once for each combination of input shapes.
+    """
     return Llava.__call__(cast("Llava", merge(graphdef, params)), *inputs)
 
 
 class LlavaModel(Llava):
-    """A LLaVA with its weights; call it for logits, see `models.llava.Llava.__call__`."""
+    """A LLaVA with its weights. Calling the model returns the logits of all tokens."""
 
     source: Path | Parts | None = None
 
@@ -85,7 +93,17 @@ class LlavaModel(Llava):
         pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
         attention_mask: Int[ArrayLike, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """As `models.llava.Llava.__call__`; compiled once for each shape."""
+        """Returns the logits in float32, [batch, tokens, vocabulary].
+
+        The model is compiled once for each combination of input shapes.
+
+        Args:
+            input_ids: Token ids [batch, tokens], with `config.image_tokens` image tokens for each
+                image.
+            pixel_values: Normalized images [images, channels, height, width], in the order of their
+                tokens in the rows of the batch; None if there are no images.
+            attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None means no padding.
+        """
         return logits(*split(self), input_ids, pixel_values, attention_mask)
 
     @classmethod
@@ -96,18 +114,20 @@ class LlavaModel(Llava):
         mesh: Mesh | None = None,
         quantize: Quantisation | None = None,
     ) -> "LlavaModel":
-        """Reads a checkpoint.
+        """Loads a checkpoint.
 
         Args:
-            path: A directory in a layout of `pretrained.layouts`, a run's directory, a hub id, or
-                parts, also as text: llm=DIR,vision=DIR,projector=FILE.
-            dtype: The dtype of the weights and the computation, "float32" or "bfloat16".
-            mesh: A mesh of `make_mesh` over which the weights are sharded; None is one device.
-            quantize: How the decoder's linears are kept in fewer bits; None keeps them whole.
+            path: Directory of a checkpoint or a run, hub id, or separate parts, as `Parts` or as
+                the text llm=DIR,vision=DIR,projector=FILE.
+            dtype: Dtype of the weights and the computation, "float32" or "bfloat16".
+            mesh: Mesh over which the weights are sharded, as `make_mesh` returns it; None uses one
+                device.
+            quantize: Quantization of the decoder's linear layers, "nf4", "nf4_double" or "int8";
+                None keeps their weights in `dtype`.
 
         Raises:
-            ConfigError: There is no such checkpoint, or it cannot be quantised.
-            CheckpointError: It is not a LLaVA of a known kind, or not whole.
+            ConfigError: There is no such checkpoint, or its weights cannot be quantized.
+            CheckpointError: The checkpoint is not a supported LLaVA, is incomplete or damaged.
         """
         source = parse_source(path) if isinstance(path, str) else path
         return cls.from_checkpoint(resolve(source), dtype, mesh, quantize)
@@ -120,16 +140,17 @@ class LlavaModel(Llava):
         mesh: Mesh | None = None,
         quantize: Quantisation | None = None,
     ) -> "LlavaModel":
-        """Reads what `resolve` has found. For all else, see `from_pretrained`.
+        """Loads a checkpoint that `resolve` has found.
 
         Args:
-            checkpoint: The base, and perhaps an adapter on it.
-            dtype: As for `from_pretrained`.
-            mesh: As for `from_pretrained`.
-            quantize: As for `from_pretrained`.
+            checkpoint: Base, and perhaps an adapter checkpoint that was trained on it.
+            dtype: Dtype, as in `from_pretrained`.
+            mesh: Mesh, as in `from_pretrained`.
+            quantize: Quantization, as in `from_pretrained`.
 
         Raises:
-            CheckpointError: It is not a LLaVA of a known kind, or not whole.
+            ConfigError: The weights cannot be quantized.
+            CheckpointError: The checkpoint is not a supported LLaVA, is incomplete or damaged.
         """
         base, adapter = checkpoint.base, checkpoint.adapter
         lacks: list[str] = []
@@ -153,18 +174,20 @@ class LlavaModel(Llava):
         seed: int = 0,
         mesh: Mesh | None = None,
     ) -> "LlavaModel":
-        """Puts a LLaVA together from separate parts.
+        """Builds a LLaVA from separate parts.
 
         Args:
-            llm: A LlamaForCausalLM directory, or Mistral's or Qwen2's.
-            vision: A CLIPVisionModel or CLIPModel directory, or SigLIP's.
-            projector: Its safetensors file or directory; None makes a new one from the seed.
-            dtype: The dtype of the weights and the computation.
-            seed: The seed of a new projector.
-            mesh: The same as in `from_pretrained`.
+            llm: Directory or hub id of a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
+            vision: Directory or hub id of a CLIPVisionModel, CLIPModel, SiglipVisionModel or
+                SiglipModel.
+            projector: Safetensors file or directory; None initializes a new projector.
+            dtype: Dtype of the weights and the computation, "float32" or "bfloat16".
+            seed: Seed of a new projector.
+            mesh: Mesh, as in `from_pretrained`.
 
         Raises:
-            CheckpointError: A part cannot be used.
+            ConfigError: There is no such directory or hub id.
+            CheckpointError: A part cannot be read, is not supported or does not fit the others.
         """
         parts = Parts(str(llm), str(vision), None if projector is None else str(projector))
         return cls._load(resolve(parts).base, dtype, mesh, seed)
@@ -191,19 +214,23 @@ class LlavaModel(Llava):
         return model
 
     def load_adapter(self, path: str | Path) -> None:
-        """Adds a PEFT adapter, and replaces what was trained in full beside it.
+        """Adds a LoRA adapter, and replaces the parameters that were trained in full beside it.
+
+        Args:
+            path: Directory or file in a format of `pretrained.adapters`; pickles are refused.
 
         Raises:
-            CheckpointError: It is not a LoRA adapter, or not one of this model.
-            ValueError: The model has an adapter already.
+            CheckpointError: The adapter is not supported, does not fit this model, or was trained
+                on another base.
+            ValueError: The model already has an adapter.
         """
         self._add_adapter(path)
 
     def _add_adapter(self, path: str | Path) -> Collection[str]:
-        """As `load_adapter`; returns the parameters that it has."""
+        """Adds an adapter as `load_adapter` does, and returns the paths of its parameters."""
         _, params = split(self)
         if any(map(is_adapter, params)):
-            raise ValueError("the model has an adapter already; merge that first")
+            raise ValueError("the model already has an adapter; merge it first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
         adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source:
@@ -216,20 +243,25 @@ class LlavaModel(Llava):
         return loaded
 
     def merge_adapter(self) -> None:
-        """Folds the adapters into the weights.
+        """Adds the adapters to the weights of the model, and removes them.
 
         Raises:
-            ValueError: These are quantised_shapes.
+            ValueError: The weights are quantized.
         """
         lora.merge_adapters(self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a directory that transformers reads, of any version, with what the source brought.
+        """Writes a directory that every supported version of transformers loads.
 
-        What was put together from parts gets the chat template that `choose_template` finds.
+        Tokenizer and image processor are copied from the source if it has a tokenizer. A model from
+        separate parts gets the chat template that `choose_template` selects.
+
+        Args:
+            path: Directory to write; it is created if it does not exist.
 
         Raises:
-            ValueError: There are adapters; merge them first.
+            ValueError: The model has adapters; merge them first.
+            CheckpointError: The tokenizer or the image processor of the source cannot be used.
         """
         _, params = split(self)
         dtype = str(self.dtype)

@@ -1,8 +1,8 @@
-"""ModelConfig from a checkpoint's config.json, and back.
+"""Reads a ModelConfig from a checkpoint's config.json, and writes a config.json.
 
-Hugging Face leaves out of config.json what equals a default, and has moved and renamed fields over
-the years. The defaults stand here as data (a test compares them with transformers' own), so what is
-read does not depend on transformers' version.
+Hugging Face omits fields of config.json that equal a default, and has moved and renamed fields over
+the years. The defaults are copied here (a test compares them with those of transformers), so the
+result does not depend on the version of transformers.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
-# Defaults of transformers' configs, the same in 4.36 (Qwen2's and SigLIP's: 4.37) and in 5.23.
+# Defaults of transformers' configs, equal in 4.36 (for Qwen2 and SigLIP: 4.37) and in 5.23.
 LLAMA_DEFAULTS: Json = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -69,7 +69,7 @@ SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
 }
-# Of a LlavaConfig without a vision_config; one that is there has its own type's defaults.
+# Used if there is no vision_config. Otherwise the defaults are those of its model_type.
 LLAVA_VISION: Json = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -88,36 +88,36 @@ LLAVA_DEFAULTS: Json = {
 }
 ROPE_THETA = 10_000.0
 
-# The first is meant where a config has no model_type.
+# A config without model_type has the type of the first entry.
 DECODERS = {"llama": LLAMA_DEFAULTS, "mistral": MISTRAL_DEFAULTS, "qwen2": QWEN2_DEFAULTS}
 TOWERS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
-_TWO_TOWERS = ("clip", "siglip")  # a vision tower and a text tower
+_TWO_TOWERS = ("clip", "siglip")  # have a vision tower and a text tower
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
 
-VOCABULARY_MULTIPLE = 64  # what a grown vocabulary is rounded up to, as llava-hf's 32064 is
+VOCABULARY_MULTIPLE = 64  # extended vocabularies have a multiple of it, like llava-hf's 32064
 
 
-# LLaVA-1.6 and what came of it.
+# LLaVA-1.6 and its successors.
 TILED = ("llava_next", "llava_next_video", "llava_onevision")
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
-    """The model that a Hugging Face LLaVA checkpoint's config.json describes.
+    """Reads the `ModelConfig` of a Hugging Face LLaVA checkpoint from its config.json.
 
     Raises:
-        CheckpointError: No readable config.json, or a model that this package does not compute.
+        CheckpointError: The config.json cannot be read, or the model is not supported.
     """
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
     if kind in TILED:
         raise CheckpointError(
             f"{file}: model_type is {kind!r:.80}, a LLaVA that cuts images into tiles, which is "
-            "not computed here; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and "
-            "a vision tower in directories of their own: llm=DIR,vision=DIR"
+            "not supported; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and a "
+            "vision tower in separate directories: llm=DIR,vision=DIR"
         )
     if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
         what = "a decoder" if kind in DECODERS else "a vision tower"
@@ -136,7 +136,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     strategy = values["vision_feature_select_strategy"]
     _require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
     _require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
-    if given.get("tie_word_embeddings"):  # either place ties, as in transformers 5
+    if given.get("tie_word_embeddings"):  # either field ties, as in transformers 5
         text["tie_word_embeddings"] = True
     parts = _vision_config(file, vision), _llm_config(file, text)
     values["pad_token_id"] = _pad_token_id(file, given, text)
@@ -155,24 +155,25 @@ def _llava_config(file: Path, vision: VisionConfig, llm: LlmConfig, values: Json
 
 
 def read_llm_config(directory: str | Path) -> LlmConfig:
-    """The decoder that a LlamaForCausalLM (or Mistral's, or Qwen2's) directory describes.
+    """Reads the `LlmConfig` of a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
 
     Raises:
-        CheckpointError: No readable config.json, or a decoder that this package does not compute.
+        CheckpointError: The config.json cannot be read, or the decoder is not supported.
     """
     file, raw = read_json_config(directory)
     return _llm_config(file, _given(llava_directory.decoder_settings(raw)))
 
 
 def read_vision_config(directory: str | Path) -> VisionConfig:
-    """The vision tower of a directory of CLIPVisionModel, CLIPModel, or SigLIP's two.
+    """Reads the `VisionConfig` of a CLIPVisionModel, CLIPModel, or SigLIP's counterparts.
 
     Raises:
-        CheckpointError: No readable config.json, or a tower that this package does not compute.
+        CheckpointError: The config.json cannot be read, or the tower is not supported.
     """
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
-    if kind in _TWO_TOWERS:  # openai's configs say it twice; the second is meant
+    if kind in _TWO_TOWERS:
+        # OpenAI's configs have both objects; then vision_config_dict has the right values.
         once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
         raw = {"model_type": f"{kind}_vision_model"} | once | twice
     return _vision_config(file, _given(raw))
@@ -181,20 +182,21 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
 def read_parts_config(
     parts: Parts, image_token_id: int | None = None, pad_token_id: int | None = None
 ) -> ModelConfig:
-    """A LLaVA-1.5 of separate parts.
+    """Reads the `ModelConfig` of a LLaVA-1.5 that consists of separate parts.
 
     Args:
-        parts: Where they lie.
-        image_token_id: The image token; None takes the one that `tokenizer.load_tokenizer` adds to
-            the decoder's tokenizer, or without a tokenizer the first id after the vocabulary.
-        pad_token_id: The padding token; None takes it from the same place.
+        parts: Directories of the parts.
+        image_token_id: Id of the image token. None takes the id from the tokenizer of
+            `load_tokenizer`, or without a tokenizer the first id after the decoder's vocabulary.
+        pad_token_id: Id of the padding token. None takes the id from the same tokenizer, or without
+            a tokenizer the second id after the vocabulary.
 
     Returns:
-        A config whose vocabulary is the decoder's, grown where it lacks one of the two tokens. All
-        patches are features: what "default" drops is a class token, and SigLIP has none.
+        A config with the decoder's vocabulary, extended if one of the two ids lies outside. Unless
+        LLaVA's own config.json says otherwise, every patch and no class token is a feature.
 
     Raises:
-        CheckpointError: A part that cannot be read or is not supported.
+        CheckpointError: A part cannot be read or is not supported.
     """
     llm, vision = read_llm_config(parts.llm), _read_tower(parts)
     features: Json = {
@@ -225,30 +227,30 @@ def _read_tower(parts: Parts) -> VisionConfig:
     tower = llava_directory.named_tower(*read_json_config(parts.llm))
     if not isinstance(tower, VisionConfig):
         raise CheckpointError(
-            f"{parts.llm} does not say what its vision tower is; name a directory that does: "
+            f"{parts.llm} does not say what its vision tower is; name the tower's directory: "
             f"llm={parts.llm},vision=DIRECTORY"
         )
     return tower
 
 
 def read_json_config(directory: str | Path) -> tuple[Path, Json]:
-    """A directory's config.json, as it is.
+    """Returns the path and the content of a directory's config.json.
 
     Raises:
-        CheckpointError: There is no config, or it cannot be read.
+        CheckpointError: There is no config.json, or it cannot be read.
     """
     file = Path(directory) / "config.json"
     return file, read_json(file)
 
 
 def _given(raw: Json | None) -> Json:
-    """The value of a field; null means the default, or in some fields that there is no value."""
+    """Removes fields that are null, which means the default (but "no value" in some fields)."""
     none = ("sliding_window", "num_key_value_heads")
     return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
 
 
 def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
-    """An object inside a config; the default if it is missing."""
+    """Returns an object inside a config; `default` if it is missing."""
     value = raw.get(name)
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"{file}: {name} is {value!r:.80}, not an object")
@@ -256,14 +258,14 @@ def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
 
 
 _MOST_LAYERS = 1000
-_MOST = 2**24  # beyond every size of every model
+_MOST = 2**24  # larger than any size in a model
 
 
 def _check(file: Path, part: str, kind: type, values: Json) -> None:
-    """Holds what a config says against the annotations of the dataclass that is made of it.
+    """Checks the values of a config against the type annotations of the dataclass `kind`.
 
     Raises:
-        CheckpointError: A field is of another type, or no size that a model has.
+        CheckpointError: A field has the wrong type, or a size that no model has.
     """
     for name, hint in get_type_hints(kind).items():
         value = values.get(name)
@@ -291,7 +293,7 @@ def _require(file: Path, name: str, value: object, supported: tuple[object, ...]
 
 
 def _complete(file: Path, part: str, given: Json, defaults: dict[str, Json]) -> Json:
-    """What a part's config says, with the defaults of its model_type."""
+    """Returns a part's config, completed with the defaults of its model_type."""
     kind = given.get("model_type", next(iter(defaults)))
     _require(file, f"{part}'s model_type", kind, tuple(defaults))
     return defaults[kind] | {"model_type": kind} | given
@@ -302,7 +304,7 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
     _require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
     _require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
     _require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
-    # Qwen2's windows are of some layers only.
+    # Qwen2 uses a sliding window in some layers only, which is not supported.
     _require(
         file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
     )
@@ -313,7 +315,7 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
     if heads % key_heads or head_dim % 2 or not head_dim:
         raise CheckpointError(
             f"{file}: the decoder has {heads} heads of size {head_dim} and {key_heads} key heads; "
-            "heads must have an even size, and share key heads alike"
+            "the size must be even, and the number of heads a multiple of that of key heads"
         )
     theta, scaling = _rope(file, values)
     return LlmConfig(
@@ -335,7 +337,7 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
 
 
 def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or the two fields before it."""
+    """Returns RoPE's base and scaling from `rope_parameters` (transformers 5) or older fields."""
     name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     rope = _object(file, values, name, {})
     theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
@@ -375,23 +377,23 @@ def _vision_config(file: Path, given: Json) -> VisionConfig:
 
 
 def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
-    """The padding token; configs without one pad with the end token."""
+    """Returns the id of the padding token; configs without one pad with the end token."""
     end = text.get("eos_token_id", DECODERS[text.get("model_type", "llama")]["eos_token_id"])
     choices = (top.get("pad_token_id"), text.get("pad_token_id"))
     choices = (*choices, end[0] if isinstance(end, list) and end else end)
-    given = [choice for choice in choices if choice not in (None, -1)]  # -1: Llama's first configs
+    given = [choice for choice in choices if choice not in (None, -1)]  # -1: early Llama configs
     if not given:
         raise CheckpointError(f"{file} has neither pad_token_id nor the decoder's eos_token_id")
     return given[0]
 
 
 def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = "bfloat16") -> None:
-    """Writes a config.json that transformers 4.40 and later and 5 read alike.
+    """Writes a config.json that means the same to transformers 4.40 and later, including 5.
 
     Args:
-        config: The model.
-        directory: An existing directory.
-        dtype: The dtype of the weights beside it, such as "bfloat16".
+        config: Sizes of the model.
+        directory: Existing directory.
+        dtype: Dtype of the weights in the directory, such as "bfloat16".
     """
     llava = {
         "model_type": "llava",
@@ -413,7 +415,7 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
 
 
 def text_settings(llm: LlmConfig) -> Json:
-    """A decoder's own config.json."""
+    """Returns the content of a decoder's own config.json."""
     text = dataclasses.asdict(llm)
     text |= {"architectures": [ARCHITECTURES[llm.model_type]], "hidden_act": "silu"}
     if llm.rope_scaling is not None:
@@ -428,16 +430,16 @@ def text_settings(llm: LlmConfig) -> Json:
 
 
 def tower_settings(vision: VisionConfig) -> Json:
-    """A vision tower's own config.json."""
+    """Returns the content of a vision tower's own config.json."""
     tower = dataclasses.asdict(vision) | {"num_channels": 3}
     if vision.model_type == "clip_vision_model":
         del tower["vision_use_head"]
-        tower["projection_dim"] = 768  # of a head that LLaVA does not have; loaders want a number
+        tower["projection_dim"] = 768  # LLaVA has no such head, but loaders need a number
     return tower
 
 
 def read_config(source: Path | Parts) -> ModelConfig:
-    """The model that a checkpoint's own files describe."""
+    """Calls `read_model_config` for a directory, and `read_parts_config` for separate parts."""
     if isinstance(source, Parts):
         return read_parts_config(source)
     return read_model_config(source)

@@ -1,12 +1,14 @@
-"""LoRA adapters as PEFT directories: adapter_config.json and adapter_model.safetensors.
+"""Reads and writes LoRA adapters as PEFT directories.
 
-Adapters are written with the names of transformers 5 and read with those of either era:
+A PEFT directory has an adapter_config.json and an adapter_model.safetensors. The names of tensors
+depend on the version of transformers; the code calls the two conventions era 5 and era 4:
 
     transformers 5            base_model.model.model.language_model.layers.0.self_attn.q_proj...
     transformers up to 4.51   base_model.model.language_model.model.layers.0.self_attn.q_proj...
 
-PEFT loads a file of the other era without a word and without effect. Here a file is read only if
-all of it belongs to the model.
+Adapters are written for era 5 by default, and both eras are read. PEFT itself ignores the tensors
+of a file of the other era, without an error. Here a file is refused unless every tensor belongs to
+the model.
 """
 
 import json
@@ -38,25 +40,26 @@ from llava_jax.pretrained.safetensors import read_json, write_tensors
 from llava_jax.pretrained.save import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE = "base.json"  # ours: which weights the adapter was trained on; PEFT passes it over
+BASE = "base.json"  # not a file of PEFT: it identifies the weights of the base
 
 _PREFIX = "base_model.model."
 _ERAS = {4: layouts.HF_4_36, 5: layouts.HF_5_MEMORY}
-# Where a stack's blocks are in the modules' names, in every version of transformers.
+# Patterns that match the module names of a stack's layers in every version of transformers.
 _BLOCKS = {
     LLM: r"(model\.)?language_model\.(model\.)?layers",
     VISION: r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers",
 }
-# Older PEFT wants something before what a pattern matches, and era 4's names begin at the tower.
+# Older PEFT needs at least one module name before the match, and names of era 4 start with the
+# tower's name, so the pattern must not include that name.
 _VISION_PATTERN = r"encoder\.layers\..*"
-# What is trained in full beside adapters, as PEFT's modules_to_save names it.
+# Names in PEFT's modules_to_save of the parts that are trained in full beside adapters.
 _MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
 _KINDS = {
     "base_model_name_or_path": str,
     **{"rank_pattern": dict, "alpha_pattern": dict},
     **{"lora_dropout": int | float, "use_rslora": bool},
 }
-_MAX = 2**24  # beyond every rank and alpha
+_MAX = 2**24  # larger than any rank and alpha
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
@@ -79,22 +82,22 @@ def save_adapter(
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads on the Hugging Face base.
 
-    Every process of a run must call it; the first one writes.
+    All processes of a run must call this function; the first process writes.
 
     Args:
-        directory: Made if it does not exist.
-        params: Everything that was trained: adapters, and the parts tuned in full beside them. Of
-            such a vision tower also what did not train, for PEFT takes it only whole.
+        directory: Directory to write; it is created if it does not exist.
+        params: All trained parameters: adapters, and the parts trained in full beside them. If the
+            vision tower is such a part, also its frozen parameters: PEFT loads only whole towers.
         adapters: LoRA settings by stack, `LLM` or `VISION`.
         config: Sizes of the model that was trained.
-        base_name: Directory, hub id or parts of the base, for those who load the adapter; paths are
-            written absolute.
-        fingerprint: The base's fingerprint.
-        era: The version of transformers that names the modules: 5, which 4.52 to 4.57 share, or 4,
-            up to 4.51.
+        base_name: Path, hub id or parts of the base, stored for programs that load the adapter;
+            local paths are made absolute.
+        fingerprint: Fingerprint of the base's weights, or None if it is not known.
+        era: Version of transformers whose module names are used: 5 for versions from 4.52 on, 4 for
+            versions up to 4.51.
 
     Raises:
-        ValueError: `params` has something that a PEFT adapter cannot hold.
+        ValueError: `params` has parameters that a PEFT adapter cannot store.
     """
     directory = Path(directory)
     whole = [path for path in params if not is_adapter(path)]
@@ -103,7 +106,7 @@ def save_adapter(
         raise ValueError(f"a PEFT adapter has no room for {', '.join(foreign)}")
     modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
     if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
-        raise ValueError("PEFT takes a vision tower only whole, with the layers behind the feature")
+        raise ValueError("PEFT loads a vision tower only whole: add the layers after the feature")
     base = {"fingerprint": fingerprint}
     named = None if base_name is None else absolute_source(base_name)
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
@@ -117,7 +120,12 @@ def save_adapter(
 
 
 def peft_name(layout: Layout, parameter: str) -> str:
-    """The name of one layer of a parameter in an adapter's file, on a base that `layout` names."""
+    """Returns the tensor name in a PEFT adapter's file.
+
+    Args:
+        layout: Layout of the module names of the base.
+        parameter: Parameter path with the layer index, as `models.paths.unstacked` returns it.
+    """
     name = layout.file_name(parameter)
     name = re.sub(r"\.lora_([ab])$", lambda match: f".lora_{match[1].upper()}.weight", name)
     return _PREFIX + name
@@ -126,7 +134,10 @@ def peft_name(layout: Layout, parameter: str) -> str:
 def _peft_config(
     adapters: Mapping[str, LoraConfig], config: ModelConfig, modules: list[str]
 ) -> Json:
-    """adapter_config.json: the decoder's settings, and the tower's as patterns if they differ."""
+    """Returns the content of adapter_config.json.
+
+    If the vision tower's rank or alpha differs from the decoder's, it is stored as a pattern.
+    """
     first = adapters.get(LLM) or adapters[VISION]
     ranks, alphas = {}, {}
     if VISION in adapters and adapters[VISION] != first:
@@ -150,7 +161,7 @@ def _peft_config(
 
 
 def lora_settings(lora: LoraConfig) -> Json:
-    """What all adapter_config.jsons of one LoRA say alike."""
+    """Returns the fields of adapter_config.json that PEFT's and LLaVA's directories share."""
     return {
         "peft_type": "LORA",
         "r": lora.rank,
@@ -163,7 +174,7 @@ def lora_settings(lora: LoraConfig) -> Json:
 
 
 def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
-    """A regular expression for the linears with adapters; unused vision layers do not match."""
+    """Returns a pattern for the linear layers with adapters, without unused vision layers."""
     layers = r"\d+"
     if stack == VISION:
         layers = f"({'|'.join(map(str, range(config.used_vision_layers)))})"
@@ -171,10 +182,10 @@ def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
 
 
 def read_settings(file: Path) -> Json:
-    """An adapter_config.json.
+    """Reads an adapter_config.json.
 
     Raises:
-        CheckpointError: It is not LoRA's, or has settings that are not supported.
+        CheckpointError: The file cannot be read, is not for LoRA, or has unsupported settings.
     """
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
@@ -186,12 +197,15 @@ def read_settings(file: Path) -> Json:
         raise CheckpointError(f"{file}: not supported: {', '.join(odd)}")
     for name, kind in _KINDS.items():
         if not isinstance(settings.get(name), kind | None):
-            raise CheckpointError(f"{file}: {name} is {settings[name]!r:.80}")
+            raise CheckpointError(f"{file}: {name} is {settings[name]!r:.80}, of the wrong type")
     return settings
 
 
 def plain_name(name: str) -> str:
-    """A file's tensor name without what PEFT put round it; adapters end as ours do."""
+    """Removes PEFT's additions from a tensor name.
+
+    The name of an adapter then ends in `.lora_a` or `.lora_b`, like the paths in this package.
+    """
     name = name.replace(_PREFIX, "", 1).replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
     return re.sub(
@@ -200,13 +214,16 @@ def plain_name(name: str) -> str:
 
 
 def stack_settings(directory: Path, settings: Json, stack: str, names: list[str]) -> LoraConfig:
-    """The one setting of all of a stack's adapters.
+    """Returns the LoRA settings that all adapters of a stack share.
 
     Args:
-        directory: For messages.
-        settings: adapter_config.json.
-        stack: Which.
-        names: Its adapters' tensors.
+        directory: Directory of the adapter, for messages.
+        settings: Content of adapter_config.json.
+        stack: The stack, `LLM` or `VISION`.
+        names: Tensor names of the stack's adapters, as `plain_name` returns them.
+
+    Raises:
+        CheckpointError: Adapters of the stack differ in rank or alpha, or a value is invalid.
     """
     modules = sorted({name.rsplit(".", 1)[0] for name in names})
     of_modules = partial(_of_modules, directory / CONFIG, settings, modules)
@@ -220,8 +237,8 @@ def stack_settings(directory: Path, settings: Json, stack: str, names: list[str]
     (rank,), (alpha,) = ranks, alphas
     dropout = settings.get("lora_dropout") or 0.0
     if not 0 <= dropout < 1:
-        raise CheckpointError(f"{directory / CONFIG}: lora_dropout is {dropout:.5g}")
-    if settings.get("use_rslora"):  # scales by alpha / sqrt(rank)
+        raise CheckpointError(f"{directory / CONFIG}: lora_dropout {dropout:.5g} is not in [0, 1)")
+    if settings.get("use_rslora"):  # its scale is alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
     linears = {module.rsplit(".", 1)[1] for module in modules}
     order = LLM_LINEARS if stack == LLM else VISION_LINEARS
@@ -237,7 +254,10 @@ def _of_modules(
     pattern_name: str,
     kind: Any,
 ) -> set[Any]:
-    """The modules' ranks or alphas: each of the first pattern that its name ends in, as in PEFT."""
+    """Returns the ranks or alphas of the modules.
+
+    As in PEFT, the value is that of the first pattern that matches the end of a module's name.
+    """
     patterns = settings.get(pattern_name) or {}
     try:
         of = LimitedProcess()("match", patterns=[*patterns], names=modules) if patterns else []
@@ -247,5 +267,8 @@ def _of_modules(
     found = [values[-1 if index is None else index] for index in of or [None]]
     for value in found:
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < _MAX:
-            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which is no number for it")
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}; r must be a positive integer, lora_alpha a "
+                "positive number"
+            )
     return {*found}

@@ -1,4 +1,4 @@
-"""What turns text and images into a model's inputs: read from checkpoints, written beside them."""
+"""Reads and writes the image processor, chat template and generation settings of a checkpoint."""
 
 import json
 import re
@@ -17,29 +17,29 @@ from llava_jax.pretrained.model_config import read_vision_config
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
-_BICUBIC = 3  # Pillow's number
-_MAX_LEVEL = 1000  # beyond every mean and deviation
-_MAX_SIDE = 2**14  # beyond every side of a model's images
+_BICUBIC = 3  # Pillow's number for bicubic resampling
+_MAX_LEVEL = 1000  # larger than any mean or standard deviation
+_MAX_SIDE = 2**14  # pixels; larger than any side of a model's images
 _PROCESSOR, _IMAGES = "processor_config.json", "preprocessor_config.json"
 
 
 def has_processor(directory: Path) -> bool:
-    """Whether a directory has both a tokenizer and an image processor."""
+    """Returns True if a directory has both a tokenizer and an image processor."""
     return has_tokenizer(directory) and _image_settings(directory) is not None
 
 
 def load_image_transform(
     source: str | Path | Parts, aspect: Aspect | None = None
 ) -> ImageTransform:
-    """How a checkpoint's images become pixels.
+    """Reads the image processor of a checkpoint.
 
     Args:
-        source: A LLaVA's directory, or separate parts: then the vision tower's. A tower without an
-            image processor gets CLIP's or SigLIP's own, at its image size.
-        aspect: What happens to images that are not square; None is what the checkpoint says.
+        source: Directory of a LLaVA, or separate parts, whose vision tower is used. A tower without
+            an image processor gets the default of CLIP or SigLIP at its image size.
+        aspect: What happens to images that are not square; None uses the checkpoint's setting.
 
     Raises:
-        CheckpointError: There is no image processor, or one that does something else.
+        CheckpointError: There is no image processor, or it has unsupported settings.
     """
     directory = Path(source.vision if isinstance(source, Parts) else source)
     found = _image_settings(directory)
@@ -68,7 +68,7 @@ def load_image_transform(
     if not (_is_numbers(mean, 3) and _is_numbers(std, 3, 1e-6) and _is_numbers([rescale], 1, 1e-6)):
         raise CheckpointError(
             f"{file}: image_mean {mean!r:.80}, image_std {std!r:.80}, rescale_factor "
-            f"{rescale!r:.80}; they must be three numbers, three above 0, and one above 0"
+            f"{rescale!r:.80}; they must be three numbers, three numbers above 0, one above 0"
         )
     return ImageTransform(
         shortest_edge=edge,
@@ -84,11 +84,11 @@ def load_image_transform(
 def load_fitting_transform(
     source: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
 ) -> ImageTransform:
-    """As `load_image_transform`, for a model.
+    """Calls `load_image_transform`, and checks that its image size is that of the model.
 
     Raises:
         CheckpointError: `load_image_transform` fails.
-        ConfigError: The pixels are not of the size that the model takes.
+        ConfigError: The image processor's image size differs from the model's.
     """
     transform = load_image_transform(source, aspect)
     if not transform.height == transform.width == config.vision.image_size:
@@ -109,12 +109,12 @@ def _is_numbers(values: object, count: int, least: float = -_MAX_LEVEL) -> bool:
 
 
 def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of the channels."""
+    """Returns the default mean and standard deviation of each channel."""
     return (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
 
 
 def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
-    """An image processor's shortest edge, height, width, and what it does with the aspect."""
+    """Returns shortest edge, height and width in pixels, and the aspect, of an image processor."""
     size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
@@ -123,7 +123,7 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
         isinstance(sides, dict) and all(map(is_side, sides.values())) for sides in (size, crop)
     ):
         raise CheckpointError(
-            f"{file}: size {size!r:.80} and crop_size {crop!r:.80}; they must be sides in pixels"
+            f"{file}: size {size!r:.80} and crop_size {crop!r:.80}; they must be lengths in pixels"
         )
     is_exact = {"height", "width"} <= size.keys()
     crops = settings.get("do_center_crop", not is_exact or "crop_size" in settings)
@@ -133,8 +133,8 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
     if not is_known or not {"height", "width"} <= crop.keys():
         raise CheckpointError(
             f"{file}: size {size}, do_center_crop {str(bool(crops)).lower()} and crop_size {crop}; "
-            "supported: a shortest_edge, of which a height and width are cropped; or a height and "
-            "width as size, not cropped"
+            "supported: a shortest_edge as size, and a crop to a height and width; or a height and "
+            "width as size, and no crop"
         )
     height, width = crop["height"], crop["width"]
     aspect = "pad" if settings.get("do_pad") else "squash" if is_exact else "crop"
@@ -142,7 +142,8 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
 
 
 def _image_settings(directory: Path) -> tuple[Path, Json] | None:
-    """The image processor's settings and their file; transformers 5 nests them in another."""
+    """Returns the file and the settings of an image processor; None if there is none."""
+    # transformers 5 nests the settings in processor_config.json.
     for name, inner in ((_PROCESSOR, "image_processor"), (_IMAGES, None)):
         file = directory / name
         if not file.exists():
@@ -170,14 +171,16 @@ def save_processor(
     `AutoProcessor.from_pretrained` then makes the prompts and pixels that the model was trained on.
 
     Args:
-        source: The checkpoint to take the tokenizer and the image processor from.
-        directory: An existing directory.
+        source: Checkpoint whose tokenizer and image processor are written.
+        directory: Existing directory.
         config: Sizes of the model.
-        template: What conversations look like; None keeps the source's own chat template.
-        aspect: What happens to images that are not square; None keeps what the source says.
+        template: Template of the conversations; None keeps the source's own chat template.
+        aspect: What happens to images that are not square; None keeps the source's setting.
 
     Raises:
-        CheckpointError: `source` cannot be read, or its tokenizer is not the model's.
+        CheckpointError: `source` cannot be read, or its tokenizer lacks the model's image token.
+        ConfigError: The tokenizer lacks the token that ends the template's answers.
+        OSError: A file cannot be written.
     """
     directory = Path(directory)
     tokenizer = load_tokenizer(source)
@@ -194,7 +197,7 @@ def save_processor(
         tokenizer.save_pretrained(directory)
     except OSError:
         raise
-    except Exception as error:  # what the disk refuses is a plain one in Rust's tokenizers
+    except Exception as error:  # tokenizers raises no OSError for a failed write
         raise OSError(f"{directory}: the tokenizer cannot be written: {error}") from error
     write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))
     write_json(directory / _IMAGES, _image_processor(transform))
@@ -213,16 +216,19 @@ def save_processor(
         text = chat_template(template, tokenizer, image_token)
         (directory / "chat_template.jinja").write_text(text)
     elif not isinstance(source, Parts) and not directory.samefile(source):
-        for file in Path(source).glob("chat_template.j*"):  # .jinja, and .json before it
+        for file in Path(source).glob("chat_template.j*"):  # .jinja, or .json as in older versions
             copy_regular(file, directory / file.name)
 
 
 def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
-    """Writes the image processor alone, into a vision tower's directory.
+    """Writes the image processor into the directory of a vision tower.
 
     Args:
-        source: Has it; the tower's own kind stands in where it does not.
-        directory: With the tower's config.json.
+        source: Checkpoint with the image processor; if it has none, the tower's default is written.
+        directory: Directory of the tower, with its config.json.
+
+    Raises:
+        CheckpointError: The image processor cannot be read or is not supported.
     """
     if not isinstance(source, Parts) and _image_settings(Path(source)) is None:
         source = Parts(str(directory), str(directory))
@@ -230,15 +236,15 @@ def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
 
 
 def write_json(file: Path, settings: Json) -> None:
-    """Writes a settings file as transformers does."""
+    """Writes a settings file in the format of transformers."""
     file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _tokenizer_settings(directory: Path) -> Json:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
-    for own in ("backend", "local_files_only"):  # how it was opened here, not what it is
+    for own in ("backend", "local_files_only"):  # these say how it was loaded here
         settings.pop(own, None)
-    # The name that all versions of transformers have for "as tokenizer.json says".
+    # In all versions of transformers, this class uses tokenizer.json as it is.
     return settings | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
@@ -277,12 +283,13 @@ def generation_settings(
     config: ModelConfig,
     template: Template | None,
 ) -> Json:
-    """Greedy decoding, and which tokens end it: the source's own, and the template's.
+    """Returns settings for greedy decoding, with the end tokens of the source and the template.
 
-    Nothing else of the source's settings is kept: some (Vicuna's temperature without sampling) make
+    Other settings of the source are dropped: some (Vicuna's temperature without sampling) make
     transformers refuse to save the model again.
 
     Raises:
+        CheckpointError: The source's generation_config.json cannot be used.
         ConfigError: The tokenizer lacks the token that ends the template's answers.
     """
     ends = _given_ends(source, cast("int | None", tokenizer.eos_token_id))
@@ -298,7 +305,7 @@ def generation_settings(
 
 
 def end_tokens(source: str | Path | Parts) -> frozenset[int]:
-    """The tokens that end what is generated, as a checkpoint's files say."""
+    """Returns the ids of the tokens that end a generated text, as read from a checkpoint."""
     found = _given_ends(source, None)
     if found is None and has_tokenizer(source):
         found = cast("int | None", load_tokenizer(source).eos_token_id)
@@ -318,7 +325,7 @@ def _as_list(ends: int | list[int] | None) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-# What `data.conversation` renders, in Jinja. The names in it are set by `chat_template`.
+# Renders the same text as `data.conversation`. `chat_template` defines the variables.
 _JINJA = """\
 {%- if messages[0]["role"] == "system" -%}
   {%- set parts = messages[0]["content"] -%}
@@ -346,7 +353,7 @@ _JINJA = """\
 """
 
 
-# What a tokenizer has, or its chat template, of a decoder that was trained with a template.
+# Tokens, or texts in a chat template, that show which template a decoder was trained with.
 _MARKS = {
     "<|start_header_id|>": "llama_3",
     "<|im_start|>": "chatml",
@@ -356,17 +363,17 @@ _MARKS = {
 
 
 def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
-    """The template that fits a decoder, by its tokenizer; without a sign of any, Vicuna's.
+    """Chooses the template that fits a decoder, judged by its tokenizer; the default is Vicuna's.
 
     Args:
-        source: The directory or parts with the tokenizer.
-        is_xtuner: Whether XTuner trained it, which has a prompt of its own for Vicuna.
+        source: Directory or parts with the tokenizer.
+        is_xtuner: Whether XTuner trained the model; XTuner's prompt for Vicuna differs.
 
     Returns:
-        Its name; None if the chat template that is there takes images, and may stay.
+        Name of the template; None if the tokenizer's own chat template supports images.
     """
     tokenizer = load_tokenizer(source)
-    own = str(tokenizer.chat_template or "")  # a decoder's leaves out what is no text
+    own = str(tokenizer.chat_template or "")  # that of a text model ignores images
     if "image" in own and not is_xtuner:
         return None
     words = tokenizer.get_vocab()
@@ -377,22 +384,22 @@ def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> s
 def read_chat_template(
     source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
 ) -> tuple[str, Template | None]:
-    """A checkpoint's chat template; if it takes no images, the one that fits its decoder.
+    """Returns a checkpoint's chat template, or a new one if the checkpoint's ignores images.
 
     Args:
-        source: A LLaVA's directory, or separate parts.
-        tokenizer: The tokenizer of `source`.
-        image_token: What stands for an image in its text.
+        source: Directory of a LLaVA, or separate parts.
+        tokenizer: Tokenizer of `source`.
+        image_token: Text of the image token.
 
     Returns:
-        Jinja, and the template that it renders where it is not the checkpoint's own.
+        Jinja source, and the template that it was made from; None for the checkpoint's own.
     """
     directory = Path(source.llm if isinstance(source, Parts) else source)
     newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
-    own = tokenizer.chat_template or ""  # that of chat_template.jinja, if there is one
+    own = tokenizer.chat_template or ""  # from chat_template.jinja, if there is one
     if older.exists() and not newer.exists():
         own = read_json(older).get("chat_template", "")
-    if isinstance(own, dict):  # several, by name
+    if isinstance(own, dict):  # several templates by name
         own = own.get("default", "")
     if not isinstance(own, str):
         raise CheckpointError(f"{directory}: its chat template is {own!r:.80}, not a text")
@@ -403,10 +410,10 @@ def read_chat_template(
 
 
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """A conversation template for `apply_chat_template`.
+    """Returns a conversation template as Jinja source for `apply_chat_template`.
 
-    Messages have the role user or assistant, the first perhaps system: it takes the place of the
-    template's own. Contents are texts, or lists of text and image parts.
+    Messages have the role user or assistant. The first message may have the role system, and then
+    replaces the template's system text. Contents are texts, or lists of text and image parts.
     """
     bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
     named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
@@ -414,7 +421,7 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
     def text(part: str) -> str:
         for name, token in named.items():
             part = part.replace(name, token)
-        # Other control tokens stand for themselves.
+        # Other names in braces are control tokens, which are written without the braces.
         return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_SLOT else m[1], part)
 
     first_prefix = text(template.begin + template.human_prefix)
@@ -433,6 +440,6 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
         "image_suffix": text(template.image_suffix),
         "keeps_questions": template.keeps_questions,
     }
-    # Jinja's literals are JSON's.
+    # These JSON literals are also Jinja literals.
     lines = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()]
     return "\n".join([*lines, _JINJA])

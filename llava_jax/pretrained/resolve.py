@@ -1,4 +1,4 @@
-"""From what a user calls a checkpoint to where its files lie."""
+"""Finds the files of a checkpoint that a user names by a path, a hub id or separate parts."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ from llava_jax.pretrained.safetensors import MAX_JSON_BYTES, open_tensors
 
 
 class Checkpoint(NamedTuple):
-    """Where weights come from.
+    """Location of a model's weights.
 
     Attributes:
-        name: What its user calls the base.
-        base: Where the base lies.
-        adapter: What was trained on it, in a form of `pretrained.adapters`.
+        name: Name of the base: its absolute path, hub id or parts.
+        base: Directory or parts of the base.
+        adapter: Adapter checkpoint on this base, in a format of `pretrained.adapters`; or None.
     """
 
     name: str
@@ -37,16 +37,18 @@ def resolve(
     *,
     base: str | Path | Parts | None = None,
 ) -> Checkpoint:
-    """Finds a checkpoint: a directory of any kind, a run's, parts, or a hub id's snapshot.
+    """Finds a checkpoint, and the base of an adapter checkpoint. Downloads hub ids.
 
     Args:
-        source: A path, a hub id or parts; `parse_source` makes it from text.
-        read: Opens a file or directory of tensors.
-        base: What `source` was trained on. None takes the base that `source` names, if it has one.
+        source: Path of a checkpoint or a run, hub id, or parts. Text with parts must have been
+            parsed by `parse_source`.
+        read: Function that opens a file or directory and returns its tensors by name. With any
+            other function than `open_tensors`, weights may be pickles.
+        base: Base that `source` was trained on; None takes the base that `source` names, if any.
 
     Raises:
-        ConfigError: There is no such checkpoint, or the two do not go together.
-        CheckpointError: What is there cannot be used.
+        ConfigError: There is no such checkpoint, or `source` and `base` do not fit together.
+        CheckpointError: The checkpoint cannot be read or is not supported.
     """
     try:
         if base is None:
@@ -54,14 +56,16 @@ def resolve(
         found = _resolve(base, read)
         if found.adapter is not None or isinstance(source, Parts):
             given = f"{format_source(source)} and --base {format_source(base)}"
-            raise ConfigError(f"give one thing that was trained, and a model as its base: {given}")
+            raise ConfigError(
+                f"give an adapter or part that was trained, and a model as base: {given}"
+            )
         return found._replace(adapter=adapter_in(source, read))
-    except OSError as error:  # a name too long, a file that may not be read
+    except OSError as error:  # for example, the name is too long
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
 
 def resolve_start(source: str | Parts) -> Checkpoint:
-    """`resolve` of a config's `init_from`; what is wrong with it names the field."""
+    """Calls `resolve` for a config's `init_from`; a ConfigError then names this field."""
     try:
         return resolve(source)
     except ConfigError as error:
@@ -75,7 +79,7 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     path = _in_run(Path(source) if is_here else _local(str(source), read))
     if is_adapter_checkpoint(path):
         if is_base:
-            raise ConfigError("that is itself something trained; merge it first")
+            raise ConfigError("the base is itself an adapter or a trained part; merge it first")
         return _resolve_trained(path, read)
     name = str(path.resolve()) if is_here else str(source)
     _refuse_pickles(name, path, read)
@@ -83,9 +87,9 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
 
 
 def model_name(source: str | Path | Parts) -> str:
-    """Returns a short name for a model: a hub id as it is, or the name of its directory or run.
+    """Returns a short name for a model: its hub id, or the name of its directory or run.
 
-    Parts are named after their decoder.
+    Separate parts have the name of their decoder.
     """
     if isinstance(source, Parts):
         return model_name(source.llm)
@@ -98,14 +102,14 @@ def model_name(source: str | Path | Parts) -> str:
 
 
 def adapter_in(name: str | Path, read: Reader = open_tensors) -> Path:
-    """Finds what was trained: a file, a directory, a run's adapter, or the snapshot of a hub id.
+    """Finds an adapter checkpoint: a file, a directory, a run's adapter, or a hub id's snapshot.
 
     Args:
-        name: A path or a hub id.
-        read: Opens a file of weights, as in `resolve`.
+        name: Path or hub id.
+        read: Function that opens a file or directory of tensors, as in `resolve`.
 
     Raises:
-        ConfigError: There is nothing of the kind.
+        ConfigError: There is no such path or hub id.
     """
     path = Path(name) if Path(name).exists() else _local(str(name), read)
     inner = path / "adapter"
@@ -113,7 +117,7 @@ def adapter_in(name: str | Path, read: Reader = open_tensors) -> Path:
 
 
 def _in_run(path: Path) -> Path:
-    """What a run has made, if `path` is a run's directory."""
+    """Returns the model or adapter that a run wrote if `path` is a run directory, else `path`."""
     if not _is_run(path):
         return path
     for made in ("model", "adapter"):
@@ -123,14 +127,14 @@ def _in_run(path: Path) -> Path:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a directory's config.json is as `description` writes it; any checkpoint has one."""
+    """Returns True for a run directory, whose config.json has other keys than a checkpoint's."""
     if not (path / "config.json").is_file():
         return (path / "checkpoints").is_dir()
     return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
 
 
 def _local(name: str, read: Reader) -> Path:
-    """A directory, or the snapshot of a hub id."""
+    """Returns the directory at a path, or else downloads the snapshot of a hub id."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -163,9 +167,9 @@ def _find_part(name: str, read: Reader) -> Path:
 
 
 def _refuse_pickles(name: str, directory: Path, read: Reader) -> None:
-    """Says how to rewrite pickles, where they are all the weights there are and are not read.
+    """Raises CheckpointError if there are only pickles and `read` does not read pickles.
 
-    A snapshot for such a reader is without its pickles, see `_download`.
+    The snapshot of a hub id then has no weights at all, see `_download`.
     """
     is_snapshot, pickles = not Path(name).exists(), sorted(directory.glob("*.bin"))
     if _reads_pickles(read) or any(directory.glob("*.safetensors")) or not (is_snapshot or pickles):
@@ -179,7 +183,7 @@ def _refuse_pickles(name: str, directory: Path, read: Reader) -> None:
 
 
 def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
-    """What was trained, and the base that it names."""
+    """Returns an adapter checkpoint and the base that it names."""
     if directory.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(directory.parent):
         raise ConfigError(f"{directory} is a part of what XTuner exported; name {directory.parent}")
     base = named_base(directory)
@@ -190,7 +194,7 @@ def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
         return _resolve(parse_source(base), read, is_base=True)._replace(adapter=directory)
     except ConfigError as error:
         raise ConfigError(
-            f"{directory} was trained on {base:.200}, which cannot be had; {_NAME_BASE} ({error})"
+            f"{directory} was trained on {base:.200}, which cannot be used; {_NAME_BASE} ({error})"
         ) from error
 
 
@@ -201,30 +205,30 @@ _NAME_BASE = (
 
 
 def _is_export(directory: Path) -> bool:
-    """Whether a directory is as XTuner exports them."""
+    """Returns True if a directory has the layout that XTuner's export script writes."""
     return (directory / "projector").is_dir()
 
 
 def _as_parts(path: Path, read: Reader) -> Path | Parts:
-    """A directory of LLaVA's or XTuner's own as separate parts; others as they are."""
+    """Returns the parts in a directory of LLaVA's own code or XTuner, or else `path` itself."""
     if _is_export(path):
         vision = path / "visual_encoder"
         if not vision.is_dir():
             raise ConfigError(
-                f"{path} has a decoder and a projector, as XTuner exports them, but no vision "
-                f"tower; name its directory too: llm={path},vision=DIRECTORY"
+                f"{path} has the decoder and the projector of an XTuner export, but no vision "
+                f"tower; name the tower's directory too: llm={path},vision=DIRECTORY"
             )
         return Parts(str(path), str(vision), str(path / "projector"))
     try:
         layout = layouts.recognise(tensors := read(path))
     except layouts.LayoutError:
-        return path  # reading it will say what is wrong
+        return path  # loading the directory raises a clear error
     if layout.name != layouts.LLAVA.name:
         return path
     file, raw = read_json_config(path)
     parts = layout.parts(tensors)
     if parts == {"llm"} and "mm_vision_tower" not in raw:
-        return path  # a decoder alone, whose names are the same
+        return path  # a decoder alone has the same names
     find = partial(_find_part, read=read)
     return llava_directory.as_parts(path, file, raw, find, has_tower="vision" in parts)
 
@@ -233,29 +237,29 @@ _BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 def _download(hub_id: str, *, pickles: bool) -> Path:
-    """The snapshot of a hub id, with its weights as pickles only where it has no others."""
-    from huggingface_hub import snapshot_download  # only for those who name a hub id
+    """Downloads a hub id's snapshot; with `pickles`, pickles too if there are no safetensors."""
+    from huggingface_hub import snapshot_download  # imported only if it is needed
 
-    # What LLaVA's code puts beside safetensors comes always: it is a part of what was trained.
+    # These pickles are always needed: LLaVA's code writes trained parameters into them.
     patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=patterns))
         if pickles and not any(directory.rglob("*.safetensors")):
             directory = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
-    except Exception as error:  # the hub's client has many, and no common base
+    except Exception as error:  # the client's errors have no common class
         raise ConfigError(
-            f"{hub_id!r} is no directory (has the run that makes it finished?), and the hub does "
-            f"not give it: {error}"
+            f"{hub_id!r} is no directory (has the run that makes it finished?), and it cannot "
+            f"be downloaded from the hub: {error}"
         ) from error
     return directory
 
 
 def quantisation_of(source: Path | Parts) -> Quantisation | None:
-    """How a run kept its base while it trained; None if the base was not quantised.
+    """Returns the quantization of the base during a run; None if the base was not quantized.
 
     Args:
-        source: A run's directory, or the adapter or model that the run left in it. What no run has
-            made is not quantised.
+        source: Run directory, or the adapter or model directory in it. The result is None for
+            everything else.
     """
     if isinstance(source, Parts):
         return None

@@ -1,9 +1,9 @@
-"""The safetensors format: a length, a JSON table, raw bytes.
+"""Reads and writes the safetensors format: a length, a JSON table, raw bytes.
 
-Tensors are read and written one at a time with plain file calls. The library `safetensors` will not
-do: it maps whole files into memory, whose pages then count as used, and it cannot give the position
-of a tensor in its file, from which parts of a tensor are read here. Every offset is checked before
-it is used.
+Tensors are read and written one at a time with plain file calls. The library `safetensors` is not
+used, for two reasons: it maps whole files into memory, whose pages then count as used, and it hides
+the position of a tensor in its file, which is needed to read a part of a tensor. Every offset is
+checked before it is used.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from llava_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5 * 10**9  # what transformers and the Hub call 5 GB
+SHARD_BYTES = 5 * 10**9  # 5 GB, as transformers and the Hub count
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -37,17 +37,17 @@ _BUFFER_BYTES = {
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _BUFFER_BYTES
-MAX_JSON_BYTES = 2**24  # a checkpoint's JSON files have a few MB at most
+MAX_JSON_BYTES = 2**24  # the JSON files of a checkpoint have a few MB at most
 _MAX_JSON_DEPTH = 64
 _MAX_JSON_PARTS = 10**6
-_MAX_DIMENSIONS = 64  # NumPy's
+_MAX_DIMENSIONS = 64  # the limit of NumPy
 _MAX_ITEMS = 2**59  # so that an array of 8-byte items has less than 2**63 bytes
 _SAMPLE_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, not read yet. `start` and `size` are in bytes."""
+    """A tensor in a file that is not read yet. `start` and `size` are in bytes."""
 
     name: str
     file: Path
@@ -58,10 +58,10 @@ class Tensor:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The dtype that `read` gives.
+        """Returns the dtype of the array that `read` returns.
 
         Raises:
-            CheckpointError: No weight has it.
+            CheckpointError: The tensor has a dtype that is not supported for weights.
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
@@ -70,14 +70,14 @@ class Tensor:
         return DTYPES[self.dtype]
 
     def read(self, rows: int | None = None) -> np.ndarray:
-        """Its values in the file's dtype.
+        """Reads the values, in the dtype of the file.
 
         Args:
-            rows: Length of the result's first axis, for room after the tensor's own rows.
+            rows: Number of rows of the result; rows after the tensor's own are not initialized.
 
         Raises:
-            CheckpointError: It has a dtype that no weight has, the file is cut short, or there is
-                a value that is no finite number.
+            CheckpointError: The dtype is not supported for weights, the file is too short, or a
+                value is NaN or infinite.
         """
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         values = np.empty(shape, self.numpy_dtype)
@@ -88,33 +88,33 @@ class Tensor:
         return values
 
     def _read_into(self, values: np.ndarray) -> None:
-        """Fills a flat array."""
+        """Fills a flat array with the values."""
         self._read_bytes(self.start, values)
 
     def _read_bytes(self, start: int, values: np.ndarray) -> None:
         buffer = values.view(np.uint8).data
         with open_regular(self.file) as file:
             file.seek(start)
-            while buffer:  # one read call stops at 2 GiB
+            while buffer:  # one call reads at most 2 GiB
                 count = file.readinto(buffer)
                 if not count:
                     raise CheckpointError(f"{self.file} ends inside {self.name}")
                 buffer = buffer[count:]
 
     def sample(self) -> bytes:
-        """A few bytes from its start, middle and end, whatever kind of file it is in."""
+        """Returns a few bytes from the start, middle and end, the same for every file format."""
         starts = (0, self.size // 2, max(0, self.size - _SAMPLE_BYTES))
         return b"".join(self.stretch(at, min(_SAMPLE_BYTES, self.size - at)) for at in starts)
 
     def stretch(self, at: int, count: int) -> bytes:
-        """Some of its bytes, counted as `read` has them: row after row."""
+        """Returns `count` bytes from byte `at` on, in the row-major order of `read`."""
         with open_regular(self.file) as file:
             return os.pread(file.fileno(), count, self.start + at)
 
 
 @dataclasses.dataclass(frozen=True)
 class Strided(Tensor):
-    """A tensor whose values are not one stretch of the file. `stride` is in items."""
+    """A tensor whose values are not contiguous in the file. `stride` is in items."""
 
     stride: tuple[int, ...] = ()
 
@@ -134,7 +134,7 @@ class Strided(Tensor):
         return b"".join(items)[at - first * size :][:count]
 
     def _position(self, index: int) -> int:
-        """Where an item lies, given which of them it is row after row."""
+        """Returns the offset of an item in the tensor's data, given its row-major index."""
         position = 0
         for size, step in zip(self.shape[::-1], self.stride[::-1], strict=True):
             index, along = divmod(index, size)
@@ -143,7 +143,7 @@ class Strided(Tensor):
 
 
 def is_shape(shape: Sequence[Any]) -> bool:
-    """Whether an array can have a shape. NumPy's limits hold even where it has no items."""
+    """Returns True if NumPy allows an array of this shape, even if the array has no items."""
     return (
         len(shape) <= _MAX_DIMENSIONS
         and all(type(size) is int and size >= 0 for size in shape)
@@ -152,20 +152,20 @@ def is_shape(shape: Sequence[Any]) -> bool:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether a flat array of floats has neither NaN nor infinity; by its bits, which is fast."""
+    """Returns True if a flat float array has no NaN and no infinity. Tests bits, to be fast."""
     size = values.dtype.itemsize
     infinity = np.array(np.inf, values.dtype).view(f"u{size}")
     bits = values.view(f"u{size}")
-    step = 2**16  # stays in the processor's cache
+    step = 2**16  # items that fit into the CPU's cache
     parts = (bits[start : start + step] for start in range(0, bits.size, step))
     return all(((part & infinity) != infinity).all() for part in parts)
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a directory with one or with an index of several.
+    """Opens a safetensors file, or a directory with one file or an index, and returns the tensors.
 
     Raises:
-        CheckpointError: Nothing there to read, or a file is malformed.
+        CheckpointError: There is no safetensors file or index, or a file is malformed.
     """
     path = Path(path)
     if path.is_file():
@@ -181,17 +181,17 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 _ADVICE = (
-    ". If it is a pickle (.bin, .pth), only `llava-jax convert` reads it: first `llava-jax "
-    "convert SOURCE DESTINATION --to hf` for a model, or for parts with a projector; "
+    ". If it is a pickle (.bin, .pth), only `llava-jax convert` reads it: run `llava-jax "
+    "convert SOURCE DESTINATION --to hf` for a model or for parts with a projector, and with "
     "`--to peft --base MODEL` for an adapter"
 )
 
 
 def read_json(file: Path) -> Json:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        CheckpointError: No such file, or something else in it.
+        CheckpointError: There is no such file, or it has no JSON object within the limits.
     """
     try:
         value = parse_json(read_regular(file, MAX_JSON_BYTES))
@@ -205,13 +205,13 @@ def read_json(file: Path) -> Json:
 
 
 def parse_json(text: bytes) -> Any:
-    """A JSON value.
+    """Parses a JSON value.
 
     Raises:
-        ValueError: It is not JSON, has more or deeper parts than a checkpoint has, or has a key
-            twice: of those Python would take the last, others take the first.
+        ValueError: The text is not JSON, has more or deeper parts than a checkpoint has, or has a
+            key twice: then Python would use the last value, but other readers use the first.
     """
-    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its bytes
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its size
         raise ValueError(f"it has more than {_MAX_JSON_PARTS:,} lists and objects")
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
@@ -230,15 +230,15 @@ def _distinct(pairs: list[tuple[str, object]]) -> Json:
 
 
 def commonest(names: Iterable[str]) -> str:
-    """The name that comes most often: where some come twice, one of these."""
+    """Returns the most frequent name, which is a duplicate if there are any."""
     return Counter(names).most_common(1)[0][0]
 
 
 def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of the files that an index has, each opened by `read`.
+    """Opens the files of an index with `read`, and returns their tensors by name.
 
     Raises:
-        CheckpointError: The index is malformed, or it names what is not there.
+        CheckpointError: The index is malformed, or does not match the files and their tensors.
     """
     try:
         file_of = parse_json(read_regular(index, MAX_JSON_BYTES))["weight_map"]
@@ -263,11 +263,11 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     return {name: tables[file][name] for name, file in file_of.items()}
 
 
-_FORMATS = ("pt", "tf", "flax", "mlx", "np")  # what transformers takes
+_FORMATS = ("pt", "tf", "flax", "mlx", "np")  # that transformers accepts
 
 
 def _read_header(path: Path) -> tuple[Json, int]:
-    """A file's JSON table, and where its data begin."""
+    """Returns a file's JSON table, and the byte offset of its data."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
@@ -309,7 +309,7 @@ def _read_table(path: Path) -> dict[str, Tensor]:
 
 
 def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tensor:
-    """One tensor of a table, held against the bytes it says it has."""
+    """Returns one tensor of a table, after a check of its entry against the file's size."""
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
@@ -339,13 +339,13 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
 
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Shape and dtype of tensors by name."""
+"""Shapes and dtypes of tensors by name."""
 
 
 def write_tensors(path: Path, specs: Specs, values: Callable[[str], np.ndarray]) -> None:
-    """Writes a safetensors file, asking for the tensors' values one after the other, in order.
+    """Writes a safetensors file, and calls `values` for one tensor at a time, in order.
 
-    The file has its name only when it is complete.
+    The file gets its final name only when it is complete.
     """
     header: Json = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -389,10 +389,10 @@ def write_sharded(
     values: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` with their index.
+    """Writes model.safetensors, or shards of at most `shard_bytes` bytes with their index.
 
-    All shards are complete before any takes its place; then files of an earlier save that do not
-    belong to this one are removed.
+    All shards are complete before the first gets its final name. Then other files of an earlier
+    save are removed. A shard is larger than `shard_bytes` only if it has a single tensor.
     """
     groups = _group(specs, shard_bytes)
     count = len(groups)
@@ -423,7 +423,7 @@ def write_sharded(
 
 
 def _group(specs: Specs, limit: int) -> list[list[str]]:
-    """Names in order, in as few groups of at most `limit` bytes as their order allows."""
+    """Splits the names, in order, into as few groups of at most `limit` bytes as possible."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -436,5 +436,5 @@ def _group(specs: Specs, limit: int) -> list[list[str]]:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Returns a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,6 +1,6 @@
-"""Parameters into safetensors files, gathered one layer at a time.
+"""Writes parameters to safetensors files, gathered one layer at a time.
 
-They are arrays, wherever these lie, or still in other files.
+A parameter is an array on any devices, or a `Stored` parameter that is still in other files.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,20 +33,23 @@ def save_params(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards of at most 5 GB with their index.
+    """Writes model.safetensors, or shards with their index.
 
-    Every process of a run must call it (tensors are gathered one at a time); the first one writes.
+    All processes of a run must call this function, because they gather the tensors together. The
+    first process writes.
 
     Args:
-        params: A whole model; adapters must be merged first.
-        directory: Made if it does not exist; an earlier save in it is replaced.
-        config: The model that `params` belong to.
-        layout: How tensors are named.
-        dtype: "bfloat16", "float16" or "float32" for all tensors; None keeps each as it is.
-        shard_bytes: Largest size of a file.
+        params: Parameters of a model; adapters must be merged first.
+        directory: Directory to write; it is created if it does not exist, and an earlier save in it
+            is replaced.
+        config: Sizes of the model that `params` belong to.
+        layout: Layout of the tensor names.
+        dtype: Dtype of all tensors, "bfloat16", "float16" or "float32"; None keeps their dtypes.
+        shard_bytes: Largest size of a file in bytes.
 
     Raises:
         ValueError: There are adapters among the parameters.
+        CheckpointError: A value is too large for `dtype`, or a `Stored` parameter cannot be read.
     """
     adapters = [path for path in params if path.endswith((".lora_a", ".lora_b"))]
     if adapters:
@@ -62,15 +65,21 @@ def save_tensors(
     write: Callable[[Specs, Callable[[str], np.ndarray]], None],
     dtype: str | None = None,
 ) -> None:
-    """Gathers parameters layer by layer, all processes in one order, and writes on the first.
+    """Gathers parameters layer by layer on all processes, and writes them on the first process.
+
+    All processes gather the layers in the same order; otherwise they would block each other.
 
     Args:
-        params: What to write.
-        config: The model that `params` belong to.
-        naming: Turns our name of one layer into the tensor's name in the file.
-        write: Takes the tensors' shapes and dtypes, and a function that fetches one by its name;
-            must fetch them in that order.
-        dtype: The dtype of the file, as in `save_params`.
+        params: Parameters to write.
+        config: Sizes of the model that `params` belong to.
+        naming: Function that turns a parameter path with a layer index into a tensor name.
+        write: Function that writes the file. It is called with the shapes and dtypes of all tensors
+            and with a function that returns a tensor by its name, which must be called for all
+            tensors in the order of the shapes.
+        dtype: Dtype of all tensors, as in `save_params`.
+
+    Raises:
+        CheckpointError: A value is too large for `dtype`, or a `Stored` parameter cannot be read.
     """
     origins, specs = {}, {}
     for path, param in params.items():
@@ -78,7 +87,7 @@ def save_tensors(
             name = naming(parameter)
             origins[name] = path, index
             specs[name] = shape, jnp.dtype(dtype or param.dtype)
-    # Wide dtypes first: then every tensor in a file is aligned to its item size.
+    # Wide dtypes come first, so that every tensor in a file is aligned to its item size.
     specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
     fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
     if is_main_process():
@@ -99,14 +108,14 @@ def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> np.ndarray:
-    """One layer of a parameter (or all of one that is not stacked), on the host."""
+    """Returns a layer of a stacked parameter, or a whole other parameter, as a NumPy array."""
     param = params[path]
     if isinstance(param, Stored):
         return param.read(index)
     if paths.is_stacked(path):
         param = _take(param, np.int32(index))
     if not param.is_fully_addressable:
-        mesh = cast(NamedSharding, param.sharding).mesh  # only meshes span processes
+        mesh = cast(NamedSharding, param.sharding).mesh  # arrays across processes have a mesh
         replicated = NamedSharding(mesh, PartitionSpec())
         param = jax.jit(lambda x: x, out_shardings=replicated)(param).addressable_data(0)
     return np.asarray(param)

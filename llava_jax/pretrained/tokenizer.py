@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer, exactly as its files define it.
+"""Loads the tokenizer of a checkpoint exactly as its files define it.
 
-transformers 5's LlamaTokenizer is not used: from a `tokenizer.model` it merges pieces in the order
-of their ids instead of their scores, so runs of spaces come out as other tokens than the model was
-trained on, and from a `tokenizer.json` it replaces the normalizer by its own. The generic fast
-tokenizer takes the file at its word.
+The LlamaTokenizer of transformers 5 is not used. From a `tokenizer.model` it merges pieces in the
+order of their ids instead of their scores, so that runs of spaces become other tokens than in the
+model's training. From a `tokenizer.json` it replaces the normalizer. The generic fast tokenizer
+uses the file as it is.
 """
 
 import math
@@ -24,29 +24,29 @@ from llava_jax.pretrained.safetensors import parse_json, read_json
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _MAX_PIECE = 1000
-_SPACE = "▁"  # how SentencePiece writes a space
+_SPACE = "▁"  # SentencePiece's character for a space
 
 
 def has_tokenizer(source: str | Path | Parts) -> bool:
-    """Whether a checkpoint directory, or the decoder's of separate parts, has a tokenizer."""
+    """Returns True if a checkpoint directory, or the decoder of separate parts, has a tokenizer."""
     directory = Path(source.llm if isinstance(source, Parts) else source)
     return any((directory / name).exists() for name in (_FAST, _SENTENCEPIECE))
 
 
 def has_slow_tokenizer(directory: Path) -> bool:
-    """Whether a directory has what transformers' tokenizers in Python are made of."""
+    """Returns True if a directory has the files of transformers' slow tokenizers."""
     return any((directory / name).is_file() for name in (_SENTENCEPIECE, "vocab.json"))
 
 
 def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint.
+    """Loads the tokenizer of a checkpoint.
 
     Args:
-        source: A LLaVA's directory, or separate parts. With parts it is the decoder's tokenizer, to
-            which `<image>` is added, and `<pad>` if it has no padding token.
+        source: Directory of a LLaVA, or separate parts. With parts, the decoder's tokenizer is
+            loaded; `<image>` is added if it is missing, and `<pad>` if there is no padding token.
 
     Raises:
-        CheckpointError: There is no tokenizer, it cannot be read, or it cannot be used safely.
+        CheckpointError: There is no tokenizer, or it cannot be read or used safely.
     """
     directory = Path(source.llm if isinstance(source, Parts) else source)
     if not has_tokenizer(directory):
@@ -58,7 +58,7 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
             tokenizer.decode(tokenizer("A text, of 2 lines:\né<").input_ids)
     except CheckpointError:
         raise
-    except Exception as error:  # the tokenizers library has no other base
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         said = f"{directory}: the tokenizer cannot be read: {type(error).__name__}: {error}"
         raise CheckpointError(f"{said:.1000}") from error
     if isinstance(source, Parts):
@@ -79,15 +79,16 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
 
 
 _MAX_FILE_BYTES = 2**26
-_MAX_LISTED = 10_000  # what transformers puts into a list it searches again for each
+_MAX_LISTED = 10_000  # transformers searches the whole list for each of its tokens
 _MAX_ID = 2**24
 
 
 def _check_files(directory: Path) -> None:
-    """Holds what transformers opens by itself to what it would not survive.
+    """Checks the files that transformers opens itself, as it would hang or crash on some of them.
 
     Raises:
-        CheckpointError: A file is not JSON, is too large, or has something else than settings.
+        CheckpointError: A file is not a regular file, is too large, has no JSON object where one is
+            needed, or lists too many tokens.
     """
     settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     others = (_FAST, _SENTENCEPIECE, "chat_template.jinja")
@@ -113,24 +114,25 @@ def _check_listed(file: Path, values: Iterable[object]) -> None:
 
 
 def _check_fast(file: Path) -> None:
-    """Refuses a tokenizer.json that names tokens twice, or whose steps are not a decoder's.
+    """Checks the token ids in a tokenizer.json, and how much its steps can lengthen a text.
 
     Raises:
-        CheckpointError: It is one of these.
-        Exception: It is of another form.
+        CheckpointError: There is no vocabulary, an id is invalid or used twice, or a step can make
+            a text too long.
+        Exception: The file has another structure than a tokenizer.json.
     """
     settings = parse_json(read_regular(file, _MAX_FILE_BYTES))
     added = [(token["content"], token["id"]) for token in settings.get("added_tokens", ())]
     _check_listed(file, [added])
     vocabulary = settings["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # else ids are places in a list
+    if isinstance(vocabulary, dict):  # in a list, the index of a token is its id
         added += vocabulary.items()
     if not vocabulary:
         raise CheckpointError(f"{file} has no vocabulary")
     names: dict[int, str] = {}
     for name, index in added:
         if type(index) is not int or not 0 <= index < _MAX_ID:
-            raise CheckpointError(f"{file}: the id of {name!r:.80} is {index!r:.80}")
+            raise CheckpointError(f"{file}: the id of {name!r:.80} is {index!r:.80}, no valid id")
         if names.setdefault(index, name) != name:
             raise CheckpointError(
                 f"{file} gives the id {index} to both {names[index]!r:.80} and {name!r:.80}"
@@ -146,9 +148,10 @@ _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def _growth(step: Any) -> int:
-    """How many times as long a step of a tokenizer may make a text.
+    """Returns a bound on the factor by which a step of a tokenizer can lengthen a text.
 
-    Steps come one after the other, so a few bytes of them can ask for any amount of memory.
+    The factors of consecutive steps multiply, so that a small file could ask for any amount of
+    memory.
     """
     if step is None:
         return 1
@@ -156,10 +159,11 @@ def _growth(step: Any) -> int:
     if kind == "Sequence":
         inner = next(step[name] for name in _INNER if name in step)
         return math.prod(map(_growth, inner)) if len(inner) <= _MAX_GROWTH else _MAX_GROWTH + 1
+    # A precompiled table can have texts of any length, and Strip has a bug in the library.
     if kind == "Precompiled" or (
         kind == "Strip" and max(step.get("start", 0), step.get("stop", 0)) > 1
     ):
-        return _MAX_GROWTH + 1  # a table of texts of any length; a fault in the library
+        return _MAX_GROWTH + 1
     if kind == "TemplateProcessing":
         ids = [len(token["ids"]) for token in step["special_tokens"].values()]
         return len(step["single"]) * max([*ids, 1])
@@ -167,7 +171,7 @@ def _growth(step: Any) -> int:
 
 
 def copy_tokenizer(source: str | Path | Parts, directory: Path) -> None:
-    """Copies a tokenizer's files as they are."""
+    """Copies the files of a tokenizer unchanged, for parts those of the decoder."""
     origin = Path(source.llm if isinstance(source, Parts) else source)
     names = (_FAST, _SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json")
     for name in (*names, "added_tokens.json", "vocab.json", "merges.txt"):
@@ -176,18 +180,18 @@ def copy_tokenizer(source: str | Path | Parts, directory: Path) -> None:
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:
-    """LLaMA's tokenizer.model (byte-pair merges) as a fast tokenizer that starts with `<s>`."""
+    """Converts LLaMA's tokenizer.model to a fast tokenizer that starts each text with `<s>`."""
     try:
-        import sentencepiece  # only for directories without a tokenizer.json
+        import sentencepiece  # needed only without a tokenizer.json
     except ImportError as error:
         raise CheckpointError(
-            f"{file.parent} has a {_SENTENCEPIECE} but no {_FAST}; reading it takes sentencepiece "
+            f"{file.parent} has a {_SENTENCEPIECE} but no {_FAST}; reading it needs sentencepiece "
             "(pip install sentencepiece)"
         ) from error
     pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
     size = pieces.get_piece_size()
     names = [pieces.id_to_piece(index) for index in range(size)]
-    if max(map(len, names)) > _MAX_PIECE:  # every way to split a piece is tried
+    if max(map(len, names)) > _MAX_PIECE:  # all ways to split a piece are tried below
         raise CheckpointError(f"{file} has a piece of more than {_MAX_PIECE} characters")
     vocabulary = {name: index for index, name in enumerate(names)}
     scores = {name: pieces.get_score(index) for index, name in enumerate(names)}

@@ -1,7 +1,7 @@
-"""Line charts as SVG elements of the report, whose style sheet has the classes that are named here.
+"""Draws line charts as SVG elements, which are styled by classes of the report's style sheet.
 
-They are drawn by hand because the libraries that were tried (matplotlib 3.11, pygal 3.1, leather
-0.4, in November 2026) do not fit into one page without scripts that follows the reader's dark mode:
+The report is a single page without scripts, and has light and dark colors. No library is used,
+because those that were tried in November 2026 (matplotlib 3.11, pygal 3.1, leather 0.4) do not fit:
 
 - matplotlib is an optional dependency here and takes 1.5 seconds to import. Its SVG has colors in
   each element instead of classes, refers to its own parts by ids that repeat from chart to chart,
@@ -19,26 +19,27 @@ import numpy as np
 from llava_jax.report.formatting import power_of_ten
 
 MAX_POINTS = 300
-"""Longer lines show means of consecutive values, inside a band from the lowest to the highest."""
+"""Number of points to which a line with more than twice as many values is reduced. Each point is
+the mean of consecutive values, and a band shows their range."""
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
 MAX_DOTS = 40
-"""Lines with so few points, such as those of evaluations, show each point as a dot."""
+"""Lines with at most this number of points, such as those of evaluations, show each as a dot."""
 MAX_MARKS = 200
-"""Steps without a finite value that are marked, at most."""
+"""Largest number of marks for steps whose value is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A quantity over steps, reduced to a few hundred points.
+    """Values over steps, reduced to a few hundred points.
 
     Attributes:
-        steps: Step of each point.
-        mean: Mean of the finite values around each point; NaN where there are none.
-        low: Lowest of these values.
-        high: Highest of these values.
-        marked: Steps whose value is not finite.
+        steps: Step of each point [points].
+        mean: Mean of the finite values around each point [points]; NaN where there are none.
+        low: Lowest of the values that `mean` averages.
+        high: Highest of the values that `mean` averages.
+        marked: Steps whose value is not finite [marks].
     """
 
     steps: np.ndarray
@@ -49,11 +50,11 @@ class Series:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> Series:
-    """Reduces a quantity to at most 2 * MAX_POINTS points.
+    """Reduces values over steps to at most 2 * MAX_POINTS points.
 
     Args:
-        steps: Steps in ascending order.
-        values: One value for each step. Those that are NaN or infinite are left out and marked.
+        steps: Steps in ascending order [steps].
+        values: Value of each step [steps]. Values that are NaN or infinite are left out and marked.
     """
     finite = np.isfinite(values)
     marked = steps[~finite]
@@ -72,7 +73,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
 
 
 def ticks(low: float | int, high: float | int, count: int) -> list[float]:
-    """About `count` round numbers at equal distances that cover the range from `low` to `high`."""
+    """Returns about `count` round numbers at equal distances, which cover `low` to `high`."""
     step = _round_up((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
@@ -81,14 +82,15 @@ def ticks(low: float | int, high: float | int, count: int) -> list[float]:
 def line_chart(
     series: Series, name: str, *, last_step: int, from_zero: bool = True, percent: bool = False
 ) -> str:
-    """Draws a quantity over a run's steps.
+    """Draws values over the steps of a run and returns an SVG element.
 
     Args:
-        series: The quantity.
-        name: Its name, for screen readers.
+        series: Values to draw.
+        name: Name of the values, for screen readers.
         last_step: End of the horizontal axis, which begins at 0.
         from_zero: Whether the vertical axis begins at 0.
-        percent: Whether values are shares; the vertical axis then goes from 0 to 100 %.
+        percent: Whether the values are shares between 0 and 1; the vertical axis then goes from 0
+            to 100 %.
     """
     levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series, from_zero)
     across = ticks(0, max(last_step, 1), 5)
@@ -125,10 +127,10 @@ def line_chart(
 
 
 def _levels(series: Series, from_zero: bool) -> list[float]:
-    """Ticks of the vertical axis.
+    """Returns the ticks of the vertical axis.
 
-    A few values far above all others do not decide them: a loss that once jumped to 1,000 would
-    flatten the rest of the line. Such values are cut off at the top.
+    A few values far above all others are cut off at the top. Otherwise a loss that jumped to 1,000
+    once would flatten the rest of the line.
     """
     high = series.high[np.isfinite(series.high)]
     low = series.low[np.isfinite(series.low)]
@@ -147,13 +149,13 @@ def _levels(series: Series, from_zero: bool) -> list[float]:
 
 
 def _round_up(value: float) -> float:
-    """The next higher of 1, 2, 2.5 and 5 times a power of ten."""
+    """Rounds up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
 
 
 def _level_labels(levels: list[float], *, percent: bool) -> tuple[list[str], str]:
-    """A label for each level, and the factor that all labels share."""
+    """Returns a label for each level, and the factor that all labels share, such as "thousands"."""
     if percent:
         return [f"{100 * level:.0f} %" for level in levels], ""
     most = max(map(abs, levels))
@@ -176,14 +178,14 @@ def _count(step: float) -> str:
 
 
 def _unbroken(values: np.ndarray) -> list[slice]:
-    """Ranges of consecutive values without NaN."""
+    """Returns the ranges of consecutive finite values."""
     edges = np.flatnonzero(np.diff(np.r_[False, np.isfinite(values), False]))
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _line(xs: np.ndarray, ys: np.ndarray) -> str:
     points = " ".join(f"{a:.1f} {b:.1f}" for a, b in zip(xs, ys, strict=True))
-    return f"M{points}" + ("h0.1" if len(xs) == 1 else "")  # a line of one point is a dot
+    return f"M{points}" + ("h0.1" if len(xs) == 1 else "")  # makes a single point visible
 
 
 def _band(xs: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> str:

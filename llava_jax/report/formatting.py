@@ -1,4 +1,4 @@
-"""How the report writes numbers, sizes, durations and counts."""
+"""Formats the numbers, sizes, durations and counts of the report."""
 
 import json
 import math
@@ -13,7 +13,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | int | None) -> str:
-    """A value in four digits, with a power of ten if it is very large or very small."""
+    """Formats a number with about four digits, and with a power of ten above 10⁹ or below 10⁻³."""
     if value is None or not math.isfinite(value):
         return "not finite"
     if abs(value) >= 1000:
@@ -27,22 +27,22 @@ def number(value: float | int | None) -> str:
 
 
 def power_of_ten(exponent: int) -> str:
-    """For example 10⁻³."""
+    """Formats a power of ten, for example 10⁻³."""
     return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def percent(share: float | int) -> str:
-    """A share between 0 and 1 in percent, to be read."""
+    """Formats a share between 0 and 1 as a percentage for readers, for example "12.5 %"."""
     return f"{100 * share:.1f} %"
 
 
 def width(share: float | int) -> str:
-    """A share as a width in CSS, at most the whole."""
+    """Formats a share as a CSS width, clipped to 0 to 100 %, for example "12.50%"."""
     return f"{100 * min(max(share, 0), 1):.2f}%"
 
 
 def amount(count: float | int) -> str:
-    """A count; millions and billions are rounded to three digits."""
+    """Formats a count; millions and billions are rounded to three digits."""
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {name}"
@@ -50,17 +50,17 @@ def amount(count: float | int) -> str:
 
 
 def times(count: int, noun: str) -> str:
-    """A count with its noun, for example "1 step" or "2,000 steps"."""
+    """Formats a count with its noun, for example "1 step" or "2,000 steps"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def memory(size: float | int) -> str:
-    """A number of bytes in GiB or MiB."""
+    """Formats a number of bytes in GiB or MiB."""
     return f"{size / GIB:.2f}{NBSP}GiB" if size >= GIB else f"{size / MIB:.1f}{NBSP}MiB"
 
 
 def duration(seconds: float | int) -> str:
-    """Seconds, minutes or hours, in two units at most."""
+    """Formats a number of seconds as seconds, minutes or hours, with at most two units."""
     if seconds < 60:
         return f"{seconds:.1f}{NBSP}s"
     hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
@@ -70,7 +70,7 @@ def duration(seconds: float | int) -> str:
 
 
 def config_value(value: Any) -> str:
-    """A config field's value: texts as they are, all else as JSON."""
+    """Formats the value of a config field: text unchanged, everything else as JSON."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value) or "none"
     return value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The HTML of a run's report: one file that needs no other file and no script.
+"""Renders the report of a run as one HTML file without scripts, which needs no other file.
 
 This module computes what the report shows; the markup is in `templates/`. Jinja2 escapes every
 value that is put into a template, so a question or a path cannot become markup. The only values
@@ -24,10 +24,11 @@ from llava_jax.report.run_files import RunFiles
 from llava_jax.report.thumbnails import MAX_IMAGES, find_thumbnails
 
 MAX_EXAMPLES = 48
+"""Largest number of questions that are shown with their answers."""
 MAX_ROWS = 50
-"""Rows that the tables of samples have at most; the run's files have all of them."""
+"""Largest number of rows in a table of samples; the run's files have all rows."""
 RECENT = 10
-"""The training loss in the headline is a mean of this many steps."""
+"""Number of steps over which the training loss at the top of the report is averaged."""
 
 _TEMPLATES = Environment(
     loader=PackageLoader("llava_jax.report"),
@@ -47,7 +48,7 @@ _TEMPLATES.filters |= {
 
 
 def render(run: RunFiles) -> str:
-    """The report of a run as HTML."""
+    """Returns the report of a run as HTML."""
     template = _TEMPLATES.get_template("report.html.j2")
     return template.render(
         run=run,
@@ -75,7 +76,7 @@ def _header(run: RunFiles) -> Row:
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
-    """The most important numbers: a name, a value and a note each."""
+    """Returns the most important numbers of the run, each as a name, a value and a note."""
     columns, tiles = run.columns, []
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
@@ -100,13 +101,13 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def _speed(run: RunFiles) -> np.ndarray:
-    """Tokens per second of each step."""
+    """Returns the tokens per second of each step [steps]; NaN where the time is not known."""
     seconds = run.columns["seconds"]
     return run.columns["tokens"] / np.where(seconds > 0, seconds, np.nan)
 
 
 def _charts(run: RunFiles) -> list[Row]:
-    """Everything that changes over steps."""
+    """Returns the charts of the values that change over the steps."""
     columns, steps, rows = run.columns, run.columns["step"], run.evaluations
     eval_steps = np.array([row["step"] for row in rows], float)
     evaluated = lambda name: np.array([row[name] for row in rows], float)  # None becomes NaN
@@ -140,7 +141,7 @@ def _chart(
     missing: str = "",
     in_percent: bool = False,
 ) -> Row:
-    """One chart and the line below it; without finite values, a text says why there is none."""
+    """Returns a chart with its caption; without finite values, the caption says why it is empty."""
     finite = np.isfinite(values)
     if not finite.any():
         why = "No value was finite." if len(values) else missing or "Nothing was measured."
@@ -155,7 +156,7 @@ def _chart(
             facts.append(f"{name} {show(values[index])} (step {int(steps[index]):,})")
     if len(series.marked):
         facts.append(f"▲ {len(series.marked):,} not finite")
-    # A line of the caption breaks between facts, not inside them.
+    # Line breaks of the caption are allowed between facts, but not inside a fact.
     facts = [fact.replace(" ", NBSP) for fact in facts]
     if len(steps) > len(series.steps):
         facts.append(f"means of {len(steps) // len(series.steps):,} steps, and their range")
@@ -165,7 +166,7 @@ def _chart(
 
 
 def _answers(run: RunFiles) -> Row:
-    """The first evaluation beside the last: accuracy by category, and examples."""
+    """Returns accuracies and examples of the first and the last evaluation, for comparison."""
     if not run.evaluations:
         has_data = run.config["data"]["eval_path"]
         return {"why": "Nothing was measured yet." if has_data else "This run has no eval data."}
@@ -192,7 +193,10 @@ def _answers(run: RunFiles) -> Row:
 
 
 def _key(example: Row) -> Any:
-    """Tells an example from others, also if the data changed while the run was stopped."""
+    """Returns the identity of an example, by which the same question is found in two evaluations.
+
+    The texts belong to the identity, because the data may have changed while the run was stopped.
+    """
     return example.get("index"), example["question"], example["expected"]
 
 
@@ -201,9 +205,10 @@ def _when(row: Row) -> str:
 
 
 def _categories(rows: Sequence[Row]) -> list[tuple[str, int, list[str]]]:
-    """Each category's name, its samples and its accuracy in each evaluation; none if all are one.
+    """Returns the name of each category, its number of samples and its accuracy per evaluation.
 
-    A category may be missing in the first evaluation, if the data changed since.
+    The list is empty if there is only one category. A category may be missing in the first
+    evaluation, if the data was changed later.
     """
     samples = rows[-1]["samples"]
     accuracy = lambda row, name: (
@@ -214,7 +219,7 @@ def _categories(rows: Sequence[Row]) -> list[tuple[str, int, list[str]]]:
 
 
 def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
-    """One question with its images and its answers."""
+    """Returns one question with its images and its answers."""
     index, images = example.get("index"), example.get("images")
     files = [] if index is None else find_thumbnails(folder, index)
     missing = "This question has no image." if images == 0 else "The image cannot be read."
@@ -229,13 +234,13 @@ def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
 
 
 def _is_right(answer: Row) -> bool:
-    """As it was measured; older versions did not record that."""
+    """Returns whether an answer is right; compares texts if an older version did not record it."""
     right = answer.get("right")
     return answer["given"] == answer["expected"] if right is None else right
 
 
 def _memory(run: RunFiles) -> Row:
-    """What the plan expects of device memory and host memory, and what was measured."""
+    """Returns the planned and the measured memory of devices and hosts."""
     if run.device_bytes:
         measured = f"The measured peak of the first device: {formatting.memory(run.device_bytes)}."
     else:
@@ -262,7 +267,7 @@ def _colored(sizes: Any) -> list[tuple[str, int]]:
 
 
 def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> Row:
-    """A bar of parts (CSS class, bytes); all of `scale` is as wide as the page."""
+    """Returns a bar of parts (CSS class, bytes), whose full width stands for `scale` bytes."""
     return {
         "name": name,
         "of": f"{formatting.memory(total)} of {formatting.memory(scale)}",
@@ -271,7 +276,7 @@ def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> Row
 
 
 def _manual_plan(config: Row) -> str:
-    """The memory settings of a run for which no plan was made."""
+    """Describes the memory settings of a run for which no plan was made."""
     given = config["memory"]
     if given["plan"] == "auto":
         return (
@@ -284,7 +289,7 @@ def _manual_plan(config: Row) -> str:
 
 
 def _recipe(config: Row) -> Row:
-    """The recipe in short."""
+    """Returns the most important fields of the config."""
     tune, batch, rates = config["tune"], config["batch"], config["optimizer"]
     ranks = {"llm": "lora", "vision": "vision_lora"}
     lora = lambda name: f", rank {config[name]['rank']}, alpha {config[name]['alpha']:g}"
@@ -307,7 +312,7 @@ def _recipe(config: Row) -> Row:
 
 
 def _software(described: Row) -> dict[str, str]:
-    """Versions, devices and the fingerprint of the base."""
+    """Returns the versions of packages, the devices and the fingerprint of the base weights."""
     devices = Counter(described["devices"])
     facts = dict(described["versions"])
     facts["devices"] = ", ".join(f"{count} × {kind}" for kind, count in devices.items())

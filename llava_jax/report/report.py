@@ -1,4 +1,4 @@
-"""Writes report.html, a page that shows a run, while the run goes on and at its end."""
+"""Writes report.html, a page that shows a run, during the run and at its end."""
 
 import logging
 import time
@@ -15,15 +15,15 @@ from llava_jax.report.run_files import RunReader
 _LOG = logging.getLogger(__name__)
 
 SECONDS = 60.0
-"""Time between two reports of a run that goes on, at least."""
+"""Shortest time in seconds between two reports during a run."""
 
 
 class Report:
-    """Keeps a run's report.html up to date. If it cannot be written, the run goes on.
+    """Keeps a run's report.html up to date. An error while writing it does not stop the run.
 
     Args:
         run_dir: Directory of the run.
-        write: Whether this process writes the report; only one should.
+        write: Whether this process writes the report; only one process of a run should.
     """
 
     def __init__(self, run_dir: Path, *, write: bool = True):
@@ -43,16 +43,16 @@ class Report:
         self.update(now=True)
 
     def update(self, *, now: bool = False) -> None:
-        """Writes the report again, unless it was written a short time ago.
+        """Writes the report again, unless it was written less than `SECONDS` ago.
 
         Args:
-            now: Write it in any case.
+            now: Whether to write the report in any case.
         """
         if not self._write or (time.monotonic() < self._next and not now):
             return
         try:
             write_report(self._run_dir, self._reader)
-        except Exception as error:  # training goes on after any error here
+        except Exception as error:  # no error here may stop the training
             _LOG.warning("report.html was not written: %s: %s", type(error).__name__, error)
         self._next = time.monotonic() + SECONDS
 
@@ -64,10 +64,12 @@ def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
 
     Args:
         run_dir: Directory of the run.
-        reader: Reader of its files, which may have read some of them before.
+        reader: Reader of the run's files, which reads only new lines of metrics.jsonl if it was
+            used before; None for a new reader.
 
     Raises:
-        ConfigError: It is not a run's directory, or its config is not as a run writes it.
+        ConfigError: The directory is not a run's directory, or its config is damaged.
+        OSError: A file of the run cannot be read, or the report cannot be written.
     """
     run = (reader or RunReader(run_dir)).read()
     try:
@@ -81,7 +83,8 @@ def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
         UndefinedError,
     ) as error:
         raise ConfigError(
-            f"{run_dir / 'config.json'} is not as a run writes it ({type(error).__name__}: {error})"
+            f"{run_dir / 'config.json'} does not have the content that a run writes "
+            f"({type(error).__name__}: {error})"
         ) from error
     for line in run.damaged:
         _LOG.warning("%s", line)

@@ -1,4 +1,4 @@
-"""Reads the JSON-lines files of a run, also if a crash or a disk damaged them."""
+"""Reads the JSON-lines files of a run and skips damaged lines."""
 
 import json
 import math
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Check = Callable[[Any], bool]
 
 MAX_ROW_BYTES = 2**26
-"""Longer lines count as damaged, so that a damaged file cannot fill the memory."""
+"""Lines of this size in bytes count as damaged, so that a damaged file cannot fill the memory."""
 
 
 def _is_text(value: Any) -> bool:
@@ -24,7 +24,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number of a plausible size; NaN is one."""
+    """Returns True if `value` is NaN or a number of a plausible size."""
     return type(value) in (int, float) and not abs(value) > 1e100
 
 
@@ -41,16 +41,21 @@ def _counts_of_names(value: Any) -> bool:
 
 
 def fits(value: Any, form: dict[str, Check]) -> bool:
-    """Whether a value is a JSON object whose fields pass the checks of a form."""
+    """Returns True if `value` is a JSON object and its fields pass the checks in `form`.
+
+    Args:
+        value: Parsed JSON value.
+        form: Check of each field, by name; a missing field is checked as None.
+    """
     return isinstance(value, dict) and all(check(value.get(name)) for name, check in form.items())
 
 
 _TEXTS = {"question": _is_text, "expected": _is_text, "given": _is_text}
-# Evaluations of older versions have none of the other fields.
+# Evaluations that older versions wrote do not have these fields.
 _EXAMPLE = _TEXTS | {name: _or_none(_is_count) for name in ("index", "images")}
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds")
-"""Columns of metrics.jsonl that are read, in addition to the step."""
+"""Fields of metrics.jsonl that are read as columns, in addition to the step."""
 
 FORMS: dict[str, dict[str, Check]] = {
     "metrics.jsonl": {
@@ -75,7 +80,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "skipped": _or_none(_list_of(_is_count)),
     },
 }
-"""For each file, the fields that each of its rows must have."""
+"""Checks of the fields of each row, by file name."""
 
 _USAGE: dict[str, Check] = {
     **dict.fromkeys(("total", "host_total", "reserve", "capacity"), _is_count),
@@ -83,17 +88,17 @@ _USAGE: dict[str, Check] = {
     "host_capacity": _or_none(_is_count),
 }
 PLAN: dict[str, Check] = {"plan": _is_text, "usage": lambda value: fits(value, _USAGE)}
-"""The fields that plan.json must have."""
+"""Checks of the fields of plan.json."""
 
 
 class Found(NamedTuple):
-    """The content of a file.
+    """Rows that were read from a file.
 
     Attributes:
         rows: Rows in the order of the file.
-        damaged: Number of lines that are not rows.
-        end: Offset in bytes of the end of the last complete line. What follows is being written,
-            or was cut short.
+        damaged: Number of lines that are not valid rows.
+        end: Offset in bytes of the end of the last complete line. A line after this offset is being
+            written, or was cut short by a crash.
     """
 
     rows: list[Row]
@@ -102,7 +107,15 @@ class Found(NamedTuple):
 
 
 def read_rows(file: Path, start: int = 0) -> Found:
-    """Reads a file whose name is in `FORMS`, from byte `start` on; a missing file has no rows."""
+    """Reads the rows of a file; a missing file has no rows.
+
+    Args:
+        file: Path of the file, whose name is a key of `FORMS`.
+        start: Offset in bytes from which the file is read; the start of a line.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
+    """
     rows, damaged, end = [], 0, start
     if not file.exists():
         return Found(rows, damaged, end)
@@ -110,7 +123,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
         opened.seek(start)
         while line := opened.readline(MAX_ROW_BYTES):
             is_long = len(line) == MAX_ROW_BYTES
-            # Skip the rest of a line that is too long, a block at a time.
+            # Read the rest of a line that is too long in blocks, and drop it.
             while line and not line.endswith(b"\n") and is_long:
                 line = opened.readline(MAX_ROW_BYTES)
             if not line.endswith(b"\n"):
@@ -125,7 +138,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
 
 
 def parse_object(text: bytes) -> Row | None:
-    """Parses a JSON object; None if the text is not one. Infinite numbers become NaN."""
+    """Parses a JSON object; returns None if `text` is something else. Infinity becomes NaN."""
     try:
         value = json.loads(text, parse_constant=lambda _: math.nan)
     except (ValueError, RecursionError):
@@ -134,5 +147,5 @@ def parse_object(text: bytes) -> Row | None:
 
 
 def write_rows(rows: list[Row]) -> str:
-    """The text of a file with these rows."""
+    """Returns the text of a JSON-lines file with these rows."""
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Reads the files in a run's directory, also while the run writes to them."""
+"""Reads the files in a run's directory, also while the run writes them."""
 
 import dataclasses
 from array import array
@@ -12,7 +12,7 @@ from llava_jax.report.formatting import times
 from llava_jax.report.rows import COLUMNS, PLAN, Row, fits, parse_object, read_rows
 
 LATEST = ("device_bytes",)
-"""Fields of which the last value counts, such as the peak memory of the current process."""
+"""Fields of metrics.jsonl of which only the last value is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,9 @@ class RunFiles:
     Attributes:
         directory: Directory of the run.
         described: Content of config.json.
-        columns: Columns of metrics.jsonl by name, with a value for each step; NaN if not finite.
-        device_bytes: Peak memory of a device; None if it is not known.
+        columns: Columns of metrics.jsonl by name, float64 [steps]; NaN for values that are missing
+            or not finite.
+        device_bytes: Peak memory of a device in bytes; None if it is not known.
         evaluations: Rows of evaluations.jsonl, in the order of their steps.
         skipped: Rows of skipped.jsonl.
         nonfinite: Rows of nonfinite.jsonl.
@@ -43,20 +44,21 @@ class RunFiles:
 
     @property
     def config(self) -> Row:
-        """The resolved config."""
+        """Config of the run, with all fields."""
         return self.described["config"]
 
     @property
     def step(self) -> int:
-        """Number of finished steps."""
+        """Number of steps that the run has finished."""
         steps = self.columns["step"]
         return int(steps[-1]) if len(steps) else 0
 
 
 class RunReader:
-    """Reads a run's files, also repeatedly.
+    """Reads the files of a run, once or repeatedly.
 
-    Of metrics.jsonl, which is long, it reads only what was added since the last time.
+    metrics.jsonl can be long, so each call of `read` reads only the lines that were added since
+    the last call.
 
     Args:
         directory: Directory of the run.
@@ -69,10 +71,11 @@ class RunReader:
         self._latest: Row = {}
 
     def read(self) -> RunFiles:
-        """Reads the files as they are now.
+        """Reads the current contents of the files.
 
         Raises:
-            ConfigError: The directory is not a run's directory.
+            ConfigError: The directory is not a run's directory, or its config.json is damaged.
+            OSError: A file cannot be read.
         """
         described = self._object("config.json") or {}
         if not isinstance(described.get("config"), dict) or "name" not in described["config"]:
@@ -104,7 +107,7 @@ class RunReader:
         )
 
     def _read_metrics(self) -> None:
-        """Reads the rows that were added since the last call: 100,000 rows take half a second."""
+        """Reads the rows that were added since the last call; 100,000 rows take half a second."""
         rows, damaged, self._position = read_rows(self._directory / "metrics.jsonl", self._position)
         self._damaged += damaged
         for row in rows:
@@ -114,9 +117,9 @@ class RunReader:
             self._latest |= {name: row[name] for name in LATEST if name in row}
 
     def _in_order(self) -> dict[str, np.ndarray]:
-        """The columns in order of steps; of several rows for one step, the last counts.
+        """Returns the columns in the order of the steps, with the last row of each step.
 
-        A run writes each step once and in order, but the file may be damaged.
+        A run writes each step once and in order, but a damaged file can differ.
         """
         columns = {name: np.array(column) for name, column in self._columns.items()}
         steps = columns["step"]
@@ -126,6 +129,6 @@ class RunReader:
         return {name: column[last] for name, column in columns.items()}
 
     def _object(self, name: str) -> Row | None:
-        """The object in a JSON file; empty if the file is damaged, None if there is no file."""
+        """Reads the object in a JSON file; returns {} if damaged, None if there is no file."""
         text = read_if_there(self._directory / name)
         return None if text is None else parse_object(text) or {}

@@ -1,4 +1,4 @@
-"""Small copies of the eval images that a report shows, so that a report does not need the data."""
+"""Stores small copies of the eval images of a report, so that it does not need the data files."""
 
 import io
 from collections.abc import Sequence
@@ -11,26 +11,26 @@ from llava_jax.data.images import open_image
 from llava_jax.disk import replace_bytes
 
 MAX_EDGE = 320
-"""Pixels of a copy's longer side, at most."""
+"""Largest number of pixels of a copy's longer side."""
 
 MAX_IMAGES = 4
-"""Images of one sample that are copied, at most."""
+"""Largest number of images of one record that are copied."""
 
 
 def keep_thumbnails(directory: Path, index: int, images: Sequence[str | bytes]) -> None:
-    """Writes the copies of one record's images.
+    """Writes small copies of a record's images as JPEG files.
 
     Args:
         directory: Directory for the copies, which is created when needed.
         index: Index of the record.
-        images: Paths or contents of the images. One that cannot be read gets no copy.
+        images: Paths or contents of the image files. An image that cannot be read gets no copy.
     """
     for number, image in enumerate(images[:MAX_IMAGES]):
         file = directory / f"{index}-{number}.jpg"
         try:
             copy = open_image(image)
         except SampleError:
-            file.unlink(missing_ok=True)  # an older copy may be of other data
+            file.unlink(missing_ok=True)  # an older copy may show another image
             continue
         directory.mkdir(parents=True, exist_ok=True)
         copy.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.LANCZOS)
@@ -40,6 +40,6 @@ def keep_thumbnails(directory: Path, index: int, images: Sequence[str | bytes]) 
 
 
 def find_thumbnails(directory: Path, index: int) -> list[Path]:
-    """The existing copies of one record's images, in the order of the images."""
+    """Returns the paths of the existing copies of a record's images, in the order of the images."""
     files = (directory / f"{index}-{number}.jpg" for number in range(MAX_IMAGES))
     return [file for file in files if file.is_file()]

@@ -1,1 +1,1 @@
-"""Serving a model: OpenAI's API and a web page. What it needs is in the extra `serve`."""
+"""Serves a model by OpenAI's API and as a web page; needs the packages of the extra `serve`."""

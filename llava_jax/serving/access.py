@@ -1,8 +1,9 @@
-"""Who may ask: the server's own page, clients that are no browsers, and whom an option lets in.
+"""Refuses requests that foreign web pages cause, and requests without the API key.
 
-A browser sends requests for any page that its user visits. Such a request carries that page's
-origin, or, if the page's name was made to point at this machine (DNS rebinding), a foreign Host.
-Both are refused before anything else is looked at.
+Any web page that a user visits can make the browser send requests to this server. Such a request
+has the origin of that page in its Origin header. If the host name of that page was made to resolve
+to this machine (DNS rebinding), the request has a foreign Host header. Both kinds are refused
+before anything else is read.
 """
 
 import base64
@@ -22,21 +23,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_jax.serving.limits import RequestError, refusal
 
 OPEN_PATHS = ("/health", "/manifest.json", "/favicon.ico")
-"""Paths that need no key: monitors and browsers ask for them without one, and they tell whether the
-server is well, and its name."""
+"""Paths that need no key, because monitors and browsers request them without a key. Their responses
+tell only whether the server works, and its name."""
 
 
 def guard_access(
     app: FastAPI, *, host: str, api_key: str | None = None, origins: Sequence[str] = ()
 ) -> None:
-    """Puts the checks in front of an application.
+    """Adds the access checks to an application as middleware.
 
     Args:
-        app: The application.
-        host: Where it listens; a name among the names that it answers to.
-        api_key: What clients must know; None lets all ask.
-        origins: Origins of other pages that browsers may ask for, as "https://chat.example.org".
+        app: Application to protect.
+        host: Host name or IP address that the server listens on; accepted in Host headers.
+        api_key: Key that clients must send; None if no key is required.
+        origins: Origins of other web pages that may use the server, for example
+            "https://chat.example.org". Their host names are accepted in Host headers too.
     """
+    # Middleware that is added later runs earlier. CORS must run before the check of the key,
+    # because browsers send CORS preflight requests without a key.
     if api_key is not None:
         app.add_middleware(KeyCheck, api_key=api_key)
     if origins:
@@ -51,19 +55,20 @@ def guard_access(
 
 
 class OriginCheck:
-    """Middleware that refuses a foreign Host or Origin.
+    """Middleware that refuses requests with a foreign Host or Origin header.
 
     Args:
-        app: The application behind it.
-        names: Host names of this server. An address is one too: no page of another's has it.
-        origins: Foreign origins that may ask.
+        app: Application that gets the accepted requests.
+        names: Accepted host names. IP addresses are always accepted, because DNS rebinding needs a
+            host name.
+        origins: Foreign origins that are accepted.
     """
 
     def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
         self._app, self._names, self._origins = app, names, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 403."""
+        """Passes a request on, or responds with status 403."""
         try:
             if scope["type"] == "http":
                 self._check(Headers(scope=scope))
@@ -76,18 +81,20 @@ class OriginCheck:
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             raise RequestError(
-                f"Host {', '.join(hosts)[:100]!r} is not a name of this server; if it should be, "
-                "start it with --allow-origin and that address",
+                f"Host {', '.join(hosts)[:100]!r} is not a name of this server; to accept it, "
+                "start the server with --allow-origin and the origin of this host",
                 status=403,
             )
         for origin in headers.getlist("origin"):
             if origin not in self._origins and _authority(origin) != hosts[0]:
                 raise RequestError(
-                    f"pages of {origin[:100]!r} may not ask this server; --allow-origin lets them",
+                    f"pages of {origin[:100]!r} may not use this server; to allow them, "
+                    "start the server with --allow-origin",
                     status=403,
                 )
 
     def _is_ours(self, host: str) -> bool:
+        """Returns True if a Host header has an accepted name or an IP address."""
         try:
             name = urlsplit(f"//{host}").hostname
             if name is None or _authority(f"http://{host}") != host:
@@ -98,7 +105,7 @@ class OriginCheck:
 
 
 def _authority(origin: str) -> str | None:
-    """The host and port of an origin, as a Host header has them; None if it is no origin."""
+    """Returns the host and port of an origin as in a Host header; None if it is not an origin."""
     scheme, separator, authority = origin.lower().partition("://")
     if scheme not in ("http", "https") or not separator or set(authority) & set("/?#@\\"):
         return None
@@ -106,28 +113,29 @@ def _authority(origin: str) -> str | None:
 
 
 class KeyCheck:
-    """Middleware that asks for the key, as a bearer token or as the password of a browser's prompt.
+    """Middleware that requires the API key, as a bearer token or as a Basic password.
 
     Args:
-        app: The application behind it.
-        api_key: The key.
+        app: Application that gets the accepted requests.
+        api_key: Key that clients must send.
     """
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app, self._digest = app, _digest(api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 401."""
+        """Passes a request on, or responds with status 401."""
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
             await self._app(scope, receive, send)
             return
-        text = "this server asks for its API key, as `Authorization: Bearer KEY`"
+        text = "this server requires its API key; send it as `Authorization: Bearer KEY`"
         response = refusal(RequestError(text, status=401, code="invalid_api_key"))
         scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="llava_jax"'
         response.headers["WWW-Authenticate"] = scheme
         await response(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
+        """Returns True if the request has the right key."""
         given = Headers(scope=scope).getlist("authorization")
         if len(given) != 1:
             return False
@@ -140,7 +148,7 @@ class KeyCheck:
                 return False
         elif scheme.lower() != "bearer":
             return False
-        # Digests have one length, so the time of the comparison tells nothing of the key.
+        # Digests have equal lengths, so the time of the comparison reveals nothing about the key.
         return hmac.compare_digest(_digest(key), self._digest)
 
 

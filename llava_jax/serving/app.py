@@ -1,4 +1,4 @@
-"""OpenAI's API over HTTP: chat completions whole or streamed, models, health, metrics."""
+"""Serves OpenAI's chat completions over HTTP, and the routes for models, health and metrics."""
 
 import asyncio
 import contextlib
@@ -26,11 +26,11 @@ _Result = TypeVar("_Result")
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 READ_SECONDS = 30.0
-"""How long a client may take to read an answer, beyond the time that the answer itself may take."""
+"""Seconds that a client may take to read an answer, in addition to `Limits.seconds`."""
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application; it starts the service and stops it."""
+    """Returns the HTTP application, which also starts and stops the service."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -40,7 +40,7 @@ def make_app(service: Service) -> FastAPI:
         await service.images.stop()
         await asyncio.to_thread(service.stop)
 
-    # Its own pages of documentation would load scripts from elsewhere.
+    # FastAPI's pages of documentation would load scripts from other servers.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
 
@@ -72,7 +72,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.api_route("/v1/{path:path}", methods=METHODS)
     async def nothing(request: Request) -> Response:
-        text = f"{request.method} {request.url.path[:100]}: this server has no such thing"
+        text = f"{request.method} {request.url.path[:100]}: this server has no such route"
         raise RequestError(text, status=404)
 
     @app.exception_handler(RequestError)
@@ -82,20 +82,25 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(_: Request, __: Exception) -> Response:
-        return refusal(RequestError("the server failed; its log says how", status=500))
+        return refusal(RequestError("the server failed; the error is in its log", status=500))
 
     return app
 
 
 class ChatResponse(Response):
-    """An answer, from reading the request to its last byte, under one ticket."""
+    """Response to a chat completion; reads the request body, generates the answer and sends it.
+
+    Args:
+        service: Service that generates the answer.
+        request: The request.
+    """
 
     def __init__(self, service: Service, request: Request):
         super().__init__()
         self._service, self._request = service, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers."""
+        """Reads the request, and sends the answer or an error."""
         reply = Reply(send)
         client = client_of(scope)
         try:
@@ -114,17 +119,18 @@ class ChatResponse(Response):
                 await refusal(error)(scope, receive, send)
 
     async def _read_in_time(self, ticket: Ticket, body: Body, reply: "Reply") -> None:
-        """Answers a client that reads its answer; sending waits for one that does not."""
+        """Answers a request; raises RequestError if the client reads the answer too slowly."""
         try:
             async with asyncio.timeout(self._service.limits.seconds + READ_SECONDS):
                 await self._answer(ticket, body, reply)
         except TimeoutError:
-            text = "the client does not read its answer"
+            text = "the client does not read the answer"
             raise RequestError(text, status=CLIENT_IS_GONE) from None
 
     def _check_type(self) -> None:
         kind = media_type(self._request.headers)
-        if kind != "application/json":  # a page elsewhere can make a browser send any other
+        # A foreign page can make a browser send other types without a CORS preflight request.
+        if kind != "application/json":
             text = f"the Content-Type is {kind[:50]!r}; send application/json"
             raise RequestError(text, status=415)
 
@@ -153,7 +159,7 @@ class ChatResponse(Response):
     async def _stream(
         self, ticket: Ticket, request: ChatRequest, answer: Answer, reply: "Reply"
     ) -> None:
-        """The answer as server-sent events, a chunk for each text that is new and certain."""
+        """Sends the answer as server-sent events, with one chunk for each update that adds text."""
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
         named = _naming(request, "chat.completion.chunk")
         no_usage = {"usage": None} if wants_usage else {}
@@ -165,7 +171,7 @@ class ChatResponse(Response):
         await chunk({"role": "assistant", "content": ""})
         sent = 0
         async for update in ticket.updates():
-            text = update.text.rstrip()  # spaces at the end are none of the answer
+            text = update.text.rstrip()  # a complete answer has no spaces at its end
             if len(text) > sent:
                 await chunk({"content": text[sent:]})
                 sent = len(text)
@@ -177,13 +183,13 @@ class ChatResponse(Response):
 
 
 class Reply:
-    """What goes out: one JSON object, or events.
+    """Sends a response: one JSON object, or server-sent events.
 
     Args:
-        send: The server's.
+        send: ASGI send function.
 
     Attributes:
-        has_begun: Whether the status is sent.
+        has_begun: Whether the status and the headers were sent.
     """
 
     def __init__(self, send: Send):
@@ -191,20 +197,20 @@ class Reply:
         self.has_begun = False
 
     async def whole(self, value: Json) -> None:
-        """An object, and the end."""
+        """Sends a JSON object as the whole response."""
         body = json.dumps(value).encode()
         await self._begin("application/json", [(b"content-length", str(len(body)).encode())])
         await self.end(body)
 
     async def event(self, value: Json) -> None:
-        """An object as an event."""
+        """Sends a JSON object as a server-sent event."""
         if not self.has_begun:
             await self._begin("text/event-stream; charset=utf-8", _NO_BUFFERS)
         body = b"data: " + json.dumps(value).encode() + b"\n\n"
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self, body: bytes = b"") -> None:
-        """The last of it."""
+        """Sends the last bytes of the body, which end the response."""
         await self._send({"type": "http.response.body", "body": body})
 
     async def _begin(self, kind: str, more: list[tuple[bytes, bytes]]) -> None:
@@ -218,10 +224,14 @@ _NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
-    """What comes of work, which is given up when the client goes away.
+    """Awaits `work` and returns its result; cancels it if the client disconnects.
+
+    Args:
+        receive: ASGI receiver of the request, whose body was read.
+        work: What to await.
 
     Raises:
-        RequestError: It did.
+        RequestError: The client disconnected.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
@@ -229,7 +239,7 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise RequestError("the client went away", status=CLIENT_IS_GONE)
+        raise RequestError("the client disconnected", status=CLIENT_IS_GONE)
     finally:
         working.cancel()
         leaving.cancel()

@@ -1,6 +1,7 @@
-"""Bodies of requests: read whole before anything else is done, within limits of size and time.
+"""Reads the bodies of requests, within limits of size, time and total memory.
 
-A request whose body is not there yet holds a connection, and nothing else: no place in the queue.
+A body is read completely before its request enters the queue, so that an incomplete request holds a
+connection but no place in the queue.
 """
 
 import asyncio
@@ -12,33 +13,39 @@ from starlette.types import Message, Receive, Scope
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
 BODY_SECONDS = 60.0
-"""From a request's headers to the last byte of its body."""
+"""Longest time in seconds from the headers of a request to the last byte of its body."""
 SMALL = 2**14
-"""Bytes of a body that is always taken: most requests without images are below it."""
+"""Largest size in bytes of a body that is accepted at any time. Most requests without images are
+smaller."""
 MAX_TOGETHER = 64 * MIB
-"""Bytes of all larger bodies together, or of one, if that may be larger; an address has half."""
-_SLICE = 2**16
+"""Largest total size in bytes of all larger bodies. Those of one IP address may take half of it.
+Each of the two limits is at least `Limits.body_bytes`."""
+_SLICE = 2**16  # bytes
 
 CLIENT_IS_GONE = 499
-"""Status of a request whose client went away; HTTP has none, this is nginx's."""
+"""Status of a request whose client disconnected. HTTP defines none for this; nginx uses 499."""
 
 
 def client_of(scope: Scope) -> str:
-    """The address of a request's client."""
+    """Returns the IP address of a request's client; an empty string if it is not known."""
     return scope["client"][0] if scope["client"] else ""
 
 
 def media_type(headers: Headers) -> str:
-    """The type of a body, without its parameters."""
+    """Returns the media type from the Content-Type header, in lower case and without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class Bodies:
-    """Knows how much memory bodies take together.
+    """Limits the memory that the bodies of all requests take together.
 
     Args:
         limits: Limits of the server.
-        ending: Set when the server is to end.
+        ending: Event that is set when the server begins to shut down.
+
+    Attributes:
+        limits: Limits of the server.
+        ending: Event that is set when the server begins to shut down.
     """
 
     def __init__(self, limits: Limits, ending: asyncio.Event):
@@ -46,33 +53,37 @@ class Bodies:
         self._sizes: Counter[str] = Counter()
 
     def hold(self, client: str) -> "Body":
-        """A body to be read, in a `with` for as long as it is needed.
+        """Returns the unread body of a request; leaving its `with` block frees its memory.
 
         Args:
-            client: The client's address.
+            client: IP address of the client.
         """
         return Body(self, client)
 
     def count(self, client: str, size: int) -> None:
-        """Adds to the bytes of larger bodies.
+        """Adds a number of bytes to the total size of large bodies.
+
+        Args:
+            client: IP address of the client.
+            size: Number of bytes; negative when memory is freed.
 
         Raises:
-            RequestError: They are too many.
+            RequestError: All large bodies together, or those of the client, would be too large.
         """
         most, own = max(MAX_TOGETHER, self.limits.body_bytes), self._sizes[client] + size
         fair = max(MAX_TOGETHER // 2, self.limits.body_bytes)
         if size > 0 and (self._sizes.total() + size > most or own > fair):
             raise RequestError(
-                "the server is reading as many large requests as it may",
+                "the server is already reading too many large requests",
                 status=429,
                 code="too_many_large_requests",
                 retry_after=5,
             )
         self._sizes[client] += size
-        self._sizes += Counter()  # drops those without any
+        self._sizes += Counter()  # removes clients whose count is 0
 
     def leaving_at_end(self, receive: Receive) -> Receive:
-        """A receiver to which all clients have left when the server is to end."""
+        """Returns an ASGI receiver that reports a disconnect when the server shuts down."""
 
         async def receive_on() -> Message:
             received = asyncio.ensure_future(receive())
@@ -88,14 +99,14 @@ class Bodies:
 
 
 class Body:
-    """One request's body: its memory counts until it is released.
+    """Body of one request, whose memory counts until it is released.
 
     Args:
-        bodies: Counts it.
-        client: The client's address.
+        bodies: Counter of the memory of all bodies.
+        client: IP address of the client.
 
     Attributes:
-        data: What has been read.
+        data: Bytes that have been read.
     """
 
     def __init__(self, bodies: Bodies, client: str):
@@ -109,10 +120,15 @@ class Body:
         self.release()
 
     async def read(self, headers: Headers, receive: Receive) -> bytearray:
-        """All of it.
+        """Reads the whole body and returns it.
+
+        Args:
+            headers: Headers of the request.
+            receive: ASGI receiver of the request.
 
         Raises:
-            RequestError: It is too large or too slow, the client went away, or the server ends.
+            RequestError: The body is too large or too slow, other large bodies take too much
+                memory, the client disconnected, or the server shuts down.
         """
         length, limits = headers.get("content-length", "0"), self._bodies.limits
         if len(length) > 18 or int(length) > limits.body_bytes:
@@ -122,16 +138,16 @@ class Body:
                 while await self._read_some(self._bodies.leaving_at_end(receive)):
                     pass
         except TimeoutError:
-            text = "the body took too long to come"
+            text = "the body did not arrive in time"
             raise RequestError(text, status=408, code="timeout") from None
         return self.data
 
     async def _read_some(self, receive: Receive) -> bool:
-        """Reads on; returns whether there is more."""
+        """Reads the next part of the body; returns whether another part follows."""
         message = await receive()
         if message["type"] == "http.disconnect":
             status = 503 if self._bodies.ending.is_set() else CLIENT_IS_GONE
-            raise RequestError("the request ended before its body", status=status)
+            raise RequestError("the connection ended before the body was complete", status=status)
         self.data += message.get("body", b"")
         if len(self.data) > self._bodies.limits.body_bytes:
             raise self._too_large()
@@ -145,16 +161,21 @@ class Body:
         return RequestError(f"the body has more than {limit:,} bytes", status=413)
 
     def release(self) -> None:
-        """Frees its memory."""
+        """Frees the memory of the body."""
         self._bodies.count(self._client, -self._counted)
         self._counted = 0
         self.data = bytearray()
 
 
 def with_body(body: bytes | bytearray, receive: Receive) -> Receive:
-    """A receiver that gives a body that was read before, and then what another one has.
+    """Returns an ASGI receiver for a body that was already read.
 
-    It gives slices, and lets others run between them: forms are parsed in Python.
+    The receiver returns the body in slices and lets other tasks run between them, because Starlette
+    parses forms in Python, which is slow.
+
+    Args:
+        body: The complete body.
+        receive: ASGI receiver for the messages after the body.
     """
     starts = iter(range(0, max(1, len(body)), _SLICE))
 

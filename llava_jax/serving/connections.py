@@ -1,8 +1,11 @@
-"""Connections: few enough for the system, and none kept by a client that does not do its part.
+"""Limits the number of connections, and the time and bytes that a client may take on each.
 
-The HTTP parser is llhttp, by httptools, which refuses what two parsers may read in two ways: lines
-that end in a bare LF, headers folded over lines, a length beside chunks. A connection is either
-answered, or it waits for a request: then it has little time, and makes room if there are too many.
+The HTTP parser is llhttp, which httptools wraps. It refuses requests that another parser, such as
+that of a proxy, may read differently: lines that end in a bare LF, headers folded over several
+lines, and a Content-Length header together with chunked encoding.
+
+A connection either is being answered or waits for a request. A connection that waits is closed
+after a short time, or earlier if there are too many connections.
 """
 
 import asyncio
@@ -17,26 +20,33 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
-"""From a connection, or from an answer, to the end of the next request's headers."""
+"""Longest time in seconds until the headers of a request are complete, from the start of the
+connection or the end of the previous answer."""
 MAX_HEADER_BYTES = 2**16
 MAX_IGNORED_BYTES = 2**26
-"""Bytes that are read after a request was refused, so that the client comes to read why."""
+"""Largest number of bytes that are still read of a request that was answered before its end, so
+that its client can read the answer."""
 IGNORE_SECONDS = 10.0
+"""Longest time in seconds that the rest of such a request is still read."""
 READ_SECONDS = 30.0
-"""How long a client may leave unread what was sent to it."""
+"""Longest time in seconds that a client may leave sent data unread."""
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 32
-"""Files that the server itself may still open when all connections are in use."""
+"""Number of files that the server itself can still open when all connections are in use."""
 LOG_SECONDS = 10.0
-"""Between two lines of the log that say the same."""
+"""Shortest time in seconds between two log lines that begin with the same 40 characters."""
 
 _log = logging.getLogger("uvicorn.error")
 
 
 class Connections:
-    """All connections of the server. When there are too many, the oldest that waits makes room.
+    """Keeps track of all open connections of the server.
 
-    One address has three quarters of them at most.
+    When there are too many, the connection that has waited longest for a request is closed. One IP
+    address can have at most three quarters of all connections.
+
+    Attributes:
+        maximum: Largest number of open connections.
     """
 
     def __init__(self) -> None:
@@ -44,22 +54,25 @@ class Connections:
         self._waiting: dict[Connection, None] = {}  # the one that has waited longest is first
         self._open: set[Connection] = set()
         self._clients: Counter[str] = Counter()
-        for name in ("uvicorn.error", "asyncio"):  # which write a line for each bad request
+        for name in ("uvicorn.error", "asyncio"):  # they log a line for each bad request
             logging.getLogger(name).addFilter(_not_said_before())
 
     def protocol(self) -> Callable[..., asyncio.Protocol]:
-        """What uvicorn makes for each connection."""
+        """Returns the function that uvicorn calls to create a protocol for each connection."""
         return lambda *args, **options: Connection(self, *args, **options)
 
     def add(self, connection: "Connection") -> bool:
-        """Adds one, and closes another if need be; False if there are too many."""
+        """Adds a connection, and closes a waiting one if there are too many.
+
+        Returns False, without adding the connection, if none of the others can be closed.
+        """
         address = connection.address
         greedy = self._clients[address] >= self.maximum * 3 // 4
         if greedy or len(self._open) >= self.maximum:
             most, count = self._clients.most_common(1)[0]
             _log.warning(
                 f"connections run out: {count} of {self.maximum} are used by {most}; those that "
-                "send nothing are closed (`ulimit -n` sets how many there may be)"
+                "wait for a request are closed (`ulimit -n` limits the number of connections)"
             )
             waiting = (one for one in self._waiting if one.address == address or not greedy)
             oldest = next(waiting, None)
@@ -72,28 +85,28 @@ class Connections:
         return True
 
     def note_waiting(self, connection: "Connection", is_waiting: bool) -> None:
-        """Notes that a connection waits for a request, or that it has one."""
+        """Records whether a connection waits for a request."""
         self._waiting.pop(connection, None)
         if is_waiting and connection in self._open:
             self._waiting[connection] = None
 
     def remove(self, connection: "Connection") -> None:
-        """Notes that a connection is over."""
+        """Removes a connection that is closed."""
         if connection in self._open:
             self._open.remove(connection)
             self._waiting.pop(connection, None)
             self._clients[connection.address] -= 1
-            self._clients += Counter()  # drops those without any
+            self._clients += Counter()  # removes addresses whose count is 0
 
     def end_in(self, seconds: float) -> None:
-        """Ends all that are open after some time; may be called by a signal's handler."""
+        """Aborts all open connections after `seconds`; may be called from a signal handler."""
         for connection in list(self._open):
             loop = connection.loop
             loop.call_soon_threadsafe(loop.call_later, seconds, connection.transport.abort)
 
 
 def _not_said_before() -> Callable[[logging.LogRecord], bool]:
-    """A filter that lets a line pass once in a while."""
+    """Returns a log filter that drops a line if it was already logged within LOG_SECONDS."""
     said: dict[str, float] = {}
 
     def passes(record: logging.LogRecord) -> bool:
@@ -109,7 +122,7 @@ def _not_said_before() -> Callable[[logging.LogRecord], bool]:
 
 
 def max_connections() -> int:
-    """How many connections the process may have; raises its limit of open files for them."""
+    """Raises the process's limit of open files if needed, and returns how many connections fit."""
     wanted = MAX_CONNECTIONS + len(os.listdir("/dev/fd")) + SPARE_FILES
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
@@ -120,12 +133,15 @@ def max_connections() -> int:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection, with limits of size and time for what its client does.
+    """HTTP protocol of one connection, with limits of size and time.
 
     Args:
-        connections: All of them.
-        args: Arguments of uvicorn.
-        options: Options of uvicorn.
+        connections: All connections of the server.
+        args: Positional arguments that uvicorn passes to a protocol.
+        options: Keyword arguments that uvicorn passes to a protocol.
+
+    Attributes:
+        address: IP address of the client; "?" if it is not known.
     """
 
     def __init__(self, connections: Connections, *args: Any, **options: Any):
@@ -142,16 +158,16 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
-        """Begins to wait for a request."""
+        """Waits for a request, or refuses the connection if there are too many."""
         super().connection_made(transport)
         self.address = self.client[0] if self.client else "?"
         if self._all.add(self):
             self._expect_headers()
         else:
-            self.refuse(429, "the server has as many connections as it may")
+            self.refuse(429, "the server has too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends."""
+        """Cancels the timers, and removes the connection from the list of connections."""
         for timer in (self._timer, self._reading):
             if timer is not None:
                 timer.cancel()
@@ -159,74 +175,82 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Reads on; headers without end are refused, and so is a body that nobody reads."""
+        """Parses data; refuses headers that are too long, and a long body after its answer."""
         if self.transport.is_closing():
             return
         was_in_headers = self._in_headers
         super().data_received(data)
-        if was_in_headers and self._in_headers:  # else it was the end of a body
+        if was_in_headers and self._in_headers:  # not counted if `data` ended a body
             self._count(len(data), MAX_HEADER_BYTES, 431, "the headers are too long")
         elif self._in_body and not self._is_answering:
             self._count(len(data), MAX_IGNORED_BYTES, 413, "the body is too long")
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Starts a request; refuses it if the previous request is not answered yet."""
         if self._is_answering:
-            raise ValueError("a request before the last one is answered")
+            raise ValueError("a request began before the previous one was answered")
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer behind a chunked body, of which nobody here has a use."""
+        """Adds a header; ignores trailers, the header lines that can follow a chunked body."""
         if self._in_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A request has its headers."""
+        """Starts the body of a request; refuses upgrades to another protocol."""
         if self.parser is None or self.parser.should_upgrade():
-            raise ValueError("nothing here is upgraded")
+            raise ValueError("this server does not upgrade connections")
         super().on_headers_complete()
         self._wait(None)
         self._in_headers, self._in_body, self._counted = False, True, 0
 
     def on_message_complete(self) -> None:
-        """A request is whole."""
+        """Ends the body of a request."""
         self._in_body = False
         super().on_message_complete()
         if self._is_answering:
             self._all.note_waiting(self, False)
-        else:  # it was refused before its body was there
+        else:  # the request was refused before its body was complete
             self._expect_headers()
 
     def on_response_complete(self) -> None:
-        """A request is answered, perhaps before its body was there."""
+        """Waits for the next request after an answer, or for the rest of the answered request."""
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # in its place is our timer, which no data stops
-        if self._in_body:  # a client that still sends would not see an answer before a reset
+        # Our timer replaces that of uvicorn, which any arriving data would stop.
+        self._unset_keepalive_if_required()
+        if self._in_body:
+            # Closing now would reset the connection, and a client that still sends its body could
+            # lose the answer.
             self._wait(IGNORE_SECONDS)
         else:
             self._expect_headers()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is no HTTP."""
+        """Refuses data that is not valid HTTP."""
         self.refuse(400, msg)
 
     def refuse(self, status: int, text: str) -> None:
-        """Answers, outside of any application, and closes."""
+        """Sends an error response without calling the application, and closes the connection.
+
+        Args:
+            status: HTTP status code.
+            text: Reason phrase of the status line.
+        """
         self._wait(None)
         if self._is_answering and self.cycle.response_started:
-            self.transport.abort()  # more would be read as a part of the answer
+            self.transport.abort()  # the client would read a response as a part of the answer
         elif not self.transport.is_closing():
             head = f"HTTP/1.1 {status} {text}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode())
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """Starts the timer that aborts the connection unless the client reads."""
         super().pause_writing()
         self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client reads."""
+        """Stops the timer of `pause_writing`, because the client reads again."""
         super().resume_writing()
         if self._reading is not None:
             self._reading.cancel()

@@ -1,4 +1,4 @@
-"""From the messages of a request to a prompt."""
+"""Converts the messages of a request into a prompt."""
 
 from typing import Literal
 
@@ -15,28 +15,32 @@ _ROLES: dict[str, Literal["system", "human", "gpt"]] = {
 }
 
 MAX_CHARACTERS = 64
-"""Of a token, on average: what has more has too many tokens, and is not read to count them."""
+"""Largest average number of characters per token that is assumed. A conversation with too many
+characters is refused without counting its tokens."""
 
 
 def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Prompt:
-    """The conversation, with the URLs of its images. In a turn, they come before the text.
+    """Converts messages into a prompt whose images are URLs.
+
+    In each turn, the images come before the text.
 
     Args:
         messages: Messages of the request.
         limits: Limits of the server.
-        max_length: Longest conversation in tokens.
+        max_length: Largest number of tokens of prompt and answer together.
 
     Raises:
-        RequestError: It cannot be used.
+        RequestError: There are too many images or too much text, or a message that is not the
+            user's has an image.
     """
     turns, urls = [], []
     for number, message in enumerate(messages):
         found = [part.url for part in message.parts if isinstance(part, ImagePart)]
         if found and message.role != "user":
             where = f"messages.{number}"
-            raise RequestError(f"{where}: only user messages have images", param=where)
+            raise RequestError(f"{where}: only user messages may have images", param=where)
         texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
-        # Clients of LLaVA's habit write the placeholder themselves, beside the image.
+        # Some clients also write LLaVA's placeholder into the text; the image part is enough.
         text = "\n".join(texts).replace(IMAGE_PLACEHOLDER, " ")
         if found:
             text = "\n".join([*[IMAGE_PLACEHOLDER] * len(found), text.strip()])
@@ -44,7 +48,7 @@ def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Pr
         urls += found
     if len(urls) > limits.images:
         raise RequestError(
-            f"the conversation has {len(urls)} images, of at most {limits.images}",
+            f"the conversation has {len(urls)} images; at most {limits.images} are allowed",
             param="messages",
             code="too_many_images",
         )

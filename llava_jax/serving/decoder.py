@@ -1,8 +1,12 @@
-"""Pictures are decoded in processes of their own, which can be ended.
+"""Decodes images in separate processes, which can be killed at any time.
 
-A decoder is C code, which nothing in its own process can interrupt. Here a request whose time is up
-takes its decoding with it, and however many pictures there are, text is read and answered beside
-them. What comes back from such a process is numbers and text: nothing in it is run.
+Image decoders are C code, which a Python thread cannot interrupt. In a separate process, decoding
+ends together with its request, and many images do not delay requests that have only text. A process
+returns pixels or the text of an error; nothing that it returns is executed.
+
+The server writes a line of JSON and the bytes of the image file to the stdin of a process. The
+process writes a line of JSON to its stdout (null, or the text and kind of an error), and after null
+the pixels as float32 numbers.
 """
 
 import asyncio
@@ -20,18 +24,18 @@ from llava_jax.data.images import ImageTransform, read_pixels
 from llava_jax.errors import SampleError
 
 MAX_SECONDS = 20.0
-"""For a picture; what the limits let pass takes a few seconds of a core."""
+"""Longest time in seconds for one image; images within the limits take a few seconds."""
 MAX_BYTES = 3 * 2**30
-"""Memory that such a process may ask for; Python, NumPy and Pillow are in it."""
+"""Largest address space of a process in bytes, which includes Python, NumPy and Pillow."""
 MAX_ERROR = 1000
-"""Characters of an error's text."""
+"""Largest number of characters of an error's text."""
 
 
 class Decoders:
-    """Processes that decode pictures, one at a time each.
+    """Pool of processes, each of which decodes one image at a time.
 
     Args:
-        count: How many there are.
+        count: Number of processes.
     """
 
     def __init__(self, count: int):
@@ -41,27 +45,29 @@ class Decoders:
             self._free.put_nowait(number)
 
     async def start(self) -> None:
-        """Starts the processes, so that the first picture does not wait for them."""
+        """Starts the processes, so that the first image does not wait for them."""
         for number in range(len(self._processes)):
             await self._process(number)
 
     async def stop(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Kills the processes, also while they decode."""
         for number in range(len(self._processes)):
             await self._end(number)
 
     async def decode(
         self, data: bytes, transform: ImageTransform, max_side: int
     ) -> Float32[np.ndarray, "3 H W"]:
-        """The normalised pixels of an image file. Cancelled, it ends the decoding.
+        """Decodes an image file and returns its normalized pixels, float32 [3, height, width].
+
+        Cancelling this coroutine kills the process that decodes the image.
 
         Args:
-            data: What is in the file.
-            transform: What happens to the image.
-            max_side: Most pixels of its longer side.
+            data: Contents of the image file.
+            transform: Image preprocessing of the model.
+            max_side: Largest number of pixels of the image's longer side.
 
         Raises:
-            SampleError: It cannot be read, or not within the limits.
+            SampleError: The file is not an image, or exceeds a limit of size, time or memory.
         """
         number = await self._free.get()
         try:
@@ -75,9 +81,9 @@ class Decoders:
         except (OSError, EOFError, ValueError):
             await self._end(number)
             raise SampleError(
-                "its decoder ended: it may want too much memory", "image cost"
+                "its decoder process ended; the image may need too much memory", "image cost"
             ) from None
-        except BaseException:  # cancelled: what it would still answer is nobody's
+        except BaseException:  # cancelled: the next request must not read this answer
             await self._end(number)
             raise
         finally:
@@ -89,7 +95,7 @@ class Decoders:
     async def _ask(
         self, number: int, data: bytes, transform: ImageTransform, max_side: int
     ) -> tuple[tuple[str, str] | None, bytes]:
-        """Text and kind of an error, or None and the pixels."""
+        """Sends an image to a process; returns (text, kind) of an error or None, and the pixels."""
         process = await self._process(number)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -109,6 +115,7 @@ class Decoders:
         return None, await process.stdout.readexactly(size)
 
     async def _process(self, number: int) -> asyncio.subprocess.Process:
+        """Returns the process with this number; starts it if it does not run."""
         process = self._processes[number]
         if process is None:
             self._processes[number] = process = await asyncio.create_subprocess_exec(
@@ -116,8 +123,9 @@ class Decoders:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
-                # A terminal's Ctrl-C is for the server alone. A session of its own would give it
-                # its own share of the CPU too, whatever its priority.
+                # In its own process group, the process does not get the terminal's Ctrl-C, which
+                # is for the server. A new session would also give it its own share of the CPU, in
+                # which `os.nice` has no effect.
                 process_group=0,
             )
         return process
@@ -131,14 +139,17 @@ class Decoders:
 
 
 def _environment() -> dict[str, str]:
-    """Paths to import from, and none of the server's secrets: hostile bytes are read there."""
+    """Returns the environment of a decoder process, with the server's import paths.
+
+    Variables that may hold a key are left out, because the process reads files of unknown origin.
+    """
     kept = {name: value for name, value in os.environ.items() if "KEY" not in name}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def main() -> None:
-    """Answers what comes on stdin, until it ends."""
-    os.nice(10)  # answers come first
+    """Decodes the images that arrive on stdin and writes the pixels to stdout, until stdin ends."""
+    os.nice(10)  # generating answers has priority
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
@@ -152,7 +163,7 @@ def main() -> None:
         except SampleError as error:
             answer = str(error)[:MAX_ERROR], error.kind
         except MemoryError:
-            answer = "it takes too much memory", "image cost"
+            answer = "decoding it takes too much memory", "image cost"
         stdout.write(json.dumps(answer).encode() + b"\n" + pixels)
         stdout.flush()
 

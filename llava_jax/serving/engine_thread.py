@@ -1,4 +1,4 @@
-"""The one thread that generates: requests of all models come and go between its steps."""
+"""Runs the thread that generates the answers of all models, which join and leave between steps."""
 
 import asyncio
 import contextlib
@@ -16,12 +16,13 @@ from llava_jax.generation.assistant import Answer, Assistant
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """How far an answer has come.
+    """State of an answer at one moment.
 
     Attributes:
-        text: All of it so far.
-        new_tokens: Likewise.
-        ending: Why it is over, if it is.
+        text: Text of the answer so far.
+        new_tokens: Number of tokens generated so far.
+        ending: "stop" if the model or a stop string ended the answer, "length" if the
+            answer reached its largest length, None while the answer is incomplete.
     """
 
     text: str
@@ -30,40 +31,46 @@ class Update:
 
 
 class EngineFailed(Exception):
-    """The model could not go on with an answer."""
+    """An answer cannot be completed, because the model failed or the engine has ended."""
 
 
-_ENDED = EngineFailed("the server is ending")
+_ENDED = EngineFailed("the engine has ended")
 
 
 class Job:
-    """An answer that the thread is to generate; its updates are read in the event loop.
+    """Passes one answer to the engine thread, and its updates back to the event loop.
 
-    Only the latest is kept: a slow reader misses some, and costs no memory.
+    Only the latest update is kept, so that a slow reader does not fill the memory.
 
     Args:
-        model: Which model's.
-        answer: Begun, not added.
+        model: Name of the model.
+        answer: Answer that `Assistant.begin` returned.
+
+    Attributes:
+        model: Name of the model.
+        answer: The answer.
+        is_cancelled: Set to True in the event loop to cancel the job; the engine thread then
+            removes the job before its next step.
     """
 
     def __init__(self, model: str, answer: Answer):
         self.model, self.answer = model, answer
-        self.is_cancelled = False  # set in the loop, read in the thread
+        self.is_cancelled = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._latest: Update | EngineFailed | None = None
 
     def publish(self, latest: Update | EngineFailed) -> None:
-        """Called by the thread."""
+        """Stores an update or an error, and wakes the reader; may be called from any thread."""
         self._latest = latest
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody reads it
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def next(self) -> Update:
-        """Waits for the next one.
+        """Waits for a new update and returns the latest one.
 
         Raises:
-            EngineFailed: There will be none.
+            EngineFailed: The answer cannot be completed.
         """
         await self._changed.wait()
         self._changed.clear()
@@ -75,16 +82,17 @@ class Job:
 
 
 class EngineThread:
-    """Runs the assistants; nothing else may, while it does.
+    """Generates the answers of all models in one thread.
 
-    One thread for all of them: where a model is spread over devices, programs must start on all of
-    these in the same order.
+    While this thread runs, no other thread may call `add`, `step`, `remove` or `reset` of the
+    assistants. All models share the thread because programs that run on several devices must start
+    in the same order on each device.
 
     Args:
-        assistants: Assistants by the names of their models.
+        assistants: Assistants by model name.
 
     Attributes:
-        failure: Why it generates no more, if something ended it.
+        failure: Text of the error that ended the thread; None if there was no such error.
     """
 
     def __init__(self, assistants: Mapping[str, Assistant]):
@@ -95,11 +103,11 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to take jobs."""
+        """Starts the thread."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Hands over a job; may be called from any thread."""
+        """Passes a job to the thread. If the thread has ended, the job gets an error."""
         with self._ending:
             if self._has_ended:
                 job.publish(_ENDED)
@@ -107,7 +115,7 @@ class EngineThread:
                 self._arrivals.put(job)
 
     def stop(self) -> None:
-        """Ends the thread after its current step; what is not over never will be."""
+        """Ends the thread after its current step; unfinished answers get an error."""
         self._arrivals.put(None)
         self._thread.join()
 
@@ -120,7 +128,7 @@ class EngineThread:
             self.failure = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         finally:
-            with self._ending:  # nothing arrives after this
+            with self._ending:  # after this, `submit` accepts no jobs
                 self._has_ended = True
             while not self._arrivals.empty():
                 if job := self._arrivals.get():
@@ -129,7 +137,7 @@ class EngineThread:
                 lane.end()
 
     def _receive(self) -> bool:
-        """Takes what has arrived, and waits for it if there is nothing else to do."""
+        """Takes new jobs; waits for one if no lane is busy. Returns False to end the thread."""
         while True:
             is_busy = any(lane.is_busy for lane in self._lanes.values())
             try:
@@ -142,7 +150,7 @@ class EngineThread:
 
 
 class _Lane:
-    """One assistant, the jobs that wait for it, and those it generates."""
+    """One assistant with its waiting and its running jobs."""
 
     def __init__(self, assistant: Assistant):
         self.waiting: deque[Job] = deque()
@@ -154,7 +162,7 @@ class _Lane:
         return bool(self.waiting or self._running)
 
     def turn(self) -> None:
-        """Fills free slots, and generates a token of every answer."""
+        """Starts jobs in free slots, generates a token of each answer and publishes the updates."""
         try:
             for job in itertools.chain(self._admit(), self._step()):
                 answer = job.answer
@@ -167,7 +175,7 @@ class _Lane:
             self._assistant.reset()
 
     def end(self) -> None:
-        """Tells all jobs that they get no answer."""
+        """Publishes an error to all jobs, because the thread ends."""
         self._running |= {job.answer: job for job in self.waiting}
         self.waiting.clear()
         self._fail(_ENDED)
@@ -178,6 +186,7 @@ class _Lane:
         self._running.clear()
 
     def _admit(self) -> Iterator[Job]:
+        """Removes cancelled jobs, starts waiting ones, and yields each started job."""
         for job in [job for job in self._running.values() if job.is_cancelled]:
             self._assistant.remove(job.answer)
             del self._running[job.answer]
@@ -189,5 +198,6 @@ class _Lane:
                 yield job
 
     def _step(self) -> Iterator[Job]:
+        """Generates one token per running answer, and yields the jobs of these answers."""
         for answer in self._assistant.step():
             yield self._running[answer]

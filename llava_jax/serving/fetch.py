@@ -1,8 +1,9 @@
-"""A file from an http or https URL that a stranger named: from public addresses alone.
+"""Fetches a file from an http or https URL that a client sent, from public IP addresses only.
 
-A server that fetches any URL reaches what its clients cannot: its own machine, its
-network, a cloud's metadata. So a host's addresses are looked up once, all must be public, and the
-connection goes to one of those that were checked; each redirect is a new URL.
+A server that fetches any URL gives its clients access to its own machine, to its private network
+and to a cloud's metadata service. Therefore the addresses of a host are looked up once, all of them
+must be public, and the connection goes to an address that was checked. A redirect is checked in the
+same way.
 """
 
 import contextlib
@@ -20,19 +21,20 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class FetchError(Exception):
-    """A file that cannot be had; its text says why."""
+    """A file cannot be fetched; the text says why."""
 
 
 def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
-    """What is at a URL.
+    """Returns the contents of the file at a URL.
 
     Args:
-        url: http or https.
-        most_bytes: Largest size of the file.
-        seconds: For all of it, redirects included.
+        url: URL with the scheme http or https.
+        most_bytes: Largest size of the file in bytes.
+        seconds: Longest time in seconds, redirects included.
 
     Raises:
-        FetchError: It is not public, too large or too slow, or the file does not exist.
+        FetchError: The host is not public, the file does not exist, is too large or arrives too
+            slowly, or the connection fails.
     """
     until = time.monotonic() + seconds
     for _ in range(1 + MAX_REDIRECTS):
@@ -43,25 +45,26 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
                 url = urljoin(url, response.headers.get("Location", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= until:
-                raise FetchError(f"it took more than {seconds:g} s") from error
+                raise FetchError(f"fetching it took more than {seconds:g} s") from error
             raise FetchError(str(error) or type(error).__name__) from error
     raise FetchError(f"more than {MAX_REDIRECTS} redirects")
 
 
 def _read(response: http.client.HTTPResponse, most_bytes: int) -> bytes:
+    """Reads a file; raises an error if it is missing, too large or incomplete."""
     if response.status != 200:
         raise FetchError(f"the server answered {response.status}")
     data = response.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise FetchError(f"it has more than {most_bytes:,} bytes")
+        raise FetchError(f"the file has more than {most_bytes:,} bytes")
     if response.length:
-        raise OSError("it ended early")
+        raise OSError("the file ended early")
     return data
 
 
 @contextlib.contextmanager
 def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
-    """The response, whose socket is shut when time is up, however slowly bytes come."""
+    """Yields the response of a URL; a timer shuts its socket down at the time `until`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FetchError("only http and https URLs are fetched")
@@ -74,7 +77,7 @@ def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
         if isinstance(sock, ssl.SSLSocket):
             sock.do_handshake()
         connection = http.client.HTTPConnection(parts.hostname, port)
-        connection.default_port = usual  # the header Host has others only
+        connection.default_port = usual  # http.client omits this port from the Host header
         connection.sock = sock
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "image/*"})
@@ -82,11 +85,12 @@ def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
     finally:
         late.cancel()
         sock.close()
-    if time.monotonic() >= until:  # a file without a length may have been cut short
+    if time.monotonic() >= until:  # without a Content-Length, a file cut short looks complete
         raise TimeoutError
 
 
 def _connected(host: str, port: int, until: float, *, safely: bool) -> socket.socket:
+    """Connects to a public host; if `safely`, by TLS, whose handshake is left to the caller."""
     left = until - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -98,10 +102,10 @@ def _connected(host: str, port: int, until: float, *, safely: bool) -> socket.so
 
 
 def public_address(host: str, port: int) -> str:
-    """An address of a host of which all are public.
+    """Returns an IP address of a host, after checking that all its addresses are public.
 
     Raises:
-        FetchError: One is not.
+        FetchError: An address of the host is not public.
         OSError: The host does not exist.
     """
     found = [str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -111,11 +115,11 @@ def public_address(host: str, port: int) -> str:
     return found[0]
 
 
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address is inside
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: it contains an IPv4 address
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the internet, and of one machine."""
+    """Returns True if `address` is a public unicast IP address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -128,4 +132,5 @@ def is_public(address: str) -> bool:
 
 def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's own would take the reader's state
+        # `SSLSocket.shutdown` would also remove the TLS state, which another thread still reads.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

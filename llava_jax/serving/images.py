@@ -1,4 +1,4 @@
-"""Images that requests bring: fetched, checked and decoded."""
+"""Fetches, checks and decodes the images of requests."""
 
 import asyncio
 import base64
@@ -22,13 +22,13 @@ from llava_jax.serving.limits import Limits, RequestError
 
 FETCH_SECONDS = 20.0
 MAX_FETCHES = 4
-"""Files that are fetched at a time."""
+"""Largest number of files that are fetched at a time."""
 DECODERS = max(2, min(4, os.cpu_count() or 1))
-"""Pictures that are decoded at a time."""
+"""Number of images that are decoded at a time."""
 
 
 class Images:
-    """Reads the images of requests.
+    """Fetches and decodes the images of requests.
 
     Args:
         limits: Limits of the server.
@@ -40,18 +40,19 @@ class Images:
         self._decoders = Decoders(DECODERS)
 
     async def start(self) -> None:
-        """Makes ready, so that the first image does not wait."""
+        """Starts the decoder processes, so that the first image does not wait for them."""
         await self._decoders.start()
 
     async def stop(self) -> None:
-        """Ends all that is under way."""
+        """Stops the decoder processes."""
         await self._decoders.stop()
 
     async def fetch(self, url: str) -> bytes:
-        """The file that a URL holds or names.
+        """Returns the contents of the file in a data: URL, or at an http or https URL.
 
         Raises:
-            RequestError: It cannot be had.
+            RequestError: The URL is not supported or not valid, or the file at the URL cannot be
+                fetched or is too large.
         """
         scheme = url[: url.find(":")].lower() if ":" in url[:16] else ""
         if scheme == "data":
@@ -63,10 +64,14 @@ class Images:
         raise _refusal(f"{url[:40]!r} is not a URL of an image; this server takes {takes}")
 
     async def decode(self, data: bytes, transform: ImageTransform) -> Float32[np.ndarray, "3 H W"]:
-        """The normalised pixels of an image file.
+        """Decodes an image file and returns its normalized pixels, float32 [3, height, width].
+
+        Args:
+            data: Contents of the image file.
+            transform: Image preprocessing of the model.
 
         Raises:
-            RequestError: It is not an image that may be read.
+            RequestError: The file is not an image, or exceeds a limit of size, time or memory.
         """
         _check_bytes(data, self._limits)
         side = math.isqrt(self._limits.image_pixels)
@@ -77,12 +82,12 @@ class Images:
 
 
 async def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """What a function returns, run in a thread that the end of the process does not wait for."""
+    """Runs `work` in a thread that does not delay the end of the process; returns its result."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bytes] = loop.create_future()
 
     def tell(result: bytes | Exception) -> None:
-        if done.done():  # nobody waits any more
+        if done.done():  # the request was cancelled
             return
         if isinstance(result, Exception):
             done.set_exception(result)
@@ -94,7 +99,7 @@ async def _in_thread(work: Callable[[], bytes]) -> bytes:
             result: bytes | Exception = work()
         except Exception as error:
             result = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(tell, result)
 
     threading.Thread(target=run, daemon=True).start()
@@ -102,10 +107,16 @@ async def _in_thread(work: Callable[[], bytes]) -> bytes:
 
 
 def check_image(data: bytes, limits: Limits) -> str:
-    """Refuses what is not an image, or costs too much to decode, by counting; returns its format.
+    """Checks that a file is an image within the limits; returns its format, such as "PNG".
+
+    The cost of decoding is computed from the bytes of the file, without decoding it.
+
+    Args:
+        data: Contents of the file.
+        limits: Limits of the server.
 
     Raises:
-        RequestError: Why.
+        RequestError: The file is not an image, or exceeds a limit.
     """
     _check_bytes(data, limits)
     try:
@@ -118,7 +129,7 @@ def check_image(data: bytes, limits: Limits) -> str:
 def _check_bytes(data: bytes, limits: Limits) -> None:
     if len(data) > limits.image_bytes:
         raise _refusal(
-            f"an image has {len(data):,} bytes, of at most {limits.image_bytes:,}",
+            f"an image file has {len(data):,} bytes; at most {limits.image_bytes:,} are allowed",
             "image_too_large",
         )
 
@@ -143,8 +154,8 @@ def _data_url(url: str) -> bytes:
 def _remote(url: str, limits: Limits) -> bytes:
     if not limits.remote_images:
         raise _refusal(
-            "images from the network are switched off on this server (--remote-images); send the "
-            "image as a data: URL"
+            "fetching images from the network is switched off on this server (--remote-images "
+            "switches it on); send the image as a data: URL"
         )
     try:
         seconds = min(FETCH_SECONDS, limits.seconds)
@@ -154,7 +165,7 @@ def _remote(url: str, limits: Limits) -> bytes:
             host = urlsplit(url).hostname or ""
         except ValueError:
             host = ""
-        raise _refusal(f"the image from {host[:80]!r} cannot be had: {error}") from error
+        raise _refusal(f"the image from {host[:80]!r} cannot be fetched: {error}") from error
 
 
 def _refusal(text: str, code: str = "invalid_image") -> RequestError:

@@ -1,4 +1,4 @@
-"""What a request may ask for, and why one is refused."""
+"""Defines the limits of requests, and the errors that clients get as responses."""
 
 import dataclasses
 
@@ -9,18 +9,23 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server takes of its clients.
+    """Limits that the server sets for its clients.
 
     Attributes:
-        queue: Requests that wait for their first token; more are refused, to be sent again later.
-        client_queue: Waiting requests of one address, so that others get a turn.
-        body_bytes: Largest size of a request.
-        image_bytes: Largest size of an image's file.
-        image_pixels: Most pixels of the square into which an image is padded.
-        images: Most images in a conversation. The prefill is compiled for each number of them.
-        new_tokens: Most tokens of an answer; a request for more gets this number.
-        seconds: Longest time from a request's first byte to its answer's last token.
-        remote_images: Whether images are fetched from http and https URLs.
+        queue: Largest number of requests that wait for their first token; further requests get
+            status 429.
+        client_queue: Largest number of waiting requests from one IP address. All visitors of the
+            web page count as one address.
+        body_bytes: Largest size of a request body in bytes.
+        image_bytes: Largest size of an image file in bytes.
+        image_pixels: Largest number of pixels of an image after padding to a square.
+        images: Largest number of images in a conversation. The prefill is compiled once for each
+            number of images.
+        new_tokens: Largest number of tokens of an answer; a request for more tokens gets this
+            number.
+        seconds: Longest time in seconds from the moment when a complete request enters the queue
+            to the last token of its answer.
+        remote_images: Whether the server fetches images from http and https URLs.
     """
 
     queue: int = 64
@@ -35,13 +40,14 @@ class Limits:
 
 
 class RequestError(Exception):
-    """A request that gets no answer; its text says why, to the client.
+    """A request is refused or fails; the text tells the client why.
 
     Attributes:
-        status: HTTP's.
-        code: A word for programs, as OpenAI has them.
-        param: The field that is wrong.
-        retry_after: Seconds after which it may be asked again.
+        status: HTTP status code of the response.
+        code: Machine-readable code of the error, such as "queue_full"; None if it has no code.
+        param: Name of the field that is wrong; None if the error is not about one field.
+        retry_after: Number of seconds after which the client may send the request again; None if
+            the response does not say this.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
-        """It in OpenAI's form."""
+        """The error as a JSON object in OpenAI's format."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, kind)
@@ -67,8 +73,8 @@ class RequestError(Exception):
 
 
 def refusal(error: RequestError) -> JSONResponse:
-    """What a client gets instead of an answer."""
+    """Returns the HTTP response that reports an error to a client."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status == 408:  # the rest of the body is not waited for
+    if error.status == 408:  # the rest of the body is not read
         headers["Connection"] = "close"
     return JSONResponse(error.body, error.status, headers=headers)

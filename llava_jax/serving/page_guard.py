@@ -1,9 +1,9 @@
-"""What a browser may ask of Gradio, which is far more than the page needs.
+"""Passes only those requests on to Gradio that the web page needs.
 
-Gradio serves some seventy routes, and reads files and URLs that a client names. So a request comes
-to it only if it is one of the few that the page makes, and an event is not passed on but built
-anew, from values whose types are checked. An image in it is a name of `Uploads`, or the event is
-refused.
+Gradio serves about seventy routes, and reads files and URLs that a client names. Therefore a
+request reaches Gradio only if it is one of the few that the page makes. An event of the page is not
+passed on as it is: a new event is built from values whose types are checked. An event is refused if
+an image in it is not in `Uploads`.
 """
 
 import json
@@ -30,13 +30,14 @@ _STATIC = re.compile(r"/(|config|theme\.css|manifest\.json|favicon\.ico|(static|
 _STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
 
 MAX_STREAMS = 512
-"""Connections over which the server sends events to pages; a page has up to two."""
+"""Largest number of connections over which the server sends events; a page has up to two."""
 MAX_SESSIONS = 128
-"""Browsers whose conversations are kept; of more, the oldest conversation is forgotten."""
+"""Largest number of sessions (open pages) whose conversations are kept; the oldest conversation is
+dropped beyond it."""
 MAX_EVENTS = 4
-"""Of a session, that are not over or whose outcome it has not read."""
+"""Largest number of events of a session that are not finished, or whose result was not read."""
 MAX_TEXT = 16_000
-"""Characters of a question."""
+"""Largest number of characters of a question."""
 
 
 class _File(BaseModel):
@@ -67,17 +68,18 @@ class _Cancel(BaseModel):
 
 
 class PageGuard:
-    """The page's application, with Gradio behind it: only what the page needs is passed on.
+    """ASGI application that passes only the requests of the page on to Gradio.
 
     Args:
         app: Gradio's application.
-        bodies: Reads the bodies of requests. When the server is to end, all clients have left, to
-            Gradio: a page keeps a connection open for as long as it is shown.
-        uploads: Images that events may name.
-        blocks: Gradio's page.
+        bodies: Reader of request bodies. When the server shuts down, the reader also reports to
+            Gradio that all clients have disconnected, because an open page keeps its connection.
+        uploads: Images that events may contain.
+        blocks: The page, a `gradio.Blocks`.
     """
 
     POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+    """Content-Security-Policy of all responses."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class PageGuard:
     ):
         self._app, self._bodies, self._uploads = app, bodies, uploads
         self._inputs = {i: function.inputs for i, function in blocks.fns.items() if function.fn}
-        # Messages that a session has not read yet, and its events that are not over.
+        # By session: messages that the page has not read yet, and events that are not finished.
         self._messages = blocks._queue.pending_messages_per_session
         self._events = blocks._queue.pending_event_ids_session
         self._messages.max_size = MAX_SESSIONS
@@ -96,17 +98,17 @@ class PageGuard:
         self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers.
+        """Passes a request on to Gradio.
 
         Raises:
-            RequestError: The page makes no request like this.
+            RequestError: The page does not make such requests, or a limit is exceeded.
         """
         if scope["type"] != "http":
-            raise RequestError("this server has no websockets", status=404)
+            raise RequestError("this server does not support WebSockets", status=404)
         path, method = scope["path"], scope["method"]
         send = self._with_policy(send)
         if method in ("GET", "HEAD") and _STATIC.fullmatch(path):
-            # Deep links and themes are chosen in the query; the page has none of these.
+            # A query would select a deep link or a theme, which the page does not have.
             await self._app({**scope, "query_string": b""}, receive, send)
         elif method == "GET" and _STREAMS.fullmatch(path):
             await self._stream(scope, receive, send)
@@ -120,16 +122,16 @@ class PageGuard:
             scope = {**scope, "headers": headers, "query_string": b""}
             await self._app(scope, with_body(body, self._bodies.leaving_at_end(receive)), send)
         else:
-            raise RequestError(f"{method} {path[:100]}: this server has no such thing", status=404)
+            raise RequestError(f"{method} {path[:100]}: this server has no such route", status=404)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A connection over which the server tells of events, for as long as a page is shown."""
+        """Passes on a connection over which the server sends events while the page is open."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         session = query.get("session_hash", [""])[-1]
         if scope["path"].endswith("/data") and session not in self._messages:
             raise RequestError("session_hash: this session has no events", status=404)
         if self._streams >= MAX_STREAMS:
-            raise RequestError("as many pages are open as may be", status=429, retry_after=60)
+            raise RequestError("too many pages are open", status=429, retry_after=60)
         scope = {**scope, "query_string": f"session_hash={session}".encode()}
         self._streams += 1
         try:
@@ -138,12 +140,14 @@ class PageGuard:
             self._streams -= 1
 
     def _event(self, body: bytearray) -> Json:
-        """An event of the page, made of nothing but checked values."""
+        """Returns an event of the page, built only from checked values."""
         event = parse_json(_Event, body)
         self._make_room(event.session_hash)
         inputs = self._inputs.get(event.fn_index)
         if inputs is None or len(inputs) != len(event.data):
-            raise RequestError(f"fn_index: the page has no event {event.fn_index} of this form")
+            raise RequestError(
+                f"fn_index: the page has no event {event.fn_index} with {len(event.data)} values"
+            )
         data = [
             self._value(component, value)
             for component, value in zip(inputs, event.data, strict=True)
@@ -151,17 +155,17 @@ class PageGuard:
         return event.model_dump() | {"data": data}
 
     def _make_room(self, session: str) -> None:
-        """Forgets sessions that are gone; refuses one that does not read what it asked for."""
+        """Drops the events of closed sessions; raises RequestError if this one has too many."""
         for name in self._events.keys() - self._messages.keys():
             del self._events[name]
         if len(self._events.get(session, ())) >= MAX_EVENTS:
             raise RequestError("the last questions are not answered yet", status=429, retry_after=5)
 
     def _value(self, component: Any, value: _Question | bool | float | None) -> object:
-        """A component's value, as Gradio takes it from a browser."""
+        """Checks a component's value, and returns it in the form in which browsers send it."""
         kind = component.get_block_name()
         if kind == "state":
-            return None  # it is kept here
+            return None  # Gradio keeps the value of a state on the server
         if kind == "checkbox" and isinstance(value, bool):
             return value
         if kind == "slider" and isinstance(value, float):
@@ -169,10 +173,10 @@ class PageGuard:
         if kind == "multimodaltextbox" and isinstance(value, _Question):
             if len(value.files) > self._uploads.limits.images:
                 raise RequestError(
-                    f"a conversation has at most {self._uploads.limits.images} images"
+                    f"a conversation may have at most {self._uploads.limits.images} images"
                 )
             return {"text": value.text, "files": [self._file(file.path) for file in value.files]}
-        raise RequestError(f"data: {kind} takes another type of value")
+        raise RequestError(f"data: the value for {kind} has the wrong type")
 
     def _file(self, name: str) -> Json:
         path = self._uploads.path(name)

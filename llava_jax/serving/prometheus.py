@@ -1,4 +1,4 @@
-"""What a monitoring system reads, in the text format of Prometheus."""
+"""Collects metrics of the server and writes them in the text format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
@@ -10,40 +10,40 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Of one server.
+    """Metrics of one server.
 
     Attributes:
-        requests: That are over, by HTTP status; 499 is a client that went away.
-        prompt_tokens: That were read, images expanded.
-        new_tokens: That were generated.
-        waiting: Requests before their first token.
-        running: Requests after it.
-        seconds: Time from an answered request's arrival to its end.
-        first_seconds: Time from its arrival to its first token.
+        requests: Number of finished requests by HTTP status; 499 if the client disconnected.
+        prompt_tokens: Number of prompt tokens by model, image tokens included.
+        new_tokens: Number of generated tokens by model.
+        waiting: Number of requests that wait for their first token.
+        running: Number of requests between their first and their last token.
+        seconds: Seconds from a request's entry into the queue to the end of its answer.
+        first_seconds: Seconds from a request's entry into the queue to its first token.
     """
 
     def __init__(self):
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self.requests = Counter(
-            "llava_requests", "Requests that are over", ["code"], registry=registry
-        )
+        self.requests = Counter("llava_requests", "Finished requests", ["code"], registry=registry)
         self.prompt_tokens = Counter(
-            "llava_prompt_tokens", "Tokens of prompts read", ["model"], registry=registry
+            "llava_prompt_tokens", "Prompt tokens", ["model"], registry=registry
         )
         self.new_tokens = Counter(
-            "llava_generated_tokens", "Tokens generated", ["model"], registry=registry
+            "llava_generated_tokens", "Generated tokens", ["model"], registry=registry
         )
         self.waiting = Gauge(
-            "llava_requests_waiting", "Requests before their first token", registry=registry
+            "llava_requests_waiting", "Requests that wait for their first token", registry=registry
         )
         self.running = Gauge(
-            "llava_requests_running", "Requests after their first token", registry=registry
+            "llava_requests_running",
+            "Requests between their first and their last token",
+            registry=registry,
         )
         self.seconds = Histogram(
             "llava_request_seconds",
-            "Seconds that answered requests took",
+            "Seconds from a request to the end of its answer",
             registry=registry,
             buckets=_SECONDS,
         )
@@ -55,5 +55,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """All of it."""
+        """Returns all metrics in the text format of Prometheus, as UTF-8."""
         return generate_latest(self._registry)

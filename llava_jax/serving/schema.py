@@ -1,4 +1,4 @@
-"""What clients of OpenAI's chat completions send."""
+"""Parses and checks the requests of OpenAI's chat completions."""
 
 import random
 from typing import Annotated, Literal, TypeVar
@@ -14,38 +14,38 @@ MAX_MESSAGES = 1000
 MAX_PARTS = 256
 MAX_STOPS = 16
 MAX_STOP = 1000
-"""Characters of a text that ends the answer."""
+"""Largest number of characters of a stop string."""
 MAX_VALUES = 20_000
-"""Values in a body, all fields together: each takes some 100 bytes, where it had two."""
+"""Largest number of JSON values in a body. A value of two bytes can take 100 bytes when parsed."""
 
 
 class _Part(BaseModel):
-    # Fields that are not here, `user` or `detail` for two, change nothing of an answer.
+    # Other fields, such as `user` and `detail`, do not change an answer and are ignored.
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class ImageUrl(_Part):
-    """Where an image is."""
+    """Object with the URL of an image."""
 
     url: str
 
 
 class TextPart(_Part):
-    """Text of a message."""
+    """Part of a message that is text."""
 
     type: Literal["text"]
     text: str
 
 
 class ImagePart(_Part):
-    """An image of a message."""
+    """Part of a message that is an image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl | str
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """URL of the image."""
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
@@ -55,27 +55,27 @@ Stop = Annotated[str, StringConstraints(max_length=MAX_STOP)]
 
 
 class Message(_Part):
-    """A turn of the conversation."""
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Content
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Its content; text alone is one part."""
+        """Parts of the message; a content that is only text is one part."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
         return self.content
 
 
 class StreamOptions(_Part):
-    """Of a stream."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
 class ChatRequest(_Part):
-    """The body of a request; `top_k` and `repetition_penalty` are vLLM's extensions."""
+    """Body of a chat completion request; `top_k` and `repetition_penalty` are vLLM's extensions."""
 
     model: str
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -89,7 +89,8 @@ class ChatRequest(_Part):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], MaxLen(MAX_STOPS)] | None = None
-    # What changes an answer and is not to be had here: taken where it asks for nothing.
+    # These fields would change an answer, but are not supported. `parse_request` accepts only
+    # values that have no effect.
     n: object = None
     logprobs: object = None
     top_logprobs: object = None
@@ -104,25 +105,25 @@ class ChatRequest(_Part):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens of the answer, if it says."""
+        """Largest number of tokens of the answer; None if the request has no limit."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
+        """Strings that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen: a temperature of 1 unless it says, as OpenAI has it.
+        """Returns the sampling parameters; the default temperature is 1, as in OpenAI's API.
 
         Raises:
-            RequestError: A value that makes no sense.
+            RequestError: A value is not allowed.
         """
         seed = random.getrandbits(32) if self.seed is None else self.seed % 2**32
         given = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
-            "top_k": None if self.top_k in (0, -1) else self.top_k,  # as vLLM has it
+            "top_k": None if self.top_k in (0, -1) else self.top_k,  # off, as in vLLM
             "repetition_penalty": self.repetition_penalty,
         }
         try:
@@ -150,17 +151,17 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def parse_request(body: bytes | bytearray) -> ChatRequest:
-    """Reads a request's body.
+    """Parses the body of a chat completion request.
 
     Raises:
-        RequestError: It is not of this form, or asks for what is not to be had.
+        RequestError: The body is not a valid request, or uses a field that is not supported.
     """
     request = parse_json(ChatRequest, body)
     for name, idle in _IDLE.items():
         value = getattr(request, name)
         if value is not None and value not in idle:
             raise RequestError(
-                f"{name} = {value!r:.80}: this server has nothing but {idle[0]!r}",
+                f"{name} = {value!r:.80}: this server supports only {idle[0]!r}",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -168,10 +169,15 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
-    """Reads JSON of a form.
+    """Parses JSON and returns it as an object of a pydantic model.
+
+    Args:
+        model: Class of the object.
+        body: JSON text in UTF-8.
 
     Raises:
-        RequestError: It has another form, or too many values; says where.
+        RequestError: The text is not JSON, does not fit the model or has too many values; the error
+            names the field.
     """
     if sum(body.count(sign) for sign in b",[{") > MAX_VALUES:
         raise RequestError(f"the body has more than {MAX_VALUES:,} values")
@@ -179,14 +185,15 @@ def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
         return model.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        first = max(found, key=lambda one: len(one["loc"]))  # of a union, what came closest
+        # If no member of a union fits, the deepest error belongs to the member that fits best.
+        first = max(found, key=lambda one: len(one["loc"]))
         if first["type"] == "json_invalid":
             raise RequestError(f"the body is not JSON: {first['msg']}") from None
-        # Without the names of a union's members, which are ours.
+        # The names of a union's members are left out, because clients do not know them.
         fields = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
         param = ".".join(str(x) for x in fields) or None
         raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from None
-    except ValueError as error:  # a lone surrogate, for one
+    except ValueError as error:  # for example half of a surrogate pair
         raise RequestError(f"the body cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Answers for the API and the page: models by name, a bounded queue, limits, figures."""
+"""Answers the requests of the API and of the web page, with a bounded queue and time limits."""
 
 import asyncio
 import dataclasses
@@ -22,27 +22,30 @@ from llava_jax.serving.prometheus import Metrics
 from llava_jax.serving.schema import Message
 
 MAX_READERS = 4
-"""Threads that read prompts."""
+"""Largest number of threads that read prompts."""
 
 _Result = TypeVar("_Result")
 
 
 class Service:
-    """Models that answer.
+    """Generates answers with one or several models.
 
     Args:
-        assistants: Assistants by the names that requests use, the default first.
+        assistants: Assistants by model name. The web page asks the first model, and the others
+            only for comparison.
         limits: Limits of requests.
 
     Attributes:
+        limits: Limits of requests.
         metrics: Metrics of all requests.
-        engine: The thread that generates.
-        readers: The threads that read prompts.
-        compiler: The thread that compiles for prompts of new sizes.
-        bodies: Reads the bodies of requests.
-        images: Reads the images of requests.
-        ending: Set when the server is to end, before answers in progress are given up.
-        waiting: Requests without a token.
+        engine: Thread that generates the answers.
+        readers: Thread pool that reads prompts.
+        compiler: Thread pool with one thread, which compiles programs for new prompt sizes.
+        bodies: Reader of request bodies.
+        images: Reader of the images in requests.
+        ending: Event that is set when the server begins to shut down, while answers are still in
+            progress.
+        waiting: Number of requests that wait for their first token.
     """
 
     def __init__(self, assistants: Mapping[str, Assistant], limits: Limits):
@@ -56,40 +59,45 @@ class Service:
         )
         self.compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self._assistants = dict(assistants)
+        # Moving average of the seconds until the first token; clients get it as Retry-After.
         self._usual_wait = 1.0
 
     @property
     def names(self) -> list[str]:
-        """Of the models."""
+        """Names of the models, in the order of `assistants`."""
         return list(self._assistants)
 
     def start(self) -> None:
-        """Begins to answer."""
+        """Starts the engine thread."""
         self.engine.start()
 
     def stop(self) -> None:
-        """Ends all."""
+        """Stops all threads; unfinished answers end with an error."""
         for threads in (self.readers, self.compiler):
             threads.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
     def enter(self, client: str) -> "Ticket":
-        """Takes a place in the queue; in the event loop alone, as all of a ticket.
+        """Returns a ticket for a request, if the queue has room.
+
+        The ticket takes its place in the queue when its `with` block begins. This method and the
+        ticket must be used in the thread of the event loop.
 
         Args:
-            client: The client's address.
+            client: IP address of the client, or another key by which waiting requests are limited.
 
         Raises:
-            RequestError: It is full, or the engine has ended.
+            RequestError: The queue is full, or the engine has ended.
         """
         try:
             if self.engine.failure:
                 raise RequestError(f"the engine has ended: {self.engine.failure}", status=503)
             if self.waiting >= self.limits.queue:
-                raise self._full(f"{self.waiting} requests are waiting, which is as many as may")
+                raise self._full(f"{self.waiting} requests are waiting, which is the limit")
             if self._waiting_of[client] >= self.limits.client_queue:
                 raise self._full(
-                    f"{self._waiting_of[client]} requests of {client} are waiting already"
+                    f"{self._waiting_of[client]} requests of {client} are waiting, which is the "
+                    "limit for one client"
                 )
         except RequestError as error:
             self.count(error.status)
@@ -101,20 +109,20 @@ class Service:
         return RequestError(text, status=429, code="queue_full", retry_after=seconds)
 
     def note_waiting(self, client: str, change: int) -> None:
-        """Notes that a client's request begins to wait (1), or waits no more (-1)."""
+        """Adds `change` (1, 0 or -1) to the number of waiting requests, in total and per client."""
         self.waiting += change
         self._waiting_of[client] += change
-        self._waiting_of += Counter()  # drops those without any
+        self._waiting_of += Counter()  # removes clients whose count is 0
 
     def assistant(self, name: str) -> Assistant:
-        """A model by its name.
+        """Returns the assistant of a model.
 
         Raises:
             RequestError: There is no model of this name.
         """
         if name not in self._assistants:
             raise RequestError(
-                f"there is no model {name[:100]!r} here; there is {', '.join(self.names)}",
+                f"this server has no model {name[:100]!r}; its models are: {', '.join(self.names)}",
                 status=404,
                 code="model_not_found",
                 param="model",
@@ -122,19 +130,23 @@ class Service:
         return self._assistants[name]
 
     def count(self, status: int) -> None:
-        """Notes that a request is over."""
+        """Counts a finished request by its HTTP status."""
         self.metrics.requests.labels(str(status)).inc()
 
     def note_wait(self, seconds: float) -> None:
-        """Notes how long one waited for its first token."""
+        """Records how many seconds a request waited for its first token."""
         self.metrics.first_seconds.observe(seconds)
         self._usual_wait += 0.1 * (seconds - self._usual_wait)
 
 
 class Ticket:
-    """One request's place, from the queue to its end; to be used in a `with`.
+    """Tracks one request from the queue to the end of its answer; used in a `with` statement.
 
-    Leaving it gives up what is not over, which frees the slot.
+    Leaving the `with` block cancels an unfinished answer, which frees its slot in the engine.
+
+    Args:
+        service: Service that generates the answer.
+        client: IP address of the client, or another key by which waiting requests are limited.
     """
 
     def __init__(self, service: Service, client: str):
@@ -164,16 +176,24 @@ class Ticket:
     async def read(
         self, task: Callable[[], _Result], threads: ThreadPoolExecutor | None = None
     ) -> _Result:
-        """What a function returns that runs in a thread: a reader's, unless others are given.
+        """Runs a function in a thread and returns its result.
+
+        Args:
+            task: Function to run.
+            threads: Thread pool to run the function in; the service's readers if None.
 
         Raises:
-            RequestError: Time is up.
+            RequestError: The request took longer than `Limits.seconds`.
         """
         loop = asyncio.get_running_loop()
         return await self.in_time(loop.run_in_executor(threads or self._service.readers, task))
 
     async def in_time(self, work: Awaitable[_Result]) -> _Result:
-        """What comes of it before time is up. As `read`."""
+        """Awaits `work` and returns its result.
+
+        Raises:
+            RequestError: The request took longer than `Limits.seconds`.
+        """
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await work
@@ -192,25 +212,28 @@ class Ticket:
         sampling: Sampling,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """Reads a conversation, and asks for its answer.
+        """Reads a conversation, submits it to the engine and returns the answer object.
+
+        The engine fills the answer object while it generates; see `updates`.
 
         Args:
-            model: The model's name.
-            messages: The conversation; cleared when it has been read.
-            fetch: Returns the image file that a URL of the conversation names.
-            new_tokens: Most tokens of the answer; None is as many as may be.
-            sampling: How they are chosen.
-            stop: Texts that end it.
+            model: Name of the model.
+            messages: Messages of the conversation. The list is cleared after it has been read.
+            fetch: Function that returns the contents of the image file at a URL.
+            new_tokens: Largest number of tokens of the answer; None for the server's limit.
+            sampling: Sampling parameters.
+            stop: Strings that end the answer.
 
         Raises:
-            RequestError: It cannot be answered.
+            RequestError: The model does not exist, the conversation or one of its images cannot be
+                used, or the request took longer than `Limits.seconds`.
         """
         assistant, limits = self._service.assistant(model), self._service.limits
         most = min(new_tokens or limits.new_tokens, limits.new_tokens)
         prompt = await self.read(
             partial(to_prompt, messages, limits, max_length=assistant.max_length)
         )
-        messages.clear()  # images need not stay for as long as the answer takes
+        messages.clear()  # the data of the images is not needed while the answer is generated
         pixels = []
         for url in prompt.images:
             image = await self.in_time(fetch(cast("str", url)))
@@ -226,17 +249,18 @@ class Ticket:
                 raise RequestError(str(error), code=code, param="messages") from error
 
         answer = await self.read(task)
-        if not assistant.is_compiled(answer):  # so that the others need not wait for it
+        # The engine would compile too, but all other answers would wait for the compilation.
+        if not assistant.is_compiled(answer):
             await self.read(partial(assistant.compile, answer), self._service.compiler)
         self._job = Job(model, answer)
         self._service.engine.submit(self._job)
         return answer
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Yields how far the answer has come, until it is over.
+        """Yields the state of the answer whenever it has grown, until the answer is complete.
 
         Raises:
-            RequestError: It never will be, or not in time.
+            RequestError: The engine failed, or the request took longer than `Limits.seconds`.
         """
         assert self._job is not None
         model, counted = self._job.model, 0

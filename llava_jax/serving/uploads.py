@@ -1,7 +1,7 @@
-"""Images that visitors of the page upload: kept for a day, found by their names alone.
+"""Stores the images that visitors of the web page upload, for at most a day.
 
-A name is a random token that this server made, so a client cannot name any other file: no path of a
-client's ever reaches the file system.
+The server gives each image a random name and finds the image only by this name. No path that a
+client sends reaches the file system.
 """
 
 import asyncio
@@ -19,19 +19,20 @@ from llava_jax.serving.limits import MIB, Limits, RequestError
 
 KEPT_SECONDS = 24 * 60 * 60
 MAX_BYTES = 1024 * MIB
-"""Bytes of all uploads together; above it, the oldest are removed."""
+"""Largest total size of all uploads in bytes; beyond it, the oldest uploads are removed."""
 MAX_FILES = 2000
+"""Largest number of uploads; beyond it, the oldest uploads are removed."""
 
 
 class Uploads:
-    """A temporary folder of uploaded images.
+    """Temporary directory of uploaded images.
 
     Args:
         limits: Limits of the server.
 
     Attributes:
-        limits: The server's limits.
-        folder: The folder's path.
+        limits: Limits of the server.
+        folder: Path of the directory.
     """
 
     def __init__(self, limits: Limits):
@@ -41,15 +42,18 @@ class Uploads:
         self._sizes: dict[str, int] = {}  # by name, the oldest first
 
     def close(self) -> None:
-        """Removes the folder."""
+        """Removes the directory with all uploads."""
         self._sizes.clear()
         self._temporary.cleanup()
 
     async def add(self, data: bytes) -> str:
-        """Keeps an image file, and returns its name.
+        """Stores an image file and returns its new name.
+
+        Args:
+            data: Contents of the image file.
 
         Raises:
-            RequestError: It is not an image that the server takes.
+            RequestError: The file is not an image, or exceeds a limit.
         """
         kind = await asyncio.to_thread(check_image, data, self.limits)
         name = f"{secrets.token_hex(16)}.{kind.lower()}"
@@ -61,15 +65,19 @@ class Uploads:
         return name
 
     def path(self, name: str) -> Path:
-        """The file of a name, which may stand at the end of a path.
+        """Returns the path of an uploaded image.
+
+        Args:
+            name: Name of the upload, or a path that ends with this name.
 
         Raises:
-            RequestError: No such image was uploaded, or it was removed since.
+            RequestError: No image has this name, or the image was removed.
         """
         name = name.rpartition("/")[2]
         if name not in self._sizes:
             raise RequestError(
-                "an image of this conversation is gone; clear it, and upload the image again",
+                "an image of this conversation is gone; clear the conversation and upload the "
+                "image again",
                 status=404,
             )
         return self.folder / name
@@ -80,13 +88,19 @@ class Uploads:
 
 
 def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
-    """Takes and returns uploads under the paths that Gradio's page asks for, in Gradio's place."""
+    """Adds the routes that store and return uploads, which replace Gradio's own routes.
+
+    Args:
+        app: Application that gets the routes.
+        uploads: Directory of the uploads.
+        bodies: Reader of request bodies.
+    """
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        # Forms of another kind have no files.
+        # Forms with another media type cannot contain files.
         if media_type(request.headers) != "multipart/form-data":
-            raise RequestError("an upload is multipart/form-data", status=415)
+            raise RequestError("an upload must have the type multipart/form-data", status=415)
         with bodies.hold(client_of(request.scope)) as held:
             body = await held.read(request.headers, request.receive)
             read = Request(request.scope, with_body(body, request.receive))
@@ -99,6 +113,6 @@ def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
     @app.get("/gradio_api/file={name:path}")
     async def file(name: str) -> Response:
         path = uploads.path(name)
-        # The name has been made from the image's own format, so the browser need not guess.
+        # The suffix of the name is the format of the image, so the browser must not guess the type.
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
         return Response(path.read_bytes(), media_type=f"image/{path.suffix[1:]}", headers=headers)

@@ -1,4 +1,4 @@
-"""The page at `/`: chat with a model, and with its base beside it, by Gradio."""
+"""Builds the web page at `/`, a chat with a model and optionally with its base, with Gradio."""
 
 import asyncio
 import contextlib
@@ -25,14 +25,15 @@ from llava_jax.serving.schema import Message as ChatMessage
 from llava_jax.serving.service import Service
 from llava_jax.serving.uploads import KEPT_SECONDS, Uploads, add_upload_routes
 
-USUAL_NEW_TOKENS = 512  # as LLaVA's own page has it
-_FRAME_SECONDS = 0.1  # between two states of the page that are sent
+USUAL_NEW_TOKENS = 512  # the default of LLaVA's own page
+_FRAME_SECONDS = 0.1  # between two updates of the page
 _CLIENT = "the page"
-"""Its visitors share the places in the queue that one client may have."""
+"""Name under which the queue counts all visitors of the page as one client."""
 MAX_EXCHANGES = 100
-"""Questions of one conversation that are kept."""
+"""Largest number of questions that are kept in a conversation."""
 MAX_CHARACTERS = 32_000
-"""Characters of a conversation that are kept: each state of the page that is sent has all of it."""
+"""Largest number of characters that are kept in a conversation, because each update of the page
+sends all of them."""
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
@@ -46,13 +47,13 @@ _CSS = """
 
 @dataclasses.dataclass
 class Exchange:
-    """A question and what became of it, by the names of the models that were asked.
+    """One question with its answers.
 
     Attributes:
-        text: The question.
-        images: Files.
-        answers: The answers, as far as they are generated.
-        errors: Why an answer is missing or incomplete.
+        text: Text of the question.
+        images: Paths of the uploaded images of the question.
+        answers: Answers by model name, as far as they are generated.
+        errors: Texts of errors by model name, for answers that are missing or incomplete.
     """
 
     text: str
@@ -62,31 +63,38 @@ class Exchange:
 
     @property
     def characters(self) -> int:
-        """Of all of its text."""
+        """Number of characters of the question and its answers."""
         return len(self.text) + sum(map(len, self.answers.values()))
 
     def shown(self, name: str) -> str:
-        """What the page shows as a model's answer."""
+        """Returns the text that the page shows as a model's answer."""
         error = f"[{self.errors[name]}]" if name in self.errors else ""
         return " ".join(filter(None, (self.answers[name], error))) or "…"
 
 
 def load_gradio() -> ModuleType:
-    """Imports Gradio, which takes seconds, with its reports to its makers switched off.
+    """Imports Gradio with its analytics switched off and returns the module.
+
+    The import takes several seconds.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: Gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     return importlib.import_module("gradio")
 
 
 def add_page(app: FastAPI, service: Service) -> None:
-    """Puts the page on an application, behind all routes that it has so far. As `load_gradio`.
+    """Adds the page to an application.
+
+    Routes that the application already has take precedence over those of the page.
 
     Args:
-        app: The application.
-        service: That answers.
+        app: Application that gets the page.
+        service: Service that generates the answers.
+
+    Raises:
+        ModuleNotFoundError: Gradio is not installed.
     """
     gr = load_gradio()
     fonts = importlib.import_module("gradio.themes.utils.fonts")
@@ -95,11 +103,11 @@ def add_page(app: FastAPI, service: Service) -> None:
     uploads = Uploads(service.limits)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
     blocks = _Page(gr, service, uploads).blocks()
-    # Gradio sets this in `launch`, which a mounted page never calls; until then it reads any file
-    # whose path a client sends.
+    # Gradio sets `has_launched` in `launch`, which is never called for a mounted page. Before that,
+    # Gradio reads any file whose path a client sends.
     blocks.has_launched = True
     page = FastAPI()
-    page.add_middleware(CORSMiddleware)  # allows nobody; without one, Gradio adds its own
+    page.add_middleware(CORSMiddleware)  # allows no origin; without it, Gradio adds its own
     gr.mount_gradio_app(
         page,
         blocks,
@@ -127,12 +135,12 @@ def add_page(app: FastAPI, service: Service) -> None:
 
 
 class _Page:
-    """What is on it, and what happens.
+    """Components and event handlers of the page.
 
     Args:
-        gr: Gradio.
-        service: That answers.
-        uploads: Images that were uploaded.
+        gr: The module gradio.
+        service: Service that generates the answers.
+        uploads: Images that visitors have uploaded.
     """
 
     def __init__(self, gr: ModuleType, service: Service, uploads: Uploads):
@@ -140,10 +148,10 @@ class _Page:
         self._names = service.names
 
     def blocks(self) -> Any:
-        """The page."""
+        """Builds the page and returns it as a `gradio.Blocks`."""
         gr, names = self._gr, self._names
         with gr.Blocks(title=names[0]) as page:
-            # State stays here: a Chatbot as an input would take whatever a client says it holds.
+            # The state stays on the server; with a Chatbot as input, clients could forge messages.
             exchanges = gr.State([], time_to_live=KEPT_SECONDS)
             with gr.Row(elem_classes="two" if len(names) > 1 else None):
                 columns, chats = zip(*[self._chat(name) for name in names], strict=True)
@@ -182,7 +190,7 @@ class _Page:
         with gr.Column(min_width=300) as column:
             chat = gr.Chatbot(
                 label=name,
-                render_markdown=False,  # what is typed and answered is text
+                render_markdown=False,  # questions and answers are plain text
                 elem_classes="chat",
                 buttons=[],
                 allow_file_downloads=False,
@@ -195,15 +203,15 @@ class _Page:
         most = self._service.limits.new_tokens
         with gr.Accordion("Settings", open=False), gr.Row():
             return [
-                gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words"),
-                gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all words"),
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: most likely words"),
+                gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all words are possible"),
                 gr.Slider(
                     1,
                     most,
                     min(USUAL_NEW_TOKENS, most),
                     step=1,
                     label="Max new tokens",
-                    info="of an answer",
+                    info="per answer",
                 ),
             ]
 
@@ -231,7 +239,7 @@ class _Page:
     async def _answer(
         self, exchanges: list[Exchange], compare: bool, settings: Sequence[float]
     ) -> AsyncIterator[list[object]]:
-        """States of the page while the last question is answered."""
+        """Generates all answers to the last question; yields the page's outputs meanwhile."""
         names = self._names if compare else self._names[:1]
         tasks = [asyncio.ensure_future(self._follow(name, exchanges, *settings)) for name in names]
         busy = self._gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
@@ -254,7 +262,7 @@ class _Page:
         top_p: float,
         new_tokens: float,
     ) -> None:
-        """Keeps a model's answer to the last question in it as it comes."""
+        """Generates a model's answer to the last question and stores it in the exchange."""
         last = exchanges[-1]
         last.answers[name] = ""
         try:
@@ -272,15 +280,16 @@ class _Page:
             last.errors[name] = str(error)
         except Exception:
             traceback.print_exc()
-            last.errors[name] = "something went wrong; the server's console says what"
+            last.errors[name] = "an internal error occurred; the server's console shows it"
 
     async def _read_upload(self, name: str) -> bytes:
         return self._uploads.path(name).read_bytes()
 
     def _messages(self, name: str, exchanges: list[Exchange]) -> list[ChatMessage]:
-        """The conversation as one model had it; where it was not asked, as the first had it.
+        """Returns the conversation with the answers of one model.
 
-        Questions that nothing was answered to are left out, but for the last.
+        If this model was not asked a question, the answer of the first model is used. Questions
+        without an answer are left out, except the last question.
         """
         messages = []
         for exchange in exchanges:
@@ -294,7 +303,7 @@ class _Page:
         return messages[:-1]
 
     def _shown(self, exchanges: list[Exchange]) -> list[list[Json]]:
-        """The messages of every chat."""
+        """Returns the messages that each model's chat shows."""
         chats = []
         for name in self._names:
             messages = []
@@ -316,9 +325,9 @@ class _Page:
 
 
 def _as_text(text: str) -> dict[str, str]:
-    """A message's content; a chat without Markdown takes HTML still."""
+    """Returns a message's content. It is escaped because a chat without Markdown renders HTML."""
     return {"type": "text", "text": html.escape(text, quote=False)}
 
 
-# The service has a queue of its own.
+# The service has its own queue, so Gradio need not limit the number of events.
 _UNQUEUED: Json = {"concurrency_limit": None, "show_progress": "hidden"}

@@ -1,1 +1,1 @@
-"""How fast training is: what `llava-jax benchmark` measures."""
+"""Measures the speed and the memory of training, for `llava-jax benchmark`."""

@@ -1,4 +1,4 @@
-"""The models and batches that `llava-jax benchmark` runs, without JAX."""
+"""Defines the models and batches of `llava-jax benchmark`, without importing JAX."""
 
 import dataclasses
 import pickle
@@ -10,13 +10,20 @@ from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
 from llava_jax.planning.model_flops import Row, model_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
-SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # close to the normalisation of CLIP's processor
+SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # factors and offsets, close to those of CLIP's processor
 
 
 def _shape(
     vision: tuple[int, int, int], llm: tuple[int, int, int], feed_forward: int, head_dim: int
 ) -> ModelConfig:
-    """Returns a LLaVA for images of 336 pixels; a part is given by its width, depth and heads."""
+    """Returns the sizes of a LLaVA for images of 336 pixels.
+
+    Args:
+        vision: Width, depth and number of heads of the vision tower.
+        llm: Width, depth and number of heads of the decoder.
+        feed_forward: Width of the feed-forward layers of the decoder.
+        head_dim: Size of a head of the decoder.
+    """
     width, depth, heads = vision
     tower = VisionConfig(
         hidden_size=width,
@@ -42,17 +49,18 @@ SHAPES = {
     "1b": _shape((1024, 24, 16), (2048, 12, 16), 5632, 128),
     "7b": ModelConfig(),
 }
-"""Models by their number of parameters. Each has LLaVA's vocabulary, most of the smallest model."""
+"""Sizes of models, by their number of parameters. All models have LLaVA's vocabulary, whose
+embeddings are most of the parameters of the smallest model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The run that both sides make.
+    """Training run that both sides of the benchmark execute.
 
     Attributes:
-        config: The run. Its schedule is constant, and it has no dropout.
-        model: The sizes of the model.
-        text_tokens: Number of text tokens of each sample. The last half of them has a loss.
+        config: Config of the run, with a constant learning rate and without dropout.
+        model: Sizes of the model.
+        text_tokens: Number of text tokens per sample; the last half of these tokens have a loss.
     """
 
     config: TrainConfig
@@ -61,20 +69,21 @@ class Case:
 
     @property
     def samples(self) -> int:
+        """Returns the number of samples per step."""
         return self.config.batch.global_size
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of a sample, with its image."""
+        """Returns the number of tokens per sample, including the image tokens."""
         return self.model.image_tokens + self.text_tokens
 
     @property
     def learned(self) -> int:
-        """Number of tokens of a sample that have a loss."""
+        """Returns the number of tokens per sample that have a loss."""
         return self.text_tokens // 2
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Returns the random batch of a step: the arrays of a `llava_jax.data.batch.Batch`."""
+        """Returns the random batch of a step, as the arrays of a `llava_jax.data.batch.Batch`."""
         rng = np.random.default_rng(step)
         ids = np.full((self.samples, self.tokens), self.model.image_token_id, np.int32)
         model = self.model
@@ -96,10 +105,10 @@ class Case:
 
     @property
     def model_flops(self) -> float:
-        """Floating-point operations of the matrix products of a step.
+        """Returns the number of floating-point operations in the matrix products of a step.
 
-        docs/performance.md derives the number. It does not count what is computed again, keys that
-        the causal mask hides, and logits without a loss.
+        docs/performance.md explains the formula. Recomputed products, keys that the causal mask
+        hides, and logits without a loss are not counted.
         """
         memory = dataclasses.replace(self.config.memory, remat="none")
         config = dataclasses.replace(self.config, memory=memory)
@@ -107,9 +116,10 @@ class Case:
         return self.samples * model_flops(config, self.model, row)
 
     def save(self, directory: Path) -> None:
+        """Writes the case to a file in a directory."""
         (directory / CASE_FILE).write_bytes(pickle.dumps(self))
 
 
 def load_case(directory: Path) -> Case:
-    """Reads what `Case.save` wrote."""
+    """Reads the case that `Case.save` wrote to a directory."""
     return pickle.loads((directory / CASE_FILE).read_bytes())

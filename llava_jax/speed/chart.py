@@ -1,4 +1,4 @@
-"""Draws the results of `llava-jax benchmark`."""
+"""Draws a chart of the results of `llava-jax benchmark`."""
 
 from pathlib import Path
 
@@ -10,7 +10,16 @@ COLOURS = ("#4c78a8", "#b3b3b3")
 
 
 def draw(path: Path, case: Case, rows: list[Row]) -> None:
-    """Each side's tokens per second, of every step, and its peak of memory, as a PNG."""
+    """Draws the speed of each side in tokens per second, step by step, and its peak memory in GiB.
+
+    Args:
+        path: PNG file to write.
+        case: Run that was measured.
+        rows: Measurements of at most two sides.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -24,7 +33,7 @@ def draw(path: Path, case: Case, rows: list[Row]) -> None:
         peak = row.host_peak if row.device_peak is None else row.device_peak
         memory.bar(row.name, peak / GIB, color=colour)
     speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-    memory.set_ylabel("GiB at most")
+    memory.set_ylabel("peak memory, GiB")
     speed.legend()
     for axes in (speed, memory):
         axes.spines[["top", "right"]].set_visible(False)

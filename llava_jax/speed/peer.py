@@ -1,4 +1,4 @@
-"""The other side of `llava-jax benchmark --peer hf`: transformers, peft and torch's AdamW."""
+"""Implements the peer of `llava-jax benchmark --peer hf`: transformers, peft and torch's AdamW."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Peer:
-    """The same run, in the way of transformers' Trainer."""
+    """The side that trains with transformers and peft, as the Trainer of transformers does."""
 
     compile_seconds: float | None = None
 

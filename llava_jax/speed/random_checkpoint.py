@@ -1,4 +1,4 @@
-"""A checkpoint of random weights, of any size."""
+"""Writes checkpoints of random weights, for models of any size."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.safetensors import Specs, write_sharded
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# The number is a prime, so that no two rows of a matrix are the same.
+# The number of values is a prime, so that no two rows of a matrix are the same.
 _NORMAL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
 
 
@@ -22,8 +22,8 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
     """Writes a Hugging Face checkpoint in bfloat16, one tensor at a time.
 
     Args:
-        directory: Where it is written.
-        model: The sizes of the model.
+        directory: Directory of the checkpoint, which is created if needed.
+        model: Sizes of the model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -35,11 +35,18 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
         else:
             specs[layouts.HF_4_36.file_name(path)] = leaf.shape, _BFLOAT16
     write_sharded(directory, specs, lambda name: random_values(name, specs))
-    write_model_config(model, directory)  # last, as a sign that the weights are complete
+    write_model_config(model, directory)  # last, as a sign that all weights are written
 
 
 def random_values(name: str, specs: Specs) -> np.ndarray:
-    """Returns values of about the size that an initialisation gives."""
+    """Returns random values of about the size that an initialization gives.
+
+    Biases are 0, and the weights of norms are 1.
+
+    Args:
+        name: Name of the tensor.
+        specs: Shape and dtype of each tensor, by name.
+    """
     shape, dtype = specs[name]
     if name.endswith(".bias"):
         return np.zeros(shape, dtype)

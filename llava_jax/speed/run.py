@@ -1,4 +1,4 @@
-"""Measures both sides of `llava-jax benchmark`, in processes of their own that take turns."""
+"""Measures the sides of `llava-jax benchmark`, in processes that take turns."""
 
 import dataclasses
 import json
@@ -26,18 +26,20 @@ from llava_jax.train_step.program import build_program
 
 @dataclasses.dataclass
 class Row:
-    """The measurements of one side, for every step after the warm-up.
+    """Measurements of one side.
+
+    The seconds exclude the steps of the warm-up; the losses and the peaks include these steps.
 
     Attributes:
-        name: "ours", or the name of the peer.
-        device: The name of the device.
-        compile_seconds: Seconds for compiling; None if nothing is compiled.
+        name: Name of the side: "ours" or the name of the peer.
+        device: Name of the device.
+        compile_seconds: Compilation time in seconds; None if nothing is compiled.
         seconds: Seconds of each step.
-        cpu_seconds: CPU seconds of the mean step of each turn, for all threads together.
-        waits: Seconds of each step until its input was on the device.
-        losses: Loss of each step.
-        host_peak: Largest number of bytes that the process had.
-        device_peak: The same for the memory of the device; None if that is the memory of the host.
+        cpu_seconds: Mean CPU seconds of a step, summed over all threads, for each turn.
+        waits: Seconds that each step waited for its batch to be placed on the device.
+        losses: Loss of each step, including the steps of the warm-up.
+        host_peak: Peak of the memory of the process in bytes.
+        device_peak: Peak of the memory of the device in bytes; None if the device uses host memory.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Row:
     device_peak: int | None = None
 
     def add(self, found: dict[str, Any]) -> None:
-        """Adds the measurements of a turn."""
+        """Adds the measurements of one turn, as `side.take_turn` returns them."""
         for name in ("seconds", "waits", "losses", "cpu_seconds"):
             getattr(self, name).extend(found[name])
         self.host_peak, self.device_peak = found["host_peak"], found["device_peak"]
@@ -60,19 +62,21 @@ class Row:
 def measure(
     case: Case, names: list[str], directory: Path, warmup: int, rounds: int, steps: int
 ) -> list[Row]:
-    """Lets the sides take turns, and returns what was measured of each.
+    """Runs the sides in turns, and returns the measurements of each side.
 
     Args:
-        case: The run.
-        names: The names of the sides.
-        directory: An empty directory, for the weights from which both sides start.
-        warmup: Number of steps before the first turn. Only their losses are kept.
+        case: Run that the sides execute.
+        names: Names of the sides.
+        directory: Empty directory for the weights from which both sides start.
+        warmup: Number of steps before the first turn; only their losses are kept.
         rounds: Number of turns of each side.
-        steps: Number of steps of a turn.
+        steps: Number of steps per turn.
+
+    Raises:
+        SystemExit: The process of a side has ended.
     """
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # otherwise this process would take memory of the GPU too
+    # Without this setting, this process would also reserve memory of the GPU.
+    jax.config.update("jax_platforms", "cpu")
     write_start(case, directory, with_adapter=len(names) > 1)
     with ExitStack() as stack:
         sides = [stack.enter_context(Turns(name, directory)) for name in names]
@@ -86,11 +90,11 @@ def measure(
 
 
 class Turns:
-    """The process of a side."""
+    """Process of one side, which is killed when the context ends."""
 
     def __init__(self, name: str, directory: Path):
         command = [sys.executable, "-m", "llava_jax.speed.side", name, directory]
-        # Without this, the first side would take most of the memory of a GPU at its start.
+        # Without this variable, the first side would reserve most of the memory of a GPU.
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -101,23 +105,35 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.__exit__(None, None, None)  # closes the pipes, and waits
+        self._process.__exit__(None, None, None)  # closes the pipes and waits
 
     def ready(self) -> dict[str, Any]:
-        """Waits for a line of the process and returns it; the first says that the side is ready."""
+        """Waits for the next line of the process and returns its JSON.
+
+        The first line means that the side is ready.
+
+        Raises:
+            SystemExit: The process has ended.
+        """
         line = cast("IO[str]", self._process.stdout).readline()
         if not line:
-            raise SystemExit("a side of the benchmark ended, see above")
+            raise SystemExit("a side of the benchmark has ended; its error is printed above")
         return json.loads(line)
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Makes a number of steps, and returns their measurements."""
+        """Lets the process run a number of steps, and returns their measurements."""
         print(steps, file=self._process.stdin, flush=True)
         return self.ready()
 
 
 def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
-    """Writes the weights from which both sides start, in the forms of Hugging Face and PEFT."""
+    """Writes the case, and the weights from which both sides start, as Hugging Face and PEFT do.
+
+    Args:
+        case: Run that the sides execute.
+        directory: Directory to write to.
+        with_adapter: Whether to write LoRA weights too, if the decoder has LoRA.
+    """
     case.save(directory)
     write_checkpoint(directory / BASE, case.model)
     if not with_adapter or case.config.tune.llm != "lora":
@@ -146,14 +162,14 @@ def table(case: Case, rows: list[Row]) -> str:
     """Returns the measurements as a Markdown table."""
     config = case.config
     head = f"{config.tune.llm}, {config.dtype}, remat {config.memory.remat}, on {rows[0].device}: "
-    head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them learned, "
+    head += f"{case.samples} samples of {case.tokens} tokens, {case.learned} of them with a loss, "
     head += f"micro-batch {config.batch.micro_size or case.samples}"
     lines = [HEADER, ["---"] * len(HEADER), *(cells(case, row) for row in rows)]
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def cells(case: Case, row: Row) -> list[str]:
-    """Returns the cells of a line of the table."""
+    """Returns the cells of one row of the table."""
     least, median, most = np.percentile(row.seconds, [10, 50, 90])
     rate = case.model_flops / median / 1e12
     peak = bfloat16_tflops(row.device) if case.config.dtype == "bfloat16" else None
@@ -173,7 +189,15 @@ def cells(case: Case, row: Row) -> list[str]:
 
 
 def compare(rows: list[Row]) -> dict[str, float]:
-    """Compares ours with the peer: above 1 is better for speed, below 1 for memory."""
+    """Compares this package with the peer.
+
+    Args:
+        rows: Measurements of this package and of the peer, in this order.
+
+    Returns:
+        Dict with the ratios of speed, in which this package is better above 1, the ratio of memory,
+        in which this package is better below 1, and the largest relative difference of the losses.
+    """
     ours, theirs = rows
     ratio = lambda kind: np.median(getattr(theirs, kind)) / np.median(getattr(ours, kind))
     return {

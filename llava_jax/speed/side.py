@@ -1,7 +1,8 @@
-"""The process of one side of `llava-jax benchmark`: `python -m llava_jax.speed.side ours|hf DIR`.
+"""Runs one side of `llava-jax benchmark`: `python -m llava_jax.speed.side ours|hf DIR`.
 
-It writes a line of JSON when it is ready. After that, each line that it reads is a number of steps
-to make, and each line that it writes has the measurements of these steps.
+A side is this package ("ours") or the peer ("hf"). The process writes one line of JSON when it is
+ready. After that, it reads lines from stdin that contain a number of steps each. For each line, it
+runs these steps and writes one line of JSON with their measurements.
 """
 
 import itertools
@@ -22,13 +23,13 @@ from llava_jax.speed.case import BASE, Case, load_case
 
 @runtime_checkable
 class Side(Protocol):
-    """A model that trains.
+    """A model that is trained as one side of the benchmark.
 
     Attributes:
-        ahead: Number of steps that may be started before the first of them has ended, as in
-            training. It is 0 if the host itself computes.
-        compile_seconds: Seconds for compiling, or None.
-        name: The name of the device.
+        ahead: Largest number of unfinished steps when a new step starts, as in training; 0 if the
+            host itself computes.
+        compile_seconds: Compilation time in seconds; None if nothing is compiled.
+        name: Name of the device.
     """
 
     ahead: int
@@ -44,12 +45,12 @@ class Side(Protocol):
         ...
 
     def device_peak(self) -> int | None:
-        """Returns the peak of the device's memory in bytes; None if that is the host's memory."""
+        """Returns the peak of the device memory in bytes; None if the device uses host memory."""
         ...
 
 
 class Ours:
-    """This package."""
+    """The side that trains with this package."""
 
     def __init__(self, case: Case, directory: Path):
         import jax
@@ -93,7 +94,22 @@ class Ours:
 
 
 def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
-    """Makes steps; returns the seconds of each, those spent on the input, and the losses."""
+    """Runs training steps and returns their measurements.
+
+    Args:
+        side: Side that is measured.
+        case: Run that the side executes.
+        first: Number of the first step, which selects the batch.
+        steps: Number of steps.
+
+    Returns:
+        Dict with the seconds of each step, the seconds until the batch of each step was placed, the
+        loss of each step, the mean CPU seconds of a step as a list of one value, and the peaks of
+        host and device memory in bytes.
+
+    Raises:
+        ArithmeticError: A loss is not finite.
+    """
     batches = [case.batch(step) for step in range(first, first + steps)]
     waits, ends, losses = [], [time.perf_counter()], []
     pending: deque[Callable[[], float]] = deque()
@@ -124,10 +140,11 @@ def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Takes turns until the input ends."""
+    """Runs the steps that stdin requests, until stdin ends."""
     name, directory = sys.argv[1], Path(sys.argv[2])
     case = load_case(directory)
-    replies = os.fdopen(os.dup(1), "w")  # libraries may print
+    # Libraries may print to stdout, so it becomes stderr, and replies go to a copy.
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if name == "ours":
         prepare_for_training()

@@ -1,8 +1,8 @@
-"""Cross-entropy of the supervised tokens, some at a time.
+"""Computes the cross-entropy of the supervised tokens, one chunk of tokens at a time.
 
-The logits of a whole batch never exist, and those of tokens without a loss are not computed: the
-supervised tokens of each row are moved to its front, and the loop over chunks ends with the last of
-these.
+The logits of a whole batch never exist at the same time, and most tokens without a loss need no
+logits: the supervised tokens of each row are moved to the front of the row, and the loop over the
+chunks ends with the last chunk that has a supervised token.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,17 @@ from llava_jax.models.llava import head_logits
 Carry = TypeVar("Carry")
 
 CHUNK_TOKENS = 64
-"""Tokens of each row whose logits exist at a time."""
+"""Maximum number of tokens per row whose logits exist at the same time."""
 
 
 class TokenLosses(NamedTuple):
-    """Loss of the following token at each position, and the token that greedy decoding chooses.
+    """Loss and greedy prediction of the next token at each position of a batch.
 
-    Both are 0 where the following token is not supervised.
+    Both fields are 0 at positions whose next token is not supervised.
+
+    Attributes:
+        nll: float32 [batch, tokens]. Negative log-likelihood of the next token, in nats.
+        predicted: int32 [batch, tokens]. Next token that greedy decoding chooses.
     """
 
     nll: Float[Array, "B T"]
@@ -41,8 +45,16 @@ def token_losses(
     targets: Int[Array, "B T"],
     learned: Bool[Array, "B T"],
 ) -> TokenLosses:
-    """Negative log-likelihood of `targets` in nats, float32, and the greedy choice."""
-    narrow = head.astype(hidden.dtype)  # here, so that it is cast once and not in every chunk
+    """Returns the loss and the greedy prediction of each supervised target.
+
+    Args:
+        hidden: Final hidden states, [batch, tokens, hidden].
+        head: Output matrix of the decoder, [vocabulary, hidden]. The function casts the matrix to
+            the dtype of `hidden`.
+        targets: Next token of each position, int [batch, tokens].
+        learned: Mask of the positions whose target is supervised, bool [batch, tokens].
+    """
+    narrow = head.astype(hidden.dtype)  # one cast before the loop, instead of one per chunk
     pieces = _Pieces(learned)
 
     def one_chunk(index: jax.Array, done: TokenLosses) -> TokenLosses:
@@ -62,10 +74,18 @@ def weighted_loss(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """The sum of weights x negative log-likelihood of `targets`, float32.
+    """Returns the sum of `weights` x negative log-likelihood of `targets`, a float32 scalar.
 
-    The gradients are computed together with the loss, chunk by chunk: products in the dtype of
-    `hidden`, and the sum for the head in float32. Every device computes its own rows only.
+    The gradients with respect to `hidden` and `head` are computed together with the loss, chunk by
+    chunk. Matrix products have operands in the dtype of `hidden`; the gradient of `head` is summed
+    in float32. Each device computes only its own rows.
+
+    Args:
+        hidden: Final hidden states, [batch, tokens, hidden].
+        head: Output matrix of the decoder, [vocabulary, hidden].
+        targets: Next token of each position, int [batch, tokens].
+        weights: Weight of each target's loss, float32 [batch, tokens]; 0 if the target is not
+            supervised.
     """
     axes, params = {"head": ("vocab", "model")}, {"head": head}
     return jnp.sum(shard_map_rows(_local_loss, axes, params, hidden, targets, weights))
@@ -75,6 +95,7 @@ def weighted_loss(
 def _local_loss(
     params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> Float[Array, "1"]:
+    """Returns the weighted loss of one device's rows, [1]."""
     losses = token_losses(hidden, params["head"], targets, weights != 0)
     return jnp.sum(losses.nll * weights)[None]
 
@@ -82,6 +103,7 @@ def _local_loss(
 def _with_gradients(
     params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+    """Returns `_local_loss`, and its gradients as the residuals of the backward pass."""
     head = params["head"]
     narrow = head.astype(hidden.dtype)
     pieces = _Pieces(weights != 0)
@@ -94,6 +116,7 @@ def _with_gradients(
         logits = head_logits(here, narrow)
         nll, log_sum = _nll(logits, target)
         loss += jnp.sum(nll * weight)
+        # The gradient of the loss with respect to the logits is weight x (softmax - one-hot).
         shares = jnp.exp(logits - log_sum[:, :, None]) - jax.nn.one_hot(target, head.shape[0])
         grad = (weight[:, :, None] * shares).astype(hidden.dtype)
         wide = {"preferred_element_type": jnp.float32}
@@ -109,6 +132,7 @@ def _with_gradients(
 
 
 def _scaled(grads: tuple[Params, jax.Array], scale: jax.Array) -> tuple:
+    """Multiplies the gradients by the upstream gradient; targets and weights have no gradient."""
     return *jax.tree.map(lambda grad: grad * scale[0].astype(grad.dtype), grads), None, None
 
 
@@ -116,7 +140,10 @@ _local_loss.defvjp(_with_gradients, _scaled)
 
 
 class _Pieces:
-    """The tokens of rows in pieces of some tokens of each row, the supervised ones first."""
+    """Splits the rows of a batch into pieces, the supervised tokens of each row first.
+
+    Each piece has the same number of tokens of every row.
+    """
 
     def __init__(self, learned: Bool[Array, "B T"]):
         length = learned.shape[1]
@@ -129,35 +156,36 @@ class _Pieces:
         self._iterations = -(-most // self._pieces.shape[2])
 
     def take(self, x: Shaped[Array, "B T *rest"], index: Int[Array, ""]) -> Array:
-        """Piece number `index` of the rows: [B, chunk, ...]; zeros after the last token."""
+        """Returns piece number `index` of x, [B, chunk, ...]; 0 after the last token of a row."""
         here = self._pieces[index].reshape(*self._pieces.shape[1:], *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, here, axis=1, mode="fill", fill_value=0)
 
     def zeros(
         self, shape: tuple[int, ...], dtype: DTypeLike
     ) -> Shaped[Array, "chunks B chunk *rest"]:
-        """Zeros for all pieces, with an array of this shape for each token."""
+        """Returns zeros for all pieces, with an array of the given shape for each token."""
         return jnp.zeros((*self._pieces.shape, *shape), dtype)
 
     def loop(self, body: Callable[[jax.Array, Carry], Carry], done: Carry) -> Carry:
-        """Carries `done` through all pieces that have a supervised token."""
+        """Calls `body` for each piece that has a supervised token; returns the final carry."""
         with bounded_loop(self._count):
             return jax.lax.fori_loop(0, self._iterations, body, done)
 
     def put_back(self, x: Shaped[Array, "chunks B chunk *rest"]) -> Shaped[Array, "B T *rest"]:
-        """Rows with their tokens in the original order."""
+        """Returns the rows with their tokens in the original order."""
         inverse = self._inverse.reshape(*self._inverse.shape, *[1] * (x.ndim - 3))
         return jnp.take_along_axis(from_chunks(x, self._pieces[:, 0].size), inverse, axis=1)
 
 
 def _write(index: Int[Array, ""], pieces: Array, new: Array) -> Array:
+    """Returns `pieces` with piece number `index` replaced by `new`."""
     return jax.lax.dynamic_update_index_in_dim(pieces, new, index, 0)
 
 
 def _nll(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Negative log-likelihood of targets, and the logarithm of the softmax's denominator."""
+    """Returns the negative log-likelihood of `targets` and the log of the softmax's denominator."""
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     return log_sum - chosen, log_sum
@@ -166,7 +194,16 @@ def _nll(
 def next_tokens(
     input_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """The token after each position, and whether it is supervised and of the same segment."""
+    """Returns the next token of each position, and a mask of the positions that have a loss.
+
+    The mask is True if the next token is supervised and belongs to the same segment. At the last
+    position of a row, the token is 0 and the mask is False.
+
+    Args:
+        input_ids: Token ids, int [batch, tokens].
+        loss_mask: Mask of the supervised tokens, bool [batch, tokens].
+        segment_ids: Segment of each token, int [batch, tokens].
+    """
     following = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
     learned = following(loss_mask) & (following(segment_ids) == segment_ids)
     return following(input_ids), learned
@@ -178,15 +215,18 @@ def loss_weights(
     weighting: str,
     group: int,
 ) -> Float[Array, "B T"]:
-    """The weight of each token's loss in the loss of the global batch; they sum to 1.
+    """Returns the weight of each token's loss in the loss of the global batch.
+
+    The weights are float32 [batch, tokens]. Their sum is 1, or 0 if no token is supervised.
 
     Args:
-        learned: Supervised tokens.
-        segment_ids: Sample of each token: 1 + its index in the global batch, which has as many
-            samples as rows.
-        weighting: "token" gives all the same weight. "sample_mean" is the mean over the tokens of
-            each `group` consecutive samples, and then the mean of these.
-        group: Samples in a group.
+        learned: Mask of the positions whose next token is supervised, bool [batch, tokens].
+        segment_ids: Sample of each token, int [batch, tokens]: 1 + the index of the sample in the
+            global batch; 0 for padding. The global batch has as many samples as rows.
+        weighting: "token" gives all supervised tokens the same weight. "sample_mean" takes the mean
+            over the supervised tokens of each group of consecutive samples, and then the mean over
+            the groups that have supervised tokens.
+        group: Number of samples in a group of "sample_mean".
     """
     mask = learned.astype(jnp.float32)
     if weighting == "token":

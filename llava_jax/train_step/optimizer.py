@@ -1,4 +1,4 @@
-"""AdamW over parameter groups, each with its own learning rate."""
+"""Builds AdamW with one learning rate per parameter group, and applies its updates."""
 
 import math
 from collections.abc import Callable, Collection, Hashable
@@ -16,21 +16,30 @@ from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
 
 Schedule = optax.Schedule
-"""Number of steps done -> learning rate."""
+"""Function from the number of steps done to the learning rate."""
 
-CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+CLIP_EPS = 1e-6  # the value of torch.nn.utils.clip_grad_norm_
 
 GROUPS = ("lora", "llm", "vision", "projector")
 
 
 def group_of(path: str) -> str:
-    """The parameter group that decides a parameter's learning rate: one of GROUPS."""
+    """Returns the group of a parameter, one of GROUPS, which determines its learning rate.
+
+    Args:
+        path: Dotted path of the parameter.
+    """
     part = path.split(".", 1)[0]
     return "lora" if part == "llm" and is_adapter(path) else part
 
 
 def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Schedule]:
-    """Each group's learning rate as a function of the number of steps done."""
+    """Returns the learning-rate schedule of each parameter group.
+
+    Args:
+        config: Optimizer settings.
+        total_steps: Number of optimizer steps of the whole run.
+    """
     peaks = dict.fromkeys(GROUPS, config.learning_rate)
     if config.projector_learning_rate is not None:
         peaks["projector"] = config.projector_learning_rate
@@ -40,10 +49,10 @@ def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Sched
 
 
 def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedule:
-    """Linear warm-up from 0 over ceil(ratio * steps), then decay to 0 at the last step.
+    """Returns a schedule: linear warm-up from 0, then `config.schedule` until `total_steps`.
 
-    As in Hugging Face's `get_cosine_schedule_with_warmup`, with which LLaVA was trained: the very
-    first step has rate 0.
+    The warm-up takes ceil(warmup_ratio * total_steps) steps, and its first step has rate 0, as in
+    Hugging Face's `get_cosine_schedule_with_warmup`, which LLaVA was trained with.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     shapes = {
@@ -62,9 +71,14 @@ def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedul
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with a learning rate for each group; it takes any subset of the parameters.
+    """Returns AdamW with one learning rate per parameter group.
 
-    Biases and norms do not decay, as in Hugging Face's Trainer.
+    The optimizer accepts every subset of the model's parameters. Biases and norm weights have no
+    weight decay, as in Hugging Face's Trainer.
+
+    Args:
+        config: Optimizer settings.
+        total_steps: Number of optimizer steps of the whole run, for the learning-rate schedules.
     """
     decays = lambda params: {
         path: not (path.endswith(".bias") or "norm" in path.rsplit(".", 2)[-2]) for path in params
@@ -87,7 +101,15 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""] | None:
-    """Factor that reduces gradients of a global norm to at most `limit`; None for no limit."""
+    """Returns the factor that scales gradients down to a global norm of at most `limit`.
+
+    Args:
+        norm: Global norm of the gradients, float32 [].
+        limit: Largest global norm; None turns clipping off.
+
+    Returns:
+        The factor, float32 [], at most 1; None if `limit` is None.
+    """
     return None if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))
 
 
@@ -99,17 +121,19 @@ def apply_gradients(
     params: Params,
     apply: Bool[Array, ""],
 ) -> tuple[Params, optax.OptState]:
-    """Updates parameters and the optimizer's state; each array stays in its memory.
+    """Returns the updated parameters and optimizer state; each array stays in its memory.
 
-    Arrays in host memory are updated one after the other, slice by slice.
+    Parameters that have an array in host memory are updated one after the other, slice by slice, so
+    that only one slice at a time is on the device.
 
     Args:
-        tx: An optimizer that treats every element by itself, and takes any subset of parameters.
-        grads: Gradients.
-        scale: Factor for the gradients; None leaves them as they are.
-        state: State of the optimizer.
-        params: Parameters that train.
-        apply: Whether to apply the update; if not, everything stays as it is.
+        tx: Optimizer that updates each element independently of the others, and accepts every
+            subset of the parameters.
+        grads: Gradients by parameter path.
+        scale: Factor for the gradients, float32 []; None is a factor of 1.
+        state: Optimizer state.
+        params: Trainable parameters by path.
+        apply: bool []. If False, parameters and state are returned unchanged.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
@@ -118,10 +142,11 @@ def apply_gradients(
     parts = [update(*pick(params.keys() - set(hosted)))]
     parts += [_update_slices(update, *pick({path})) for path in hosted]
     is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
+    # Each part is a whole tree whose dicts have only some of the parameters, so join the dicts.
     unite = lambda first, *others: (
         {path: x for part in (first, *others) for path, x in part.items()}
         if is_selection(first)
-        else first  # a counter, which is the same in all
+        else first  # a counter, which only the first part has counted up
     )
     return jax.tree.map(unite, *parts, is_leaf=is_selection)
 
@@ -134,9 +159,10 @@ def _update(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
+    """Returns the updated parameters and state, or the old ones if `apply` is False."""
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with floats
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with floats
         updates, new_state = tx.update(grads, state, params)
     new = cast("Params", optax.apply_updates(params, updates)), new_state
     return jax.tree.map(partial(jnp.where, apply), new, (params, state))
@@ -148,7 +174,7 @@ def _update_slices(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """`update` of one parameter, by slices along its first axis."""
+    """Calls `update` for one parameter, slice by slice along axis 0; counters stay unchanged."""
     (param,) = params.values()
     size = slice_size(param.shape)
 
@@ -164,14 +190,17 @@ def _update_slices(
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
-    """The trees with only the `wanted` parameters in each of their dicts of parameters."""
+    """Returns the trees with only the `wanted` parameters in each dict of parameters.
+
+    A dict of parameters is recognized by its keys, which are equal to `names`.
+    """
     is_whole = lambda x: isinstance(x, dict) and x.keys() == names
     some = lambda x: {path: x[path] for path in x if path in wanted} if is_whole(x) else x
     return jax.tree.map(some, trees, is_leaf=is_whole)
 
 
 def global_norm(grads: Params) -> Float[Array, ""]:
-    """The Euclidean norm over all gradients."""
+    """Returns the Euclidean norm over all gradients, float32 []."""
 
     def squares(grad: Array) -> Array:
         if not is_hosted(grad):

@@ -1,4 +1,4 @@
-"""What a config compiles to: structure, shapes, shardings and the jitted steps. No weights yet."""
+"""Builds a run's model structure, shapes, shardings and jitted steps from its config."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -47,22 +47,24 @@ from llava_jax.train_step.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run's compiled form.
+    """A run's model structure, shapes, shardings and jitted steps, without weights.
 
     Attributes:
-        model_config: Sizes of the model.
-        adapters: LoRA of each stack that has it.
-        mesh: The devices.
-        dtype: Dtype of activations.
+        model_config: Sizes and token ids of the model.
+        adapters: LoRA settings by stack, for each stack of blocks that has adapters.
+        mesh: Device mesh.
+        dtype: Dtype of the activations.
         graphdef: Structure of the model.
-        abstract: Shape, dtype (float32 where it trains) and sharding of every parameter.
-        state: The same for the train state.
-        gradients: The same for the sums of gradients over micro-batches.
-        pixels_on_host: Whether the pixels of a step wait in host memory for their micro-batch.
-        accumulation: Micro-batches in a step.
-        eval_size: Samples in an evaluation batch.
-        train_step: (state, frozen, batch) -> (state, metrics); `state` is donated.
-        eval_step: (trainable, frozen, batch) -> EvalResult.
+        abstract: Shape, dtype and sharding of every parameter; trainable parameters are float32.
+        state: Shapes, dtypes and shardings of the train state.
+        gradients: Shapes, dtypes and shardings of the gradients, summed over micro-batches.
+        pixels_on_host: Whether the pixels of a train batch stay in host memory until the train step
+            computes their micro-batch.
+        accumulation: Number of micro-batches in a step.
+        eval_size: Number of samples in an eval batch.
+        train_step: Jitted function (state, frozen, batch) -> (state, metrics). It donates `state`,
+            except on a CPU if parameters or state are in pinned host memory.
+        eval_step: Jitted function (trainable, frozen, batch) -> EvalResult.
     """
 
     model_config: ModelConfig
@@ -81,43 +83,50 @@ class Program:
 
     @property
     def trainable(self) -> list[str]:
-        """Paths of the parameters that train."""
+        """Paths of the trainable parameters."""
         return list(self.state.trainable)
 
     @property
     def frozen(self) -> list[str]:
-        """Paths of the other parameters."""
+        """Paths of the frozen parameters."""
         return [path for path in self.abstract if path not in self.state.trainable]
 
     def rows(self, size: int) -> list[int]:
-        """The samples, of a batch of `size`, that this process must read."""
+        """Returns the indices of the rows, of a batch of `size` rows, that this process reads."""
         return rows_here(batch_sharding(self.mesh), size)
 
     def device_put(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
-        """Spreads a host batch over the devices.
+        """Copies a host batch to the devices and returns it as global arrays.
 
         Args:
-            batch: The rows of this process, from the input pipeline.
-            size: Samples of the whole batch; None if `batch` has them all.
-            to_train: Whether the batch is for the train step, whose pixels may wait in host memory.
+            batch: Rows of this process as host arrays, from the input pipeline.
+            size: Number of rows in the batch of all processes; None if `batch` has all rows.
+            to_train: Whether the batch is for the train step, whose pixels may stay in host memory.
         """
         size = len(batch.input_ids) if size is None else size
         return jax.tree.map(
             lambda x, sharding: jax.make_array_from_process_local_data(
                 sharding, np.asarray(x), (size, *np.shape(x)[1:])
             ),
-            # The checksum is static, so every batch would be compiled for.
+            # The checksum is a static field, so each new value would cause a new compilation.
             dataclasses.replace(batch, text_checksum=0),
             self._batch_shardings(self.pixels_on_host and to_train),
         )
 
     def _batch_shardings(self, pixels_on_host: bool) -> Batch:
+        """Returns the sharding of each array of a batch."""
         sharding = batch_sharding(self.mesh)
         of_pixels = sharding.with_memory_kind(PINNED_HOST) if pixels_on_host else sharding
         return Batch(sharding, sharding, sharding, of_pixels, sharding)
 
     def abstract_batch(self, size: int, length: int, images: int) -> Batch:
-        """Shapes of a batch, for compiling without data; each row has `images`."""
+        """Returns the shapes, dtypes and shardings of a train batch, to compile without data.
+
+        Args:
+            size: Number of rows in the batch.
+            length: Number of tokens in a row.
+            images: Number of images in a row.
+        """
 
         def blank(dtype: DTypeLike, *shape: int) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), (size, *shape))
@@ -137,7 +146,7 @@ class Program:
         )
 
     def trace_train_step(self, batch: Batch) -> jax.stages.Traced:
-        """Traces the train step from shapes alone."""
+        """Traces the train step without weights, for a batch of arrays or ShapeDtypeStructs."""
         frozen = {path: self.abstract[path] for path in self.frozen}
         with jax.set_mesh(self.mesh):
             return self.train_step.trace(self.state, frozen, batch)
@@ -152,19 +161,19 @@ def build_program(
     implementation: AttentionImplementation = "plain",
     donate: bool = False,
 ) -> Program:
-    """Builds everything that needs no weights and no data.
+    """Builds the program of a run, which needs neither weights nor data.
 
     Args:
-        config: The run.
-        model_config: Sizes of the model.
-        total_steps: Length of the learning rates' schedules.
-        mesh: The devices, from `distributed.sharding.make_mesh`.
-        implementation: How attention is computed; see `attention_implementation`.
-        donate: Whether to donate the train state even where the devices of `mesh`, which stand for
-            others, cannot take it.
+        config: Config of the run.
+        model_config: Sizes and token ids of the model.
+        total_steps: Number of optimizer steps of the whole run, for the learning-rate schedules.
+        mesh: Device mesh, as `distributed.sharding.make_mesh` returns it.
+        implementation: Implementation of attention, as `attention_implementation` returns it.
+        donate: Whether to donate the train state even if the backend of `mesh` does not support
+            donation, because the program is lowered for another backend.
 
     Raises:
-        ConfigError: Fields of the config do not fit together, or not with the devices.
+        ConfigError: Fields of the config contradict each other or do not fit the devices.
     """
     _check_memory(config)
     adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
@@ -173,7 +182,8 @@ def build_program(
     placement = _place_parameters(config, shapes, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
     eval_size = _eval_size(config, accumulation, mesh)
-    # With several data-parallel devices, each has only a few of the samples.
+    # Among several data-parallel devices, each device's share of the pixels is small enough for
+    # device memory.
     pixels_on_host = config.memory.offload_optimizer and data_parallel_size(mesh) == 1
     tx = make_optimizer(config.optimizer, total_steps)
     state = abstract_state(placement.trainable, tx, mesh, offload=config.memory.offload_optimizer)
@@ -208,7 +218,7 @@ def build_program(
         eval_size=eval_size,
         train_step=jax.jit(
             train_step,
-            # XLA's CPU backend cannot donate arrays in host memory (JAX 0.10).
+            # XLA's CPU backend cannot donate arrays in pinned host memory (JAX 0.10).
             donate_argnums=0 if donate or not (state_on_host and is_cpu) else (),
             out_shardings=(shardings(state), replicated),
             compiler_options=_train_options(config, mesh, uses_host=uses_host),
@@ -222,27 +232,29 @@ def build_program(
 
 
 def _check_memory(config: TrainConfig) -> None:
+    """Raises ConfigError if a field of `config.memory` needs remat "full", which is not set."""
     memory = config.memory
     if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
         raise ConfigError(
-            f"memory.remat {memory.remat!r} keeps what a block computes on the device; "
-            'stream_weights and offload_activations need "full"'
+            f"memory.remat is {memory.remat!r}, but memory.stream_weights and "
+            'memory.offload_activations need "full"; set memory.remat to "full", or turn both off'
         )
 
 
 def _compute_config(config: TrainConfig, implementation: AttentionImplementation) -> ComputeConfig:
+    """Returns the part of the config that says how the model computes."""
     return ComputeConfig(
         dtype=config.dtype,
         implementation=implementation,
         remat=config.memory.remat,
         offload_activations=config.memory.offload_activations,
-        # Streaming is for models that do not fit: then there is no memory to gather into either.
+        # A model that is streamed does not fit into device memory, nor do its gathered weights.
         gather_weights=not config.memory.stream_weights,
     )
 
 
 class _Placement(NamedTuple):
-    """Shapes, dtypes and shardings: of all parameters, of those that train, of their gradients."""
+    """Shapes, dtypes and shardings of all parameters, trainable parameters and gradients."""
 
     parameters: Abstract
     trainable: Abstract
@@ -250,10 +262,10 @@ class _Placement(NamedTuple):
 
 
 def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Placement:
-    """Decides the dtype of every parameter, and where it and its gradient are kept.
+    """Decides the dtype, the sharding and the memory of every parameter and gradient.
 
     Raises:
-        ConfigError: Nothing trains, or weights are to be quantised that cannot be.
+        ConfigError: No parameter is trainable, or `quantize` does not fit `tune`.
     """
     trains = lambda path: is_trainable(path, config.tune)
     shapes = {
@@ -263,10 +275,11 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     if config.quantize is not None:
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
-    # Adapters stay on the device: they are small, and used in every micro-batch.
+    # Adapters stay on the device, because they are small and every micro-batch uses them.
     may_stream = lambda path: is_stacked(path) and not is_adapter(path)
     streams = lambda path: config.memory.stream_weights and may_stream(path)
-    # Float32 weights go to host memory with their moments, where one layer at a time is enough.
+    # Only with remat "full" does a step need one layer at a time, so that the float32 weights of
+    # trainable blocks can be kept in host memory together with their moments.
     with_moments = config.memory.offload_optimizer and config.memory.remat == "full"
     on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
     parameters = with_shardings(shapes, mesh, on_host)
@@ -278,15 +291,17 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
 
 
 def _check_quantised(config: TrainConfig) -> None:
+    """Raises ConfigError unless the decoder's weights are frozen and the run trains adapters."""
     if config.tune.llm == "full" or "lora" not in (config.tune.llm, config.tune.vision):
         raise ConfigError(
-            f"quantize {config.quantize!r} needs a decoder that does not train, and adapters: "
-            "without these, a run writes a whole model; set tune.llm to 'lora', or quantize to None"
+            f"quantize {config.quantize!r} needs frozen decoder weights and LoRA adapters, because "
+            "a run without adapters exports the whole model; set tune.llm to 'lora', or quantize "
+            "to None"
         )
 
 
 def _eval_size(config: TrainConfig, accumulation: int, mesh: Mesh) -> int:
-    """Samples in an evaluation batch; as many as in a micro-batch unless the config says."""
+    """Returns the number of samples in an eval batch, by default as many as in a micro-batch."""
     size = config.eval.batch_size or config.batch.global_size // accumulation
     if size % data_parallel_size(mesh):
         raise ConfigError(
@@ -299,7 +314,7 @@ def _eval_size(config: TrainConfig, accumulation: int, mesh: Mesh) -> int:
 def _train_options(
     config: TrainConfig, mesh: Mesh, *, uses_host: bool
 ) -> dict[str, str | bool] | None:
-    """Compiler options of the train step."""
+    """Returns the compiler options of the train step; None if it needs no options."""
     if mesh.devices.flat[0].platform != "gpu":
         return _cpu_options(config, mesh)
     streaming = STREAMING_OPTIONS if uses_host else {}
@@ -307,13 +322,13 @@ def _train_options(
 
 
 def _cpu_options(config: TrainConfig, mesh: Mesh) -> dict[str, str | bool] | None:
-    """Compiler options of any step, where a CPU runs it."""
+    """Returns the compiler options of a step that a CPU runs; None if it needs no options."""
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     return {**CPU_OPTIONS} if is_cpu and config.dtype == "bfloat16" else None
 
 
 def _reported_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:
-    """The learning rate to report: that of the first of `GROUPS` that trains."""
+    """Returns the schedule of the first group in GROUPS that has trainable parameters."""
     groups = {group_of(path) for path in trainable}
     reported = next(group for group in GROUPS if group in groups)
     return learning_rates(config.optimizer, total_steps)[reported]

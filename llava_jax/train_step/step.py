@@ -1,4 +1,8 @@
-"""One optimizer step, compiled whole: accumulation, gradients, update."""
+"""Builds the train step, the eval step and the train state.
+
+The train step is one compiled program: it computes the gradients of all micro-batches, adds them up
+and updates the parameters.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,13 +37,13 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes while training. A checkpoint holds it and the position in the data.
+    """Everything that changes during training, except the position in the data.
 
     Attributes:
-        step: int32 []. Steps done.
-        trainable: Parameters that train, float32.
-        opt_state: State of the optimizer.
-        key: uint32 [2]. Random key of the dropout masks.
+        step: int32 []. Number of steps done.
+        trainable: Trainable parameters by path, float32.
+        opt_state: Optimizer state.
+        key: uint32 [2]. PRNG key of the dropout masks.
     """
 
     step: Leaf
@@ -51,14 +55,16 @@ class TrainState:
 def abstract_state(
     trainable: Abstract, tx: optax.GradientTransformation, mesh: Mesh, *, offload: bool
 ) -> TrainState:
-    """Shapes and shardings of the state: moments as their parameters, counters on every device.
+    """Returns the shapes, dtypes and shardings of the train state.
+
+    A moment has the sharding of its parameter. Counters are replicated on all devices.
 
     Args:
-        trainable: Shapes and shardings of the parameters that train.
-        tx: The optimizer.
-        mesh: The devices.
-        offload: Whether moments are kept in host memory, if they are large enough for it, wherever
-            their parameters are.
+        trainable: Shapes, dtypes and shardings of the trainable parameters.
+        tx: Optimizer.
+        mesh: Device mesh.
+        offload: Whether to keep the moments in host memory, wherever their parameters are kept.
+            Moments for which `fits_host` returns False are kept where their parameters are.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -77,11 +83,11 @@ def abstract_state(
 
 
 def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState:
-    """The state before the first step; AdamW starts with zeros.
+    """Returns the state before the first step; all moments and counters are 0.
 
     Args:
-        abstract: From `abstract_state`.
-        trainable: Parameters that train, placed.
+        abstract: Shapes, dtypes and shardings of the state, as `abstract_state` returns them.
+        trainable: Trainable parameters by path, with their final shardings.
         seed: Seed of the dropout masks.
     """
     key = jax.device_put(_key(seed), abstract.key.sharding)
@@ -90,7 +96,10 @@ def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState
 
 
 def placed_zeros(abstract: PyTree) -> PyTree:
-    """Zeros for a tree of placed shapes, each made in its own memory."""
+    """Returns zeros for a tree of ShapeDtypeStructs with shardings.
+
+    Each array is created directly in the memory that its sharding names, which may be host memory.
+    """
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         shard = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -100,19 +109,24 @@ def placed_zeros(abstract: PyTree) -> PyTree:
 
 
 def _key(seed: int) -> Array:
+    """Returns the data of a PRNG key, uint32 [2]."""
     return jax.random.key_data(jax.random.key(seed))
 
 
 def micro_size(batch: BatchConfig, mesh: Mesh) -> int:
-    """Samples of a micro-batch on each device; without `batch.micro_size`, their whole share."""
+    """Returns the number of samples that each device has in a micro-batch.
+
+    Without `batch.micro_size`, this is the device's whole share of the global batch, at least 1.
+    """
     return batch.micro_size or max(batch.global_size // data_parallel_size(mesh), 1)
 
 
 def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
-    """Number of micro-batches in a step.
+    """Returns the number of micro-batches in a step.
 
     Raises:
-        ConfigError: The devices, micro-batches or loss groups do not divide the global batch.
+        ConfigError: The size of the global batch is not a multiple of `loss_group`, or of the size
+            of a micro-batch over all devices.
     """
     if batch.global_size % batch.loss_group:
         raise ConfigError(
@@ -129,14 +143,21 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
 
 
 def micro_batch(batch: PyTree, index: Int[Array, ""], count: int, devices: int) -> PyTree:
-    """Micro-batch `index` of `count`: [B, ...] -> [B / count, ...].
+    """Returns micro-batch number `index` of `count`, with arrays of shape [B / count, ...].
 
-    A batch that is sharded over its rows is not moved: each micro-batch takes the next few of every
-    device's own rows. Pixels that wait in host memory are fetched; there is only one device then.
+    No row moves between devices: each micro-batch takes the next rows of every device. Pixels in
+    host memory are copied to the device; in this case there is only one data-parallel device.
+
+    Args:
+        batch: Tree of arrays whose first dimension is the batch.
+        index: Index of the micro-batch, int [].
+        count: Number of micro-batches in the batch.
+        devices: Number of data-parallel devices that the rows are divided among.
     """
 
     def take(x: jax.Array) -> jax.Array:
-        samples, rest = x.shape[0] // count, x.shape[1:]  # sizes in full: there may be no image
+        # All sizes are given, because `reshape` cannot infer a size if an array has no elements.
+        samples, rest = x.shape[0] // count, x.shape[1:]
         if host_memory.is_hosted(x):
             return host_memory.fetch(host_memory.slice_at(x, index, samples))
         shares = x.reshape(devices, count, samples // devices, *rest)
@@ -149,13 +170,24 @@ def micro_batch(batch: PyTree, index: Int[Array, ""], count: int, devices: int) 
 def filled_micro_batches(
     segment_ids: Int[Array, "B T"], count: int, devices: int
 ) -> Int[Array, ""]:
-    """How many of `count` micro-batches have a token: every device's rows are filled in order."""
+    """Returns the number of micro-batches up to the last micro-batch that has tokens, int [].
+
+    Packing fills the rows of each device in order, so all later micro-batches are empty.
+
+    Args:
+        segment_ids: Segment of each token, int [batch, tokens]; 0 for padding.
+        count: Number of micro-batches in the batch.
+        devices: Number of data-parallel devices that the rows are divided among.
+    """
     rows = jnp.any(segment_ids > 0, axis=1).reshape(devices, count, -1)
     return jnp.max(jnp.where(jnp.any(rows, axis=(0, 2)), 1 + jnp.arange(count), 0))
 
 
 def normalised(batch: Batch) -> Float[Array, "B M C Y X"]:
-    """A batch's pixels as the vision tower takes them."""
+    """Returns a batch's pixels, scaled and shifted per channel for the vision tower, in float32.
+
+    The shape is [batch, images, channels, height, width].
+    """
     factors, added = (batch.pixel_scale[:, i, None, :, None, None] for i in range(2))
     return jnp.asarray(batch.pixel_values, jnp.float32) * factors + added
 
@@ -166,14 +198,24 @@ def forward(
     batch: Batch,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
-    """Final hidden states, and the matrix of the head that makes them logits."""
+    """Returns the final hidden states and the matrix of the head; their product is the logits.
+
+    Args:
+        graphdef: Structure of the model, as `models.layers.split` returns it.
+        params: All parameters of the model by path.
+        batch: Batch on the devices.
+        key: PRNG key of the dropout masks; None turns dropout off.
+
+    Returns:
+        Hidden states, [batch, tokens, hidden], and the head, [vocabulary, hidden].
+    """
     model = cast("Llava", merge(graphdef, params))
     hidden = model.hidden_states(batch.input_ids, batch.segment_ids, normalised(batch), key)
     return attach_beside(hidden, model.llm.head)
 
 
 GradientFn = Callable[[Params, Params, Batch, Float[Array, "B T"], Array], tuple[Array, Params]]
-"""(trainable, frozen, batch, loss weights, dropout key) -> (loss, gradients)."""
+"""Function (trainable, frozen, batch, loss weights, dropout key) -> (loss, gradients)."""
 
 
 def make_gradient_fn(
@@ -184,18 +226,20 @@ def make_gradient_fn(
     *,
     packing: bool,
 ) -> GradientFn:
-    """The loss of a global batch and its gradients, summed over micro-batches.
+    """Returns a function that sums the loss and the gradients of a global batch's micro-batches.
 
-    Only the trainable parameters are differentiated; the frozen ones are an argument and are never
-    copied. Dropout and loss weights depend on a sample's index in the global batch, not on the row
-    that it is in, so neither packing nor accumulation nor the number of devices changes them.
+    The function differentiates with respect to the trainable parameters only. The frozen parameters
+    are an argument and are never copied. Dropout masks and loss weights depend on the index of a
+    sample in the global batch and not on its row, so packing, accumulation and the number of
+    devices do not change them.
 
     Args:
-        graphdef: Structure of the model, see `models.layers.split`.
-        accumulation: Micro-batches in a step; if samples are packed, the most that they fill.
-        devices: Devices that the rows are divided among.
-        gradients: Shapes and shardings of the sums of gradients.
-        packing: Whether rows have several samples, so that micro-batches may be empty.
+        graphdef: Structure of the model, as `models.layers.split` returns it.
+        accumulation: Number of micro-batches in a step; with packing, the maximum number.
+        devices: Number of data-parallel devices that the rows are divided among.
+        gradients: Shapes, dtypes and shardings of the summed gradients.
+        packing: Whether a row may have several samples, so that the last micro-batches may be
+            empty.
     """
 
     def loss_fn(
@@ -213,8 +257,9 @@ def make_gradient_fn(
         def accumulate(index: Int[Array, ""], done: tuple[Array, Params]) -> tuple[Array, Params]:
             loss, totals = done
             micro = micro_batch((batch, weights), index, accumulation, devices)
-            # With respect to `totals`, whose gradients are the sums so far plus the new ones: no
-            # second set of gradients is ever in memory. See `models.stack.Accumulated`.
+            # The gradients with respect to `totals` are defined as the sums so far plus the new
+            # gradients (see `models.stack.Accumulated`). So each new gradient is added in place,
+            # and no second set of gradients is ever in memory.
             new, totals = jax.value_and_grad(loss_fn)(totals, trainable, frozen, micro, key)
             return loss + new, jax.lax.with_sharding_constraint(totals, shardings(gradients))
 
@@ -235,16 +280,17 @@ def make_train_step(
     learning_rate: Schedule,
     clip_norm: float | None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    """The train step, to be jitted: (state, frozen, batch) -> (state, metrics).
+    """Returns the train step, a function (state, frozen, batch) -> (state, metrics) for `jax.jit`.
 
-    No update is applied where the loss or the norm of the gradients is not finite. Among the
-    metrics, `present` says for each sample whether the batch has it; the others are sums and means.
+    If the loss or the norm of the gradients is not finite, the step applies no update. All metrics
+    are scalars, except `present`, int32 [samples]: 1 for each sample that the batch contains, and 0
+    for each sample that could not be read.
 
     Args:
-        gradient_fn: From `make_gradient_fn`.
-        batch_config: How tokens are weighted.
-        tx: The optimizer.
-        learning_rate: Schedule of the rate that the metrics report.
+        gradient_fn: Function that `make_gradient_fn` returned.
+        batch_config: Batch settings, with the weighting of the loss.
+        tx: Optimizer.
+        learning_rate: Schedule of the learning rate that the metrics report.
         clip_norm: Largest global norm of the gradients; None turns clipping off.
     """
 
@@ -280,14 +326,15 @@ def make_train_step(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Losses and greedy predictions of a batch, without dropout.
+    """Losses and greedy predictions of an eval batch, computed without dropout.
 
     Attributes:
-        nll: float32 [B]. Negative log-likelihood in nats, summed over a sample's supervised tokens.
-        tokens: int32 [B]. Number of supervised tokens.
-        exact: bool [B]. Whether every supervised token is the greedy choice given those before it:
-            exactly then, greedy decoding would give the whole answer.
-        predicted: int32 [B, T]. The greedy choice after a position, if a supervised token follows.
+        nll: float32 [B]. Negative log-likelihood in nats, summed over a row's supervised tokens.
+        tokens: int32 [B]. Number of supervised tokens in a row.
+        exact: bool [B]. True if each supervised token is the greedy choice after the expected
+            tokens before it. In exactly this case, greedy decoding gives the expected answer.
+        predicted: int32 [B, T]. Greedy choice for the token after each position; 0 if that token is
+            not supervised.
     """
 
     nll: Leaf
@@ -297,7 +344,13 @@ class EvalResult:
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Params, Params, Batch], EvalResult]:
-    """The evaluation step, to be jitted: (trainable, frozen, batch) -> EvalResult."""
+    """Returns the eval step, a function (trainable, frozen, batch) -> EvalResult for `jax.jit`.
+
+    Each row of the batch has at most one sample.
+
+    Args:
+        graphdef: Structure of the model, as `models.layers.split` returns it.
+    """
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
         targets, supervised = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)

@@ -1,4 +1,4 @@
-"""Checks that all processes of a run do the same: same config, software, data and directory."""
+"""Checks that all processes of a run have the same config, software, data and output_dir."""
 
 import dataclasses
 import os
@@ -34,26 +34,28 @@ _OPTIONS = (
     *("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision"),
     *("jax_default_prng_impl", "jax_threefry_partitionable"),
 )
+"""Options of JAX that can change results."""
+
 _TOKEN_SECONDS = 5
-"""Time after which all machines of a shared disk see a new file."""
+"""Seconds after which a new file is visible on all machines that share a disk."""
 
 _MAX_LINES = 40
-"""Differences that an error names, at most."""
+"""Maximum number of differences that an error lists."""
 
 
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
 ) -> Json:
-    """Everything that decides what a run computes, by name. No device is needed to find it.
+    """Returns everything that determines what a run computes, by name, without using a device.
 
-    All processes must call this, because they exchange which images they have read.
+    All processes must call this, because they exchange the names of the images that they have read.
 
     Args:
         config: Config of the run.
-        model: Sizes of the model.
-        steps: Optimizer steps of the whole run.
+        model: Sizes and token ids of the model.
+        steps: Number of optimizer steps of the whole run.
         fingerprint: Fingerprint of the base; None if there is no base.
-        inputs: The run's data.
+        inputs: Inputs of the run.
     """
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), MAY_DIFFER)
     images = _image_facts("", inputs.digest["train"])
@@ -78,14 +80,14 @@ def run_facts(
 
 
 def agree(facts: Json, *found: str) -> None:
-    """Checks that all processes have the same facts. All processes must call this.
+    """Raises ConfigError unless all processes have the same facts. All processes must call this.
 
     Args:
-        facts: Facts by name, which JSON can represent.
-        found: Differences that are known already, one line of text each.
+        facts: Facts by name, as plain JSON.
+        found: Differences that are already known, one line of text each.
 
     Raises:
-        ConfigError: The facts differ.
+        ConfigError: A fact differs between processes, or `found` is not empty.
     """
     if lines := [*found, *differences(facts)]:
         more = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
@@ -95,21 +97,21 @@ def agree(facts: Json, *found: str) -> None:
                     f"the processes of this run differ, so all stop; this is {this_process()}",
                     *lines[:_MAX_LINES],
                     *more,
-                    "give all of them the same command, environment, software, data and output_dir",
+                    "start all with the same command, environment, software, data and output_dir",
                 ]
             )
         )
 
 
 def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> NoReturn:
-    """Raises an error that names the records of which processes read different texts.
+    """Raises an error that lists the records whose texts differ between processes.
 
     All processes must call this.
 
     Args:
-        inputs: The run's data.
+        inputs: Inputs of the run.
         records: Training data or eval data.
-        numbers: Indices of the records in the batch that differs.
+        numbers: Indices of the records in the batch whose checksum differs between processes.
 
     Raises:
         RunError: Always.
@@ -118,7 +120,7 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     for number in numbers:
         if number != NO_RECORD:
             texts[f"{records.where(number)}, as tokens"] = inputs.describe_text(number, records)
-    lines = differences(texts) or ["  none when they were read again; a disk may have failed"]
+    lines = differences(texts) or ["  no difference when read again; a disk may have failed"]
     raise RunError(
         f"the processes of this run read different texts, so all stop; this is {this_process()}\n"
         + "\n".join(lines[:_MAX_LINES])
@@ -127,7 +129,7 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
 
 
 def _data_facts(kind: str, records: Records, digest: list[Json]) -> Json:
-    """Numbers of records, and digests of the files of each data set, by name."""
+    """Returns the number of records, and the digests of the files of each data set, by name."""
     facts: Json = {f"the number of {kind}samples": len(records)}
     for number, source in enumerate(digest):
         files = [[count, digest] for _, count, digest in source["files"]]
@@ -136,7 +138,7 @@ def _data_facts(kind: str, records: Records, digest: list[Json]) -> Json:
 
 
 def _image_facts(kind: str, digest: list[Json]) -> dict[str, str]:
-    """Sizes and checksums of the image files that could be read, by name."""
+    """Returns the sizes and checksums of the image files that could be read, by name."""
     return {
         f"{kind}image {name}": image
         for source in digest
@@ -145,7 +147,7 @@ def _image_facts(kind: str, digest: list[Json]) -> dict[str, str]:
 
 
 def _adapter_facts(directory: str | None) -> Json:
-    """Checksums of an adapter's files, over a sample of each tensor as in a fingerprint."""
+    """Returns a checksum for each file of an adapter, computed from some bytes of each tensor."""
     facts = {}
     for file in sorted(Path(directory).rglob("*.safetensors")) if directory else ():
         tensors = open_tensors(file).items()
@@ -156,19 +158,24 @@ def _adapter_facts(directory: str | None) -> Json:
 
 
 def _crc(text: str) -> str:
+    """Returns the CRC-32 of a text as 8 hexadecimal digits."""
     return f"{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
 
 
 def not_shared(output_dir: Path) -> list[str]:
-    """Checks that all processes have the same output_dir. All processes must call this.
+    """Finds the processes that do not share the output_dir of process 0.
 
-    The main process creates a file there, and the others look for it.
+    All processes must call this. Process 0 creates a file in its output_dir, and the other
+    processes look for the file.
+
+    Args:
+        output_dir: Directory that contains the directories of all runs.
 
     Returns:
         One line of text for each process that does not find the file.
 
     Raises:
-        OSError: The main process cannot write there.
+        OSError: Process 0 cannot write to its output_dir.
     """
     token = output_dir / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
     if is_main_process():
@@ -183,8 +190,8 @@ def not_shared(output_dir: Path) -> list[str]:
     if is_main_process():
         token.unlink(missing_ok=True)
     return [
-        f"  output_dir, which all must share: a file that process 0 wrote into {written} is not in "
-        f"{directory} of process {number}"
+        f"  all processes must share output_dir: a file that process 0 wrote into {written} is not "
+        f"in {directory} of process {number}"
         for number, directory in enumerate(lacking)
         if directory is not None
     ]

@@ -1,9 +1,11 @@
-"""Saves and restores a run's checkpoints with Orbax: everything that changes while it trains.
+"""Saves and restores a run's checkpoints with Orbax.
 
-The frozen base is not part of them: the run's config.json has its name and its fingerprint. A
-checkpoint gets its name, `{directory}/{step}/`, only when it is complete. It contains a manifest
-with the checksums of its files, so a checkpoint that was damaged later is recognized and the one
-before it is used. It also has copies of the run's own files, from which `repair.py` restores them.
+A checkpoint contains everything that changes during training. It does not contain the frozen base,
+whose name and fingerprint are in the run's config.json. An unfinished checkpoint has a temporary
+name; only a complete checkpoint is renamed to `{directory}/{step}/`. Each checkpoint has a manifest
+with the checksums of its files, so damage to a checkpoint is detected, and an older checkpoint is
+used. A checkpoint also contains copies of the run's own files, from which `repair.py` restores
+these files.
 """
 
 import functools
@@ -32,26 +34,28 @@ from llava_jax.training.repair import copy_files
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
-"""What the name of a checkpoint that was passed over ends in."""
+"""Suffix of the name of a damaged checkpoint that is not used."""
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
-"""Key of the copies of the run's own files, which are saved with the data's position."""
+"""Key of the copies of the run's own files, which are saved with the position in the data."""
 _BLOCK = 2**22
 _THREADS = 8
 
 
 class Checkpoints:
-    """The checkpoints of one run, written asynchronously.
+    """The checkpoints of one run, which are saved in the background.
+
+    An object of this class is a context manager, which waits at its end for the save in progress.
 
     Args:
         directory: Directory of the checkpoints, which is created if it does not exist. Unfinished
             checkpoints of a killed process are removed; damaged checkpoints that are newer than
-            the newest intact one are renamed.
-        config: Config of the checkpoints: how many to keep.
+            the newest intact checkpoint are renamed.
+        config: Checkpoint settings, with the number of checkpoints to keep.
 
     Attributes:
-        passed_over: A line of text for each renamed checkpoint, with the reason.
+        passed_over: One line of text for each renamed checkpoint, with the reason.
 
     Raises:
         CheckpointError: There are checkpoints, but all of them are damaged.
@@ -74,27 +78,28 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(
                 post_finalization_callback=self._complete,
-                # Otherwise Orbax waits forever for a directory that could not be created.
+                # With asynchronous creation, Orbax waits forever if a directory cannot be created.
                 create_directories_asynchronously=False,
             ),
         )
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest intact checkpoint; None if there is none."""
+        """Step of the newest intact checkpoint; None if there is no checkpoint."""
         return None if self._newest < 0 else self._newest
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts to save a checkpoint. When this returns, `state` may be donated.
+        """Starts to save a checkpoint, unless the newest checkpoint is of the same step.
 
-        If any of `state` is in host memory, it returns only when the checkpoint is saved.
+        After `save` has returned, `state` may be donated. If an array of `state` is in pinned host
+        memory, `save` returns only when the checkpoint is complete.
 
         Args:
-            state: State from which the next step starts.
+            state: Train state to save.
             data: Position in the data, as plain JSON.
 
         Raises:
-            CheckpointError: It cannot be written, or the one before it could not be.
+            CheckpointError: The checkpoint cannot be written, or the previous save has failed.
         """
         self.wait()
         step = int(state.step)
@@ -108,10 +113,10 @@ class Checkpoints:
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
         if any(map(is_for_host, jax.tree.leaves(state))):
-            self.wait()  # Orbax writes such arrays without copying them first
+            self.wait()  # Orbax writes arrays in host memory without copying them first
 
     def clear(self) -> None:
-        """Removes all checkpoints."""
+        """Removes all checkpoints. All processes must call this."""
         if is_main_process():
             for step in self._steps():
                 self._remove(step)
@@ -119,16 +124,16 @@ class Checkpoints:
         barrier()
 
     def check(self) -> None:
-        """Checks, without waiting, whether the save in progress has failed.
+        """Raises an error if the save in progress has failed; does not wait for the save.
 
         Raises:
-            CheckpointError: It has failed.
+            CheckpointError: The save has failed.
         """
         with self._explained(self._saving):
             self._orbax.check_for_errors()
 
     def wait(self) -> None:
-        """Waits until the save in progress is complete.
+        """Waits until the save in progress is complete, and then removes old checkpoints.
 
         Raises:
             CheckpointError: The checkpoint could not be written.
@@ -140,21 +145,21 @@ class Checkpoints:
             self._remove_old()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint, onto any number of devices.
+        """Restores the newest checkpoint, on the same or another number of devices.
 
         Args:
-            abstract: Shapes, dtypes and shardings of the state.
+            abstract: Shapes, dtypes and shardings of the train state.
 
         Returns:
-            The state and the position in the data.
+            The train state and the position in the data.
 
         Raises:
-            CheckpointError: The saved parameters have other names or shapes, for example after a
-                change of the recipe that was accepted.
+            CheckpointError: The saved parameters have other paths or shapes than `abstract`, for
+                example after a change of the recipe that the user accepted.
         """
         checkpoint = self._directory / str(self._newest)
-        # Shapes are compared before Orbax reads anything: if it fails during a restore, some of
-        # its reads go on in the background and fail later, during something else.
+        # Compare the shapes before Orbax reads an array: if a restore fails, some of Orbax's reads
+        # continue in the background and raise errors later, in unrelated code.
         saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
         there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
         here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
@@ -163,21 +168,22 @@ class Checkpoints:
             raise CheckpointError(
                 f"{checkpoint} does not have the parameters that this recipe trains; continue with "
                 "the recipe that the run started with, or start another run with its own --name. "
-                f"{len(other)} parameters differ: {path} is {there.get(path)} there, "
-                f"{here.get(path)} here"
+                f"{len(other)} parameters differ: {path} has shape {there.get(path)} in the "
+                f"checkpoint, and {here.get(path)} in this run"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
     def position(self) -> dict[str, Any]:
-        """The data's position when the newest checkpoint was saved."""
+        """Returns the position in the data that the newest checkpoint contains."""
         return {name: value for name, value in self._data().items() if name != _FILES}
 
     def files(self) -> dict[str, str]:
-        """The run's own files as they were when the newest checkpoint was saved; text by name."""
+        """Returns the text of the run's own files by name, as the newest checkpoint contains it."""
         return {} if self.latest is None else self._data().get(_FILES, {})
 
     def _data(self) -> dict[str, Any]:
+        """Reads the data position and the file copies from the newest checkpoint."""
         place = self._directory / str(self._newest)
         return self._orbax.restore(place, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
             "data"
@@ -187,7 +193,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the save in progress, also if an error ended the run."""
+        """Waits for the save in progress, even if an exception ends the context."""
         try:
             self.wait()
         except CheckpointError:
@@ -198,19 +204,18 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self, step: int | None) -> Iterator[None]:
+        """Turns every exception into a CheckpointError that names the checkpoint of `step`."""
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise errors of many types
-            earlier = (
-                f"; the one of step {self.latest} is intact" if self.latest is not None else ""
-            )
+        except Exception as error:  # Orbax and TensorStore raise many types
+            earlier = f"; that of step {self.latest} is intact" if self.latest is not None else ""
             raise CheckpointError(
                 f"{self._directory / str(step)}: the checkpoint could not be saved{earlier}. The "
                 f"same command continues from the last checkpoint. {_first_line(error)}"
             ) from error
 
     def _complete(self) -> None:
-        """Writes the list of files, before the checkpoint takes its name."""
+        """Writes the manifest, before Orbax gives the checkpoint its final name."""
         (unfinished,) = self._directory.glob(f"{self._saving}{ORBAX_UNFINISHED}*")
         files = [
             path for path in unfinished.rglob("*") if path.is_file() and path.name != ORBAX_METADATA
@@ -224,6 +229,7 @@ class Checkpoints:
         (unfinished / MANIFEST).write_text(write_manifest(listed))
 
     def _newest_whole(self) -> int | None:
+        """Returns the step of the newest intact checkpoint, and renames newer, damaged ones."""
         damaged = {}
         for step in sorted(self._steps(), reverse=True):
             reason = what_is_damaged(self._directory / str(step))
@@ -234,11 +240,12 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(
                 "all checkpoints of this run are damaged, so it cannot continue; remove "
-                f"{self._directory} to start it again\n  " + "\n  ".join(damaged.values())
+                f"{self._directory} to start again from step 0\n  " + "\n  ".join(damaged.values())
             )
         return None
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Renames damaged checkpoints, and adds a line with the reason to `passed_over`."""
         for step, reason in damaged.items():
             renamed = self._directory / f"{step}{DAMAGED}"
             _remove(renamed)
@@ -246,23 +253,25 @@ class Checkpoints:
             self.passed_over.append(f"the checkpoint of step {step} is not used: {reason}")
 
     def _steps(self) -> list[int]:
+        """Returns the steps of all checkpoints that have their final name."""
         names = [path.name for path in self._directory.iterdir()]
         return [int(name) for name in names if _STEP.fullmatch(name)]
 
     def _remove_old(self) -> None:
+        """Removes the oldest checkpoints, so that the configured number remains."""
         if is_main_process():
             for step in sorted(self._steps())[: -self._keep]:
                 with suppress(OSError):  # the next start removes what remains
                     self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Takes its name first, so that half of one is never taken for a checkpoint."""
+        """Renames a checkpoint before removing it, so that a partly removed one is never used."""
         place = self._directory / str(step)
         shutil.rmtree(place.rename(place.with_name(f"{step}{ORBAX_UNFINISHED}")))
 
 
 def _remove(place: Path) -> None:
-    """Removes a directory or a file, as far as that is possible."""
+    """Removes a directory or a file, and ignores errors."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
@@ -272,7 +281,7 @@ def _remove(place: Path) -> None:
 
 @functools.cache
 def _drop_late_callbacks() -> None:
-    """Keeps one useless complaint off a run's output, from now on; see `is_late_callback`."""
+    """Suppresses a misleading traceback after a failed save; see `is_late_callback`."""
     others = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -283,15 +292,22 @@ def _drop_late_callbacks() -> None:
 
 
 def write_manifest(files: dict[str, list[int]]) -> str:
-    """The text of a manifest: the files, name -> [bytes, checksum], and a checksum of this list."""
+    """Returns the text of a manifest: a list of files, and a checksum of this list.
+
+    Args:
+        files: Size in bytes and checksum of each file, by name.
+    """
     return json.dumps({"files": files, "checksum": _crc(files)}, indent=1) + "\n"
 
 
 def read_manifest(text: str) -> dict[str, list[int]]:
-    """The files that a manifest's text lists.
+    """Returns the files that a manifest lists: size in bytes and checksum by name.
+
+    Args:
+        text: Text of the manifest.
 
     Raises:
-        ValueError: The text is damaged.
+        ValueError: The text is not JSON, or its checksum is wrong.
     """
     found = json.loads(text)
     if not isinstance(found, dict) or found.get("checksum") != _crc(found.get("files")):
@@ -300,11 +316,19 @@ def read_manifest(text: str) -> dict[str, list[int]]:
 
 
 def _crc(value: Any) -> int:
+    """Returns the CRC-32 of a value's JSON text."""
     return zlib.crc32(json.dumps(value).encode())
 
 
 def what_is_damaged(place: Path) -> str | None:
-    """Compares a checkpoint with its manifest; None if it is intact, otherwise the reason."""
+    """Compares a checkpoint with its manifest and describes the first damage that is found.
+
+    Args:
+        place: Directory of the checkpoint.
+
+    Returns:
+        Description of the damage; None if the checkpoint is intact.
+    """
     try:
         expected = read_manifest((place / MANIFEST).read_text())
         json.loads((place / ORBAX_METADATA).read_text())
@@ -314,7 +338,7 @@ def what_is_damaged(place: Path) -> str | None:
         found = (place / name).stat().st_size if (place / name).is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            return f"{place / name} {what}, not the {size} that were written"
+            return f"{place / name} {what}; {size} bytes were written"
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(checksum, [place / name for name in expected])
         for (name, (_, value)), found in zip(expected.items(), sums, strict=True):
@@ -324,7 +348,7 @@ def what_is_damaged(place: Path) -> str | None:
 
 
 def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
+    """Returns the CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -333,4 +357,5 @@ def checksum(path: Path) -> int:
 
 
 def _first_line(error: Exception) -> str:
+    """Returns the type of an error and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

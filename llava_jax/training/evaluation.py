@@ -1,4 +1,4 @@
-"""Measures a model on eval data: loss and accuracy, and answers to some of the questions."""
+"""Evaluates a model on eval data: loss, accuracy, and the answers to some of the questions."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
 
 UNNAMED = "all"
-"""Category of samples that have none."""
+"""Category of samples whose record has no category."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Example:
     """An eval question and the model's answer.
 
     Attributes:
+        question: Text of the question.
+        expected: Expected answer.
+        given: Answer of the model, up to and including its first wrong token.
         index: Index of the record.
         images: Number of images in the record.
         right: Whether greedy decoding gives exactly the expected answer.
@@ -44,7 +47,7 @@ class Example:
     question: str
     expected: str
     given: str
-    index: int = -1  # rows that older versions wrote have none of these
+    index: int = -1  # rows of older versions lack these three fields
     images: int = 0
     right: bool = False
 
@@ -54,11 +57,11 @@ class Evaluation:
     """The results of one evaluation.
 
     Attributes:
-        loss: Mean loss of the supervised tokens, in nats.
-        exact: For each category, the number of samples that greedy decoding answers exactly.
-        samples: For each category, the number of samples.
+        loss: Mean loss over all supervised tokens, in nats.
+        exact: Number of samples that greedy decoding answers exactly, by category.
+        samples: Number of samples, by category.
         examples: Some of the questions with their answers.
-        skipped: Indices of the samples that cannot be used.
+        skipped: Indices of the records that cannot be used.
     """
 
     loss: float
@@ -69,7 +72,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the samples that greedy decoding answers exactly."""
+        """Fraction of the samples that greedy decoding answers exactly, from 0 to 1."""
         return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
 
 
@@ -83,10 +86,11 @@ def evaluate(
     """Evaluates a model on batches of eval data.
 
     Args:
-        eval_step: The compiled eval step, with its parameters bound.
-        batches: Batches on the host, each with the record index of each of its rows.
-        records: The records that the indices refer to.
-        encoder: The encoder that made the batches from the records.
+        eval_step: Compiled eval step with bound parameters: host batch -> result.
+        batches: Host batches, each with the record index of every row, int [batch]. Rows with the
+            index NO_RECORD are padding.
+        records: Records that the indices refer to.
+        encoder: Encoder that made the batches from the records.
         shown: Indices of the records to return as examples.
     """
     nll, tokens = 0.0, 0
@@ -95,7 +99,7 @@ def evaluate(
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
         for row, index in enumerate(indices.tolist()):
-            if index == NO_RECORD:  # a row that only fills up the last batch
+            if index == NO_RECORD:  # a row that pads the last batch
                 continue
             if not result.tokens[row]:
                 skipped.append(index)
@@ -112,10 +116,11 @@ def evaluate(
 
 
 def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
-    """The last question of a record, and its answer up to the first wrong token.
+    """Returns the last question of a record and the model's answer up to the first wrong token.
 
-    Each token was predicted from the expected tokens before it. Up to the first wrong token these
-    are the predicted ones too, so the answer is that of greedy decoding; the rest would not be.
+    Each token was predicted from the expected tokens before it. Up to and including the first wrong
+    token, greedy decoding gives the same tokens. Later tokens are left out, because greedy decoding
+    would predict them from the wrong token.
     """
     encoded = encoder.encode_text(record)
     answer = _last_run(encoded.loss_mask)
@@ -133,30 +138,31 @@ def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleE
 
 
 def _last_question(record: Record) -> str:
+    """Returns the text of the last human turn, without image placeholders."""
     questions = [turn.text for turn in record.turns if turn.role == "human"]
     return questions[-1].replace("<image>", "").strip()
 
 
 def _last_run(mask: np.ndarray) -> np.ndarray:
-    """Positions of the last group of consecutive True values."""
+    """Returns the positions of the last sequence of consecutive True values."""
     positions = np.flatnonzero(mask)
     breaks = np.flatnonzero(np.diff(positions) != 1)
     return positions[breaks[-1] + 1 if len(breaks) else 0 :]
 
 
 class Evaluator:
-    """The evaluations of a run, each of them a row in evaluations.jsonl.
+    """Evaluates a run's model, and appends a row for each evaluation to evaluations.jsonl.
 
-    Small copies of the examples' images are kept in examples/, for the report.
+    The directory examples/ gets thumbnails of the images of the examples, for the report.
 
     Args:
-        run_dir: Directory of the run, which has both.
-        eval_step: The compiled eval step: (trainable, host batch) -> result.
-        inputs: The run's data. If it has no eval records, nothing is measured.
-        batch_size: Number of samples in a batch.
-        rows: Rows of each batch that this process reads.
-        reporter: Shows each evaluation.
-        first_step: Steps done before.
+        run_dir: Directory of the run, which contains evaluations.jsonl and examples/.
+        eval_step: Compiled eval step: (trainable parameters, host batch) -> result.
+        inputs: Inputs of the run. Without eval records, nothing is evaluated.
+        batch_size: Number of samples in an eval batch.
+        rows: Indices of the rows of each batch that this process reads.
+        reporter: Reporter that shows each evaluation.
+        first_step: Number of steps done before this start of the run.
     """
 
     def __init__(
@@ -184,14 +190,16 @@ class Evaluator:
         trainable: Params,
         halted: Callable[[int, np.ndarray], bool] = lambda checksum, numbers: False,
     ) -> None:
-        """Evaluates the model after `step` steps, unless that was done before.
+        """Evaluates the model after `step` steps, unless this evaluation is already recorded.
+
+        All processes must call this.
 
         Args:
-            step: Steps done.
-            trainable: The trainable parameters after these steps.
-            halted: Called before each batch with the checksum of its texts and the indices of its
-                records, and once at the end with 0 and no indices. If it returns True, the
-                evaluation is given up and nothing is recorded.
+            step: Number of steps done.
+            trainable: Trainable parameters by path, after `step` steps.
+            halted: Function that is called before each batch with the checksum of the batch's texts
+                and the indices of its records, and once at the end with 0 and no indices. If the
+                function returns True, the evaluation ends and nothing is recorded.
 
         Raises:
             ConfigError: None of the eval samples can be read.
@@ -229,12 +237,14 @@ class Evaluator:
             self._reporter.log_eval(row, self._keep_thumbnails(result.examples), text)
 
     def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
+        """Writes the thumbnails that are missing, and returns the files of each example."""
         for index in {example.index for example in examples} - self._copied:
             keep_thumbnails(self._thumbnails, index, self._inputs.eval_records[index].images)
             self._copied.add(index)
         return [find_thumbnails(self._thumbnails, example.index) for example in examples]
 
     def _describe_skipped(self, skipped: list[int]) -> str:
+        """Returns a text about skipped samples, with the reason of the first one; "" for none."""
         if not skipped:
             return ""
         records, first = self._inputs.eval_records, skipped[0]
@@ -242,7 +252,7 @@ class Evaluator:
         return f"; {len(skipped)} skipped, the first one {records.where(first)}: {reason}"
 
     def say_tables(self) -> None:
-        """Prints the first evaluation beside the last one."""
+        """Prints tables that compare the first evaluation with the last evaluation."""
         if self._rows:
             before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
             self._reporter.say(comparison_table(before, after))
@@ -250,6 +260,7 @@ class Evaluator:
 
 
 def _from_row(row: dict[str, Any]) -> Evaluation:
+    """Returns the evaluation that a row of evaluations.jsonl describes."""
     names = [field.name for field in dataclasses.fields(Example)]
     examples = [
         Example(**{name: example[name] for name in names if example.get(name) is not None})
@@ -260,7 +271,7 @@ def _from_row(row: dict[str, Any]) -> Evaluation:
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
-    """A table of the accuracy in each category, before and after."""
+    """Returns a table of the loss and the accuracy in each category, before and after training."""
     table = Table("category", "samples", "before", "after", title="eval accuracy, exact match")
     share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
     categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
@@ -277,7 +288,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
 
 
 def examples_table(before: Evaluation, after: Evaluation) -> Table:
-    """A table of the same questions, answered before and after."""
+    """Returns a table of the same eval questions, answered before and after training."""
     table = Table("question", "expected", "before", "after", title="sample answers")
     for old, new in zip(before.examples, after.examples, strict=False):
         table.add_row(new.question, new.expected, old.given, new.given)

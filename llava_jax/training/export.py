@@ -1,4 +1,4 @@
-"""Exports what a run has trained, as a PEFT adapter or as a whole Hugging Face model."""
+"""Exports a run's trained parameters, as a PEFT adapter or as a whole Hugging Face model."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from llava_jax.train_step.program import Program
 
 
 def export_dir(config: TrainConfig) -> Path:
-    """The directory of a run's export: `adapter/` if it trains adapters, otherwise `model/`."""
+    """Returns the directory of a run's export: `adapter/` if it trains adapters, else `model/`."""
     has_adapters = "lora" in (config.tune.llm, config.tune.vision)
     return config.run_dir / ("adapter" if has_adapters else "model")
 
@@ -32,18 +32,22 @@ def export(
     trainable: Params,
     frozen: Params,
 ) -> Path:
-    """Writes what a run has trained into a directory with a temporary name, and returns it.
+    """Writes a run's trained parameters to a directory with a temporary name.
 
-    `publish` then gives it its final name.
+    `publish` then gives the directory its final name. All processes must call this; the main
+    process writes.
 
     Args:
         config: Config of the run.
-        program: Compiled program of the run.
+        program: Program of the run.
         processor: Source of the tokenizer and the image processor.
-        base_name: Name or path of the base that an adapter is for.
-        fingerprint: Fingerprint of the base.
-        trainable: Trainable parameters.
-        frozen: Frozen parameters.
+        base_name: Name or path of the base that the adapter belongs to; None without a base.
+        fingerprint: Fingerprint of the base; None without a base.
+        trainable: Trainable parameters by path.
+        frozen: Frozen parameters by path.
+
+    Returns:
+        Path of the directory.
 
     Raises:
         OSError: The directory cannot be written.
@@ -52,8 +56,8 @@ def export(
     unfinished = final.with_name(final.name + ".unfinished")
     with _removed_on_failure(unfinished):
         if program.adapters:
-            # PEFT saves and loads a fully trained module as a whole, so the export must have the
-            # frozen layers of a vision tower that trains, too.
+            # PEFT saves and loads a fully trained module as a whole, so the export of a trained
+            # vision tower also needs the layers of the tower that are frozen.
             whole = ("vision.",) if config.tune.vision == "full" else ()
             trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(whole)}
             save_adapter(
@@ -81,7 +85,7 @@ def export(
 
 @contextmanager
 def _removed_on_failure(directory: Path) -> Iterator[None]:
-    """Creates a directory to write into, and removes it again if an error occurs."""
+    """Creates an empty directory, and removes the directory if the body raises an exception."""
     if is_main_process():
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -94,13 +98,22 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
 
 
 def discard(written: Path) -> None:
-    """Removes an export that was written only to test that it can be."""
+    """Removes an export that was written only to check that the export works.
+
+    Args:
+        written: Directory that `export` returned.
+    """
     if is_main_process():
         shutil.rmtree(written)
 
 
 def publish(written: Path, final: Path) -> None:
-    """Gives a complete export its final name; an older export of that name is removed first."""
+    """Renames a complete export to its final name, and removes an older export of that name.
+
+    Args:
+        written: Directory that `export` returned.
+        final: Directory that `export_dir` returned.
+    """
     if is_main_process():
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

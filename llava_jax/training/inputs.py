@@ -27,16 +27,16 @@ from llava_jax.pretrained.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A run's data, ready to be read.
+    """A run's tokenizer, encoder and data, ready to be read.
 
     Attributes:
         config: Config of the run.
-        tokenizer: Tokenizer of the checkpoint.
-        encoder: Encoder from records to tokens and pixels.
+        tokenizer: Tokenizer of the model.
+        encoder: Encoder that turns a record into tokens and pixels.
         spec: Shapes of training batches.
         records: Training data.
-        order: Indices of the records in each training batch.
-        eval_records: Eval data; empty if there is none.
+        order: Order of the samples: the indices of the records in each training batch.
+        eval_records: Eval data; empty if the run has no eval data.
     """
 
     config: TrainConfig
@@ -48,14 +48,14 @@ class Inputs:
     eval_records: Records
 
     def divided(self, devices: int) -> "Inputs":
-        """The same inputs, with the rows of a batch divided among so many devices."""
+        """Returns the same inputs for batches whose rows are divided among `devices` devices."""
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, devices=devices))
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
-        """Endless training batches, from the start of the first epoch.
+        """Returns an endless iterator over training batches, from the start of the first epoch.
 
         Args:
-            rows: Rows of each batch that this process reads; None reads all.
+            rows: Indices of the rows of each batch that this process reads; None reads all rows.
         """
         read = ReadBatch(self.order, self.records, self.encoder, self.spec, rows)
         return Batches(read, self.config.data.workers, self.order.identity)
@@ -63,11 +63,14 @@ class Inputs:
     def eval_batches(
         self, size: int, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """All eval samples in order, `size` in a batch, with their record indices.
+        """Returns an iterator over batches of all eval samples, in order.
+
+        Each batch comes with the record index of every row, int64 [size]. The index of a row that
+        pads the last batch is NO_RECORD.
 
         Args:
-            size: Samples in a batch.
-            rows: Rows of each batch that this process reads; None reads all.
+            size: Number of samples in a batch.
+            rows: Indices of the rows of each batch that this process reads; None reads all rows.
         """
         images = self.encoder.max_images
         spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
@@ -76,34 +79,38 @@ class Inputs:
 
     @functools.cached_property
     def digest(self) -> dict[str, list[dict[str, Any]]]:
-        """Digests by which a resumed run recognizes its data, as plain JSON."""
+        """Digests of the training data and the eval data, as plain JSON.
+
+        A resumed run compares them with the digests in data.json.
+        """
         return {
             "train": data_digest(self.records),
             "eval": data_digest(self.eval_records) if self.eval_records else [],
         }
 
     def summary(self) -> str:
-        """A line of text that says how the data is made into batches."""
+        """Returns a line of text that describes the batches of the training data."""
         text = f"{len(self.records):,} samples, batches of {self.spec.size}"
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
-            text += ": an epoch has {:,} with images, {:,} without, {:,} of both".format(*alike)
+            text += " (in an epoch, {:,} with images, {:,} without, {:,} mixed)".format(*alike)
         if self.spec.packing:
             return f"{text}; packed into rows of {self.spec.max_length} tokens"
         lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
         return f"{text}; padded to {lengths} tokens"
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
-        """Why a record was skipped, found by reading it again.
+        """Reads a skipped record again, and returns the reason why it was skipped.
 
         Args:
             number: Index of the record.
             records: Records that the index refers to; None is the training data.
         """
         found = self._what_is_wrong(self.records if records is None else records, number)
-        return found or "it could not be read before, but now it can"
+        return found or "it could not be read before, but can be read now"
 
     def _what_is_wrong(self, records: Records, number: int) -> str | None:
+        """Returns the reason why a record cannot be used; None if it can be used."""
         try:
             self.encoder(records[number])
         except SampleError as error:
@@ -111,7 +118,12 @@ class Inputs:
         return None
 
     def describe_text(self, number: int, records: Records) -> str:
-        """The number of tokens in a record's text and their checksum, or why it cannot be used."""
+        """Returns the number of tokens of a record and their checksum, or why it cannot be used.
+
+        Args:
+            number: Index of the record.
+            records: Records that the index refers to.
+        """
         try:
             ids = self.encoder.encode_text(records[number]).input_ids
         except SampleError as error:
@@ -119,11 +131,11 @@ class Inputs:
         return f"{len(ids)} with checksum {zlib.crc32(ids.tobytes()):08x}"
 
     def check_some(self) -> None:
-        """Reads a few records from all parts of the data, before any weights are loaded.
+        """Reads up to 64 training records, evenly spread, to find bad data before a run starts.
 
         Raises:
-            ConfigError: So many of them cannot be used that the data almost certainly has more
-                such records than data.max_skipped allows.
+            ConfigError: So many of these records cannot be used that the whole data almost
+                certainly has more bad records than data.max_skipped allows.
         """
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
@@ -133,15 +145,18 @@ class Inputs:
         if len(bad) > self.config.data.max_skipped * len(tried) + by_chance:
             number, reason = next(iter(bad.items()))
             raise ConfigError(
-                f"of {len(tried)} samples that were tried, {len(bad)} cannot be used; the first, "
-                f"{self.records.where(number)}: {reason}. `llava-jax check-data` lists them all, "
-                "and writes the others with --write-clean; or raise data.max_skipped, which is "
-                f"{self.config.data.max_skipped:g}"
+                f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
+                f"{self.records.where(number)}: {reason}. `llava-jax check-data` lists all bad "
+                "samples, and with --write-clean writes the good samples to a new file. Or raise "
+                f"data.max_skipped, which is {self.config.data.max_skipped:g}"
             )
 
 
 _TRIED, _BY_CHANCE = 64, 6
-"""In data of which 1 % is bad, 64 random samples have 7 bad ones or more once in a million."""
+"""Number of records to test, and number of bad records that chance may add among them.
+
+If 1 % of the data is bad, 64 random records have 7 or more bad ones with a probability of 4e-6.
+"""
 
 
 def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[float, ...]]:
@@ -151,7 +166,7 @@ def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[floa
         All records, the number of records in each data set, and the weight of each data set.
 
     Raises:
-        ConfigError: A data set is missing or malformed.
+        ConfigError: A data set is missing or malformed, or both `path` and `mixture` are set.
     """
     mixture = data.mixture or (DataSet(data.path, data.image_root),)
     if data.mixture and data.path:
@@ -171,11 +186,11 @@ def make_order(
     counts: tuple[int, ...],
     weights: tuple[float, ...],
 ) -> EpochOrder:
-    """The order in which a run reads its samples.
+    """Returns the order in which a run reads its samples.
 
     Args:
         config: Config of the run.
-        records: All records.
+        records: All training records.
         counts: Number of records in each data set.
         weights: Weight of each data set.
     """
@@ -196,14 +211,15 @@ def make_order(
 def find_model(
     config: TrainConfig, source: Path | Parts | None
 ) -> tuple[ModelConfig, Path | Parts]:
-    """The model's sizes, and the source of its tokenizer and image processor.
+    """Returns the sizes of the model, and the source of its tokenizer and image processor.
 
     Args:
         config: Config of the run.
         source: The resolved `init_from`; None if the model is trained from scratch.
 
     Raises:
-        ConfigError: The config does not say them.
+        ConfigError: Without `init_from`, the config lacks `model` or `processor`.
+        CheckpointError: The config.json of `source` cannot be read, or its model is not supported.
     """
     processor = source if config.processor is None else Path(config.processor)
     if processor is None:
@@ -216,7 +232,7 @@ def find_model(
 
 
 def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts) -> Inputs:
-    """Opens a run's data.
+    """Opens the tokenizer, the image processor and the data of a run.
 
     Args:
         config: Config of the run.
@@ -224,8 +240,8 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         processor: Source of the tokenizer and the image processor.
 
     Raises:
-        ConfigError: The data or the template does not exist or does not fit.
-        CheckpointError: The tokenizer or image processor cannot be read.
+        ConfigError: The data or the template does not exist, or does not fit the model.
+        CheckpointError: The tokenizer or the image processor cannot be read.
     """
     data = config.data
     if data.template not in TEMPLATES:

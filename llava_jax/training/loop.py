@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, signals."""
+"""Runs the training loop: steps, evaluations, checkpoints and signals."""
 
 import contextlib
 import functools
@@ -41,9 +41,15 @@ def train(
     total: int,
     trackers: Sequence[Tracker],
 ) -> TrainState:
-    """Trains until the last step or a signal, and returns the last state.
+    """Trains until step `total` or until a signal arrives, and returns the last train state.
 
-    Metrics are read one step late, so that the device never waits for the host.
+    The last state is saved. The metrics of a step are read after the next step has started, so that
+    the device does not wait for the host. All processes must call this.
+
+    Raises:
+        ConfigError: None of the eval samples can be read.
+        CheckpointError: A checkpoint cannot be written.
+        RunError: Too many samples or steps are bad, or the processes have read different texts.
     """
     first = int(state.step)
     size = config.batch.global_size
@@ -71,14 +77,14 @@ def train(
         evaluate_and_report(first)
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
-            # A signal may have ended an evaluation. Stop here, so that a resumed run repeats it.
+            # A signal may have ended the evaluation. Stop now, so that a resumed run repeats it.
             if due(step - 1) and ask()():
                 break
             batch = next(batches)
             numbers = functools.partial(inputs.order.batch, step - 1)
             stops = ask(batch.text_checksum, numbers)
             if not inputs.spec.has_one_shape:
-                stops()  # texts that differ may differ in shape, and such a step would hang
+                stops()  # different texts may have different shapes, and the step would hang
             profiler.before(step, state)
             state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
@@ -87,7 +93,7 @@ def train(
             waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
                 step_log.log(*waiting.pop())
-                if not step_log.nonfinite:  # otherwise the last good checkpoint stays the newest
+                if not step_log.nonfinite:  # else the last good checkpoint stays the newest
                     saved.save(state, batches.state())
                 evaluate_and_report(step)
             saved.check()
@@ -98,7 +104,7 @@ def train(
         saved.save(state, batches.state())
         if int(state.step) == total:
             evaluator.say_tables()
-        stop.signal = ask()() or None  # of any process
+        stop.signal = ask()() or None  # the signal that any of the processes received
     return state
 
 
@@ -109,19 +115,21 @@ def _ask(
     numbers: Callable[[], np.ndarray] = lambda: np.array([]),
     records: Records | None = None,
 ) -> Callable[[], int]:
-    """Asks all processes whether a signal came and whether they have read the same texts.
+    """Asks all processes whether a signal arrived and whether they have read the same texts.
 
     Args:
-        stop: The signals of this process.
-        inputs: The run's data.
-        checksum: Checksum of the texts in a batch.
-        numbers: Function that returns the record indices of that batch.
+        stop: Stop request of this process.
+        inputs: Inputs of the run.
+        checksum: Checksum of the texts in the batch; 0 without a batch.
+        numbers: Function that returns the record indices of the batch.
         records: Records that the indices refer to; None is the training data.
 
     Returns:
-        A function that waits for the answer and returns the highest signal. It raises RunError if
-        the processes' texts differ.
+        A function that waits for the answers and returns the highest signal number of all
+        processes, or 0 without a signal. The function raises RunError if the texts differ.
     """
+    # The checksums of all processes are equal if their maximum is equal to their minimum, which is
+    # minus the maximum of the negative checksums.
     answer = all_reduce_max(lambda: (stop.signal or 0, checksum, -checksum))
 
     def read() -> int:
@@ -141,6 +149,8 @@ def _evaluator(
     reporter: Reporter,
     first: int,
 ) -> Evaluator:
+    """Returns the evaluator of the run, which runs the program's eval step."""
+
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
         placed = program.device_put(batch, program.eval_size, to_train=False)
         return program.eval_step(trainable, frozen, placed)

@@ -1,4 +1,4 @@
-"""Profiles some of a run's steps, for xprof."""
+"""Profiles some steps of a run with JAX's profiler; xprof shows the traces."""
 
 from pathlib import Path
 from types import TracebackType
@@ -8,11 +8,14 @@ import jax
 
 
 class Profiler:
-    """Traces a range of steps. Each process traces its own devices.
+    """Context manager that traces a range of steps. Each process traces its own devices.
 
     Args:
-        directory: Directory for the traces.
-        window: First and last step of the range; None traces nothing.
+        directory: Directory that the traces are written to.
+        window: First and last step to trace; None traces nothing.
+
+    Attributes:
+        is_tracing: Whether a trace is being recorded.
     """
 
     def __init__(self, directory: Path, window: tuple[int, int] | None):
@@ -32,12 +35,12 @@ class Profiler:
             jax.profiler.stop_trace()
 
     def before(self, step: int, state: Any) -> None:
-        """Starts or stops the trace if the range starts at this step or has ended before it.
+        """Starts the trace before the first step of the range, and stops it after the last step.
 
         Args:
-            step: The next step.
-            state: State before this step. The trace starts and stops only when it is computed, so
-                that no step is traced in part.
+            step: Number of the step that runs next.
+            state: Train state before that step. The trace starts and stops only after the device
+                has computed this state, so that no step is traced in part.
         """
         first, last = self._window or (0, 0)
         if step == first:

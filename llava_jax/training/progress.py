@@ -1,4 +1,4 @@
-"""The console display of a run's progress, and its rows in metrics.jsonl."""
+"""Shows a run's progress on the console, and writes a row for each step to metrics.jsonl."""
 
 import math
 import time
@@ -15,20 +15,25 @@ from llava_jax.report.rows import Row
 from llava_jax.training.trackers import Tracker
 
 PLAIN_SECONDS = 10.0
-"""Time between two lines of progress where the output is not a terminal, at least."""
+"""Minimum number of seconds between two progress lines if the output is not a terminal."""
 
 
 class Reporter:
-    """Writes a row for each step to metrics.jsonl, shows it, and passes it to the trackers.
+    """Writes a row for each step to metrics.jsonl, shows the step, and logs it to the trackers.
 
-    A terminal shows a live progress bar, any other output a plain line from time to time.
+    On a terminal, a live progress bar shows the steps. On other outputs, a plain line is printed
+    from time to time. An object of this class is a context manager.
 
     Args:
         path: Path of metrics.jsonl; its directory must exist.
-        first_step: Steps done before.
-        total_steps: Steps of the whole run.
+        first_step: Number of steps done before this start of the run.
+        total_steps: Number of steps of the whole run.
         trackers: Services that receive each step and each evaluation.
-        quiet: Neither write nor show anything, in all processes but the main one.
+        quiet: If True, nothing is written or shown. True in all processes except the main process.
+
+    Attributes:
+        console: Console that all output goes to.
+        is_shown: Whether this process writes and shows the rows.
     """
 
     def __init__(
@@ -79,9 +84,10 @@ class Reporter:
         """Records one optimizer step.
 
         Args:
-            row: A row of metrics.jsonl with at least step, loss, learning_rate and tokens. The
-                seconds since the last row are added to it.
-            device_bytes: Peak memory of a device; added to the row if it is known.
+            row: Row of metrics.jsonl with at least step, loss, learning_rate and tokens. `log` adds
+                the field `seconds`, the time since the previous row.
+            device_bytes: Peak memory of a device in bytes, which `log` adds to the row; None if
+                unknown.
         """
         now = time.monotonic()
         row = row | {"seconds": round(now - self._last_time, 4)}
@@ -104,32 +110,33 @@ class Reporter:
         """Shows an evaluation and passes it to the trackers.
 
         Args:
-            row: A row of evaluations.jsonl.
+            row: Row of evaluations.jsonl.
             images: Image files of each example in the row.
-            text: The result in one line, for the console.
+            text: Result of the evaluation in one line, for the console.
         """
         self.say(text)
         self._track(lambda tracker: tracker.log_eval(row, images))
 
     def _track(self, log: Callable[[Tracker], None]) -> None:
-        """Logs to all trackers. One that fails is not used again; the run goes on."""
+        """Calls `log` with each tracker. A tracker that fails is removed, and the run continues."""
         for tracker in [*self._trackers]:
             try:
                 log(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
-                self.say(f"{name} failed and is off from now on: {type(error).__name__}: {error}")
+                self.say(f"{name} failed and is turned off: {type(error).__name__}: {error}")
 
     def skip_time(self) -> None:
-        """Excludes the time since the last row, which was not spent on a step."""
+        """Excludes the time since the last row from the seconds of the next row."""
         self._last_time = time.monotonic()
 
     def say(self, text: str | Table) -> None:
-        """Prints a line or a table above the progress bar."""
+        """Prints a line of text or a table, above the progress bar if there is one."""
         self.console.print(text, markup=False)
 
     def _left(self, row: Row, now: float) -> str:
+        """Returns the estimated time until the end of the run, for example "1:02:03 left"."""
         started, first_step = self._started
         per_step = (now - started) / max(row["step"] - first_step, 1)
         seconds = round(per_step * (self._total - row["step"]))

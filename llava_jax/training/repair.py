@@ -1,7 +1,7 @@
-"""Copies a run's own files into its checkpoints, and repairs them when the run resumes.
+"""Copies a run's own files into its checkpoints, and repairs the files when the run resumes.
 
-A checkpoint has all rows of the steps before it, protected by checksums. So nothing is lost if a
-crash, a disk or an editor damages the files later.
+The copies in a checkpoint contain the rows of all earlier steps, and are protected by checksums. So
+no row of these steps is lost if a crash, a disk or an editor damages a file later.
 """
 
 from collections.abc import Iterator
@@ -25,21 +25,27 @@ _OBJECTS: dict[str, dict[str, Check]] = {
     "data.json": {name: lambda value: isinstance(value, list) for name in ("train", "eval")},
     "wandb.json": {"id": lambda value: isinstance(value, str)},
 }
-"""For each file with one JSON object, the fields that it must have."""
+"""Files that contain one JSON object, with a check for each field that the object must have."""
 
 
 def copy_files(run_dir: Path) -> dict[str, str]:
-    """The text of each of the run's files that exists, by name."""
+    """Returns the text of each of the run's own files that exists, by name.
+
+    Args:
+        run_dir: Directory of the run.
+    """
     found = {name: read_if_there(run_dir / name) for name in (*_OBJECTS, *FORMS)}
     return {name: text.decode(errors="replace") for name, text in found.items() if text is not None}
 
 
 def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
-    """Restores missing or damaged files that have one JSON object, such as config.json.
+    """Restores missing or damaged files that contain one JSON object, such as config.json.
+
+    A damaged file without a good copy is removed, except config.json.
 
     Args:
         run_dir: Directory of the run.
-        kept: Result of `copy_files` when the newest checkpoint was saved.
+        kept: Texts of the files by name, as the newest checkpoint contains them.
 
     Yields:
         One line of text for each file that was restored or removed.
@@ -52,20 +58,20 @@ def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
         if name in kept and fits(parse_object(kept[name].encode()), form):
             replace_text(file, kept[name])
             yield f"{file} was missing or damaged; it is restored from the newest checkpoint"
-        elif found is not None and name != "config.json":  # a run cannot resume without that one
+        elif found is not None and name != "config.json":  # a run cannot resume without config.json
             file.unlink()
             yield f"{file} was damaged and is removed: the newest checkpoint has no good copy of it"
 
 
 def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]:
-    """Makes each file have the rows up to a step, each once and in order.
+    """Rewrites each JSON-lines file so that it has the rows up to `step`, each once and in order.
 
     Rows of later steps are removed, because the run repeats these steps.
 
     Args:
         run_dir: Directory of the run.
-        kept: Result of `copy_files` when the newest checkpoint was saved.
-        step: Steps done.
+        kept: Texts of the files by name, as the newest checkpoint contains them.
+        step: Number of steps done.
 
     Yields:
         One line of text for each file that was damaged.
@@ -77,13 +83,13 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
         if last and fits(row := parse_object(last), FORMS[name]):
             found.rows.append(cast("Row", row))
         elif last and name not in kept:
-            # A last line that was cut short is harmless if its step is repeated anyway.
+            # An incomplete last line is no damage if the run repeats the step of this line anyway.
             damaged += step > max((row["step"] for row in found.rows), default=0)
         there = [row for row in found.rows if row["step"] <= step]
         rows = _rows_of(name, kept) if name in kept else there
-        # The evaluation after the checkpoint's last step is made after the checkpoint is saved, so
-        # its row is only in the file. If there are several for one step, it is not known which of
-        # them the run wrote; then none is taken, and the evaluation is repeated.
+        # A run evaluates the model of a checkpoint after saving the checkpoint, so the row of that
+        # evaluation is only in the file. If the file has different rows for one step, it is unknown
+        # which row is right. Then no row is taken, and the run repeats the evaluation.
         if name in kept and name == "evaluations.jsonl":
             alike = lambda row: all(o == row for o in there if o["step"] == row["step"])
             rows += filter(alike, there)
@@ -91,15 +97,15 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
         if damaged or before != after:
             end = "restored from the newest checkpoint"
             if name not in kept:
-                end = "what can be read is kept"
-                end += ", but no checkpoint has what was lost" if step > 0 else ""
+                end = "the rows that can be read are kept"
+                end += ", but no checkpoint has the lost rows" if step > 0 else ""
             yield f"{file} was damaged ({_compare(damaged, before, after)}): {end}"
         if after.encode() != (read_if_there(file) or b""):
             replace_text(file, after)
 
 
 def _last_row(file: Path, start: int) -> bytes:
-    """The bytes after the last complete line, at most as many as a row may have."""
+    """Returns the bytes of a file from offset `start` on, at most MAX_ROW_BYTES."""
     if not file.exists():
         return b""
     with open_regular(file) as opened:
@@ -108,23 +114,25 @@ def _last_row(file: Path, start: int) -> bytes:
 
 
 def _compare(damaged: int, before: str, after: str) -> str:
+    """Describes how the text of a file differed from its repaired text."""
     there, wanted = before.splitlines(), after.splitlines()
     kept = {*there} & {*wanted}
     counts = {
         "lines that are not rows": damaged,
         "missing rows": len(wanted) - len(kept),
-        "rows that are repeated or of another run": len(there) - len(kept),
+        "rows that are repeated or belong to another run": len(there) - len(kept),
     }
     return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "rows in the wrong order"
 
 
 def _rows_of(name: str, kept: dict[str, str]) -> list[Row]:
+    """Returns the valid rows in the checkpoint's copy of a file."""
     rows = (parse_object(line.encode()) for line in kept[name].split("\n"))
     return [row for row in rows if row is not None and fits(row, FORMS[name])]
 
 
 def _once_each(name: str, rows: list[Row]) -> list[Row]:
-    """The rows in order of their steps; of several for one step or sample, only the first."""
+    """Returns the rows sorted by step, with only the first row for each step or sample."""
     key = "sample" if name == "skipped.jsonl" else "step"
     first: dict[int, Row] = {}
     for row in rows:

@@ -1,4 +1,7 @@
-"""Starting in a run's directory: a run resumes only with the recipe and data that it began with."""
+"""Finds the weights that a run starts from, and checks a run that resumes.
+
+A run resumes only with the recipe and the data that it began with.
+"""
 
 import dataclasses
 import shutil
@@ -20,14 +23,21 @@ from llava_jax.training.run_config import (
 
 
 def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Finds the weights to start from. A run's directory brings its base and its adapter.
+    """Finds the checkpoint to start from, and the adapter if the checkpoint has one.
+
+    If `init_from` is the directory of an earlier run, the checkpoint is the base of that run, and
+    the adapter is the one that the run has trained.
+
+    Args:
+        config: Config of the run.
 
     Returns:
-        The config, with the adapter that `init_from` brings as its `init_adapter`, and the
-        checkpoint; None trains from scratch.
+        The config, whose `init_adapter` is the path of the adapter to start from, and the
+        checkpoint. The checkpoint is None if the model is trained from scratch.
 
     Raises:
-        ConfigError: What is found does not fit to what trains.
+        ConfigError: The checkpoint or the adapter does not exist, or does not fit `tune`.
+        CheckpointError: The checkpoint cannot be used.
     """
     if (source := config.init_from) is None:
         if "lora" in (config.tune.llm, config.tune.vision):
@@ -41,13 +51,15 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
         return config, found
     if config.init_adapter is not None:
         raise ConfigError(
-            f"init_from {config.init_from} brings the adapter {found.adapter}, so init_adapter "
-            f"{config.init_adapter} is one too many; name its base {found.name} in init_from"
+            f"init_from {config.init_from} already contains the adapter {found.adapter}, so "
+            f"init_adapter {config.init_adapter} cannot be added; leave init_adapter out, or set "
+            f"init_from to the base {found.name}"
         )
     if "lora" not in (config.tune.llm, config.tune.vision):
         raise ConfigError(
-            f"init_from {config.init_from} brings the adapter {found.adapter}, but this run trains "
-            "none; merge it first (LlavaModel: merge_adapter, save_pretrained), start from that"
+            f"init_from {config.init_from} contains the adapter {found.adapter}, but this run does "
+            "not train adapters; merge the adapter first (LlavaModel.merge_adapter and "
+            "save_pretrained), and start from the merged model"
         )
     return dataclasses.replace(config, init_adapter=str(found.adapter)), found
 
@@ -58,18 +70,19 @@ def check_begun(
     description: Json,
     identity: Json,
 ) -> None:
-    """Checks that a run has the recipe and the data that it began with.
+    """Checks that a run resumes with the recipe and the data that it began with.
 
-    If no step was trained yet, the earlier start is removed instead.
+    If they differ but no step was trained yet, the files of the earlier start are removed instead.
 
     Args:
-        config: The run.
-        saved: Its checkpoints, of which there is at least one.
-        description: From `describe`.
-        identity: Identity of the order of the samples.
+        config: Config of the run.
+        saved: Checkpoints of the run, at least one.
+        description: Description of this start, as `run_config.describe` returns it.
+        identity: Values that determine the order of the samples, as `EpochOrder.identity`.
 
     Raises:
-        ConfigError: The recipe or the data differ, and steps were trained.
+        ConfigError: Steps were trained, and the recipe or the data differs. With
+            `checkpoint.accept_changes`, only a different order of the samples is an error.
     """
     found = changes(config.run_dir, description)
     position = saved.position()
@@ -94,8 +107,8 @@ def check_begun(
     lines = [f"the run in {config.run_dir} began with {other}{both}:", *found.recipe, *found.data]
     if not config.checkpoint.accept_changes:
         lines += [
-            f"To go on with the changed {what}, add --checkpoint.accept-changes. To train anew, "
-            "give another --name."
+            f"To continue with the changed {what}, add --checkpoint.accept-changes. To start a new "
+            "run, give another --name."
         ]
         raise ConfigError("\n".join(lines))
     say("\n".join([*lines, "These changes are accepted."]))
@@ -104,7 +117,7 @@ def check_begun(
 def _cannot_change(
     run_dir: Path, name: str, before: object, now: object, sources: tuple[str, str]
 ) -> ConfigError:
-    """The error for an order of the samples that differs from the one of the earlier steps."""
+    """Returns the error for an order of the samples that differs from that of the earlier steps."""
     what = {
         "records": "number of training records",
         "weights": "weights of data.mixture",
@@ -115,24 +128,29 @@ def _cannot_change(
     text = f"{run_dir} was trained with {what} {before}; this command gives {now}"
     mend = "Give the old value"
     if name == "records":
-        count = lambda counts: " + ".join(map(str, counts or [0]))  # one for each data set
+        count = lambda counts: " + ".join(map(str, counts or [0]))  # one count per data set
         text = f"{run_dir} was trained on {count(before)} records of {sources[0]}; "
         text += f"this command gives {count(now)} ({sources[1]})"
         mend = "Restore the old data"
     return ConfigError(
-        f"{text}. The {what} cannot change while a run goes on, even with "
+        f"{text}. The {what} cannot change during a run, even with "
         f"--checkpoint.accept-changes. {mend}, or start a new run with another --name."
     )
 
 
 def refuse_to_replace(config: TrainConfig) -> None:
-    """Refuses to start a run where a result is but no checkpoint.
+    """Raises ConfigError if a run that has no checkpoint already has an export.
+
+    All processes must call this.
+
+    Args:
+        config: Config of a run without checkpoints.
 
     Raises:
-        ConfigError: There is a result.
+        ConfigError: The directory of the export exists.
     """
     if broadcast_from_main(export_dir(config).exists()):
         raise ConfigError(
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
-            "from; move it away, or give the run a new name"
+            "from; move the export away, or give the run a new --name"
         )

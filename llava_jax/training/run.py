@@ -1,4 +1,4 @@
-"""A run from top to bottom: open, compare, plan, start or resume, train, export."""
+"""Executes a run: opens its inputs, plans it, starts or resumes it, trains and exports."""
 
 import dataclasses
 import os
@@ -51,24 +51,31 @@ from llava_jax.training.trackers import check_packages, open_trackers
 
 
 def run(config: TrainConfig) -> int:
-    """Runs, and reports how the run ended; returns the exit status."""
+    """Executes a run, prints how the run ended, and returns the exit status.
+
+    The status is 0 if the run is finished, 128 + the number of the signal if a signal stopped the
+    run, and 1 after an error. With a single process, an unexpected exception is raised.
+
+    Args:
+        config: Config of the run.
+    """
     try:
         join()
         with StopRequest() as stop, hold_for_run(config.run_dir):
             return _run(config, stop)
     except Stopped as stopped:
         return report_and_exit(
-            f"stopped {stopped}; the same command continues", 128 + stopped.signal
+            f"stopped {stopped}; the same command continues the run", 128 + stopped.signal
         )
     except Exception as error:
-        # First, because a lost process makes other errors: a save that needs all processes fails
-        # with an OSError, for which the disk would be blamed.
+        # This check comes first, because a lost process causes other errors. For example, a save
+        # that needs all processes then fails with an OSError, which would blame the disk.
         if is_lost(error):
             leave_others()
         if isinstance(error, ConfigError | CheckpointError | RunError):
             return report_and_exit(f"error: {error}")
         if isinstance(error, OSError):
-            return report_and_exit(f"error: {error}; the same command continues")
+            return report_and_exit(f"error: {error}; the same command continues the run")
         if not jax.distributed.is_initialized():
             raise
         return report_and_exit(traceback.format_exc())
@@ -76,16 +83,16 @@ def run(config: TrainConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Setup:
-    """What a run is made of, as found before a device is used.
+    """The checkpoint, the model sizes and the data of a run, found before a device is used.
 
     Attributes:
-        config: The config, with the adapter that `init_from` brings, and later with its plan.
-        found: The checkpoint to start from; None trains from scratch.
-        fingerprint: Fingerprint of its frozen base.
-        model_config: Sizes of the model.
-        processor: Where the tokenizer and the image processor are.
-        inputs: The data.
-        total_steps: Optimizer steps of the whole run.
+        config: Config of the run, with a resolved `init_adapter` and, after `_plan`, with its plan.
+        found: Checkpoint to start from; None if the model is trained from scratch.
+        fingerprint: Fingerprint of the base; None if there is no base.
+        model_config: Sizes and token ids of the model.
+        processor: Source of the tokenizer and the image processor.
+        inputs: Inputs of the run.
+        total_steps: Number of optimizer steps of the whole run.
     """
 
     config: TrainConfig
@@ -98,27 +105,27 @@ class _Setup:
 
     @property
     def source(self) -> Path | Parts | None:
-        """Where the weights of the base are."""
+        """Location of the base's weights; None if the model is trained from scratch."""
         return None if self.found is None else self.found.base
 
     def describe(self, config: TrainConfig) -> Json:
-        """The content of config.json and data.json."""
+        """Returns the content of config.json and data.json for this config."""
         data = self.inputs.digest
         return describe(config, self.model_config, self.total_steps, self.fingerprint, data)
 
 
 def _run(config: TrainConfig, stop: StopRequest) -> int:
-    """Runs from a config to an adapter or a model; resumes a run that was stopped.
+    """Executes a run from its config to its export, and resumes the run if it was stopped.
 
     Returns:
-        The exit status: 0 when the run is finished.
+        The exit status 0, when the run is finished.
 
     Raises:
-        ConfigError: The config, its data or its devices do not fit together.
+        ConfigError: The config, the data and the devices do not fit together.
         CheckpointError: The weights to start from cannot be used, or a checkpoint cannot be
             written.
-        RunError: The data or the numbers went bad during the run.
-        Stopped: A signal ended the run; its state is saved.
+        RunError: Too many samples or steps were bad, or the processes read different texts.
+        Stopped: A signal stopped the run.
     """
     _keep_compiled(Path(config.output_dir).absolute() / ".compilation_cache")
     setup = _open(config)
@@ -154,13 +161,13 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             stop.raise_if_asked(f"after step {int(state.step)}")
             publish(_export(setup, program, state, frozen), export_dir(config))
             say(f"wrote {export_dir(config)}")
-            say(f"{config.run_dir}/report.html shows the run; to talk to what it made:")
+            say(f"{config.run_dir}/report.html shows the run; to chat with the trained model:")
             say(f"llava-jax chat {config.run_dir}")
     return 0
 
 
 def _open(config: TrainConfig) -> _Setup:
-    """Finds the checkpoint, the model's sizes and the data."""
+    """Finds the checkpoint and the sizes of the model, and opens the data."""
     check_packages(config.log)
     config, found = follow_adapter(config)
     source = None if found is None else found.base
@@ -172,7 +179,7 @@ def _open(config: TrainConfig) -> _Setup:
 
 
 def _agree_on(setup: _Setup) -> None:
-    """Compares what the processes of a run found, before they use a device together."""
+    """Raises ConfigError unless all processes have the same setup, output_dir and device count."""
     if is_alone():
         return
     facts = run_facts(
@@ -183,7 +190,7 @@ def _agree_on(setup: _Setup) -> None:
 
 
 def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
-    """Repairs the run's files, and refuses to resume with another recipe or other data."""
+    """Repairs the run's files, and raises ConfigError if the recipe or the data differs."""
     run_dir = setup.config.run_dir
     for line in saved.passed_over:
         say(line)
@@ -192,18 +199,21 @@ def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
         identity = setup.inputs.order.identity
         check_begun(setup.config, saved, setup.describe(setup.config), identity)
     if (saved.latest or 0) > setup.total_steps:
-        raise ConfigError(f"{run_dir} has {saved.latest} steps, more than {setup.total_steps}")
+        raise ConfigError(
+            f"{run_dir} has a checkpoint of step {saved.latest}, but this command trains only "
+            f"{setup.total_steps} steps; raise steps or epochs, or give a new --name"
+        )
     _repair(repair_rows(run_dir, saved.files(), saved.latest or 0))
 
 
 def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
-    """Whether all steps were made and the result is there; as the first process sees the disk."""
+    """Returns True if the main process finds a checkpoint of the last step, and the export."""
     has_result = export_dir(setup.config).is_dir()
     return broadcast_from_main(saved.latest == setup.total_steps and has_result)
 
 
 def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
-    """Checks some of the data, and chooses the plan for the attached devices."""
+    """Tests some of the data, and returns the setup with a plan for the attached devices."""
     inputs = setup.inputs
     inputs.check_some()
     say(inputs.summary())
@@ -215,7 +225,7 @@ def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:
-    """Builds the program, which must be the same in all processes."""
+    """Builds the program, after checking that all processes build the same program."""
     config, model_config = setup.config, setup.model_config
     implementation = attention_here(config, model_config)
     agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
@@ -231,12 +241,12 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
 def _start(
     setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
-    """Begins a run: the state before the first step, which is saved, and the frozen parameters."""
+    """Starts a run: saves and returns the state before the first step, and frozen parameters."""
     config = setup.config
     refuse_to_replace(config)
     state, frozen = _initial_state(setup, program)
     write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
-    # What cannot be written fails now, and not after ten hours.
+    # A test export: if the export fails, it fails now and not after hours of training.
     discard(_export(setup, program, state, frozen))
     saved.save(state, batches.state())
     saved.wait()
@@ -246,7 +256,7 @@ def _start(
 def _resume(
     setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
-    """Resumes a run: the state of its newest checkpoint, and the frozen parameters."""
+    """Resumes a run: returns the state of its newest checkpoint, and the frozen parameters."""
     config = setup.config
     frozen = _load(setup, program, program.frozen)
     state, position = saved.restore(program.state)
@@ -257,7 +267,7 @@ def _resume(
 
 
 def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) -> Path:
-    """Writes the result beside where it belongs."""
+    """Writes the export to a directory with a temporary name, and returns its path."""
     name = setup.found.name if setup.found else None
     return export(
         setup.config,
@@ -273,8 +283,9 @@ def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) 
 def _keep_compiled(directory: Path) -> None:
     """Keeps all compiled programs in a directory, so that a second start compiles nothing.
 
-    By default, JAX keeps only programs that took a second to compile. But a start has some dozens
-    that take a fiftieth of that, one for each shape of a weight. The environment's settings win.
+    By default, JAX keeps only programs that take at least 1 second to compile. A start also
+    compiles dozens of programs that take about 20 ms, one for each shape of a weight. Settings in
+    environment variables have priority.
     """
     options = {
         "jax_compilation_cache_dir": str(directory),
@@ -286,7 +297,7 @@ def _keep_compiled(directory: Path) -> None:
 
 
 def _repair(lines: Iterator[str]) -> None:
-    """Lets the first process repair a run's files, line by line; the others read them later."""
+    """Makes the main process repair a run's files and print each repair; all processes wait."""
     if is_main_process():
         for line in lines:
             say(line)
@@ -294,12 +305,13 @@ def _repair(lines: Iterator[str]) -> None:
 
 
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """Returns the config with the size of a micro-batch filled in."""
     batch = dataclasses.replace(config.batch, micro_size=micro_size(config.batch, mesh))
     return dataclasses.replace(config, batch=batch)
 
 
 def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]:
-    """The state before the first step, and the frozen parameters."""
+    """Returns the state before the first step, and the frozen parameters."""
     config = setup.config
     brought = {}
     if config.init_adapter is not None:
@@ -318,6 +330,7 @@ def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]
 
 
 def _load(setup: _Setup, program: Program, wanted: Collection[str]) -> Params:
+    """Loads the wanted parameters from the base, and initializes those that the base lacks."""
     return load_weights(
         setup.source,
         program.model_config,

@@ -1,4 +1,4 @@
-"""config.json and data.json: what a run is. Written at its start, and compared when it resumes."""
+"""Writes config.json and data.json when a run starts, and compares them when the run resumes."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ def describe(
     fingerprint: str | None,
     data: Json,
 ) -> Json:
-    """A run's resolved config, the versions of its software, and digests of its weights and data.
+    """Returns the description of a run: config, software versions, devices and digests, as JSON.
 
     Args:
-        config: The run.
-        model: Sizes of the model.
-        steps: Optimizer steps of the whole run.
-        fingerprint: Fingerprint of the base; None without one.
-        data: From `Inputs.digest`.
+        config: Config of the run.
+        model: Sizes and token ids of the model.
+        steps: Number of optimizer steps of the whole run.
+        fingerprint: Fingerprint of the base; None if there is no base.
+        data: Digests of the data, as `Inputs.digest` returns them.
     """
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
@@ -41,7 +41,14 @@ def describe(
 
 
 def write_description(run_dir: Path, description: Json) -> None:
-    """Writes config.json, and data.json, which is long. Only the first process writes."""
+    """Writes a run's description to config.json and data.json. Only the main process writes.
+
+    The digests of the data are in a file of their own, because they are long.
+
+    Args:
+        run_dir: Directory of the run, which is created if it does not exist.
+        description: Description that `describe` returned.
+    """
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
         data = description["data"]
@@ -51,12 +58,12 @@ def write_description(run_dir: Path, description: Json) -> None:
 
 
 class Changes(NamedTuple):
-    """Differences between a run and its earlier start.
+    """Differences between this start of a run and its earlier start.
 
     Attributes:
-        recipe: Lines about the recipe and the base.
-        data: Lines about the data.
-        sources: Where the training data came from at the earlier start.
+        recipe: One line of text for each difference in the recipe or the base.
+        data: One line of text for each difference in the data.
+        sources: Paths of the training data at the earlier start, as one text.
     """
 
     recipe: list[str]
@@ -65,10 +72,14 @@ class Changes(NamedTuple):
 
 
 def changes(run_dir: Path, description: Json) -> Changes:
-    """Compares a run's recipe, base and data with those of its earlier start.
+    """Compares the recipe, the base and the data of a run with those of its earlier start.
+
+    Args:
+        run_dir: Directory of the run, with config.json and data.json of the earlier start.
+        description: Description of this start, as `describe` returns it.
 
     Raises:
-        ConfigError: The files of the earlier start cannot be read.
+        ConfigError: config.json or data.json cannot be read.
     """
     file = run_dir / "config.json"
     try:
@@ -79,32 +90,35 @@ def changes(run_dir: Path, description: Json) -> Changes:
         sources = data_sources(began["config"]["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{file} or data.json cannot be read ({error}), but there are checkpoints beside it, "
-            "which have no copy; put it back, "
-            "remove the checkpoints, or give the run a new --name"
+            f"{file} or data.json cannot be read ({error}), and the checkpoints of the run have no "
+            "copy; restore the file, remove the checkpoints, or give the run a new --name"
         ) from error
     now = flatten(description["config"], MAY_CHANGE)
     differences = [
-        f"  {field}: {before.get(field)!r} there, {now.get(field)!r} here"
+        f"  {field}: {before.get(field)!r} before, {now.get(field)!r} now"
         for field in sorted(before.keys() | now.keys())
         if before.get(field) != now.get(field)
     ]
     if base != description["base_fingerprint"]:
         differences.append(
-            f"  the base's fingerprint: {base} there, {description['base_fingerprint']} here"
+            f"  the base's fingerprint: {base} before, {description['base_fingerprint']} now"
         )
     return Changes(differences, [f"  {line}" for line in data], sources)
 
 
 def data_sources(data: Json) -> str:
-    """Where training data comes from, read from the data group of a config as JSON."""
+    """Returns the paths of the training data, separated by commas.
+
+    Args:
+        data: The group `data` of a config, as JSON.
+    """
     return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
 
 
 def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
-    """Differences in the data. Evaluation data is compared only if it has the same source."""
+    """Returns the differences in the data; for eval data, only if its fields are unchanged."""
     file, now = run_dir / "data.json", description["config"]["data"]
-    if not file.exists():  # the run was begun by an older version
+    if not file.exists():  # an older version started the run
         return []
     before = json.loads(file.read_bytes())
     found = [*data_changes(before["train"], description["data"]["train"])]

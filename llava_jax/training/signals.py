@@ -9,11 +9,17 @@ from types import FrameType
 
 from llava_jax.distributed.multihost import is_main_process
 
-_MESSAGE = b"stopping: this step is finished and saved; press Ctrl-C again to stop at once\n"
+_MESSAGE = (
+    b"stopping: the current step is finished and saved first; press Ctrl-C again to stop at once\n"
+)
 
 
 class Stopped(BaseException):
-    """A signal stopped the run; the text says at which point.
+    """Raised when a signal stops the run; the text says at which point of the run.
+
+    Args:
+        number: Number of the signal.
+        where: Point of the run, for example "after step 5".
 
     Attributes:
         signal: Number of the signal.
@@ -25,13 +31,13 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Handles SIGTERM and Ctrl-C so that the current step is finished and saved first.
+    """Context manager that lets SIGTERM and Ctrl-C stop a run only after the current step.
 
-    Before the first step and after the last one there is nothing to finish, so a signal stops the
-    run at once. A second Ctrl-C always stops it at once.
+    Outside of `deferred`, a signal stops the run at once, by raising `Stopped`. A second Ctrl-C
+    always ends the process at once.
 
     Attributes:
-        signal: Number of the signal that was received; None if there was none.
+        signal: Number of the signal that was received; None if no signal was received.
     """
 
     signal: int | None = None
@@ -41,7 +47,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """While this context is open, a signal only sets `signal`, and the loop asks for it."""
+        """Makes a signal set `signal` instead of raising `Stopped`, while this context is open."""
         self._in_steps = True
         try:
             yield
@@ -49,10 +55,10 @@ class StopRequest:
             self._in_steps = False
 
     def raise_if_asked(self, where: str) -> None:
-        """Stops the run if a signal was received.
+        """Raises Stopped if a signal was received.
 
         Args:
-            where: At which point of the run this is, for the message.
+            where: Point of the run, for the message, for example "after step 5".
 
         Raises:
             Stopped: A signal was received.
@@ -71,19 +77,22 @@ class StopRequest:
         sys.unraisablehook = self._hook
 
     def _pass_over(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        # A signal may come while a callback of the garbage collector runs. Python cannot raise it
-        # and would print a traceback. `signal` is set, so the run stops where it next asks for it.
+        """Handles an exception that Python cannot propagate, and ignores `Stopped`."""
+        # If a signal arrives during a callback of the garbage collector, Python cannot propagate
+        # `Stopped` and would print a traceback. The run still stops when it next checks `signal`.
         if unraisable.exc_type is not Stopped:
             self._hook(unraisable)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal: sets `signal`, and stops the run now or after the current step."""
         is_new, self.signal = self.signal is None, number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # SLURM sends SIGTERM to each process and also to its watchdog, which passes it on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends the process at once
+        # SIGTERM may arrive twice: SLURM sends it to each process and also to the watchdog of the
+        # process, which forwards it.
         if not is_new:
             return
         if not self._in_steps:
-            raise Stopped(number, "outside of steps")
+            raise Stopped(number, "while no training step was running")
         if is_main_process():
             with contextlib.suppress(OSError):
-                os.write(1, _MESSAGE)  # print would fail if the signal interrupted another print
+                os.write(1, _MESSAGE)  # print fails if the signal interrupted another print

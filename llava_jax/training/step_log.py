@@ -1,6 +1,6 @@
-"""Records a run's steps, in metrics.jsonl, skipped.jsonl and nonfinite.jsonl.
+"""Records a run's steps in metrics.jsonl, skipped.jsonl and nonfinite.jsonl.
 
-It ends a run in which too many samples cannot be read or too many steps are not finite.
+Also ends the run if too many samples cannot be used or too many steps are not finite.
 """
 
 import itertools
@@ -18,26 +18,26 @@ from llava_jax.training.inputs import Inputs
 from llava_jax.training.progress import Reporter
 
 MAX_NAMED = 5
-"""Samples that an error names, at most; the files have all of them."""
+"""Maximum number of samples that an error lists; nonfinite.jsonl lists all samples."""
 
 MAX_SHOWN = 20
-"""Skipped samples that are shown on the console, at most; skipped.jsonl has all of them."""
+"""Maximum number of skipped samples that the console shows; skipped.jsonl lists all."""
 
 
 class StepLog:
-    """Records a run's metrics, step by step.
+    """Records the metrics, the skipped samples and the non-finite steps of a run.
 
-    Each skipped sample gets one row in skipped.jsonl, the first time. Each step that is not finite
-    gets one in nonfinite.jsonl, with its samples.
+    A sample gets a row in skipped.jsonl when it is skipped for the first time. Each step whose loss
+    or gradient norm is not finite gets a row in nonfinite.jsonl, with the samples of the step.
 
     Args:
         config: Config of the run.
-        inputs: The run's data.
-        reporter: Shows and writes a row for each step, in the main process only.
-        first_step: Steps done before.
+        inputs: Inputs of the run.
+        reporter: Reporter that writes and shows a row for each step.
+        first_step: Number of steps done before this start of the run.
 
     Attributes:
-        nonfinite: Number of steps in a row that were not finite, up to the last step.
+        nonfinite: Number of consecutive steps, up to the last step, that were not finite.
     """
 
     def __init__(self, config: TrainConfig, inputs: Inputs, reporter: Reporter, first_step: int):
@@ -53,6 +53,10 @@ class StepLog:
     def log(self, metrics: dict[str, jax.Array], step: int) -> None:
         """Records one step.
 
+        Args:
+            metrics: Metrics that the train step returned.
+            step: Number of the step, from 1.
+
         Raises:
             RunError: Too many samples were skipped, or too many steps in a row were not finite.
         """
@@ -64,6 +68,7 @@ class StepLog:
         self._note_nonfinite(values, step)
 
     def _note_skipped(self, numbers: np.ndarray, step: int) -> None:
+        """Records skipped samples; raises RunError if the run has skipped too many samples."""
         if len(numbers):
             new = sorted(set(numbers.tolist()) - self._skipped)
             self._skipped.update(new)
@@ -73,12 +78,13 @@ class StepLog:
         if len(self._skipped) > allowed * count:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
-                f"data.max_skipped ({allowed:g}) allows: {self._skipped_file} names them. See "
-                "`llava-jax check-data`, mend them in place (their number must stay) and go on by "
-                "--checkpoint.accept-changes, or allow more"
+                f"data.max_skipped ({allowed:g}) allows; {self._skipped_file} lists them. Correct "
+                "the samples in place (see `llava-jax check-data`; the number of records must not "
+                "change) and continue with --checkpoint.accept-changes, or raise data.max_skipped"
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:
+        """Writes newly skipped samples to skipped.jsonl, and shows the first ones of the run."""
         inputs = self._inputs
         rows = [
             {
@@ -94,9 +100,10 @@ class StepLog:
             self._reporter.say(f"{row['place']} is skipped: {row['reason']}")
         self._shown += len(rows)
         if self._shown - len(rows) < MAX_SHOWN < self._shown:
-            self._reporter.say(f"further skipped samples are only in {self._skipped_file}")
+            self._reporter.say(f"only {self._skipped_file} lists further skipped samples")
 
     def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
+        """Records the step if it is not finite; raises RunError after too many such steps."""
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
             self.nonfinite = 0
             return
@@ -112,14 +119,14 @@ class StepLog:
         if self.nonfinite >= self._config.nonfinite_limit:
             raise RunError(
                 f"{self.nonfinite} steps in a row were not finite, the last one is step {step}. "
-                f"Earlier checkpoints are good. The samples are in {self._nonfinite_file}; "
-                f"the first of the last step are {'; '.join(places[:MAX_NAMED])}. Lower the "
-                "learning rate, look at the samples, or raise nonfinite_limit"
+                f"Earlier checkpoints are good. {self._nonfinite_file} lists the samples of these "
+                f"steps; the first samples of step {step} are {'; '.join(places[:MAX_NAMED])}. "
+                "Lower the learning rate, look at the samples, or raise nonfinite_limit"
             )
 
 
 def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | None]:
-    """A row of metrics.jsonl, the most important fields first; None stands for not finite."""
+    """Returns a row of metrics.jsonl; values that are not finite become None."""
     order = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
     numbers = {name: values[name].item() for name in order}
     finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
@@ -127,5 +134,6 @@ def _row(values: dict[str, np.ndarray], step: int) -> dict[str, float | int | No
 
 
 def _device_bytes() -> int | None:
+    """Returns the peak memory of the first local device in bytes; None if it is unknown."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None

@@ -1,9 +1,10 @@
 """Sends a run's metrics to TensorBoard and to Weights & Biases, in addition to the run's own files.
 
-Events for TensorBoard are written by its own `EventFileWriter`, which needs neither TensorFlow nor
-PyTorch. tensorboardX (2.6.5 was tried) has a shorter interface. But it imports PyTorch wherever
-that is installed, which takes seconds and may load other CUDA libraries than those of JAX, and it
-names event files by the second, so a restart within one second would overwrite a file.
+Events for TensorBoard are written by TensorBoard's `EventFileWriter`, which needs neither
+TensorFlow nor PyTorch. The package tensorboardX has a shorter interface, but was rejected (version
+2.6.5) for two reasons. It imports PyTorch if PyTorch is installed, which takes seconds and may load
+other CUDA libraries than JAX needs. And it names event files by the second, so a restart within one
+second would overwrite a file.
 """
 
 import importlib.metadata
@@ -33,14 +34,17 @@ class Tracker(Protocol):
     """A service that receives a run's metrics."""
 
     def log_step(self, row: Row) -> None:
-        """Receives a row of metrics.jsonl, with its tokens_per_second."""
+        """Logs a row of metrics.jsonl, with the additional field tokens_per_second."""
 
     def log_eval(self, row: Row, images: Sequence[Sequence[Path]]) -> None:
-        """Receives a row of evaluations.jsonl, and the image files of each of its examples."""
+        """Logs a row of evaluations.jsonl, and the image files of each example in the row."""
 
 
 def check_packages(log: LogConfig) -> None:
-    """Checks that the packages are installed that `open_trackers` will need.
+    """Checks that the packages that `open_trackers` imports are installed.
+
+    Args:
+        log: Log settings.
 
     Raises:
         ConfigError: A package is missing.
@@ -48,7 +52,8 @@ def check_packages(log: LogConfig) -> None:
     needed = {"tensorboard": log.tensorboard, "wandb": log.wandb is not None}
     for package in (name for name, is_needed in needed.items() if is_needed):
         try:
-            # Importing it is no test: a folder of that name in the working directory would pass.
+            # An import would prove nothing: it also finds a folder `wandb` or `tensorboard` in the
+            # working directory.
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(f"log.{package} needs {package}: pip install -e '.[log]'") from None
@@ -56,12 +61,12 @@ def check_packages(log: LogConfig) -> None:
 
 @contextmanager
 def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Iterator[list[Tracker]]:
-    """Opens the trackers that `config.log` asks for; they close with the context.
+    """Opens the trackers that `config.log` names, and closes them at the end of the context.
 
     Args:
         config: Config of the run.
-        first_step: Steps done before. What trackers have of later steps is replaced.
-        write: Whether this process logs; only one should.
+        first_step: Number of steps done before this start of the run.
+        write: Whether this process logs; only one process should log.
 
     Raises:
         ConfigError: Weights & Biases cannot be reached, or has no account for this user.
@@ -77,17 +82,23 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
 
 
 def _scalars(row: Row, group: str, names: Sequence[str]) -> dict[str, float]:
-    """The finite ones of these values, by the names that trackers show."""
+    """Returns the values of `names` that are finite, by the names that trackers show."""
     return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
 
 
 def _caption(example: Row) -> str:
+    """Returns the text of an example, with question, expected answer and given answer."""
     return "\n".join(f"{name}: {example[name]}" for name in ("question", "expected", "given"))
 
 
 @contextmanager
 def open_tensorboard(directory: Path, first_step: int) -> Iterator["TensorBoard"]:
-    """Starts an event file in a directory, which may have those of earlier starts."""
+    """Starts a new event file, and closes the file at the end of the context.
+
+    Args:
+        directory: Directory of the event files, which may contain files of earlier starts.
+        first_step: Number of steps done before this start of the run.
+    """
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     writer = EventFileWriter(str(directory), flush_secs=30)
@@ -98,17 +109,18 @@ def open_tensorboard(directory: Path, first_step: int) -> Iterator["TensorBoard"
 
 
 class TensorBoard:
-    """Writes events for TensorBoard.
+    """Tracker that writes events for TensorBoard.
 
     Args:
         writer: Writer of one event file.
-        first_step: Steps done before. TensorBoard drops what older event files have of later ones.
+        first_step: Number of steps done before this start of the run. TensorBoard does not show the
+            events of later steps that are in older event files.
     """
 
     def __init__(self, writer: Any, first_step: int):
         from tensorboard.compat.proto import event_pb2
 
-        # protobuf creates its classes at run time, so type checkers do not find them by name.
+        # protobuf creates its classes at run time, so type checkers do not know their names.
         self._event: Any = vars(event_pb2)["Event"]
         self._session: Any = vars(event_pb2)["SessionLog"]
         self._writer = writer
@@ -126,7 +138,8 @@ class TensorBoard:
         for example, files in zip(row["examples"], images, strict=True):
             tag = f"eval/record {example['index']}"
             values += [_image(f"{tag}/image {n}", file) for n, file in enumerate(files)]
-            # TensorBoard renders texts as Markdown; an indented one is code, so it stays as it is.
+            # TensorBoard renders a text as Markdown, in which indented lines are code. So the text
+            # is indented, and is shown unchanged.
             values += text_pb(tag, textwrap.indent(_caption(example), " " * 4)).value
         self._write(row["step"], summary={"value": values})
 
@@ -135,11 +148,13 @@ class TensorBoard:
 
 
 def _numbers(row: Row, group: str, names: Sequence[str]) -> list[Row]:
+    """Returns the scalars of a row as values of a TensorBoard summary."""
     found = _scalars(row, group, names)
     return [{"tag": tag, "simple_value": number} for tag, number in found.items()]
 
 
 def _image(tag: str, file: Path) -> Row:
+    """Returns an image file as a value of a TensorBoard summary."""
     with Image.open(file) as image:
         width, height = image.size
     size = {"width": width, "height": height, "colorspace": 3}
@@ -148,12 +163,15 @@ def _image(tag: str, file: Path) -> Row:
 
 @contextmanager
 def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
-    """Starts a run at Weights & Biases, or resumes the one of an earlier start.
+    """Starts a run at Weights & Biases, or resumes the run of an earlier start.
 
-    The file wandb.json in the run's directory has its id.
+    The file wandb.json in the run's directory contains the id of the run at Weights & Biases.
+
+    Args:
+        config: Config of the run.
 
     Raises:
-        ConfigError: It cannot be reached, or has no account for this user.
+        ConfigError: Weights & Biases cannot be reached, or has no account for this user.
     """
     import wandb
 
@@ -175,21 +193,22 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"log.wandb {config.log.wandb}: {error}; see `wandb login`, or set WANDB_MODE=offline"
+            f"log.wandb {config.log.wandb}: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    with run:  # reports whether the run succeeded
+    with run:  # the service learns from the end of this context whether the run succeeded
         yield Wandb(wandb, run)
 
 
 class Wandb:
-    """Logs to Weights & Biases.
+    """Tracker that logs to Weights & Biases.
 
-    After a kill, steps are repeated with exactly the same results, so steps that the service has
-    already are not sent again. In offline mode it is not known what it has, and they are.
+    A run that was killed repeats some steps with exactly the same results. Steps that the service
+    already has are not sent again. In offline mode, the service's steps are unknown, so repeated
+    steps are logged again.
 
     Args:
-        wandb: The module wandb.
-        run: The run that `wandb.init` returned.
+        wandb: The module `wandb`.
+        run: Run that `wandb.init` returned.
     """
 
     def __init__(self, wandb: Any, run: Any):
@@ -203,10 +222,10 @@ class Wandb:
         self._log("train", row["step"], _scalars(row, "train", STEP_SCALARS))
 
     def log_eval(self, row: Row, images: Sequence[Sequence[Path]]) -> None:
-        """Sends the scalars of an evaluation, and the images of its examples with their texts.
+        """Sends the scalars of an evaluation, and the images of its examples with captions.
 
-        They are not a wandb table, because wandb copies images of tables to places outside the
-        run's directory.
+        The examples are not sent as a table, because wandb copies the images of tables to places
+        outside of the run's directory.
         """
         values: Row = dict(_scalars(row, "eval", EVAL_SCALARS))
         captioned = [

@@ -124,7 +124,7 @@ def test_python_takes_parts_too(parts: Parts):
 
 
 def test_parts_have_no_base():
-    with pytest.raises(ConfigError, match="give one thing that was trained, and a model as its"):
+    with pytest.raises(ConfigError, match="give an adapter or part that was trained, and a model"):
         resolve(parse_source(BASE), base=TINY_LLAVA)
 
 

@@ -139,7 +139,7 @@ def test_a_folder_and_a_pattern_of_files(tmp_path):
     assert pattern.sizes.most_images == 2
     assert [record.id for record in pattern[1::2]] == ["1.0", "2.1"]
     assert [record.id for record in pickle.loads(pickle.dumps(pattern[::-1]))][:2] == ["2.1", "2.0"]
-    with pytest.raises(ConfigError, match="no file has such a name"):
+    with pytest.raises(ConfigError, match="no file matches"):
         load_records(str(tmp_path / "part-*.json"), "")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty has no \.parquet or \.jsonl files"):
@@ -163,7 +163,7 @@ def test_a_folder_saved_to_disk_is_refused(tmp_path, marker):
 
 def test_a_file_of_arrow_is_refused(tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff\x00\x00")
-    with pytest.raises(ConfigError, match=r"arrow is of a dataset written by save_to_disk"):
+    with pytest.raises(ConfigError, match=r"arrow belongs to a dataset written by save_to_disk"):
         load_records(str(tmp_path / "data-00000-of-00001.arrow"), "")
 
 
@@ -189,7 +189,7 @@ def message(content: object, role: str = "user") -> dict:
         (json.dumps(RAW)[:-1], "record 5: the list does not end; is the file cut off"),
         (json.dumps(RAW)[:-30], "record 5: the list does not end; is the file cut off"),
         ("[" + json.dumps(RAW[0]) + "}", "the list does not end"),
-        (json.dumps(RAW) * 2, "more behind the list, at byte"),
+        (json.dumps(RAW) * 2, "more text after the list, at byte"),
     ],
 )
 def test_a_malformed_file_is_one_message(tmp_path, content, message):
@@ -216,9 +216,9 @@ BAD = [
     (message([{"type": "video"}]), "turn 0: expected parts"),
     (message([IMAGE], "assistant"), "turn 0: expected parts"),
     (message([{"type": "text", "text": None}]), "turn 0: expected parts"),
-    (message([IMAGE, {**IMAGE, "path": "x"}]), "all image parts must bring"),
+    (message([IMAGE, {**IMAGE, "path": "x"}]), "all image parts must have"),
     ({**message([{**IMAGE, "path": "x"}]), "image": "y"}, "all image parts"),
-    (message([{**IMAGE, "index": 0}]), "parts show images [0], and it has 0"),
+    (message([{**IMAGE, "index": 0}]), "image parts have indices [0], but the record has 0 images"),
     (message([{**IMAGE, "image": 1}]), "an image part must have a path"),
     ({**RAW[0], "image": "a\0b"}, "leads out of data.image_root"),
 ]
@@ -488,7 +488,10 @@ def test_dialogues():
         ("easy_vqa:train:caption=2", "did you mean 'captions'"),
         ("easy_vqa:train:captions", "as captions=2"),
         ("easy_vqa:train:captions=x", "as captions=2"),
-        ("easy_vqa:train:without_negation=1", "write without_negation and balanced alone"),
+        (
+            "easy_vqa:train:without_negation=1",
+            "write without_negation and balanced without a value",
+        ),
     ],
 )
 def test_a_misspelt_source(source, message):

@@ -122,7 +122,7 @@ def test_one_that_loses_its_lock_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     ended = threading.Event()
-    monkeypatch.setattr(lock, "leave", lambda status: ended.set())
+    monkeypatch.setattr(lock, "exit_now", lambda status: ended.set())
     with hold(tmp_path):
         (tmp_path / NAME).unlink()
         assert ended.wait(10)

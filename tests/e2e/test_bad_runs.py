@@ -60,7 +60,7 @@ def test_data_that_is_wrong_as_a_whole_stops_before_anything_is_loaded(
     status, directory = run(config, "wrong-root", "--data.image-root", str(tmp_path))
     assert status == 1
     error = capsys.readouterr().err
-    assert "of 10 samples that were tried, 7 cannot be used" in error
+    assert "7 of 10 tested samples cannot be used" in error
     assert "image not found" in error
     assert not (directory / "config.json").exists()
 

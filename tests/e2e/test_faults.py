@@ -375,7 +375,7 @@ def test_a_run_without_a_whole_checkpoint_says_so(config: Path, stopped: Path):
     status, said = end(start(config, "hopeless"))
     assert status == 1
     assert "all checkpoints of this run are damaged" in said
-    assert f"remove {directory / 'checkpoints'} to start it anew" in said
+    assert f"remove {directory / 'checkpoints'} to start again from step 0" in said
     assert MANIFEST in said
     assert "Traceback" not in said
     assert steps(directory)  # so the next time, too, it does not begin anew by itself
@@ -484,4 +484,4 @@ def test_another_number_of_records_cannot_be_accepted(
     assert "accepted" not in said.out
     assert "was trained on 10 records of" in said.err
     assert "this command gives 9 (" in said.err
-    assert "cannot change while a run goes on" in said.err
+    assert "cannot change during a run" in said.err

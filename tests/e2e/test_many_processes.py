@@ -135,7 +135,7 @@ def test_a_signal_to_one_process_stops_all_and_the_same_command_continues(
     (status, said), other = end(processes)
     step = metrics(directory)[-1]["step"]
     assert (status, other) == (128 + signal.SIGTERM, (status, ""))
-    assert said.endswith(f"stopped after step {step}; the same command continues")
+    assert said.endswith(f"stopped after step {step}; the same command continues the run")
     assert 2 <= step < STEPS
     assert (directory / "checkpoints" / str(step)).is_dir()
     assert not (directory / "adapter").exists()

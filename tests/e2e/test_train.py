@@ -131,7 +131,7 @@ def test_another_recipe_is_refused_and_shown(
     field = arguments[0].removeprefix("--").replace("-", "_")
     assert "another recipe" in error
     assert f"{field}: " in error
-    assert f", {arguments[1]} here" in error
+    assert f", {arguments[1]} now" in error
 
 
 def test_another_recipe_may_be_accepted(
@@ -143,13 +143,13 @@ def test_another_recipe_may_be_accepted(
     status, directory = start("accepting", *arguments, "--checkpoint.accept-changes")
     assert status == 0
     said = capsys.readouterr().out
-    assert "optimizer.learning_rate: 0.01 there, 0.5 here" in said
-    assert "steps: 4 there, 6 here" in said
+    assert "optimizer.learning_rate: 0.01 before, 0.5 now" in said
+    assert "steps: 4 before, 6 now" in said
     assert [row["step"] for row in metrics(directory)] == [1, 2, 3, 4, 5, 6]
     assert metrics(directory)[:4] == metrics(undisturbed)
     assert start("accepting", *arguments)[0] == 0  # it is the run's recipe now
     assert start("accepting", "--steps", "3", "--checkpoint.accept-changes")[0] == 1
-    assert "has 6 steps, more than 3" in capsys.readouterr().err
+    assert "has a checkpoint of step 6, but this command" in capsys.readouterr().err
 
 
 def test_another_plan_and_other_measurements_are_no_other_recipe(start, undisturbed: Path):
@@ -339,7 +339,7 @@ def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
     arguments = ["--init-from", source, "--steps", "1", "--data.max-length", "256"]
     status, first = start("new-projector", *arguments)
     assert status == 0
-    assert f"{source} has no projector: this is a new one" in capsys.readouterr().out
+    assert f"{source} has no projector; a new one is initialized" in capsys.readouterr().out
     assert start("known-projector", *arguments, "--init-adapter", str(first))[0] == 0
     assert "no projector" not in capsys.readouterr().out
 

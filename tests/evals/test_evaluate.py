@@ -258,7 +258,7 @@ def test_a_damaged_line_is_named(run, fake, tmp_path, capsys):
         (("--limit", 0), "--limit 0"),
         (("--task", "pope", "--metric", "exact"), "--metric"),
         (("--temperature", -1), "temperature"),
-        (("--task", "pope", "--data", "nowhere"), "nowhere is no folder"),
+        (("--task", "pope", "--data", "nowhere"), "nowhere is not a directory"),
         (("--metric", "yes_no"), "neither yes nor no"),
     ],
 )

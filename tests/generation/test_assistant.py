@@ -260,7 +260,7 @@ def test_a_conversation_in_a_terminal(
     assert lines[-1] == "shown with your next message"
     assert error.splitlines() == [
         "error: image not found: /nowhere.png",
-        "error: nothing was said that could be saved",
+        "error: there is no answer yet, so there is nothing to save",
     ]
     (record,) = json.loads(saved.read_text())
     assert record["image"] == [str(picture)]
@@ -319,6 +319,15 @@ def test_an_interrupted_first_token_leaves_a_usable_assistant(
     assert assistant.free == 4
     chat.say("is there a red shape?")
     assert capsys.readouterr().out.split()[-1] in ("yes", "no")
+    assert [turn.role for turn in chat._turns] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize("word", ["/", "/im", "/images"])
+def test_a_command_that_does_not_exist_is_named(
+    assistant: Assistant, capsys: pytest.CaptureFixture[str], word: str
+):
+    Chat(assistant, GREEDY, max_new_tokens=4)._take(word)
+    assert capsys.readouterr().out.startswith(f"no command {word}; ")
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 100_000])

@@ -274,7 +274,7 @@ def test_what_a_source_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_source("xtuner_hf/lora/llm_adapter")
     with pytest.raises(ConfigError, match=r"llm_adapter has no projector; name one: --base llm="):
         open_source("xtuner_hf/lora/llm_adapter", parse_source(BASE))
-    with pytest.raises(ConfigError, match=r"alpha 8, as it says itself, .* not the alpha 9"):
+    with pytest.raises(ConfigError, match=r"the alpha in .* is 8, but 9 was given"):
         open_source("llava_lora", alphas={LLM: 9.0})
     for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
         with pytest.raises(ConfigError, match=r"the form is llm=DIR,vision=DIR"):
@@ -293,10 +293,10 @@ def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing")
     (tmp_path / "empty").mkdir()
     for place, message in {
-        ".": r"\. is no checkpoint itself; name what in it is one: ",
+        ".": r"\. is not a checkpoint; give the path of one in it: ",
         str(tmp_path / "notes.txt"): "neither a safetensors file nor a pickle",
-        "xtuner_hf": "no checkpoint itself; name what in it is one: full, lora, lora_bin$",
-        "xtuner_pth/lora": r"name what in it is one: iter_2\.pth$",
+        "xtuner_hf": "is not a checkpoint; give the path of one in it: full, lora, lora_bin$",
+        "xtuner_pth/lora": r"give the path of one in it: iter_2\.pth$",
         str(tmp_path / "empty"): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
     }.items():
         with pytest.raises(CheckpointError, match=message):

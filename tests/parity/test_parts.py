@@ -115,7 +115,7 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
     fixtures = BASE.parent
     assert open_part(str(fixtures / "hf_4_48")) is None
     assert open_part(Parts(str(BASE / "llm"), str(BASE / "clip"))) is None
-    with pytest.raises(ConfigError, match=r"is a projector alone; name what it belongs between"):
+    with pytest.raises(ConfigError, match=r"is a projector alone; name its decoder and"):
         open_part(str(fixtures / "xtuner_hf" / "full" / "projector"))
     damaged = shutil.copytree(BASE / "llm", tmp_path / "llm")
     config = json.loads((damaged / "config.json").read_text())
@@ -127,7 +127,7 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
 def test_the_command_line(tmp_path: Path, capsys, monkeypatch):
     main, source = convert.main, str(BASE / "clip_openai")
     assert main([source, str(tmp_path / "out"), "--to", "llava"]) == 1
-    assert "is a part alone, no LLaVA: take --to hf" in capsys.readouterr().err
+    assert "not a LLaVA model; take --to hf" in capsys.readouterr().err
     odd = ["--merge", "--vision-alpha", "4"]
     assert main([source, str(tmp_path / "out"), "--to", "hf", *odd]) == 1
     assert "take --to hf without --merge, --vision-alpha" in capsys.readouterr().err

@@ -304,7 +304,7 @@ def test_without_the_compiler_the_message_says_how_to_install_it():
 def test_an_unknown_device_is_one_clear_message():
     result = run_tool("--device", "abacus")
     assert result.returncode == 1
-    assert "device 'abacus'; there are rtx3090" in result.stderr
+    assert "there is no device 'abacus'; take one of rtx3090" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -337,4 +337,4 @@ def test_7b_lora_does_not_fit_2_gib():
     result = run_tool("--fit", "--memory", "2")
     assert result.returncode == 3
     assert "weights streamed, activations on host" in result.stdout
-    assert re.search(r"it would fit \d+ of them", result.stdout)
+    assert re.search(r"it would fit on \d+ of these devices", result.stdout)

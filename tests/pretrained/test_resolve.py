@@ -111,7 +111,7 @@ def test_something_trained_is_no_base(on_hub: bool, hub, tmp_path: Path):
     first = adapter_on(str(FIXTURES / "hf_4_48"), tmp_path / "first")
     hub("me/first", first)
     second = adapter_on("me/first" if on_hub else str(first), tmp_path / "second")
-    with pytest.raises(ConfigError, match="itself something trained; merge it first"):
+    with pytest.raises(ConfigError, match="itself an adapter or a trained part; merge it"):
         resolve(str(second))
 
 

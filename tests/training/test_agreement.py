@@ -64,9 +64,7 @@ def test_what_differs_is_named_with_values_and_processes(together: Together):
             "  c: 'x' in process 0, None in process 2",
             "  d: None in process 0, 1 in process 2",
         ]
-        assert (
-            last == "give all of them the same command, environment, software, data and output_dir"
-        )
+        assert last == "start all with the same command, environment, software, data and output_dir"
 
 
 def test_a_process_that_ends_instead_is_quoted(
@@ -88,7 +86,7 @@ def test_a_process_that_ends_instead_is_quoted(
     assert own is None
     for error in others:
         assert isinstance(error, RunError)
-        said = "process 2 of this run (from 0) has ended, so all do. error: no such file"
+        said = "process 2 of this run (from 0) has ended, so all end. error: no such file"
         assert str(error) == said
     assert capsys.readouterr().err == "error: no such file\n"
 
@@ -117,7 +115,7 @@ def test_an_output_dir_that_is_not_shared_is_named(
     (found, *others) = together(lambda number: agreement.not_shared(places[number]))
     assert others == [found, found]
     named = f"a file that process 0 wrote into {places[0]} is not in {places[2]} of process 2"
-    assert found == ([] if shared else [f"  output_dir, which all must share: {named}"])
+    assert found == ([] if shared else [f"  all processes must share output_dir: {named}"])
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 

@@ -198,7 +198,7 @@ def test_without_a_copy_what_can_be_read_is_kept(
     assert all(step <= STEP for step in steps)
     if damage in (not_utf8, no_rows, huge_line, reversed_rows, repeated, others):
         assert steps == [row["step"] for row in rows_up_to(name, STEP)]
-        assert "no checkpoint has what was lost" in said[0]
+        assert "no checkpoint has the lost rows" in said[0]
 
 
 OBJECTS = ("config.json", "data.json", "wandb.json")

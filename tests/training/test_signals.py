@@ -12,7 +12,7 @@ from llava_jax.training.signals import Stopped, StopRequest
 
 def test_a_signal_that_comes_twice_ends_once():
     with StopRequest() as stop:
-        with pytest.raises(Stopped, match="outside of steps"):
+        with pytest.raises(Stopped, match="while no training step was running"):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM

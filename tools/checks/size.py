@@ -1,4 +1,4 @@
-"""The measurements of `tools/size_check.py`."""
+"""Makes the measurements of `tools/size_check.py`."""
 
 import dataclasses
 import json
@@ -29,12 +29,17 @@ from llava_jax.train_step.step import init_state
 
 COMMAND = Path(__file__).parent.parent / "size_check.py"
 WORDS = 64
-ABOVE_WEIGHTS = 3 * GIB  # what an import may take beside them
-MACHINE = 24 * 10**9  # what a step may take
+ABOVE_WEIGHTS = 3 * GIB  # bytes that an import may need in addition to the weights
+MACHINE = 24 * 10**9  # bytes that a train step may need
 
 
 def check_all(directory: Path, layers: int) -> bool:
-    """Whether all is within its limit; first writes a checkpoint where there is none."""
+    """Makes all measurements, prints them and returns True if all are below their limits.
+
+    Args:
+        directory: Directory of the checkpoint, which is written if it does not exist.
+        layers: Number of decoder layers of a new checkpoint.
+    """
     if not (directory / "config.json").is_file():
         llm = dataclasses.replace(LLAVA_7B.llm, num_hidden_layers=layers)
         start = time.perf_counter()
@@ -47,19 +52,34 @@ def check_all(directory: Path, layers: int) -> bool:
 
 
 def measure_here(directory: Path, what: str) -> dict[str, float]:
-    """What `measure` asks of a new process."""
+    """Makes a measurement in this process and returns its results by name.
+
+    Args:
+        directory: Directory of the checkpoint.
+        what: Name of the measurement in `MEASURES`.
+    """
     found = MEASURES[what](directory)
     return {"peak GiB": peak_bytes() / GIB} | found
 
 
 def measure(directory: Path, what: str, weights: int, limit: int) -> bool:
-    """Measures in a new process, which has had no other peak; whether that is within the limit."""
+    """Makes a measurement in a new process, whose peak memory no other measurement has raised.
+
+    Args:
+        directory: Directory of the checkpoint.
+        what: Name of the measurement in `MEASURES`.
+        weights: Size of the checkpoint's weights in bytes.
+        limit: Largest allowed peak of the memory in bytes.
+
+    Returns:
+        True if the process succeeds and its peak is at most `limit`.
+    """
     command = [sys.executable, COMMAND, str(directory), "--measure", what]
     child = subprocess.run(
         command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
     )
     if child.returncode:
-        print(f"{what}: FAIL: stopped with {child.returncode}, see above")
+        print(f"{what}: FAIL: the process ended with status {child.returncode}, see above")
         return False
     found = json.loads(child.stdout.splitlines()[-1])
     passed = found["peak GiB"] <= limit / GIB
@@ -76,13 +96,18 @@ def measure(directory: Path, what: str, weights: int, limit: int) -> bool:
 
 
 def measure_import(directory: Path) -> dict[str, float]:
+    """Loads the checkpoint in bfloat16 and returns the seconds that this takes."""
     start = time.perf_counter()
     _ = LlavaModel.from_pretrained(directory, dtype="bfloat16")
     return {"seconds": time.perf_counter() - start}
 
 
 def measure_step(directory: Path) -> dict[str, float]:
-    """One step as `train.py` makes it, with all of the model in place."""
+    """Makes one train step as in a run and returns its loss and seconds.
+
+    Raises:
+        ArithmeticError: The loss is infinite or NaN.
+    """
     config = TrainConfig(
         "size", tune=TuneConfig("lora", "frozen", "full"), batch=BatchConfig(global_size=1)
     )
@@ -111,7 +136,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
 
 
 def make_batch(model: ModelConfig) -> Batch:
-    """An image and words, all of which are learned."""
+    """Returns a batch of one sample with an image and random text; all text tokens have a loss."""
     rng = np.random.default_rng(0)
     words = rng.integers(3, model.image_token_id, WORDS, np.int32)
     image = np.full(model.image_tokens, model.image_token_id, np.int32)
@@ -127,5 +152,5 @@ def make_batch(model: ModelConfig) -> Batch:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process ever had."""
+    """Returns the peak of this process's memory so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

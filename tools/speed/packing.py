@@ -1,4 +1,4 @@
-"""The comparison of `tools/packing_speed.py`."""
+"""Makes the comparison of `tools/packing_speed.py`."""
 
 import argparse
 import dataclasses
@@ -32,12 +32,13 @@ from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import forward, init_state
 
-LIMIT = 1e-5  # of a sample's loss, relative
+LIMIT = 1e-5  # largest relative difference between the losses of a sample on both sides
 
 MIXTURE = (
-    # Samples: table 7 of Liu et al., "Improved Baselines with Visual Instruction Tuning" (2023).
-    # Words: our own guess at the median of a sample's tokens beside its image, the prompt's 40
-    # among them, from how many questions a sample has; they vary as a log-normal's do.
+    # Name of the data set, thousands of samples, whether samples have an image, text tokens.
+    # The numbers of samples are from table 7 of Liu et al., "Improved Baselines with Visual
+    # Instruction Tuning" (2023). The text tokens are a guess at the median of a log-normal
+    # distribution, made from the number of questions in a sample. They include the prompt's 40.
     ("LLaVA", 158, True, 260),
     ("ShareGPT", 40, False, 1200),
     ("VQAv2", 83, True, 150),
@@ -49,11 +50,18 @@ MIXTURE = (
     ("RefCOCO", 48, True, 250),
     ("VG", 86, True, 300),
 )
-SPREAD = 0.5  # standard deviation of the logarithm
+SPREAD = 0.5  # standard deviation of the logarithm of the number of text tokens
 
 
 def compare(given: argparse.Namespace) -> bool:
-    """Times both, prints what they took; whether losses agree."""
+    """Measures training with and without packing, and prints the results.
+
+    Args:
+        given: Arguments of the command.
+
+    Returns:
+        True if the losses of each sample agree up to `LIMIT`.
+    """
     model = SHAPES[given.shape]
     config = TrainConfig(
         "packing",
@@ -69,7 +77,7 @@ def compare(given: argparse.Namespace) -> bool:
     sides = [Side(config), Side(dataclasses.replace(config, data=packing))]
     seconds: list[list[float]] = [[], []]
     tokens, apart = [], 0.0
-    for step in range(given.rounds + 1):  # the first compiles
+    for step in range(given.rounds + 1):  # the first step compiles and is not counted
         samples = make_samples(model, given.samples, given.max_length, step)
         batches = [side.batch(samples) for side in sides]
         losses = [side.losses(batch) for side, batch in zip(sides, batches, strict=True)]
@@ -92,7 +100,14 @@ def compare(given: argparse.Namespace) -> bool:
 
 
 def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[Sample]:
-    """Random samples, of the mixture's lengths, whose second half of words is learned."""
+    """Returns random samples with lengths as in `MIXTURE`; the second half of a text has a loss.
+
+    Args:
+        model: Sizes of the model.
+        count: Number of samples.
+        most: Maximum number of tokens in a sample.
+        seed: Random seed.
+    """
     rng = np.random.default_rng(seed)
     sizes = np.array([size for _, size, _, _ in MIXTURE], float)
     side = model.vision.image_size
@@ -111,7 +126,11 @@ def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[S
 
 
 class Side:
-    """A model that trains, on rows of one sample each or on packed ones."""
+    """A model in training, either with one sample in each row or with packed rows.
+
+    Args:
+        config: Config of the run; `data.packing` decides about packing.
+    """
 
     def __init__(self, config: TrainConfig):
         assert config.model is not None
@@ -127,7 +146,7 @@ class Side:
         self._losses = jax.jit(partial(sample_losses, self._program, config.batch.global_size))
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """The samples in rows of the longest length."""
+        """Returns a batch of the samples with rows of `data.max_length` tokens."""
         length = self._data.max_length
         layout = {place: [place] for place in range(len(samples))}
         if self._data.packing:
@@ -141,7 +160,7 @@ class Side:
         return fill(rows, len(samples), spec, length)
 
     def step(self, batch: Batch) -> float:
-        """Seconds of a train step."""
+        """Makes a train step and returns its duration in seconds."""
         placed = self._program.device_put(batch)
         start = time.perf_counter()
         self._state, metrics = self._program.train_step(self._state, self._frozen, placed)
@@ -150,7 +169,10 @@ class Side:
         return time.perf_counter() - start
 
     def losses(self, batch: Batch) -> np.ndarray:
-        """Of each sample, without training; a row at a time, for the sake of memory."""
+        """Returns the loss of each sample, without training.
+
+        One row at a time is computed, because all rows together could need too much memory.
+        """
         params = self._frozen | self._state.trainable
         rows = jax.tree.map(lambda x: np.split(x, len(x)), batch)
         total: Any = 0
@@ -163,7 +185,7 @@ class Side:
 
 
 def sample_losses(program: Program, count: int, params: dict[str, Any], batch: Batch) -> jax.Array:
-    """Summed by sample, [count + 1]: the first is padding's."""
+    """Returns the sum of the token losses of each sample, [count + 1]; index 0 is padding."""
     targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
     nll = token_losses(*forward(program.graphdef, params, batch, None), targets, learned).nll
     return jnp.zeros(count + 1).at[batch.segment_ids].add(nll)
