@@ -256,8 +256,8 @@ def convert(
             _write_official(opened, directory, destination, dtype, aspect, template)
             if not has_slow_tokenizer(directory):
                 say(
-                    f"{format_source(opened.inputs)} has no tokenizer.model, which LLaVA's own code "
-                    f"needs; copy the decoder's tokenizer.model to {destination}"
+                    f"{format_source(opened.inputs)} has no tokenizer.model, which LLaVA needs; "
+                    f"copy the decoder's tokenizer.model to {destination}"
                 )
         else:
             _write_hf(opened, directory, to, dtype)
