@@ -56,6 +56,9 @@ def as_flags(options: Mapping[str, str | bool]) -> list[str]:
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Environment variables that change the output of the compilers."""
 
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+"""Environment variable for whether JAX takes its share of a GPU's memory at once (default true)."""
+
 GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Environment variable for the fraction of a GPU's memory that XLA uses (default 0.75), with its
 new name first and its old name second."""

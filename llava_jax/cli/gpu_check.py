@@ -6,6 +6,7 @@ import os
 import sys
 
 from llava_jax.distributed.environment import prepare_for_training
+from llava_jax.jax_compat import PREALLOCATE
 
 DESCRIPTION = """\
 Checks on a GPU the programs that this package compiles for GPUs. The weights are random, and no
@@ -38,9 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.measure:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = (
-        "false"  # otherwise this process takes the memory that the measured processes need
-    )
+    # Otherwise this process takes the memory that the measured processes need.
+    os.environ[PREALLOCATE] = "false"
     well = check_all(small=given.small)
     print("all checks pass" if well else "NOT all checks pass")
     return 0 if well else 1

@@ -29,6 +29,7 @@ from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.jax_compat import PREALLOCATE
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.build import initialise
 from llava_jax.planning import search
@@ -226,7 +227,7 @@ def check_peaks() -> list[bool]:
         for level in range(len(list(search.levels(RESIDENT)))):
             child = subprocess.run(
                 [*COMMAND, "--measure", name, str(level)],
-                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
+                env={**os.environ, PREALLOCATE: "true"},
                 stdout=subprocess.PIPE,
                 text=True,
             )

@@ -16,6 +16,7 @@ import numpy as np
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.sharding import make_mesh
+from llava_jax.jax_compat import PREALLOCATE
 from llava_jax.planning.devices import bfloat16_tflops
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.peft import save_adapter
@@ -95,7 +96,7 @@ class Turns:
     def __init__(self, name: str, directory: Path):
         command = [sys.executable, "-m", "llava_jax.speed.side", name, directory]
         # Without this variable, the first side would reserve most of the memory of a GPU.
-        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        env = {PREALLOCATE: "false", **os.environ}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )

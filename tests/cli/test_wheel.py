@@ -61,6 +61,8 @@ def test_the_wheel_has_all_that_the_clone_has(wheel: Path):
     files |= {f"llava_jax/presets/{file.name}" for file in (ROOT / "configs").glob("*.py")}
     tiny = (ROOT / "assets" / "tiny-llava").iterdir()
     files |= {f"llava_jax/assets/tiny-llava/{file.name}" for file in tiny}
+    templates = (package / "report" / "templates").iterdir()
+    files |= {f"llava_jax/report/templates/{file.name}" for file in templates}
     assert {name for name in names if ".dist-info/" not in name} == files | {"llava_jax/py.typed"}
     text = zipfile.ZipFile(wheel).read("llava_jax-0.1.0.dist-info/entry_points.txt").decode()
     assert "llava-jax = llava_jax.cli.main:main" in text

@@ -247,9 +247,9 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        "export.save_processor",
-        "checkpoint.Checkpoints.save",
-        pytest.param("metrics.Reporter.log", marks=pytest.mark.slow),
+        "training.export.save_processor",
+        "training.checkpoints.Checkpoints.save",
+        pytest.param("training.progress.Reporter.log", marks=pytest.mark.slow),
     ],
 )
 def test_a_start_that_failed_does_not_bind_the_next(

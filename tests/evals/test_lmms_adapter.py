@@ -81,6 +81,7 @@ def user(*parts: Any) -> dict[str, Any]:
 def test_requests_are_answered_in_their_order(lmms, monkeypatch):
     loaded: dict[str, Any] = {}
     echo = Echo()
+    monkeypatch.setattr(lmms, "resolve", lambda source, base: loaded.update(base=base) or source)
     monkeypatch.setattr(Assistant, "load", lambda *a, **k: loaded.update(k, source=a[0]) or echo)
     arguments = {"batch_size": "2", "max_batch_size": None, "device": "cuda:0"}
     model = lmms.LlavaJax(pretrained="run", base="b", **arguments)

@@ -12,6 +12,7 @@ from llava_jax import LlavaModel, generate
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.engine import Engine, Request
 from llava_jax.models.layers import split
+from llava_jax.pretrained.resolve import resolve
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -77,7 +78,7 @@ def test_an_assistant_holds_its_weights_once(model: LlavaModel):
     weights = sum(x.nbytes for x in split(model)[1].values())
     held = held_bytes()
     before = next(held)
-    assistant = Assistant.load(str(TINY), slots=1, max_length=64)
+    assistant = Assistant.load(resolve(TINY), slots=1, max_length=64)
     engine = assistant._engine
     caches = sum(x.nbytes for x in jax.tree.leaves((engine._caches, engine._seen)))
     assert next(held) - before == weights + caches

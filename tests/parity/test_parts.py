@@ -133,7 +133,7 @@ def test_the_command_line(tmp_path: Path, capsys, monkeypatch):
     assert "take --to hf without --merge, --vision-alpha" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main([str(source), ".", "--to", "hf"]) == 1
-    assert ". exists; name a place that does not" in capsys.readouterr().err
+    assert ". exists; name a directory that does not" in capsys.readouterr().err
     assert main([source, str(tmp_path / "out"), "--to", "hf"]) == 0
     assert "a vision tower alone, Hugging Face vision tower" in capsys.readouterr().out
 
