@@ -85,7 +85,7 @@ def imported(module: str) -> set[str]:
 
 
 PICKLES = (
-    *("conversion.pickle_machine", "conversion.torch_pickle"),
+    *("conversion.safe_unpickler", "conversion.torch_pickle"),
     *("conversion.any_file", "conversion.deepspeed"),
 )
 

@@ -23,7 +23,8 @@ from llava_jax.models.build import build_model
 from llava_jax.models.layers import Abstract
 from llava_jax.models.lora import merge_layer
 from llava_jax.models.paths import is_adapter
-from llava_jax.pretrained import layouts, llava_directory
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import AdapterCheckpoint, check_base, open_adapter
 from llava_jax.pretrained.load import (
     Source,

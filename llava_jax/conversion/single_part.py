@@ -14,8 +14,8 @@ from llava_jax.conversion.convert import check_free, unfinished
 from llava_jax.disk import copy_regular
 from llava_jax.errors import ConfigError
 from llava_jax.models.build import build_model
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.load import Stored, find_tensors, stored
 from llava_jax.pretrained.model_config import (
     read_json_config,
@@ -65,7 +65,12 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     if isinstance(found.base, Parts) or found.adapter is not None:
         return None
     path, tensors = found.base, open_any(found.base)
-    alone = (layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE, *layouts.PROJECTOR_LAYOUTS)
+    alone = (
+        layouts.LLAMA,
+        layouts.CLIP,
+        layouts.CLIP_BARE,
+        *layouts.PROJECTOR_LAYOUTS,
+    )
     try:
         own = layouts.recognise(tensors, (*layouts.LLAVA_LAYOUTS, *alone))
     except layouts.LayoutError:
@@ -80,7 +85,11 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
         known, layout, what = layouts.LLM_LAYOUTS, layouts.LLAMA, "a decoder"
         config = ModelConfig(llm=read_llm_config(path))
     elif parts == {"vision"}:
-        known, layout, what = layouts.VISION_LAYOUTS, layouts.CLIP, "a vision tower"
+        known, layout, what = (
+            layouts.VISION_LAYOUTS,
+            layouts.CLIP,
+            "a vision tower",
+        )
         config = ModelConfig(vision=read_vision_config(path), vision_feature_layer=-1)
     else:
         return None

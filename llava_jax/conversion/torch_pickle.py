@@ -1,6 +1,6 @@
 """Opens files of torch.save without torch: finds the position of each tensor's bytes in the file.
 
-`pickle_machine.py` interprets the pickle in a file. The code here reads the two containers that
+`safe_unpickler.py` interprets the pickle in a file. The code here reads the two containers that
 torch.save has used: zip archives, and before torch 1.6 a plain sequence. It finds the storages in
 them, and turns each described tensor into a `safetensors.Tensor`, which is checked against the size
 of the file. `torch.load` is not used, because it needs torch and reads everything into memory.
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_jax.conversion.pickle_machine import PickleMachine, Placeholder, View, type_name
+from llava_jax.conversion.safe_unpickler import PickleMachine, Placeholder, View, type_name
 from llava_jax.disk import open_regular
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import ITEM_BYTES, Strided, Tensor, is_shape

@@ -12,7 +12,7 @@ from llava_jax.data.templates import Template
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.models.paths import LLM, is_adapter
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.llava_directory import official_settings
 from llava_jax.pretrained.load import VOCABULARY, Stored
 from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_jax.disk import Json
-from llava_jax.evals import custom, gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
+from llava_jax.evals.benchmarks import custom, gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
 from llava_jax.evals.questions import Answered, Files, Question
 from llava_jax.evals.scoring import METRICS
 

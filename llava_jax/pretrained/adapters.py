@@ -26,8 +26,8 @@ from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
 from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.load import Reader, assemble, find_tensors
 from llava_jax.pretrained.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
 from llava_jax.pretrained.safetensors import Tensor, commonest, open_tensors, read_json

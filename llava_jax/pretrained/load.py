@@ -24,8 +24,8 @@ from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
 from llava_jax.models.quant import QuantisationError, Quantised, quantise
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.safetensors import Tensor, open_tensors
 
 Source = tuple[dict[str, Tensor], Layout]

@@ -32,8 +32,8 @@ from llava_jax.disk import Json
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
 from llava_jax.pretrained.load import Stored
 from llava_jax.pretrained.safetensors import read_json, write_tensors

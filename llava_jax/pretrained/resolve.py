@@ -10,7 +10,8 @@ from llava_jax.config import Parts, Quantisation, format_source, parse_source
 from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.disk import read_regular
 from llava_jax.errors import CheckpointError, ConfigError
-from llava_jax.pretrained import layouts, llava_directory
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import BESIDE, check_readable, is_adapter_checkpoint, named_base
 from llava_jax.pretrained.load import Reader
 from llava_jax.pretrained.model_config import read_json_config

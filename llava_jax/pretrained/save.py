@@ -18,8 +18,8 @@ from llava_jax.distributed.host_memory import fetch, layer_at
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
-from llava_jax.pretrained import layouts
-from llava_jax.pretrained.layouts import Layout
+from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.load import Stored
 from llava_jax.pretrained.safetensors import SHARD_BYTES, Specs, is_finite, natural, write_sharded
 

@@ -9,7 +9,7 @@ import numpy as np
 from llava_jax.config import ModelConfig
 from llava_jax.models import paths
 from llava_jax.models.build import build_model
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.safetensors import Specs, write_sharded
 

@@ -30,7 +30,7 @@ from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_mai
 from llava_jax.errors import CheckpointError
 from llava_jax.jax_compat import ORBAX_METADATA, ORBAX_UNFINISHED, is_late_callback
 from llava_jax.train_step.step import TrainState
-from llava_jax.training.repair import copy_files
+from llava_jax.training.repair_logs import copy_files
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"

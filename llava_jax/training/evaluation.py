@@ -24,8 +24,8 @@ from llava_jax.models.layers import Params
 from llava_jax.report.rows import read_rows
 from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
+from llava_jax.training.console import Reporter
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.progress import Reporter
 
 UNNAMED = "all"
 """Category of samples whose record has no category."""

@@ -18,12 +18,12 @@ from llava_jax.models.layers import Params
 from llava_jax.report.report import Report
 from llava_jax.train_step.program import Program
 from llava_jax.train_step.step import EvalResult, Metrics, TrainState
-from llava_jax.training.agreement import refuse_texts
 from llava_jax.training.checkpoints import Checkpoints
+from llava_jax.training.console import Reporter
 from llava_jax.training.evaluation import Evaluator
 from llava_jax.training.inputs import Inputs
+from llava_jax.training.process_agreement import refuse_texts
 from llava_jax.training.profiler import Profiler
-from llava_jax.training.progress import Reporter
 from llava_jax.training.signals import StopRequest
 from llava_jax.training.step_log import StepLog
 from llava_jax.training.trackers import Tracker

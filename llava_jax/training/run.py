@@ -35,12 +35,12 @@ from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.resolve import Checkpoint
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
-from llava_jax.training.agreement import agree, not_shared, run_facts
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.export import discard, export, export_dir, publish
 from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.loop import train
-from llava_jax.training.repair import repair_objects, repair_rows
+from llava_jax.training.process_agreement import agree, not_shared, run_facts
+from llava_jax.training.repair_logs import repair_objects, repair_rows
 from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
 from llava_jax.training.run_config import (
     describe,

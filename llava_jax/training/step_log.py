@@ -14,8 +14,8 @@ from llava_jax.data.order import NO_RECORD
 from llava_jax.disk import append_rows
 from llava_jax.errors import RunError
 from llava_jax.report.rows import read_rows
+from llava_jax.training.console import Reporter
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.progress import Reporter
 
 MAX_NAMED = 5
 """Maximum number of samples that an error lists; nonfinite.jsonl lists all samples."""

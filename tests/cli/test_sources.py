@@ -17,7 +17,7 @@ from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.errors import ConfigError
 from llava_jax.generation.assistant import Assistant
 from llava_jax.models.layers import split
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.resolve import Checkpoint, model_name, resolve
 from llava_jax.pretrained.save import save_params
 

@@ -20,7 +20,7 @@ from llava_jax.data.batch import Batch
 from llava_jax.distributed import host_memory
 from llava_jax.planning import search
 from llava_jax.train_step.program import Program
-from llava_jax.training.progress import Reporter
+from llava_jax.training.console import Reporter
 
 COUNTED = """
 import collections, json, sys

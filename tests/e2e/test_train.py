@@ -22,7 +22,7 @@ from llava_jax.errors import CheckpointError
 from llava_jax.planning import cache
 from llava_jax.planning.measure import REST, Usage
 from llava_jax.training.checkpoints import Checkpoints
-from llava_jax.training.progress import Reporter
+from llava_jax.training.console import Reporter
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -249,7 +249,7 @@ def fail(*_: object, **__: object) -> None:
     [
         "training.export.save_processor",
         "training.checkpoints.Checkpoints.save",
-        pytest.param("training.progress.Reporter.log", marks=pytest.mark.slow),
+        pytest.param("training.console.Reporter.log", marks=pytest.mark.slow),
     ],
 )
 def test_a_start_that_failed_does_not_bind_the_next(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.cli import evaluate
-from llava_jax.evals.custom import read_easy_vqa
+from llava_jax.evals.benchmarks.custom import read_easy_vqa
 from llava_jax.evals.questions import Files
 
 pytest.importorskip("lmms_eval.api")

@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax.data.conversation import Turn
 from llava_jax.errors import ConfigError
-from llava_jax.evals import custom, mmbench, pope, textvqa
+from llava_jax.evals.benchmarks import custom, mmbench, pope, textvqa
 from llava_jax.evals.parse_answers import first_letter
 from llava_jax.evals.questions import SHORT, Answered, Files, ask
 from llava_jax.evals.scoring import exact, vqa

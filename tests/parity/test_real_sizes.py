@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.models import paths
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
 
 CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,

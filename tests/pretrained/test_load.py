@@ -22,7 +22,7 @@ from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
 from llava_jax.models.quant import abstract, quantise
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.load import find_tensors, fingerprint, load_params
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.pretrained.save import save_params

@@ -10,8 +10,8 @@ import pytest
 
 from llava_jax.config import TrainConfig
 from llava_jax.errors import RunError
+from llava_jax.training.console import Reporter
 from llava_jax.training.inputs import Inputs
-from llava_jax.training.progress import Reporter
 from llava_jax.training.step_log import StepLog
 
 NAN = jnp.array(jnp.nan)

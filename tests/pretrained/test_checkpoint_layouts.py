@@ -2,7 +2,7 @@ import pytest
 
 from llava_jax.config import LlmConfig, ModelConfig, VisionConfig
 from llava_jax.models import paths
-from llava_jax.pretrained import layouts
+from llava_jax.pretrained import checkpoint_layouts as layouts
 
 CONFIG = ModelConfig(
     vision=VisionConfig(num_hidden_layers=4), llm=LlmConfig(num_hidden_layers=2)
@@ -63,7 +63,10 @@ def test_a_layout_is_recognised_by_its_names(name, tied):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["vision_model.pre_layrnorm.bias", "text_model.embeddings.position_ids"], layouts.CLIP),
+        (
+            ["vision_model.pre_layrnorm.bias", "text_model.embeddings.position_ids"],
+            layouts.CLIP,
+        ),
         (["pre_layrnorm.bias", "embeddings.class_embedding"], layouts.CLIP_BARE),
     ],
 )
@@ -90,7 +93,10 @@ def test_projectors(name):
 def test_a_layout_has_the_parts_that_are_there():
     names = ["model.embed_tokens.weight", "lm_head.weight", "model.mm_projector.0.weight"]
     layout = layouts.recognise(names)
-    assert (layout.name, layout.parts(names)) == (layouts.LLAVA.name, {"llm", "projector"})
+    assert (layout.name, layout.parts(names)) == (
+        layouts.LLAVA.name,
+        {"llm", "projector"},
+    )
     assert not layout.holds("vision.pre_layrnorm.bias")
     assert layouts.recognise(names[:2], layouts.LLM_LAYOUTS) == layouts.LLAMA
 

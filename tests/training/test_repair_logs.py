@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax.report import rows as rows_module
 from llava_jax.report.rows import FORMS, read_rows
-from llava_jax.training.repair import copy_files, repair_objects, repair_rows
+from llava_jax.training.repair_logs import copy_files, repair_objects, repair_rows
 
 STEP = 6
 

@@ -24,9 +24,9 @@ from llava_jax.data.conversation import SampleError
 from llava_jax.data.order import NO_RECORD
 from llava_jax.distributed import multihost
 from llava_jax.errors import ConfigError, RunError
-from llava_jax.training import agreement
-from llava_jax.training.agreement import agree, refuse_texts, run_facts
+from llava_jax.training import process_agreement
 from llava_jax.training.inputs import Inputs, find_model, open_inputs
+from llava_jax.training.process_agreement import agree, refuse_texts, run_facts
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny-llava"
@@ -110,9 +110,9 @@ def test_what_ends_all_is_said_once_if_all_say_the_same(
 def test_an_output_dir_that_is_not_shared_is_named(
     together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
 ):
-    monkeypatch.setattr(agreement, "_TOKEN_SECONDS", 0.5)
+    monkeypatch.setattr(process_agreement, "_TOKEN_SECONDS", 0.5)
     places = [tmp_path / "a", tmp_path / "a", tmp_path / ("a" if shared else "b")]
-    (found, *others) = together(lambda number: agreement.not_shared(places[number]))
+    (found, *others) = together(lambda number: process_agreement.not_shared(places[number]))
     assert others == [found, found]
     named = f"a file that process 0 wrote into {places[0]} is not in {places[2]} of process 2"
     assert found == ([] if shared else [f"  all processes must share output_dir: {named}"])
@@ -210,7 +210,7 @@ def test_facts_tell_software_and_files_apart(tmp_path: Path, monkeypatch: pytest
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
         assert changed() == {"XLA_FLAGS"}
     with monkeypatch.context() as patch:
-        patch.setattr(agreement, "hash_code", lambda: "other")
+        patch.setattr(process_agreement, "hash_code", lambda: "other")
         assert changed() == {"the source of llava_jax"}
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: "0.0.1")

@@ -1,0 +1,1 @@
+"""Reads and scores the benchmarks, each in a module of its own."""
