@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llava_jax.conversion.convert import Opened, open_source
-from llava_jax.data.conversation import Turn, encode_prompt, expand_images
+from llava_jax.data.conversation import Turn, encode_prompt
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model

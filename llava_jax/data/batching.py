@@ -17,8 +17,8 @@ from llava_jax.data.conversation import (
     SampleError,
     count_placeholders,
     encode,
-    expand_images,
 )
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform, Triple
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.packing import deal, first_fit

@@ -18,9 +18,9 @@ from llava_jax.data.conversation import (
     Turn,
     count_placeholders,
     end_token,
-    expand_images,
     tokenizing,
 )
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform, open_image
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError

@@ -4,10 +4,13 @@ A run resumes only with the recipe and the data that it began with.
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from llava_jax.config import Json, TrainConfig
+from llava_jax.config import MAY_CHANGE, Json, TrainConfig, flatten
+from llava_jax.data.digest import data_changes
 from llava_jax.distributed.multihost import (
     broadcast_from_main,
     say,
@@ -16,10 +19,6 @@ from llava_jax.errors import ConfigError
 from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.export import export_dir
-from llava_jax.training.run_config import (
-    changes,
-    data_sources,
-)
 
 
 def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
@@ -154,3 +153,73 @@ def refuse_to_replace(config: TrainConfig) -> None:
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
             "from; move the export away, or give the run a new --name"
         )
+
+
+class Changes(NamedTuple):
+    """Differences between this start of a run and its earlier start.
+
+    Attributes:
+        recipe: One line of text for each difference in the recipe or the base.
+        data: One line of text for each difference in the data.
+        sources: Paths of the training data at the earlier start, as one text.
+    """
+
+    recipe: list[str]
+    data: list[str]
+    sources: str
+
+
+def changes(run_dir: Path, description: Json) -> Changes:
+    """Compares the recipe, the base and the data of a run with those of its earlier start.
+
+    Args:
+        run_dir: Directory of the run, with config.json and data.json of the earlier start.
+        description: Description of this start, as `run_config.describe` returns it.
+
+    Raises:
+        ConfigError: config.json or data.json cannot be read.
+    """
+    file = run_dir / "config.json"
+    try:
+        began = json.loads(file.read_text())
+        before = flatten(began["config"], MAY_CHANGE)
+        base = began["base_fingerprint"]
+        data = _data_changes(run_dir, began["config"]["data"], description)
+        sources = data_sources(began["config"]["data"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} or data.json cannot be read ({error}), and the checkpoints of the run have no "
+            "copy; restore the file, remove the checkpoints, or give the run a new --name"
+        ) from error
+    now = flatten(description["config"], MAY_CHANGE)
+    differences = [
+        f"  {field}: {before.get(field)!r} before, {now.get(field)!r} now"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+    if base != description["base_fingerprint"]:
+        differences.append(
+            f"  the base's fingerprint: {base} before, {description['base_fingerprint']} now"
+        )
+    return Changes(differences, [f"  {line}" for line in data], sources)
+
+
+def data_sources(data: Json) -> str:
+    """Returns the paths of the training data, separated by commas.
+
+    Args:
+        data: The group `data` of a config, as JSON.
+    """
+    return ", ".join(part["path"] for part in data["mixture"]) or str(data["path"])
+
+
+def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
+    """Returns the differences in the data; for eval data, only if its fields are unchanged."""
+    file, now = run_dir / "data.json", description["config"]["data"]
+    if not file.exists():  # an older version started the run
+        return []
+    before = json.loads(file.read_bytes())
+    found = [*data_changes(before["train"], description["data"]["train"])]
+    if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
+        found += data_changes(before["eval"], description["data"]["eval"], "held-out data")
+    return found

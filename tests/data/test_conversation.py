@@ -28,8 +28,8 @@ from llava_jax.data.conversation import (
     count_placeholders,
     encode,
     encode_prompt,
-    expand_images,
 )
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.templates import TEMPLATES, Template
 from llava_jax.errors import ConfigError
 

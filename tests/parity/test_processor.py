@@ -24,7 +24,8 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
-from llava_jax.data.conversation import Turn, encode, encode_prompt, expand_images
+from llava_jax.data.conversation import Turn, encode, encode_prompt
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError
