@@ -1,0 +1,1 @@
+"""Converts checkpoints between the formats of all trainers; only this folder reads pickles."""

@@ -1,0 +1,1 @@
+"""Turns data files into batches: records, conversations, images, order, packing and workers."""

@@ -1,0 +1,1 @@
+"""Places work and arrays: environment, processes, devices, sharding and host memory."""

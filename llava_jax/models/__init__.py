@@ -1,0 +1,1 @@
+"""Defines the models as functions from arrays to arrays: layers, decoder, tower, adapters."""

@@ -1,0 +1,1 @@
+"""Reads and writes released weights, adapters, tokenizers and processors."""

@@ -1,0 +1,1 @@
+"""Builds the compiled step of training: loss, gradients, optimizer and update."""
