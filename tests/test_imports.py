@@ -90,7 +90,7 @@ def imported(module: str) -> set[str]:
 
 PICKLES = (
     *("conversion.safe_unpickler", "conversion.torch_pickle"),
-    *("conversion.any_file", "conversion.deepspeed"),
+    *("conversion.tensor_formats", "conversion.deepspeed"),
 )
 
 

@@ -18,7 +18,8 @@ from llava_jax.cli.model_options import (
 from llava_jax.distributed.environment import prepare_for_training, print_any_text
 from llava_jax.errors import CheckpointError, ConfigError, SampleError
 
-# These names repeat those in `evals.tasks`, which is slow to import. A test compares them.
+# These names repeat those of `evals.benchmarks.registry`, which is slow to import; a test compares
+# them.
 TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa", "mmbench", "json")
 METRIC_NAMES = ("exact", "vqa", "relaxed", "yes_no")
 SHOWN = 5  # maximum number of printed questions that could not be asked
@@ -106,9 +107,9 @@ def evaluate(given: argparse.Namespace) -> int:
     """
     from llava_jax.config import format_source
     from llava_jax.distributed.lock import hold
+    from llava_jax.evals.benchmarks.registry import find_task
     from llava_jax.evals.questions import Files
     from llava_jax.evals.run import Answers, How, describe
-    from llava_jax.evals.tasks import find_task
     from llava_jax.generation.assistant import default_dtype
 
     check(given)
@@ -190,7 +191,7 @@ def check(given: argparse.Namespace) -> None:
     """
     from importlib.util import find_spec
 
-    from llava_jax.evals.tasks import TASKS
+    from llava_jax.evals.benchmarks.registry import TASKS
 
     if given.metric and given.task != "json":
         raise ConfigError(f"--metric is for --task json; {given.task} has its own metric")

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from llava_jax.config import Aspect, LoraConfig, ModelConfig, Parts, absolute_source, format_source
-from llava_jax.conversion.any_file import open_any
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.conversion.write_llava import save_official, save_official_adapter
 from llava_jax.data.templates import TEMPLATES, Template
 from llava_jax.errors import ConfigError

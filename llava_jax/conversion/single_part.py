@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.config import ModelConfig, Parts
-from llava_jax.conversion.any_file import open_any
 from llava_jax.conversion.convert import check_free, unfinished
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.disk import copy_regular
 from llava_jax.errors import ConfigError
 from llava_jax.models.build import build_model

@@ -13,7 +13,7 @@ from llava_jax.cli import evaluate, main
 from llava_jax.config import load_config
 from llava_jax.config.presets import PRESETS, TINY_LLAVA, preset_names
 from llava_jax.errors import ConfigError
-from llava_jax.evals import tasks
+from llava_jax.evals.benchmarks import registry
 from llava_jax.pretrained.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +65,8 @@ def test_an_unknown_command(given: str, said: str, capsys: pytest.CaptureFixture
 
 
 def test_names_that_help_shows_are_those_of_the_table():
-    assert tuple(tasks.TASKS) == evaluate.TASK_NAMES
-    assert tasks.JSON_METRICS == evaluate.METRIC_NAMES
+    assert tuple(registry.TASKS) == evaluate.TASK_NAMES
+    assert registry.JSON_METRICS == evaluate.METRIC_NAMES
 
 
 def test_presets_are_the_configs_of_the_clone():

@@ -22,7 +22,7 @@ MAX_SECONDS, MAX_MIB = 10, 1024
 READ = """
 import resource, sys, time
 from pathlib import Path
-from llava_jax.conversion.any_file import open_any
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.errors import CheckpointError, ConfigError
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))

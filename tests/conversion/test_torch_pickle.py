@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_jax.conversion.any_file import open_any
 from llava_jax.conversion.safe_unpickler import Placeholder
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.conversion.torch_pickle import open_pickle
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import Strided, Tensor, open_tensors

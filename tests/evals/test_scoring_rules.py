@@ -10,10 +10,10 @@ import pytest
 from llava_jax.data.conversation import Turn
 from llava_jax.errors import ConfigError
 from llava_jax.evals.benchmarks import custom, mmbench, pope, textvqa
+from llava_jax.evals.benchmarks.registry import TASKS, find_task
 from llava_jax.evals.parse_answers import first_letter
 from llava_jax.evals.questions import SHORT, Answered, Files, ask
 from llava_jax.evals.scoring import exact, vqa
-from llava_jax.evals.tasks import TASKS, find_task
 
 BENCHMARKS = sorted(TASKS.keys() - {"easy_vqa", "json"})
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax.config import parse_source
-from llava_jax.conversion.any_file import open_any
 from llava_jax.conversion.convert import Opened, convert, open_source
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.conversion.verify_merge import check_merged
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError, ConfigError

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llava_jax.evals import parse_answers, scoring
+from llava_jax.evals.benchmarks.registry import TASKS
 from llava_jax.evals.questions import Answered, Files
-from llava_jax.evals.tasks import TASKS
 
 MADE = json.loads((Path(__file__).parent / "fixtures" / "benchmarks.json").read_text())
 LLAVA = "llava-torch 1.2.2.post1"

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from llava_jax.config import Parts
-from llava_jax.conversion.any_file import open_any
+from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.resolve import adapter_in, resolve

@@ -1,1 +1,1 @@
-"""Reads and scores the benchmarks, each in a module of its own."""
+"""Reads and scores the benchmarks, each in a module of its own; `registry` lists them."""
