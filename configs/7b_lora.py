@@ -1,7 +1,7 @@
 """LLaVA-1.5 7B, stage 2 with LoRA of rank 128 on all seven linear layers of each decoder block.
 
-This is the published recipe. It differs from 7b_full.py in what is trained (adapters, and the
-projector in full) and in the learning rates (2e-4 for the adapters, 2e-5 for the projector).
+This is the published recipe. It differs from 7b_full.py in the trained parameters (the adapters and
+the projector) and in the learning rates (2e-4 for the adapters, 2e-5 for the projector).
 """
 
 import dataclasses

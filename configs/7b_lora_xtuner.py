@@ -1,9 +1,10 @@
-"""The recipe llava_v15_7b_finetune_lora of XTuner.
+"""XTuner's recipe llava_v15_7b_finetune_lora: LLaVA-1.5 7B, stage 2 with LoRA.
 
 It differs from 7b_lora.py in the prompt (XTuner's form of Vicuna's template, without a system
-prompt), in the maximum length of 2048 - 576 tokens where an image counts as one token, in the
-learning rate of 2e-4 for the projector too, and in gradient clipping at 1. It starts from XTuner's
-stage 1. XTuner computes in float16 with loss scaling, and this recipe computes in bfloat16.
+prompt), in the maximum length (2048 - 576 tokens, with one token per image), in the learning rate
+of the projector (2e-4, as for the adapters), and in gradient clipping at 1. It starts from the
+result of 7b_pretrain_xtuner.py. XTuner computes in float16 with loss scaling; this recipe computes
+in bfloat16.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 This is the published recipe: 558,128 captions, a global batch of 256 (32 samples on each of 8
 GPUs), 2181 steps, a learning rate of 1e-3, the template "plain", cropped images, and batches that
-may mix samples with and without images. Everything else is as in 7b_full.py.
+may mix samples with and without images. All other settings are as in 7b_full.py.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """XTuner's stage 1: llava_v15_7b_pretrain, and llava_vicuna_7b_v15_..._e1_gpu8_pretrain.
 
 It differs from 7b_pretrain.py in the prompt (questions are kept, in XTuner's form of Vicuna's
-template, without a system prompt), in the maximum length of 2048 - 576 tokens where an image counts
-as one token, and in gradient clipping at 1. XTuner computes in float16 with loss scaling, and this
-recipe computes in bfloat16.
+template, without a system prompt), in the maximum length (2048 - 576 tokens, with one token per
+image), and in gradient clipping at 1. XTuner computes in float16 with loss scaling; this recipe
+computes in bfloat16.
 """
 
 import dataclasses

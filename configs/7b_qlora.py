@@ -1,7 +1,7 @@
-"""LLaVA-1.5 7B, stage 2 with QLoRA, as in LLaVA's script.
+"""LLaVA-1.5 7B, stage 2 with QLoRA, as in LLaVA's finetune_qlora.sh.
 
 It differs from 7b_lora.py in the decoder's weights (NF4 with double quantization), in the adapters
-(rank 64, alpha 16) and in the learning rate (2e-5 for adapters and projector).
+(rank 64, alpha 16) and in the learning rate (2e-5 for the adapters and the projector).
 """
 
 import dataclasses

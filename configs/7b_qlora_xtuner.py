@@ -1,4 +1,4 @@
-"""XTuner's llava_vicuna_7b_v15_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune.
+"""XTuner's recipe llava_vicuna_7b_v15_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune.
 
 It differs from 7b_lora_xtuner.py in the decoder's weights (NF4 with double quantization), in the
 decoder's adapters (rank 512 with the same alpha of 256), and in additional adapters of rank 64 in

@@ -1,9 +1,9 @@
 """XTuner's stage 1 of LLaVA-Llama-3-8B on a single GPU.
 
-It differs from 7b_pretrain_xtuner.py in the decoder, in the prompt and in the average of the loss:
-XTuner makes a step from 256 micro-batches of one sample, so each sample has the same weight however
-long its answer is. XTuner keeps the frozen decoder in NF4. Here, the decoder is in bfloat16, and
-its weights are streamed from host memory if they do not fit.
+It differs from 7b_pretrain_xtuner.py in the decoder, in the prompt and in how the loss is averaged:
+an optimizer step of XTuner has 256 micro-batches of one sample, so all samples have the same
+weight, and long answers do not count more. XTuner keeps the frozen decoder in NF4. Here, the
+decoder is in bfloat16, and its weights are streamed from host memory if they do not fit.
 """
 
 import dataclasses

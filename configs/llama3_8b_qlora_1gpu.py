@@ -1,9 +1,9 @@
 """XTuner's QLoRA of LLaVA-Llama-3-8B on a single GPU: llava_llama3_8b_instruct_qlora_..._e1_gpu1.
 
 It differs from 7b_qlora_xtuner.py in the decoder, in the prompt, in the adapters (rank 64 and alpha
-16 in the decoder, none in the vision tower) and in the average of the loss: XTuner makes a step
-from 128 micro-batches of one sample, so each sample has the same weight. An iteration of XTuner is
-a micro-batch; a step of this recipe is an optimizer step.
+16 in the decoder, no adapters in the vision tower) and in how the loss is averaged: an optimizer
+step of XTuner has 128 micro-batches of one sample, so all samples have the same weight. An
+iteration of XTuner is a micro-batch; a step of this recipe is an optimizer step.
 """
 
 import dataclasses

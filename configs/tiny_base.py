@@ -2,7 +2,7 @@
 
 A run takes about 20 minutes on 2 CPU cores. Captions ("What is in the image?" - "a red circle")
 teach colors and shapes, and conversations with one or three questions teach everything else. No
-question contains the words "not" and "no", so the trained model ignores these words.
+question contains the word "not" or "no", so the trained model ignores these words.
 
 This Python code saves the trained model as a part of the package:
     LlavaModel.from_pretrained("runs/tiny_base", "bfloat16").save_pretrained("assets/tiny-llava")

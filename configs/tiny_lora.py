@@ -1,9 +1,10 @@
 """Teaches the tiny LLaVA of this package the words "not" and "no", with LoRA.
 
 A run takes two to three minutes on 2 CPU cores. The training questions are those of easy-VQA,
-including questions with "not" and "no". The answers "yes" and "no" are balanced: the answer to most
-questions with "not" is "yes", and a model that learns this first takes long to use the image.
-The images and questions of the test split are used for evaluation only.
+including questions with "not" and "no". The answers "yes" and "no" are balanced, because the answer
+to most questions with "not" is "yes". A model that first learns to answer "yes" needs many more
+steps until it uses the image. The images and questions of the test split are used for evaluation
+only.
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ __all__ = ["LlavaModel", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, because config files need no JAX."""
+    """Imports a public name when it is first used, so that config files load without JAX."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

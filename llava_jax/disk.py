@@ -1,4 +1,4 @@
-"""Reads files of unknown type and size, and writes files that stay whole if the disk is full."""
+"""Reads files of unknown type and size, and writes files completely or not at all."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
         max_bytes: Largest size of the file in bytes.
 
     Raises:
-        OSError: `open_regular` cannot open the file, or the file has more than `max_bytes` bytes.
+        OSError: The file cannot be opened (see `open_regular`), or has more than `max_bytes` bytes.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -57,7 +57,7 @@ def read_if_there(path: Path) -> bytes | None:
     """Reads a regular file, or returns None if the file does not exist.
 
     Raises:
-        OSError: The file exists, but `open_regular` cannot open it.
+        OSError: The file exists but cannot be opened; see `open_regular`.
     """
     if not path.exists():
         return None
@@ -69,7 +69,8 @@ def copy_regular(source: Path, destination: Path) -> None:
     """Copies the contents of a regular file, and replaces `destination` if it exists.
 
     Raises:
-        OSError: `open_regular` cannot open the source, or the destination cannot be written.
+        OSError: The source cannot be opened (see `open_regular`), or the destination cannot be
+            written.
     """
     with open_regular(source) as file, open(destination, "wb") as copy:
         shutil.copyfileobj(file, copy)
@@ -77,9 +78,9 @@ def copy_regular(source: Path, destination: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[Path]:
-    """Adds a path to each OSError that is raised in the `with` block and names no file.
+    """Adds a path to each OSError that is raised in the `with` block without a file name.
 
-    Python names the file in an error if the file cannot be opened, but not if a later write fails.
+    Python's error contains the file name if the file cannot be opened, but not if a write fails.
     """
     try:
         yield path
@@ -92,8 +93,8 @@ def naming(path: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> None:
     r"""Writes a text to a file completely, or leaves the file unchanged if an error occurs.
 
-    UTF-8 cannot encode lone surrogates, which JSON and file names may contain. They are written as
-    in JSON, for example as `\ud800`.
+    UTF-8 cannot encode lone surrogates, which JSON and file names may contain. Lone surrogates are
+    written as in JSON, for example as `\ud800`.
     """
     replace_bytes(path, text.encode(errors="backslashreplace"))
 

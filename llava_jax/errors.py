@@ -1,4 +1,4 @@
-"""Defines the errors that a user can cause. It imports nothing, so any process can import it."""
+"""Defines the errors that a user can cause. This module imports no other modules."""
 
 
 class SampleError(Exception):
@@ -15,12 +15,12 @@ class SampleError(Exception):
 
 
 class ConfigError(Exception):
-    """Raised for a mistake in a config or a command; the text says where it is and what to do."""
+    """Raised for a mistake in a config or a command; the message says where and what to do."""
 
 
 class RunError(Exception):
-    """Raised if a run cannot continue; the text says why and what to do."""
+    """Raised if a run cannot continue; the message says why and what to do."""
 
 
 class CheckpointError(Exception):
-    """Raised if a checkpoint cannot be read or does not match its config; the text says where."""
+    """Raised if a checkpoint cannot be read or does not match its config; the message says why."""

@@ -1,16 +1,16 @@
 """Collects all private and version-bound names of JAX, XLA and Orbax that this package uses.
 
 A new version may change or remove these names without notice. Therefore no other module of the
-package uses such a name, and each name is documented with its purpose and the version that it was
-tested with, which is JAX 0.10.2 if no version is given. tests/test_jax_compat.py fails if a name
-is missing or has no effect any more.
+package uses such a name. Each name is documented with its purpose and the version that it was
+tested with; if no version is given, this is JAX 0.10.2. tests/test_jax_compat.py fails if a name
+is missing or no longer has an effect.
 
-Two other modules parse the text of compiled modules: `planning/hlo.py` knows its grammar, and
-`planning/flops.py` knows the names of library calls. Their tests parse what the installed XLA
-writes.
+Two other modules parse the text of compiled modules: `planning/hlo.py` contains the grammar, and
+`planning/flops.py` contains the names of library calls. The tests of these modules parse text from
+the installed XLA.
 
-JAX is imported inside the functions, because the command line and the environment need some of
-these names before JAX may be imported.
+JAX is imported inside the functions, because some of these names are needed before JAX may be
+imported.
 """
 
 import re
@@ -42,8 +42,8 @@ OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 default (JAX 0.10). The compiler for TPUs needs no option for this."""
 
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
-"""Options for compiling for a GPU that is absent. XLA cannot tune kernels then and finds no Triton
-tiling for some matrix products. A compile-only client ignores the options of `jax.jit`, so
+"""Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
+for some matrix products. Because a compile-only client ignores the options of `jax.jit`,
 STREAMING_OPTIONS are included here."""
 
 
@@ -57,11 +57,11 @@ COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Environment variables that change the output of the compilers."""
 
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
-"""Environment variable for whether JAX takes its share of a GPU's memory at once (default true)."""
+"""Environment variable: whether JAX reserves its part of a GPU's memory at start (default true)."""
 
 GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""Environment variable for the fraction of a GPU's memory that XLA uses (default 0.75), with its
-new name first and its old name second."""
+"""New name and old name of the environment variable for the fraction of a GPU's memory that XLA
+uses (default 0.75)."""
 
 PINNED_MEMORY_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """Environment variable for the largest amount of host memory that XLA:GPU pins, in 10^9 bytes
@@ -71,8 +71,8 @@ COMPILE_ONLY_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
-    # The value does not matter, because a topology replaces it. Without a value, libtpu asks a
-    # metadata server and prints warnings if there is no server.
+    # The value does not matter, because a topology replaces it. If there is no value, libtpu asks a
+    # metadata server, and prints warnings if there is no such server.
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no chip, so no chip has to be free
@@ -85,7 +85,7 @@ COMPILE_ONLY_VARIABLES = {
 
 @runtime_checkable
 class CoordinationClient(Protocol):
-    """Methods of the client of JAX's coordination service; each may raise JaxRuntimeError."""
+    """Client of JAX's coordination service; each method may raise JaxRuntimeError."""
 
     def key_value_set(self, key: str, value: str, /) -> None:
         """Publishes a text under a key."""
@@ -135,7 +135,7 @@ def find_cluster(
 
     JAX reads values that are None from the environment variables of SLURM, Open MPI, Kubernetes or
     a TPU slice. The only public function that does so, `jax.distributed.initialize`, also connects
-    the processes, and prints nothing while it waits for processes that do not come.
+    the processes, and prints nothing while it waits for missing processes.
 
     Args:
         address: Address of process 0, or None.
@@ -162,7 +162,7 @@ def is_timeout(error: Exception) -> bool:
 
 
 _LOST_PEER = re.compile(r"[A-Z_]+: .*(?i:gloo|nccl|coordination_?service|heartbeat)", re.DOTALL)
-"""Matches an XLA status that a library for collectives or the coordination service reports."""
+"""Matches an error status of XLA from a library for collectives or the coordination service."""
 
 
 def is_lost_peer(message: str) -> bool:
@@ -184,17 +184,17 @@ LOST_FIRST = "leader task"
 
 
 def lost_peer(text: str) -> str:
-    """Returns words for the process that is lost.
+    """Returns a description of the lost process, for error messages.
 
     Args:
         text: Text that JAX's runtime wrote to stderr before it aborted the process.
     """
     if named := re.search(rf"{re.escape(LOST_NUMBERS)}\s*(\d[\d\s,]*)", text):
-        return f"process {', '.join(re.findall(r'[0-9]+', named[1]))} of this run (from 0)"
+        return f"process {', '.join(re.findall(r'[0-9]+', named[1]))} of this run (counted from 0)"
     if LOST_SERVICE in text:
         return "JAX's service in process 0 of this run"
     if LOST_FIRST in text:
-        return "process 0 of this run (from 0)"
+        return "process 0 of this run (counted from 0)"
     return "another process of this run"
 
 
@@ -248,10 +248,10 @@ def bytes_of_too_large(message: str) -> int | None:
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":
-    """Returns a context in which a traced loop gets its maximum number of iterations as its name.
+    """Returns a context in which a traced loop gets a name with its maximum number of iterations.
 
     If the number of iterations of a loop depends on data, neither XLA's cost analysis nor
-    `planning/hlo.py` can know it. XLA keeps the name in the metadata of each instruction.
+    `planning/hlo.py` can find it. XLA keeps the name in the metadata of each instruction.
 
     Args:
         iterations: Maximum number of iterations of the loop.
@@ -291,6 +291,7 @@ def is_late_callback(error: BaseException | None) -> bool:
 
     If a write fails, Orbax raises an error and closes its event loop while TensorStore is still
     writing other data. Each of these writes then finds a closed loop and prints an exception on
-    stderr (Orbax 0.12.8). Every other closed event loop causes the same exception.
+    stderr (Orbax 0.12.8). The function also returns True for any other closed event loop, because
+    the exception is the same.
     """
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"

@@ -1,7 +1,8 @@
 """Trains a LLaVA model; `llava-jax train` and `python -m llava_jax.train` run this module.
 
-The command line is parsed before JAX is imported. Therefore `--help` and reports of mistakes are
-quick, and worker processes, which import this module again, do not load what only a run needs.
+The command line is parsed before JAX is imported. Therefore `--help` and error messages appear
+quickly. Worker processes, which import this module again, do not load modules that only training
+needs.
 """
 
 import logging
@@ -39,8 +40,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     """Runs the command `llava-jax train`; returns the exit status unless the run fails.
 
     In a run of several processes, the training runs in a child process, so that this process can
-    report what ended it. If the run fails, this process exits at once, because its threads may be
-    waiting for a disk or for a process that is lost.
+    report why the child process ended. If the run fails, this process exits at once, because its
+    threads may be waiting for a disk or for a lost process.
 
     Args:
         argv: Arguments of the command; None takes the arguments of the process.

@@ -352,7 +352,7 @@ def foreign_tensor(rng: np.random.Generator, place: Path) -> Named:
         tensors[odd] = np.zeros((2, 3), np.float32)
 
     file = rewrite(rng, place, change)
-    return ("left over", odd, file.name)
+    return ("do not belong to the model", odd, file.name)
 
 
 @damage(*SAFETENSORS)
@@ -381,7 +381,7 @@ def other_shape(rng: np.random.Generator, place: Path) -> Named:
         said.append(plain(name))
 
     file = rewrite(rng, place, change)
-    return ("of the wrong shape", file.name, *said)
+    return ("with the wrong shape", file.name, *said)
 
 
 @damage(*SAFETENSORS)
@@ -395,7 +395,7 @@ def swapped_names(rng: np.random.Generator, place: Path) -> Named:
         said.extend([plain(first), plain(second)])
 
     rewrite(rng, place, change)
-    return ("of the wrong shape", *said)
+    return ("with the wrong shape", *said)
 
 
 @damage(*SAFETENSORS)

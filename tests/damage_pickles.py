@@ -351,7 +351,7 @@ def cut_storage(rng: np.random.Generator, place: Path) -> Named:
     key = str(rng.choice(sorted(name for name in members if name.startswith("data/"))))
     members[key] = members[key][: rng.integers(len(members[key]))]
     write_members(file, folder, members)
-    return (file.name, "lacks its storage " + key.removeprefix("data/"))
+    return (file.name, "needs the storage " + key.removeprefix("data/"))
 
 
 @damage("bin")
@@ -361,7 +361,7 @@ def long_storage(rng: np.random.Generator, place: Path) -> Named:
     key = str(rng.choice(sorted(name for name in members if name.startswith("data/"))))
     members[key] += rng.bytes(rng.integers(1, 64))
     write_members(file, folder, members)
-    return (file.name, "lacks its storage " + key.removeprefix("data/"), "one of another size")
+    return (file.name, "needs the storage " + key.removeprefix("data/"), "with another size")
 
 
 @damage("legacy")
@@ -378,7 +378,7 @@ def other_storage_length(rng: np.random.Generator, place: Path) -> Named:
         8, "little"
     )
     file.write_bytes(raw)
-    return (file.name, "one of another size")
+    return (file.name, "with another size")
 
 
 @damage("bin")
@@ -388,7 +388,7 @@ def missing_storage(rng: np.random.Generator, place: Path) -> Named:
     key = str(rng.choice(sorted(name for name in members if name.startswith("data/"))))
     del members[key]
     write_members(file, folder, members)
-    return (file.name, "lacks its storage " + key.removeprefix("data/"))
+    return (file.name, "needs the storage " + key.removeprefix("data/"))
 
 
 @damage("bin")
@@ -417,7 +417,7 @@ def member_twice(rng: np.random.Generator, place: Path) -> Named:
     write_members(file, folder, members)
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(f"other/{rng.choice(sorted(members))}", b"x")
-    return (file.name, "two members of one name")
+    return (file.name, "two members with the same name")
 
 
 @damage("bin")

@@ -197,9 +197,12 @@ def test_the_runtime_aborts_and_its_text_names_who_is_lost(lost: int, who: str):
 @pytest.mark.parametrize(
     ("text", "who"),
     [
-        ("unhealthy (stopped sending heartbeats):\n1\nThe tasks", "process 1 of this run (from 0)"),
-        ("(stopped sending heartbeats):\n1\n12\nThe", "process 1, 12 of this run (from 0)"),
-        ("Either the leader task was preempted/died", "process 0 of this run (from 0)"),
+        (
+            "unhealthy (stopped sending heartbeats):\n1\nThe tasks",
+            "process 1 of this run (counted from 0)",
+        ),
+        ("(stopped sending heartbeats):\n1\n12\nThe", "process 1, 12 of this run (counted from 0)"),
+        ("Either the leader task was preempted/died", "process 0 of this run (counted from 0)"),
         (
             "RPC: /xla.coordination.CoordinationService/RegisterTask",
             "JAX's service in process 0 of ",

@@ -1,6 +1,6 @@
 """Prints the file tree of the package, with the first line of each module's docstring.
 
-docs/architecture.md contains this tree; a test compares them.
+docs/architecture.md contains this tree; a test checks that both are equal.
 """
 
 import ast
@@ -18,10 +18,10 @@ def main() -> int:
 
 
 def file_tree(folder: Path = PACKAGE, indent: str = "") -> list[str]:
-    """Returns the tree as lines of text. A folder has the docstring of its `__init__.py`."""
+    """Returns the tree as lines of text. A folder is shown with the docstring of `__init__.py`."""
     lines = [_line(indent, f"{folder.name}/", folder / "__init__.py")]
     indent += "  "
-    # Folders that are links (presets and assets) contain no modules of the package.
+    # Folders that are symbolic links (presets and assets) contain no modules of the package.
     entries = sorted(folder.iterdir(), key=lambda entry: (entry.is_dir(), entry.name))
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink() and (entry / "__init__.py").exists():

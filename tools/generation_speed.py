@@ -1,7 +1,7 @@
-"""Compares the decoding speed of llava_jax with that of transformers, on the CPU of this machine.
+"""Compares the decoding speeds of llava_jax and transformers on the CPU of this machine.
 
-The models have random weights in float32, and both sides take turns. The time of all tokens except
-the first token is measured, and the medians over the runs are printed.
+Both libraries use the same model with random weights in float32, and run in turn. The time for all
+tokens except the first token is measured, and the medians over the runs are printed.
 """
 
 import argparse
@@ -36,15 +36,17 @@ def main(argv: list[str] | None = None) -> int:
         "--shape", choices=SHAPES, default="smollm2-135m", help="sizes of the decoder"
     )
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8], help="numbers of prompts in a batch"
+        "--batch", type=int, nargs="+", default=[1, 8], help="batch sizes to measure"
     )
     parser.add_argument("--new-tokens", type=int, default=32, help="number of tokens to generate")
-    parser.add_argument("--runs", type=int, default=7, help="number of measured runs of each side")
+    parser.add_argument(
+        "--runs", type=int, default=7, help="number of measured runs of each library"
+    )
     parser.add_argument(
         "--threads",
         type=int,
         default=2,
-        help="number of threads of transformers; llava_jax uses all cores",
+        help="number of threads for transformers; llava_jax uses all cores",
     )
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
@@ -95,7 +97,7 @@ def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[
     Args:
         directory: Directory of the model.
         prompt: Arrays from `make_prompt`.
-        most: Largest number of tokens that the function is called with.
+        most: Largest number of tokens that the function will have to generate.
     """
     from llava_jax import LlavaModel
     from llava_jax.generation.engine import Engine, Request
@@ -132,12 +134,12 @@ def theirs(directory: str, prompt: dict[str, np.ndarray], threads: int) -> Calla
 
 
 def compare(sides: list[Callable[[int], Any]], new: int, runs: int) -> str:
-    """Returns a text with the milliseconds per token of both sides and their ratio.
+    """Returns a text with the milliseconds per token of both libraries and their ratio.
 
     Args:
         sides: Functions from `ours` and `theirs`.
         new: Number of tokens to generate in a run.
-        runs: Number of measured runs of each side.
+        runs: Number of measured runs of each library.
     """
     for generate in sides:
         generate(2)
@@ -146,7 +148,8 @@ def compare(sides: list[Callable[[int], Any]], new: int, runs: int) -> str:
         times.append([seconds(generate, new) - seconds(generate, 1) for generate in sides])
     own, other = (1000 * statistics.median(side) / (new - 1) for side in zip(*times, strict=True))
     ratio = statistics.median(theirs / ours for ours, theirs in times)
-    return f"{own:.1f} ms a token, transformers {other:.1f}: {ratio:.2f} x its speed"
+    speeds = f"llava_jax {own:.1f} ms per token, transformers {other:.1f} ms per token"
+    return f"{speeds}: llava_jax is {ratio:.2f} x as fast"
 
 
 def seconds(generate: Callable[[int], Any], new: int) -> float:

@@ -1,10 +1,10 @@
 """Compares the speed of training with and without `data.packing`.
 
-The samples are random texts and images whose lengths are distributed as in the training data of
-LLaVA-1.5, and the model has random weights. Training with and without packing takes turns in one
-process, on the same samples, with LoRA of rank 16 and remat "full". Without packing, each sample
-has a row that is padded to --max-length. The exit status is 0 if the losses of each sample have a
-relative difference of at most 1e-5, and otherwise 1.
+The samples are random texts and images, with lengths that are distributed like the lengths in the
+training data of LLaVA-1.5. The model has random weights. Steps with and without packing alternate
+in one process, on the same samples, with LoRA of rank 16 and memory.remat "full". Without packing,
+each sample has its own row, which is padded to --max-length tokens. The exit status is 0 if the two
+losses of each sample have a relative difference of at most 1e-5, and otherwise 1.
 """
 
 import argparse
@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="25m", help="number of parameters of the model")
-    add("--samples", type=int, default=32, help="number of samples in a step")
+    add("--samples", type=int, default=32, help="number of samples in a train step")
     add("--micro-size", type=int, default=2, help="number of rows in a micro-batch")
     add("--max-length", type=int, default=2048, help="number of tokens in a row")
-    add("--rounds", type=int, default=3, help="number of measured steps of each side")
+    rounds = "number of measured train steps with packing, and also without packing"
+    add("--rounds", type=int, default=3, help=rounds)
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, default="float32", help="dtype of the computation")
     given = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Writes docs/parity.md, which shows how close the results are to those of other software.
+"""Writes docs/parity.md, which compares results of this package with results of other software.
 
 The command runs tests/parity. Each comparison in these tests becomes a row of a table. With --slow,
-the long forms of the tests run too, and with --size, tools/size_check.py runs too. If anything
-fails, docs/parity.md is not changed.
+the command also runs the slow tests, and with --size, it also runs tools/size_check.py. If a test
+or the size check fails, docs/parity.md is not changed.
 """
 
 import argparse
@@ -42,11 +42,11 @@ Row = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0 if all tests pass, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python tools/parity_report.py", description=__doc__)
-    parser.add_argument("--slow", action="store_true", help="run the long forms of the tests too")
+    parser.add_argument("--slow", action="store_true", help="also run the slow tests")
     parser.add_argument(
         "--size",
         metavar="DIRECTORY",
-        help="run the size check too, with this directory, which needs 14 GB of free space",
+        help="also run tools/size_check.py with this directory, which needs 14 GB of disk space",
     )
     given = parser.parse_args(argv)
     commands = [["-m", "pytest", "-q", "tests/parity"]]
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         environment = {**os.environ, "PARITY_ROWS": str(file)}
         for command in commands:
             if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode:
-                print(f"{command} failed; {REPORT} is left as it was", file=sys.stderr)
+                print(f"{command} failed; {REPORT} was not changed", file=sys.stderr)
                 return 1
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     said = ["--slow"] * given.slow + ["--size DIRECTORY"] * bool(given.size)
@@ -83,7 +83,7 @@ def render(rows: Iterable[Row], command: str) -> str:
     )
     merged = merge(rows)
     unknown = {row["group"] for row in merged} - set(GROUPS)
-    assert not unknown, f"groups that have no place in the report: {unknown}"
+    assert not unknown, f"unknown groups: {unknown}; add them to GROUPS"
     tables = [
         f"## {group.capitalize()}\n\n{table(chosen)}"
         for group in GROUPS
@@ -93,7 +93,7 @@ def render(rows: Iterable[Row], command: str) -> str:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """Keeps, of rows that are equal except for their number, the row with the largest number."""
+    """Merges rows that differ only in their number; keeps the row with the largest number."""
     merged: dict[tuple, Row] = {}
     for row in rows:
         name = tuple(row[column] for column in ("group", *COLUMNS) if column != "largest")

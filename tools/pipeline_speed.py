@@ -1,10 +1,10 @@
-"""Compares the speed of the input pipeline with that of a bare loop over JPEGs.
+"""Compares the speed of the input pipeline with the speed of a bare loop over JPEGs.
 
 The bare loop only opens, converts, pads (or crops) and resizes images with Pillow. The input
-pipeline of a run also reads records, tokenizes, masks, pads and batches them in a worker process,
-and sends the batches to the main process. The table shows samples per second of CPU time, which is
-summed over both processes and all threads. The bare loop, the pipeline with data.image_decode
-"exact" and the pipeline with data.image_decode "draft" take turns.
+pipeline of a run also reads, tokenizes, masks, pads and batches records in a worker process, and
+sends the batches to the main process. The table shows samples per second of CPU time, which is
+summed over both processes and all threads. Three programs run in turn: the bare loop, the pipeline
+with data.image_decode "exact", and the pipeline with data.image_decode "draft".
 """
 
 import argparse
@@ -39,28 +39,33 @@ MFU = 0.5
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status 0."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="python tools/pipeline_speed.py",
         description=__doc__,
     )
     parser.add_argument(
-        "--size", nargs="+", default=SIZES, help="sizes of random JPEGs, as WxH in pixels"
+        "--size",
+        nargs="+",
+        default=SIZES,
+        help=f"sizes of random JPEGs, as WxH in pixels (default: {' '.join(SIZES)})",
     )
-    parser.add_argument("--photos", type=Path, help="directory of JPEGs to use instead of noise")
-    parser.add_argument(
-        "--tokenizer", default=ASSETS / "tiny-llava", help="directory of the tokenizer"
-    )
+    photos_help = "directory of JPEGs (default: random JPEGs of the sizes given by --size)"
+    parser.add_argument("--photos", type=Path, help=photos_help)
+    shown = "(default: %(default)s)"
+    tokenizer = f"directory of the tokenizer {shown}"
+    parser.add_argument("--tokenizer", default=ASSETS / "tiny-llava", help=tokenizer)
     aspects = ["pad", "crop", "squash"]
-    aspect = "how images become square, like data.image_aspect"
+    aspect = f"how images become square; takes the same values as data.image_aspect {shown}"
     parser.add_argument("--aspect", choices=aspects, default="pad", help=aspect)
-    parser.add_argument(
-        "--edge", type=int, default=336, help="width and height of the resized image in pixels"
-    )
-    parser.add_argument("--batch", type=int, default=16, help="number of samples in a batch")
-    parser.add_argument("--batches", type=int, default=2, help="number of batches in a run")
-    parser.add_argument("--runs", type=int, default=9, help="number of measured runs of each side")
+    edge = f"width and height of the resized image in pixels {shown}"
+    parser.add_argument("--edge", type=int, default=336, help=edge)
+    batch = f"number of samples in a batch {shown}"
+    parser.add_argument("--batch", type=int, default=16, help=batch)
+    batches = f"number of batches in a run {shown}"
+    parser.add_argument("--batches", type=int, default=2, help=batches)
+    runs = f"number of measured runs of each of the three programs {shown}"
+    parser.add_argument("--runs", type=int, default=9, help=runs)
     given = parser.parse_args(argv)
-    print(f"{'JPEGs':>12}{'bytes':>10}{'bare':>8}{'exact':>16}{'draft':>16}  samples/s a core")
+    print(f"{'JPEGs':>12}{'bytes':>10}{'bare':>8}{'exact':>16}{'draft':>16}  samples/s per core")
     with tempfile.TemporaryDirectory() as folder:
         for size in ["given"] if given.photos else given.size:
             files = photos(given.photos) if given.photos else noise(size, Path(folder))
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path) -> None:
-    """Prints a row of the table, and the number of cores that keep eight H100 GPUs busy.
+    """Prints a row of the table, and the number of CPU cores that eight H100 GPUs need.
 
     Args:
         size: Label of the row.
@@ -87,8 +92,8 @@ def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path
     tokens = float(np.mean((batch.segment_ids > 0).sum(1)))
     rate = MFU * NODE_FLOPS / (FLOPS_A_WEIGHT * WEIGHTS_7B * tokens)
     print(
-        f"{'':>12}eight H100 at {MFU:.0%} need {rate:.0f} samples/s of {tokens:.0f} tokens (7B, "
-        f"LoRA): {rate * own[0]:.1f} cores, with draft {rate * own[1]:.1f}",
+        f"{'':>12}eight H100 at {MFU:.0%} MFU need {rate:.0f} samples/s of {tokens:.0f} tokens "
+        f"(7B, LoRA): {rate * own[0]:.1f} cores with exact, {rate * own[1]:.1f} cores with draft",
         flush=True,
     )
     for side in sides:
@@ -96,12 +101,12 @@ def measure(size: str, files: list[str], given: argparse.Namespace, folder: Path
 
 
 def shown(seconds: float, bare: float) -> str:
-    """Returns a cell: samples per second, and their ratio to those of the bare loop."""
+    """Returns a cell: samples per second, and their ratio to the samples of the bare loop."""
     return f"{1 / seconds:>8.0f} {bare / seconds:.2f} x"
 
 
 def bare_batches(files: list[str], given: argparse.Namespace) -> Iterator[tuple[Any, float]]:
-    """Yields batches of images from the bare loop, each with 0 seconds of a worker."""
+    """Yields batches of images from the bare loop, each with 0 CPU seconds of a worker process."""
     every = itertools.cycle(files)
     while True:
         yield [bare(next(every), given) for _ in range(given.batch)], 0.0
@@ -126,7 +131,7 @@ def bare(file: str, given: argparse.Namespace) -> np.ndarray:
 
 @dataclasses.dataclass
 class Timed:
-    """Reads a batch and adds the CPU seconds that the worker process has used so far.
+    """Reads a batch, and returns it with the CPU seconds that the worker process has used so far.
 
     Attributes:
         read: Function that reads the batch with a given number.
@@ -202,7 +207,7 @@ def photos(folder: Path) -> list[str]:
 
 
 def noise(size: str, folder: Path, count: int = 4) -> list[str]:
-    """Writes JPEGs of noise with a spectrum like that of photographs, and returns their paths.
+    """Writes JPEGs of noise with the spectrum of photographs, and returns their paths.
 
     The amplitude of a frequency f is proportional to 1 / f.
 

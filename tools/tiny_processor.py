@@ -2,9 +2,9 @@
 
     python tools/tiny_processor.py DIRECTORY
 
-The tokenizer is a byte-pair encoding like LLaMA's: a mark stands for a leading space, and unknown
-characters are split into bytes. It is trained on the questions and answers of easy-VQA's training
-split and on the text of the chat template.
+The tokenizer is a byte-pair encoding like LLaMA's tokenizer: a special character replaces spaces,
+and unknown characters are split into bytes. It is trained on the questions and answers of the
+training split of easy-VQA and on the text of the chat template.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES
 
 VOCABULARY = 512
 IMAGE_SIZE = 64
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's character for a space
 CONTROL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -47,7 +47,7 @@ def learn_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[*CONTROL, *BYTES], show_progress=False
     )
-    # The trainer gets single words, so that no token contains parts of two words.
+    # The trainer gets separate words, so that no token contains parts of two words.
     words = " ".join([*questions, *captions * 100, *[around] * 100]).split()
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -86,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python tools/tiny_processor.py", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("directory", type=Path, help="directory to write to")
+    parser.add_argument(
+        "directory", type=Path, help="directory to write the tokenizer and the image processor to"
+    )
     directory = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = learn_tokenizer()

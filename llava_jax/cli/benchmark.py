@@ -16,24 +16,28 @@ if TYPE_CHECKING:
     from llava_jax.speed.case import Case
 
 PROG = "llava-jax benchmark"
-LIMIT = 1e-4  # largest relative difference between the float32 losses of the two sides
+LIMIT = 1e-4  # largest relative difference between the float32 losses of llava_jax and --peer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0, or 3 if the losses of the two sides differ, or 1 for a user's mistake.
+        0 if the command succeeds, 1 if the user made a mistake, 3 if the losses of llava_jax and of
+        --peer differ.
     """
     parser = make_parser()
     given, rest = parser.parse_known_args(argv)
     if rest and not given.config:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(
+            f"unknown arguments: {' '.join(rest)}; fields of a config can be set only if --config "
+            "is given"
+        )
 
     from llava_jax.speed.case import SHAPES
 
     if given.shape not in SHAPES:
-        parser.error(f"--shape {given.shape}: choose from {', '.join(SHAPES)}")
+        parser.error(f"--shape {given.shape} does not exist; choose from {', '.join(SHAPES)}")
     try:
         case = make_case(given, rest)
     except ConfigError as error:
@@ -53,65 +57,74 @@ def main(argv: list[str] | None = None) -> int:
     write(given, case, rows, compared)
     differ = compared.get("losses apart", 0.0) > LIMIT and case.config.dtype == "float32"
     if differ:
-        print(f"the losses of the two sides differ by more than {LIMIT:g}, relative to the peer's")
+        print(
+            f"the losses of llava_jax and of the peer ({given.peer}) have a relative difference of "
+            f"more than {LIMIT:g}"
+        )
     return 3 if differ else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the arguments of the command."""
+    """Returns the argument parser of the command."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog=PROG,
         description="Trains a LLaVA model with random weights on random text and one random image "
-        "per sample, and prints a table of speed and memory. With --config, every field of the "
-        "config can be set by an option, as for llava-jax train. The exit status is 0, or 1 if "
-        "there is a mistake in the arguments, or 3 if the float32 losses of llava_jax and --peer "
-        "have a relative difference above 1e-4.",
+        "per sample, and prints a table of speed and memory. With --config, the command also "
+        "accepts an option for every field of the config, like llava-jax train. The exit status is "
+        "0 if the command succeeds, 1 if there is a mistake in the arguments, and 3 if the float32 "
+        "losses of llava_jax and of the software given by --peer have a relative difference above "
+        "1e-4.",
     )
     add = parser.add_argument
     add(
         "--config",
-        help="config file or name of a preset; it replaces all options from --shape to --dtype, "
-        "except --text-tokens",
+        help="config file or name of a preset (default: a config that the options from --shape to "
+        "--dtype describe). With --config, these options have no effect, except --text-tokens",
     )
-    add("--shape", default="25m", help="number of parameters of the model: 25m, 150m, 1b or 7b")
+    shown = "(default: %(default)s)"
+    sizes = f"number of parameters of the model: 25m, 150m, 1b or 7b {shown}"
+    add("--shape", default="25m", help=sizes)
     tune = ("lora", "qlora", "full")
-    add("--tune", choices=tune, default="lora", help="how the decoder is trained")
-    add("--rank", type=int, default=16, help="rank of the LoRA adapters")
+    how = "how the decoder is trained. lora: LoRA adapters; qlora: LoRA adapters on nf4 weights; "
+    how += f"full: all weights {shown}"
+    add("--tune", choices=tune, default="lora", help=how)
+    add("--rank", type=int, default=16, help=f"rank of the LoRA adapters {shown}")
     plans = ("resident", "streamed")
-    where = "keep weights and optimizer on the device, or stream them from host memory"
+    where = "resident: keep the weights and the optimizer state in device memory; streamed: keep "
+    where += f"them in host memory, and copy them to the device when they are needed {shown}"
     add("--plan", choices=plans, default="resident", help=where)
     remat = ("none", "dots", "full")
-    add(
-        "--remat",
-        choices=remat,
-        default="full",
-        help="what to recompute, as memory.remat of a config",
-    )
-    add("--batch", type=int, default=4, help="number of samples in a step")
-    add("--micro-size", type=int, help="number of samples in a micro-batch; None takes all samples")
-    text = "number of text tokens in a sample; the loss is computed on their second half"
-    add("--text-tokens", type=int, default=64, help=text)
+    what = "what the backward pass recomputes; takes the same values as memory.remat in a config "
+    add("--remat", choices=remat, default="full", help=what + shown)
+    add("--batch", type=int, default=4, help=f"number of samples in a train step {shown}")
+    micro = "number of samples in a micro-batch (default: all samples of a train step)"
+    add("--micro-size", type=int, help=micro)
+    text = "number of text tokens in a sample; the loss is computed on the second half of these "
+    add("--text-tokens", type=int, default=64, help=f"{text}tokens {shown}")
     dtypes = ("float32", "bfloat16")
-    add("--dtype", choices=dtypes, default="bfloat16", help="dtype of the matrix products")
+    product = f"dtype of the matrix products {shown}"
+    add("--dtype", choices=dtypes, default="bfloat16", help=product)
     add(
         "--peer",
         choices=("hf",),
-        help="compare with Hugging Face's transformers and PEFT, in turns",
+        help="other software to compare llava_jax with; hf means Hugging Face's transformers and "
+        "PEFT (default: no comparison)",
     )
-    add("--rounds", type=int, default=5, help="number of turns of llava_jax, and of --peer")
-    add("--steps", type=int, default=3, help="number of train steps in each turn")
-    add("--warmup", type=int, default=2, help="number of train steps before the measured steps")
-    add("--json", type=Path, help="JSON file to write all measurements to")
-    add("--chart", type=Path, help="PNG file to draw the measurements to")
+    rounds = f"number of rounds; llava_jax and the --peer software run once in each round {shown}"
+    add("--rounds", type=int, default=5, help=rounds)
+    add("--steps", type=int, default=3, help=f"number of train steps in each round {shown}")
+    warmup = f"number of train steps before the first round, which are not measured {shown}"
+    add("--warmup", type=int, default=2, help=warmup)
+    add("--json", type=Path, help="JSON file for all measurements (default: no file)")
+    add("--chart", type=Path, help="PNG file for a chart of the measurements (default: no file)")
     return parser
 
 
 def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
     """Returns the run that the arguments describe.
 
-    The learning rate is constant, and there is neither dropout nor clipping, so that the losses of
-    both sides can be compared.
+    The learning rate is constant, and there is neither dropout nor gradient clipping, so that the
+    losses of llava_jax and of the peer can be compared.
 
     Args:
         given: Arguments of the command.
@@ -126,7 +139,10 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
 
     missing = [x for x in ("torch", "peft") if given.peer and not importlib.util.find_spec(x)]
     if missing:
-        raise ConfigError(f"--peer {given.peer} needs pip install {' '.join(missing)}")
+        raise ConfigError(
+            f"--peer {given.peer} needs packages that are not installed: pip install "
+            f"{' '.join(missing)}"
+        )
     if given.config:
         from llava_jax.planning.measure import sizes
 
@@ -147,16 +163,19 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
     tune = config.tune
     if given.peer and (tune.llm, tune.vision, tune.projector) not in PEERS:
         raise ConfigError(
-            f"--peer {given.peer} supports only training of the decoder and the projector, not "
-            f"{tune}"
+            f"--peer {given.peer} supports only runs that train the decoder and the projector, and "
+            f"keep the vision tower frozen; this run has {tune}"
         )
     if given.peer and config.quantize not in (None, "nf4"):
-        raise ConfigError(f"--peer {given.peer} supports only nf4, not {config.quantize}")
+        raise ConfigError(
+            f"--peer {given.peer} supports only the quantization nf4, and the config has quantize "
+            f"{config.quantize}"
+        )
     micro_size = config.batch.micro_size or 1
     if config.batch.global_size % micro_size:
         raise ConfigError(
-            f"{config.batch.global_size} samples are not a multiple of {micro_size}; change the "
-            "size of the batch or of the micro-batch"
+            f"the batch size {config.batch.global_size} is not a multiple of the micro-batch size "
+            f"{micro_size}; change one of these sizes"
         )
     return Case(config, model, given.text_tokens)
 
@@ -193,13 +212,13 @@ def built_in_config(given: argparse.Namespace) -> "TrainConfig":
 def write(
     given: argparse.Namespace, case: "Case", rows: list[Any], compared: dict[str, float]
 ) -> None:
-    """Writes the measurements to the files that the arguments name.
+    """Writes the measurements to the files given by --json and --chart.
 
     Args:
         given: Arguments of the command.
         case: Run that was measured.
-        rows: Measurements of each side.
-        compared: Results of the comparison of the sides, by name.
+        rows: Measurements of llava_jax, and of the peer if there is one.
+        compared: Results of the comparison with the peer, by name.
     """
     if given.json:
         found = {"case": dataclasses.asdict(case), "sides": [dataclasses.asdict(x) for x in rows]}

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0, or 1 for a user's mistake or a bad checkpoint, or 130 after Ctrl-C.
+        0 if the command succeeds, 1 for a user's mistake or a bad checkpoint, 130 after Ctrl-C.
     """
     given = parse(argv)
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.prompt is not None:
             chat.say(given.prompt)
         else:
-            print(f"{format_source(given.checkpoint)}; /help lists the commands")
+            print(f"{format_source(given.checkpoint)}: type a message, or /help to list commands")
             chat.converse()
     except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,16 +60,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_options(parser)
     add_sampling_options(parser, max_new_tokens=512)
-    parser.add_argument("--prompt", help="question to ask; the command prints the answer and ends")
+    parser.add_argument(
+        "--prompt",
+        help="question to ask; the command prints the answer and ends (default: a conversation)",
+    )
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE",
-        help="image file to show to the model; the option can be given several times",
+        help="image file for the first question; the option can be given several times",
     )
     parser.add_argument(
-        "--system", help="system prompt, instead of the system prompt of the chat template"
+        "--system", help="system prompt (default: the system prompt of the chat template)"
     )
     return parser.parse_args(argv)
 

@@ -9,38 +9,42 @@ from typing import Any
 from llava_jax.distributed.environment import print_any_text
 
 PROG = "llava-jax check-data"
-SHOWN = 5  # maximum number of printed samples with the same problem
-PER_WORKER = 1000  # one process reads fewer samples faster than another process starts
+SHOWN = 5  # maximum number of samples with the same problem that are printed
+PER_WORKER = 1000  # minimum number of samples for each process, because processes start slowly
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0 if all samples are good, 1 if some samples are bad, or 2 for a user's mistake.
+        0 if all samples are good, 1 if some samples are bad, 2 for a user's mistake.
     """
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Reads every sample and every image of the training data of a run, as the run "
-        "does. Lists the samples that the run would skip, then prints how long the samples are and "
-        "how much of the batches is padding. Every field of the config can be set by an option, as "
-        "for llava-jax train. The exit status is 0 if all samples are good, 1 if some samples are "
-        "bad, and 2 if there is a mistake in the arguments.",
+        description="Reads every sample and every image of a run's training data in the same way "
+        "as the run. Lists the samples that the run would skip, and prints the lengths of the "
+        "samples and the share of padding in the batches. Like llava-jax train, the command also "
+        "accepts an option for every field of the config. The exit status is 0 if all samples are "
+        "good, 1 if some samples are bad, and 2 if there is a mistake in the arguments.",
     )
     parser.add_argument("--config", required=True, help="config file or name of a preset")
     parser.add_argument(
         "--write-clean",
         type=Path,
-        help="file of JSON lines to write the good samples to; it must not exist yet",
+        help="JSON-lines file for the good samples; the file must not exist yet (default: no file)",
     )
-    parser.add_argument("--json", type=Path, help="JSON file to write all results to")
+    parser.add_argument("--json", type=Path, help="JSON file for all results (default: no file)")
     parser.add_argument(
-        "--chart", type=Path, help="PNG file to draw the distributions of lengths and images to"
+        "--chart",
+        type=Path,
+        help="PNG file for charts of the sample lengths, the numbers of images, the shares of "
+        "learned tokens and the padding (default: no file)",
     )
     parser.add_argument(
         "--workers",
         type=int,
-        help="number of processes that read the data (default: one for each core)",
+        help="number of processes that read the data (default: one for each core, or fewer if "
+        "there are few samples)",
     )
     parser.add_argument(
         "--shown",
@@ -61,12 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped by Ctrl-C; no file was written", file=sys.stderr)
     return 2
 
 
 def check_data(given: argparse.Namespace, config: Any) -> int:
-    """Checks the data, prints the results and writes the files that the arguments name.
+    """Checks the training data of a run, prints the results and writes the result files.
 
     Args:
         given: Arguments of the command.
@@ -93,7 +97,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     records = inputs.records
     to_write = only_json(records) if given.write_clean else None
     if to_write is not None and given.write_clean.exists():
-        raise ConfigError(f"--write-clean {given.write_clean} exists; give another name")
+        raise ConfigError(f"--write-clean {given.write_clean}: the file exists; give another path")
     errors = Console(stderr=True)
     with Progress(console=errors, disable=not errors.is_terminal) as bar:
         task = bar.add_task("reading", total=len(records))
@@ -122,8 +126,8 @@ def workers(asked: int | None, samples: int) -> int:
     """Returns the number of processes that read the data.
 
     Args:
-        asked: Number that the user asked for; None takes one process for each core, or fewer if
-            there are few samples.
+        asked: Number of processes that the user wants; None takes one process for each core, or
+            fewer if there are few samples.
         samples: Number of samples.
     """
     return min(os.cpu_count() or 1, samples // PER_WORKER) if asked is None else asked

@@ -15,34 +15,33 @@ PROG = "llava-jax collectives"
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status 0."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog=PROG,
-        description="Compiles the train step of a run, with a single micro-batch, for several "
-        "numbers of GPUs. All devices are on the fsdp axis. Prints how many GiB each device "
-        "exchanges with the other devices, in the compiled step and by formula. For a gather, this "
-        "is the size of the result, and for other collectives the size of the operands. Every "
-        "field of the config can be set by an option, as for llava-jax train.",
+        description="Compiles the train step of a run for several numbers of GPUs. The step has "
+        "one micro-batch, and all GPUs are on the fsdp axis of the mesh. Prints how many GiB each "
+        "GPU exchanges with the other GPUs: first measured in the compiled step, then computed by "
+        "a formula. The size of an all-gather is the size of its result, and the size of any other "
+        "collective is the size of its operands. Like llava-jax train, the command also accepts an "
+        "option for every field of the config.",
     )
     parser.add_argument("--config", required=True, help="config file or name of a preset")
-    names = f"type of the GPUs: {', '.join(GPUS)}"  # the bytes of TPUs cannot be counted
+    # TPUs are not in the list, because the bytes of their collectives cannot be counted.
+    names = f"type of the GPUs: {', '.join(GPUS)} (default: %(default)s)"
     parser.add_argument("--device", default="h100", help=names)
-    parser.add_argument(
-        "--counts", type=int, nargs="+", default=[8, 64, 256], help="numbers of GPUs to compile for"
-    )
-    parser.add_argument(
-        "--micro-size", type=int, default=2, help="number of samples in a micro-batch on each GPU"
-    )
+    counts = "numbers of GPUs to compile for (default: 8 64 256)"
+    parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 256], help=counts)
+    micro = "number of samples in a micro-batch on each GPU (default: %(default)s)"
+    parser.add_argument("--micro-size", type=int, default=2, help=micro)
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(max(given.counts))
 
-    import jax  # only after the environment is prepared
+    import jax  # must be imported after the environment is prepared
 
     from llava_jax.config import parse_config
     from llava_jax.planning.collectives import KINDS
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
     config = parse_config(["--config", given.config, *rest], prog=PROG)
-    print(f"{given.config} on {given.device}, micro-batch {given.micro_size}, GiB a micro-batch")
+    print(f"{given.config} on {given.device}, micro-batch {given.micro_size}, GiB per micro-batch")
     print(f"| devices | {' | '.join(KINDS)} |\n|{'---|' * (1 + len(KINDS))}")
     for count in given.counts:
         measured, expected = count_bytes(config, given.device, count, given.micro_size)
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
-    """Returns the bytes that each device exchanges in a micro-batch, by kind of collective.
+    """Counts the bytes that each device exchanges in a micro-batch, by kind of collective.
 
     Args:
         config: Config of the run.
@@ -62,7 +61,7 @@ def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[
         micro_size: Number of samples in a micro-batch on each device.
 
     Returns:
-        The bytes of the compiled step, and the bytes by formula.
+        The bytes in the compiled step, and the bytes that `formula` computes.
     """
     from llava_jax.planning.collectives import collective_bytes
     from llava_jax.planning.measure import compile_for, sizes
@@ -79,13 +78,13 @@ def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[
 def formula(program: Any, rows: int, length: int) -> dict[str, int]:
     """Returns the bytes that each device must exchange in a micro-batch, by kind of collective.
 
-    The formula is for remat "full" with all devices on the fsdp axis. The matrices of decoder
-    blocks and of the projector are gathered in the forward pass, and again in the backward pass,
-    which recomputes them. The matrices of a frozen vision tower and of the output layer are
-    gathered once. The gradients of all trained matrices are reduced and scattered once. The
-    embedding table is not gathered: its columns are sent to the devices that have the tokens, and
-    the gradients of the columns are sent back if the table is trained. A matrix that cannot be
-    sharded is on all devices, and its gradients are added up over all devices.
+    The formula is for memory.remat "full" with all devices on the fsdp axis. The matrices of the
+    decoder blocks and of the projector are gathered in the forward pass, and again in the backward
+    pass, which repeats the forward pass of each block. The matrices of a frozen vision tower and of
+    the output layer are gathered once. The gradients of all trained matrices are reduced and
+    scattered once. The embedding table is not gathered: its columns are sent to the devices that
+    have the tokens, and the gradients of the columns are sent back if the table is trained. A
+    matrix that cannot be sharded is on all devices, and its gradients are summed over all devices.
 
     Args:
         program: Program of the run.

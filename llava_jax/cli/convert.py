@@ -27,54 +27,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="llava-jax convert",
-        description="Converts checkpoints between the formats of Hugging Face, PEFT and LLaVA, and "
-        "from the format of XTuner. The format of the source is detected from its contents, not "
-        "from its name. Pickle files (.bin, .pth) are read, but nothing in them is executed.",
+        description="Converts checkpoints between the formats of Hugging Face, PEFT and LLaVA. "
+        "Checkpoints in XTuner's format can be converted to these formats. The format of the "
+        "source is detected from the contents of its files, not from their names. Pickle files "
+        "(.bin, .pth) are read without executing any code in them.",
     )
     parts = "llm=DIR,vision=DIR[,projector=FILE]"
-    sources = f"checkpoint to convert: a directory, a run's directory, a file, a hub id, or {parts}"
+    sources = "checkpoint to convert: the directory of a checkpoint or of a run, a file, an id on "
+    sources += f"the Hugging Face Hub, or {parts} for separate parts"
     parser.add_argument("source", type=source, help=sources)
     parser.add_argument(
-        "destination", type=Path, help="directory to write to; it must be new or empty"
+        "destination", type=Path, help="directory to write to; it must not exist, or must be empty"
     )
     forms = {
         "hf": "a LLaVA model for transformers, with the tensor names of versions 4.36 to 4.51, "
-        "which newer versions read too (a source that is only a decoder or only a vision tower "
-        "becomes a directory of the same kind)",
+        "which newer versions can also read (if the source contains only a decoder or only a "
+        "vision tower, this part is written in the format of transformers)",
         "hf5": "a LLaVA model with the tensor names of transformers 5",
         "peft": "a PEFT adapter",
-        "llava": "a directory that LLaVA's own code reads",
+        "llava": "a checkpoint for LLaVA's own code",
     }
-    help_to = "; ".join(f"{name}: {what}" for name, what in forms.items())
+    help_to = "format to write. " + "; ".join(f"{name}: {what}" for name, what in forms.items())
     parser.add_argument("--to", required=True, choices=forms, help=help_to)
     parser.add_argument(
         "--base",
         type=source,
-        help="model that the adapter or projector in the source was trained on, in any format",
+        help="base model with which the adapter or projector in the source was trained, in any "
+        "format (default: the base model given in the files of the source)",
     )
     merge = "merge the adapters into the base model, and check the merged weights and logits"
     parser.add_argument("--merge", action="store_true", help=merge)
-    era = "tensor names of a PEFT adapter: 5 for transformers 4.52 and later, 4 for older versions"
+    era = "tensor names in a PEFT adapter: 5 for transformers 4.52 and later, 4 for older versions"
     parser.add_argument("--era", type=int, choices=(4, 5), default=5, help=f"{era} (default: 5)")
-    alpha = (
-        "alpha of the decoder's LoRA adapters; needed for a .pth file, which does not contain it"
-    )
-    parser.add_argument("--alpha", type=float, help=alpha)
-    parser.add_argument(
-        "--vision-alpha",
-        type=float,
-        help="alpha of the vision tower's LoRA adapters; needed for a .pth file",
-    )
+    alpha = "alpha of the {}'s LoRA adapters (default: the alpha in the source; required for .pth "
+    alpha += "files, which do not contain the alpha)"
+    parser.add_argument("--alpha", type=float, help=alpha.format("decoder"))
+    parser.add_argument("--vision-alpha", type=float, help=alpha.format("vision tower"))
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="dtype of the written weights (default: the dtype in the source)",
     )
-    template = "chat template (default: from the source, or one that fits the decoder)"
+    template = "chat template to write (default: the chat template of the source; if the source "
+    template += "has none, a chat template that fits the decoder)"
     parser.add_argument("--template", choices=TEMPLATES, help=template)
-    aspect = (
-        "how images become square: with borders, cropped or squashed (default: as in the source)"
-    )
+    aspect = "how images become square: pad adds borders, crop cuts off the ends of the longer "
+    aspect += "side, squash changes the aspect ratio (default: as in the source)"
     parser.add_argument("--image-aspect", choices=("pad", "crop", "squash"), help=aspect)
     return parser.parse_args(argv)
 
@@ -86,7 +84,7 @@ def convert_given(given: argparse.Namespace) -> None:
         given: Arguments of the command.
 
     Raises:
-        ConfigError: The arguments do not fit the source, or the destination exists already.
+        ConfigError: The arguments are not allowed for this source, or the destination is not empty.
         CheckpointError: The source is damaged or cannot be written in this format.
         OSError: A file cannot be read or written.
     """
@@ -102,8 +100,8 @@ def convert_given(given: argparse.Namespace) -> None:
         if given.to != "hf" or odd:
             without = f" without {', '.join(odd)}" if odd else ""
             raise ConfigError(
-                f"{part.path} is only a decoder or a vision tower, not a LLaVA model; take --to hf"
-                f"{without}"
+                f"{part.path} contains only a decoder or only a vision tower, not a complete LLaVA "
+                f"model; use --to hf{without}"
             )
         convert_part(part, given.destination, given.dtype)
         return

@@ -22,14 +22,15 @@ from llava_jax.errors import CheckpointError, ConfigError, SampleError
 # them.
 TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa", "mmbench", "json")
 METRIC_NAMES = ("exact", "vqa", "relaxed", "yes_no")
-SHOWN = 5  # maximum number of printed questions that could not be asked
+SHOWN = 5  # maximum number of questions that could not be asked and are printed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0, or 1 if some questions could not be asked, or 2 for a user's mistake or Ctrl-C.
+        0 if all questions were asked, 1 if some questions could not be asked, 2 for a user's
+        mistake or Ctrl-C.
     """
     given = parse(argv)
     print_any_text()
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command continues the evaluation", file=sys.stderr)
+        text = "stopped by Ctrl-C; run the same command again to continue the evaluation"
+        print(text, file=sys.stderr)
     return 2
 
 
@@ -47,10 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
     parser = argparse.ArgumentParser(
         prog="llava-jax evaluate",
-        description="Asks a model the questions of a benchmark and scores its answers as LLaVA's "
-        "evaluation does. Writes answers.jsonl, scores.json and, for some benchmarks, the file to "
-        "submit to a server or scorer. If the command is stopped, run it again to continue. The "
-        "exit status is 0; or 1 if some questions could not be asked, which count as wrong; or 2 "
+        description="Asks a model the questions of a benchmark, and scores the answers in the same "
+        "way as LLaVA's evaluation scripts. Writes answers.jsonl, scores.json and, for some "
+        "benchmarks, a file to submit to the benchmark's server or scoring script. If the command "
+        "was stopped, run the same command again to continue. The exit status is 0 if all "
+        "questions were asked, 1 if some questions could not be asked (they count as wrong), and 2 "
         "if there is a mistake in the arguments.",
     )
     add = parser.add_argument
@@ -59,28 +62,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--task",
         required=True,
         choices=TASK_NAMES,
-        help="name of the benchmark; json takes the questions from your own data file (--data)",
+        help="name of the benchmark; json reads the questions from your own data file (--data)",
     )
     add(
         "--data",
         type=Path,
-        help="directory of the benchmark, with the layout that LLaVA's scripts expect; for --task "
-        "json, the data file",
+        help="directory of the benchmark, with the layout that LLaVA's evaluation scripts expect; "
+        "for --task json, your data file; not needed for easy_vqa",
     )
-    add("--image-root", type=Path, help="directory of the images, if they are not in --data")
-    add("--questions", type=Path, help="file with the questions, if it is not in --data")
-    add(
-        "--annotations",
-        type=Path,
-        help="file or directory with the expected answers, if it is not in --data",
-    )
+    place = "(default: found in the --data directory)"
+    images = "directory of the images (default: found in the --data directory; for --task json, "
+    images += "the directory of the data file)"
+    add("--image-root", type=Path, help=images)
+    add("--questions", type=Path, help=f"file that contains the questions {place}")
+    expected = f"file or directory that contains the expected answers {place}"
+    add("--annotations", type=Path, help=expected)
     add("--metric", choices=METRIC_NAMES, help="metric for --task json (default: exact)")
     add(
         "--output",
         type=Path,
         help="directory to write to (default: evaluations/CHECKPOINT/TASK)",
     )
-    add("--limit", type=int, help="number of questions to ask, from the first on (default: all)")
+    add(
+        "--limit",
+        type=int,
+        help="number of questions to ask, starting with the first (default: all)",
+    )
     add(
         "--slots",
         type=int,
@@ -92,13 +99,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(given: argparse.Namespace) -> int:
-    """Reads the questions, asks them, scores the answers and writes the files.
+    """Asks the model the questions of a benchmark, scores the answers and writes the files.
 
     Args:
         given: Arguments of the command.
 
     Returns:
-        0, or 1 if some questions could not be asked.
+        0 if all questions were asked, 1 if some questions could not be asked.
 
     Raises:
         ConfigError: An argument or a file of the benchmark is wrong.
@@ -136,16 +143,17 @@ def evaluate(given: argparse.Namespace) -> int:
         about = {"task": given.task, "metric": given.metric, "checkpoint": settings["checkpoint"]}
         write_scores(folder, about | counts | {"scores": scores})
         for number, reason in refused[:SHOWN]:
-            print(f"could not be asked: question {questions[number].id}: {reason}", file=sys.stderr)
+            text = f"question {questions[number].id} could not be asked: {reason}"
+            print(text, file=sys.stderr)
         if refused:
             print(
-                f"{len(refused)} of {count} could not be asked and count as wrong",
+                f"{len(refused)} of {count} questions could not be asked; they count as wrong",
                 file=sys.stderr,
             )
         if task.submit is not None and count == len(questions):
             print(f"wrote {task.submit(folder, answered, files)}")
         elif task.submit is not None:
-            print("no file to submit was written, because not all questions were asked")
+            print("the file to submit was not written, because --limit leaves out questions")
         return 1 if refused else 0
 
 
@@ -171,7 +179,7 @@ def write_scores(folder: Path, report: dict[str, Any]) -> None:
 
 
 def flat(scores: dict[str, Any], lead: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the names and values of nested scores; a name lists the keys on the way to a value."""
+    """Yields the name and value of each number in nested scores; a name joins all its keys."""
     for name, value in scores.items():
         if isinstance(value, dict):
             yield from flat(value, f"{lead}{name} ")
@@ -194,20 +202,24 @@ def check(given: argparse.Namespace) -> None:
     from llava_jax.evals.benchmarks.registry import TASKS
 
     if given.metric and given.task != "json":
-        raise ConfigError(f"--metric is for --task json; {given.task} has its own metric")
+        raise ConfigError(
+            f"--metric can only be used with --task json; the metric of {given.task} is fixed"
+        )
     for name in ("limit", "slots", "max_length"):
         value = getattr(given, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: the value must be 1 or more")
     needs = TASKS[given.task].needs
     if needs and find_spec(needs) is None:
-        raise ConfigError(f"{given.task} needs {needs}: pip install 'llava_jax[evaluate]'")
+        raise ConfigError(
+            f"--task {given.task} needs the package {needs}: pip install 'llava_jax[evaluate]'"
+        )
 
 
 def ask(
     given: argparse.Namespace, answers: Any, questions: Any, numbers: list[int], how: Any
 ) -> None:
-    """Loads the model, asks it questions and shows a progress bar.
+    """Loads the model, asks the model questions and shows a progress bar.
 
     Args:
         given: Arguments of the command.

@@ -9,12 +9,12 @@ from llava_jax.distributed.environment import prepare_for_training
 from llava_jax.jax_compat import PREALLOCATE
 
 DESCRIPTION = """\
-Checks on a GPU the programs that this package compiles for GPUs. The weights are random, and no
-file is read. The exit status is 0 if all checks pass, and 1 if a check fails.
+Checks the programs that this package compiles for GPUs, on the GPU of this machine. The weights are
+random, and no file is read. The exit status is 0 if all checks pass, and 1 if a check fails.
 
-1. Train steps with weights, optimizer and activations in host memory compute the same gradients as
-   train steps with everything on the device. XLA:GPU may compute wrong gradients without an error
-   (openxla/xla #46231).
+1. Train steps that keep weights, optimizer state and activations in host memory compute the same
+   gradients as train steps that keep everything in device memory. Because of a bug, XLA:GPU may
+   compute wrong gradients without an error (openxla/xla #46231).
 2. The attention kernels for GPUs compute the same results and gradients as plain attention.
 3. Train steps need as much memory as their plans predict.
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--small", action="store_true", help="skip the third check")
+    parser.add_argument("--small", action="store_true", help="skip check 3")
     parser.add_argument("--measure", help=argparse.SUPPRESS, nargs=2, metavar=("RUN", "LEVEL"))
     given = parser.parse_args(argv)
     prepare_for_training()
@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     if given.measure:
         print(json.dumps(measure_peak(given.measure[0], int(given.measure[1]))))
         return 0
-    # Otherwise this process takes the memory that the measured processes need.
+    # Otherwise this process reserves GPU memory that the measured processes need.
     os.environ[PREALLOCATE] = "false"
     well = check_all(small=given.small)
-    print("all checks pass" if well else "NOT all checks pass")
+    print("all checks passed" if well else "at least one check FAILED")
     return 0 if well else 1
 
 

@@ -1,4 +1,4 @@
-"""Runs the subcommand that `llava-jax` is called with.
+"""Runs the subcommand that is the first argument of `llava-jax`.
 
 Only the module of the subcommand is imported, and that module imports JAX only after it has parsed
 its arguments. Therefore every `--help` is quick.
@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a model",
     "plan": "compute whether a run fits into the memory of a device",
     "convert": "convert a checkpoint to another format",
-    "check-data": "read all samples of a data set and list the bad ones",
+    "check-data": "read all samples of a data set and list the bad samples",
     "chat": "chat with a model in the terminal",
     "serve": "serve a model with an OpenAI-compatible API and a web page",
     "evaluate": "score a model on a benchmark",
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version, which is looked up only if the option is given."""
+    """Action of --version: looks up the version of the package and prints it."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
         super().__init__(option_strings, dest, nargs=0, help=help)

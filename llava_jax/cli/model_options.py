@@ -13,10 +13,10 @@ _BITS = {"none": None, "nf4": "nf4", "nf4_double": "nf4_double", "int8": "int8"}
 
 
 def source(text: str) -> "str | Parts":
-    """Parses a source of weights; this is the `type` of an argument for argparse.
+    """Parses a source of weights; used as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: The text starts with "llm=" but is no valid list of parts.
+        ArgumentTypeError: The text starts with "llm=" but is not a valid list of parts.
     """
     from llava_jax.config import parse_source
     from llava_jax.errors import ConfigError
@@ -33,13 +33,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "checkpoint",
         type=source,
-        help="directory of a run, of an adapter or of a checkpoint in any format, or a hub id, or "
-        "llm=DIR,vision=DIR,projector=FILE",
+        help="directory of a run, of an adapter or of a checkpoint in any format, or an id on the "
+        "Hugging Face Hub, or llm=DIR,vision=DIR,projector=FILE for separate parts",
     )
     group.add_argument(
         "--base",
         type=source,
-        help="base model of the adapter (default: the base model that the adapter names)",
+        help="base model of the adapter (default: the base model given in the adapter's config)",
     )
     group.add_argument(
         "--dtype",
@@ -49,8 +49,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         choices=_BITS,
-        help="quantization of the decoder's weights (default: as in the run that trained the "
-        "checkpoint, otherwise none)",
+        help="quantization of the decoder's weights (default: the same as in the run that trained "
+        "the checkpoint; none if the checkpoint is not from a run of llava_jax)",
     )
     group.add_argument(
         "--max-length",
@@ -82,8 +82,8 @@ def chosen_quantisation(
 
     Args:
         given: Arguments with the options of `add_model_options`.
-        checkpoint: Checkpoint from `find_checkpoint`. Without --quantize, its weights are quantized
-            as in the run that trained it.
+        checkpoint: Checkpoint from `find_checkpoint`. Without --quantize, the function returns the
+            quantization of the run that trained the checkpoint.
     """
     from llava_jax.pretrained.resolve import quantisation_of
 
@@ -102,7 +102,7 @@ def load_assistant(
     """Loads a checkpoint with the options of `add_model_options`.
 
     Args:
-        given: Arguments with these options.
+        given: Arguments with the options of `add_model_options`.
         checkpoint: Checkpoint from `find_checkpoint`, with or without its adapter.
         slots: Maximum number of conversations that are answered at the same time.
         quantize: Quantization from `chosen_quantisation`.
@@ -127,11 +127,11 @@ def load_assistant(
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:
-    """Adds the options for generating answers, most of which `read_sampling` reads.
+    """Adds the options for generating answers; `read_sampling` reads most of these options.
 
     Args:
         parser: Parser that gets the options.
-        max_new_tokens: Default of --max-new-tokens; None leaves the default to the benchmark.
+        max_new_tokens: Default of --max-new-tokens; None means the limit of the benchmark.
     """
     group = parser.add_argument_group("the answers")
     most = "the benchmark's limit" if max_new_tokens is None else max_new_tokens
@@ -144,27 +144,29 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
     number = lambda name, default, text: group.add_argument(
         name, type=type(default), default=default, help=f"{text} (default: {default})"
     )
-    number("--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
+    number("--temperature", 0.0, "sampling temperature; 0 always chooses the most likely token")
     group.add_argument(
         "--top-k",
         type=int,
         help="number of the most likely tokens to sample from (default: all tokens)",
     )
-    number("--top-p", 1.0, "sample from the most likely tokens whose probabilities add up to this")
-    number("--repetition-penalty", 1.0, "values above 1 make tokens less likely to be repeated")
-    number("--seed", 0, "seed for sampling")
+    top_p = "sample from the most likely tokens whose probabilities add up to this value; 1 "
+    number("--top-p", 1.0, f"{top_p}samples from all tokens")
+    penalty = "factor that makes tokens less likely if they are already in the conversation; 1 has "
+    number("--repetition-penalty", 1.0, f"{penalty}no effect")
+    number("--seed", 0, "random seed for sampling")
     group.add_argument(
         "--stop",
         action="append",
         default=[],
-        help="text at which an answer ends; the option can be given several times",
+        help="text that ends an answer; the option can be given several times (default: none)",
     )
 
 
 def _at_least_one(text: str) -> int:
-    """Parses a number that must be at least 1, as the `type` of an argument."""
+    """Parses an integer that must be at least 1; used as the `type` of an argument."""
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: it must be at least 1")
+        raise argparse.ArgumentTypeError(f"{value}: the value must be at least 1")
     return value
 
 
@@ -172,10 +174,10 @@ def read_sampling(given: argparse.Namespace) -> "Sampling":
     """Returns the sampling settings from the options of `add_sampling_options`.
 
     Args:
-        given: Arguments with these options.
+        given: Arguments with the options of `add_sampling_options`.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is not allowed.
     """
     from llava_jax.generation.sampling import Sampling
 

@@ -24,18 +24,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0 if the run fits, 3 if the run does not fit, or 1 for a user's mistake.
+        0 if the run fits into the memory, 3 if the run does not fit, 1 for a user's mistake.
     """
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Compiles the train step of a run for a device and prints how much memory the "
-        "step needs. This machine does not need to have such a device. Every field of the config "
-        "can be set by an option, as for llava-jax train. The exit status is 0 if the run fits "
-        "into the memory, 3 if it does not fit, and 1 if there is a mistake in the arguments.",
+        description="Compiles the train step of a run for a type of device, and prints how much "
+        "memory the step needs. This machine does not need to have such a device. Like llava-jax "
+        "train, the command also accepts an option for every field of the config. The exit status "
+        "is 0 if the run fits into the memory, 3 if the run does not fit, and 1 if there is a "
+        "mistake in the arguments.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="config file or name of a preset")
-    rows = "print the rows of the table in docs/memory.md that have --count devices"
+    rows = "print the rows of the table in docs/memory.md whose number of devices is --count"
     what.add_argument("--table", action="store_true", help=rows)
     names = f"type of the devices: {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
@@ -43,19 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory",
         type=float,
-        help="memory of one device in GiB (default: the memory of this type of device)",
+        help="memory of one device in GiB (default: the memory of the device type)",
     )
-    parser.add_argument(
-        "--host-memory", type=float, help="host memory for all devices together, in GiB"
-    )
-    fit = "search for the fastest plan that fits; always on if memory.plan of the config is auto"
+    host = "host memory in GiB for all devices together (default: host memory is not checked)"
+    parser.add_argument("--host-memory", type=float, help=host)
+    fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
+    fit += "search only if memory.plan in the config is auto"
     parser.add_argument("--fit", action="store_true", help=fit)
-    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
-    parser.add_argument("--chart", type=Path, help="PNG file to draw the figures to, as bars")
+    parser.add_argument("--json", type=Path, help="JSON file for the results (default: no file)")
+    chart = "PNG file for a bar chart of the memory (default: no file)"
+    parser.add_argument("--chart", type=Path, help=chart)
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(given.count)
 
-    import jax  # only after the environment is prepared
+    import jax  # must be imported after the environment is prepared
 
     from llava_jax.config import parse_config
     from llava_jax.errors import CheckpointError, ConfigError
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
-    """Finds the plan, prints the memory that it needs and writes the files that the user named.
+    """Chooses a memory plan, prints the memory that the plan needs and writes the result files.
 
     Args:
         given: Arguments of the command.
@@ -115,10 +117,10 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
 
 
 def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", count: int) -> str:
-    """Returns a line that compares the FLOPs of the compiled step with those the model needs.
+    """Returns a line with the FLOPs that the model needs, and the ratio to the compiled step.
 
     Args:
-        chosen: Plan, and what its compiled step uses.
+        chosen: Plan, with the memory and the FLOPs of its compiled step.
         config: Config of the run.
         model: Sizes of the model.
         count: Number of devices.
@@ -130,15 +132,17 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
     images = 1 if config.data.max_images is None else config.data.max_images
     row = full_row(config, images_in_row(config.data, model, images))
     needed = model_flops(config, model, row) * config.batch.global_size / count
-    ratio = "" if chosen.usage.flops is None else f"; compiled, {chosen.usage.flops / needed:.3f} x"
-    return f"FLOPs needed: {needed:.3e} a device and optimizer step{ratio}"
+    ratio = ""
+    if chosen.usage.flops is not None:
+        ratio = f"; the compiled step has {chosen.usage.flops / needed:.3f} times as many"
+    return f"FLOPs that the model needs: {needed:.3e} per device and optimizer step{ratio}"
 
 
 def table(given: argparse.Namespace) -> int:
-    """Prints the rows of the table in docs/memory.md that have --count devices.
+    """Prints the rows of the table in docs/memory.md whose number of devices is --count.
 
-    Rows with another number of devices need another process, because a process compiles for several
-    devices in another way than for one device.
+    Rows with another number of devices need another process, because a process that is prepared for
+    several devices compiles differently from a process that is prepared for one device.
 
     Args:
         given: Arguments of the command.
@@ -155,7 +159,10 @@ def table(given: argparse.Namespace) -> int:
     rows = [row for row in ROWS if row.count == given.count]
     if not rows:
         counts = ", ".join(str(count) for count in sorted({row.count for row in ROWS}))
-        raise ConfigError(f"--count {given.count}: the table has only rows of {counts} devices")
+        raise ConfigError(
+            f"--count {given.count}: the table has no row for this number of devices; choose from "
+            f"{counts}"
+        )
     print(HEADER)
     found = []
     for row in rows:
@@ -170,12 +177,12 @@ def table(given: argparse.Namespace) -> int:
 
 
 def write(given: argparse.Namespace, figures: object, bars: list[tuple[str, "Usage"]]) -> None:
-    """Writes the figures to the files that the arguments name.
+    """Writes the results to the files given by --json and --chart.
 
     Args:
         given: Arguments of the command.
         figures: Content of the JSON file.
-        bars: Label and memory of each bar of the chart.
+        bars: Label and memory of each bar in the chart.
     """
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -191,17 +198,17 @@ def devices_that_would(plan: "Plan", measure: Callable[..., "Usage"], count: int
     Args:
         plan: Plan that does not fit on `count` devices.
         measure: Function that measures a plan on a number of devices.
-        count: Number of devices; it is doubled until the plan fits.
+        count: Number of devices, which is doubled until the plan fits.
     """
     from llava_jax.errors import ConfigError
 
     while (count := 2 * count) <= MAX_DEVICES:
         try:
             if measure(plan, count).fits:
-                return f"it would fit on {count} of these devices"
-        except ConfigError:  # there is no slice of this size, or the batch cannot be divided
+                return f"the plan would fit on {count} of these devices"
+        except ConfigError:  # no TPU slice has this size, or the batch cannot be divided
             continue
-    return f"it would not fit on {MAX_DEVICES} of these devices either"
+    return f"the plan would not fit on {MAX_DEVICES} of these devices either"
 
 
 if __name__ == "__main__":

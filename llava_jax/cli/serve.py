@@ -16,19 +16,19 @@ from llava_jax.cli.model_options import (
     load_assistant,
 )
 
-INSTALL = "serving needs more packages: pip install 'llava_jax[serve]'"
+INSTALL = "serving needs packages that are not installed: pip install 'llava_jax[serve]'"
 ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
-"""Matches an origin in the form in which browsers send it, without a default port."""
+"""Matches an origin as browsers send it: in lower case, and without the default port."""
 KEY_VARIABLE = "LLAVA_JAX_API_KEY"
 GRACE = 10
-"""Number of seconds that answers in progress may still take after a signal to stop."""
+"""Number of seconds that unfinished answers may still take after a signal to stop."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
     Returns:
-        0 after a signal to stop, or 1 for a user's mistake, a bad checkpoint or a missing package.
+        0 after a signal to stop, 1 for a user's mistake, a bad checkpoint or a missing package.
     """
     given = parse(argv)
     try:
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     from llava_jax.errors import CheckpointError, ConfigError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
+    # uvicorn sends SIGTERM to this process again when the server has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with bind(given) as listener:
             run(given, listener)
@@ -62,7 +63,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
         listener: Socket from `bind`.
 
     Raises:
-        ConfigError: An option does not fit the model.
+        ConfigError: An option is not allowed for this model.
         CheckpointError: A checkpoint cannot be used.
     """
     import uvicorn
@@ -85,7 +86,9 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         http=connections.protocol(),  # pyright: ignore[reportArgumentType]
-        proxy_headers=bool(given.allow_origin),  # without a proxy, clients could forge these
+        proxy_headers=bool(
+            given.allow_origin
+        ),  # without a proxy, clients could forge these headers
         ws="none",
         loop="asyncio",
         log_level="warning",
@@ -101,7 +104,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
     def handle_exit(sig: int, frame: Any) -> None:
         service.ending.set()
-        connections.end_in(GRACE - 2)  # two seconds before uvicorn cancels their tasks
+        connections.end_in(GRACE - 2)  # two seconds before uvicorn cancels the tasks
         end(sig, frame)
 
     server.handle_exit = handle_exit
@@ -113,60 +116,71 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llava-jax serve",
         description="Serves a model over HTTP: OpenAI's chat completions at /v1, a web page at /, "
-        "and also /health and /metrics. Without --api-key, everyone who reaches the port can use "
-        "the server. Therefore it then listens on this machine only, unless --no-auth is given.",
+        "and also /health and /metrics. Without an API key, everyone who can reach the port can "
+        "use the server. Therefore a server without an API key can be reached only from this "
+        "machine, unless --no-auth is given.",
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--name", help="name of the model for clients (default: the name of its directory)")
+    add(
+        "--name",
+        help="model name that clients use (default: the name of the checkpoint's directory)",
+    )
     add(
         "--compare",
         action="store_true",
-        help="serve the base model of the adapter too, which needs memory for a second model",
+        help="also serve the base model of the adapter; this needs memory for a second model",
     )
     add("--no-page", action="store_true", help="serve the API without the web page")
     add(
         "--remote-images",
         action="store_true",
-        help="fetch images from public http(s) URLs (default: off)",
+        help="fetch images from public http and https URLs that clients send (default: accept only "
+        "images that are part of the request)",
     )
     add(
         "--host",
         default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, which only this machine can reach); "
-        "0.0.0.0 can be reached from all networks and needs a key or --no-auth",
+        help="IP address to listen on (default: 127.0.0.1, which can be reached only from this "
+        "machine); 0.0.0.0 can be reached from all networks, and requires --api-key or --no-auth",
     )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
-        help="key that clients must send as `Authorization: Bearer KEY`, or type as the password "
-        "if the browser asks for it. Other users of this machine can see this option, but not the "
-        f"environment variable {KEY_VARIABLE}, which does the same",
+        help="API key that clients must send as `Authorization: Bearer KEY`, or enter as the "
+        "password if the browser asks for a password (default: the value of the environment "
+        f"variable {KEY_VARIABLE}, or no key). Other users of this machine can see the options of "
+        "a command, but not its environment variables",
     )
     add(
         "--no-auth",
         action="store_true",
-        help="allow other machines to connect without a key: everyone who reaches the port can use "
-        "the server",
+        help="allow other machines to connect without an API key: everyone who can reach the port "
+        "can use the server",
     )
     add(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="origin whose web pages may use the server, for example https://chat.example.org. "
-        "Requests to this host name are accepted too, as a proxy needs them. The option can be "
-        "given several times",
+        help="origin of other web pages that may use the server, for example "
+        "https://chat.example.org (default: none). Requests to the host name of the origin are "
+        "also accepted, because a reverse proxy sends such requests. The option can be given "
+        "several times",
     )
     for name, default, text in (
-        ("--port", 7860, "port to listen on; 0 takes any free port"),
+        ("--port", 7860, "port to listen on; 0 chooses a free port"),
         ("--slots", 8, "number of conversations that are answered at the same time"),
         ("--max-new-tokens", 1024, "maximum number of tokens of an answer"),
         ("--max-images", 4, "maximum number of images in a conversation"),
         ("--max-image-mib", 12.0, "maximum size of an image file in MiB"),
         ("--max-image-side", 8192, "maximum length of an image's longer side in pixels"),
-        ("--max-body-mib", 20.0, "maximum size of a request in MiB"),
-        ("--max-queue", 64, "maximum number of waiting requests; others get the status 429"),
+        ("--max-body-mib", 20.0, "maximum size of a request body in MiB"),
+        (
+            "--max-queue",
+            64,
+            "maximum number of waiting requests; others get HTTP status 429",
+        ),
         ("--max-client-queue", 32, "maximum number of waiting requests from one IP address"),
         ("--max-seconds", 300.0, "maximum number of seconds that a request may take"),
     ):
@@ -178,24 +192,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Checks the values of options, strips spaces from the key and makes origins lower-case.
+    """Checks option values, strips spaces from the API key and converts origins to lower case.
 
     Args:
-        given: Arguments of the command; the key and the origins are changed in place.
+        given: Arguments of the command; the API key and the origins are changed in place.
         parser: Parser that reports errors.
 
     Raises:
         SystemExit: A value is not allowed (status 2).
     """
     if given.name is not None and not (given.name and given.name.isprintable()):
-        parser.error(f"--name {given.name!a}: it must be printable and not empty")
+        parser.error(f"--name {given.name!a}: the name must be printable and not empty")
     for name, value in vars(given).items():
         if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
-            parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0")
+            parser.error(f"--{name.replace('_', '-')} {value}: the value must be above 0")
     if given.api_key is not None:
         given.api_key = given.api_key.strip()
         if not given.api_key.isprintable() or not given.api_key:
-            parser.error("the API key is empty or contains characters that cannot be printed")
+            parser.error(
+                f"the API key from --api-key or {KEY_VARIABLE} is empty, or contains characters "
+                "that cannot be printed"
+            )
     given.allow_origin = [origin.lower() for origin in given.allow_origin]
     for origin in given.allow_origin:
         if not ORIGIN.fullmatch(origin):
@@ -206,19 +223,22 @@ def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 
 def bind(given: argparse.Namespace) -> socket.socket:
-    """Returns a socket that is bound to the address, so that errors come before models are loaded.
+    """Returns a socket that is bound to the address that the arguments name.
+
+    A wrong address is reported before models are loaded.
 
     Args:
         given: Arguments of the command.
 
     Raises:
-        ConfigError: The address is not free, or other machines could reach a server without a key.
+        ConfigError: The address cannot be used, or other machines could reach a server without an
+            API key.
     """
     from llava_jax.errors import ConfigError
 
     host = given.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio disables Nagle's algorithm only if the protocol of the socket is given as TCP.
+    # asyncio disables Nagle's algorithm only if the socket was created with the protocol TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -226,7 +246,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
         address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
         if not (address.is_loopback or given.api_key or given.no_auth):
             raise ConfigError(
-                f"--host {host!r} lets other machines connect, and there is no key: set "
+                f"--host {host!r} lets other machines connect, and there is no API key: set "
                 f"{KEY_VARIABLE} (or give --api-key), or give --no-auth if everyone may "
                 "use the server"
             )
@@ -240,7 +260,7 @@ def bind(given: argparse.Namespace) -> socket.socket:
 
 
 def limits(given: argparse.Namespace) -> Any:
-    """Returns the limits of requests that the arguments set."""
+    """Returns the limits of requests that the options set."""
     from llava_jax.serving.limits import MIB, Limits
 
     return Limits(
@@ -266,7 +286,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
         given: Arguments of the command.
 
     Raises:
-        ConfigError: An option does not fit the model.
+        ConfigError: An option is not allowed for this model.
         CheckpointError: A checkpoint cannot be used.
     """
     from llava_jax.config import format_source, parse_source
@@ -279,7 +299,8 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     if given.compare:
         if checkpoint.adapter is None:
             raise ConfigError(
-                f"--compare: {format_source(given.checkpoint)} is not an adapter, so it has no base"
+                f"--compare needs an adapter, but {format_source(given.checkpoint)} is a whole "
+                "model without a base model; leave out --compare"
             )
         name = model_name(parse_source(checkpoint.name))
         found[f"{name}-base" if name in found else name] = checkpoint._replace(adapter=None)
@@ -292,10 +313,11 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def warm_up(assistant: Any) -> None:
-    """Compiles what most requests need: prompts with and without an image, and the decoding step.
+    """Compiles the programs for prompts without images, prompts with one image, and decoding.
 
     Raises:
-        ConfigError: An image and a question do not fit into the maximum length.
+        ConfigError: The model cannot answer a short question about an image, for example because
+            the maximum length is too small.
     """
     from PIL import Image
 
@@ -310,7 +332,8 @@ def warm_up(assistant: Any) -> None:
             for _ in assistant.stream(Prompt((turn,), images), max_new_tokens=2):
                 pass
         except SampleError as error:
-            raise ConfigError(f"an image and a question do not fit: {error}") from error
+            text = f"the model cannot answer a short question about an image: {error}"
+            raise ConfigError(text) from error
 
 
 if __name__ == "__main__":

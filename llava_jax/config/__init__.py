@@ -1,4 +1,4 @@
-"""Defines the config of a run: its recipe and plan, the sizes of its model, and its weights."""
+"""Defines the config of a run: recipe, plan, sizes of the model and source of the weights."""
 
 from llava_jax.config.command_line import load_config, parse_config
 from llava_jax.config.model import (

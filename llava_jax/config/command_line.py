@@ -1,4 +1,4 @@
-"""Loads config files and overrides their fields by options of the command line."""
+"""Loads config files and overrides their fields with command-line options."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
     Raises:
         ConfigError: The file or preset does not exist, the file does not set `config` to a
-            `TrainConfig`, or it sets a field that does not exist.
+            `TrainConfig`, or the file sets a field that does not exist.
     """
     if not Path(path).is_file():
         preset = find_preset(str(path))
@@ -36,12 +36,15 @@ def load_config(path: str | Path) -> TrainConfig:
     except TypeError as error:
         raise ConfigError(f"{path}: {_suggest_field(str(error))}") from error
     if not isinstance(config, TrainConfig):
-        raise ConfigError(f"{path}: must set `config` to a llava_jax.config.TrainConfig")
+        raise ConfigError(f"{path} must set `config` to a llava_jax.config.TrainConfig")
     return config
 
 
 def _suggest_field(message: str) -> str:
-    """Returns Python's message about an unknown field with the most similar field's name added."""
+    """Returns an error message for an unknown field, with the name of the most similar field.
+
+    If `message` is not Python's error about an unknown field, it is returned unchanged.
+    """
     found = re.search(
         r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
     )
@@ -52,13 +55,13 @@ def _suggest_field(message: str) -> str:
     meant = [c for c in classes if c.__name__ == found[1]] or classes
     fields = {field.name: c.__name__ for c in meant for field in dataclasses.fields(c)}
     near = difflib.get_close_matches(found[2], fields, n=1, cutoff=0.0)[0]
-    return f"no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
+    return f"there is no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
 
 
 def parse_config(
     argv: Sequence[str] | None = None, *, prog: str = "llava-jax train"
 ) -> TrainConfig:
-    """Loads the config that `--config FILE` names and overrides the fields that have an option.
+    """Loads the config file given by `--config FILE` and overrides fields with the other options.
 
     The option `--optimizer.learning-rate 1e-4`, for example, sets `optimizer.learning_rate`.
 
@@ -69,20 +72,20 @@ def parse_config(
     Raises:
         ConfigError: The config file is missing or wrong, or a field has a value that is not
             allowed.
-        SystemExit: The command line is wrong (status 2), or the user asked for help (status 0).
+        SystemExit: The command line is wrong (status 2), or it asks for help (status 0).
     """
     first = argparse.ArgumentParser(
         prog=prog,
         description="Trains a LLaVA model. Every field of the config can be set by an option, for "
-        "example --optimizer.learning-rate 1e-4. `--config FILE --help` lists all fields and the "
-        "values that the config gives them.",
+        "example --optimizer.learning-rate 1e-4. `--config FILE --help` lists all fields and their "
+        "values in this config.",
         epilog=f"Presets: {', '.join(preset_names())}.",
         add_help=False,
     )
     first.add_argument(
         "--config",
         metavar="FILE",
-        help="config file, for example configs/7b_lora.py, or name of a preset",
+        help="path of a config file, for example configs/7b_lora.py, or name of a preset",
     )
     found, rest = first.parse_known_args(argv)
     if found.config is None:

@@ -1,4 +1,4 @@
-"""Defines the metadata that the types of config fields have, and checks configs against them.
+"""Defines metadata for the types of config fields, and checks configs against this metadata.
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")]
     memory: Annotated[MemoryConfig, PLAN]
@@ -8,7 +8,7 @@ A `Bound` says which values are allowed and why, and a `Role` says what the fiel
 `check_fields` and `field_paths` read this metadata.
 
 The validators of beartype (`Annotated[int, Is[...]]`) could check bounds as well, but their errors
-show the code of the check instead of what the value must be and why.
+show the code of the check instead of the allowed values and the reason.
 """
 
 import dataclasses
@@ -24,7 +24,9 @@ from llava_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Says what a field decides. A field without a role has the role of its group, or `RECIPE`.
+    """What the value of a config field decides, for example what is learned (`RECIPE`).
+
+    A field without a role has the role of its group, or else the role `RECIPE`.
 
     Attributes:
         name: Name of the role.
@@ -49,7 +51,7 @@ OBSERVED = Role("observed", may_change=True, may_differ=False, is_ignored_by_pla
 """The field decides how the run is named, saved, measured, shown or stopped."""
 
 RESOLVED = Role("resolved", may_change=True, may_differ=False, is_ignored_by_plan=True)
-"""The field is only used to compute another field, and a resumed run compares that field."""
+"""The field only determines another field; a resumed run compares that other field instead."""
 
 LOCATION = Role("location", may_change=True, may_differ=True, is_ignored_by_plan=True)
 """The field says where files are. A resumed run compares the contents of the files instead."""
@@ -59,7 +61,7 @@ MACHINE = Role("machine", may_change=True, may_differ=True, is_ignored_by_plan=T
 
 
 class IgnoredByPlan:
-    """Type of the mark for a recipe or plan field that does not affect a train step's memory."""
+    """Type of `IGNORED_BY_PLAN`, which marks fields that do not affect a train step's memory."""
 
 
 IGNORED_BY_PLAN = IgnoredByPlan()
@@ -71,7 +73,7 @@ class Bound:
 
     Attributes:
         allows: Function that returns True if a value is allowed.
-        text: What a value must be, in the words of the error message.
+        text: Text that completes "it must be ..." in the error message.
         reason: Reason for the condition, in a few words.
     """
 
@@ -81,7 +83,7 @@ class Bound:
 
 
 def at_least(minimum: int, reason: str) -> Bound:
-    """Returns the condition that a number is not smaller than `minimum`."""
+    """Returns the condition that a number must be at least `minimum`."""
     return Bound(lambda value: value >= minimum, f"at least {minimum}", reason)
 
 
@@ -111,7 +113,7 @@ def read_fields(config_class: type, role: Role = RECIPE) -> tuple[Field, ...]:
 
     Args:
         config_class: Dataclass whose fields are read.
-        role: Role of the fields that have no role of their own.
+        role: Role of the fields whose metadata contains no role.
     """
     found = []
     plain = get_type_hints(config_class)
@@ -127,11 +129,12 @@ def read_fields(config_class: type, role: Role = RECIPE) -> tuple[Field, ...]:
 def field_paths(config_class: type, is_wanted: Callable[[Field], bool]) -> frozenset[str]:
     """Returns the dotted names of all fields for which `is_wanted` returns True.
 
-    If it returns True for a group, the result has the group's name instead of its fields.
+    If `is_wanted` returns True for a group, the result contains the name of the group instead of
+    the names of its fields.
 
     Args:
         config_class: Dataclass whose fields are searched, including those of nested dataclasses.
-        is_wanted: Function that decides about one field.
+        is_wanted: Function that takes a field and returns True if the field is wanted.
     """
 
     def walk(config_class: type, role: Role, prefix: str) -> Iterator[str]:
@@ -145,7 +148,7 @@ def field_paths(config_class: type, is_wanted: Callable[[Field], bool]) -> froze
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Checks each field, also in nested dataclasses, against its type and its bounds.
+    """Checks the value of each field, also in nested dataclasses, against its type and bounds.
 
     Args:
         config: Instance of a dataclass.
@@ -157,7 +160,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for field in read_fields(type(config)):
         path, value = prefix + field.name, getattr(config, field.name)
         check_text(value, path)
-        # A dataclass does not check the types of its fields, and a config file may pass any value.
+        # Dataclasses do not check the types of their fields, and a config file may pass any value.
         if not is_bearable(value, field.type, conf=BeartypeConf(is_pep484_tower=True)):
             raise ConfigError(f"{path} = {value!r}: it must be {_describe_type(field.type)}")
         for bound in field.bounds:
@@ -168,15 +171,15 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def check_text(value: Any, path: str) -> None:
-    """Checks that a text can be used in paths, files and tokenizers; ignores other values.
+    """Checks that a string can be used in paths, files and tokenizers.
 
     Args:
-        value: Value of a field.
+        value: Value of a field; only strings are checked.
         path: Dotted name of the field, for the error message.
 
     Raises:
-        ConfigError: The text contains a NUL character or a lone surrogate. Python puts lone
-            surrogates into file names that are not UTF-8.
+        ConfigError: The string contains a NUL character or a lone surrogate. Python represents
+            file names that are not UTF-8 with lone surrogates.
     """
     if not isinstance(value, str):
         return
@@ -184,9 +187,9 @@ def check_text(value: Any, path: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         bad = ascii(error.object[error.start])
-        raise ConfigError(f"{path} = {value!a}: {bad} is not a whole character") from None
+        raise ConfigError(f"{path} = {value!a}: {bad} is not a complete character") from None
     if "\0" in value:
-        raise ConfigError(f"{path} = {value!a}: it has a NUL character")
+        raise ConfigError(f"{path} = {value!a}: it contains a NUL character")
 
 
 def _describe_type(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""Defines the sizes of a model, with the field names of Hugging Face's configs."""
+"""Defines the sizes of a model, with the same field names as Hugging Face's configs."""
 
 import dataclasses
 from typing import Literal
@@ -15,7 +15,7 @@ VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class VisionConfig:
     """Sizes of the vision tower, which is a CLIP or SigLIP vision transformer.
 
-    The field names are those of Hugging Face's configs.
+    The fields have the same names as in Hugging Face's configs.
 
     Attributes:
         image_size: Width and height of an image in pixels.
@@ -27,8 +27,8 @@ class VisionConfig:
         hidden_act: Name of the activation function, as in Hugging Face's configs.
         layer_norm_eps: Number that layer norms add to the variance.
         model_type: Architecture of the vision tower.
-        vision_use_head: Whether the weights have SigLIP's pooling head. It is never computed, but
-            saved checkpoints contain it.
+        vision_use_head: Whether the weights include SigLIP's pooling head. This package never uses
+            the pooling head, but keeps its weights in saved checkpoints.
     """
 
     image_size: int = 336
@@ -49,7 +49,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Number of whole patches of an image; an incomplete row or column is left out."""
+        """Number of patches of an image; incomplete patches at the edges are left out."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -62,14 +62,14 @@ class VisionConfig:
 class RopeScaling:
     """Scaling of the rotary frequencies as in Llama 3.1.
 
-    The field names are those of Hugging Face's `rope_scaling`.
+    The fields have the same names as in Hugging Face's `rope_scaling`.
 
     Attributes:
         factor: Number that low frequencies are divided by.
-        low_freq_factor: Frequencies with at most this number of turns in the original context
+        low_freq_factor: Frequencies that make at most this number of turns in the original context
             length are divided by `factor`.
-        high_freq_factor: Frequencies with at least this number of turns in the original context
-            length are kept. Frequencies in between are interpolated.
+        high_freq_factor: Frequencies that make at least this number of turns in the original
+            context length are not changed. Frequencies in between are interpolated.
         original_max_position_embeddings: Original context length in tokens.
     """
 
@@ -83,7 +83,7 @@ class RopeScaling:
 class LlmConfig:
     """Sizes of the decoder, which is a LLaMA, Mistral or Qwen2 model.
 
-    The field names are those of Hugging Face's configs.
+    The fields have the same names as in Hugging Face's configs.
 
     Attributes:
         vocab_size: Number of rows of the embedding table.
@@ -99,8 +99,8 @@ class LlmConfig:
         rope_scaling: Scaling of the rotary frequencies; None does not scale them.
         tie_word_embeddings: Whether the output layer shares its weights with the embedding table.
         model_type: Architecture of the decoder.
-        sliding_window: Number of tokens that a token of Mistral attends to, including itself.
-            Longer sequences are refused. None sets no limit.
+        sliding_window: Number of tokens that each token attends to in a Mistral model, including
+            the token itself. Longer sequences are refused. None sets no limit.
     """
 
     vocab_size: int = 32064
@@ -133,8 +133,8 @@ class ModelConfig:
         llm: Sizes of the decoder.
         image_token_id: Token id that stands for an image in a prompt.
         pad_token_id: Token id of padding.
-        vision_feature_layer: Index of the vision tower's hidden state that the projector takes. 0
-            is the input of the first block, and -1 the output of the last block.
+        vision_feature_layer: Index of the vision tower's hidden state that is the input of the
+            projector. Index 0 is the input of the first block, and -1 the output of the last block.
         vision_feature_select_strategy: "default" drops the first position of the vision tower's
             output, which is CLIP's class token; "full" keeps all positions.
         projector_hidden_act: Name of the projector's activation function, as in Hugging Face's
@@ -151,18 +151,18 @@ class ModelConfig:
 
     @property
     def used_vision_layers(self) -> int:
-        """Number of vision blocks that compute hidden_states[vision_feature_layer].
+        """Number of vision blocks that are needed to compute hidden_states[vision_feature_layer].
 
         Raises:
-            ConfigError: The vision tower has no hidden state with this index, or it is the input of
-                the first block.
+            ConfigError: The vision tower has no hidden state with this index, or the hidden state
+                is the input of the first block.
         """
         layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
         used = layer if layer >= 0 else depth + 1 + layer
         if not 0 < used <= depth:
             raise ConfigError(
-                f"vision_feature_layer {layer} of a vision tower with {depth} layers is not the "
-                f"output of a layer; take 1 to {depth}, or -{depth} to -1"
+                f"vision_feature_layer {layer} is not the output of one of the {depth} layers of "
+                f"the vision tower; set it to 1 to {depth}, or to -{depth} to -1"
             )
         return used
 
@@ -170,8 +170,8 @@ class ModelConfig:
     def image_tokens(self) -> int:
         """Number of tokens that an image takes in a sequence.
 
-        As in Hugging Face's LLaVA, the strategy "default" drops the first position: the class token
-        of CLIP, but the first patch of SigLIP, which has no class token.
+        As in Hugging Face's LLaVA, the strategy "default" drops the first position. With CLIP, this
+        is the class token. With SigLIP, which has no class token, this is the first patch.
         """
         return self.vision.num_positions - (self.vision_feature_select_strategy == "default")
 
@@ -190,7 +190,7 @@ LLAVA_13B = ModelConfig(
 )
 
 
-# The vocabulary is larger than that of Llama-3-8B, so that it has an image and a padding token.
+# The vocabulary of Llama-3-8B is extended by an image token and a padding token.
 LLAVA_LLAMA3_8B = ModelConfig(
     llm=LlmConfig(
         vocab_size=128_320,

@@ -35,7 +35,7 @@ def suggest_preset(path: str) -> str:
     names = preset_names()
     stem = Path(path).stem
     if stem in names:
-        return f"the preset with this name is `--config {stem}`"
+        return f"to use the preset with this name, write `--config {stem}`"
     if near := difflib.get_close_matches(stem, names, n=1):
         return f"did you mean the preset `--config {near[0]}`?"
-    return f"give a file, or the name of a preset: {', '.join(names)}"
+    return f"give the path of a config file or the name of a preset: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Parses and formats sources of weights: a checkpoint, or separate parts of a checkpoint."""
+"""Parses and formats sources of weights: one checkpoint, or one checkpoint per model part."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ class Parts:
         llm: Directory or hub id of the decoder.
         vision: Directory or hub id of the vision tower.
         projector: File or directory of the projector. None takes the projector in the directory
-            `llm`, if there is one, or a new projector in training.
+            `llm`. If that directory has no projector, training initializes a new projector.
     """
 
     llm: str
@@ -28,11 +28,12 @@ class Parts:
 def parse_source(text: str) -> str | Parts:
     """Parses a source: a path, a hub id, or `llm=DIR,vision=DIR[,projector=FILE]`.
 
-    Only code that receives a text from outside calls this function: command lines, arguments of the
-    public functions, and files that name a base model. All other code passes the result on.
+    This function is only called where a source enters the package as text: on command lines, in
+    arguments of public functions, and in files that name a base model. All other code uses the
+    parsed source.
 
     Raises:
-        ConfigError: The text starts with "llm=" but is no valid list of parts.
+        ConfigError: The text starts with "llm=" but is not a valid list of parts.
     """
     if not text.startswith("llm="):
         return text
@@ -43,13 +44,13 @@ def parse_source(text: str) -> str | Parts:
     names = [field.name for field in dataclasses.fields(Parts)]
     unknown = [name for name in given if name not in names]
     if unknown or not given.keys() >= {"llm", "vision"}:
-        what = f"unknown part {unknown[0]!r}" if unknown else "llm and vision are needed"
-        raise ConfigError(f"{text!r}: {what}; the form is llm=DIR,vision=DIR[,projector=FILE]")
+        what = f"unknown part {unknown[0]!r}" if unknown else "llm and vision are required"
+        raise ConfigError(f"{text!r}: {what}; the format is llm=DIR,vision=DIR[,projector=FILE]")
     return Parts(**given)
 
 
 def format_source(source: str | Path | Parts | None) -> str:
-    """Returns the text from which `parse_source` reads this source."""
+    """Formats a source as text; the inverse of `parse_source`."""
     if not isinstance(source, Parts):
         return str(source)
     parts = dataclasses.asdict(source).items()
@@ -57,7 +58,7 @@ def format_source(source: str | Path | Parts | None) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Returns the text of a source with local paths made absolute and hub ids unchanged."""
+    """Makes the local paths in the text of a source absolute; hub ids stay unchanged."""
     parts = parse_source(source)
     if isinstance(parts, Parts):
         places = {name: place and absolute_source(place) for name, place in vars(parts).items()}

@@ -46,9 +46,10 @@ class TuneConfig:
     """Which parts of the model are trained, and how.
 
     Attributes:
-        llm: How the decoder is trained: not at all, with LoRA adapters, or in full.
-        vision: How the vision tower is trained: not at all, with LoRA adapters, or in full.
-        projector: Whether the projector is trained in full or not at all.
+        llm: How the decoder is trained: "frozen" trains nothing, "lora" trains adapters, and "full"
+            trains all weights.
+        vision: How the vision tower is trained, with the same values as tune.llm.
+        projector: How the projector is trained: "frozen" trains nothing, "full" all weights.
     """
 
     llm: Tuning = "lora"
@@ -62,8 +63,8 @@ class LoraConfig:
 
     Attributes:
         rank: Rank of the adapter matrices A and B.
-        alpha: Scale of the adapters; their output is multiplied by alpha / rank.
-        dropout: Dropout rate of the inputs of the adapters.
+        alpha: Scale of the adapters: the output of each adapter is multiplied by alpha / rank.
+        dropout: Dropout rate for the inputs of the adapters.
         targets: Names of the linear layers that get an adapter.
     """
 
@@ -71,20 +72,18 @@ class LoraConfig:
     alpha: float = 256.0
     dropout: Annotated[
         float,
-        Bound(
-            lambda rate: 0 <= rate < 1, "0 or more, and below 1", "it is the share of zeroed inputs"
-        ),
+        Bound(lambda rate: 0 <= rate < 1, "at least 0 and less than 1", "it is a probability"),
     ] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """One of several data sets that a run trains on together.
+    """One of several data sets that are mixed for training.
 
     Attributes:
-        path: Data files of this data set, in any form that `DataConfig.path` may have.
-        image_root: Directory or fsspec URL that relative image paths of this data set start from.
+        path: Data of this data set, in any form that `DataConfig.path` accepts.
+        image_root: Directory or fsspec URL to which image paths in the records are relative.
         weight: Number of times that an epoch contains each record. With 0.5, an epoch contains half
             of the records, and the next epoch the other half.
     """
@@ -92,7 +91,8 @@ class DataSet:
     path: str
     image_root: str = ""
     weight: Annotated[
-        float, Bound(lambda weight: 0 < weight < math.inf, "above 0", "or leave this data set out")
+        float,
+        Bound(lambda weight: 0 < weight < math.inf, "above 0", "to skip this data set, remove it"),
     ] = 1.0
 
     def __post_init__(self):
@@ -104,37 +104,37 @@ class DataConfig:
     """The training data and the evaluation data.
 
     Attributes:
-        path: Data file, directory of data files, or pattern ("data/train-*.parquet"). A file is a
-            JSON list, JSON lines or Parquet, as detected from its contents, with records in LLaVA's
-            format or with "messages". It may be at an fsspec URL (gs://, s3://). The name
-            "easy_vqa:train[:FORM...]" selects easy-VQA from its PyPI package.
-        image_root: Directory or fsspec URL that relative image paths of the records start from.
-        mixture: Data sets to train on together, instead of `path` and `image_root`.
-        follow_links: Allow symbolic links in data.image_root that lead to images outside of it.
-        template: Name of the chat template; data/templates.py defines the templates.
-        image_aspect: How an image becomes square: "pad" adds borders of the mean color, "crop"
+        path: Data file, directory of data files, or glob pattern such as "data/train-*.parquet".
+            Files contain a JSON list, JSON lines or Parquet; records have LLaVA's format or a field
+            "messages". fsspec URLs (gs://, s3://) also work. The value "easy_vqa:train[:FORM...]"
+            selects the data set easy-VQA from its PyPI package.
+        image_root: Directory or fsspec URL to which image paths in the records are relative.
+        mixture: Data sets to mix for training, instead of `path` and `image_root`.
+        follow_links: Allow symbolic links in data.image_root to images outside of that directory.
+        template: Name of the chat template, as defined in llava_jax/data/templates.py.
+        image_aspect: How an image is made square: "pad" adds borders of the mean color, "crop"
             keeps the center, and "squash" scales width and height separately, as SigLIP does.
-        image_decode: How training images are decoded: "exact" at full size, "draft" at a half, a
-            quarter or an eighth of the size if a JPEG is much larger than needed. "draft" reads
-            large JPEGs twice as fast and changes pixels by 0.5 to 2.5 of 255 levels on average.
+        image_decode: Size at which training images are decoded. "exact" uses the full size. "draft"
+            decodes JPEGs that are much larger than needed at 1/2, 1/4 or 1/8 of their size, which
+            is twice as fast and changes pixels by 0.5 to 2.5 of 255 levels on average.
         max_length: Maximum number of tokens in a sequence, including the tokens of its images;
             longer sequences are truncated.
         max_text_length: Maximum number of tokens in a sequence if each image counts as one token,
             as in XTuner; longer sequences are truncated. None sets no such limit.
-        buckets: Lengths in tokens that batches are padded to, in addition to data.max_length.
-        packing: Put as many samples of a step as fit into each row of data.max_length tokens.
-            Samples do not attend to each other, so results do not change, but there is less
-            padding. Replaces data.buckets.
+        buckets: Sequence lengths for padding. Each batch is padded to the shortest length that fits
+            its samples, among these lengths and data.max_length.
+        packing: Put as many samples of a step as fit into each row of data.max_length tokens. This
+            needs less padding and does not change results. data.buckets is then not used.
         max_images: Maximum number of images in a sample; None takes the maximum in the data.
         shuffle: Read the records in a new random order in each epoch.
-        group_by_modality_length: Never mix samples with and without images in a batch, like LLaVA's
-            option of the same name.
-        max_skipped: Largest fraction of the samples that may be skipped because they cannot be
-            used. If more are skipped, the run stops.
-        workers: Number of processes that decode images; 0 decodes in the main process.
-        eval_path: Evaluation data, in any form that data.path may have. Its image paths start from
-            data.image_root too.
-        eval_samples: Number of samples to evaluate on, from the first on; None takes all samples.
+        group_by_modality_length: Put samples with and without images into separate batches, like
+            LLaVA's option of the same name.
+        max_skipped: Maximum fraction of the samples that may be skipped because they cannot be
+            used. The run stops if more samples are skipped.
+        workers: Number of processes that decode images; 0 uses the main process.
+        eval_path: Evaluation data, in any form that data.path accepts. Its image paths are also
+            relative to data.image_root. None turns evaluation off.
+        eval_samples: Number of samples to evaluate, starting with the first; None evaluates all.
     """
 
     path: Annotated[str, LOCATION] = ""
@@ -144,18 +144,18 @@ class DataConfig:
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     image_decode: Decode = "exact"
-    max_length: Annotated[int, at_least(1, "a sequence needs a token")] = 2048
-    max_text_length: Annotated[int | None, at_least(1, "a sequence needs a token")] = None
+    max_length: Annotated[int, at_least(1, "it is a number of tokens")] = 2048
+    max_text_length: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
     buckets: tuple[int, ...] = ()
     packing: Annotated[bool, PLAN] = False
     max_images: int | None = None
     shuffle: bool = True
     group_by_modality_length: bool = False
-    max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a share of the samples")] = 0.01
-    workers: Annotated[int, MACHINE, at_least(0, "0 decodes in the main process")] = 4
+    max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a fraction of the samples")] = 0.01
+    workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
     eval_path: Annotated[str | None, LOCATION] = None
     eval_samples: Annotated[
-        int | None, OBSERVED, at_least(1, "to skip evaluation, leave data.eval_path out")
+        int | None, OBSERVED, at_least(1, "to turn evaluation off, leave data.eval_path out")
     ] = None
 
 
@@ -164,19 +164,20 @@ class BatchConfig:
     """Batch sizes, and how the loss of a batch is averaged.
 
     Attributes:
-        global_size: Number of samples in an optimizer step, over all devices.
-        micro_size: Number of samples in a forward pass on each device. None lets the plan "auto"
-            choose; with the plan "manual" it means all samples of a step.
-        loss_weighting: "token" gives each supervised token of a step the same weight.
-            "sample_mean" averages over the tokens of each group of consecutive samples, and then
-            over the groups. LLaVA's published runs do so; a group is the micro-batch of one GPU.
-        loss_group: Number of samples in a group of batch.loss_weighting "sample_mean".
+        global_size: Number of samples in an optimizer step, on all devices together.
+        micro_size: Number of samples in a forward pass on each device. If None, memory.plan "auto"
+            chooses the number, and memory.plan "manual" puts a whole step into one forward pass.
+        loss_weighting: How the loss is averaged. With "token", all supervised tokens of a step have
+            the same weight. With "sample_mean", as in LLaVA, the loss is averaged over the tokens
+            of each group of consecutive samples, and then over the groups.
+        loss_group: Number of samples in a group if batch.loss_weighting is "sample_mean". In LLaVA,
+            the micro-batch of one GPU is a group.
     """
 
-    global_size: Annotated[int, at_least(1, "a step needs a sample")] = 128
-    micro_size: Annotated[int | None, PLAN, at_least(1, "a forward pass needs a sample")] = None
+    global_size: Annotated[int, at_least(1, "a step needs at least one sample")] = 128
+    micro_size: Annotated[int | None, PLAN, at_least(1, "it is a number of samples")] = None
     loss_weighting: Literal["token", "sample_mean"] = "token"
-    loss_group: Annotated[int, at_least(1, "a mean needs a sample")] = 1
+    loss_group: Annotated[int, at_least(1, "a group needs at least one sample")] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,16 +186,16 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: Peak learning rate.
-        projector_learning_rate: Peak learning rate of the projector; None takes `learning_rate`.
+        projector_learning_rate: Peak learning rate of the projector; None uses `learning_rate`.
         vision_learning_rate: Peak learning rate of the vision tower and its adapters; None
-            takes `learning_rate`.
+            uses `learning_rate`.
         schedule: How the learning rate falls to 0 after the warmup; "constant" keeps the peak.
         warmup_ratio: Fraction of the steps in which the learning rate rises from 0 to its peak.
         weight_decay: Weight decay of AdamW; it is not applied to biases and norm weights.
         b1: Decay rate of AdamW's first moment.
         b2: Decay rate of AdamW's second moment.
         eps: Number that AdamW adds to the denominator of an update.
-        clip_norm: Maximum global norm of the gradients; None turns clipping off.
+        clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
     """
 
     learning_rate: Annotated[float, at_least(0, "a negative rate would increase the loss")] = 2e-4
@@ -205,7 +206,7 @@ class OptimizerConfig:
         float | None, at_least(0, "a negative rate would increase the loss")
     ] = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, at_least(0, "it is a share of the steps")] = 0.03
+    warmup_ratio: Annotated[float, at_least(0, "it is a fraction of the steps")] = 0.03
     weight_decay: Annotated[float, at_least(0, "a negative value would let weights grow")] = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -215,21 +216,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """The plan: where arrays are kept and what is recomputed. It never changes a result.
+    """Memory plan: where arrays are kept, and what is recomputed. Results do not change.
 
     Attributes:
-        plan: "auto" finds the fastest plan that fits the devices before anything is loaded;
-            "manual" uses the other memory fields as they are.
-        limit_gib: Memory of one device in GiB, for the plan "auto"; None asks the device.
-        remat: What the forward pass keeps for the backward pass, which recomputes the rest.
-            "full" keeps only the input of each block, "dots" also the outputs of linear layers, and
-            "none" keeps everything except norms and gated products.
-        offload_optimizer: Keep the optimizer's moments in host memory, and with remat "full" also
-            the float32 weights of fully trained blocks. One layer at a time is on the device.
-        stream_weights: Keep the weights of the blocks, and the gradients of trained blocks, in host
-            memory. One layer at a time is on the device. Needs remat "full".
-        offload_activations: Keep the inputs of the blocks in host memory from the forward pass to
-            the backward pass. Needs remat "full".
+        plan: How the plan is chosen. Before weights are loaded, "auto" searches for the fastest
+            plan that fits into memory; "manual" uses the values of the other memory fields.
+        limit_gib: Memory size of a device in GiB, for memory.plan "auto"; None asks the device.
+        remat: Activations that are kept for the backward pass; the others are recomputed. "full"
+            keeps only the input of each block, "dots" also keeps the outputs of linear layers, and
+            with "none", everything is kept except the outputs of norms and gated products.
+        offload_optimizer: Keep the optimizer's moments in host memory; if memory.remat is "full",
+            also the float32 weights of fully trained blocks. A device holds one layer at a time.
+        stream_weights: Keep the weights of the blocks and the gradients of trained blocks in host
+            memory. A device holds one layer at a time. Needs memory.remat "full".
+        offload_activations: Keep the inputs of the blocks in host memory between the forward pass
+            and the backward pass. Needs memory.remat "full".
     """
 
     plan: Literal["auto", "manual"] = "manual"
@@ -242,15 +243,15 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis of the mesh.
+    """Number of devices along each axis of the device mesh.
 
     Attributes:
-        data: Number of copies of the model, each on one device or one group of devices. Samples are
-            divided among the copies. -1 takes all devices that the other axes leave.
-        fsdp: Number of devices that each parameter and the samples are divided among, as in
-            ZeRO-3. -1 takes all devices that the other axes leave.
-        tensor: Number of devices that share the attention heads and the feed-forward width of each
-            layer. -1 takes all devices that the other axes leave.
+        data: Number of copies of the model. The samples of a batch are divided among the copies. -1
+            uses all devices that the other axes do not use.
+        fsdp: Number of devices among which each parameter and the samples of a batch are divided,
+            as in ZeRO-3. -1 uses all devices that the other axes do not use.
+        tensor: Number of devices among which the attention heads and the feed-forward width of each
+            layer are divided. -1 uses all devices that the other axes do not use.
         show: Print how each parameter is sharded.
     """
 
@@ -262,17 +263,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and how to resume.
+    """When to save a checkpoint, and how to resume.
 
     Attributes:
         every: Number of optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
         accept_changes: Resume a run even if its recipe or its data has changed since the run began.
-            The changes are shown and recorded. The number of training records cannot change.
+            The changes are shown and recorded. The number of training records must not change.
     """
 
     every: Annotated[int, at_least(1, "it is a number of steps")] = 500
-    keep: Annotated[int, at_least(1, "a run resumes from the newest one")] = 2
+    keep: Annotated[int, at_least(1, "a run resumes from the newest checkpoint")] = 2
     accept_changes: bool = False
 
 
@@ -281,15 +282,15 @@ class EvalConfig:
     """Evaluation during training.
 
     Attributes:
-        every: Number of steps between evaluations; None evaluates before and after the run only.
-        batch_size: Number of samples in an evaluation batch, over all devices; None takes as many
-            as a micro-batch has.
+        every: Number of steps between evaluations; None evaluates only before and after training.
+        batch_size: Number of samples in an evaluation batch, on all devices together; None takes
+            the size of a micro-batch.
         examples: Number of evaluation questions to show with the model's answers, in report.html
             and at the end of the run.
     """
 
     every: Annotated[int | None, at_least(1, "it is a number of steps")] = None
-    batch_size: Annotated[int | None, at_least(1, "a batch needs a sample")] = None
+    batch_size: Annotated[int | None, at_least(1, "a batch needs at least one sample")] = None
     examples: int = 12
 
 
@@ -299,9 +300,9 @@ class LogConfig:
 
     Attributes:
         tensorboard: Write TensorBoard events to `{run directory}/tensorboard`.
-        wandb: Project at Weights & Biases to log to; None logs nothing there. Environment variables
-            set everything else, for example WANDB_MODE=offline.
-        profile_steps: First and last step to profile, into `{run directory}/profile`.
+        wandb: Weights & Biases project to log to; None does not log to Weights & Biases. Set its
+            other options with environment variables such as WANDB_MODE=offline.
+        profile_steps: First and last step to profile, with traces in `{run directory}/profile`.
     """
 
     tensorboard: bool = False
@@ -310,7 +311,7 @@ class LogConfig:
         tuple[int, int] | None,
         Bound(
             lambda steps: 1 <= steps[0] <= steps[1],
-            "a first step of 1 or more, and a last step that does not come before it",
+            "a first step of at least 1 and a last step that is not before the first step",
             "steps are counted from 1",
         ),
     ] = None
@@ -321,34 +322,34 @@ class TrainConfig:
     r"""The config of one training run.
 
     Attributes:
-        name: Name of the run; its directory is `{output_dir}/{name}`. At most 200 bytes,
-            without / or \. It must not start with a dot, dash or space, nor end with a space.
-        output_dir: Directory that contains the run's directory. The run writes nothing elsewhere.
-        seed: Seed for new parameters, for dropout and for the order of the data.
-        steps: Number of optimizer steps; None computes it from `epochs`.
+        name: Name of the run, whose directory is `{output_dir}/{name}`. A name has at most 200
+            bytes and no / or \. It must not begin with a dot, dash or space, or end with a space.
+        output_dir: Directory that contains the run's directory. The run does not write elsewhere.
+        seed: Random seed for new parameters, dropout and the order of the data.
+        steps: Number of optimizer steps; None computes the number from `epochs`.
         epochs: Number of passes through the training data; not used if `steps` is set.
         init_from: Source of the weights: a Hugging Face directory or hub id, the directory of an
-            earlier run, or separate parts. None initializes new weights for the sizes in `model`.
+            earlier run, or separate parts. None initializes random weights for a model with
+            the sizes in `model`.
         init_adapter: Directory of a PEFT adapter to continue training from.
         model: Sizes of a model that is trained from scratch. If `init_from` is a checkpoint that
             does not exist yet, these sizes are used to plan the run.
-        processor: Directory with the tokenizer and the image processor; None takes those that
-            belong to `init_from`.
+        processor: Directory with the tokenizer and the image processor; None takes the tokenizer
+            and the image processor of `init_from`.
         tune: Which parts of the model are trained, and how.
         lora: LoRA adapters of the decoder.
         vision_lora: LoRA adapters of the vision tower.
         data: Training data and evaluation data.
         batch: Batch sizes and the weights of tokens in the loss.
         optimizer: AdamW and its learning rates.
-        memory: The plan: where arrays are kept and what is recomputed. It never changes a result.
-        mesh: Number of devices along each axis of the mesh.
-        dtype: Dtype of the computation and of frozen weights. Trained weights, their moments,
-            norms, softmax and the loss are float32.
-        nonfinite_limit: Number of consecutive steps with an infinite or NaN loss or gradient after
-            which the run stops. The updates of such steps are not applied.
-        quantize: Format of the decoder's frozen linear layers, as in bitsandbytes: "nf4" (4.5 bits
-            per weight), "nf4_double" (with double quantization, 4.13 bits) or "int8". Quantization
-            changes results.
+        memory: Memory plan: where arrays are kept, and what is recomputed. Results do not change.
+        mesh: Number of devices along each axis of the device mesh.
+        dtype: Dtype of the computation and of frozen weights. Trained weights, optimizer moments,
+            norms, softmax and the loss are always float32.
+        nonfinite_limit: The run stops after this number of consecutive steps with an infinite or
+            NaN loss or gradient. The updates of such steps are not applied.
+        quantize: Quantization of the decoder's frozen linear layers, as in bitsandbytes: "nf4" (4.5
+            bits per weight), "nf4_double" (4.13 bits) or "int8". Quantization changes results.
         checkpoint: When to save a checkpoint, and how to resume.
         eval: Evaluation during training.
         log: Where the run is logged, in addition to the files in its directory.
@@ -374,7 +375,7 @@ class TrainConfig:
     memory: Annotated[MemoryConfig, PLAN] = MemoryConfig()
     mesh: Annotated[MeshConfig, PLAN] = MeshConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    nonfinite_limit: Annotated[int, OBSERVED, at_least(1, "the run stops after so many steps")] = 3
+    nonfinite_limit: Annotated[int, OBSERVED, at_least(1, "it is a number of steps")] = 3
     quantize: Quantisation | None = None
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
     eval: Annotated[EvalConfig, OBSERVED] = EvalConfig()
@@ -397,7 +398,7 @@ class TrainConfig:
 
 
 MAY_CHANGE = field_paths(TrainConfig, lambda field: field.role.may_change)
-"""Names of the fields that may change when a run resumes, as they do not decide what is learned."""
+"""Names of the fields that may change when a run resumes; they do not affect what is learned."""
 
 MAY_DIFFER = field_paths(TrainConfig, lambda field: field.role.may_differ)
 """Names of the fields whose values may differ between the processes of a run."""
@@ -407,17 +408,17 @@ IGNORED_BY_PLANS = field_paths(TrainConfig, lambda field: field.is_ignored_by_pl
 
 
 def _check_name(name: str) -> None:
-    """Raises ConfigError if `name` is no name of a directory or looks like a path or an option."""
+    """Raises ConfigError if `name` is not a directory name, or looks like a path or an option."""
     shown = f"--name {name!a:.80}"
     if not name:
         raise ConfigError("--name is empty; give one, for example --name my_run")
     if slash := next((sign for sign in name if sign in "/\\"), None):
         raise ConfigError(
-            f'{shown} contains "{slash}". A name may not contain / or \\; use --output-dir to '
-            "choose the folder"
+            f'{shown} contains "{slash}". A name must not contain / or \\; use --output-dir to '
+            "choose the directory"
         )
-    if not name.isprintable():  # this is also true of a lone surrogate
-        raise ConfigError(f"{shown} contains a character that cannot be printed; leave it out")
+    if not name.isprintable():  # lone surrogates are not printable either
+        raise ConfigError(f"{shown} contains a character that cannot be printed; remove it")
     if name.startswith((".", "-", " ")):
         raise ConfigError(f"{shown} must not start with a dot, a dash or a space")
     if name.endswith(" "):

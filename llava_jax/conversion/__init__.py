@@ -1,1 +1,1 @@
-"""Converts checkpoints between the formats of all trainers; only this folder reads pickles."""
+"""Converts checkpoints between all supported formats; only this folder reads pickles."""

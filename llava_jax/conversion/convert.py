@@ -1,4 +1,4 @@
-"""Converts a checkpoint of any form into another form (`llava-jax convert`).
+"""Converts a checkpoint from one format to another (`llava-jax convert`).
 
 The whole model is never in memory: parameters are `pretrained.load.Stored` objects, which are read,
 merged and written layer by layer. The destination gets its final name only when it is complete.
@@ -55,11 +55,12 @@ class Opened:
         config: Sizes of the model.
         abstract: Shapes of the model's parameters.
         sources: Files of the base.
-        tensors: Tensors of each parameter, from the base or, if trained in full, from `trained`.
+        tensors: Tensors of each parameter, by path: from `trained` for parameters that were trained
+            in full, from the base for all others.
         trained: Adapters and other parameters that were trained on the base; None if the checkpoint
             is a whole model.
         inputs: Directory or parts with the tokenizer and the image processor.
-        adapter: Directory or file of `trained`; None if the checkpoint is a whole model.
+        adapter: Directory or file that `trained` is in; None if the checkpoint is a whole model.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Opened:
 
     @property
     def is_xtuner(self) -> bool:
-        """Returns True if XTuner wrote the base or what was trained on it."""
+        """Returns True if XTuner wrote the base or the adapter checkpoint."""
         of_trained = self.trained.layouts if self.trained else []
         return any(layout.is_xtuner for layout in [*(of for _, of in self.sources), *of_trained])
 
@@ -101,13 +102,14 @@ def open_source(
     alphas: Mapping[str, float] | None = None,
     say: Callable[[str], None] = print,
 ) -> Opened:
-    """Opens a checkpoint to convert, and prints which forms were recognized.
+    """Opens a checkpoint to convert, and prints the formats that were recognized.
 
     Args:
-        source: Path, hub id or parts of a whole model, or of what was trained on a model.
+        source: Path, hub id or parts of a whole model; or path or hub id of adapters and other
+            parameters that were trained on a model.
         base: Model that `source` was trained on; None if `source` is a whole model or names its
             base.
-        alphas: Alpha of the LoRA adapters by stack, for files that do not contain it.
+        alphas: Alpha of the LoRA adapters by stack, for files that do not contain the alpha.
         say: Function that prints a line.
 
     Raises:
@@ -128,7 +130,10 @@ def open_source(
         trained = read(found.adapter, alphas=alphas)
         say(f"{found.adapter}: {_summary(trained)} ({trained.naming})")
         if trained.fingerprint is None:
-            say(f"{found.adapter} has no fingerprint of its base, so the base is not checked")
+            say(
+                f"{found.adapter} has no fingerprint of its base; make sure that it was trained on "
+                f"{found.name}"
+            )
         else:
             check_base(trained, found.adapter, found.base, fingerprint_of(sources))
         _check_alphas(trained, found.adapter, alphas or {})
@@ -137,7 +142,7 @@ def open_source(
     if missing := [path for path in abstract if path not in tensors]:
         part = missing[0].split(".")[0]
         raise ConfigError(
-            f"{format_source(source)} has no {part}; name one: "
+            f"{format_source(source)} has no {part}; give all parts: "
             f"{'--base ' if trained else ''}llm=DIR,vision=DIR,projector=FILE"
         )
     return Opened(
@@ -146,13 +151,13 @@ def open_source(
 
 
 def _summary(trained: AdapterCheckpoint) -> str:
-    """Describes what was trained: adapters by stack, and parts that were trained in full."""
+    """Returns a text that lists the adapters by stack and the parts that were trained in full."""
     parts = [
-        f"adapters of rank {lora.rank}, alpha {lora.alpha:g} in {stack}*"
+        f"adapters with rank {lora.rank} and alpha {lora.alpha:g} in {stack}*"
         for stack, lora in trained.adapters.items()
     ]
     whole = sorted({path.split(".")[0] for path in trained.abstract if not is_adapter(path)})
-    return "; ".join([*parts, *(f"{part} in full" for part in whole)])
+    return "; ".join([*parts, *(f"{part} trained in full" for part in whole)])
 
 
 def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, float]) -> None:
@@ -160,8 +165,8 @@ def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, f
     for stack, lora in trained.adapters.items():
         if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
             raise ConfigError(
-                f"{path} says that the alpha in {stack}* is {lora.alpha:g}, but {given:g} was "
-                "given; leave that option out"
+                f"{path} has alpha {lora.alpha:g} in {stack}*, but alpha {given:g} was given; "
+                "remove the option with this alpha"
             )
 
 
@@ -182,7 +187,7 @@ def merged(opened: Opened) -> dict[str, Stored]:
 def _merge(
     weight: Stored, tensors: Mapping[str, list[Tensor]], path: str, lora: LoraConfig
 ) -> Stored:
-    """Returns a weight whose `read` gives a layer of W + alpha / rank B A, in the dtype of W."""
+    """Returns a weight that reads a layer of W + (alpha / rank) B A, in the dtype of W."""
     a, b = tensors[path], tensors[path.removesuffix("a") + "b"]
 
     def read(index: int) -> np.ndarray:
@@ -205,41 +210,42 @@ def convert(
     prove: Callable[[Opened, Path], object] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes a checkpoint in another form.
+    """Writes a checkpoint in another format.
 
     Args:
         opened: Checkpoint from `open_source`.
         destination: Directory that does not exist or is empty.
-        to: "hf" is a LLaVA for transformers with the tensor names of 4.36 to 4.51, "hf5" is the
-            same with the names of transformers 5, "peft" is a PEFT adapter, and "llava" is a model
-            or a LoRA directory for LLaVA's own code.
+        to: Format to write: "hf" is a LLaVA model with the tensor names of transformers 4.36 to
+            4.51, "hf5" is the same with the names of transformers 5, "peft" is a PEFT adapter, and
+            "llava" is a model or a LoRA directory for LLaVA's own code.
         merge: Whether to merge the adapters into the weights.
         era: Version of transformers whose tensor names a PEFT adapter gets, as in
             `pretrained.peft.save_adapter`.
         dtype: Dtype of the weights, for a whole model; None keeps the dtype of each weight.
-        template: Template of conversations, to be written as the chat template; None keeps the
-            source's own, or takes what `pretrained.processor.choose_template` returns.
-        aspect: What is done with images that are not square; None keeps what the source says.
+        template: Conversation template that is written as the chat template. None keeps the
+            source's own, or uses the template that `pretrained.processor.choose_template` returns.
+        aspect: Handling of images that are not square; None keeps the source's setting.
         prove: Function that raises an error if the written directory is wrong. It is called before
             the directory gets its final name. None skips this check.
         say: Function that prints a line.
 
     Raises:
-        ConfigError: The form cannot hold the checkpoint, or the destination exists and is not an
+        ConfigError: The format cannot store the checkpoint, or the destination exists and is not an
             empty directory.
     """
     if merge and not opened.adapters:
-        raise ConfigError("there are no adapters to merge: drop --merge")
+        raise ConfigError("the source has no adapters to merge; remove --merge")
     as_adapter = bool(opened.adapters) and not merge and to in ("peft", "llava")
     if to == "peft" and not as_adapter:
         raise ConfigError(
-            "there are no adapters to write: take --to hf"
+            "the source has no adapters to write; use --to hf"
             if not opened.adapters
-            else "a merged adapter cannot be written as an adapter: drop --merge, or take --to hf"
+            else "--merge merges the adapters, but --to peft writes them; remove --merge, or use "
+            "--to hf"
         )
     if opened.adapters and not as_adapter and not merge:
         raise ConfigError(
-            "the source has adapters: take --to peft, or --merge to merge them into the base"
+            "the source has adapters; use --to peft, or add --merge to merge them into the base"
         )
     check_free(destination)
     aspect = aspect or _own_aspect(opened)
@@ -257,8 +263,8 @@ def convert(
             _write_official(opened, directory, destination, dtype, aspect, template)
             if not has_slow_tokenizer(directory):
                 say(
-                    f"{format_source(opened.inputs)} has no tokenizer.model, which LLaVA needs; "
-                    f"copy the decoder's tokenizer.model to {destination}"
+                    f"{format_source(opened.inputs)} has no tokenizer.model, which LLaVA's code "
+                    f"needs; copy the decoder's tokenizer.model to {destination}"
                 )
         else:
             _write_hf(opened, directory, to, dtype)
@@ -270,16 +276,17 @@ def check_free(destination: Path) -> None:
     """Checks that a destination does not exist, or is an empty directory.
 
     Raises:
-        ConfigError: The destination is something else, or is a path without a name, such as ".".
+        ConfigError: The destination is a file or a directory with entries, or is a path without a
+            name, such as ".".
     """
     is_free = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
     if not is_free or not destination.name:  # "." has no name to rename to
-        raise ConfigError(f"{destination} exists; name a directory that does not exist")
+        raise ConfigError(f"{destination} exists already; give a directory that does not exist")
 
 
 @contextmanager
 def unfinished(destination: Path) -> Iterator[Path]:
-    """Yields a new directory, which is renamed to `destination` at the end; an error deletes it."""
+    """Yields a new directory; renames it to `destination` at the end, or deletes it on an error."""
     directory = destination.with_name(f".{destination.name}.unfinished")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -311,7 +318,7 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     params = _trained_params(opened)
     if any(path.startswith("llm.") and not is_adapter(path) for path in params):
         raise ConfigError(
-            "a PEFT adapter cannot hold a decoder that was trained in full; add --merge"
+            "a PEFT adapter cannot store a decoder that was trained in full; add --merge"
         )
     save_adapter(
         directory,
@@ -358,10 +365,10 @@ def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | No
 
 
 def _own_aspect(opened: Opened) -> Aspect | None:
-    """Returns what the source does with images that are not square; None if it is unknown.
+    """Returns the source's handling of images that are not square; None if it is unknown.
 
-    XTuner always pads. Otherwise, it is in the config.json of LLaVA's own code: in the adapter's,
-    or else in the base's.
+    XTuner always pads images. For LLaVA's own code, the setting is in the config.json of the
+    adapter, or else of the base.
     """
     if opened.is_xtuner:
         return "pad"
@@ -385,7 +392,7 @@ def _own_template(opened: Opened, say: Callable[[str], None]) -> Template | None
     name = choose_template(opened.inputs, is_xtuner=opened.is_xtuner)
     if name is None:
         return None
-    say(f"conversations get the template {name}, which fits the tokenizer; --template sets another")
+    say(f"the conversation template is {name}, which fits the tokenizer; --template changes it")
     return TEMPLATES[name]
 
 

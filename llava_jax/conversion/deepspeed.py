@@ -1,9 +1,9 @@
-"""Finds the tensors in a checkpoint directory of DeepSpeed's ZeRO, stages 1 to 3.
+"""Finds the tensors in a DeepSpeed checkpoint directory, for the ZeRO stages 1 to 3.
 
 Each process wrote a part of one long float32 array, which contains the parameters one after the
 other. The stored shapes tell where each parameter begins (as in deepspeed/utils/zero_to_fp32.py).
 Stages 1 and 2 divide the array among the processes; stage 3 divides each parameter. DeepSpeed's own
-script is not used, because it needs torch and DeepSpeed, executes what is in the pickles, and keeps
+script is not used, because it needs torch and DeepSpeed, executes code in the pickles, and keeps
 the whole model in memory.
 """
 
@@ -32,7 +32,7 @@ class Joined(Tensor):
     """A tensor whose values are stored in several pieces.
 
     Attributes:
-        pieces: One-dimensional tensors; their values in order are those of the whole tensor.
+        pieces: One-dimensional tensors that contain the values of the whole tensor, in order.
     """
 
     pieces: tuple[Tensor, ...] = ()
@@ -45,7 +45,7 @@ class Joined(Tensor):
             start = stop
 
     def stretch(self, at: int, count: int) -> bytes:
-        """Returns `count` bytes of the values, from byte number `at` on."""
+        """Returns `count` bytes of the values, starting at byte `at`."""
         found, start = [], 0
         for piece in self.pieces:
             first, last = max(at - start, 0), min(at + count - start, piece.size)
@@ -58,7 +58,7 @@ class Joined(Tensor):
 def zero_directory(path: Path) -> Path | None:
     """Finds the directory of a ZeRO checkpoint.
 
-    This is `path`, or the subdirectory that is named in the file `latest` in `path`.
+    This is `path`, or the subdirectory of `path` that the file `latest` in `path` names.
 
     Returns:
         The directory, or None if there is no ZeRO checkpoint.
@@ -76,7 +76,9 @@ def zero_directory(path: Path) -> Path | None:
     except OSError as error:
         raise CheckpointError(f"{latest} cannot be read: {error}") from error
     if "\0" in name or Path(name).name != name or not (path / name).is_dir():
-        raise CheckpointError(f"{latest} names {name!r:.80}, which is not a directory next to it")
+        raise CheckpointError(
+            f"{latest} names {name!r:.80}, but there is no such directory in {path}"
+        )
     return path / name if any((path / name).glob(_MODEL)) else None
 
 
@@ -105,11 +107,12 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
         parts = [state[name] for state in states]
         if not all(_is_line(part) for line in parts for part in line):
             raise CheckpointError(
-                f"{directory}: {name} contains something that is not a float32 array"
+                f"{directory}: an entry of {name} is not a one-dimensional float32 tensor"
             )
         if len(parts) != count:
             raise CheckpointError(
-                f"{directory} has the files of {len(parts)} processes, but {count} wrote it"
+                f"{directory} has the files of {len(parts)} processes, but {count} processes wrote "
+                "the checkpoint; copy the files of all processes to the directory"
             )
         if by_parameter:  # stage 3 has one array for all groups
             shapes = [{name: shape for group in shapes for name, shape in group.items()}]
@@ -118,7 +121,8 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
             parts = [[[group] for group in groups] for groups in parts]
         if odd := [len(part) for part in parts if len(part) != len(shapes)]:
             raise CheckpointError(
-                f"{directory}: {name} has {odd[0]} groups of values; param_shapes has {len(shapes)}"
+                f"{directory}: {name} has {odd[0]} groups of values; param_shapes has "
+                f"{len(shapes)} groups"
             )
         found = {}
         for index, group in enumerate(shapes):
@@ -135,13 +139,13 @@ def open_zero(directory: Path) -> dict[str, Tensor]:
 
 
 def _checked(groups: Any) -> list[dict[str, tuple[int, ...]]]:
-    """Returns the shapes by group and name, after a check; raises ValueError for anything else."""
-    if len({*map(id, groups)}) != len(groups):  # a pickle can repeat one a million times
-        raise ValueError("param_shapes has a group twice")
+    """Returns the shapes of all groups by name; raises ValueError if they are malformed."""
+    if len({*map(id, groups)}) != len(groups):  # a pickle can repeat one group a million times
+        raise ValueError("param_shapes has the same group twice")
     for group in groups:
         for name, shape in group.items():
             if not isinstance(name, str) or not isinstance(shape, tuple) or not is_shape(shape):
-                raise ValueError("param_shapes has something else than shapes by names")
+                raise ValueError("param_shapes has an entry that is not a name and a shape")
     return groups
 
 
@@ -155,7 +159,7 @@ def _by_rank(directory: Path, pattern: str) -> list[Path]:
     rank = lambda file: int((re.search(r"pp_rank_(\d+)", file.name) or ["", "0"])[1])
     found = sorted(directory.glob(pattern), key=rank)
     if not found:
-        raise CheckpointError(f"{directory} has no {pattern}")
+        raise CheckpointError(f"{directory} has no file {pattern}")
     return found
 
 
@@ -166,14 +170,14 @@ def _cut(
     *,
     by_parameter: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters of one group by name.
+    """Yields the name and the tensor of each parameter in one group.
 
     Args:
-        directory: Directory to name in error messages.
+        directory: Directory of the checkpoint, for error messages.
         shapes: Shapes of the parameters, in the order of their values.
-        ranks: One or more one-dimensional tensors for each process: its part of the values.
-        by_parameter: Whether each parameter is divided among the processes (stage 3), or the whole
-            array (stages 1 and 2).
+        ranks: For each process, one or more one-dimensional tensors with its part of the values.
+        by_parameter: True if each parameter is divided among the processes (stage 3), False if the
+            whole array is divided (stages 1 and 2).
     """
     stretches = ranks if by_parameter else [[part for line in ranks for part in line]]
     lines = [_Line.of(line) for line in stretches]
@@ -187,28 +191,31 @@ def _cut(
         at += step
         found = sum(math.prod(piece.shape) for piece in pieces)
         if found != size or not pieces:
-            raise CheckpointError(f"{directory} has {found} of the {size} values of {name:.200}")
+            raise CheckpointError(
+                f"{directory} has only {found} of the {size} values of {name:.200}; the checkpoint "
+                "is incomplete"
+            )
         first = pieces[0]
         yield name, Joined(name, first.file, first.dtype, shape, first.start, 4 * size, (*pieces,))
     for line in lines:
         # Stages 1 and 2 pad the whole array to a multiple of twice the number of processes. Stage 3
-        # pads each parameter, which `at` contains already.
+        # pads each parameter, and `at` already includes this padding.
         _refuse_surplus(line, at, 1 if by_parameter else 2 * len(ranks))
 
 
 class _Line(NamedTuple):
-    """One-dimensional tensors in order, and for each the number of values up to its end."""
+    """One-dimensional tensors in order; `ends` is the number of values up to each tensor's end."""
 
     stretches: list[Tensor]
     ends: list[int]
 
     @classmethod
     def of(cls, stretches: list[Tensor]) -> "_Line":
-        """Makes a line from its tensors."""
+        """Returns the line that consists of these tensors."""
         return cls(stretches, [*accumulate(math.prod(part.shape) for part in stretches)])
 
     def cut(self, name: str, start: int, size: int) -> Iterator[Tensor]:
-        """Yields the tensors with the values from `start` to `start + size`, named `name`."""
+        """Yields tensors with the name `name` for the values from `start` to `start + size`."""
         for index in range(bisect_right(self.ends, start), len(self.ends)):
             stretch = self.stretches[index]
             before = self.ends[index] - math.prod(stretch.shape)
@@ -221,10 +228,11 @@ class _Line(NamedTuple):
 
 
 def _refuse_surplus(line: _Line, taken: int, align: int) -> None:
-    """Raises CheckpointError for values after the parameters and their padding to `align`."""
+    """Raises CheckpointError for values after the parameters, padded to a multiple of `align`."""
     held, most = (line.ends or [0])[-1], -(-taken // align) * align
     if held > most:
         raise CheckpointError(
-            f"{line.stretches[-1].file}: {held} values up to its end, of which the parameters in "
-            f"param_shapes take {taken} and padding {most - taken}; {held - most} belong to none"
+            f"{line.stretches[-1].file}: there are {held} values up to the end of this file; the "
+            f"parameters in param_shapes take {taken} and padding takes {most - taken}, so "
+            f"{held - most} values belong to no parameter"
         )

@@ -1,10 +1,10 @@
-"""Interprets the pickles of torch.save without torch and without running any function they name.
+"""Interprets pickles of torch.save, without torch and without calling functions in them.
 
 A pickle is a program. The interpreter here knows the opcodes, plain containers and the few
 functions that describe tensors. Every other global (a class or a function that a pickle names), and
 every object that is made with such a global, becomes an inert `Placeholder`. The standard library's
-`pickle` is not used, because it runs what a file asks for. `torch.load` is not used, because it
-needs torch, reads tensors into memory, and limits neither time nor size.
+`pickle` is not used, because it calls the functions that a file names. `torch.load` is not used,
+because it needs torch, reads tensors into memory, and limits neither time nor size.
 
 A few bytes of pickle can describe a value that takes exponential time to hash, compare or print,
 for example a list that contains another list twice, which contains a third list twice, and so on.
@@ -50,11 +50,11 @@ class Placeholder:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """An array of items in the file, of which tensors are views.
+    """A one-dimensional array in the file. Tensors are views of such arrays.
 
     Attributes:
         key: Name of the storage in the file.
-        dtype: Dtype of the items, as safetensors names dtypes.
+        dtype: Dtype of the items, by its name in safetensors files, for example "F32".
         numel: Number of items.
     """
 
@@ -71,7 +71,7 @@ class View:
         storage: Storage that contains the values.
         offset: Index of the first value in the storage, in items.
         shape: Shape of the tensor.
-        stride: Distance of neighbors along each axis, in items.
+        stride: Distance between neighboring values along each axis, in items.
     """
 
     storage: Storage
@@ -81,7 +81,7 @@ class View:
 
 
 class Damage(Exception):
-    """Raised for a pickle that torch.save does not write."""
+    """Raised if a pickle has something that torch.save does not write."""
 
 
 def type_name(value: object) -> str:
@@ -104,23 +104,23 @@ def _rebuild_tensor(
     if metadata:  # the tensor is negated or conjugated
         return Placeholder("torch._utils.set_tensor_metadata")
     if not isinstance(storage, Storage):
-        raise Damage(f"a tensor whose storage is a {type_name(storage)}")
+        raise Damage(f"a tensor has a {type_name(storage)} instead of a storage")
     return View(storage, offset, shape, stride)
 
 
 def _ordered_dict(items: object = ()) -> object:
-    """Returns a dict for a call of collections.OrderedDict."""
+    """Returns the dict that a call of collections.OrderedDict describes."""
     if not isinstance(items, list | tuple) or any(
         not isinstance(pair, list | tuple) or len(pair) != 2 for pair in items
     ):
-        raise Damage("an OrderedDict of something that is not a pair")
+        raise Damage("an OrderedDict is made from items that are not pairs")
     return _fill({}, [x for pair in items for x in pair])
 
 
 def _size(sizes: object = ()) -> tuple[object, ...]:
-    """Returns a tuple for a call of torch.Size."""
+    """Returns the tuple that a call of torch.Size describes."""
     if not isinstance(sizes, list | tuple):
-        raise Damage(f"a Size of a {type_name(sizes)}")
+        raise Damage(f"a torch.Size is made from a {type_name(sizes)}, not from a list or tuple")
     return tuple(sizes)
 
 
@@ -139,16 +139,17 @@ def _global(*parts: object) -> Placeholder:
     """Returns the placeholder for the global whose name consists of these parts."""
     names = [part for part in parts if isinstance(part, str) and len(part) <= _MAX_NAME]
     if len(names) < len(parts):
-        raise Damage("a global whose name is not text, or is too long")
+        raise Damage(f"the name of a global is not a text of at most {_MAX_NAME} characters")
     return Placeholder(".".join(names))
 
 
 def _fill(container: Any, items: list[object]) -> object:
-    """Adds items, which are keys and values in turn, to a dict; returns the dict.
+    """Adds keys and values, which alternate in `items`, to a dict; returns the dict.
 
     A key is text or an integer of at most 60 bits. Any other key is replaced by a placeholder that
     equals only itself, because the hash of a tuple may take exponential time, and a file may have
-    any number of larger integers with the same hash.
+    any number of larger integers with the same hash. If `container` is a placeholder, it is
+    returned unchanged.
     """
     if isinstance(container, Placeholder):
         return container
@@ -193,7 +194,7 @@ _VALUES = {
 class PickleMachine:
     """Interprets the pickles of one file, each on an empty stack.
 
-    The limit of opcodes holds for all pickles together.
+    The limit on the number of opcodes applies to all pickles together.
 
     Attributes:
         storages: The storages that the pickles refer to, by key.
@@ -216,16 +217,16 @@ class PickleMachine:
         for opcode, argument, _ in pickletools.genops(cast(BinaryIO, file)):
             self._opcodes += 1
             if self._opcodes > _MAX_OPCODES:
-                raise Damage(f"more than {_MAX_OPCODES:,} opcodes")
+                raise Damage(f"the file has more than {_MAX_OPCODES:,} opcodes")
             self._step(opcode.name, argument)
         return self._stack.pop()
 
     def _step(self, name: str, argument: Any) -> None:
-        """Runs an opcode that pushes, combines or stores values; `_collect` runs other opcodes."""
+        """Runs an opcode that pushes, combines or stores values; passes others to `_collect`."""
         stack, memo = self._stack, self._memo
         if name in _VALUES:
             if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
-                raise Damage(f"an integer of {argument.bit_length()} bits")
+                raise Damage(f"an integer has more than {_MAX_INTEGER_BITS} bits")
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -244,7 +245,7 @@ class PickleMachine:
             self._collect(name, argument)
 
     def _collect(self, name: str, argument: Any) -> None:
-        """Runs an opcode that changes a container or the stack; `_refer` runs all other opcodes."""
+        """Runs an opcode that changes a container or the stack; passes others to `_refer`."""
         stack = self._stack
         match name:
             case "APPEND":
@@ -263,7 +264,7 @@ class PickleMachine:
                 self._memo[len(self._memo)] = stack[-1]
             case "DUP":
                 stack.append(stack[-1])
-            case "POP" | "BUILD":  # BUILD sets the state of an object, which no state dict needs
+            case "POP" | "BUILD":  # BUILD sets an object's state, which is not needed
                 stack.pop()
             case "POP_MARK":
                 self._above_mark()
@@ -295,7 +296,7 @@ class PickleMachine:
             case "PROTO" if argument <= _LAST_PROTOCOL:
                 pass
             case _:
-                raise Damage(f"the opcode {name}")
+                raise Damage(f"the opcode {name} or its argument is not supported")
 
     def _above_mark(self) -> list[object]:
         """Removes the last mark and the values above it from the stack; returns the values."""
@@ -307,14 +308,17 @@ class PickleMachine:
     def _call(self, function: object, arguments: object) -> object:
         """Returns the result of a known function, or the placeholder of an unknown function."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, list | tuple):
-            raise Damage(f"a call of a {type_name(function)} with a {type_name(arguments)}")
+            raise Damage(
+                f"a {type_name(function)} is called with a {type_name(arguments)}; only a global "
+                "may be called, with a list or tuple"
+            )
         self._copied += len(arguments) + sum(
             len(x) for x in arguments if isinstance(x, list | tuple)
         )
         # A file of torch.save has one opcode for each item that a call copies. A file with far
-        # fewer opcodes passes one long list to many calls, whose results would fill the memory.
+        # fewer opcodes passes one long list to many calls, and their results would fill the memory.
         if self._copied > 4 * self._opcodes + 1000:
-            raise Damage("calls with the same long lists again and again")
+            raise Damage("the same long lists are passed to many calls")
         if function.origin == _REBUILD_OF_TYPE:
             rebuild, _, inner, _ = arguments
             return self._call(rebuild, inner)
@@ -322,15 +326,18 @@ class PickleMachine:
         return function if known is None else known(*arguments)
 
     def _storage(self, reference: object) -> Storage | Placeholder:
-        """Returns the storage of a persistent id, or a placeholder if the dtype is unknown."""
+        """Returns the storage that a persistent id names; a placeholder for an unknown dtype."""
         match reference:
             case ("storage", Placeholder(origin=origin), str(key), _, int(numel), *view):
                 if numel < 0 or isinstance(numel, bool) or any(x is not None for x in view):
-                    raise Damage(f"a storage {key!r:.80} of {numel} items, or a view of one")
+                    raise Damage(
+                        f"the storage {key!r:.80} has an invalid number of items ({numel}), or is "
+                        "a view of another storage"
+                    )
                 if origin not in _STORAGES:
                     return Placeholder(origin)
                 storage = Storage(key, _STORAGES[origin], numel)
                 if self.storages.setdefault(key, storage) != storage:
-                    raise Damage(f"two different storages with the key {key}")
+                    raise Damage(f"two different storages have the key {key}")
                 return storage
-        raise Damage("a persistent id that does not name a storage")
+        raise Damage("a persistent id does not name a storage")

@@ -1,7 +1,7 @@
 """Rewrites a decoder or a vision tower as a safetensors directory for transformers.
 
-This is a part of `llava-jax convert`. Some decoders, for example Vicuna, are on the hub as pickles
-only, and training does not read pickles.
+This is a part of `llava-jax convert`. Some decoders, for example Vicuna, are published only as
+pickles, and training does not read pickles.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Part:
     Attributes:
         path: Directory of the part.
         config: Sizes of a LLaVA with this part; the sizes of the other parts have no meaning.
-        layout: How transformers names the tensors of the part.
-        params: Parameters of the part, to be read from its files.
+        layout: Layout of the tensor names that transformers uses for the part.
+        params: Parameters of the part; their values are still in the files.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Part:
 
 
 def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part | None:
-    """Opens a source that is a decoder alone or a vision tower alone, and prints which it is.
+    """Opens a source that is only a decoder or only a vision tower, and prints which of them it is.
 
     Args:
         source: Path, hub id or parts. The kind of a source is recognized by its tensors.
@@ -58,7 +58,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
         The part, or None if the source is something else.
 
     Raises:
-        ConfigError: There is no such source, or it is a projector alone.
+        ConfigError: There is no such source, or it is only a projector.
         CheckpointError: The source cannot be read, or its tensors do not fit its config.
     """
     found = resolve(source, open_any)
@@ -78,7 +78,7 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     parts = own.parts(tensors)
     if parts == {"projector"}:
         raise ConfigError(
-            f"{path} is a projector alone; name its decoder and its vision tower too: "
+            f"{path} is only a projector; also give its decoder and its vision tower: "
             f"llm=DIR,vision=DIR,projector={path}"
         )
     if parts == {"llm"}:
@@ -97,12 +97,12 @@ def open_part(source: str | Parts, say: Callable[[str], None] = print) -> Part |
     _, abstract = build_model(config, {})
     specs = {path: spec for path, spec in abstract.items() if layout.holds(path)}
     paths = find_tensors(str(path), [(tensors, own)], config, specs)
-    say(f"{path}: {what} alone, {own.name}")
+    say(f"{path}: only {what} ({own.name})")
     return Part(path, config, layout, {p: stored(p, t, specs[p]) for p, t in paths.items()})
 
 
 def convert_part(part: Part, destination: Path, dtype: str | None = None) -> None:
-    """Writes a part as a directory for transformers, with the other files of its directory.
+    """Writes a part as a directory for transformers, and copies its tokenizer and other files.
 
     Args:
         part: Part from `open_part`.

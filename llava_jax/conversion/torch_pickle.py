@@ -1,9 +1,10 @@
 """Opens files of torch.save without torch: finds the position of each tensor's bytes in the file.
 
-`safe_unpickler.py` interprets the pickle in a file. The code here reads the two containers that
-torch.save has used: zip archives, and before torch 1.6 a plain sequence. It finds the storages in
-them, and turns each described tensor into a `safetensors.Tensor`, which is checked against the size
-of the file. `torch.load` is not used, because it needs torch and reads everything into memory.
+`safe_unpickler.py` interprets the pickle in a file. This module reads the two kinds of files that
+torch.save has written: zip archives and, before torch 1.6, pickles followed by the storages. It
+finds the storages, and makes a `safetensors.Tensor` of each tensor that the pickle describes. Each
+tensor is checked against the size of the file. `torch.load` is not used, because it needs torch and
+reads everything into memory.
 
 Only conversion reads pickles; training reads safetensors.
 """
@@ -27,9 +28,9 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file before torc
 
 # A pickle of torch.save has a few hundred bytes per tensor; the tensors' values are outside it.
 _MAX_PICKLE_BYTES = 2**26
-_MAX_DIRECTORY_BYTES = 2**24  # the list of an archive's members has about 100 bytes per member
+_MAX_DIRECTORY_BYTES = 2**24  # an archive's member list has about 100 bytes per member
 _MAX_DEPTH = 100  # levels of nested containers
-_MAX_SHARING = 16  # bytes of all tensors per byte of the file; tied weights count twice
+_MAX_SHARING = 16  # largest ratio of tensor bytes to file bytes; tied weights count twice
 
 
 def open_pickle(path: Path) -> Any:
@@ -40,7 +41,7 @@ def open_pickle(path: Path) -> Any:
     Every other object becomes a `Placeholder`.
 
     Raises:
-        CheckpointError: The file is not from torch.save, or it is damaged.
+        CheckpointError: torch.save did not write the file, or the file is damaged.
     """
     try:
         with open_regular(path) as file:
@@ -51,7 +52,7 @@ def open_pickle(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can fail in any way, but it runs nothing
         said = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{path} is not a complete file of torch.save: {said:.500}"
+            f"{path} is damaged, or torch.save did not write it: {said:.500}"
         ) from error
 
 
@@ -60,37 +61,38 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[object, dict[str, in
     machine = PickleMachine()
     if (size := _directory_size(file)) > _MAX_DIRECTORY_BYTES:
         raise CheckpointError(
-            f"{path} has a list of members of {size:,} bytes, more than {_MAX_DIRECTORY_BYTES:,}"
+            f"{path}: the member list of the zip archive has {size:,} bytes; at most "
+            f"{_MAX_DIRECTORY_BYTES:,} are allowed"
         )
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
-            raise CheckpointError(f"{path} has two members of one name")
+            raise CheckpointError(f"{path} has two members with the same name")
         for name, info in members.items():
             if info.compress_type != zipfile.ZIP_STORED:  # torch.save never compresses
-                raise CheckpointError(f"{path}: {name} is compressed")
+                raise CheckpointError(f"{path}: {name} is compressed, which is not supported")
         if sum(info.file_size for info in members.values()) > _size_of(file):
             raise CheckpointError(f"{path} has members that overlap")
         if "data.pkl" not in members:
-            raise CheckpointError(f"{path} is a zip archive, but not from torch.save")
+            raise CheckpointError(f"{path} is a zip archive, but torch.save did not write it")
     order = members.get("byteorder")
     if order is not None and _read_member(path, file, order) != b"little":
-        raise CheckpointError(f"{path} was written by a big-endian machine")
+        raise CheckpointError(f"{path} has big-endian values, which are not supported")
     root = machine.load(io.BytesIO(_read_member(path, file, members["data.pkl"])))
     starts = {}
     for key, storage in machine.storages.items():
         info = members.get(f"data/{key}")
         if info is None or info.file_size != storage.numel * ITEM_BYTES[storage.dtype]:
-            continue  # `_tensor` reports the tensors that need it
+            continue  # `_tensor` reports each tensor that needs this storage
         starts[key] = _start_of(path, file, info)
     return root, starts
 
 
 def _directory_size(file: io.BufferedReader) -> int:
-    """Returns the size of a zip archive's list of members in bytes, from the record at its end.
+    """Returns the size of a zip archive's member list in bytes, from the record at its end.
 
     `zipfile` reads the whole list into memory, so the size of the list is checked first. If the
-    archive ends with a comment, which torch.save does not write, 2**64 is returned.
+    archive ends with a comment, which torch.save does not write, the result is 2**64.
     """
     # The last 98 bytes are the zip64 record (56), its locator (20) and the end record (22).
     file.seek(max(0, _size_of(file) - 98))
@@ -117,10 +119,11 @@ def _start_of(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> int
 
 
 def _read_member(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
-    """Reads a member of a zip archive and checks its checksum, unless that is 0 (not computed)."""
+    """Reads a member of a zip archive. Tests its checksum, unless the stored checksum is 0."""
     if info.file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{path}: {info.filename} has {info.file_size:,} bytes, more than {_MAX_PICKLE_BYTES:,}"
+            f"{path}: {info.filename} has {info.file_size:,} bytes; at most "
+            f"{_MAX_PICKLE_BYTES:,} are allowed"
         )
     file.seek(_start_of(path, file, info))
     content = file.read(info.file_size)
@@ -138,25 +141,28 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[object, dict[str,
     file.seek(0)
     pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     if machine.load(pickles) != _LEGACY_MAGIC:
-        raise CheckpointError(f"{path} is not a file of torch.save")
+        raise CheckpointError(f"{path} is a pickle, but torch.save did not write it")
     _protocol, system = machine.load(pickles), machine.load(pickles)
     if not system["little_endian"]:
-        raise CheckpointError(f"{path} was written by a big-endian machine")
+        raise CheckpointError(f"{path} has big-endian values, which are not supported")
     root, keys = machine.load(pickles), machine.load(pickles)
     file.seek(pickles.tell())
     starts = {}
     for key in keys:
         if not isinstance(key, str):
-            raise CheckpointError(f"{path} has a {type_name(key)} as the key of a storage")
+            raise CheckpointError(f"{path}: the key of a storage is a {type_name(key)}, not a text")
         storage = machine.storages.get(key)
-        # Only a tensor that uses a storage tells its dtype, and so where the next storage begins.
+        # The dtype of a storage is only known from a tensor that uses the storage. Without the
+        # dtype, the start of the next storage is unknown.
         if storage is None:
-            raise CheckpointError(f"{path} has a storage {key:.80} that no tensor uses")
+            raise CheckpointError(
+                f"{path}: no tensor uses the storage {key:.80}, so its size is unknown"
+            )
         if int.from_bytes(file.read(8), "little") == storage.numel:
             starts[key] = file.tell()
         file.seek(storage.numel * ITEM_BYTES[storage.dtype], 1)
     if file.tell() < _size_of(file):
-        raise CheckpointError(f"{path} has bytes after its last storage")
+        raise CheckpointError(f"{path} is damaged: bytes follow its last storage")
     return root, starts
 
 
@@ -166,7 +172,7 @@ def _size_of(file: io.BufferedReader) -> int:
 
 
 class _TensorFinder:
-    """Replaces the views in an object by tensors, and names each tensor by its key.
+    """Replaces each view in an object by a tensor, whose name is the view's key in a dict.
 
     Args:
         path: Path of the file.
@@ -178,7 +184,7 @@ class _TensorFinder:
         # A view may repeat one item any number of times, and many views may share a storage.
         # Without a limit, the tensors of a small file could fill the memory.
         self._bytes_left = _MAX_SHARING * max(self._end, 2**16)
-        self._done: dict[int, object] = {}  # results by `id`, because containers may be repeated
+        self._done: dict[int, object] = {}  # results by `id`; a container may be in others
 
     def replace_views(self, value: object, name: str, depth: int = 0) -> object:
         """Returns an object with a tensor in place of each view.
@@ -189,14 +195,16 @@ class _TensorFinder:
             depth: Number of containers around the object.
 
         Raises:
-            CheckpointError: A view does not fit the file, or containers are nested too deep.
+            CheckpointError: A view does not fit the file, or containers are nested too deeply.
         """
         if isinstance(value, View):
             return self._tensor(value, name)
         if not isinstance(value, dict | list | tuple):
             return value
         if depth > _MAX_DEPTH:
-            raise CheckpointError(f"{self._path}: {name:.80} is nested more than {_MAX_DEPTH} deep")
+            raise CheckpointError(
+                f"{self._path}: {name:.80} is nested more than {_MAX_DEPTH} levels deep"
+            )
         if id(value) not in self._done:
             self._done[id(value)] = (
                 {key: self.replace_views(item, _key(key), depth + 1) for key, item in value.items()}
@@ -212,18 +220,19 @@ class _TensorFinder:
             raise CheckpointError(f"{path}: {name:.200} {fault}")
         if storage.key not in self._starts:
             raise CheckpointError(
-                f"{path}: {name:.200} lacks its storage {storage.key:.80} of {storage.numel} items "
-                f"({storage.numel * item} bytes); the file has none, or one of another size"
+                f"{path}: {name:.200} needs the storage {storage.key:.80} with {storage.numel} "
+                f"items ({storage.numel * item} bytes), but the file lacks this storage or has it "
+                "with another size"
             )
         start = self._starts[storage.key]
         if start + storage.numel * item > self._end:
-            raise CheckpointError(f"{path} ends inside {name:.200}; it is cut short")
+            raise CheckpointError(f"{path} is cut short: it ends inside {name:.200}")
         first, size = start + view.offset * item, math.prod(view.shape) * item
         self._bytes_left -= max(size, _span(view) * item)
         if self._bytes_left < 0:
             raise CheckpointError(
-                f"{path}: its tensors up to {name:.200} have more than {_MAX_SHARING} times the "
-                f"bytes of the file ({self._end})"
+                f"{path}: the tensors up to {name:.200} have more than {_MAX_SHARING} times as "
+                f"many bytes as the file ({self._end} bytes)"
             )
         fields = name, path, storage.dtype, view.shape, first, size
         axes = zip(view.stride[::-1], view.shape[::-1], strict=True)
@@ -243,25 +252,25 @@ def _span(view: View) -> int:
 
 
 def _fault(view: View) -> str | None:
-    """Returns what is wrong with a view, as the end of an error message, or None if it is valid."""
+    """Returns the end of an error message about an invalid view, or None if the view is valid."""
     shape, stride, numel = view.shape, view.stride, view.storage.numel
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
         return "has a shape and a stride that do not fit together"
     if not is_shape(shape):
-        return "has a shape that no array has"
+        return "has an invalid shape"
     if any(type(number) is not int or number < 0 for number in (view.offset, *stride)):
-        return "has an offset or a stride that no array has"
+        return "has an invalid offset or stride"
     said = f"(offset {view.offset}, shape {shape}, stride {stride})"[:300]
     if math.prod(shape) and view.offset + _span(view) > numel:
-        return f"is outside its storage of {numel} items {said}"
+        return f"extends beyond the {numel} items of its storage {said}"
     axes = sorted(zip(stride, shape, strict=True))
     if math.prod(shape) == numel and not _is_dense(axis for axis in axes if axis[1] != 1):
-        return f"repeats items of its storage of {numel} items and leaves others out {said}"
+        return f"repeats some of the {numel} items of its storage and omits others {said}"
     return None
 
 
 def _is_dense(axes: Iterable[tuple[int, int]]) -> bool:
-    """Returns True if axes (stride, size), the fastest first, cover the items without gaps."""
+    """Returns True if axes (stride, size), in rising order of stride, cover items without gaps."""
     expected = 1
     for step, size in axes:
         if size != 1 and step != expected:

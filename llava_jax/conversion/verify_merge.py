@@ -1,7 +1,7 @@
 """Checks a merged model: every written weight, and the logits for an image and a question.
 
-Logits alone prove little with 16-bit weights, because rounding the weights may change the logits
-more than a weak adapter does.
+With 16-bit weights, equal logits alone prove little, because rounding the weights may change the
+logits more than a weak adapter does.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest difference of logits that rounding weights explains, relative to the largest logit."""
+"""Largest change of a logit by rounding the weights, relative to the largest logit, by dtype."""
 
-_WEIGHT = "llm.layers.self_attn.q_proj.weight"  # its dtype is taken as the decoder's
+_WEIGHT = "llm.layers.self_attn.q_proj.weight"  # its dtype is used as the dtype of the decoder
 _ROWS = 1024  # rows of a weight that are compared at a time
 QUESTION = "<image>\nWhat shape is in the picture, and what colour does it have?"
 
 
 def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] = print) -> float:
-    """Compares a merged model with its base and adapters: all weights, and logits in float32.
+    """Compares a merged model with its base and adapters: all weights, and the float32 logits.
 
     Args:
         opened: Base with its adapters.
@@ -45,8 +45,8 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
         The largest difference of a logit, relative to the largest logit.
 
     Raises:
-        CheckpointError: A weight is not that of the base with its adapter, or logits differ by more
-            than rounding of the weights explains.
+        CheckpointError: A weight is not the sum of the base's weight and its adapter, or a logit
+            differs by more than rounding the weights can explain.
     """
     merged = open_source(str(destination), say=lambda _: None)
     # Weights are merged in the dtype of the base and then cast to the dtype of the merged model.
@@ -56,15 +56,15 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
     apart, largest = _compare_logits(opened, merged, kind, say)
     tensors, values, changed = _check_weights(opened, merged)
     say(
-        f"weights: all {tensors} tensors equal those computed again from base and adapters; "
-        f"merging changed {changed} of the {values} values with adapters"
-        + ("" if changed else f"; rounding to {kind} hides them")
+        f"weights: all {tensors} tensors equal the tensors computed again from the base and its "
+        f"adapters; merging changed {changed} of the {values} values with adapters"
+        + ("" if changed else f"; rounding to {kind} hides the adapters")
     )
     if not apart <= LIMITS[kind] * largest:
         raise CheckpointError(
-            f"{destination}: a logit differs by {apart:.3g} from that of base and adapters, more "
-            f"than rounding to {kind} explains ({LIMITS[kind] * largest:.3g}); do not use this "
-            "model, and report the mistake"
+            f"{destination}: a logit differs by {apart:.3g} from the logit of the base with its "
+            f"adapters, but rounding to {kind} explains at most {LIMITS[kind] * largest:.3g}; do "
+            "not use this model, and report this error"
         )
     return apart / largest
 
@@ -72,7 +72,7 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
 def _compare_logits(
     opened: Opened, merged: Opened, kind: str, say: Callable[[str], None]
 ) -> tuple[float, float]:
-    """Returns the largest change of a logit by merging, and the largest logit; prints both."""
+    """Returns the largest change of a logit by merging, and the largest logit. Prints both."""
     ids, pixels = _batch(opened)
     base = _logits(dataclasses.replace(opened, trained=None), ids, pixels)
     before = _logits(opened, ids, pixels)
@@ -85,12 +85,16 @@ def _compare_logits(
     effect, apart = np.abs(before - base).max(), np.abs(before - after).max()
     largest, agree = np.abs(before).max(), np.mean(before.argmax(-1) == after.argmax(-1))
     say(
-        f"logits of a picture and a question, {ids.size} tokens: largest {largest:.4g}; the "
-        f"adapters move them by at most {effect:.3g}, merging by at most {apart:.3g} ({kind} "
-        f"weights); {agree:.1%} of the most likely tokens are the same"
+        f"logits for an image and a question ({ids.size} tokens, {kind} weights): the largest "
+        f"logit is {largest:.4g}; the adapters change a logit by at most {effect:.3g}, and merging "
+        f"changes a logit by at most {apart:.3g}; {agree:.1%} of the most likely tokens are the "
+        "same"
     )
     if effect <= 2 * apart:
-        say(f"so small a change may come from rounding to {kind}: here the logits prove nothing")
+        say(
+            f"the effect of the adapters is so small that it may come from rounding to {kind}, so "
+            "the logits prove nothing"
+        )
     return float(apart), float(largest)
 
 
@@ -109,13 +113,13 @@ def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
         base, (factors, scale) = stored(path, opened.tensors[path], spec), _adapter_of(opened, path)
         for index, tensor in enumerate(merged.tensors[path]):
             written, weight = tensor.read(), base.read(index)
-            if path in VOCABULARY:  # LLaVA's own form has no row for the image token
+            if path in VOCABULARY:  # LLaVA's own format has no row for the image token
                 weight = weight[: len(written)]
             low_rank = [x[index].read().astype(np.float64) for x in factors]
             if wrong := _count_wrong(written, weight, low_rank, scale):
                 raise CheckpointError(
-                    f"{tensor.file}: {wrong} of the {written.size} values of {tensor.name} are not "
-                    "what base and adapter come to; do not use this model, and report the mistake"
+                    f"{tensor.file}: {wrong} of the {written.size} values of {tensor.name} differ "
+                    "from the sum of base and adapter; do not use this model, and report this error"
                 )
             count += 1
             if low_rank:
@@ -125,7 +129,10 @@ def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
 
 
 def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], float]:
-    """Returns the adapter of a weight, [A, B], each by layer, and its scale; or [] and 0."""
+    """Returns the tensors [A, B] of a weight's adapter by layer, and the adapter's scale.
+
+    The result is [] and 0 if the weight has no adapter.
+    """
     tensors = opened.trained.tensors if opened.trained else {}
     for stack, lora in opened.adapters.items():
         names = [path.removesuffix("weight") + name for name in ("lora_a", "lora_b")]
@@ -139,10 +146,10 @@ def _count_wrong(
 ) -> int:
     """Counts the values of `written` that are not W + scale B A, computed in float32 and rounded.
 
-    Results are rounded to the dtype of W (`weight`) and then to the dtype of `written`. A float32
-    result depends on the order of additions, but lies between two bounds. As rounding keeps the
-    order of numbers, the written value must lie between the rounded bounds. These are mostly equal,
-    and neighbors otherwise.
+    W is `weight`. Results are rounded to the dtype of `weight` and then to the dtype of `written`.
+    A float32 result depends on the order of additions, but it is between two bounds. Rounding keeps
+    the order of numbers, so the written value must be between the two rounded bounds. The rounded
+    bounds are usually equal; otherwise they are neighboring numbers.
     """
     rounded = lambda x: x.astype(weight.dtype).astype(written.dtype)
     if not low_rank:
@@ -162,7 +169,7 @@ def _count_wrong(
 def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
     """Returns token ids [1, T] and pixels [1, 3, H, W] of a drawn image and a question about it.
 
-    Without a tokenizer, random tokens take the place of the question.
+    Without a tokenizer, the question consists of random tokens.
     """
     config = opened.config
     picture = Image.new("RGB", (400, 300), (230, 230, 220))
@@ -185,7 +192,7 @@ def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Computes logits in float32. Weights keep their dtype; their memory is freed at the end."""
+    """Computes logits in float32. Loads the weights in their own dtype, and frees them again."""
     trained = opened.trained.tensors if opened.trained else {}
     tensors = {**opened.tensors, **trained}
     graphdef, abstract = build_model(opened.config, opened.adapters)

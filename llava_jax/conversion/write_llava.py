@@ -1,4 +1,4 @@
-"""Writes the directories that LLaVA's own code reads: whole models, and adapters (LoRA)."""
+"""Writes the directories that LLaVA's own code reads: whole models and LoRA adapters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ def save_official(
         config: Sizes of the model.
         inputs: Directory or parts with the tokenizer and the image processor.
         dtype: Dtype of the weights; None keeps the dtype of each weight.
-        said: Dtype that config.json names.
-        aspect: What is done with images that are not square, as in `official_settings`.
+        said: Dtype that is written into config.json.
+        aspect: Handling of images that are not square, as in `official_settings`.
         template: Template of conversations; None if it is unknown.
 
     Raises:
@@ -93,11 +93,11 @@ def save_official_adapter(
         params: Parameters that were trained.
         adapters: LoRA settings by stack.
         config: Sizes of the model.
-        base: Path or hub id of the decoder under the adapters; None if it has no directory of its
-            own.
+        base: Path or hub id of the decoder that the adapters were trained on; None if the decoder
+            has no directory of its own.
         tower: Path or hub id of the vision tower; None if it has no directory of its own.
         inputs: Directory or parts with the tokenizer.
-        aspect: What is done with images that are not square, as in `official_settings`.
+        aspect: Handling of images that are not square, as in `official_settings`.
 
     Raises:
         ConfigError: `params` has more than the decoder's adapters and the projector, LLaVA's own
@@ -107,7 +107,7 @@ def save_official_adapter(
     projector = {path: x for path, x in params.items() if path.startswith("projector.")}
     if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
         raise ConfigError(
-            f"LLaVA's LoRA directories have no room for {len(foreign)} of the parameters, for "
+            f"LLaVA's LoRA directories cannot store {len(foreign)} of the trained parameters, for "
             f"example {foreign[0]}; add --merge"
         )
     naming = partial(peft_name, layouts.LLAVA)
@@ -121,8 +121,8 @@ def save_official_adapter(
     }
     write_json(directory / CONFIG, written)
     _check(config)
-    # LLaVA's code loads the decoder with this config. So the size of the vocabulary must be that of
-    # the decoder, without the tokens that were added for LLaVA.
+    # LLaVA's code loads the decoder with this config. So the vocabulary must have the size of the
+    # decoder's own vocabulary, without the tokens that were added for LLaVA.
     llm = read_llm_config(base) if base else _own_llm(config, inputs)
     settings = text_settings(llm) | _token_ids(inputs)
     own = official_settings(config, settings, tower or "", aspect)
@@ -135,7 +135,7 @@ def _save_pickle(params: Mapping[str, Stored], directory: Path) -> None:
         import torch
     except ImportError as error:
         raise ConfigError(
-            "LLaVA's LoRA directories contain a pickle, which needs PyTorch: pip install torch"
+            "LLaVA's LoRA directories contain a pickle; writing it needs PyTorch: pip install torch"
         ) from error
     values = {name: torch.from_numpy(x.read(0).astype(np.float32)) for name, x in params.items()}
     torch.save(values, directory / "non_lora_trainables.bin")
@@ -153,17 +153,18 @@ def _check(config: ModelConfig) -> None:
     """Raises ConfigError unless LLaVA's own code supports the vision tower and the projector."""
     if config.vision.model_type != "clip_vision_model" or config.projector_hidden_act != "gelu":
         raise ConfigError(
-            f"LLaVA's own code does not support {config.vision.model_type} with a projector of "
-            f"{config.projector_hidden_act}, only clip_vision_model with gelu; take --to hf"
+            f"LLaVA's own code does not support a {config.vision.model_type} tower with a "
+            f"{config.projector_hidden_act} projector, only a clip_vision_model tower with a gelu "
+            "projector; use --to hf"
         )
 
 
 def _own_llm(config: ModelConfig, inputs: Path | Parts) -> LlmConfig:
-    """Returns the decoder's sizes without the tokens for images and padding, if these come last.
+    """Returns the decoder's sizes without the image and padding tokens, if these ids are the last.
 
-    LLaVA's own code has neither of the two tokens.
+    LLaVA's own code has neither an image token nor this padding token.
     """
-    if not has_tokenizer(inputs):  # the number of words is unknown
+    if not has_tokenizer(inputs):  # the number of tokens is unknown
         return config.llm
     added = {config.image_token_id, config.pad_token_id}
     rows = known = len(load_tokenizer(inputs))

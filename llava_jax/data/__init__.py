@@ -1,1 +1,1 @@
-"""Turns data files into batches: records, conversations, images, order, packing and workers."""
+"""Reads data files and turns their records into batches for training and evaluation."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 Leaf = Any
-"""An array, or an object that replaces an array in a tree, such as a shape or a sharding."""
+"""An array, or an object that replaces an array in a pytree, such as a shape or a sharding."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,16 +19,16 @@ class Batch:
     Attributes:
         input_ids: int32 [B, T]. Token ids, padded on the right. Each image has as many image tokens
             as it has features.
-        loss_mask: bool [B, T]. True where the token is a target: the answers and the tokens that
-            end them.
+        loss_mask: bool [B, T]. True for training targets: the tokens of the answers, and the tokens
+            that end the answers.
         segment_ids: int32 [B, T]. 1 plus the position of the token's sample in the global batch; 0
             for padding. A sample that could not be read has no tokens.
         pixel_values: uint8 [B, M, 3, H, W]. Images of each row; zeros in place of missing images.
         pixel_scale: float32 [B, 2, 3]. For each color channel, the factor by which `pixel_values`
             is multiplied and the offset that is then added, to normalize the pixels.
-        text_checksum: Checksum of all texts of the global batch, at most 31 bits; 0 if each row
-            depends on its own sample only. Processes with different checksums have read different
-            batches.
+        text_checksum: Checksum of at most 31 bits of all texts of the global batch; 0 if each row
+            depends only on its own sample. If the checksums of two processes differ, the processes
+            have read different batches.
     """
 
     input_ids: Leaf

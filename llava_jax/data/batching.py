@@ -1,4 +1,4 @@
-"""Encodes records and pads them to batches, starting at any position."""
+"""Encodes records and collects them in padded batches, starting at any batch number."""
 
 import contextlib
 import copy
@@ -35,17 +35,17 @@ class BatchSpec:
     """Shapes of batches.
 
     Attributes:
-        size: Number of samples in a batch, which is also its number of rows, B.
-        max_images: Number of images in each row, M, including blank images that fill the row.
+        size: Number of samples in a batch, B, which is also the number of rows.
+        max_images: Number of images in each row, M, including blank images that pad the row.
         image_size: Height and width of an image in pixels.
         max_length: Maximum number of tokens in a sample.
-        pad_token_id: Token id that fills rows on the right.
+        pad_token_id: Id of the token that pads rows on the right.
         pixel_scale: Factors and offsets of the color channels; see `ImageTransform.scale`.
-        buckets: Lengths of rows in tokens that a batch may have, in addition to max_length.
-        packing: Whether a row holds as many samples as fit. All rows then have max_length tokens,
-            and rows that are not needed stay empty.
-        devices: Number of devices that share the rows. Packed rows are assigned to the devices in
-            turn.
+        buckets: Lengths in tokens that the rows of a batch may have, in addition to max_length.
+        packing: Whether several samples share a row. If True, all rows have max_length tokens, and
+            rows that are not needed stay empty.
+        devices: Number of devices that the rows are divided among. Packed rows are assigned to the
+            devices in turn.
 
     Raises:
         ConfigError: A bucket is smaller than 1 or larger than max_length.
@@ -64,9 +64,9 @@ class BatchSpec:
     def __post_init__(self):
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
             raise ConfigError(
-                f"data.buckets {self.buckets} must lie between 1 and data.max_length "
-                f"{self.max_length}, which is always a bucket itself; choose other lengths, or "
-                "give --data.buckets without a value"
+                f"each length in data.buckets {self.buckets} must be between 1 and data.max_length "
+                f"{self.max_length}; choose other lengths, or give --data.buckets without a value "
+                "to use only data.max_length"
             )
 
     def bucket(self, length: int) -> int:
@@ -75,7 +75,7 @@ class BatchSpec:
 
     @property
     def is_fixed(self) -> bool:
-        """Returns True if the length and the sample of a row do not depend on other samples."""
+        """Returns True if the length and the content of a row do not depend on other samples."""
         return not self.packing and not self.buckets
 
     @property
@@ -90,7 +90,7 @@ class Sample:
 
     Attributes:
         input_ids: int32 [T]. Token ids.
-        loss_mask: bool [T]. True where the token is a target.
+        loss_mask: bool [T]. True for tokens that are training targets.
         pixel_values: uint8 [I, 3, H, W]. Pixels of the images, not normalized.
     """
 
@@ -101,7 +101,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes a record: its conversation as token ids, its images as pixels. Can be pickled.
+    """Encodes the text of a record as token ids and its images as pixels. Can be pickled.
 
     Attributes:
         tokenizer: Fast tokenizer of transformers.
@@ -111,7 +111,7 @@ class SampleEncoder:
         image_tokens: Number of tokens of one image.
         max_length: Maximum number of tokens in a sample; longer samples are truncated.
         max_images: Maximum number of images in a sample.
-        max_text_length: Maximum number of tokens in a sample if each image counts as one token;
+        max_text_length: Maximum number of tokens in a sample, counting each image as one token;
             longer samples are truncated. None sets no such limit.
     """
 
@@ -125,10 +125,11 @@ class SampleEncoder:
     max_text_length: int | None = None
 
     def __call__(self, record: Record) -> Sample:
-        """Encodes a record.
+        """Encodes the text and the images of a record.
 
         Raises:
             SampleError: The record cannot be used for training.
+            ConfigError: The tokenizer lacks a control token of the template.
         """
         return self.add_images(record, self.encode_text(record))
 
@@ -137,6 +138,7 @@ class SampleEncoder:
 
         Raises:
             SampleError: The record cannot be used for training.
+            ConfigError: The tokenizer lacks a control token of the template.
         """
         self._check_images(record)
         encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
@@ -161,20 +163,21 @@ class SampleEncoder:
         count = len(record.images)
         if count > self.max_images:
             raise SampleError(
-                f"it has {count} images, but data.max_images is {self.max_images}; raise "
-                "data.max_images",
+                f"the sample has {count} images, but data.max_images is {self.max_images}; "
+                "increase data.max_images",
                 "number of images",
             )
         placeholders = count_placeholders(record.turns)
         if placeholders != count:
             raise SampleError(
-                f"its human turns contain <image> {placeholders} times, but it has {count} images",
+                f"the human turns contain <image> {placeholders} times, but the sample has "
+                f"{count} images; write <image> once for each image",
                 "number of images",
             )
 
 
 class Batches(Iterator[Batch]):
-    """Iterates over batches without end, from a position that can be saved and restored."""
+    """Endless iterator over batches, whose position can be saved and restored."""
 
     def __init__(self, read: "ReadBatch", workers: int, identity: Json):
         """Starts at batch 0.
@@ -184,7 +187,7 @@ class Batches(Iterator[Batch]):
             workers: Number of processes that encode samples; 0 encodes them in a thread of this
                 process.
             identity: Values that determine the order of the records. A saved position can be
-                restored only if they are the same.
+                restored only if these values are the same.
         """
         self._read = read
         self._workers = workers
@@ -200,11 +203,11 @@ class Batches(Iterator[Batch]):
         return batch
 
     def state(self) -> Json:
-        """Returns the current position as a dict that JSON can hold, for `restore`."""
+        """Returns the current position for `restore`, as a dict that can be written as JSON."""
         return {**self._identity, "next_batch": self._next}
 
     def restore(self, state: Json) -> None:
-        """Continues from a saved position.
+        """Moves to a saved position.
 
         Args:
             state: Position that `state` returned.
@@ -215,8 +218,9 @@ class Batches(Iterator[Batch]):
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise ConfigError(
-                    f"the saved data position has {name} = {state.get(name)}, this run has "
-                    f"{value}; resume with the same data, seed and batch size, or start a new run"
+                    f"the data position was saved with {name} = {state.get(name)}, but this run "
+                    f"has {value}; resume with the same data, seed and batch size, or start a new "
+                    "run"
                 )
         self.close()
         self._next = state["next_batch"]
@@ -242,13 +246,13 @@ def eval_batches(
         records: Records to encode.
         encode_fn: Encoder of the records.
         spec: Shapes of the batches.
-        rows: Rows of each batch to make, as in `ReadBatch`.
+        rows: Indices of the rows to make in each batch; see `ReadBatch.rows`.
         workers: Number of processes that encode samples; 0 encodes them in a thread of this
             process.
 
     Yields:
-        A batch, and int64 [spec.size] with the record index of each row of the whole batch. The
-        index is -1 for the padding rows of the last batch.
+        A batch, and an int64 array [spec.size] with the record index of each row of the global
+        batch. The index is -1 for the padding rows of the last batch.
     """
     order = InOrder(len(records), spec.size)
     read = ReadBatch(order, records, encode_fn, spec, rows)
@@ -262,18 +266,18 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class ReadBatch:
-    """Reads the batch with a given number: encodes its samples and pads them. Can be pickled.
+    """Callable that reads and returns the batch with a given number. Can be pickled.
 
-    A sample that cannot be used (SampleError) becomes padding; no other record takes its place.
+    A sample that cannot be used (SampleError) becomes padding; no other record replaces it.
 
     Attributes:
-        order: Indices of the records in each batch.
+        order: Order that determines the record indices of each batch.
         records: Records to encode.
         encode_fn: Encoder of the records.
         spec: Shapes of the global batch.
-        rows: Rows of the global batch to make, in this order; None makes all rows. If shapes depend
-            on all samples, the texts of the other rows are read too, so that all processes choose
-            the same shapes. Images of other rows are never read.
+        rows: Indices of the rows of the global batch to make, in this order; None makes all rows.
+            With buckets or packing, the texts of all rows are read, so that all processes choose
+            the same shapes. Images are read only for the rows to make.
     """
 
     order: EpochOrder | InOrder
@@ -283,12 +287,11 @@ class ReadBatch:
     rows: Sequence[int] | None = None
 
     def __post_init__(self):
-        # Batches are read in another thread than the owner's, and two threads must not share a
-        # tokenizer.
+        # Batches are read in a thread of their own, and two threads must not share a tokenizer.
         object.__setattr__(self, "encode_fn", copy.deepcopy(self.encode_fn))
 
     def __call__(self, number: int) -> Batch:
-        """Returns the batch with this number, with only the rows in `rows`."""
+        """Returns the batch with the given number; the batch contains only the rows in `rows`."""
         numbers = self.order.batch(number).tolist()
         spec, every = self.spec, range(self.spec.size)
         own = every if self.rows is None else self.rows
@@ -302,14 +305,14 @@ class ReadBatch:
         if spec.packing:
             layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
         length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
-        # A generator keeps the pixels of only one row in memory besides the batch.
+        # With a generator, the pixels of only one row are in memory in addition to the batch.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
         batch = fill(samples, len(own), spec, length)
         checksum = 0 if spec.is_fixed else _checksum(read)
         return dataclasses.replace(batch, text_checksum=checksum)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
-        """Yields the batches from number `start` on, and reads later batches ahead of time.
+        """Yields the batches, starting with number `start`; prepares the next batches in advance.
 
         Args:
             start: Number of the first batch.
@@ -318,7 +321,8 @@ class ReadBatch:
             stop: Number of the first batch that is not yielded.
 
         Raises:
-            RunError: A worker process died. The message names the record that it was reading.
+            RunError: A worker process died. The message names the record that the process was
+                reading.
         """
         try:
             yield from read_ahead(self, start, workers, stop=stop, most_bytes=self.most_bytes)
@@ -327,7 +331,7 @@ class ReadBatch:
 
     @property
     def most_bytes(self) -> int:
-        """Returns the size in bytes of a batch whose rows have max_length tokens."""
+        """Returns the size in bytes of the largest batch, whose rows have max_length tokens."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)
         return rows * (pixels + 4 * 6 + 9 * self.spec.max_length)
@@ -351,12 +355,15 @@ class ReadBatch:
 
 
 class _Text(NamedTuple):
+    """A record, its index, and its encoded text."""
+
     number: int
     record: Record
     encoded: Encoded
 
 
 def _checksum(texts: Mapping[int, _Text | None]) -> int:
+    """Returns a checksum of at most 31 bits of the token ids of all texts."""
     value = 0
     for position, text in texts.items():
         ids = b"" if text is None else text.encoded.input_ids.tobytes()
@@ -365,16 +372,17 @@ def _checksum(texts: Mapping[int, _Text | None]) -> int:
 
 
 def worker_died(error: WorkerError, records: Records) -> RunError:
-    """Returns the error that names the record which a worker process was reading when it died.
+    """Returns an error that names the record that a worker process was reading when it died.
 
     Args:
         error: Error of the worker process.
         records: Records that the process was reading.
     """
-    at = "" if error.record is None else f" at {records.where(error.record)}"
+    at = "" if error.record is None else f" while it read {records.where(error.record)}"
     return RunError(
-        f"a worker process that reads data died{at}: {error} Exit code -9 usually means that "
-        "memory ran out: lower data.workers. Otherwise, remove that sample from the data"
+        f"a data worker process died{at}: {error} Exit code -9 usually means that memory ran out; "
+        "lower data.workers. With another exit code, the sample that was being read may be the "
+        "cause; remove it from the data"
     )
 
 
@@ -384,8 +392,9 @@ def fill(
     """Returns a batch of `size` rows with `length` tokens each.
 
     Args:
-        rows: Samples of each row, by their positions in the global batch. None is a sample that
-            could not be read. Rows beyond the last one are padding.
+        rows: One dict per row, from positions in the global batch to samples. None stands for a
+            sample that could not be read. If there are fewer dicts than rows, the remaining rows
+            are padding.
         size: Number of rows.
         spec: Shapes of the batch.
         length: Number of tokens in a row, T.

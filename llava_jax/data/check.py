@@ -1,4 +1,4 @@
-"""Reads a whole data set as a run does, and finds the samples that the run would skip."""
+"""Reads a whole data set like a training run, and finds the samples that the run would skip."""
 
 import dataclasses
 import json
@@ -22,11 +22,11 @@ _CHUNK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The reason why a sample cannot be used.
+    """The reason why a sample cannot be used for training.
 
     Attributes:
-        sample: Index of the sample.
-        where: File of the sample, and its line, record or row in the file.
+        sample: Index of the sample in the data set.
+        where: Location of the sample: the file, and the line, record or row in the file.
         kind: Kind of the problem; see `SampleError.kind`.
         reason: Full description of the problem.
     """
@@ -39,15 +39,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Sizes of the N samples of a data set, and the problems that were found.
+    """Sizes of the N samples of a data set, and the problems of the bad samples.
 
     Attributes:
-        tokens: int32 [N]. Number of tokens in each sample after truncation; 0 if its text cannot be
-            used.
-        learned: int32 [N]. Number of these tokens that are targets.
+        tokens: int32 [N]. Number of tokens in each sample after truncation; 0 if the text of the
+            sample cannot be used.
+        learned: int32 [N]. Number of tokens in each sample that are training targets.
         images: int32 [N]. Number of images in each sample.
-        cut: int32 [N]. Number of tokens that truncation removed.
-        problems: Problems of the bad samples, one for each.
+        cut: int32 [N]. Number of tokens that truncation removed from each sample.
+        problems: One problem for each bad sample.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -58,7 +58,7 @@ class Findings:
 
     @property
     def good(self) -> Bool[np.ndarray, " N"]:
-        """Returns a mask, bool [N], of the samples that a run learns from."""
+        """Returns a mask, bool [N], which is True for each sample without a problem."""
         good = np.ones(len(self.tokens), bool)
         good[[problem.sample for problem in self.problems]] = False
         return good
@@ -71,18 +71,20 @@ def check(
     workers: int = 0,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Findings:
-    """Reads the texts and images of all records, and keeps only sizes and problems.
+    """Reads the text and the images of each record, and returns only sizes and problems.
 
     Args:
         records: Records of the data set.
-        encoder: Encoder of the run.
-        workers: Number of processes that read; 0 reads in a thread of this process.
-        advance: Function that is called with the number of records that were read since its last
-            call.
+        encoder: Encoder that the run uses.
+        workers: Number of worker processes that read records; 0 reads them in a thread of this
+            process.
+        advance: Function that is called with the number of records that were read since the
+            previous call.
 
     Raises:
-        RunError: A worker process died. The message names the record that it was reading.
-        ConfigError: A data file changed, or the template does not fit the tokenizer.
+        RunError: A worker process died. The message names the record that the process was reading.
+        ConfigError: A data file changed after it was opened, or the tokenizer lacks a control token
+            of the template.
     """
     chunks = read_ahead(
         _Check(records, encoder), 0, workers, stop=-(-len(records) // _CHUNK), most_bytes=2**20
@@ -105,7 +107,7 @@ def check(
 
 @dataclasses.dataclass(frozen=True)
 class _Check:
-    """Reads the chunk of records with a given number; returns their sizes, and problems as JSON."""
+    """Callable that reads one chunk of records; returns their sizes, and their problems as JSON."""
 
     records: Records
     encoder: SampleEncoder
@@ -128,21 +130,22 @@ class _Check:
 
 
 def only_json(records: Records) -> FileRecords:
-    """Returns the records if `write_clean` can write them.
+    """Returns the records unchanged if `write_clean` can write them.
 
     Raises:
-        ConfigError: The records are not all from JSON files, or are from several data sets.
+        ConfigError: Some records are not from JSON files, or the records are from several data
+            sets.
     """
     if isinstance(records, FileRecords) and all(isinstance(f, JsonFile) for f in records.files):
         return records
     raise ConfigError(
-        "only records of JSON lists or JSON lines can be written, and only of one data set at a "
-        "time; for other data, use --json, which lists the samples to leave out"
+        "--write-clean can only write records of JSON files (lists or JSON lines), and only of one "
+        "data set at a time; for other data, use --json FILE, which lists the bad samples"
     )
 
 
 def write_clean(records: FileRecords, findings: Findings, path: Path) -> None:
-    """Writes the good records as JSON lines, with the content that they have in their files."""
+    """Writes the records without problems, unchanged, to a file of JSON lines."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("w") as file:
         for number in np.flatnonzero(findings.good).tolist():

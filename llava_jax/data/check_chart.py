@@ -1,4 +1,4 @@
-"""Draws the lengths of the samples of a data set, and the share of padding in its batches."""
+"""Draws the lengths of the samples of a data set, and the fraction of padding in its batches."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from llava_jax.data.check_report import Report
 
 
 def draw(path: Path, report: Report) -> None:
-    """Draws four panels: lengths, images, shares of learned tokens, and padding.
+    """Draws four panels: lengths, numbers of images, fractions of learned tokens, and padding.
 
     Args:
         path: PNG file to write.
@@ -27,12 +27,12 @@ def draw(path: Path, report: Report) -> None:
     kinds = {"with images": tokens[count > 0], "text only": tokens[count == 0]}
     lengths.hist(list(kinds.values()), bins=60, stacked=True, label=list(kinds))
     lengths.legend()
-    lengths.set_xlabel("tokens of a sample, images expanded")
+    lengths.set_xlabel("tokens per sample, including image tokens")
     numbers, samples = np.unique(count, return_counts=True)
     images.bar(numbers.astype(str), samples)
-    images.set_xlabel("images of a sample")
+    images.set_xlabel("images per sample")
     shares.hist(100 * report.shares, bins=60)
-    shares.set_xlabel("% of a sample's tokens that are learned")
+    shares.set_xlabel("% of the tokens of a sample that are learned")
     for axes in (lengths, images, shares):
         axes.set_ylabel("samples")
     rows = report.padding_rows()

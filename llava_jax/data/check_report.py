@@ -1,4 +1,4 @@
-"""Reports on a data set for `llava-jax check-data`: on the console and as JSON."""
+"""Prints the results of `llava-jax check-data`, and writes them as JSON."""
 
 import dataclasses
 import itertools
@@ -18,14 +18,14 @@ from llava_jax.data.padding import Padding
 PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
                "most": 100}  # fmt: skip
 MAX_LENGTHS = 4
-"""Largest number of bucket lengths for which the best choice is computed."""
+"""Maximum number of buckets for which the best bucket lengths are computed."""
 BINS, BAR = 12, 40
 """Number of bars in the histogram of lengths, and width of the longest bar in characters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Statistics of a data set, computed from what `check` found.
+    """Statistics of a data set, computed from the results of `check.check`.
 
     Attributes:
         found: Sizes and problems of the samples.
@@ -41,7 +41,7 @@ class Report:
 
     @property
     def shares(self) -> np.ndarray:
-        """Returns the fraction of learned tokens in each good sample."""
+        """Returns the fraction of training targets among the tokens of each good sample."""
         return self.of_good("learned") / self.of_good("tokens")
 
     def of_good(self, column: str) -> np.ndarray:
@@ -58,13 +58,13 @@ class Report:
         return [*rows, packed | {"waste": self.padding.packed_waste}]
 
     def lengths(self) -> dict[str, tuple[int, ...]]:
-        """Returns bucket lengths to compare: those of the config, and the best one to four."""
+        """Returns bucket lengths to compare: the config's lengths, and the best 1 to 4 lengths."""
         own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
         best = [self.padding.best_lengths(n) for n in range(1, MAX_LENGTHS + 1)]
         return {"config": own} | {f"best {len(lengths)}": lengths for lengths in best}
 
     def figures(self) -> dict[str, Any]:
-        """Returns the statistics of the data set, without the lists of single samples."""
+        """Returns the statistics of the data set, without lists of individual samples."""
         images = self.of_good("images")
         columns = {name: self.of_good(name) for name in ("tokens", "learned", "images")}
         return {
@@ -85,7 +85,7 @@ class Report:
         """Prints the report.
 
         Args:
-            shown: Number of samples to print for each kind of problem.
+            shown: Maximum number of samples to print for each kind of problem.
         """
         console = Console(soft_wrap=True, highlight=False, markup=False)
         figures = self.figures()
@@ -96,7 +96,7 @@ class Report:
             lines = [f"{problem.where}: {problem.reason}" for problem in group]
             show_some(console, f"bad, {name}", lines, shown)
         cut = [f"{self.where(n)}: {self.found.cut[n]} tokens" for n in self._cut()]
-        show_some(console, "cut to data.max_length, and learned from", cut, shown)
+        show_some(console, "truncated to data.max_length, but used for training", cut, shown)
         if self.found.good.any():
             self._show_tables(console, figures)
 
@@ -146,18 +146,18 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def share(name: str, figures: dict[str, Any]) -> str:
-    """Returns the text of a sample count and its percentage of all samples."""
+    """Returns a text with a number of samples and its percentage of all samples."""
     return f"{figures[name]:,} {name} ({figures[name] / figures['samples']:.2%})"
 
 
 def show_some(console: Console, title: str, lines: Sequence[str], shown: int) -> None:
-    """Prints the number of lines and the first few of them."""
+    """Prints the title, the number of lines, and the first `shown` lines."""
     if lines:
         console.print(f"{title}: {len(lines):,}")
         for line in lines[:shown]:
             console.print(f"  {line}")
         if len(lines) > shown:
-            console.print(f"  and {len(lines) - shown:,} more; --json FILE has all")
+            console.print(f"  and {len(lines) - shown:,} more; --json FILE writes all of them")
 
 
 def make_table(first: str, *columns: str) -> Table:

@@ -1,9 +1,10 @@
 """Encodes conversations as token ids, with a mask of the tokens that are learned.
 
-A template is data: the text around the turns. A conversation is rendered to a list of pieces. Each
-piece is a text or one control token, such as an image or an end of sequence. The text between two
-control tokens is tokenized as one string. Character offsets then tell which tokens belong to an
-answer, so that the mask always matches the ids.
+A template contains only the texts around the turns, and no code. A conversation is rendered to a
+list of pieces. Each piece is a text or one control token, such as an image token or an
+end-of-sequence token. The text between two control tokens is tokenized as one string. The character
+offsets of the tokens then show which tokens belong to an answer, so that the mask always matches
+the token ids.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ IMAGE_PLACEHOLDER = "<image>"
 def tokenizing() -> Iterator[None]:
     """Converts a panic of the tokenizers library into a SampleError.
 
-    Such a panic is a BaseException but not an Exception. It occurs, for example, if a regular
-    expression of a malicious tokenizer gives up on a text.
+    The panic, an error of the library's Rust code, is a BaseException but not an Exception. It
+    occurs, for example, if a regular expression of a malicious tokenizer exceeds its limits.
 
     Raises:
         SampleError: The code inside the context panicked.
@@ -40,7 +41,7 @@ def tokenizing() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise SampleError(f"the tokenizer fails at the text: {error}", "tokenizer") from error
+        raise SampleError(f"the tokenizer cannot process the text: {error}", "tokenizer") from error
 
 
 class Turn(NamedTuple):
@@ -61,8 +62,8 @@ class Encoded:
 
     Attributes:
         input_ids: int32 [T]. Token ids.
-        loss_mask: bool [T]. True where the token is learned: the answers and the tokens that end
-            them.
+        loss_mask: bool [T]. True for tokens that are learned: the tokens of the answers, and the
+            tokens that end the answers.
         cut: Number of tokens that truncation removed from the end.
     """
 
@@ -88,13 +89,13 @@ def encode(
     """Encodes a conversation for training, with one token for each image.
 
     Each `<image>` in a human turn is the placeholder of an image. The images of a turn move to its
-    start, in their order, and the template's `image_suffix` follows each of them. A gpt turn at the
+    start, in their order, and the template's `image_suffix` follows each image. A gpt turn at the
     start is dropped. All other text in the turns is encoded as plain text, even if it looks like a
     control token.
 
     Args:
-        turns: Conversation in which human and gpt turns alternate. A system turn before them
-            replaces the template's own system text.
+        turns: Conversation in which human and gpt turns alternate. A system turn at the start
+            replaces the system text of the template.
         template: Conversation template: the text around the turns.
         tokenizer: Fast tokenizer of transformers.
         image_token_id: Id of the token that represents an image.
@@ -118,7 +119,8 @@ def encode_prompt(
 ) -> Encoded:
     """Encodes a conversation that ends with a human turn, up to the start of the next answer.
 
-    The ids equal those that `encode` returns before the first learned token of that answer.
+    The token ids are the same as the ids that `encode` returns before the first learned token of
+    this answer.
 
     Args:
         turns: Conversation in which human and gpt turns alternate, as in `encode`.
@@ -205,7 +207,7 @@ def _render_question(
 
 
 def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Sequence[Turn]]:
-    """Returns the system text, and the other turns, which begin with a human turn."""
+    """Returns the system text, and the other turns, of which the first is a human turn."""
     system = template.system
     if turns and turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
@@ -223,7 +225,7 @@ def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Seque
 
 
 def _parse(text: str, tokenizer: PreTrainedTokenizerBase, *, learned: bool = False) -> list[_Piece]:
-    """Splits a text of a template at its control tokens."""
+    """Splits a text of a template into plain texts and control tokens."""
     pieces = []
     for index, part in enumerate(re.split(r"\{([^{}]+)\}", text)):
         if index % 2 == 0:
@@ -245,7 +247,7 @@ def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     if token is None:
         raise ConfigError(
             f"data.template needs the control token {name!r}, which the tokenizer lacks; "
-            f"choose another of {', '.join(TEMPLATES)}"
+            f"choose another template: {', '.join(TEMPLATES)}"
         )
     return cast("int", token)
 
@@ -255,7 +257,7 @@ def _tokenize(
 ) -> Encoded:
     """Encodes pieces as token ids; adjacent texts are tokenized as one string."""
     # The Rust tokenizer is called directly, because the wrapper of transformers doubles the time.
-    # Its settings are set here, because it keeps those of earlier calls.
+    # Its settings are set here, because it keeps the settings of earlier calls.
     core = cast("Tokenizer", tokenizer.backend_tokenizer)
     core.no_truncation()
     core.no_padding()
@@ -267,7 +269,10 @@ def _tokenize(
         if is_text:
             run_ids, run_mask = _tokenize_run(group, core)
             if image_id in run_ids:
-                raise SampleError(f"a text is tokenized as the image token {image_id}")
+                raise SampleError(
+                    f"a text of the conversation is tokenized as the image token (id {image_id}); "
+                    "remove this text"
+                )
             ids += run_ids
             mask += run_mask
         else:
@@ -282,6 +287,6 @@ def _tokenize_run(run: Sequence[_Piece], core: Tokenizer) -> tuple[list[int], li
         found = core.encode("".join(piece.text for piece in run), add_special_tokens=False)
     learned_characters = b"".join(bytes([piece.learned]) * len(piece.text) for piece in run)
     # A token may cover no character, such as a leading-space token. The next character then decides
-    # whether it is learned.
+    # whether the token is learned.
     spans = (slice(start, max(end, start + 1)) for start, end in found.offsets)
     return found.ids, [any(learned_characters[span]) for span in spans]

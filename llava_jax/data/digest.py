@@ -15,27 +15,27 @@ from llava_jax.disk import Json
 _BLOCK = 2**16
 """Size of a block in bytes."""
 _BLOCKS = 256
-"""Number of blocks that are read from all Parquet files of a source together."""
+"""Total number of blocks that are read from all Parquet files of a source."""
 _THREADS = 32
 _NAMED = 5
-"""Number of changed images that are named; further changed images are only counted."""
+"""Maximum number of changed images that are named; further changed images are only counted."""
 
 
 def data_digest(records: Records) -> list[Json]:
-    """Returns digests that identify the data of a run, wherever the data is stored.
+    """Returns digests that identify the data of a run, independently of where it is stored.
 
-    The digests change if a record is added, removed, moved, or edited in a field that is read. Of
-    the image files, about a thousand, evenly spread over the data, contribute their sizes and
-    checksums of their first 64 KiB. File times and directories have no influence. Only image files
-    and blocks of Parquet files are read here, because the digests of the records were computed when
-    the data was opened.
+    The digests change if a record is added, removed or moved, or if a field that is used is edited.
+    For about a thousand image files, evenly spread over the data, the digests also contain the
+    sizes and the checksums of the first 64 KiB. The digests do not depend on modification times or
+    directories. This function reads only image files and blocks of Parquet files, because the
+    digests of the records were computed when the data was opened.
 
     Args:
         records: All training records of a run, or all its eval records.
 
     Returns:
-        A dict for each source, which JSON can hold. "files" is a list of [path, number of records,
-        digest], and "images" maps paths to a text with size and checksum.
+        One dict per source, which can be written as JSON. "files" is a list of [path, number of
+        records, digest], and "images" maps paths to texts with size and checksum.
     """
     parts = records.parts if isinstance(records, JoinedRecords) else [records]
     return [_of_files(part) if isinstance(part, FileRecords) else _of_list(part) for part in parts]
@@ -71,10 +71,10 @@ def _image(records: FileRecords, path: str) -> str | None:
 
 
 def _blocks(path: str, count: int) -> str | None:
-    """Returns the size of a file, and a checksum of evenly spaced blocks, the first at its start.
+    """Returns a text with the size of a file and a checksum of `count` evenly spaced blocks.
 
-    Returns "missing" if the file does not exist, and None if it cannot be read for another reason,
-    which may be temporary.
+    The first block is at the start of the file. Returns "missing" if the file does not exist, and
+    None if the file cannot be read for another reason, which may be temporary.
     """
     if not is_remote(path) and not os.path.isfile(path):
         return "missing"
@@ -92,17 +92,18 @@ def _blocks(path: str, count: int) -> str | None:
 
 
 def data_changes(before: list[Json], now: list[Json], kind: str = "training data") -> Iterator[str]:
-    """Yields a line of text for each difference between the data and its earlier digests.
+    """Yields one line of text for each difference between earlier and current digests.
 
     Image files are compared only if they could be read both times.
 
     Args:
         before: Digests that `data_digest` returned when the run began.
         now: Digests that `data_digest` returns now.
-        kind: Name of the data in the lines.
+        kind: Name of the data, which is used in the lines.
 
     Raises:
-        KeyError, TypeError, ValueError: `before` does not have the form that `data_digest` returns.
+        KeyError, TypeError, ValueError: `before` does not have the format that `data_digest`
+            returns.
     """
     if len(before) != len(now):
         yield f"{kind}: {len(before)} data sets when the run began, {len(now)} now"
@@ -113,15 +114,18 @@ def data_changes(before: list[Json], now: list[Json], kind: str = "training data
             yield f"{kind}: {lengths[0]} data files when the run began, {lengths[1]} now"
             continue
         for (was, count, digest), (path, *found) in zip(old["files"], new["files"], strict=True):
-            name = f"{kind} {path}" if path == was else f"{kind} {path}, before {was}"
+            name = f"{kind} {path}" if path == was else f"{kind} {path} (was {was})"
             if count != found[0]:
                 yield f"{name}: {count} records when the run began, {found[0]} now"
             elif digest != found[1]:
-                yield f"{name}: the records ({count}), or their order, changed since the run began"
+                yield (
+                    f"{name}: the content or the order of the {count} records changed since the "
+                    "run began"
+                )
         known = old["images"]
         other = [path for path, image in new["images"].items() if known.get(path, image) != image]
         for path in other[:_NAMED]:
             images = known[path], new["images"][path]
             yield f"{kind}, image {path}: {images[0]} when the run began, {images[1]} now"
         if len(other) > _NAMED:
-            yield f"and {len(other) - _NAMED} more of {len(known)} images that were compared"
+            yield f"and {len(other) - _NAMED} more changed images, of {len(known)} compared"

@@ -43,15 +43,15 @@ def easy_vqa_records(
 
     Args:
         split: Split of the data set: "train" or "test".
-        negated: Whether to keep questions with "not" or "no", in all kinds of conversations.
+        negated: Whether to use questions that contain "not" or "no".
         balanced: Whether to repeat questions with the rarer answer, so that "yes" and "no" occur
             about equally often, both in negated and in plain yes/no questions.
-        captions: Number of conversations per image that have its caption, such as "a red circle",
-            as the answer. An image has none if its questions do not reveal both its color and its
-            shape.
-        dialogues: Number of conversations per image that have several of its questions.
-        turns: Maximum number of questions in a dialogue. They are drawn at random, and repeated
-            questions are removed.
+        captions: Number of conversations per image in which the answer is a caption of the image,
+            such as "a red circle". An image has no captions if its questions do not reveal both its
+            color and its shape.
+        dialogues: Number of conversations per image that contain several questions.
+        turns: Maximum number of questions in a dialogue. The questions are drawn at random, and
+            repeated questions are removed.
         seed: Seed of the random draws.
 
     Raises:
@@ -95,10 +95,11 @@ def parse_source(source: str) -> list[Record]:
     """Returns the records of a source like "easy_vqa:train:without_negation:captions=2".
 
     The split is followed by any of `without_negation`, `balanced`, `captions=N`, `dialogues=N`,
-    `turns=N` and `seed=N`, in any order. They are the arguments of `easy_vqa_records`.
+    `turns=N` and `seed=N`, in any order. These options set the arguments of `easy_vqa_records`;
+    `without_negation` sets `negated` to False.
 
     Raises:
-        ConfigError: The source has another form, or the package easy_vqa is not installed.
+        ConfigError: The source has an unknown format, or the package easy_vqa is not installed.
     """
     _, split, *forms = source.split(":")
     if split not in ("train", "test"):
@@ -108,7 +109,7 @@ def parse_source(source: str) -> list[Record]:
         name, _, value = form.partition("=")
         if name not in FORMS:
             nearest = difflib.get_close_matches(name, FORMS, n=1) or FORMS
-            raise ConfigError(f"{source}: unknown form {name!r}; did you mean {nearest[0]!r}?")
+            raise ConfigError(f"{source}: unknown option {name!r}; did you mean {nearest[0]!r}?")
         if name in FLAGS and not value:
             option, setting = FLAGS[name]
             options[option] = setting
@@ -116,8 +117,8 @@ def parse_source(source: str) -> list[Record]:
             options[name] = int(value)
         else:
             raise ConfigError(
-                f"{source}: write {' and '.join(FLAGS)} without a value, and the other forms with "
-                "a number, such as captions=2"
+                f"{source}: write {' and '.join(FLAGS)} without a value, and the other options "
+                "with a number, such as captions=2"
             )
     return easy_vqa_records(split, **options)
 
@@ -167,5 +168,5 @@ def _folder(split: Split) -> Traversable:
         return importlib.resources.files("easy_vqa") / "data" / split
     except ModuleNotFoundError:
         raise ConfigError(
-            "easy_vqa:... needs the package easy_vqa; pip install 'llava_jax[demo]'"
+            "the easy-VQA data set needs the package easy_vqa: pip install 'llava_jax[demo]'"
         ) from None

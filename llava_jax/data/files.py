@@ -1,4 +1,4 @@
-"""Opens and lists data files on local disks and wherever fsspec reads (gs://, s3://, https://)."""
+"""Opens and lists local data files, and remote data files (gs://, s3://, https://) with fsspec."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from llava_jax.errors import ConfigError
 
 
 def is_remote(path: str) -> bool:
-    """Returns True if fsspec reads the path, rather than the operating system."""
+    """Returns True if the path is a URL that fsspec reads, such as "s3://bucket/file"."""
     return "://" in path
 
 
@@ -18,7 +18,7 @@ def open_file(path: str) -> Any:
 
     Raises:
         OSError: The file cannot be opened, or is a directory, a pipe or a device.
-        ConfigError: fsspec does not know such paths, or lacks a package to read them.
+        ConfigError: fsspec does not support the URL, or needs a package that is not installed.
     """
     if not is_remote(path):
         return open_regular(path)
@@ -52,10 +52,12 @@ def find_files(pattern: str) -> list[str]:
 
 
 def _file_system(path: str) -> Any:
-    """Returns the fsspec file system of a path."""
+    """Returns the fsspec file system of a URL."""
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(path)[0]
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(
+            f"fsspec cannot open {path}: {error}; check the address, or install the package for it"
+        ) from error

@@ -1,6 +1,7 @@
-"""Decodes untrusted image files to RGB: checks the bytes first, then decodes them with Pillow.
+"""Decodes untrusted image files to RGB with Pillow, after checking the cost of decoding them.
 
-This module does not import JAX, so that a process for decoding alone starts quickly.
+This module does not import JAX, so that a process that only decodes images
+starts quickly.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from llava_jax.data.image_limits import MAX_PIXELS, check_cost
 from llava_jax.errors import SampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Common formats whose decoding cost can be computed before decoding starts."""
+"""Supported formats. For each of them, the cost of decoding can be computed in advance."""
 
 _STRIP_PIXELS = 2**22
 """Number of pixels that are blended with white at a time."""
@@ -22,7 +23,7 @@ _STRIP_PIXELS = 2**22
 
 @contextlib.contextmanager
 def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Image]:
-    """Checks an image file against the limits and opens it; only its header is decoded.
+    """Opens an image file after checking it against the limits; decodes only the header.
 
     Args:
         data: Content of an image file.
@@ -38,20 +39,23 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
             size = image.size
             if not 0 < math.prod(size) <= MAX_PIXELS:
                 raise SampleError(
-                    f"it has {size[0]} x {size[1]} = {math.prod(size):,} pixels, but must have 1 "
-                    f"to {MAX_PIXELS:,}",
+                    f"the image has {size[0]} x {size[1]} = {math.prod(size):,} pixels; 1 to "
+                    f"{MAX_PIXELS:,} are allowed",
                     "image size",
                 )
             if max_side is not None and max(size) > max_side:
                 raise SampleError(
-                    f"it has {size[0]} x {size[1]} pixels; its longer side may have {max_side:,}",
+                    f"the image has {size[0]} x {size[1]} pixels; its longer side may have at most "
+                    f"{max_side:,}",
                     "image size",
                 )
             yield image
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(f"it is damaged, or is none of {', '.join(FORMATS)}", "image") from None
+        raise SampleError(
+            f"the file is damaged, or its format is none of {', '.join(FORMATS)}", "image"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError(str(error), "image size") from None
     # Pillow's decoders raise errors of many types for broken files.
@@ -69,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
-    # Blending the whole image at once would take five times its memory.
+    # Blending the whole image at once would take five times the memory of the image.
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")

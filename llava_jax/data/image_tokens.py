@@ -1,4 +1,4 @@
-"""Gives each image of an encoded conversation as many tokens as the model has features of it."""
+"""Repeats the token of each image, so that there is one token for each feature of the image."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def expand_images(
     max_length: int | None = None,
     max_text_length: int | None = None,
 ) -> Encoded:
-    """Repeats each image token once for each feature of the image, and truncates the sequence.
+    """Repeats the token of each image once per image feature, and truncates the sequence.
 
     An image that does not fit completely is removed, together with everything after it.
 
@@ -22,8 +22,8 @@ def expand_images(
         image_token_id: Id of the token that represents an image.
         image_tokens: Number of features of one image.
         max_length: Maximum number of tokens after the repetition; None sets no limit.
-        max_text_length: Maximum number of tokens before the repetition, where an image counts as
-            one token; None sets no limit.
+        max_text_length: Maximum number of tokens before the repetition, with one token per image;
+            None sets no limit.
 
     Raises:
         SampleError: Truncation removed all learned tokens.
@@ -38,10 +38,10 @@ def expand_images(
     input_ids = np.repeat(encoded.input_ids[: len(widths)], widths)
     loss_mask = np.repeat(encoded.loss_mask[: len(widths)], widths)
     if encoded.loss_mask.any() and not loss_mask.any():
-        limit = "data.max_length" + ("" if max_text_length is None else " or max_text_length")
+        limit = "data.max_length" + ("" if max_text_length is None else " or data.max_text_length")
         raise SampleError(
-            f"its {length} tokens are cut to {len(input_ids)}, and no answer is left to learn "
-            f"from; raise {limit}",
+            f"the sample has {length} tokens and is truncated to {len(input_ids)}, so that no "
+            f"answer is left to learn from; increase {limit}",
             "no answer after the cut",
         )
     return Encoded(input_ids, loss_mask, length - len(input_ids))

@@ -1,4 +1,4 @@
-"""Converts images to pixels, as CLIP's and SigLIP's image processors do."""
+"""Converts images to pixel arrays in the same way as the image processors of CLIP and SigLIP."""
 
 import contextlib
 import dataclasses
@@ -24,17 +24,18 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 BICUBIC = Image.Resampling.BICUBIC
 
 MAX_PIXELS = 2**28
-"""Maximum number of pixels that an image may have after it is padded to a square, and after it
-is resized. The square of a narrow image may be huge."""
+"""Maximum number of pixels of an image after it is padded to a square, and after it is resized.
+A narrow image may become huge when it is padded."""
 
 MAX_WHOLE_PIXELS = 2**26
-"""Maximum number of pixels of an image, including its padding, that is resized in one call."""
+"""Maximum number of pixels, including padding, of an image that is resized in a single call."""
 _STRIP_PIXELS = 2**24
-"""Number of pixels in a strip of a larger image; such an image is resized strip by strip."""
+"""Number of pixels in one strip of a larger image, which is resized strip by strip."""
 
 MIN_REDUCED = 0.95
-"""Smallest side of a reduced JPEG, relative to the side that is needed. The error grows slowly
-near 1, and with 0.95, the many photographs of 640 pixels can be halved for a size of 336
+"""Minimum side length of a JPEG that is decoded at a reduced size, relative to the side length
+that is needed. Slightly below 1, the error of the pixels is still small. With 0.95, photographs of
+640 pixels, which are common, can be decoded at half size for an image size of 336
 (docs/performance.md)."""
 
 Triple = tuple[float, float, float]
@@ -53,13 +54,13 @@ class ImageTransform:
         width: Width of the result in pixels.
         mean: Mean of each color channel, for values from 0 to 1.
         std: Standard deviation of each color channel.
-        rescale: Factor that maps levels from 0 to 255 to values from 0 to 1.
+        rescale: Factor that converts pixel levels from 0 to 255 to values from 0 to 1.
         aspect: How an image becomes square. "pad" first puts the image in the center of a square of
-            the mean color, so that cropping loses nothing. "crop" keeps the center. "squash" scales
-            height and width separately, which changes the aspect ratio.
-        decode: How `read` decodes a JPEG. "exact" decodes at full size, as Hugging Face's
-            processors do. "draft" decodes at 1/2, 1/4 or 1/8 of the size if the result is about as
-            large as needed or larger; pixels then differ by 0.5 to 2.5 of 255 levels on average.
+            the mean color, so that nothing is cropped. "crop" crops the image to its center.
+            "squash" scales height and width separately, which changes the aspect ratio.
+        decode: How `read` decodes a JPEG. "exact" decodes at full size, like Hugging Face's
+            processors. "draft" decodes at 1/2, 1/4 or 1/8 of the size if the decoded image is still
+            about as large as needed; its pixels differ by 0.5 to 2.5 levels (of 255) on average.
     """
 
     shortest_edge: int = 336
@@ -78,8 +79,8 @@ class ImageTransform:
             SampleError: The image has too many pixels after padding or resizing, because it is too
                 narrow.
         """
-        # Each of the 256 levels is normalized once. It is multiplied in float64 and then rounded to
-        # float32, as in Hugging Face's processor.
+        # Each of the 256 pixel levels is normalized once. As in Hugging Face's processor, the
+        # product is computed in float64 and then rounded to float32.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
@@ -88,20 +89,21 @@ class ImageTransform:
 
     @property
     def scale(self) -> tuple[Triple, Triple]:
-        """Returns the factor and the offset of each channel that normalize levels from 0 to 255."""
+        """Returns a factor and an offset per channel that normalize pixel levels from 0 to 255."""
         red, green, blue = self.std
         factors = self.rescale / red, self.rescale / green, self.rescale / blue
         return factors, (-self.mean[0] / red, -self.mean[1] / green, -self.mean[2] / blue)
 
     def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> None:
-        """Reads an image file and writes its pixels, not normalized, to an array.
+        """Decodes and resizes an image file, and writes the pixels, not normalized, to an array.
 
         Args:
             image: Path or content of the file.
             levels: uint8 [3, height, width]. Array that the pixels are written to.
 
         Raises:
-            SampleError: The file cannot be read, or the image is too narrow.
+            SampleError: The file cannot be read, or the image has too many pixels after padding or
+                resizing, because it is too narrow.
         """
         with _opened(image) as file:
             size = file.size
@@ -114,7 +116,7 @@ class ImageTransform:
             channel[...] = flat.reshape(channel.shape)
 
     def _reduce(self, file: Image.Image) -> int:
-        """Makes Pillow decode a JPEG at 1 / scale of its size; returns the scale."""
+        """Lets Pillow decode a JPEG at 1 / scale of its size, if possible; returns the scale."""
         width, height = file.size
         (left, top, right, bottom), size = self._box_and_size(width, height)
         drafted = file.draft(
@@ -127,7 +129,7 @@ class ImageTransform:
         return 1 if drafted is None else round(width / drafted[1][2])
 
     def _box_and_size(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
-        """Returns the rectangle to resize, which may exceed the image, and its size after that."""
+        """Returns the rectangle to resize, which may be larger than the image, and its new size."""
         if self.aspect == "squash":
             return (0, 0, width, height), (self.width, self.height)
         left = top = 0
@@ -145,8 +147,9 @@ class ImageTransform:
         """Resizes and crops an image that was decoded at 1 / scale of its size."""
         box, new = self._box_and_size(*size)
         left, top, right, bottom = (side / scale for side in box)
-        # Pillow resizes in two passes, in an order of its own, and rounds in between. Strips may
-        # give other pixels, so they are used only if a single call would take too much memory.
+        # Pillow resizes in two passes, whose order it chooses, and rounds between the passes.
+        # Resizing in strips may therefore give slightly different pixels, so it is used only if a
+        # single call would take too much memory.
         if max(image.width, right - left) * max(image.height, bottom - top) <= MAX_WHOLE_PIXELS:
             image = self._resized(image, (left, top, right, bottom), new)
         else:
@@ -166,12 +169,12 @@ class ImageTransform:
         return across
 
     def _resized(self, image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-        """Resizes the content of a rectangle, with the mean color outside of the image."""
+        """Resizes a rectangle; its parts outside of the image get the mean color."""
         image, box = self._enlarge(image, box)
         return image.resize(size, BICUBIC, box)
 
     def _enlarge(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
-        """Pads an image to hold a rectangle; returns it, and the rectangle's new coordinates."""
+        """Pads an image to contain a rectangle; returns the image and the shifted rectangle."""
         left, top = (max(0, math.ceil(-side)) for side in box[:2])
         right, bottom = (math.ceil(side) for side in box[2:])
         box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
@@ -202,7 +205,7 @@ def read_pixels(
 
 
 def open_image(image: str | bytes) -> Image.Image:
-    """Returns the image in a file as RGB.
+    """Decodes an image file and returns the image as RGB.
 
     Args:
         image: Path or content of the file.
@@ -227,7 +230,7 @@ def _opened(image: str | bytes) -> Iterator[Image.Image]:
         raise SampleError(f"image not found: {image}", "image missing") from None
     except SampleError as error:
         raise SampleError(f"cannot read {name}: {error}", error.kind) from None
-    # fsspec's file systems raise errors of many types, and so do paths that are not valid.
+    # fsspec's file systems raise errors of many types; invalid paths raise other errors.
     except Exception as error:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
 
@@ -240,8 +243,8 @@ def _read_file(path: str) -> bytes:
 def _check_pixels(size: tuple[int, int], made: int, most: int) -> None:
     if not 0 < made <= most:
         raise SampleError(
-            f"its {size[0]} x {size[1]} pixels become {made:,} by padding or resizing; at most "
-            f"{most:,} are allowed",
+            f"the image has {size[0]} x {size[1]} pixels, and {made:,} pixels after padding or "
+            f"resizing; 1 to {most:,} are allowed",
             "image size",
         )
 

@@ -29,9 +29,9 @@ _CHUNK_BYTES = 2**24
 class JsonFile:
     """The records of a JSON file, which are read from disk one by one.
 
-    Only the number and the byte range of each record are kept. Hundreds of thousands of records
-    thus take a few megabytes, and can be sent to worker processes quickly. A record that is not
-    valid JSON has a byte range too, and reading it raises the error.
+    Only the number and the byte range of each record are kept in memory. Hundreds of thousands of
+    records therefore take only a few megabytes, which can be sent to worker processes quickly. A
+    record that is not valid JSON also has a byte range; reading the record raises SampleError.
 
     Attributes:
         path: Path of the file.
@@ -47,11 +47,12 @@ class JsonFile:
         Args:
             path: Path of a file in UTF-8.
             lines: Whether each line is a record; otherwise the file is a list of records.
-            sampled_images: Minimum number of image paths to keep, if the records have so many.
+            sampled_images: Minimum number of image paths to keep; all paths are kept if there are
+                fewer.
 
         Raises:
-            ConfigError: The list does not end, or the file is too damaged to find its records. The
-                message names the file and the record.
+            ConfigError: The list does not end, the file is too damaged to find its records, or too
+                many records have an unknown format.
         """
         self.path = path
         self.size = file_size(path)
@@ -74,7 +75,7 @@ class JsonFile:
         return f"{self.path}, {self._unit} {self._spans[number, 0]}"
 
     def read(self, number: int) -> Any:
-        """Returns a record as the file has it.
+        """Returns a record as it is in the file.
 
         Args:
             number: Index of the record.
@@ -95,14 +96,14 @@ class JsonFile:
         try:
             raw = json.loads(text.decode("utf-8"))
         except UnicodeDecodeError as error:
-            message = f"not UTF-8, byte {start + error.start} of the file"
+            message = f"the text is not valid UTF-8 at byte {start + error.start} of the file"
             raise SampleError(message, "not JSON") from None
         except (ValueError, RecursionError) as error:
-            whole = ", which must be a complete record" if self._unit == "line" else ""
-            message = f"not JSON: {error}, in this {self._unit}{whole}"
+            whole = "; each line must be a complete record" if self._unit == "line" else ""
+            message = f"not JSON: {error}, counted from the start of this {self._unit}{whole}"
             raise SampleError(message, "not JSON") from None
         if is_deeper(raw, MAX_DEPTH):
-            raise SampleError(f"lists and objects are nested more than {MAX_DEPTH} deep")
+            raise SampleError(f"lists and objects are nested more than {MAX_DEPTH} levels deep")
         if b"\\ud" in text.lower():
             _check_text(raw)
         return raw
@@ -114,19 +115,21 @@ def _check_text(raw: object) -> None:
         json.dumps(raw, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise SampleError(f"not Unicode: {half!r} is half of a character", "not JSON") from None
+        raise SampleError(
+            f"not Unicode: {half!r} is half of a surrogate pair", "not JSON"
+        ) from None
 
 
 Scanned = tuple[int, int, int, object]
-"""Number of a line or record, offset of its first byte, offset after its last byte, and its
-value, which is None if it is damaged."""
+"""Number of a line or record, offset of its first byte, offset of the byte after its last byte,
+and its value, which is None for a damaged record."""
 
 
 def _scan_lines(path: str) -> Iterator[Scanned]:
     """Yields the lines that are not blank."""
     stop = 0
     with open_file(path) as opened:
-        file = io.BufferedReader(opened)  # readline of fsspec's files takes no limit
+        file = io.BufferedReader(opened)  # readline of fsspec's files has no size limit
         for number in itertools.count(1):
             start, line = stop, file.readline(MAX_RECORD_BYTES)
             if not line:
@@ -145,7 +148,8 @@ def _scan_lines(path: str) -> Iterator[Scanned]:
 def _scan_list(path: str) -> Iterator[Scanned]:
     """Yields the elements of a list.
 
-    Text that cannot be read counts as one damaged element, up to the next complete record.
+    Text that is not valid JSON counts as one damaged element, which ends before the next complete
+    record.
     """
     with open_file(path) as file:
         text = _Window(file)
@@ -154,39 +158,41 @@ def _scan_list(path: str) -> Iterator[Scanned]:
         while not text.skip("]"):
             if text.at_end:
                 raise ConfigError(
-                    f"data file {path}, record {number}: the list does not end; is the file cut "
-                    "off?"
+                    f"data file {path}, record {number}: the list does not end; the file seems to "
+                    "be truncated, so copy or write it again"
                 )
             start = text.offset
             raw, stop = text.read_record()
             if text.is_lost:
                 raise ConfigError(
                     f"data file {path}: record {number}, at byte {start}, is damaged, and the next "
-                    "complete record was not found; write the file again, as JSON lines"
+                    "complete record was not found; write the file again as JSON lines"
                 )
             yield number, start, stop, raw
             text.skip(",")
             number += 1
         if not text.at_end:
             raise ConfigError(
-                f"data file {path}: there is more text after the list, at byte {text.offset}; does "
-                "the file have two lists?"
+                f"data file {path}: there is more text after the end of the list, at byte "
+                f"{text.offset}; the file must contain a single list"
             )
 
 
 class _Window:
-    """Reads JSON values from a file of which only a part is in memory at a time.
+    """Reads JSON values from a file, and keeps only a part of the file in memory.
 
-    The text has one character per byte (Latin-1), so that its positions are byte offsets.
+    The bytes are decoded as Latin-1, with one character per byte, so that positions in the text are
+    byte offsets.
 
     Attributes:
-        is_lost: Whether the search for complete records between damaged ones took too long.
+        is_lost: True if the search for the next complete record was stopped because it took too
+            long.
     """
 
     def __init__(self, file: IO[bytes]):
         self._file = file
         self._text = ""
-        self._position = 0  # index in the text of what is read next
+        self._position = 0  # index in the text of the next character to read
         self._start = 0  # offset of the text in the file
         self._tried = 0  # number of characters that were decoded without success
         self.is_lost = False
@@ -202,7 +208,7 @@ class _Window:
         return not self._has(1)
 
     def skip(self, mark: str) -> bool:
-        """Skips a mark and the space around it; returns False if the mark does not come next."""
+        """Skips a mark and the white space around it; returns False if another text comes next."""
         self._skip_space()
         found = self._text.startswith(mark, self._position)
         self._position += found
@@ -210,7 +216,7 @@ class _Window:
         return found
 
     def read_record(self) -> tuple[object, int]:
-        """Reads one value; returns it and the offset of the byte after it.
+        """Reads one value; returns the value and the offset of the byte after it.
 
         For a damaged value, returns None and skips to the next complete record.
         """
@@ -224,7 +230,7 @@ class _Window:
         return None, self.offset
 
     def _has(self, size: int) -> bool:
-        """Returns True if at least `size` characters are left; reads more of the file if needed."""
+        """Returns True if at least `size` characters are left, after reading more if needed."""
         while len(self._text) - self._position < size:
             more = self._file.read(_CHUNK_BYTES).decode("latin-1")
             if not more:
@@ -242,11 +248,12 @@ class _Window:
                 return
 
     def _decode(self, ahead: int, sizes: tuple[int, ...]) -> tuple[object, int]:
-        """Decodes the value that begins `ahead` characters after the position.
+        """Decodes the value that begins `ahead` characters after the current position.
 
         Args:
-            ahead: Distance of the value from the position.
-            sizes: Lengths of text to decode, one after the other, until the value is complete.
+            ahead: Distance of the value from the current position.
+            sizes: Numbers of characters to decode. They are tried one after the other until the
+                value is complete.
 
         Returns:
             The value and its length in characters; (None, 0) if there is no valid value.
@@ -255,7 +262,8 @@ class _Window:
             if self._position + ahead + size > len(self._text):
                 self._has(ahead + size)
             start = self._position + ahead
-            # Only a part is decoded, because at an error the decoder counts all lines before it.
+            # Only a part of the text is decoded, because the decoder of an invalid text counts all
+            # lines before the error.
             text = self._text[start : start + size]
             self._tried += len(text)
             is_all = len(text) < size
@@ -290,8 +298,8 @@ class _Window:
                     self.is_lost = True
                     return
             else:
-                # No record follows in this part. Its end is kept, because a comma and its space may
-                # continue in the next part.
+                # No record follows in this part of the file. The end of the part is kept, because
+                # the white space after a comma may continue in the next part.
                 self._position = max(self._position, len(self._text) - _MOST_SPACE)
                 if not self._has(_MOST_SPACE + 1):
                     rest = self._text.rstrip()
@@ -299,7 +307,7 @@ class _Window:
                     return
 
     def _is_record(self, ahead: int) -> bool:
-        """Returns True if a record begins `ahead` characters after the position."""
+        """Returns True if a record begins `ahead` characters after the current position."""
         raw, _ = self._decode(ahead, _SIZES)
         return isinstance(raw, dict) and not raw.keys().isdisjoint(CONVERSATIONS)
 
@@ -308,14 +316,14 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r",\s*(?=\{)")
 _MOST_SPACE = 2**16
-"""Maximum number of characters of white space between a comma and the next record, after a
-damaged record."""
+"""Maximum number of white space characters between a comma and the next record, after a damaged
+record."""
 _SIZES = (2**11, 2**14, 2**17, MAX_RECORD_BYTES)
-"""Lengths of text that are decoded, one after the other, until a record is complete. The first
-one is for text that may not be a record at all."""
+"""Numbers of characters to decode, which are tried one after the other until a record is complete.
+The first number is only used for text that may not be a record."""
 _NEAR = 64
-"""Distance in bytes from the end of a part within which an error may only mean that the part is
-cut off."""
+"""If decoding fails within this number of bytes from the end of the decoded text, the reason may be
+that the text is cut off."""
 _TRY, _MOST_TRIED, _TRIED_PER_BYTE = 2**11, 2**30, 200
-"""Costs of failed attempts in characters: the minimum for one attempt, and the budget for all
-attempts, which is a constant plus a number per byte of the file so far."""
+"""Limits for failed attempts to decode a record, in characters: the minimum cost of one attempt,
+and the maximum cost of all attempts, which is a constant plus a number per byte read so far."""

@@ -1,6 +1,7 @@
-"""Decides which records each batch has, from the seed and the number of the batch alone.
+"""Determines the records of each batch, using only the seed and the number of the batch.
 
-The order is therefore independent of the number of processes and of interruptions of a run.
+The order therefore does not depend on the number of processes, and does not change if a run is
+interrupted and resumed.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ from jaxtyping import Int64
 from llava_jax.errors import ConfigError
 
 NO_RECORD = -1
-"""Index that stands for no record, for example in the padding of a batch."""
+"""Index that is used where there is no record, for example for the padding rows of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-    """Batches of all records once, in order; NO_RECORD fills the last batch.
+    """An order of one epoch without shuffling; NO_RECORD pads the last batch.
 
     Attributes:
         count: Number of records.
@@ -43,16 +44,16 @@ class InOrder:
 class Grouping:
     """Settings that group similar samples into batches.
 
-    In each epoch, samples with images and samples without images are cut into separate batches, and
-    the order of these batches is shuffled. The remaining samples of both kinds come last. Within a
-    batch, samples are then assigned to groups, the longest samples first, so that the groups have
-    similar total lengths.
+    In each epoch, samples with images and samples without images are put into separate batches, and
+    the order of these batches is shuffled. The samples that are left over form the last batches of
+    the epoch. Within a batch, the samples are then assigned to groups, starting with the longest
+    sample, so that the groups have similar total lengths.
 
-    This is what the option `group_by_modality_length` of LLaVA-1.5's scripts does.
+    The option `group_by_modality_length` of LLaVA-1.5's scripts does the same.
 
     Attributes:
         has_images: bool [N]. True if the record has images.
-        lengths: [N]. Length of each record, in any unit.
+        lengths: int or float [N]. Length of each record, in any unit.
         group: Number of samples in a group. The samples of a group are adjacent in the batch.
     """
 
@@ -62,17 +63,19 @@ class Grouping:
 
 
 class EpochOrder:
-    """Record indices of batches without end, in epochs that each have their own order.
+    """An endless order of records, in which each epoch is shuffled differently.
 
-    Several data sets may be mixed: an epoch has each record of a data set as often as the weight of
-    the data set says. If the weight is not an integer, consecutive epochs take different records,
-    so that all records occur equally often in the long run. A batch may span two epochs. If batches
-    are grouped, NO_RECORD fills the last batch of each epoch instead.
+    Several data sets may be mixed. The weight of a data set is the number of times that each of its
+    records occurs in an epoch. If the weight is not an integer, consecutive epochs use different
+    records, so that in the long run, all records of the data set occur equally often.
+
+    A batch may contain the end of one epoch and the start of the next epoch. But with grouping, the
+    last batch of each epoch is padded with NO_RECORD.
 
     Attributes:
         size: Number of records in a batch.
         samples: Number of samples in an epoch.
-        identity: Values that determine the order, as a dict for JSON.
+        identity: Values that determine the order, as a dict that can be written as JSON.
     """
 
     def __init__(
@@ -85,17 +88,18 @@ class EpochOrder:
         shuffle: bool = True,
         grouping: Grouping | None = None,
     ):
-        """Plans the order.
+        """Prepares the order; reads no records.
 
         Args:
-            counts: Number of records in each data set. Indices count through all data sets.
+            counts: Number of records in each data set. The indices of the records of a data set
+                follow the indices of the previous data set.
             size: Number of records in a batch.
             seed: Seed of the order.
-            weights: Number of times that an epoch has each record, for each data set; None means
-                once.
-            shuffle: Whether to shuffle the records; otherwise each epoch has them in the order of
-                their indices.
-            grouping: How batches are grouped; None does not group.
+            weights: One number per data set: how many times each of its records occurs in an
+                epoch; None means once.
+            shuffle: Whether to shuffle the records; otherwise, the records of each epoch are in the
+                order of their indices.
+            grouping: Settings that group similar samples into batches; None does not group.
 
         Raises:
             ConfigError: An epoch has no records.
@@ -123,15 +127,15 @@ class EpochOrder:
 
     @property
     def batches(self) -> int:
-        """Returns the number of batches that an epoch needs.
+        """Returns the number of batches in an epoch.
 
-        Unless batches are grouped, the last of them may also have the first records of the next
+        Without grouping, the last of these batches may also contain the first records of the next
         epoch.
         """
         return -(-self._length // self.size)
 
     def batch(self, number: int) -> Int64[np.ndarray, " B"]:
-        """Returns the record indices of the batch with this number, int64 [size]."""
+        """Returns the record indices of the batch with the given number, int64 [size]."""
         positions = np.arange(number * self.size, (number + 1) * self.size)
         epochs, offsets = np.divmod(positions, self._length)
         if self._grouping is None and self._shuffle:
@@ -142,7 +146,7 @@ class EpochOrder:
         return records if self._grouping is None else _deal(records, self._grouping)
 
     def batches_alike(self) -> tuple[int, int, int]:
-        """Returns the numbers of batches in which all, no or some samples have images."""
+        """Returns how many batches of an epoch have images in all samples, in none, or in some."""
         if self._grouping is None:
             return 0, 0, self.batches
         count = int(self._grouping.has_images[self._epoch(0)[self._epoch(0) >= 0]].sum())
@@ -159,18 +163,18 @@ class EpochOrder:
     def _make_epoch(self, epoch: int) -> Int64[np.ndarray, " N"]:
         records = self._records(epoch)
         if self._grouping is None:
-            return records  # `batch` shuffles the positions
+            return records  # `batch` shuffles the positions of the records
         if self._shuffle:
             records = self._rng(epoch).permutation(records)
         return self._group(records, self._grouping, self._rng(epoch, 1))
 
     def _records(self, epoch: int) -> Int64[np.ndarray, " N"]:
-        """Returns the records of an epoch, sorted by data set."""
+        """Returns the record indices of an epoch, sorted by data set."""
         parts, first = [], 0
         for part, (count, share) in enumerate(zip(self._counts, self._shares, strict=True)):
             wanted = np.arange(epoch * share, (epoch + 1) * share)
-            # With a fractional weight, all epochs share one permutation, and each epoch takes its
-            # records from where the previous epoch stopped.
+            # With a fractional weight, all epochs use the same permutation of the records, and each
+            # epoch continues where the previous epoch stopped.
             if share % max(count, 1):
                 order = self._rng(part, 2).permutation(count) if self._shuffle else np.arange(count)
                 parts.append(first + order[wanted % count])
@@ -182,7 +186,7 @@ class EpochOrder:
     def _group(
         self, records: Int64[np.ndarray, " N"], grouping: Grouping, rng: np.random.Generator
     ) -> Int64[np.ndarray, " M"]:
-        """Returns the records of an epoch, batch after batch, with NO_RECORD at the end."""
+        """Returns the record indices of an epoch, batch after batch, padded with NO_RECORD."""
         has_images = grouping.has_images[records]
         kinds = records[has_images], records[~has_images]
         whole = [len(kind) // self.size * self.size for kind in kinds]
@@ -200,7 +204,7 @@ class EpochOrder:
 
 
 def _deal(records: Int64[np.ndarray, " B"], grouping: Grouping) -> Int64[np.ndarray, " B"]:
-    """Assigns samples to groups, each sample to the group with the smallest total length so far."""
+    """Assigns each sample to the group that has the smallest total length so far."""
     lengths = np.where(records == NO_RECORD, 0, grouping.lengths[records])
     order = np.argsort(-lengths, kind="stable")
     groups: list[list[int]] = [[] for _ in range(len(records) // grouping.group)]

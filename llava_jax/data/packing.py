@@ -8,15 +8,15 @@ from llava_jax.config import DataConfig, ModelConfig
 def first_fit(lengths: Mapping[int, int], room: int) -> list[list[int]]:
     """Assigns items to rows by first-fit decreasing.
 
-    The longest items come first. Each item goes into the first row that has room for it. This takes
-    at most 11/9 of the minimum number of rows, plus one (Yue, 1991).
+    The items are assigned in order of decreasing length, each to the first row in which it fits.
+    The number of rows is at most 11/9 of the minimum number, plus one (Yue, 1991).
 
     Args:
         lengths: Length of each item, at most `room`. Items of length 0 are left out.
         room: Length of a row.
 
     Returns:
-        The items of each row.
+        One list of items per row.
     """
     rows: list[list[int]] = []
     left: list[int] = []
@@ -36,12 +36,12 @@ def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[i
 
     Args:
         rows: Items of each packed row, at most `size` rows.
-        size: Number of rows in a batch; each device has an equal, contiguous share of them.
+        size: Number of rows in a batch; each device has an equal, contiguous share of the rows.
         devices: Number of devices.
 
     Returns:
-        A dict from the index of a row in the batch to its items, without empty rows. Each device
-        fills its rows from its first one on.
+        A dict from the index of a row in the batch to the items of the row, without empty rows.
+        The rows of each device are filled starting with its first row.
     """
     share = size // devices
     return {i % devices * share + i // devices: row for i, row in enumerate(rows)}
@@ -50,8 +50,8 @@ def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[i
 def images_in_row(data: DataConfig, model: ModelConfig, most: int) -> int:
     """Returns the maximum number of images in a row.
 
-    With packing, this is the number of images that fit into data.max_length tokens, but at least 1,
-    unless the samples have no images.
+    With packing, this is the number of images whose tokens fit into data.max_length, but at least
+    1. If the samples have no images, it is 0.
 
     Args:
         data: Config of the data.

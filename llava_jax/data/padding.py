@@ -15,11 +15,11 @@ class Padding:
     """The padding of the batches of an epoch.
 
     Attributes:
-        longest: int64 [batches]. Length in tokens of the longest sample in each batch; 1 if it has
-            none.
+        longest: int64 [batches]. Length in tokens of the longest sample in each batch; 1 if the
+            batch has no samples.
         size: Number of samples in a batch.
-        tokens: Sum of the lengths of all samples that are used.
-        packed: Number of tokens in all rows if the samples were packed into rows of maximum length.
+        tokens: Sum of the lengths in tokens of all samples that are used.
+        packed: Number of tokens in all rows if the samples are packed into rows of maximum length.
     """
 
     longest: Int64[np.ndarray, " batches"]
@@ -28,30 +28,32 @@ class Padding:
     packed: int
 
     def padded(self, lengths: Sequence[int]) -> int:
-        """Returns the number of tokens in all batches after padding to the smallest fitting length.
+        """Returns the number of tokens, including padding, in all batches.
 
         Args:
-            lengths: Bucket lengths in tokens; the largest must hold every batch.
+            lengths: Bucket lengths in tokens. Each batch is padded to the smallest length that is
+                sufficient; the largest length must be sufficient for every batch.
         """
         ordered = np.array(sorted(lengths), np.int64)
         return int(ordered[np.searchsorted(ordered, self.longest)].sum()) * self.size
 
     def waste(self, lengths: Sequence[int]) -> float:
-        """Returns the fraction of the tokens counted by `padded` that do not belong to a sample."""
+        """Returns the fraction of the tokens counted by `padded` that are padding."""
         return 1 - self.tokens / self.padded(lengths)
 
     @property
     def packed_waste(self) -> float:
-        """Returns the fraction of padding if samples were packed; 1 if no text can be used."""
+        """Returns the fraction of padding if samples are packed; 1 if no sample can be used."""
         return 1 - self.tokens / max(self.packed, 1)
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
-        """Returns the bucket lengths, at most `count` of them, for which `padded` is smallest.
+        """Returns at most `count` bucket lengths, for which `padded` is smallest.
 
-        The result is optimal. An optimal bucket length equals the length of some batch, so that
-        each bucket holds a run of the batches in the order of their lengths. Dynamic programming
-        finds the best division into runs: the best k runs of the first n lengths are the best k - 1
-        runs of the first i lengths and one more run, for some i.
+        The result is optimal. In an optimal solution, each bucket length equals the length of a
+        batch. If the batches are sorted by length, each bucket therefore contains a range of
+        consecutive batches. Dynamic programming finds the best division into ranges: the best k
+        ranges for the first n lengths are the best k - 1 ranges for the first i lengths and one
+        more range, for some i.
         """
         values, counts = np.unique(self.longest, return_counts=True)
         before = np.concatenate([[0], np.cumsum(counts)])
@@ -70,7 +72,7 @@ class Padding:
 def _add_run(
     cost: np.ndarray, values: np.ndarray, before: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the minimum costs of the first n lengths with one more run, and where it begins."""
+    """Returns, for each n, the minimum cost with one more range, and where this range begins."""
     best, begin = np.full(len(cost), np.inf), np.zeros(len(cost), np.int64)
     for end in range(1, len(cost)):
         costs = cost[:end] + values[end - 1] * (before[end] - before[:end])
@@ -87,7 +89,7 @@ def measure_padding(
     Args:
         order: Order of the records in the run.
         tokens: int [N]. Number of tokens in each sample. If the images of a sample are bad, its
-            tokens contribute to the length of its batch, as in the run, but count as padding.
+            tokens contribute to the length of its batch, as in a run, but are counted as padding.
         good: bool [N]. True if a sample is used for training.
         room: Number of tokens in a packed row.
     """

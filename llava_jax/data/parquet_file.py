@@ -1,4 +1,4 @@
-"""Reads the records of Parquet files, in the form that Hugging Face's `datasets` writes."""
+"""Reads the records of Parquet files, in the format that Hugging Face's `datasets` writes."""
 
 import bisect
 import collections
@@ -25,22 +25,22 @@ from llava_jax.errors import ConfigError, SampleError
 logger = logging.getLogger(__name__)
 
 Table = Metadata = Any
-"""A batch, row or array of pyarrow, and the metadata of a file; pyarrow has no types."""
+"""Types of a pyarrow batch, row or array, and of file metadata; pyarrow has no type hints."""
 
 MAX_GROUP_BYTES = 256 * 2**20
-"""Size of a row group above which a warning is logged, because reading a row reads its row group
-up to that row."""
+"""Size in bytes of a row group above which a warning is logged, because reading a row also reads
+all rows before it in the row group."""
 
 _BATCH_ROWS, _BATCH_BYTES = 64, 2**28
-"""Number of rows that are read at a time. It is reduced if so many values, each as large as the
-largest column of a row group, would exceed `_BATCH_BYTES`."""
+"""Number of rows that are read at a time. Fewer rows are read if a batch could otherwise exceed
+`_BATCH_BYTES`, assuming that each value is as large as the largest column of a row group."""
 
 _KEPT_BYTES = 2**26
-"""Number of bytes of a row group's values that stay in memory. The values may take far more
-bytes than the file."""
+"""Maximum number of bytes of decoded values of a row group that stay in memory. Decoded values may
+take far more bytes than the file."""
 
-# A Parquet file of a few kilobytes can stand for billions of values. Each limit is a constant plus
-# a number per byte of the file; files of samples are far below the limits.
+# A Parquet file of a few kilobytes can contain billions of compressed values. Each limit is a
+# constant plus a number per byte of the file. Usual data files are far below the limits.
 _ROWS, _ROWS_PER_BYTE = 10_000, 0.25
 _VALUES, _VALUES_PER_BYTE = 2**16, 16.0
 _UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
@@ -49,10 +49,10 @@ _UNPACKED, _UNPACKED_PER_BYTE = 2**24, 50.0
 class ParquetFile:
     """The records of a Parquet file, which are read from disk one by one.
 
-    A row group is read from its start, some rows at a time, so that it need not fit into memory.
+    A row group is read from its start, a few rows at a time, because it may not fit into memory.
     The last 64 MiB of values that were read stay in memory. A row group of at most this size is
-    therefore read once, until another row group of the file is read. In a larger row group, reading
-    one record in random order reads half of the row group on average.
+    therefore read only once, unless another row group of the file is read in between. In a larger
+    row group, reading a random record reads half of the row group on average.
 
     Attributes:
         path: Path of the file.
@@ -67,12 +67,13 @@ class ParquetFile:
 
         Args:
             path: Path of the file.
-            sampled_images: Minimum number of image paths to keep, if the records have so many.
+            sampled_images: Minimum number of image paths to keep; all paths are kept if there are
+                fewer.
 
         Raises:
-            ConfigError: pyarrow is not installed, the file is not Parquet with a column of
-                conversations, or its values take far more memory than the size of the file
-                suggests.
+            ConfigError: pyarrow is not installed, the file is not Parquet, the file has no column
+                of conversations, too many records have an unknown format, or the values take far
+                more memory than the size of the file suggests.
         """
         self.path = path
         self.size = file_size(path)
@@ -83,8 +84,8 @@ class ParquetFile:
             if known.isdisjoint(CONVERSATIONS):
                 names = ", ".join(file.schema_arrow.names)
                 raise ConfigError(
-                    f'data file {path} has no column "conversations" or "messages"; it has '
-                    f"{names:.500}"
+                    f'data file {path} has no column "conversations" or "messages"; its columns '
+                    f"are {names:.500}"
                 )
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             columns = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -100,7 +101,7 @@ class ParquetFile:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, number: int) -> Json:
-        """Returns a record as the file has it.
+        """Returns a record as it is in the file.
 
         Args:
             number: Index of the record.
@@ -166,7 +167,7 @@ class _Cursor:
         self._bytes = 0
 
     def go_to(self, row: int) -> tuple[Table, int]:
-        """Returns the batch that has a row, and the row's index in it. Needs `row` >= `start`."""
+        """Returns the batch that contains a row (>= `start`), and the row's index in the batch."""
         while not self._ends or row >= self._ends[-1]:
             batch = next(self._batches)
             self._kept.append(batch)
@@ -188,18 +189,19 @@ _lock = threading.Lock()
 def _measure_groups(
     path: str, size: int, metadata: Metadata, columns: list[str]
 ) -> tuple[np.ndarray, int]:
-    """Returns the row number at which each row group ends, and the bytes of the largest column.
+    """Returns the row number at which each row group ends, and the size of the largest column.
 
     Raises:
-        ConfigError: The row groups have more rows or values than a file of samples may have.
+        ConfigError: The row groups have more rows or values than a file of this size may have.
     """
     largest = most = 0
 
     def limit(what: str, found: int, most: float) -> None:
         if found > most:
             raise ConfigError(
-                f"data file {path}: its {size:,} bytes stand for {found:,} {what}; at most "
-                f"{int(most):,} are allowed; the file is damaged, or was made to fill the memory"
+                f"data file {path} has {size:,} bytes, but contains {found:,} {what}; at most "
+                f"{int(most):,} are allowed for this size; the file is damaged, or was made to "
+                "fill the memory"
             )
 
     limit("rows", metadata.num_rows, _ROWS + _ROWS_PER_BYTE * size)
@@ -217,8 +219,8 @@ def _measure_groups(
         most = max(most, group.total_byte_size)
     if most > MAX_GROUP_BYTES:
         logger.warning(
-            "%s has row groups of %d MiB, and reading a sample reads half of one on average; write "
-            "the file with row_group_size=100, so that it is read faster",
+            "data file %s has row groups of up to %d MiB; reading one sample reads half of a row "
+            "group on average; to read samples faster, write the file with row_group_size=100",
             path,
             most // 2**20,
         )
@@ -230,13 +232,13 @@ def _row(table: Table, number: int) -> Json:
     weight = _weight(row)
     if weight > MAX_RECORD_BYTES:
         raise SampleError(
-            f"it has {weight:,} bytes of text; at most {MAX_RECORD_BYTES:,} are allowed",
+            f"the record has {weight:,} bytes of text; at most {MAX_RECORD_BYTES:,} are allowed",
             "record size",
         )
     try:
         return row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        raise SampleError(f"not UTF-8: {error}", "not Parquet") from None
+        raise SampleError(f"a text is not valid UTF-8: {error}", "not Parquet") from None
 
 
 def _row_or_none(table: Table, number: int) -> Json | None:
@@ -247,7 +249,7 @@ def _row_or_none(table: Table, number: int) -> Json | None:
 
 
 def _weight(data: Table) -> int:
-    """Returns the bytes that the texts of a batch or an array take as Python objects."""
+    """Returns the number of bytes that the texts of a batch or array take as Python objects."""
     arrow = _import_pyarrow("")
     if isinstance(data, arrow.RecordBatch):
         return sum(map(_weight, data.columns))
@@ -265,7 +267,7 @@ def _weight(data: Table) -> int:
 def _open(
     path: str, texts: list[str] | None = None, metadata: Metadata | None = None
 ) -> Iterator[Table]:
-    """Opens a Parquet file. Equal texts in the columns `texts` are kept in memory only once."""
+    """Opens a Parquet file. In the columns `texts`, equal texts are kept in memory only once."""
     arrow = _import_pyarrow(path)
     with contextlib.ExitStack() as opened:
         with _named(path, "the file"):
@@ -278,7 +280,7 @@ def _open(
 
 @contextlib.contextmanager
 def _named(path: str, part: str) -> Iterator[None]:
-    """Adds the path and the part of the file to errors of reading it."""
+    """Converts errors of pyarrow to a ConfigError that names the file and the part of the file."""
     arrow = _import_pyarrow(path)
     try:
         yield
@@ -293,7 +295,7 @@ def _import_pyarrow(path: str) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f"data file {path} is Parquet, and pyarrow is not installed; "
+            f"data file {path} is Parquet, but pyarrow is not installed: "
             "pip install 'llava_jax[parquet]'"
         ) from error
     return pyarrow

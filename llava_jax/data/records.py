@@ -1,8 +1,9 @@
 """Parses the records of data files. A record is a sample before it is encoded.
 
-There are two forms, which may be mixed. LLaVA's form has `image` and `conversations`, a list of
-turns with `from` and `value`. The form of chat templates has `images` and `messages`, a list of
-turns with `role` and `content`; the content is a text or a list of text and image parts.
+A record has one of two formats, and a file may contain both. In LLaVA's format, a record has
+`image` and `conversations`, a list of turns with `from` and `value`. In the format of Hugging
+Face's chat templates, a record has `images` and `messages`, a list of turns with `role` and
+`content`. The content is a text or a list of text parts and image parts.
 """
 
 import array
@@ -26,23 +27,24 @@ FIELDS = ("id", "image", "images", "conversations", "messages", "category")
 CONVERSATIONS = ("conversations", "messages")
 """Fields that may contain the conversation."""
 
-# Limits, so that no record delays a run for long or fills its memory.
+# These limits prevent a single record from delaying a run for long or filling its memory.
 MAX_RECORD_BYTES = 2**22
-"""Maximum number of bytes of a record as JSON, and of its texts in a Parquet file."""
+"""Maximum size in bytes of a record in a JSON file, and of the texts of a record in a Parquet
+file."""
 MAX_IMAGES = 256
 """Maximum number of images in a record."""
 MAX_TURNS = 2000
-"""Maximum number of turns in a record, and of parts in a turn."""
+"""Maximum number of turns in a record, and of content parts in a turn."""
 MAX_PATH = 4096
 """Maximum number of characters in the path of an image."""
 MAX_CHARACTERS = 2**20
 """Maximum number of characters in all turns of a record together."""
 MAX_BAD = 2**18
-"""Number of records without a known form that a file may have even if they are more than half of
-its records."""
+"""A file is refused if more than this number of its records, and more than half of its records,
+have an unknown format."""
 MAX_DEPTH = 64
-"""Deepest nesting of lists and objects. Python's own limit is not used, because it depends on
-the code that reads a record."""
+"""Maximum depth of nested lists and objects in a record. Python's recursion limit is not used,
+because the depth that it allows depends on the functions that are running."""
 
 ROLES: dict[str, Literal["system", "human", "gpt"]] = {
     "system": "system",
@@ -61,7 +63,8 @@ class Record:
         id: Name of the sample in the data.
         images: Path or content of each image file.
         turns: Turns of the conversation.
-        category: Group of the sample in the results of an evaluation; None for no group.
+        category: Category for which an evaluation computes separate scores; None if the sample has
+            no category.
     """
 
     id: str
@@ -74,20 +77,20 @@ def read_record(raw: Any, number: int, image_root: str, *, follow_links: bool = 
     """Converts a record of a data file to a `Record`.
 
     Args:
-        raw: A dict. It has the conversation, as "conversations" or "messages", and optionally
-            "image" or "images" (one image or a list of images), "id" and "category". An image is a
-            path, bytes, or {"bytes", "path"} of which one may be None. A turn is {"from", "value"}
-            or {"role", "content"}. The names of the roles are "human" or "user", "gpt" or
-            "assistant", and "system". A content is a text, or a list of {"type": "text", "text"}
-            and {"type": "image"} parts. An image part may contain its own image, as "image" or
-            "path", or the position of an image in the record, as "index".
-        number: Index of the record, which replaces a missing id.
+        raw: Dict with the conversation in the field "conversations" or "messages". Optional fields
+            are "image" or "images" (one image or a list of images), "id" and "category". An image
+            is a path, bytes, or a dict with the keys "bytes" and "path", one of which may be None.
+            A turn is a dict with the keys "from" and "value", or "role" and "content". A role is
+            "human" or "user", "gpt" or "assistant", or "system". The content is a text or a list of
+            parts: {"type": "text", "text": text} or {"type": "image"}. An image part may contain
+            an image as "image" or "path", or the index of an image of the record as "index".
+        number: Index of the record, used as its id if the record has no id.
         image_root: Directory that relative image paths start from.
-        follow_links: Whether symbolic links may lead to images outside of image_root.
+        follow_links: Whether symbolic links may point to images outside of image_root.
 
     Raises:
-        SampleError: The record has another form, an image path leads out of image_root, or an image
-            has neither bytes nor a path.
+        SampleError: The record has an unknown format, an image path is outside of image_root, or an
+            image has neither bytes nor a path.
     """
     images, turns = _parse(raw)
     name = raw.get("id")
@@ -103,7 +106,7 @@ class Sizes(NamedTuple):
     """Numbers of images and words in N records.
 
     Attributes:
-        images: int32 [N]. Number of images in each record; -1 if the record has no known form.
+        images: int32 [N]. Number of images in each record; -1 for a record of an unknown format.
         words: int32 [N]. Number of words in all turns of each record.
     """
 
@@ -112,13 +115,13 @@ class Sizes(NamedTuple):
 
     @property
     def most_images(self) -> int:
-        """Returns the largest number of images in a record."""
+        """Returns the largest number of images that a single record has."""
         return int(self.images.max(initial=0))
 
 
 SAMPLED_IMAGES = 1024
-"""Number of image files, evenly spread over a data set, that identify the data set. Up to twice
-as many are kept."""
+"""Number of image files whose checksums help to identify a data set. They are evenly spread over
+the data set, and up to twice as many may be used."""
 
 
 class Survey(NamedTuple):
@@ -126,7 +129,7 @@ class Survey(NamedTuple):
 
     Attributes:
         sizes: Sizes of the records.
-        digest: SHA-256, in hexadecimal, of everything that is learned from the records, in their
+        digest: SHA-256, in hexadecimal, of the turns, images and categories of all records, in
             order.
         images: Paths of some image files, evenly spread over the records.
     """
@@ -137,15 +140,17 @@ class Survey(NamedTuple):
 
 
 def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAGES) -> Survey:
-    """Reads all records of a data file once; the bytes of images may be left out.
+    """Reads all records of a data file once, and returns their sizes, digest and image paths.
 
     Args:
-        records: Records as the file has them; None for a damaged record.
-        path: Path of the file, for messages.
-        sampled_images: Minimum number of image paths to return, if the records have so many.
+        records: Records as they are in the file; None for a damaged record. The bytes of their
+            images may be missing.
+        path: Path of the file, for error messages.
+        sampled_images: Minimum number of image paths to return; all paths are returned if there are
+            fewer.
 
     Raises:
-        ConfigError: Too many records have no known form.
+        ConfigError: Too many records have an unknown format.
     """
     sizes, bad = array.array("i"), 0
     digest = hashlib.sha256()
@@ -160,8 +165,8 @@ def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAG
             bad += 1
             if bad > MAX_BAD and 2 * bad > number:
                 raise ConfigError(
-                    f"data file {path}: of its first {number:,} records, {bad:,} cannot be used; "
-                    "is it a file of samples?"
+                    f"data file {path}: {bad:,} of the first {number:,} records have an unknown "
+                    "format; check that the file contains training samples"
                 ) from None
             continue
         digest.update(_bytes_of(images, turns, raw.get("category")))
@@ -178,17 +183,17 @@ def survey(records: Iterable[Any], path: str, sampled_images: int = SAMPLED_IMAG
 
 
 def _bytes_of(images: list[object], turns: list[Turn], category: object) -> bytes:
-    """Returns everything that is learned from a record, as bytes to compute a digest of."""
+    """Returns the images, turns and category of a record as bytes, to compute a digest."""
     parts = [repr((images, category)), *(f"{turn.role}:{turn.text}" for turn in turns), ""]
     return "\0".join(parts).encode(errors="surrogatepass")
 
 
 def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
-    """Returns the images of a record, as the file has them, and its turns."""
+    """Returns the images of a record, unchanged, and its turns as `Turn` objects."""
     if not isinstance(raw, dict):
         raise SampleError(f"expected an object, found {raw!r:.60}")
     if not isinstance(raw.get("category"), str | None):
-        raise SampleError(f'"category" must be text, found {raw["category"]!r:.60}')
+        raise SampleError(f'"category" must be a text, found {raw["category"]!r:.60}')
     found = raw.get("conversations") or raw.get("messages")
     if not found or not _is_list_of(found, dict):
         raise SampleError(
@@ -208,7 +213,7 @@ def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
                 f'{{"role": "user" or "assistant", "content": text or parts}}, found {turn!r:.80}'
             )
         if not isinstance(said, str):
-            _limit("parts in a turn", len(said), MAX_TURNS)
+            _limit("parts in one turn", len(said), MAX_TURNS)
             said, images = _join_parts(said, role, index)
             parts += images
         turns.append(Turn(role, said))
@@ -220,11 +225,11 @@ def _parse(raw: Any) -> tuple[list[object], list[Turn]]:
 
 def _limit(what: str, found: int, most: int, kind: str = "record size") -> None:
     if found > most:
-        raise SampleError(f"it has {found:,} {what}, and a record may have {most:,}", kind)
+        raise SampleError(f"the record has {found:,} {what}; at most {most:,} are allowed", kind)
 
 
 def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
-    """Returns the text of a content that has parts, and its image parts."""
+    """Joins the parts of a turn's content; returns their text and the image parts."""
     texts, images = [], []
     for part in content:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
@@ -241,23 +246,23 @@ def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Js
 
 
 def _images_beside(raw: Json) -> list[object]:
-    """Returns the images in the fields "image" or "images" of a record."""
+    """Returns the images in the field "image" or "images" of a record."""
     named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
     if len(named) > 1:
-        raise SampleError('there are both "image" and "images"; keep one of them')
+        raise SampleError('the record has both "image" and "images"; remove one of these fields')
     for name, value in named.items():
         images = value if isinstance(value, list) else [value]
         if not all(map(_is_image, images)):
             raise SampleError(
-                f'"{name}" must be a path, {{"bytes", "path"}}, or a list of these, found '
-                f"{value!r:.60}"
+                f'"{name}" must be a path, an object with "bytes" or "path", or a list of such '
+                f"values, found {value!r:.60}"
             )
         return images
     return []
 
 
 def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
-    """Returns the images in the order of the parts, if the parts say which images they show."""
+    """Returns the images that the image parts contain or refer to; `beside` if there are none."""
     if not parts:
         return beside
     keys = [
@@ -269,8 +274,9 @@ def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
     of_record = all(key == "index" for key in keys)
     if not all(keys) or (not of_record and ("index" in keys or beside)):
         raise SampleError(
-            f"all image parts must have their own image, or all must have the index of an image "
-            f"of the record; found {parts!r:.80}"
+            "all image parts must have the same form: either all contain an image, and the record "
+            'has no "image" or "images"; or all contain the "index" of an image of the record; '
+            f"found {parts!r:.80}"
         )
     images = [part[key] for part, key in zip(parts, keys, strict=True) if key]
     if of_record:
@@ -281,7 +287,8 @@ def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
         return [beside[index] for index in images]
     if not all(map(_is_image, images)):
         raise SampleError(
-            f'an image part must have a path or {{"bytes", "path"}}, found {images!r:.80}'
+            'an image part must have a path or an object with "bytes" or "path", found '
+            f"{images!r:.80}"
         )
     return images
 
@@ -296,47 +303,53 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 
 def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
-    """Returns the full path of an image file in a directory, or its content if it is embedded.
+    """Returns the full path of an image file, or the content of an embedded image.
 
     Args:
-        image: Path, bytes, or {"bytes", "path"} of which one may be None.
+        image: Path, bytes, or a dict with the keys "bytes" and "path", one of which may be None.
         root: Directory that relative paths start from.
-        follow_links: Whether symbolic links may lead to images outside of the directory.
+        follow_links: Whether symbolic links may point to images outside of the directory.
 
     Raises:
-        SampleError: The image is neither embedded nor a path, or its path is not valid or leads out
-            of the directory.
+        SampleError: The image is neither embedded nor a path, or its path is not valid or is
+            outside of the directory.
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
-        raise SampleError(f"an image is neither embedded nor a path, but {image!r:.60}")
+        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
     if len(image) > MAX_PATH:
-        raise SampleError(f"an image path has {len(image):,} characters", "image path")
+        raise SampleError(
+            f"an image path has {len(image):,} characters; at most {MAX_PATH:,} are allowed",
+            "image path",
+        )
     try:
         os.fsencode(image)
     except UnicodeEncodeError as error:
-        raise SampleError(f"image path {image!r} is not text: {error}", "image path") from None
+        raise SampleError(
+            f"image path {image!r} is not a valid file name: {error}", "image path"
+        ) from None
     path = PurePosixPath(image)
-    is_address = "://" in image or ("://" in root and "::" in image)  # or a chain of fsspec URLs
+    is_address = "://" in image or ("://" in root and "::" in image)  # fsspec chains URLs with ::
     if is_address or path.is_absolute() or ".." in path.parts or "\0" in image:
         raise SampleError(
-            f"image path {image!r} leads out of data.image_root; make it relative to that folder",
+            f"image path {image!r} is outside data.image_root or is not valid; write the path "
+            'relative to that directory, without ".."',
             "image path",
         )
     located = os.path.join(root, image)
     if not follow_links and "://" not in root and not _is_inside(located, root):
         raise SampleError(
-            f"image {image!r} leads out of data.image_root by a link; set data.follow_links to "
-            "allow this",
+            f"image {image!r} is outside data.image_root because of a symbolic link; set "
+            "data.follow_links to true to allow this",
             "image path",
         )
     return located
 
 
 def _is_inside(path: str, root: str) -> bool:
-    """Returns True if the path is in the directory `root` after all links are resolved."""
+    """Returns True if a path is in the directory `root` after resolving symbolic links."""
     root = os.path.realpath(root)
     return os.path.commonpath([root, os.path.realpath(path)]) == root

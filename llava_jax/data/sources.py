@@ -1,4 +1,4 @@
-"""Opens sources of samples: data files, whose form is detected from their content, and easy-VQA."""
+"""Opens data files, whose format is detected from their content, and the easy-VQA data set."""
 
 import copy
 import functools
@@ -29,17 +29,18 @@ def load_records(
 
     Args:
         path: Data file, directory of data files, or pattern such as "data/train-*.parquet". A file
-            is a JSON list, JSON lines or Parquet, with records in a form that `records.read_record`
-            accepts. "easy_vqa:SPLIT[:FORM...]" is the easy-VQA data set; see
-            `easy_vqa.parse_source`.
+            is a JSON list, JSON lines or Parquet, with records in a format that
+            `records.read_record` accepts. "easy_vqa:SPLIT[:OPTION...]" is the easy-VQA data set;
+            see `easy_vqa.parse_source`.
         image_root: Directory that relative image paths start from; not used for easy-VQA.
-        follow_links: Whether symbolic links may lead to images outside of image_root.
+        follow_links: Whether symbolic links may point to images outside of image_root.
 
     Returns:
-        The records, each of which is read when it is accessed.
+        The records. A record of a data file is read when it is accessed.
 
     Raises:
-        ConfigError: The source does not exist, has no records, or has no record in a known form.
+        ConfigError: The source does not exist, has no records, or has only records of unknown
+            formats.
     """
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
@@ -47,13 +48,14 @@ def load_records(
     files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
-        raise ConfigError(f"{path} has no records; check data.path, mixture or eval_path")
+        raise ConfigError(f"{path} has no records; check data.path, data.mixture or data.eval_path")
     if (records.sizes.images < 0).all():
         try:
             records[0]
         except SampleError as error:
             raise ConfigError(
-                f"no record of {path} can be used; the first, data file {records.where(0)}: {error}"
+                f"no record of {path} can be used; the first record, in data file "
+                f"{records.where(0)}: {error}"
             ) from error
     return records
 
@@ -63,7 +65,7 @@ class ListRecords(list[Record]):
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        """Returns the numbers of images and words in the records."""
+        """Returns the numbers of images and words in each record."""
         words = lambda record: sum(len(turn.text.split()) for turn in record.turns)
         pairs = [(len(record.images), words(record)) for record in self]
         return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
@@ -79,14 +81,14 @@ class ListRecords(list[Record]):
         return super().__getitem__(index)
 
     def where(self, index: int) -> str:
-        """Returns the location of a record for messages."""
+        """Returns the location of a record as text, for messages."""
         return f"sample {index}"
 
 
 # The base class is not Sequence[Record], because a runtime type checker would then read records,
 # and reading a bad record raises an error.
 class FileRecords(Sequence[object]):
-    """The records of data files, one file after the other. Can be pickled.
+    """The records of several data files, one file after the other. Can be pickled.
 
     Attributes:
         sizes: Numbers of images and words in the records.
@@ -105,7 +107,7 @@ class FileRecords(Sequence[object]):
         Args:
             files: Data files; at least one.
             image_root: Directory that relative image paths start from.
-            follow_links: Whether symbolic links may lead to images outside of image_root.
+            follow_links: Whether symbolic links may point to images outside of image_root.
         """
         self.sizes = _join([file.sizes for file in files])
         self.files = files
@@ -125,7 +127,8 @@ class FileRecords(Sequence[object]):
         """Reads the record at an index, or selects the records in a slice without reading them.
 
         Raises:
-            SampleError: The record has no known form, or an image path leads out of image_root.
+            SampleError: The record cannot be read, has an unknown format, or contains an image path
+                outside of image_root.
             ConfigError: The file changed after it was opened.
         """
         if isinstance(index, slice):
@@ -137,7 +140,7 @@ class FileRecords(Sequence[object]):
         return read_record(raw, number, self._image_root, follow_links=self._follow_links)
 
     def read_raw(self, index: int) -> Any:
-        """Returns a record as its file has it.
+        """Returns a record as it is in its file.
 
         Args:
             index: Index of the record.
@@ -148,24 +151,26 @@ class FileRecords(Sequence[object]):
         """
         file, within = self._find(index)
         if file_size(file.path) != file.size:
-            raise ConfigError(f"{file.path} changed while it was in use; start again")
+            raise ConfigError(
+                f"data file {file.path} changed while it was in use; start the command again"
+            )
         return file.read(within)
 
     def locate_image(self, path: str) -> str:
-        """Returns the full path of an image file that a record names.
+        """Returns the full path of an image file.
 
         Args:
-            path: Path of the image in the record.
+            path: Path of the image as it is in the record.
 
         Raises:
-            SampleError: The path leads out of image_root.
+            SampleError: The path is outside of image_root.
         """
         located = locate_image(path, self._image_root, self._follow_links)
         assert isinstance(located, str)
         return located
 
     def where(self, index: int) -> str:
-        """Returns the location of a record for messages: its file, and its line, record or row."""
+        """Returns the location of a record for messages: the file, and the line, record or row."""
         file, within = self._find(index)
         return file.where(within)
 
@@ -206,8 +211,8 @@ class JoinedRecords(Sequence[object]):
         """Reads the record at an index, or all records in a slice.
 
         Raises:
-            SampleError: The record cannot be read, has no known form, or names an image outside of
-                image_root.
+            SampleError: The record cannot be read, has an unknown format, or contains an image path
+                outside of image_root.
             ConfigError: The file changed after it was opened.
         """
         if isinstance(index, slice):
@@ -216,7 +221,7 @@ class JoinedRecords(Sequence[object]):
         return part[within]
 
     def where(self, index: int) -> str:
-        """Returns the location of a record for messages."""
+        """Returns the location of a record as text, for messages."""
         part, within = self._find(index)
         return part.where(within)
 
@@ -236,13 +241,14 @@ def _join(parts: Sequence[Sizes]) -> Sizes:
 
 
 def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
-    """Opens a data file, whose form is detected from its first bytes."""
+    """Opens a data file after detecting its format from its first bytes."""
     try:
         with open_file(path) as file:
             start = file.read(4096).lstrip(b" \t\r\n")
     except OSError as error:
         raise ConfigError(
-            f"data file {path}: {error.strerror or error}; check data.path, mixture or eval_path"
+            f"data file {path}: {error.strerror or error}; check data.path, data.mixture or "
+            "data.eval_path"
         ) from None
     if start.startswith(b"PAR1"):
         return ParquetFile(path, sampled_images=sampled_images)
@@ -250,14 +256,14 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
         raise ConfigError(_saved_to_disk(path))
     if not start.startswith((b"[", b"{")):
         raise ConfigError(
-            f"data file {path} is not a JSON list, JSON lines or Parquet: it starts with "
-            f"{start[:20]!r}"
+            f"data file {path} is not a JSON list, JSON lines or Parquet: the file starts with "
+            f"{start[:20]!r}; convert the file to one of these formats"
         )
     return JsonFile(path, lines=start.startswith(b"{"), sampled_images=sampled_images)
 
 
 def _find_files(path: str) -> list[str]:
-    """Returns the data files that a path, directory or pattern stands for."""
+    """Returns the paths of the data files that a path, directory or pattern refers to."""
     if is_folder(path):
         return _find_shards(path)
     if not re.search(r"[*?\[]", path) or (not is_remote(path) and os.path.exists(path)):
@@ -265,36 +271,39 @@ def _find_files(path: str) -> list[str]:
     found = find_files(path)
     if not found:
         raise ConfigError(
-            f"data file {path}: no file matches; check data.path, mixture or eval_path"
+            f"data file {path}: no file matches this pattern; check data.path, data.mixture or "
+            "data.eval_path"
         )
     return found
 
 
 def _find_shards(folder: str) -> list[str]:
-    """Returns the data files in a directory, which must not have several splits."""
+    """Returns the paths of the data files in a directory; the files must belong to one split."""
     names = {PurePosixPath(path).name: path for path in list_folder(folder)}
     if not names.keys().isdisjoint(("dataset_dict.json", "state.json")):
         raise ConfigError(_saved_to_disk(folder))
     shards = sorted(name for name in names if PurePosixPath(name).suffix in SHARDS)
     if not shards:
         raise ConfigError(
-            f"{folder} has no {' or '.join(SHARDS)} files; check data.path, mixture or eval_path"
+            f"directory {folder} has no {' or '.join(SHARDS)} files; check data.path, data.mixture "
+            "or data.eval_path"
         )
     # Hugging Face names shards by their split: train-00000-of-00003.parquet.
     splits = {re.sub(r"(-\d+-of-\d+.*)?$", "", name) for name in shards if "-of-" in name}
     if len(splits) > 1:
         suffix = PurePosixPath(shards[0]).suffix
         raise ConfigError(
-            f"{folder} holds several splits ({', '.join(sorted(splits))}); choose one, such "
-            f"as {folder}/{min(splits)}-*{suffix}"
+            f"{folder} contains several splits ({', '.join(sorted(splits))}); choose one split, "
+            f"for example {folder}/{min(splits)}-*{suffix}"
         )
     return [names[name] for name in shards]
 
 
 def _saved_to_disk(path: str) -> str:
-    """Returns the error message for a data set in Arrow's format."""
+    """Returns the error message for a data set that was saved in Arrow's format."""
     return (
         f"{path} belongs to a dataset written by save_to_disk in Arrow's format, which is not "
         "supported; convert it to Parquet in Python: "
-        "datasets.load_from_disk(FOLDER).to_parquet(FILE), for each split if there are several"
+        "datasets.load_from_disk(FOLDER).to_parquet(FILE), or, if it has several splits, "
+        "datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(FILE) for each split"
     )

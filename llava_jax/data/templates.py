@@ -1,35 +1,35 @@
-"""Defines conversation templates, which say how the turns of a conversation become one text."""
+"""Defines conversation templates, which determine how a conversation becomes a single text."""
 
 import dataclasses
 
 from llava_jax.errors import SampleError as SampleError
 
 SYSTEM_SLOT = "{system}"
-"""Place of the system text in `Template.human_prefix`."""
+"""Placeholder of the system text in `Template.human_prefix`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The text around the turns of a conversation.
+    """The texts that surround the turns of a conversation.
 
     A name in braces is one control token. `{bos}` and `{eos}` are the tokenizer's BOS and EOS
-    tokens, and `{bos}` is left out if the tokenizer has none. `{bos?}` is a BOS token if the
-    tokenizer itself puts one before every text. Any other name, such as `{<|eot_id|>}`, is looked
-    up in the vocabulary.
+    tokens; `{bos}` is left out if the tokenizer has no BOS token. `{bos?}` is the BOS token, but
+    only if the tokenizer itself puts a BOS token before every text. Any other name, such as
+    `{<|eot_id|>}`, is looked up in the vocabulary.
 
     Attributes:
         begin: Text at the start of the conversation.
         system: System text of conversations that have no system turn.
-        system_prefix: Text before the system text, if that is not empty.
-        system_suffix: Text after the system text, if that is not empty.
+        system_prefix: Text before the system text; not used if the system text is empty.
+        system_suffix: Text after the system text; not used if the system text is empty.
         human_prefix: Text before each human turn. In the first turn, `{system}` is replaced by the
-            system text with its prefix and suffix, and in other turns it is removed. Without
-            `{system}`, system turns are left out.
-        answer_prefix: Text between a human turn and its answer. Spaces at its end are learned with
-            the answer and are not part of a prompt, because tokenizers join a space to the word
-            after it.
-        answer_suffix: Text after each answer, which is learned with the answer.
-        separator: Text after the suffix of each answer, which is not learned.
+            system text with its prefix and suffix; in other turns, `{system}` is removed. If the
+            prefix does not contain `{system}`, system turns are left out.
+        answer_prefix: Text between a human turn and its answer. Spaces at the end of this text are
+            learned with the answer and are not part of a prompt, because tokenizers join a space
+            to the next word.
+        answer_suffix: Text after each answer. It is learned together with the answer.
+        separator: Text after the suffix of each answer. It is not learned.
         image_suffix: Text after each image if the turn also has text.
         keeps_questions: Whether the text of human turns is kept; otherwise only their images are
             kept.
@@ -72,7 +72,7 @@ TEMPLATES = {
     ),
     "plain": Template(answer_suffix="\n", image_suffix="", keeps_questions=False),
     # XTuner's PROMPT_TEMPLATE.vicuna: every round starts with a BOS token, and only conversations
-    # with a system turn have a system text, which then follows Vicuna's.
+    # with a system turn have a system text, which then follows Vicuna's system text.
     "vicuna_xtuner": Template(
         begin="",
         system_prefix=_VICUNA + " ",
@@ -92,7 +92,7 @@ TEMPLATES = {
         answer_suffix=" {eos}",
     ),
     "mistral_instruct": Template(
-        system_suffix="\n\n",  # how Mistral's tokenizer joins it to the first question
+        system_suffix="\n\n",  # Mistral's tokenizer writes this before the first question
         human_prefix="[INST] {system}",
         answer_prefix=" [/INST] ",
         answer_suffix=" {eos}",
@@ -117,4 +117,4 @@ TEMPLATES = {
         separator="\n",
     ),
 }
-"""Templates by their names in `data.template`."""
+"""Maps the values of `data.template` to the templates."""

@@ -1,10 +1,12 @@
-"""Makes batches ahead of time, in worker processes or in a thread.
+"""Prepares batches in advance, in worker processes or in a thread.
 
-The pools of the standard library are not used, for two reasons. They do not say which record a
-worker was reading when it died (a `multiprocessing.Pool` then waits forever), and they copy every
-batch through a pipe. The loaders of PyTorch and Grain need the whole input pipeline to be one of
-their data sets. A worker of this module writes its batches to shared memory, together with the
-index of the record that it is reading, and ends when its parent ends.
+The process pools of the standard library are not used, for two reasons. They do not report which
+record a worker was reading when the worker died (`multiprocessing.Pool` even waits forever), and
+they copy every batch through a pipe. The data loaders of PyTorch and Grain are not used, because
+the whole input pipeline would have to be an object of one of their data set classes.
+
+A worker process of this module writes its batches to shared memory, together with the index of the
+record that it is reading. The worker ends when its parent process ends.
 """
 
 import atexit
@@ -35,11 +37,12 @@ WITHOUT_END = 2**48
 """Value of `stop` for an endless sequence of batches."""
 
 Read = Callable[[int], Any]
-"""Function that makes the batch with a given number, a tree of arrays. Workers get it pickled."""
+"""Function that makes the batch with a given number, a pytree of arrays. To send the function to
+workers, it is pickled."""
 
 
 class WorkerError(Exception):
-    """A worker process died.
+    """Raised if a worker process died.
 
     Attributes:
         record: Index of the record that the process was reading; None if the index is not known.
@@ -53,42 +56,44 @@ class WorkerError(Exception):
 def read_ahead(
     read: Read, start: int, workers: int, *, stop: int = WITHOUT_END, most_bytes: int = 0
 ) -> Generator[Any]:
-    """Yields batches in order; the batches do not depend on the number of workers.
+    """Yields batches in order. The batches do not depend on the number of workers.
 
     Args:
         read: Function that makes the batch with a given number.
         start: Number of the first batch.
-        workers: Number of processes that make whole batches; 0 makes them in a thread of this
-            process.
+        workers: Number of worker processes, each of which makes whole batches; 0 makes the batches
+            in a thread of this process.
         stop: Number of the first batch that is not yielded.
-        most_bytes: Size in bytes of the largest batch. Arrays beyond this size are sent through a
-            pipe, which is slower than shared memory.
+        most_bytes: Size in bytes of the shared memory for a batch. Arrays that do not fit are sent
+            through a pipe, which is slower.
 
     Raises:
         WorkerError: A worker process died.
     """
     if not workers:
-        # Grain's default buffers are for small elements. One batch in advance is enough.
+        # Grain's default buffer sizes are meant for small elements. One batch in advance is enough.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
         return
-    # Containers often have only 64 MB of shared memory, and using more is a bus error.
+    # Containers often have only 64 MB of shared memory; using more ends in a bus error.
     most_bytes = most_bytes if _fits_shared_memory(workers * most_bytes) else 0
     with contextlib.ExitStack() as open_workers:
         firsts = range(start, min(start + workers, stop))
         opened = [open_workers.enter_context(_worker(most_bytes)) for _ in firsts]
-        for first, worker in zip(firsts, opened, strict=True):  # all processes have started
+        for first, worker in zip(
+            firsts, opened, strict=True
+        ):  # only after all processes have started
             worker.give(read, range(first, stop, workers))
         for number in range(start, stop):
             yield opened[(number - start) % workers].take()
 
 
 class _Worker(NamedTuple):
-    """A process that makes batches and holds at most two of them.
+    """Handle of a worker process, which keeps at most two batches in memory.
 
     Attributes:
-        give: Sends the function that makes batches, and their numbers.
-        take: Waits for the next batch and returns it.
+        give: Sends the worker the function that makes batches, and the numbers of its batches.
+        take: Waits for the next batch and returns the batch.
     """
 
     give: Callable[[Read, range], None]
@@ -97,14 +102,15 @@ class _Worker(NamedTuple):
 
 @contextlib.contextmanager
 def _worker(most_bytes: int) -> Iterator[_Worker]:
-    """Starts a worker process, and kills it at the end of the context."""
+    """Starts a worker process, and kills the process at the end of the context."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     with _shared_memory(_HEAD + most_bytes + _ALIGNMENT * _LEAVES) as shared:
         name = None if shared is None else shared.name
         process = context.Process(target=_work, args=(theirs, name, os.getpid()))
-        # A Ctrl-C reaches the worker too. It is blocked here, and so in the new process, until the
-        # worker ignores it; otherwise it could kill a worker that has just started.
+        # Ctrl-C sends a signal to the worker, too. The signals are blocked here, and therefore in
+        # the new process, until the worker ignores them. Otherwise, they could kill a worker that
+        # has just started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_MAIN)
         try:
             process.start()
@@ -122,30 +128,30 @@ def _worker(most_bytes: int) -> Iterator[_Worker]:
 
 
 _OF_MAIN = (signal.SIGINT, signal.SIGTERM)
-"""Signals that reach all processes of a terminal's or SLURM's job. Only the main process may
-react."""
+"""Signals that a terminal or SLURM sends to all processes of a job. Only the main process handles
+them; workers ignore them."""
 _HEAD = 64
-"""Number of bytes before the batch in a worker's shared memory, for the record index or -1."""
+"""Number of bytes at the start of a worker's shared memory; they contain the record index or -1."""
 _ALIGNMENT, _LEAVES = 64, 16
 """Alignment of arrays in bytes, and number of arrays per batch for which padding is reserved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Left:
-    """The place of an array in shared memory."""
+    """The position of an array in shared memory, with its shape and dtype."""
 
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def find(self, shared: SharedMemory | None) -> np.ndarray:
-        """Returns the array, which is a view of the shared memory."""
+        """Returns the array as a view of the shared memory."""
         assert shared is not None
         return np.ndarray(self.shape, self.dtype, shared.buf, self.offset)
 
 
 def _give(pipe: Any, read: Read, numbers: range) -> None:
-    """Sends a worker its function and its batch numbers."""
+    """Sends a worker the function that makes batches, and the numbers of its batches."""
     with contextlib.suppress(BrokenPipeError):  # the worker has died; `_take` reports that
         pipe.send((read, numbers))
 
@@ -195,7 +201,7 @@ def _work(pipe: Connection, name: str | None, parent: int) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """Returns the error; or, if a pipe cannot carry it, another error with the same text."""
+    """Returns the error if it can be pickled; otherwise a RuntimeError with the same text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -204,7 +210,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _keep_memory() -> None:
-    """Makes the C library keep freed memory for the next batch, because new pages are slow."""
+    """Makes the C library keep freed memory, because getting new memory pages is slow."""
     with contextlib.suppress(AttributeError, OSError):  # only glibc has this function
         set_option = ctypes.CDLL(None).mallopt
         set_option(_M_MMAP_MAX, 0)
@@ -215,11 +221,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _leave(batch: Any, shared: SharedMemory | None) -> Any:
-    """Moves as many arrays of a batch as fit into shared memory."""
+    """Copies the arrays of a batch to shared memory; arrays that do not fit stay as they are."""
     offset, end = _HEAD, 0 if shared is None else shared.size
 
     def leave(leaf: np.ndarray) -> np.ndarray | _Left:
-        """Moves one array, or returns it if there is no room."""
+        """Copies an array and returns its position; returns the array if it does not fit."""
         nonlocal offset
         if shared is None or offset + leaf.nbytes > end:
             return leaf
@@ -232,11 +238,12 @@ def _leave(batch: Any, shared: SharedMemory | None) -> Any:
 
 
 _at: np.ndarray | None = None
-"""int64 scalar in shared memory: index of the record that this worker reads; None elsewhere."""
+"""int64 scalar in shared memory: index of the record that this worker process is reading. None in
+other processes, and if there is no shared memory."""
 
 
 def write_progress(record: int) -> None:
-    """Notes which record this process is reading, so that an error can name it if the process dies.
+    """Writes the index of the current record to shared memory, to name it if the process dies.
 
     Args:
         record: Index of the record.
@@ -247,7 +254,7 @@ def write_progress(record: int) -> None:
 
 @contextlib.contextmanager
 def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
-    """Creates memory that processes can share by its name; None if the system has none."""
+    """Creates shared memory that other processes open by name; yields None if this fails."""
     try:
         shared = SharedMemory(create=True, size=size)
     except OSError:
@@ -263,7 +270,7 @@ def _shared_memory(size: int) -> Iterator[SharedMemory | None]:
 
 
 def _fits_shared_memory(size: int) -> bool:
-    """Returns True if the system's shared memory has room for `size` bytes."""
+    """Returns True if `size` bytes of shared memory are free."""
     try:
         return shutil.disk_usage("/dev/shm").free > size
     except OSError:  # not Linux: there is no limit

@@ -1,1 +1,1 @@
-"""Places work and arrays: environment, processes, devices, sharding and host memory."""
+"""Sets up processes and devices, and decides in which memory each array is stored."""

@@ -20,13 +20,13 @@ from llava_jax.jax_compat import (
 GIB = 2**30
 
 RESERVE_SHARE = 0.06
-"""Share of a device's memory that plans reserve for the driver, its libraries and programs."""
+"""Fraction of a device's memory that plans reserve for the driver, libraries and programs."""
 
 
 def prepare_for_training() -> None:
-    """Lets XLA:GPU use all the memory that plans count on.
+    """Allows XLA:GPU to use all memory that plans assume to be available.
 
-    Environment variables that the user has set are kept.
+    Environment variables that the user has set are not changed.
     """
     if not os.environ.keys() & set(GPU_MEMORY_SHARES):
         os.environ[GPU_MEMORY_SHARES[0]] = str(1 - RESERVE_SHARE)
@@ -35,13 +35,13 @@ def prepare_for_training() -> None:
 
 
 def print_any_text() -> None:
-    """Lets stdout print file names that are not valid UTF-8, with the invalid bytes escaped."""
+    """Makes stdout escape the invalid bytes of file names that are not valid UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a test may have replaced stdout
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def host_memory() -> int:
-    """Returns the memory of this machine, or the limit of its container if smaller, in bytes."""
+    """Returns the memory of this machine, or the container's memory limit if lower, in bytes."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # contains "max" if there is no limit
     text = limit.read_text().strip() if limit.is_file() else ""
@@ -49,7 +49,7 @@ def host_memory() -> int:
 
 
 def prepare_for_planning(devices: int = 1) -> None:
-    """Lets this process compile for absent devices, and keeps it from using present devices.
+    """Prepares this process to compile for absent devices, and not to use attached devices.
 
     Args:
         devices: Number of devices to compile for.
@@ -63,7 +63,7 @@ def prepare_for_planning(devices: int = 1) -> None:
 
 
 def is_multiprocess() -> bool:
-    """Returns True if the environment says that this process is one of several."""
+    """Returns True if the environment says that this process is one of several in a run."""
     has = os.environ.get
     if "JAX_NUM_PROCESSES" in os.environ:
         return has("JAX_NUM_PROCESSES") != "1"

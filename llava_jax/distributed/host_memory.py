@@ -1,8 +1,8 @@
-"""Keeps arrays in host memory: decides which arrays may be there, and moves slices of them.
+"""Keeps arrays in host memory: decides which arrays may be there, and moves their slices.
 
-Use only these functions on arrays in host memory. XLA moves slices of an array in host memory to
-the device and back, but any other operation on such an array is slow work on the host or stops the
-compiler (openxla/xla #47362, #47380, #34565).
+Use only these functions on arrays in host memory. XLA can move slices of an array in host memory to
+the device and back. Any other operation on such an array runs slowly on the host, or the compiler
+stops with an error (openxla/xla #47362, #47380, #34565).
 """
 
 import math
@@ -17,22 +17,22 @@ Tree = TypeVar("Tree")
 """A tree of arrays."""
 
 PINNED_HOST = "pinned_host"
-"""Memory kind of arrays in host memory. The pages of this kind are pinned, so that devices read and
-write the pages directly."""
+"""Memory kind of arrays in host memory. The memory is pinned, so that devices can read and write it
+directly."""
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 MAX_SLICES, MIN_SLICE = 64, 2**16
-"""Largest number of slices in which an array in host memory moves, and smallest number of elements
-in a slice."""
+"""Largest number of slices in which an array in host memory is moved, and smallest number of
+elements in a slice."""
 
 SUBLANES = 8
-"""Smallest number of rows of a float32 matrix that a TPU copies, because these rows share a
-tile."""
+"""Smallest number of rows of a float32 matrix that a TPU can copy, because a tile has this many
+rows."""
 
 
 def slice_size(shape: tuple[int, ...]) -> int:
-    """Returns the length along axis 0 of the slices in which an array moves from and to the host.
+    """Returns the length along axis 0 of the slices in which an array is moved to or from the host.
 
     The result is the smallest length that gives at most `MAX_SLICES` equal slices, or otherwise the
     whole length of axis 0. Slices of a matrix have a multiple of `SUBLANES` rows.
@@ -45,8 +45,8 @@ def slice_size(shape: tuple[int, ...]) -> int:
 def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
     """Returns True if an array may be in host memory.
 
-    Arrays that are small or sharded along axis 0 may not, because slices are taken along axis 0 and
-    TPUs copy no less than a tile.
+    Arrays that are small or sharded along axis 0 must stay on the device, because slices are taken
+    along axis 0, and TPUs cannot copy less than a tile.
 
     Args:
         shape: Shape of the array.
@@ -58,7 +58,7 @@ def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
 
 
 def is_for_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Returns True if the sharding of an array or a placed shape is in host memory."""
+    """Returns True if an array or a ShapeDtypeStruct has a sharding in host memory."""
     return leaf.sharding.memory_kind == PINNED_HOST
 
 
@@ -68,7 +68,7 @@ def is_hosted(x: Array) -> bool:
 
 
 def move(x: Array, space: jax.memory.Space) -> Array:
-    """Returns x moved to the memory `space`, or x itself if x is there already."""
+    """Returns x moved to the memory `space`, or x itself if x is already in this memory."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
@@ -78,31 +78,31 @@ def fetch(tree: Tree) -> Tree:
 
 
 def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
-    """Returns slice `index` of the slices of length `size` along axis 0, in the memory of x."""
+    """Returns slice number `index` of length `size` along axis 0, in the memory of x."""
     return jax.lax.dynamic_slice_in_dim(x, index * size, size)
 
 
 def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
-    """Returns x with slice `index` along axis 0 replaced by `new`, in the memory of x."""
+    """Returns x with slice number `index` along axis 0 replaced by `new`, in the memory of x."""
     new = move(new, jax.typeof(x).memory_space)
     return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
 
 
 def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
-    """Returns layer `index` of stacked arrays, in the memory of the stacks."""
+    """Returns layer number `index` of stacked arrays, in the memory of the stacks."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return jax.tree.map(take, stacks)
 
 
 def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
-    """Returns stacked arrays with layer `index` replaced by `layer`, in their own memory."""
+    """Returns stacked arrays with layer number `index` replaced; each stays in its memory."""
     return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
 
 
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros in the shape, dtype and memory of a placed shape.
+    """Returns zeros with the shape, dtype and memory of a ShapeDtypeStruct that has a sharding.
 
-    Zeros in host memory are made on the device and moved row by row.
+    Zeros in host memory are made on the device and moved to the host row by row.
     """
     if not is_for_host(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype)

@@ -1,8 +1,9 @@
-"""Locks a directory for one writing process at a time, also on a disk that machines share.
+"""Locks a directory so that only one process at a time writes to it, also on a shared disk.
 
-The lock is a file that its holder touches every few seconds, because locks of the operating system
-do not work on all shared disks. A lock whose holder has ended is taken over: at once if the holder
-ran on this machine, and otherwise after nobody has touched the file for a minute.
+The lock is a file that its holder touches (updates) every few seconds; locks of the operating
+system do not work on all shared disks. If the holder of a lock has ended, another process takes
+over the lock: at once if the holder ran on the same machine, and otherwise after the file has not
+been touched for a minute.
 """
 
 import datetime
@@ -23,13 +24,13 @@ from llava_jax.errors import ConfigError
 
 NAME = "in_use.lock"
 LEASE_SECONDS = 60.0
-"""Seconds without a touch after which a lock is taken over, unless its holder runs on this
+"""Seconds without a touch after which a lock is taken over, unless its holder still runs on this
 machine."""
 HEARTBEAT_SECONDS = 5.0
 """Seconds between two touches of a lock by its holder."""
 TRY_SECONDS = 3.0
-"""Seconds in which a process tries to take a lock before it examines the holder. A killed process
-has disappeared by then, and its lock has become free or has been taken over."""
+"""Seconds in which a process tries to take a lock before it checks whether the holder is alive. If
+the holder was killed, it has disappeared by then."""
 
 
 @contextmanager
@@ -42,8 +43,9 @@ def hold_for_run(directory: Path) -> Iterator[None]:
         directory: Directory to lock.
 
     Raises:
-        ConfigError: Another run holds the lock, or process 0 could not write the lock.
-        OSError: This process is process 0 and cannot write the lock.
+        ConfigError: Another run holds the lock, or this is not process 0 and process 0 cannot write
+            the lock.
+        OSError: This is process 0, and it cannot write the lock.
     """
     with ExitStack() as stack:
         refusal: Exception | None = None
@@ -53,7 +55,7 @@ def hold_for_run(directory: Path) -> Iterator[None]:
             except (ConfigError, OSError) as error:
                 refusal = error
         if broadcast_from_main(refusal is not None):
-            raise refusal or ConfigError(f"{directory} cannot be used; process 0 says why")
+            raise refusal or ConfigError(f"{directory} cannot be used; process 0 prints why")
         yield
 
 
@@ -61,16 +63,16 @@ def hold_for_run(directory: Path) -> Iterator[None]:
 def hold(directory: Path) -> Iterator[None]:
     """Locks a directory against all other processes that use this function.
 
-    The directory is created if needed, and removed if nothing was written into it. A process that
-    loses its lock exits, because another process may write already. A process loses its lock if
-    somebody removes the file, or if another process takes the lock over while the process is
+    The directory is created if needed, and removed if it is empty at the end. A process that loses
+    its lock exits, because another process may already be writing. A process loses its lock if
+    somebody removes the file, or if another process takes over the lock while this process is
     suspended.
 
     Args:
         directory: Directory to lock.
 
     Raises:
-        ConfigError: Another process holds the lock; the message says which process, and since when.
+        ConfigError: Another process holds the lock; the message describes that process.
         OSError: The lock cannot be written.
     """
     file = directory / NAME
@@ -108,8 +110,8 @@ def _acquire(lease: SoftFileLease, file: Path) -> None:
         _check_disk(file)
         why = "has ended, but its lock could not be taken over at once"
     print(
-        f"{file} was left by {_holder(lease, file)}, which {why}; waiting until nobody has "
-        f"touched the file for {LEASE_SECONDS:.0f} s",
+        f"the lock {file} belongs to {_holder(lease, file)}, which {why}; waiting until nobody "
+        f"has updated the file for {LEASE_SECONDS:.0f} s",
         flush=True,
     )
     if not _try(lease, file, LEASE_SECONDS + TRY_SECONDS, seen):
@@ -119,9 +121,9 @@ def _acquire(lease: SoftFileLease, file: Path) -> None:
 def _try(
     lease: SoftFileLease, file: Path, seconds: float, seen: tuple[int, int] | None = None
 ) -> bool:
-    """Returns True if the lock was taken within some seconds.
+    """Tries to take a lock for some seconds, and returns True if this succeeds.
 
-    Gives up early if the holder has touched the file after its stamp was `seen`.
+    If `seen` is given, gives up as soon as the file has another stamp, because its holder is alive.
     """
     touched = lambda: _stamp(file) not in (None, seen) if seen else False
     while True:
@@ -131,7 +133,7 @@ def _try(
         except (FileNotFoundError, FileExistsError):
             if os.path.lexists(file.parent) and not file.parent.is_dir():
                 raise
-            continue  # the last holder wrote nothing and removed the directory
+            continue  # the last holder removed the directory, because it was empty
         except (Timeout, LeaseSettingsMismatch):
             return False
         return True
@@ -189,7 +191,7 @@ def _check_disk(file: Path) -> None:
 
 
 def _holder(lease: SoftFileLease, file: Path) -> str:
-    """Describes the holder of a lock: its process, its machine and the time when it started."""
+    """Describes the holder of a lock: its process id, its machine, and when it took the lock."""
     if (owner := lease.owner) is None:
         return "another process"
     with suppress(OSError):
@@ -204,22 +206,22 @@ def _refusal(lease: SoftFileLease, file: Path) -> ConfigError:
     """Returns the error to raise when another process holds the lock."""
     owner = lease.owner
     is_here = owner is not None and owner.hostname == _this_host()
-    stop = f"stop it (kill {owner.pid})" if owner and is_here else "stop it there"
+    stop = f"stop it (kill {owner.pid})" if owner and is_here else "stop it on its machine"
     return ConfigError(
-        f"{file.parent} is used by {_holder(lease, file)}. Wait until it ends, {stop}, or use "
-        "another directory (--name of a run, --output of `llava-jax evaluate`). The lock of a "
-        "process that has ended is taken over automatically, within a minute; delete "
+        f"{file.parent} is used by {_holder(lease, file)}. Wait until this process ends, {stop}, "
+        "or use another directory (--name of a run, --output of `llava-jax evaluate`). If a "
+        "process has ended, its lock is taken over automatically within a minute; delete "
         f"{file} only if you are sure that no process uses the directory."
     )
 
 
 def _end(compromise: LeaseCompromise) -> None:
-    """Ends this process after it has lost its lock, because another process may write already."""
+    """Ends this process after it has lost its lock; another process may already be writing."""
     why = f"{compromise.reason}: {compromise.error}" if compromise.error else compromise.reason
     print(
-        f"error: {compromise.lock_file} is no longer this process's ({why}): the file was removed "
-        "or could not be written, or another process took the lock over. Run the same command "
-        "again to continue",
+        f"error: this process has lost the lock {compromise.lock_file} ({why}): the file was "
+        "removed or could not be written, or another process took over the lock. Run the same "
+        "command again to continue",
         file=sys.stderr,
     )
     exit_now(1)

@@ -1,7 +1,7 @@
-"""Connects the processes of a run, which execute one program, each on some of the devices.
+"""Connects the processes of a run, which execute the same program, each on its own devices.
 
-Texts and numbers that all processes must know go through JAX's coordination service, which needs
-neither devices nor equal programs. All functions also work in a run of one process.
+The processes exchange texts and numbers through JAX's coordination service, which does not use the
+devices. All functions also work in a run of one process.
 """
 
 import contextlib
@@ -33,36 +33,36 @@ from llava_jax.jax_compat import (
 )
 
 HEARTBEAT_SECONDS = int(os.environ.get("LLAVA_JAX_HEARTBEAT_SECONDS", "60"))
-"""Seconds without a heartbeat after which a process counts as lost and the others end."""
+"""Seconds without a heartbeat after which a process counts as lost and the other processes end."""
 
 JOIN_SECONDS = 60
 """Longest time in seconds that JAX may take to join the processes after they have met."""
 
 SHUTDOWN_SECONDS = 600
-"""Longest time in seconds that a process waits for slower processes at the end of a run. Lost
-processes are not waited for."""
+"""Longest time in seconds that a process waits for slower processes at the end of a run. It does
+not wait for lost processes."""
 
 END_SECONDS = 10
-"""Longest time in seconds that a process that ends with an error waits for the others, which may
-end with the same error."""
+"""Longest time in seconds that a process with an error waits for the other processes, which may
+have the same error."""
 
 Value = TypeVar("Value")
-"""A value that JSON can hold; a tuple comes back as a list."""
+"""A value that can be written as JSON; tuples become lists."""
 
 _ENDED = "llava_jax/ended/"
-"""Prefix of the keys under which processes publish why they end; the number of the process
-follows."""
+"""Prefix of the keys under which processes publish why they end. A key is the prefix and the number
+of the process."""
 
 
 def join() -> None:
-    """Joins the other processes of the run, if the environment names any.
+    """Joins the other processes of the run, if the environment names several processes.
 
     JAX finds the processes by itself under SLURM (srun), Open MPI, on TPU slices and in Kubernetes'
     indexed jobs. Elsewhere, each process needs the variables JAX_COORDINATOR_ADDRESS (host:port of
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call this function before JAX is used.
 
     Raises:
-        ConfigError: A value in the environment is missing or wrong, or not all processes join.
+        ConfigError: A value in the environment is missing or wrong, or a process does not join.
     """
     if jax.distributed.is_initialized() or not is_multiprocess():
         return
@@ -75,8 +75,9 @@ def join() -> None:
             WAIT_SECONDS,
         )
         if address is None or count is None or number is None:
-            given = f"address {address}, {count} processes, process {number}"
-            raise ValueError(f"{given.replace('None', 'unknown')}.")
+            given = f"the address of process 0 is {address}, the number of processes is {count}, "
+            given += f"and the number of this process is {number}."
+            raise ValueError(given.replace("None", "unknown"))
         if count > 1:
             meet_at(address, count, number)
         # Without this, JAX's client would use the proxy that the environment sets for downloads.
@@ -92,7 +93,7 @@ def join() -> None:
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         raise ConfigError(
-            f"the environment names several processes, but they cannot be joined: {error} Set "
+            f"the environment names several processes, but they cannot be connected: {error} Set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process, or "
             "JAX_NUM_PROCESSES=1 for a run of one process"
         ) from error
@@ -102,12 +103,12 @@ def _number(name: str) -> int | None:
     """Reads an integer from an environment variable; returns None if the variable is not set."""
     text = os.environ.get(name)
     if text is not None and not re.fullmatch(r"-?[0-9]+", text):
-        raise ConfigError(f"{name}={text!r} is not a number")
+        raise ConfigError(f"{name}={text!r} is not an integer")
     return None if text is None else int(text)
 
 
 def say(text: str) -> None:
-    """Prints a line, in process 0 only."""
+    """Prints a line of text in process 0, and nothing in other processes."""
     if is_main_process():
         print(text, flush=True)
 
@@ -118,7 +119,7 @@ def is_main_process() -> bool:
 
 
 def is_alone() -> bool:
-    """Returns True if this process is the only one of the run."""
+    """Returns True if this process is the only process of the run."""
     return process_state().num_processes == 1
 
 
@@ -126,7 +127,7 @@ def local_devices() -> int:
     """Returns the number of devices of this process.
 
     Raises:
-        ConfigError: JAX cannot use these devices, or cannot connect them to those of other
+        ConfigError: JAX cannot use these devices, or cannot connect them to the devices of other
             processes.
     """
     try:
@@ -136,10 +137,10 @@ def local_devices() -> int:
 
 
 def report_and_exit(message: str, status: int = 1) -> int:
-    """Prints why the run ends, only once if all processes have the same reason.
+    """Prints why the run ends; if all processes have the same message, only process 0 prints it.
 
-    If the other processes do not end as well, this process publishes its message for the others and
-    exits here, without returning.
+    If the other processes do not end too, this process publishes its message for the other
+    processes, and exits without returning.
 
     Args:
         message: Message to print.
@@ -155,7 +156,7 @@ def report_and_exit(message: str, status: int = 1) -> int:
     try:
         state.client.key_value_set(f"{_ENDED}{state.process_id}", message)
         # All processes find most errors at about the same time. If process 0 did not wait for the
-        # others, JAX's service would end with process 0, and the others would report that instead.
+        # others, JAX's service would end with process 0, and the others would report this instead.
         state.client.wait_at_barrier("all end", 1000 * END_SECONDS)
         is_said = state.client.key_value_try_get(f"{_ENDED}0") == message
     except jax.errors.JaxRuntimeError:  # others continue, or process 0 is lost
@@ -185,7 +186,8 @@ def _message_of_ended(client: CoordinationClient) -> str | None:
     """Returns the message that an ended process left, or None if no process has left one."""
     for name, message in client.key_value_dir_get(_ENDED):
         number = name.removeprefix(_ENDED)
-        return f"process {number} of this run (from 0) has ended, so all end. {message}"
+        ended = f"process {number} of this run (counted from 0) has ended"
+        return f"{ended}, so all processes end. {message}"
     return None
 
 
@@ -200,7 +202,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def rows_here(sharding: NamedSharding, size: int) -> list[int]:
-    """Returns the indices of the batch rows that this process's devices hold, in ascending order.
+    """Returns the indices of the batch rows on the devices of this process, in ascending order.
 
     A process passes these rows to `jax.make_array_from_process_local_data`.
 
@@ -216,9 +218,9 @@ def all_reduce_max(values: Callable[[], Sequence[int]]) -> Callable[[], list[int
     """Starts to compute the maximum of each value over all processes; all processes must call this.
 
     Args:
-        values: Function that returns the int32 values of this process. With several processes, this
-            function is called at once, so that the maximum is computed while the devices work. In a
-            run of one process, the function is called when the result is requested.
+        values: Function that returns the int32 values of this process. With several processes, the
+            function is called at once, so that the maximum is computed in the background. In a run
+            of one process, the function is called when the result is requested.
 
     Returns:
         Function that waits for the maximum of each value and returns the list of maxima.
@@ -245,11 +247,11 @@ def all_gather_values(value: Value) -> list[Value]:
     """Returns the values of all processes, ordered by process number; all processes must call this.
 
     Args:
-        value: Value of this process, which JSON must be able to hold.
+        value: Value of this process; it must be possible to write it as JSON.
 
     Raises:
-        RunError: A process has ended without calling this; the error quotes the message of that
-            process.
+        RunError: A process has ended without calling this function; the error quotes the message of
+            that process.
     """
     state = process_state()
     if state.client is None:
@@ -263,7 +265,10 @@ def all_gather_values(value: Value) -> list[Value]:
 
 
 def _wait_for(key: str) -> str:
-    """Waits for a published text while all processes run; JAX ends this process otherwise."""
+    """Waits until a text is published, and returns it.
+
+    If a process is lost in the meantime, JAX ends this process.
+    """
     client, lines = process_state().client, Lines()
     assert client is not None
     while True:
@@ -297,7 +302,7 @@ def differences(facts: dict[str, object]) -> list[str]:
     """Compares facts between all processes; all processes must call this.
 
     Args:
-        facts: Values by name, which JSON must be able to hold.
+        facts: Values by name; it must be possible to write them as JSON.
 
     Returns:
         One line of text for each fact and each value that differs from the value of process 0.
@@ -318,4 +323,4 @@ def differences(facts: dict[str, object]) -> list[str]:
 def this_process() -> str:
     """Describes this process by its number, for messages."""
     state = process_state()
-    return f"process {state.process_id} of {state.num_processes} (from 0)"
+    return f"process {state.process_id} of {state.num_processes} (counted from 0)"

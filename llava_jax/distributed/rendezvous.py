@@ -1,7 +1,7 @@
-"""Lets the processes of a run meet before JAX joins them, so that each learns which are missing.
+"""Waits for all processes of a run before JAX joins them, and reports missing processes.
 
-JAX's own service waits without a message and then aborts its process. So process 0 listens at the
-coordinator's address until all processes have reported, and only then leaves the port to JAX.
+JAX's own service waits without a message and then aborts the process. So process 0 listens at the
+coordinator's address until all processes have reported, and only then frees the port for JAX.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
 WAIT_SECONDS = 300
-"""Longest time in seconds that a process waits for the others."""
+"""Longest time in seconds that a process waits for the other processes."""
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 15, 60
-"""Seconds after which a waiting process prints its first line, and seconds between two later
-lines."""
+"""Seconds after which a waiting process prints its first line, and seconds between the lines that
+follow."""
 
 _TRY_SECONDS, _ACCEPT_SECONDS, _PAUSE_SECONDS = 5, 1, 0.1
 _MAX_LINE = 4096
-"""Largest number of bytes that are read of a message."""
+"""Largest number of bytes that are read from a message."""
 
 
 class Lines:
-    """Prints what a process waits for, but only at intervals."""
+    """Prints at intervals what a process is waiting for."""
 
     def __init__(self):
         self._started = time.monotonic()
@@ -42,7 +42,7 @@ class Lines:
         return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
-        """Prints the text if it is time for a line."""
+        """Prints "waiting for {text}", unless the last line was printed a short time ago."""
         if self.seconds >= self._next:
             print(f"waiting for {text}", file=sys.stderr, flush=True)
             self._next = self.seconds + LINE_SECONDS
@@ -58,7 +58,7 @@ def meet_at(address: str, count: int, number: int) -> None:
 
     Raises:
         ConfigError: Process 0 cannot be reached at the address, or a process is missing, uses the
-            number of another process, or expects another count.
+            number of another process, or expects a different number of processes.
     """
     host, port = _split(address)
     problem = None if 0 <= number < count else _out_of_range(number, count)
@@ -71,14 +71,14 @@ def meet_at(address: str, count: int, number: int) -> None:
         except OSError as error:
             problem = (
                 f"process 0 of this run cannot listen on port {port}: {error.strerror}. Give each "
-                "process a JAX_PROCESS_ID of its own, or use another port for all processes"
+                "process a different JAX_PROCESS_ID, or use another port for all processes"
             )
     lines = Lines()
     while True:
         reason = _report(host, port, count, number)
         if reason is None:
             return
-        if problem is not None and lines.seconds > _TRY_SECONDS:  # and no process 0 answers
+        if problem is not None and lines.seconds > _TRY_SECONDS:  # no other process 0 answers
             raise ConfigError(problem)
         if lines.seconds > WAIT_SECONDS:
             raise ConfigError(
@@ -91,11 +91,11 @@ def meet_at(address: str, count: int, number: int) -> None:
 
 
 def _split(address: str) -> tuple[str, int]:
-    """Splits an address into host and port; raises ConfigError unless it is host:port."""
+    """Splits an address into host and port; raises ConfigError if one is missing or invalid."""
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
         raise ConfigError(
-            f"the address of process 0 is {address!r}, but must be host:port, such as "
+            f"the address of process 0 is {address!r}, but must be host:port, for example "
             "10.0.0.1:1234; set JAX_COORDINATOR_ADDRESS"
         )
     return host.strip("[]"), int(port)
@@ -104,7 +104,7 @@ def _split(address: str) -> tuple[str, int]:
 def _out_of_range(number: int, count: int) -> str:
     """Returns the error message for a process number that is too high or negative."""
     return (
-        f"process {number} of {count}: numbers go from 0 to {count - 1}; set JAX_PROCESS_ID and "
+        f"the process number {number} is not in the range 0 to {count - 1}; set JAX_PROCESS_ID and "
         "JAX_NUM_PROCESSES"
     )
 
@@ -124,7 +124,7 @@ def _report(host: str, port: int, count: int, number: int) -> str | None:
     except OSError as failure:
         return failure.strerror or str(failure)
     except (ValueError, KeyError):
-        return "what answers there does not wait for processes; does another run use the port?"
+        return "another program answers there; check whether another run uses the port"
     if error is not None:
         raise ConfigError(error)
     return None
@@ -164,7 +164,7 @@ def _receive_all(listener: socket.socket, address: str, count: int) -> None:
             lines.say(f"the processes of this run: {_state(came, count, address)}")
             try:
                 found = _admit(listener.accept()[0], count, came, heard)
-            except (OSError, ValueError, KeyError, TypeError):  # no connection, or none of this run
+            except (OSError, ValueError, KeyError, TypeError):  # no connection, or an invalid one
                 continue
             if found and error is None:
                 error, until = found, lines.seconds + _TRY_SECONDS  # time for other reports
@@ -182,13 +182,15 @@ def _receive_all(listener: socket.socket, address: str, count: int) -> None:
 
 
 def _state(came: Collection[int], count: int, address: str) -> str:
-    """Describes how many processes have reported, and which have not."""
+    """Describes how many processes have reported, and which processes are missing."""
     missing = listed(number for number in range(count) if number not in came)
-    return f"{len(came)} of {count} have connected to {address}, but not number {missing}"
+    return (
+        f"{len(came)} of {count} processes have connected to {address}, but not process {missing}"
+    )
 
 
 def listed(numbers: Iterable[int], most: int = 8) -> str:
-    """Formats process numbers as text; after the first `most` numbers, the rest is only counted."""
+    """Formats process numbers as text: the first `most` numbers, and a count of the others."""
     first = list(map(str, numbers))
     more = f" and {len(first) - most} more" if len(first) > most else ""
     return ", ".join(first[:most]) + more
@@ -212,14 +214,14 @@ def _admit(
     if theirs != count:
         return (
             f"process {number} ({where}) expects {theirs} processes, but process 0 expects "
-            f"{count}; set the same JAX_NUM_PROCESSES for all"
+            f"{count}; set the same JAX_NUM_PROCESSES for all processes"
         )
     if not 0 <= number < count:
         return f"{where}: {_out_of_range(number, count)}"
     if number in came and not _has_left(came[number][0]):
         return (
             f"two processes have the number {number}: {came[number][1]}, and {where}; give each "
-            "a JAX_PROCESS_ID of its own"
+            "process a different JAX_PROCESS_ID"
         )
     came[number] = connection, where
     return None

@@ -24,8 +24,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     # `tensor` divides either the outputs of a weight ("split_outputs") or the inputs
     # ("split_inputs", with "outputs" for the outputs). `fsdp` divides the outputs in both cases,
-    # because they are the slower axis: to gather along the faster axis, XLA:GPU would keep a
-    # transposed copy of the whole stack.
+    # because the outputs are the slower axis: to gather along the faster axis, XLA:GPU would keep
+    # a transposed copy of the whole stack.
     "split_outputs": ("tensor", "fsdp"),
     "outputs": ("fsdp",),
     "split_inputs": ("tensor",),
@@ -41,8 +41,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 }
 
 BLOCKS = r"(llm\.layers|vision\.encoder\.(layers|tail))\..*"
-INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # to heads or the feed-forward width
-FROM = r"(o_proj|out_proj|down_proj|fc2)"  # back to the model width
+INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # from the model width to heads or feed-forward width
+FROM = r"(o_proj|out_proj|down_proj|fc2)"  # from heads or feed-forward width to the model width
 
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"{BLOCKS}{INTO}\.(weight|lora_b)", ("layers", "split_outputs", "whole")),
@@ -77,17 +77,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         devices: Devices of the mesh; None takes all devices of the run.
 
     Raises:
-        ConfigError: A size is invalid, or the sizes do not multiply to the number of devices.
+        ConfigError: A size is invalid, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ConfigError(f"mesh: at most one axis may be -1, the others at least 1; got {config}")
+        raise ConfigError(
+            f"mesh: at most one axis may be -1, and all others must be at least 1; found {config}"
+        )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} is "
+            f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} needs "
             f"{math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1"
         )
     return jax.make_mesh(
@@ -99,11 +101,11 @@ def logical_axes(path: str) -> tuple[str, ...]:
     """Returns the logical axes of the parameter at `path`, one per dimension.
 
     Raises:
-        LookupError: Not exactly one rule matches, so `PARAMETER_RULES` is wrong.
+        LookupError: No rule or more than one rule matches, so `PARAMETER_RULES` is wrong.
     """
     found = [axes for pattern, axes in PARAMETER_RULES if re.fullmatch(pattern, path)]
     if len(found) != 1:
-        raise LookupError(f"{len(found)} rules of PARAMETER_RULES match {path}; exactly one must")
+        raise LookupError(f"{len(found)} rules of PARAMETER_RULES match {path}, instead of one")
     return found[0]
 
 
@@ -112,8 +114,8 @@ def to_spec(
 ) -> PartitionSpec:
     """Returns the partition spec of an array with the given logical axes.
 
-    If the mesh axes of a dimension do not divide its size, only the first of these mesh axes are
-    used, as many as divide the size.
+    If the mesh axes of a dimension do not divide its size, the last mesh axes of this dimension are
+    left out, until the remaining mesh axes divide its size.
 
     Args:
         axes: Logical axis of each dimension.
@@ -144,20 +146,20 @@ def with_shardings(
     """Returns the parameter shapes with their shardings.
 
     Args:
-        shapes: Shape of each parameter, by path. Of a quantized weight, the arrays with as many
-            dimensions as the weight are sharded like the weight, and the other arrays are
+        shapes: Shape of each parameter, by path. If a weight is quantized, its arrays with as many
+            dimensions as the weight are sharded like the weight, and its other arrays are
             replicated.
         mesh: Mesh of the devices.
-        streams: Function that returns True for the paths of parameters that belong in host memory.
-            Arrays that cannot be in host memory, see `fits_host`, stay on the devices.
+        streams: Function that returns True for the paths of parameters to keep in host memory.
+            Arrays for which `fits_host` returns False stay on the devices.
     """
 
     def placed(path: str, rank: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = logical_axes(path)
-        if leaf.ndim != rank:  # scales of a quantized weight, with other dimensions
+        if leaf.ndim != rank:  # scales of a quantized weight, which have other dimensions
             axes = ("layers", *["whole"] * (leaf.ndim - 1))
         sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
-        is_vectors = leaf.ndim == 2  # one layer is smaller than what a TPU copies
+        is_vectors = leaf.ndim == 2  # one layer is smaller than the smallest copy of a TPU
         if streams(path) and not is_vectors and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -204,10 +206,10 @@ def shard_map_rows(
 ) -> jax.Array:
     """Computes function(params, *rows) on each device, with its own rows and with whole parameters.
 
-    However often the function uses the parameters, they are gathered only once, with matrices in
-    the dtype of the rows. Each device sums the gradients of all uses, and these sums are reduced
-    and scattered once. Without this function, XLA would gather and reduce in every iteration of a
-    loop.
+    The parameters are gathered only once, even if the function uses them many times; matrices are
+    gathered in the dtype of the rows. Each device sums the gradients of all uses, and these sums
+    are reduced and scattered once. Without this function, XLA would gather and reduce in every
+    iteration of a loop.
 
     Args:
         function: Function that treats every row independently, or that returns the sum over the
@@ -236,8 +238,8 @@ def shard_map_rows(
         run,
         in_specs=(divided, *jax.tree.map(lambda _: batch, rows)),
         out_specs=batch,
-        # If all other axes have size 1, they are included: XLA's CPU backend cannot sum bfloat16
-        # while some axes are left to XLA.
+        # If all other axes have size 1, they are included, because XLA's CPU backend cannot sum
+        # bfloat16 arrays if XLA partitions some of the axes itself.
         axis_names=set(
             mesh.axis_names if data_parallel_size(mesh) == mesh.size else MESH_AXES["batch"]
         ),
@@ -246,7 +248,7 @@ def shard_map_rows(
 
 
 def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
-    """Returns the partition spec of each array of a parameter, with the mesh axis `fsdp` only."""
+    """Returns the partition spec of each array of a parameter, with no mesh axis except `fsdp`."""
 
     def spec(part: jax.Array) -> PartitionSpec:
         if part.ndim != len(axes):
@@ -258,7 +260,7 @@ def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
 
 
 def _narrow(x: object, dtype: np.dtype) -> object:
-    """Casts a matrix to `dtype`, in which it is multiplied.
+    """Casts a matrix to `dtype`, the dtype of its products.
 
     Vectors and quantized weights are returned unchanged, because they are used in float32.
     """
@@ -278,9 +280,9 @@ def on_shards(
     arguments: Sequence[tuple[str, ...]],
     result: tuple[str, ...],
 ) -> Callable[..., jax.Array]:
-    """Returns a function that computes `function` on each device's own shards.
+    """Returns a function that applies `function` on each device to the shards of this device.
 
-    XLA needs this for custom kernels, which it cannot partition.
+    This is needed for custom kernels, because XLA cannot partition them.
 
     Args:
         function: Function whose result has the shape of its first argument.
@@ -301,7 +303,7 @@ def on_shards(
 
 
 def layout_table(placed: Mapping[str, Any]) -> str:
-    """Formats the shape, dtype, sharding and size of each parameter as a table, one line each.
+    """Returns a table as text, with the shape, dtype, sharding and size of each parameter.
 
     The sizes, and their sum in the last line, are in MiB per device. "-" stands for a dimension
     that is not sharded.

@@ -1,11 +1,11 @@
 """Runs each process of a run under a parent process, which reports in one line why its child ended.
 
-When a process of a run is lost, JAX's runtime aborts the others with a dump of C++ frames. A
-process cannot prevent this from inside. With JAX 0.10.2, the loss of process 0 aborts the others
+When a process of a run is lost, JAX's runtime aborts the other processes with a dump of C++ frames.
+A process cannot prevent its own abort. With JAX 0.10.2, the loss of process 0 aborts the others
 even with `jax_enable_recoverability`. A callback for missed heartbeats does not help, because a
 collective that fails in a C++ thread also ends the process, and Python cannot catch an abort. So a
-parent reads what its child writes to stderr, and reports the loss in one sentence. A run of one
-process has no parent.
+parent process reads the stderr of its child, and reports the loss in one sentence. A run of one
+process has no parent process.
 """
 
 import os
@@ -24,9 +24,9 @@ with status 1."""
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Runs `main` in a child process; returns its exit status, in the parent and in the child.
+    """Runs `main` in a child process, and returns its exit status in both processes.
 
-    The parent passes SIGTERM on to the child, and ignores SIGINT, because Ctrl-C in a terminal also
+    The parent forwards SIGTERM to the child. It ignores SIGINT, because Ctrl-C in a terminal also
     reaches the child.
 
     Args:
@@ -51,22 +51,22 @@ def guarded(main: Callable[[], int]) -> int:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == LOST or (held and status == -signal.SIGABRT):
         print(
-            f"error: {lost_peer(held)} has ended or cannot be reached, and so this one ends; the "
-            "output of the lost process may say why. To continue, run the same command again for "
-            "all processes",
+            f"error: {lost_peer(held)} has ended or cannot be reached, so this process ends too; "
+            "the output of the lost process may say why. To continue, run the same command again "
+            "for all processes",
             file=sys.stderr,
         )
         return 1
     if status < 0:
         cause = ", usually because memory ran out" if status == -signal.SIGKILL else ""
-        print(f"error: ended by signal {-status}{cause}", file=sys.stderr)
+        print(f"error: the process was ended by signal {-status}{cause}", file=sys.stderr)
     if status <= 0:
         sys.stderr.write(held)
     return status if status >= 0 else 128 - status
 
 
 def _pass_on(reading: int) -> str:
-    """Copies lines to stderr until one announces an abort; returns this and all later lines."""
+    """Copies lines to stderr until a line announces an abort; returns that and all later lines."""
     held = b""
     with open(reading, "rb") as lines:
         for line in lines:
@@ -92,7 +92,7 @@ def end_with(parent: int) -> None:
 
 
 def exit_now(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for the other processes, which notice its end.
+    """Ends this process at once, without waiting for the other processes, which will notice this.
 
     Args:
         status: Exit status.

@@ -34,7 +34,7 @@ from llava_jax.generation.sampling import Sampling
 from llava_jax.pretrained.resolve import resolve
 
 MAX_NEW_TOKENS = 256
-"""Maximum number of tokens of an answer if a task does not set it."""
+"""Maximum number of tokens of an answer if the task does not set a maximum."""
 
 
 def manifest() -> ModelManifest:
@@ -43,13 +43,14 @@ def manifest() -> ModelManifest:
 
 
 class LlavaJax(lmms):
-    """A model for lmms-eval that answers with a checkpoint in any format.
+    """A model for lmms-eval, which answers with a checkpoint of any format that llava_jax reads.
 
     Args:
         pretrained: Directory of a run, of an adapter or of a checkpoint, or a hub id.
-        base: Base model of the adapter; None takes the base model that the adapter names.
-        dtype: Dtype of weights and computation; None chooses it by the device.
-        quantize: Quantization of the decoder's weights; None takes that of the training run.
+        base: Base model of the adapter; None uses the base model given in the adapter's config.
+        dtype: Dtype of weights and computation; None chooses a dtype that suits the device.
+        quantize: Quantization of the decoder's weights; None uses the quantization of the training
+            run.
         max_length: Maximum number of tokens of a question with its images and answer.
         batch_size: Number of questions that are answered at the same time.
         given: Arguments that lmms-eval passes to every model. They are ignored, because llava_jax
@@ -74,7 +75,9 @@ class LlavaJax(lmms):
     ):
         super().__init__()
         if unknown := given.keys() - {"device", "max_batch_size"}:
-            raise ConfigError(f"--model_args: {', '.join(unknown)} is not known to llava_jax")
+            raise ConfigError(
+                f"--model_args: unknown arguments for llava_jax: {', '.join(unknown)}; remove them"
+            )
         self.assistant = Assistant.load(
             resolve(
                 parse_source(str(pretrained)),
@@ -114,7 +117,9 @@ class LlavaJax(lmms):
 
         def refuse(index: int, error: Exception) -> None:
             refused.append(numbers[index])
-            logger.warning(f"request {numbers[index]} cannot be used: {error}")
+            logger.warning(
+                f"request {numbers[index]} cannot be answered and gets an empty answer: {error}"
+            )
 
         prompts = (to_prompt(self._messages(requests[number])) for number in numbers)
         for index, reply in self.assistant.answer_all(
@@ -126,17 +131,19 @@ class LlavaJax(lmms):
             yield number, GenerationResult("")
 
     def _messages(self, request: Instance) -> list[Json]:
-        """Returns the messages of a request, which its task makes from a document."""
+        """Returns the messages of a request, which its task creates from a document."""
         _, to_messages, _, document, task, split = request.args
         return to_messages(self.task_dict[task][split][document])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Raises NotImplementedError, because LLaVA's benchmarks use generated answers."""
-        raise NotImplementedError("llava_jax supports tasks that generate text only")
+        raise NotImplementedError(
+            "llava_jax only supports tasks in which the model generates an answer"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Raises NotImplementedError, because tasks of several rounds are not supported."""
-        raise NotImplementedError("llava_jax supports tasks with a single round only")
+        """Raises NotImplementedError, because tasks with several rounds are not supported."""
+        raise NotImplementedError("llava_jax only supports tasks with a single round")
 
 
 def read_settings(given: Json) -> tuple[int, Sampling, tuple[str, ...]]:
@@ -177,6 +184,9 @@ def to_prompt(messages: Sequence[Json]) -> Prompt:
                 images.append(part["url"])
                 text += f"{IMAGE_PLACEHOLDER}\n"
             else:
-                raise ConfigError(f"llava_jax reads text and images, but the task has {part!r:.60}")
+                raise ConfigError(
+                    "llava_jax only supports text and images, but a message of the task contains "
+                    f"{part!r:.60}"
+                )
         turns.append(Turn(ROLES[message["role"]], text))
     return Prompt(tuple(turns), tuple(images))

@@ -1,8 +1,8 @@
-"""Parses answers as published scorers do: VQA's normal form, yes or no, letters and numbers.
+"""Parses answers like published scorers: texts for VQA, yes or no, letters and numbers.
 
-Each function follows one published scorer exactly, including its peculiarities, because scores can
-be compared only if they are computed in the same way. tests/parity compares them with the
-originals.
+Each function does exactly the same as one published scorer, including its peculiarities, because
+scores can only be compared if they are computed in the same way. tests/parity compares the results
+with the results of the original scorers.
 """
 
 import re
@@ -13,10 +13,10 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # the original passes the flag re.UNICODE as the count; its value is 32
+_MOST_PERIODS = 32  # the original passes re.UNICODE, which is 32, as the count
 
-# The next three tables are the VQA challenge's list of contractions. These words have one
-# apostrophe, which may be missing in an answer.
+# The next three tables are the VQA challenge's list of contractions. The words in the first table
+# have one apostrophe, which may be missing in an answer.
 _ONCE = (
     "'twas ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd "
     "he's how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't "
@@ -26,13 +26,13 @@ _ONCE = (
     "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
     "you'll you're you've"
 )
-# These words have two apostrophes, and one of the two may be missing.
+# The words in the second table have two apostrophes, one of which may be missing.
 _TWICE = (
     "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've "
     "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll "
     "you'd've"
 )
-# These words follow no rule.
+# The other contractions in the list, with the word that replaces each of them.
 _ODD = {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
@@ -45,7 +45,7 @@ _ODD = {
 
 
 def _without_apostrophe(word: str) -> list[str]:
-    """Returns the forms of a word in which one of its apostrophes is missing."""
+    """Returns each form of a word that results from removing one apostrophe."""
     indices = [index for index, letter in enumerate(word) if letter == "'"]
     return [word[:index] + word[index + 1 :] for index in indices]
 
@@ -56,11 +56,11 @@ _CONTRACTIONS = _ODD | {
 
 
 def normalise(text: str) -> str:
-    """Returns an answer in the form in which VQA's scorers compare answers.
+    """Normalizes an answer for comparison with other answers, like VQA's scorers.
 
-    The form is in lower case, without articles and most punctuation, with small numbers as digits
-    and contractions with their apostrophes. The rules are those of EvalAI's answer processor in
-    M4C, which LLaVA uses for TextVQA and VQAv2.
+    The result is in lower case and has no articles and almost no punctuation. Numbers up to ten are
+    written as digits, and missing apostrophes of contractions are inserted. The rules are the same
+    as in EvalAI's answer processor in M4C, which LLaVA uses for TextVQA and VQAv2.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = _strip_punctuation(text.strip().replace("\n", " ").replace("\t", " ").strip())
@@ -69,7 +69,7 @@ def normalise(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
-    """Removes each mark that is next to a space anywhere in the text; other marks become spaces."""
+    """Removes each mark that occurs next to a space; replaces each other mark with a space."""
     stripped = text
     for mark in _PUNCTUATION:
         at_a_space = f"{mark} " in text or f" {mark}" in text
@@ -78,13 +78,13 @@ def _strip_punctuation(text: str) -> str:
 
 
 def says_yes(text: str) -> bool:
-    """Returns False if the first sentence has the word "no" or "not", like POPE's scorer."""
+    """Returns True unless the first sentence contains "no" or "not", like POPE's scorer."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def mme_label(text: str) -> str:
-    """Returns "yes", "no" or "other" for the first four characters, like MME's scorer."""
+    """Returns the "yes" or "no" in the first four characters, else "other", like MME's scorer."""
     start = text.lower()[:4]
     return next((label for label in ("yes", "no") if label in start), "other")
 
@@ -97,7 +97,7 @@ def science_letter(text: str, letters: Collection[str]) -> str | None:
         letters: Letters of all options.
 
     Returns:
-        The letter, or None if the answer does not name one option.
+        The letter, or None if the answer does not name exactly one option.
     """
     if text in letters:
         return text

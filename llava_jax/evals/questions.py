@@ -23,12 +23,12 @@ class Question:
 
     Attributes:
         id: Id in the benchmark, a number or a text. Several questions may have the same id.
-        prompt: Text of the question, as in LLaVA's files of answers.
+        prompt: Text of the question, which is written to answers.jsonl.
         turns: Conversation that ends with the question, with one `<image>` for each image.
         images: Paths of the images, or the contents of the image files.
         answers: Expected answers; empty if only a server knows the answers.
-        category: Group whose scores the question counts for; None if it has no group.
-        extra: Additional fields for the answer in answers.jsonl.
+        category: Category whose scores include the question; None if it has no category.
+        extra: Additional fields of the line that is written to answers.jsonl.
         problem: Reason why the question cannot be asked; None if it can be asked.
     """
 
@@ -67,18 +67,18 @@ def ask(
     root: Path | None = None,
     **more: Any,
 ) -> Question:
-    """Returns a question that is a conversation of one turn.
+    """Returns a question whose conversation has a single turn.
 
-    If the path of the image is not allowed, the question gets a `problem`.
+    If the path of the image is not allowed, the `problem` of the question contains the reason.
 
     Args:
         id: Id of the question.
         prompt: Text of the question; each `<image>` in it is removed from the turn.
-        image: Image in front of the question: its path relative to `root`, or the contents of the
-            image file. None means that there is no image.
+        image: Image that the question is about: a path relative to `root`, or the contents of the
+            image file; None for a question without an image.
         answers: Expected answers.
-        root: Directory of the images.
-        more: Further attributes of the question.
+        root: Directory that contains the images.
+        more: Further attributes of the `Question`.
     """
     images: tuple[str | bytes, ...] = ()
     try:
@@ -93,7 +93,7 @@ def ask(
 
 
 def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) -> list[Question]:
-    """Reads a question file of LLaVA, which has JSON lines with the published prompts.
+    """Reads a question file of LLaVA: JSON lines with the prompts that LLaVA published.
 
     Args:
         path: Path of the file.
@@ -101,7 +101,7 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
         answers: Function that returns the expected answers for a line.
 
     Raises:
-        ConfigError: A line has another format.
+        ConfigError: The file cannot be read, or a line does not have the expected fields.
     """
     rows = read_lines(path, question_id=(str, int), image=str, text=str)
     return [
@@ -124,7 +124,7 @@ def _category(row: Json) -> str | None:
 
 
 def without_prompt(text: str) -> str:
-    """Returns the question in a prompt without the instruction that LLaVA adds at its end."""
+    """Returns a prompt without the instruction that LLaVA appends to the question."""
     return text.removesuffix(SHORT).strip()
 
 
@@ -133,10 +133,10 @@ class Source:
     """A file or directory of a benchmark.
 
     Attributes:
-        names: Patterns of its path relative to the benchmark's directory: first in the layout of
-            LLaVA's docs/Evaluation.md, then in other usual layouts.
-        origin: Place where a user can get it, usually a URL.
-        option: Field of `Files` that sets its path.
+        names: Patterns for the path relative to the benchmark's directory: first the path in the
+            layout of LLaVA's docs/Evaluation.md, then the paths in other common layouts.
+        origin: Place where users can get the file or directory, usually a URL.
+        option: Name of the field of `Files` with the path that a user can set.
     """
 
     names: tuple[str, ...]
@@ -145,7 +145,7 @@ class Source:
 
 
 class Files(NamedTuple):
-    """Paths of a benchmark's files from the command line; None means that `data` contains the file.
+    """Paths of a benchmark's files from the command line; None if `data` contains the file.
 
     Attributes:
         data: Directory of the benchmark, or data file of the task "json".
@@ -170,14 +170,14 @@ class Files(NamedTuple):
         if given is not None:
             if not given.exists():
                 raise ConfigError(
-                    f"--{source.option.replace('_', '-')} {given}: no such file or folder"
+                    f"--{source.option.replace('_', '-')} {given}: no such file or directory"
                 )
             if not given.is_dir() or source.option == "image_root":
                 return [given]
         folder = self.data if given is None else given
         if folder is None or not folder.is_dir():
             what = "is missing" if folder is None else f"{folder} is not a directory"
-            raise ConfigError(f"--data {what}; give the directory that has {source.names[-1]}")
+            raise ConfigError(f"--data {what}; give the directory that contains {source.names[-1]}")
         for name in source.names:
             if found := [folder] if name == "." else sorted(folder.glob(name)):
                 return found
@@ -193,7 +193,7 @@ class Files(NamedTuple):
         if len(found) > 1:
             several = ", ".join(str(path) for path in found[:5])
             option = source.option.replace("_", "-")
-            raise ConfigError(f"found several files: {several}; choose one by --{option}")
+            raise ConfigError(f"found several files: {several}; choose one file with --{option}")
         return found[0]
 
     def find_all(self, source: Source) -> list[Path]:
@@ -208,7 +208,7 @@ class Files(NamedTuple):
         option = source.option.replace("_", "-")
         raise ConfigError(
             f"no {names} in {getattr(self, source.option) or self.data}; get it from "
-            f"{source.origin}, or give its path by --{option}"
+            f"{source.origin}, or give its path with --{option}"
         )
 
 
@@ -242,7 +242,7 @@ def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
 
 
 def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
-    """Reads a file of JSON lines and leaves out empty lines.
+    """Reads a file of JSON lines and skips empty lines.
 
     Args:
         path: Path of the file.
@@ -271,7 +271,7 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
     Args:
         file: File that is read.
-        path: Path of the file, for errors.
+        path: Path of the file, for error messages.
 
     Raises:
         ConfigError: The file is not UTF-8, or a line has more than MAX_RECORD_BYTES characters.
@@ -279,7 +279,10 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
     try:
         while line := file.readline(MAX_RECORD_BYTES + 1):
             if len(line) > MAX_RECORD_BYTES:
-                raise ConfigError(f"{path} has a line of more than {MAX_RECORD_BYTES:,} characters")
+                raise ConfigError(
+                    f"{path} has a line with more than {MAX_RECORD_BYTES:,} characters; longer "
+                    "lines are not supported"
+                )
             yield line
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error}") from None
@@ -290,7 +293,7 @@ def check_fields(row: object, where: str, **fields: type | tuple[type, ...]) -> 
 
     Args:
         row: JSON value from a file.
-        where: Place of the value, for errors.
+        where: Location of the value, for error messages.
         fields: Names of the fields, with their types.
 
     Raises:
@@ -300,5 +303,7 @@ def check_fields(row: object, where: str, **fields: type | tuple[type, ...]) -> 
         raise ConfigError(f"{where}: expected an object, found {row!r:.60}")
     for name, kind in fields.items():
         if not isinstance(row.get(name), kind):
-            raise ConfigError(f'{where}: "{name}" is missing or wrong: {row.get(name)!r:.60}')
+            raise ConfigError(
+                f'{where}: "{name}" is missing or has the wrong type, found {row.get(name)!r:.60}'
+            )
     return row

@@ -1,4 +1,4 @@
-"""Asks a model the questions of a benchmark, each once, also if the command is restarted."""
+"""Asks a model each question of a benchmark once, even if the command is restarted."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
 
 
 class How(NamedTuple):
-    """Settings of the generation, which are arguments of `Assistant.answer_all`.
+    """Settings for generating the answers, which are arguments of `Assistant.answer_all`.
 
     Attributes:
         max_new_tokens: Maximum number of tokens of an answer.
@@ -41,14 +41,14 @@ def describe(
     checkpoint: str | Path | Parts,
     **loaded: str | None,
 ) -> Json:
-    """Returns the content of settings.json: all settings that the answers depend on.
+    """Returns the content of settings.json, which lists all settings that the answers depend on.
 
     Args:
         task: Name of the benchmark.
         questions: All questions of the benchmark.
         how: Settings of the generation.
         checkpoint: Source of the model's weights.
-        loaded: Further settings by which the checkpoint is loaded, such as the dtype.
+        loaded: Further settings for loading the checkpoint, such as the dtype.
     """
     digest = hashlib.sha256()
     for question in questions:
@@ -74,7 +74,7 @@ def describe(
 
 
 def _full_path(source: str | Path) -> str:
-    """Returns the absolute path of a source that exists on this machine, and a hub id unchanged."""
+    """Returns the absolute path of a source that exists on this machine; keeps a hub id."""
     return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
@@ -87,15 +87,15 @@ def _weights(place: Path) -> list[list[str | int]]:
 
 
 class Answers:
-    """Store of a model's answers to a benchmark, in the files answers.jsonl and settings.json.
+    """Stores a model's answers to a benchmark in the files answers.jsonl and settings.json.
 
     Args:
-        folder: Directory of the files. Answers from an earlier start are read from it.
+        folder: Directory of the files. Answers of an earlier command are read from this directory.
         settings: Settings that the answers depend on, from `describe`.
         questions: All questions of the benchmark.
 
     Raises:
-        ConfigError: The directory has answers for other settings, or a file is damaged.
+        ConfigError: The directory contains answers with other settings, or a file is damaged.
     """
 
     def __init__(self, folder: Path, settings: Json, questions: Sequence[Question]):
@@ -107,24 +107,24 @@ class Answers:
         self._rows = self._read()
 
     def missing(self, count: int) -> list[int]:
-        """Returns the indices of those of the first `count` questions that were not asked yet."""
+        """Returns which of the first `count` questions were not asked yet, as indices."""
         return [number for number in range(count) if number not in self._rows]
 
     def refused(self, count: int) -> list[tuple[int, str]]:
         """Returns the indices of the questions that could not be asked, with the reasons.
 
         Args:
-            count: Number of questions to search, from the first on.
+            count: Number of questions to search, starting with the first.
         """
         rows = ((number, self._rows[number]) for number in range(count))
         return [(number, row["error"]) for number, row in rows if row.get("error")]
 
     def answered(self, count: int) -> list[Answered]:
-        """Returns the first `count` questions with their answers; all must have been asked."""
+        """Returns the first `count` questions, all of which must have been asked, with answers."""
         return [Answered(self._questions[n], self._rows[n]["text"]) for n in range(count)]
 
     def add(self, number: int, reply: Reply | None, error: str | None = None) -> None:
-        """Appends an answer to answers.jsonl.
+        """Appends the answer to a question to answers.jsonl.
 
         Args:
             number: Index of the question.
@@ -152,12 +152,12 @@ class Answers:
         self._rows[number] = row
 
     def sort(self) -> None:
-        """Sorts answers.jsonl by the order of the questions, which LLaVA's scripts rely on."""
+        """Sorts answers.jsonl in the order of the questions, which LLaVA's scripts rely on."""
         rows = [self._rows[number] for number in sorted(self._rows)]
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> dict[int, Json]:
-        """Returns the rows of answers.jsonl by the index of the question."""
+        """Reads answers.jsonl; returns a dict from the index of a question to its row."""
         if not self.path.exists():
             return {}
         *whole, last = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -168,8 +168,8 @@ class Answers:
             known = number in range(len(self._questions)) and isinstance(row.get("text"), str)
             if not known or row.get("question_id") != self._questions[number].id:
                 raise ConfigError(
-                    f"{self.path}, line {line} is no answer to this benchmark; delete the line or "
-                    "give another --output"
+                    f"{self.path}, line {line} is not an answer to a question of this benchmark; "
+                    "delete the line or give another --output"
                 )
             rows[number] = row
         if last:  # the process was killed while it wrote this line
@@ -178,7 +178,7 @@ class Answers:
 
 
 def _parse(text: str) -> Json:
-    """Returns the JSON object in a line, or an empty dictionary if the line is not an object."""
+    """Returns the JSON object in a line, or an empty dict if the line is not a JSON object."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -187,7 +187,7 @@ def _parse(text: str) -> Json:
 
 
 def _check_settings(path: Path, settings: Json, answers: Path) -> None:
-    """Writes settings.json if there are no answers; otherwise checks that it has these settings."""
+    """Checks that settings.json has the same settings; writes it if there are no answers yet."""
     if not answers.exists():
         replace_text(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -198,11 +198,11 @@ def _check_settings(path: Path, settings: Json, answers: Path) -> None:
         raise ConfigError(f"{path} cannot be read ({error}); give another --output") from None
     if differs:
         lines = [
-            f"  {name}: {there.get(name)} there, {settings.get(name)} here" for name in differs
+            f"  {name}: {there.get(name)} before, {settings.get(name)} now" for name in differs
         ]
         raise ConfigError(
-            f"{answers} has answers for other settings; delete it or give another --output:\n"
-            + "\n".join(line[:300] for line in lines)
+            f"{answers} contains answers with other settings; delete this file or give another "
+            "--output. These settings differ:\n" + "\n".join(line[:300] for line in lines)
         )
 
 
@@ -217,12 +217,12 @@ def ask_all(
     """Asks questions, several at the same time, and stores each answer as soon as it is complete.
 
     Args:
-        assistant: Assistant that answers.
+        assistant: Assistant that answers the questions.
         answers: Store of the answers.
         questions: All questions of the benchmark.
         numbers: Indices of the questions to ask.
         how: Settings of the generation.
-        advance: Function that is called after each question.
+        advance: Function that is called after each question is answered or skipped.
     """
     asked: list[int] = []
 

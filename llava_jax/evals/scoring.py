@@ -9,21 +9,21 @@ from llava_jax.evals.questions import Answered
 
 RELAXED = 0.05
 """Largest relative error of a number that the metric "relaxed" accepts, as in ChartQA."""
-_ENOUGH = 3  # number of people with the same answer that make an answer fully correct
+_ENOUGH = 3  # an answer is fully correct if this many people gave it
 
 
 def exact(given: str, expected: Sequence[str]) -> float:
-    """Returns 1 if the answer equals an expected answer except for spaces around it, else 0."""
+    """Returns 1 if the answer equals an expected answer, ignoring spaces around it, else 0."""
     return float(given.strip() in [answer.strip() for answer in expected])
 
 
 def vqa(given: str, expected: Sequence[str]) -> float:
     """Returns VQA's accuracy of an answer, from 0 to 1.
 
-    The accuracy is the mean over all people of the accuracy with this person left out: each of the
-    other people who gave the same answer counts one third, up to 1. If there are fewer than four
-    people, the answer is fully correct only if all other people gave it. If there is one person,
-    the answer is correct if it equals that person's answer.
+    The accuracy is a mean over all people. The value for a person is computed from the answers of
+    the other people: each of them who gave the same answer as the model counts one third, up to 1.
+    If there are fewer than four people, the value is 1 only if all other people gave this answer.
+    If there is only one person, the model's answer is correct if it equals that person's answer.
 
     Args:
         given: Answer of the model.
@@ -35,8 +35,8 @@ def vqa(given: str, expected: Sequence[str]) -> float:
     if not enough:
         return float(given in normal)
     same = normal.count(given)
-    # If the person who is left out gave the same answer, one person less is counted. An answer that
-    # nobody gave gets 0.
+    # If the person whose value is computed gave the same answer, one person less is counted. An
+    # answer that nobody gave gets 0.
     worth = [min(1.0, (same - (answer == given)) / enough) for answer in normal]
     return sum(worth) / len(worth)
 
@@ -44,7 +44,7 @@ def vqa(given: str, expected: Sequence[str]) -> float:
 def relaxed(given: str, expected: Sequence[str]) -> float:
     """Returns ChartQA's relaxed accuracy of an answer, which is 0 or 1.
 
-    The accuracy is 1 if the answer equals an expected answer except for case, or if both are
+    The accuracy is 1 if the answer equals an expected answer, ignoring case, or if both are
     numbers that differ by at most 5 % of the expected number.
     """
     return float(any(_is_close(given.strip(), answer.strip()) for answer in expected))
@@ -63,7 +63,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa": vqa,
     "relaxed": relaxed,
 }
-"""Functions that score one answer from 0 to 1, by the name of the metric."""
+"""Maps the name of each metric to a function that scores one answer from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Confusion:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Accuracy, precision, recall, F1 and share of "yes"; an undefined score is 0."""
+        """Returns accuracy, precision, recall, F1 and share of "yes"; an undefined score is 0."""
         said_yes = self.true_yes + self.false_yes
         is_yes = self.true_yes + self.false_no
         total = said_yes + self.true_no + self.false_no
@@ -99,7 +99,7 @@ class Confusion:
 
 
 def count_yes_no(answered: Iterable[Answered]) -> Confusion:
-    """Counts correct and wrong answers, after reading given and expected answers as POPE does."""
+    """Counts correct and wrong answers to yes-or-no questions, which `says_yes` interprets."""
     pairs = Counter(
         (says_yes(answer.text), says_yes(answer.question.answers[0])) for answer in answered
     )
@@ -118,5 +118,5 @@ def mean(values: Iterable[int | float]) -> float:
 
 
 def _share(part: int | float, whole: int | float) -> float:
-    """Returns the quotient, or 0 if the denominator is 0."""
+    """Returns `part` divided by `whole`, or 0 if `whole` is 0."""
     return part / whole if whole else 0.0

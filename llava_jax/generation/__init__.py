@@ -1,1 +1,1 @@
-"""Generates text: prompts, sampling, the engine with its caches, and the chat in a terminal."""
+"""Generates answers: prompts, sampling, the engine with its caches, and the terminal chat."""

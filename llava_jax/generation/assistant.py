@@ -1,4 +1,4 @@
-"""Answers conversations with the model of any checkpoint, several of them at a time."""
+"""Loads the model of a checkpoint and answers several conversations at the same time."""
 
 import dataclasses
 import re
@@ -20,14 +20,14 @@ from llava_jax.pretrained.processor import has_processor
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
-"""Default limit of the tokens of prompt and answer together; the same as in training."""
+"""Default limit of the number of tokens of prompt and answer together, as in training."""
 
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # the names of SentencePiece's byte tokens
 
 
 def default_dtype() -> str:
-    """Returns the default dtype: "bfloat16", but "float32" on CPUs, which are slow with 16 bits."""
+    """Returns "float32" on CPUs, where bfloat16 is slow, and "bfloat16" on other devices."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -37,7 +37,8 @@ class Reply:
 
     Attributes:
         text: Text of the answer, without white space at its start and end.
-        ending: "stop" if the model or a stop string ended the answer, "length" if its length did.
+        ending: "stop" if the model or a stop string ended the answer, "length" if the answer
+            reached its largest length.
         prompt_tokens: Number of tokens of the prompt, with images expanded.
         new_tokens: Number of tokens of the answer.
     """
@@ -53,8 +54,8 @@ class Answer:
 
     Attributes:
         request: Request for which the tokens are generated.
-        text: Text so far that cannot change any more: without an incomplete character at its end,
-            and without the beginning of a stop string.
+        text: Text generated so far, without the part at its end that may still change: an
+            incomplete character, or the beginning of a stop string.
         ending: "stop" or "length", as in `Reply`; None while the answer is being generated.
     """
 
@@ -72,8 +73,9 @@ class Answer:
         """Sets `text` and `ending` from the tokens that were generated so far."""
         tokens = self.request.tokens
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-        # The text of the last call contains no stop string, but may end inside one. So the search
-        # starts one length of the stop string before the end of that text.
+        # The text of the last call contains no complete stop string, but its end may be the
+        # beginning of a stop string. So the search for a stop string starts before the end of the
+        # old text, by the length of the stop string.
         found = [
             position
             for word in self._stop
@@ -88,10 +90,10 @@ class Answer:
             self.text = text[: len(text) - self._uncertain(text)]
 
     def _uncertain(self, text: str) -> int:
-        """Counts the characters at the end that may still change or begin a stop string."""
+        """Counts the last characters of a text that may still change or begin a stop string."""
         unfinished = len(text) - len(text.rstrip("\ufffd"))
         # SentencePiece decodes adjacent byte tokens together: one invalid byte turns the characters
-        # of all of them into replacement characters.
+        # of all these tokens into replacement characters.
         if count := self._newest_bytes():
             before = self._tokenizer.decode(self.request.tokens[:-count], skip_special_tokens=True)
             unfinished = max(unfinished, len(text) - len(str(before).lstrip()))
@@ -106,7 +108,7 @@ class Answer:
     def _newest_bytes(self) -> int:
         """Counts the byte tokens, and special tokens without text, at the end of the answer."""
         for count, token in enumerate(reversed(self.request.tokens)):
-            name = self._tokenizer.convert_ids_to_tokens(token)  # None beyond the vocabulary
+            name = self._tokenizer.convert_ids_to_tokens(token)  # None if unknown
             if name and token not in self._special and not _BYTE.fullmatch(str(name)):
                 return count
         return len(self.request.tokens)
@@ -123,14 +125,14 @@ class Answer:
 
 
 class Assistant:
-    """A model that answers several conversations at a time.
+    """A model that answers several conversations at the same time.
 
     Args:
         model: Model with its weights.
         reader: Reader that turns prompts into the model's inputs.
-        slots: Largest number of conversations at a time.
-        max_length: Largest number of tokens of a conversation, with its images and its answer.
-        donate: Whether to take the weights out of the model, as in `generation.engine.Engine`.
+        slots: Largest number of conversations at the same time.
+        max_length: Largest number of tokens of a conversation, including its images and its answer.
+        donate: Whether to move the weights out of `model`; see `generation.engine.Engine`.
     """
 
     def __init__(
@@ -161,9 +163,9 @@ class Assistant:
         Args:
             checkpoint: Result of `pretrained.resolve.resolve`.
             dtype: Dtype of the weights and the computation; None takes `default_dtype()`.
-            quantize: Quantization of the decoder's linear layers. "as_trained" quantizes as the run
-                did that wrote the checkpoint; None does not quantize.
-            slots: Largest number of conversations at a time.
+            quantize: Quantization of the decoder's linear layers. "as_trained" takes the
+                quantization of the run that wrote the checkpoint; None does not quantize.
+            slots: Largest number of conversations at the same time.
             max_length: Largest number of tokens of a conversation; None takes the largest number
                 that the model supports, but at most `MAX_LENGTH`.
 
@@ -181,7 +183,9 @@ class Assistant:
         most = min(llm.max_position_embeddings, llm.sliding_window or 2**31)
         length = min(most, MAX_LENGTH) if max_length is None else max_length
         if not 2 <= length <= most:
-            raise ConfigError(f"a length of {length} tokens: this model takes from 2 to {most}")
+            raise ConfigError(
+                f"a length of {length} tokens is not supported; this model takes 2 to {most} tokens"
+            )
         reader = PromptReader.open(place, model.config)
         return cls(model, reader, slots=slots, max_length=length, donate=True)
 
@@ -205,7 +209,7 @@ class Assistant:
         Args:
             prompt: Conversation that waits for an answer.
             max_new_tokens: Largest number of tokens of the answer.
-            sampling: How tokens are chosen.
+            sampling: Settings by which tokens are chosen.
             stop: Texts that end the answer and are not part of it.
 
         Raises:
@@ -217,11 +221,11 @@ class Assistant:
         return Answer(request, self.reader.tokenizer, stop)
 
     def is_compiled(self, answer: Answer) -> bool:
-        """Returns True if `add` need not compile for this answer."""
+        """Returns True if the program that `add` needs for this answer is compiled."""
         return self._engine.is_compiled(answer.request)
 
     def compile(self, answer: Answer) -> None:
-        """Compiles for the size of the prompt, if needed. Any thread may call this method."""
+        """Compiles the program that `add` needs, unless this was done. Any thread may call it."""
         self._engine.compile(answer.request)
 
     def add(self, answer: Answer) -> None:
@@ -238,7 +242,7 @@ class Assistant:
         return answers
 
     def remove(self, answer: Answer) -> None:
-        """Stops an answer before its end; does nothing if it has ended."""
+        """Stops an answer before its end; does nothing if the answer has ended."""
         self._engine.remove(answer.request)
         self._answers.pop(answer.request, None)
 
@@ -258,7 +262,7 @@ class Assistant:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Generator[str]:
-        """Yields the text of an answer piece by piece; arguments and errors are as in `begin`."""
+        """Yields the text of an answer piece by piece; takes the same arguments as `begin`."""
         answer = self.begin(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         sent = 0
         try:
@@ -282,12 +286,12 @@ class Assistant:
         stop: Sequence[str] = (),
         refused: Callable[[int, SampleError], None] | None = None,
     ) -> Iterator[tuple[int, Reply]]:
-        """Answers many prompts, several at a time.
+        """Answers many prompts, several prompts at the same time.
 
         Args:
-            prompts: Conversations; the next one is read whenever a slot is free.
+            prompts: Conversations; the next conversation is read whenever a slot is free.
             max_new_tokens: Largest number of tokens of an answer.
-            sampling: How tokens are chosen.
+            sampling: Settings by which tokens are chosen.
             stop: Texts that end an answer and are not part of it.
             refused: Function that takes the index and the error of a prompt that cannot be used;
                 None raises the error.
@@ -324,7 +328,7 @@ class Assistant:
                 self.remove(answer)
 
     def _update(self, answer: Answer) -> None:
-        """Updates an answer with its new tokens, and removes it if it has ended."""
+        """Updates an answer with its new tokens, and removes the answer if it has ended."""
         answer.update()
         if answer.ending:
             self.remove(answer)

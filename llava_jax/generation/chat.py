@@ -15,10 +15,11 @@ from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import Sampling
 
 COMMANDS = """\
-  /image FILE   show an image with your next message; repeat it for several images
+  /image FILE   add an image to your next message; repeat the command to add several images
   /reset        begin a new conversation
-  /save FILE    write the conversation in the format of LLaVA's training data
-  /exit         end the chat (or Ctrl-D); Ctrl-C stops an answer, or clears the line"""
+  /save FILE    write the conversation to a JSON file in the format of LLaVA's training data
+  /help         show these commands
+  /exit         end the chat; Ctrl-D does the same; Ctrl-C stops an answer or clears the line"""
 
 
 class Chat:
@@ -26,7 +27,7 @@ class Chat:
 
     Args:
         assistant: Assistant with a free slot.
-        sampling: How tokens are chosen.
+        sampling: Settings by which tokens are chosen.
         max_new_tokens: Largest number of tokens of an answer.
         stop: Texts that end an answer.
         system: System prompt; None takes the system prompt of the chat template.
@@ -46,7 +47,7 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new conversation: removes all images, and all turns but the system prompt."""
+        """Begins a new conversation: removes all images, and all turns except the system prompt."""
         self._turns = [Turn("system", self._system)] if self._system else []
         self._images: list[str] = []
         self._new_images: list[str] = []
@@ -66,8 +67,8 @@ class Chat:
     def say(self, text: str) -> None:
         """Sends a message, and prints the answer as it is generated.
 
-        Ctrl-C stops the answer, and its first part stays in the conversation. After an error, or
-        an answer without text, the conversation is as before.
+        Ctrl-C stops the answer; the part that was printed stays in the conversation. An error, or
+        an answer without text, leaves the conversation unchanged.
 
         Raises:
             SampleError: The conversation cannot be used, for example because it is too long.
@@ -115,7 +116,7 @@ class Chat:
     def converse(self) -> None:
         """Reads messages and commands from the terminal until the user ends the conversation."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - its import lets input() edit lines and remember them
+            import readline  # noqa: F401 - gives input() line editing and a history
         while True:
             try:
                 line = input("> ").strip()
@@ -147,10 +148,10 @@ class Chat:
             print("began a new conversation")
         elif word == "/image" and file:
             self.show(file)
-            print("shown with your next message")
+            print("the image will be sent with your next message")
         elif word == "/save" and file:
             self.save(file)
             print(f"wrote {file}")
         else:
-            named = f"no command {word}; there are\n" if word not in COMMANDS.split() else ""
-            print(named + COMMANDS)
+            unknown = f"there is no command {word}; the commands are:\n"
+            print((unknown if word not in COMMANDS.split() else "") + COMMANDS)

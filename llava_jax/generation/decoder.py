@@ -1,9 +1,9 @@
-"""Runs a model for generation: computes new tokens from cached keys and values of earlier tokens.
+"""Computes the logits of new tokens from the cached keys and values of earlier tokens.
 
-Training loops over stacked layers. That would be slow with few tokens at a time: on GPUs and on
-CPUs, XLA copies the weights of each layer out of the stack before a multiplication, and so reads
-the weights twice and writes them once. Here each layer has its own arrays, and a Python loop runs
-over the layers.
+In training, a compiled loop runs over stacked layers. For a few tokens at a time, such a loop would
+be slow: on GPUs and on CPUs, XLA copies the weights of each layer out of the stack before a
+multiplication, so it reads the weights twice and writes them once. In this module, each layer has
+its own arrays, and a Python loop runs over the layers.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from llava_jax.models.stack import Leaves
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The static structure of the model outside the decoder's blocks, and that of one block."""
+    """Static structures of one decoder block (`block`) and of the rest of the model (`rest`)."""
 
     rest: nnx.GraphDef
     block: nnx.GraphDef
 
 
 class Weights(NamedTuple):
-    """The parameters outside the decoder's blocks, and the parameters of each block."""
+    """Parameters of each decoder block (`layers`) and of the rest of the model (`rest`)."""
 
     rest: Params
     layers: list[Leaves]
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, for B sequences of up to S tokens; positions start at 0."""
+    """Keys and values of one layer, for B sequences of up to S tokens. Positions start at 0."""
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
@@ -51,15 +51,15 @@ def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, We
 
     Args:
         model: Model with its weights.
-        donate: Whether to take the blocks out of the model, which cannot be used afterwards. Then
-            at most one parameter of the blocks is in memory twice, unless other references to the
-            model's arrays exist. If False, all blocks are in memory twice, and the model is not
-            changed.
+        donate: Whether to move the blocks out of the model. If True, the model cannot be used
+            afterwards, and at most one parameter of the blocks is in memory twice, unless other
+            references to the model's arrays exist. If False, all blocks are in memory twice, and
+            the model is not changed.
 
     Returns:
         The arguments `structure` and `weights` of `prefill` and `decode`.
     """
-    # Without `donate`, a second module around the same arrays, which is cheap, is taken apart.
+    # Without `donate`, a second module is split, which shares its arrays with the model.
     model = model if donate else cast("Llava", merge(*split(model)))
     block, state = nnx.split(model.llm.layers)
     stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
@@ -111,8 +111,8 @@ def prefill(
         caches: Caches of all layers.
         input_ids: Token ids of the prompt with images expanded, padded on the right.
         length: Number of tokens of the prompt, without padding.
-        pixel_values: Images of the prompt; None if it has none.
-        row: Index of the row of the caches.
+        pixel_values: Images of the prompt; None if the prompt has no images.
+        row: Index of the row in the caches.
 
     Returns:
         The float32 logits of the next token, and the updated caches.
@@ -151,7 +151,8 @@ def decode(
         The float32 logits of the next tokens, and the updated caches.
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
-    # The B tokens form one row, so that products with weights are products of plain matrices.
+    # The B tokens form one row [1, B], so that multiplications with weights are plain matrix
+    # multiplications.
     x = model.embed(tokens[None], None)
     rope = model.llm.rope(positions[None])
 
@@ -172,7 +173,7 @@ def _run(
     rope: Rope,
     attend: Callable[..., tuple[jax.Array, Cache]],
 ) -> tuple[Float[Array, "B T D"], list[Cache]]:
-    """Runs x through all blocks; `attend(q, k, v, cache)` returns the result and the new cache."""
+    """Applies all blocks to x; `attend(q, k, v, cache)` returns the output and the new cache."""
     filled: list[Cache] = []
 
     def keep(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -198,7 +199,7 @@ def _write_row(
 def _attend_to_cache(
     q: Float[Array, "B N H"], cache: Cache, positions: Int[Array, "B"]
 ) -> Float[Array, "B D"]:
-    """Computes the attention of the newest tokens to their sequences, with a float32 softmax."""
+    """Computes the attention of each newest token to its sequence, with a float32 softmax."""
     batch, heads, length, size = cache.keys.shape
     q = q.reshape(batch, heads, -1, size)  # G query heads per key head
     logits = jnp.einsum("BKGH,BKSH->BKGS", q, cache.keys, preferred_element_type=jnp.float32)

@@ -1,6 +1,6 @@
 """Generates with continuous batching: one compiled step adds a token to every running sequence.
 
-Every sequence has a row of preallocated caches. Its prompt is processed alone, so the generated
+Every sequence has one row in preallocated caches. Each prompt is processed alone, so the generated
 tokens do not depend on the other sequences. When a sequence has ended, its row takes a new prompt
 while the other sequences continue.
 """
@@ -35,7 +35,7 @@ from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import end_tokens
 
 MIN_PADDED = 32
-"""Smallest padded length of a prompt; larger ones are powers of two, and 1.5 times such powers."""
+"""Smallest padded length of a prompt. Larger padded lengths are 2^n and 1.5 * 2^n."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,14 +43,14 @@ class Request:
     """A prompt, and the tokens that were generated for the prompt so far.
 
     Attributes:
-        input_ids: Prompt, int32 [T]. An image takes as many image tokens as it has features.
+        input_ids: Prompt, int32 [T]. Each image has as many image tokens as it has features.
         pixel_values: Images in the order of their tokens, float32 [I, 3, H, W].
         max_new_tokens: Largest number of tokens to generate.
         ends: Ids of the tokens that end the sequence.
-        sampling: How tokens are chosen.
+        sampling: Settings by which tokens are chosen.
         tokens: Generated tokens, including the token that ended the sequence.
-        ending: "stop" if a token of `ends` ended the sequence, "length" if its length did; None
-            while it is running.
+        ending: "stop" if a token of `ends` ended the sequence, "length" if the sequence reached its
+            largest length, None while the sequence is running.
     """
 
     input_ids: Int32[np.ndarray, " T"]
@@ -63,14 +63,14 @@ class Request:
 
 
 class Engine:
-    """A model that generates from several prompts at a time.
+    """A model that generates answers to several prompts at the same time.
 
     Args:
         model: Model with its weights, which may be quantized, have adapters, and be sharded.
-        slots: Largest number of sequences at a time.
-        length: Largest length of a sequence, prompt and answer together, in tokens.
-        donate: Whether to take the weights out of the model, which cannot be used afterwards. If
-            False, the weights of the decoder's blocks are in memory twice.
+        slots: Largest number of sequences at the same time.
+        length: Largest number of tokens of a sequence, prompt and answer together.
+        donate: Whether to move the weights out of the model. If True, the model cannot be used
+            afterwards. If False, the weights of the decoder's blocks are in memory twice.
 
     Raises:
         ConfigError: The decoder has a sliding window that is shorter than `length`.
@@ -82,8 +82,8 @@ class Engine:
         window = model.config.llm.sliding_window
         if window is not None and length > window:
             raise ConfigError(
-                f"sequences of {length} tokens are longer than the decoder's sliding_window of "
-                f"{window}, which is not supported; take a length of {window} at most"
+                f"the length of {length} tokens is above the decoder's sliding_window of {window} "
+                f"tokens, which is not supported; choose a length of at most {window}"
             )
         self._dtype, self._slots = model.dtype, slots
         self._structure, self._weights = unstack_layers(model, donate=donate)
@@ -94,8 +94,8 @@ class Engine:
     def reset(self) -> None:
         """Removes all sequences and makes new caches.
 
-        This is needed after an error or an interruption in `add` or `step`, because both donate
-        the caches to the compiled function.
+        This is needed after an error or an interruption in `add` or `step`, because these methods
+        donate the caches to a compiled function.
         """
         sharding = jax.tree.leaves(self._weights.layers)[0].sharding
         shape = cache_shape(self.config.llm, self._slots, self.length)
@@ -126,13 +126,13 @@ class Engine:
         """
         if not 0 < length < self.length:
             raise SampleError(
-                f"the prompt has {length} tokens, and prompt and answer together may have "
-                f"{self.length}",
+                f"the prompt has {length} tokens; it must have at least 1 token, and prompt and "
+                f"answer together may have at most {self.length}",
                 "length",
             )
 
     def is_compiled(self, request: Request) -> bool:
-        """Returns True if `add` need not compile for this request."""
+        """Returns True if the function that `add` needs for this request is compiled."""
         return self._size(request) in self._compiled
 
     def compile(self, request: Request) -> None:
@@ -171,7 +171,7 @@ class Engine:
         self._take(row, int(token[0]))
 
     def _size(self, request: Request) -> tuple[int, int]:
-        """Returns the padded number of tokens and the number of images; each pair is compiled."""
+        """Returns the padded number of tokens and the number of images, which select a program."""
         return _padded(len(request.input_ids), self.length), len(request.pixel_values)
 
     def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
@@ -209,7 +209,7 @@ class Engine:
         return running
 
     def remove(self, request: Request) -> None:
-        """Stops a sequence before its end; does nothing if it is not running."""
+        """Stops a sequence before its end; does nothing if the sequence is not running."""
         if request in self._rows:
             self._rows[self._rows.index(request)] = None
 
@@ -248,7 +248,7 @@ def _length(request: Request | None) -> int:
 
 
 def _padded(length: int, most: int) -> int:
-    """Returns the padded length of a prompt; there are few, so that few programs are compiled."""
+    """Rounds a prompt's length up to one of few lengths, so that few programs are compiled."""
     size = MIN_PADDED
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -266,7 +266,7 @@ def _start_fn(
     row: Int[jax.Array, ""],
     rows: Rows,
 ) -> tuple[Int[jax.Array, "1"], list[Cache], Bool[jax.Array, "B V"]]:
-    """Processes a prompt in a row of the caches, and chooses its first token."""
+    """Processes a prompt in one row of the caches, and chooses the first token of the answer."""
     logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
     is_prompt = jnp.arange(input_ids.shape[0]) < length
     mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
@@ -307,13 +307,13 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Int32[np.ndarray, "B new"]:
-    """Generates an answer to each prompt of a batch. A prompt alone would get the same answer.
+    """Generates an answer to each prompt of a batch. The answers do not depend on each other.
 
     Args:
         model: Model with its weights. During the call, the weights of the decoder's blocks are in
             memory twice.
         input_ids: Token ids of the prompts; each image takes `config.image_tokens` image tokens.
-        pixel_values: Images of all prompts, in the order of their tokens; None if there are none.
+        pixel_values: Images of all prompts in the order of their tokens; None if there are none.
         attention_mask: 1 for tokens and 0 for padding, which may be on either side; None means that
             there is no padding.
         max_new_tokens: Largest number of tokens to generate for a prompt.
@@ -322,21 +322,21 @@ def generate(
         top_p: Total probability of the most likely tokens to sample from.
         repetition_penalty: Factor by which the logits of tokens that are already in the prompt or
             the answer are made smaller, as in Hugging Face's generation; 1 changes nothing.
-        seed: Random seed of the first prompt; prompt number n has the seed `seed + n`.
-        eos_token_id: Ids of the tokens that end an answer; None takes those of the checkpoint.
+        seed: Random seed of the first prompt; the prompt with index n has the seed `seed + n`.
+        eos_token_id: Ids of the tokens that end an answer; None takes the ids in the checkpoint.
 
     Returns:
         The new tokens, including the token that ends an answer, padded on the right with
         `config.pad_token_id`.
 
     Raises:
-        ConfigError: A setting has a value that is not allowed, or the decoder does not take
+        ConfigError: A setting has a value that is not allowed, or the decoder does not support
             sequences of this length.
         SampleError: A prompt is empty.
         ValueError: The number of images does not match the number of image tokens.
     """
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}: it must be at least 1")
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: the value must be at least 1")
     if eos_token_id is None:
         ends = end_tokens(model.source) if model.source else frozenset()
     else:
@@ -378,11 +378,13 @@ def _rows_of(
         images, rest = divmod(count, model.config.image_tokens)
         if rest:
             raise ValueError(
-                f"row {len(found)} has {count} image tokens, and an image takes "
-                f"{model.config.image_tokens}"
+                f"row {len(found)} of input_ids has {count} image tokens, which is not a multiple "
+                f"of {model.config.image_tokens}, the number of tokens of an image"
             )
         found.append((row[kept], pixels[first : first + images]))
         first += images
     if first != len(pixels):
-        raise ValueError(f"the prompts ask for {first} images, and there are {len(pixels)}")
+        raise ValueError(
+            f"input_ids has the tokens of {first} images, but pixel_values has {len(pixels)} images"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Turns conversations into a model's inputs, with the tokenizer and templates of its checkpoint."""
+"""Turns conversations into model inputs, with the tokenizer and the templates of a checkpoint."""
 
 import dataclasses
 import re
@@ -77,7 +77,7 @@ class PromptReader:
 
         Args:
             source: Directory or parts of the checkpoint.
-            config: Sizes and token ids of its model.
+            config: Sizes and token ids of the model.
 
         Raises:
             CheckpointError: The tokenizer, the image processor or the chat template of the
@@ -102,8 +102,8 @@ class PromptReader:
 
         Args:
             prompt: Conversation that waits for an answer.
-            check: Function that takes the number of tokens. It is called before any image is
-                opened, and may raise an error.
+            check: Function that is called with the number of tokens before any image is opened. The
+                function may raise an error.
 
         Raises:
             SampleError: The prompt cannot be used: for example, an image is broken, or the last
@@ -112,7 +112,8 @@ class PromptReader:
         asked = count_placeholders(prompt.turns)
         if asked != len(prompt.images):
             raise SampleError(
-                f"the turns say <image> {asked} times, and there are {len(prompt.images)} images",
+                f"the turns contain <image> {asked} times, but the prompt has "
+                f"{len(prompt.images)} images",
                 "number of images",
             )
         text = self._render(prompt.turns)
@@ -122,12 +123,13 @@ class PromptReader:
             found = self.tokenizer(text, add_special_tokens=not has_bos).input_ids
         if max(found, default=0) >= self._config.llm.vocab_size:
             raise SampleError(
-                "the tokenizer gives tokens that the model does not have", "tokenizer"
+                "the tokenizer returns token ids that the model does not have", "tokenizer"
             )
         ids = np.array(found, np.int32)
         image = self._config.image_token_id
         if (ids == image).sum() != asked:
-            raise SampleError("the chat template does not give every image a token", "template")
+            text = "the chat template does not write exactly one image token per image"
+            raise SampleError(text, "template")
         encoded = Encoded(ids, np.zeros(len(ids), bool))
         ids = expand_images(encoded, image, self._config.image_tokens).input_ids
         if check is not None:
@@ -141,14 +143,15 @@ class PromptReader:
         return ids, pixels
 
     def _render(self, turns: Sequence[Turn]) -> str:
-        """Renders a conversation as text, without text in turns that looks like a control token."""
+        """Renders a conversation as text; removes text in turns that looks like a control token."""
         if not turns or turns[-1].role != "human":
-            raise SampleError("a prompt ends with a human turn", "order of turns")
+            raise SampleError("the last turn of a prompt must be a human turn", "order of turns")
         try:
             "".join(turn.text for turn in turns).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
-            raise SampleError(f"not Unicode: {half} is half of a character", "text") from None
+            text = f"a turn is not valid Unicode: {half} is only half of a surrogate pair"
+            raise SampleError(text, "text") from None
         messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
         try:
             return self._process(
@@ -158,22 +161,22 @@ class PromptReader:
                 variables={**self.tokenizer.special_tokens_map},
             )
         except ProgramError as error:
-            reason = f"the chat template does not render the conversation: {error}"
+            reason = f"the chat template cannot render the conversation: {error}"
             raise SampleError(reason, "template") from error
 
     def _parts(self, turn: Turn) -> list[dict[str, str]]:
-        """Returns the content of a turn as chat templates take it: first images, then the text."""
+        """Returns the content of a turn in the form for chat templates: images first, then text."""
         text, images = turn.text, 0
         if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        # When a control token is removed, the text around it may form another control token. This
-        # one is replaced by a space, so that the text around it cannot form a third.
+        # When a control token is removed, the text around it may form a second control token. The
+        # second token is replaced by a space, so that the text around it cannot form a third token.
         text = self._special.sub(" ", self._special.sub("", text))
         return [{"type": "image"}] * images + [{"type": "text", "text": text}]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Returns the control tokens by id: tokens with a role (such as BOS) or marked as special."""
+    """Returns the control tokens by id: tokens with a role, such as BOS, and special tokens."""
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     added = tokenizer.added_tokens_decoder.items()
     return dict(named) | {number: str(token) for number, token in added if token.special}

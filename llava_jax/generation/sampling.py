@@ -1,4 +1,4 @@
-"""Chooses the next tokens: greedily, or by sampling as in Hugging Face's generation."""
+"""Chooses the next tokens: greedily, or by sampling in the same way as Hugging Face."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from llava_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a sequence are chosen. The defaults choose the most likely token.
+    """Settings that choose the tokens of a sequence; the defaults choose the likeliest tokens.
 
     Attributes:
         temperature: Divisor of the logits; 0 chooses the most likely token.
         top_k: Number of most likely tokens to sample from; None samples from all tokens.
-        top_p: Total probability of the most likely tokens to sample from; 1 samples from all.
+        top_p: Total probability of the most likely tokens to sample from; 1 means all tokens.
         repetition_penalty: Factor for tokens that are already in the prompt or the answer: their
             positive logits are divided by the factor, and their negative logits are multiplied by
             the factor (Keskar et al., 2019).
@@ -41,15 +41,15 @@ class Sampling:
             (
                 "temperature",
                 self.temperature == 0 or is_scale(self.temperature),
-                "0 or more (0, or from 1e-6 to 1e6)",
+                "0, or from 1e-6 to 1e6",
             ),
             ("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "from 1 to 2^31 - 1"),
-            ("top_p", 1e-6 <= self.top_p <= 1, "above 0 (from 1e-6 to 1)"),
-            ("repetition_penalty", is_scale(self.repetition_penalty), "above 0 (from 1e-6 to 1e6)"),
+            ("top_p", 1e-6 <= self.top_p <= 1, "from 1e-6 to 1"),
+            ("repetition_penalty", is_scale(self.repetition_penalty), "from 1e-6 to 1e6"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not is_good:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be {must}")
+                raise ConfigError(f"{name} = {getattr(self, name)}: the value must be {must}")
 
 
 GREEDY = Sampling()
@@ -58,7 +58,7 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The `Sampling` of B sequences: an array [B] per field; top_k 0 samples from all tokens."""
+    """The `Sampling` settings of B sequences, one array [B] per field; top_k 0 means all tokens."""
 
     temperature: Leaf
     top_k: Leaf
@@ -90,7 +90,7 @@ def choose(
     Args:
         logits: Logits of the next token, float32.
         seen: True for the tokens of the vocabulary that are already in the sequence.
-        positions: Position of the new token in its sequence. The random key of a token is made from
+        positions: Position of the new token in its sequence. The PRNG key of a token is made from
             this position and the seed of the sequence.
         rows: Settings of each sequence.
     """
@@ -129,7 +129,7 @@ def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
 def _draw(
     logits: Float[Array, "B V"], positions: Int[Array, "B"], seeds: UInt32[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Samples a token for each sequence, with a key made from its seed and the position."""
+    """Samples a token for each sequence, with a PRNG key made from its seed and the position."""
 
     def one(logits: jax.Array, position: jax.Array, seed: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)

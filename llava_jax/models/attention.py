@@ -24,13 +24,13 @@ from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
 MIN_BLOCK, MAX_BLOCK = 128, 512
 """Smallest and largest number of tokens in a block of the splash kernel. A block must fill the
-lanes of a vector register, and the float32 logits of a block, at most 1 MiB, must be well below the
-vector memory of any TPU."""
+lanes of a vector register. The float32 logits of a block, at most 1 MiB, must be much smaller than
+the vector memory of any TPU."""
 
 
 QUERIES, MAX_PARTS = 128, 8
 """`plain_attention` cuts a sequence into at most MAX_PARTS parts, whose size is a multiple of
-QUERIES queries. Each part is compiled separately, so a long sequence has larger parts, not more."""
+QUERIES queries. Because each part is compiled separately, the number of parts is limited."""
 
 
 def plain_attention(
@@ -41,9 +41,9 @@ def plain_attention(
 ) -> Float[Array, "B T D"]:
     """Computes attention in plain JAX, for one part of the queries at a time.
 
-    If attention is causal, keys after the last query of a part are skipped. The backward pass
-    recomputes the logits, and the softmax from its saved sums (Dao et al., 2022), so that no logits
-    are kept. See the module's docstring for the arguments.
+    If attention is causal, keys after the last query of a part are skipped. No logits are kept for
+    the backward pass, which recomputes the logits, and computes the softmax from its saved sums
+    (Dao et al., 2022). See the module's docstring for the arguments.
     """
     q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])  # g: query heads per key head
     k, v = (x.swapaxes(1, 2) for x in (k, v))
@@ -109,7 +109,7 @@ def _wide(products: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _parts(length: int, *, causal: bool) -> list[tuple[slice, slice]]:
-    """Returns, for each part, the slices of its queries and of the keys visible to any of these."""
+    """Returns, for each part, the slice of its queries and the slice of the keys that it needs."""
     size = QUERIES * -(-length // (QUERIES * MAX_PARTS))
     ends = [min(start + size, length) for start in range(0, length, size)]
     starts = [0, *ends[:-1]]
@@ -126,9 +126,9 @@ def _logits(
     queries: slice,
     keys: slice,
 ) -> Float[Array, "B K G _ _"]:
-    """Returns float32 logits of some queries and keys; the lowest float32 marks a hidden key.
+    """Returns the float32 logits of some queries and keys; masked logits are the lowest float32.
 
-    With segments, a token sees itself and the earlier tokens of its segment.
+    With segments, a token attends to itself and to earlier tokens of its segment.
     """
     logits = _wide("BKGTH,BKSH->BKGTS", q[:, :, :, queries], k[:, :, keys]) * q.shape[-1] ** -0.5
     if segment_ids is None:
@@ -213,7 +213,7 @@ def _on_shards(
     segment_ids: Int[Array, "B T"],
     block: int,
 ) -> Float[Array, "B T D"]:
-    """Runs a kernel on each device's own rows and heads, padded to a multiple of `block` tokens."""
+    """Runs a kernel on the rows and heads of each device; pads rows to a multiple of `block`."""
     batch, length, heads, size = q.shape
     # The query heads are grouped by key head, so that both kinds of heads are sharded alike.
     q = q.reshape(batch, length, k.shape[2], -1, size)
@@ -245,7 +245,7 @@ def _splash(
 
 
 def _blocks(length: int) -> splash.BlockSizes:
-    """Returns the same block size for queries and keys, in the forward and the backward pass."""
+    """Returns equal block sizes for queries and keys, in the forward and the backward pass."""
     size = math.gcd(length, MAX_BLOCK)
     return splash.BlockSizes(
         block_q=size,

@@ -61,7 +61,7 @@ def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
 
 
 def initialise(abstract: Abstract, seed: int) -> Params:
-    """Returns new parameters that depend only on the seed and their paths, not on the devices.
+    """Returns new parameters, whose values depend on the seed and on their paths, not on devices.
 
     Weights of linear layers have a variance of 1 / inputs (LeCun normal). Adapters are initialized
     as in PEFT, and projectors as in LLaVA.

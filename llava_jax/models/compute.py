@@ -1,4 +1,4 @@
-"""Defines the settings of a run's plan that the modules of a model need, such as the dtype."""
+"""Defines the settings of the computation that all modules of a model share, like the dtype."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ class ComputeConfig:
         dtype: Dtype of activations, "float32" or "bfloat16"; matrices are cast to this dtype at
             each use.
         implementation: Implementation of attention.
-        remat: What the forward pass keeps for the backward pass, see `config.MemoryConfig`.
+        remat: Activations that are kept for the backward pass; see `config.MemoryConfig`.
         offload_activations: Whether the inputs of blocks are kept in host memory from the forward
             pass to the backward pass. Needs remat "full".
         gather_weights: Whether each device gathers the sharded weights of an MLP once for all
-            chunks of tokens, instead of once per chunk. This takes more memory and less
+            chunks of tokens, instead of once per chunk. This needs more memory and less
             communication.
     """
 

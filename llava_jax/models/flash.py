@@ -1,4 +1,4 @@
-"""Computes attention within the segments of packed rows on GPUs, by Triton kernels in Pallas.
+"""Computes attention within the segments of packed rows on GPUs, with Triton kernels in Pallas.
 
 The kernels are written by hand because no library has a GPU kernel for segments: JAX's interface to
 cuDNN supports only one segment per row. The algorithm is FlashAttention-2 (Dao, 2023):
@@ -6,12 +6,12 @@ cuDNN supports only one segment per row. The algorithm is FlashAttention-2 (Dao,
 - The logits of only one block of queries and one block of keys exist at a time.
 - The forward pass computes the softmax with a running maximum and a running sum. The backward pass
   recomputes the softmax weights from the logarithms of these sums.
-- The tokens of a segment are adjacent. A block of queries therefore needs only keys from the start
-  of its first token's segment on, and a block of keys needs only queries up to the end of its last
-  token's segment. All other blocks are skipped.
+- The tokens of a segment are adjacent. A block of queries therefore needs no keys before the
+  segment of its first token, and a block of keys needs no queries after the segment of its last
+  token. Blocks that are not needed are skipped.
 
 Queries have the shape [B, T, K, G, H], where T is a multiple of `BLOCK`. Triton runs a kernel as
-many programs, each for one block of one head of one row.
+many programs; each program computes one block of one head of one row.
 """
 
 import math
@@ -127,8 +127,8 @@ segment_attention.defvjp(_forward, _backward)
 def _of_queries(shape: tuple[int, ...]) -> tuple[Any, ...]:
     """Returns the block specs of a program that handles one block of queries.
 
-    The specs are for the block's queries, all keys, the block's softmax sums and, as a function of
-    the width, a whole row.
+    There is one spec each for the queries of the block, for all keys, and for the softmax sums of
+    the block. The last result is a function that returns the spec of a row with a given width.
     """
     _, length, _, groups, size = shape
     head = lambda n: (n // groups, n % groups)
@@ -244,5 +244,5 @@ def _sees(query: tuple[jax.Array, jax.Array], key: tuple[jax.Array, jax.Array]) 
 
 
 def _logits(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Returns the scaled products of rows and columns in units of log2, for use with exp2."""
+    """Returns the scaled products of rows and columns, times log2(e), for use with exp2."""
     return triton.dot(rows, columns.T) * (LOG2_E * rows.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""Defines layers that the vision tower and the decoder share, and dicts of model parameters.
+"""Defines the layers that vision tower and decoder share, and the dicts of model parameters.
 
 Type annotations and einsums name each dimension of an array with one capital letter:
 
@@ -31,9 +31,9 @@ parameter for all layers, without the layer index."""
 Weight = jax.Array | Quantised
 
 Abstract = dict[str, Any]
-"""Shapes of `Params` whose values do not exist yet: a ShapeDtypeStruct for each array, which has a
-sharding after placement, or a `Quantised` of ShapeDtypeStructs. The values have no narrower type
-than Any, because most code reads only their `shape`, `dtype` and `sharding`."""
+"""Shapes of parameters by path: a ShapeDtypeStruct for each array, which has a sharding after
+placement, or a `Quantised` of ShapeDtypeStructs. The type of the values is Any, because most code
+reads only their `shape`, `dtype` and `sharding`."""
 
 TokenKeys = Key[Array, "B T"] | None
 """One dropout key per token, or None to turn dropout off. Because each token has its own key, its
@@ -41,7 +41,7 @@ dropout mask depends neither on the other tokens nor on its row."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Abstract]:
-    """Splits a model into its structure and its parameters by path, arrays or ShapeDtypeStructs."""
+    """Splits a model into its structure and a dict of its arrays or ShapeDtypeStructs by path."""
     graphdef, state = nnx.split(model)
     return graphdef, {
         ".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)
@@ -111,7 +111,7 @@ def _low_rank_product(
 ) -> Float[Array, "B T out"]:
     """Computes the contribution of an adapter: scale * dropout(x) A^T B^T."""
     x, a, b = gradients_together(x, a, b)
-    # The cast must follow the barrier: otherwise, devices gather a sharded weight twice.
+    # The cast must come after `gradients_together`; otherwise, sharded weights are gathered twice.
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     low: jax.Array = (
         _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
@@ -276,7 +276,8 @@ def dropout(
     """
     width = x.shape[2]
     threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
-    # Each draw of 32 bits gives two of 16 bits, because drawing 16 bits costs as much.
+    # Each random 32-bit number is split into two 16-bit numbers, because drawing a 16-bit number
+    # would take the same time.
     draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
     bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
@@ -307,12 +308,12 @@ def from_chunks(
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Returns, for each token, the index in the row of its segment's first token."""
+    """Returns, for each token, the position in the row of the first token of its segment."""
     positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
 def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Returns, for each token, the index in the row of its segment's last token."""
+    """Returns, for each token, the position in the row of the last token of its segment."""
     return segment_ids.shape[1] - 1 - segment_starts(segment_ids[:, ::-1])[:, ::-1]

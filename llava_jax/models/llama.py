@@ -1,7 +1,7 @@
 """Defines the LLaMA decoder (Touvron et al., 2023): RMSNorm, RoPE, SwiGLU, grouped-query attention.
 
-Mistral's decoder is the same except for its sliding window, and Qwen2's except for biases in the
-query, key and value projections.
+Mistral's decoder differs only in its sliding window, and Qwen2's decoder only in having biases in
+the query, key and value projections.
 """
 
 import math
@@ -88,7 +88,7 @@ keys and values [B, T, K, H], and its result is [B, T, D]."""
 
 
 class Attention(nnx.Module):
-    """Query, key, value and output projections; the call takes the attention function."""
+    """Attention layer; the function that computes attention is an argument of the call."""
 
     def __init__(self, config: LlmConfig):
         width, size = config.hidden_size, config.head_dim
@@ -121,7 +121,7 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
         @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def down(gate: jax.Array, up: jax.Array) -> jax.Array:
-            """Computes the output; the backward pass recomputes the wide but cheap product."""
+            """Computes the output; the backward pass recomputes silu(gate) * up, which is cheap."""
             return self.down_proj(jax.nn.silu(gate) * up, keys)
 
         return down(self.gate_proj(x, keys), self.up_proj(x, keys))
@@ -202,7 +202,7 @@ class LmHead(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Decoder from embeddings to final hidden states; the loss multiplies the states by `head`.
+    """Decoder that maps embeddings to final hidden states; the loss multiplies these by `head`.
 
     Args:
         config: Sizes of the decoder.

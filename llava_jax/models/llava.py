@@ -122,7 +122,7 @@ class Llava(nnx.Module):
         so_far = jnp.cumsum(is_image, axis=1)
         starts = 1 + self.config.image_tokens * jnp.arange(images)
         firsts = jax.vmap(partial(jnp.searchsorted, v=starts))(so_far)
-        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # of images without image tokens
+        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # for images without image tokens
         return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
 
     def _place_images(
@@ -161,7 +161,7 @@ class Llava(nnx.Module):
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Returns float32 logits, [batch, tokens, vocabulary], whatever the dtypes of the arguments.
+    """Returns float32 logits, [batch, tokens, vocabulary], for arguments of any dtype.
 
     Args:
         hidden: Final hidden states.

@@ -26,13 +26,13 @@ def adapter_configs(
         vision_lora: LoRA config of the vision tower.
 
     Raises:
-        ConfigError: The decoder trains in full and the vision tower has adapters, and no checkpoint
-            format can hold both.
+        ConfigError: The decoder is trained in full and the vision tower with adapters; no
+            checkpoint format can contain both.
     """
     if (tune.llm, tune.vision) == ("full", "lora"):
         raise ConfigError(
-            "tune.llm 'full' with tune.vision 'lora': neither an adapter nor a whole model could "
-            "hold the result; set tune.vision to 'full' or 'frozen'"
+            "tune.llm is 'full' and tune.vision is 'lora', but neither an adapter nor a full model "
+            "can contain the result; set tune.vision to 'full' or 'frozen'"
         )
     wanted = {LLM: (tune.llm, lora), VISION: (tune.vision, vision_lora)}
     return {stack: config for stack, (tuning, config) in wanted.items() if tuning == "lora"}
@@ -46,7 +46,7 @@ def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
         adapters: LoRA config of each stack that gets adapters, by the path prefix of the stack.
 
     Raises:
-        ConfigError: A target is not the name of a linear layer of the stack.
+        ConfigError: The stack has no linear layer with the name of a target.
     """
     for stack, config in adapters.items():
         linears = {
@@ -57,8 +57,8 @@ def add_adapters(model: nnx.Module, adapters: dict[str, LoraConfig]) -> None:
         names = sorted({path.rsplit(".", 1)[-1] for path in linears})
         if unknown := sorted(set(config.targets) - set(names)):
             raise ConfigError(
-                f"the targets of LoRA name {', '.join(unknown)}, which {stack}* does not have; "
-                f"it has {', '.join(names)}"
+                f"the LoRA targets contain {', '.join(unknown)}, but the linear layers in {stack}* "
+                f"are {', '.join(names)}; change the targets"
             )
         for path, linear in linears.items():
             if (name := path.rsplit(".", 1)[-1]) in config.targets:
@@ -111,7 +111,7 @@ def merge_adapters(model: nnx.Module) -> None:
         if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
             if isinstance(module.weight.get_value(), Quantised):
                 raise ValueError(
-                    "adapters cannot be merged into quantized weights; load the weights unquantized"
+                    "adapters cannot be merged into quantized weights; load unquantized weights"
                 )
             weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
             module.weight = nnx.Param(_merge(weight, a, b, module.lora_scale))

@@ -28,7 +28,7 @@ def layers(
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Returns the path and the shape of each layer of a parameter.
 
-    A parameter that is not stacked gives one entry, its own path and shape.
+    For a parameter that is not stacked, the list contains only its own path and shape.
     """
     if not is_stacked(path):
         return [(path, shape)]
@@ -36,7 +36,7 @@ def layers(
 
 
 def stacked(parameter: str, config: ModelConfig) -> str:
-    """Returns the path of the stacked parameter that has a layer with the path `parameter`.
+    """Returns the path of the stacked parameter that contains the layer at the path `parameter`.
 
     This is the inverse of `unstacked`. A path without a layer number is returned unchanged.
     """
@@ -52,8 +52,8 @@ VISION, LLM = "vision.encoder.layers.", "llm.layers."
 
 
 BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
-"""Path prefixes of the vision parameters after the feature layer. These parameters never train,
-because no output depends on them."""
+"""Path prefixes of the vision parameters after the feature layer. These parameters are never
+trained, because the output of the model does not depend on them."""
 
 
 def is_adapter(path: str) -> bool:
@@ -62,7 +62,7 @@ def is_adapter(path: str) -> bool:
 
 
 def is_trainable(path: str, tune: TuneConfig) -> bool:
-    """Returns True if the parameter at `path` trains under the settings `tune`."""
+    """Returns True if the parameter at `path` is trained with the settings `tune`."""
     if is_adapter(path):
         return True
     if path.startswith(BEHIND_FEATURE):

@@ -1,14 +1,14 @@
-"""Quantizes frozen weights to 4 or 8 bits, as pytrees that stack, slice and shard like arrays.
+"""Quantizes frozen weights to 4 or 8 bits. Quantized weights are pytrees.
 
 NF4 (QLoRA, Dettmers et al., 2023) stores 4 bits for each weight, and the largest magnitude (absmax)
 of each block of 64 consecutive weights. Double quantization stores each absmax in 8 bits (Dettmers
-et al., 2022). The codes are those of bitsandbytes. Two codes are packed into a uint8, because Orbax
-does not restore uint4. int8 stores one scale for each output channel.
+et al., 2022). The codes are the same as in bitsandbytes. Two codes are packed into a uint8, because
+Orbax cannot restore uint4. int8 stores one scale for each output channel.
 
 The code is written by hand because bitsandbytes needs PyTorch and no library has NF4 for JAX.
 
-Where possible, the arrays of a quantized matrix [out, in] have the axes of the matrix, so that they
-are sharded like the matrix. The arrays of a stack have a layer axis before these axes.
+Where possible, the arrays of a quantized matrix [out, in] have the same axes as the matrix, so that
+these arrays are sharded like the matrix. The arrays of a stack also have a leading layer axis.
 """
 
 from dataclasses import dataclass
@@ -40,14 +40,14 @@ NF4_BOUNDS, DYNAMIC_BOUNDS = ((table[:-1] + table[1:]) / 2 for table in (NF4, DY
 
 
 class QuantisationError(Exception):
-    """Error of a weight that cannot be quantized.
+    """Raised if a weight cannot be quantized.
 
     The message does not contain the path of the weight; the caller adds the path.
     """
 
 
 Leaf = Any
-"""An array, or what represents it in a tree: a shape, a sharding or a partition spec."""
+"""An array, or an object that replaces an array in a tree, such as a shape or a sharding."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,7 @@ Leaf = Any
 class NestedAbsmax:
     """Absmax of NF4 blocks in 8 bits (double quantization): DYNAMIC[codes] * absmax + offset.
 
-    *L is the layer axis of a stack; a single matrix has none.
+    In a stack, *L is the layer axis; a single matrix has no layer axis.
 
     Attributes:
         codes: Indices into `DYNAMIC`, uint8 [*L, out, in / 64].
@@ -130,9 +130,9 @@ def abstract(kind: Quantisation, shape: tuple[int, ...]) -> Quantised:
     if kind == "int8":
         return Int8Weight(array(jnp.int8, rows, columns), array(jnp.float32, rows, 1))
     if columns % BLOCK:
-        found = f"a weight {list(shape)} has {columns} inputs"
+        found = f"the weight {list(shape)} has {columns} inputs"
         raise QuantisationError(
-            f"{kind} has blocks of {BLOCK} inputs, but {found}; use int8 or none"
+            f"{kind} needs a multiple of {BLOCK} inputs, but {found}; set quantize to int8 or None"
         )
     absmax, blocks = array(jnp.float32, rows, columns // BLOCK), rows * columns // BLOCK
     if kind == "nf4_double":
@@ -145,7 +145,8 @@ def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
     """Quantizes a matrix on the host.
 
     Args:
-        weight: Matrix [out, in] in float32, bfloat16 or float16; copied in parts, never as a whole.
+        weight: Matrix [out, in] in float32, bfloat16 or float16. It is quantized in parts, so that
+            no full copy is needed.
         kind: Quantization format.
 
     Returns:
@@ -189,7 +190,7 @@ def _normalise(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(rows).max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
         raise QuantisationError(
-            "found infinity or NaN; the weights are damaged, so copy or download them again"
+            "the weight contains infinity or NaN, so the file is damaged; copy or download it again"
         )
     return largest, rows * (np.float32(1) / np.maximum(largest, limit * 1e-38) * limit)
 
@@ -209,9 +210,9 @@ def dequantise(weight: Quantised, dtype: DTypeLike) -> Float[Array, "out in"]:
 
 
 def _look_up(table: np.ndarray, codes: Array) -> Array:
-    """Computes `table[codes]` with selects, one level for each bit of the codes.
+    """Computes `table[codes]` with one level of selects for each bit of the codes.
 
-    A gather takes far longer on a TPU.
+    On a TPU, selects are much faster than a gather.
     """
     values = list(table.astype(np.float32))
     for bit in range(len(table).bit_length() - 1):
@@ -221,9 +222,9 @@ def _look_up(table: np.ndarray, codes: Array) -> Array:
 
 
 def _dynamic(codes: Array) -> Array:
-    """Computes `DYNAMIC[codes]` from the definition of the table, exact except for the last bit.
+    """Computes `DYNAMIC[codes]` with the formula of the table; only the last bit may differ.
 
-    The table is too long for the selects of `_look_up`.
+    The table is too long for `_look_up`.
     """
     index = codes.astype(jnp.int32) - 127
     size = jnp.maximum(jnp.abs(index), 1)

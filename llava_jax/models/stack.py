@@ -119,10 +119,10 @@ def scan_blocks(
             or host memory.
         x: Input of the first block, [batch, tokens, hidden].
         apply: Function that computes one block.
-        context: Arrays that every block receives; no gradient flows to these arrays.
+        context: Arrays that every block receives; the arrays get no gradients.
         keys: Dropout keys of the adapters, one per token; None turns dropout off.
-        compute: Settings for what the backward pass recomputes, and for the memory in which the
-            inputs of blocks are kept.
+        compute: Settings of the computation. They determine which activations the backward pass
+            recomputes, and the memory in which the inputs of blocks are kept.
 
     Returns:
         Output of the last block, [batch, tokens, hidden].
@@ -160,10 +160,10 @@ def scan_blocks(
 
 
 def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[..., jax.Array]:
-    """Returns the stack as one differentiable function of (values, totals, x, rest).
+    """Returns a differentiable function of (values, totals, x, rest) that runs the whole stack.
 
-    The forward pass keeps the input of each block, from which the backward pass recomputes the
-    block.
+    The forward pass keeps only the input of each block; the backward pass recomputes the block from
+    its input.
     """
 
     def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:

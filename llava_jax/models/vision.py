@@ -47,7 +47,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Embeddings of the patches and of the class token, if there is one, plus their positions."""
+    """Embeddings of the class token, if there is one, and of the patches, with their positions."""
 
     def __init__(self, config: VisionConfig):
         width = config.hidden_size
@@ -114,8 +114,8 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """Stacked transformer layers.
 
-    `layers` computes the image feature. `tail` has the layers after the feature, which are never
-    computed but are saved with the model.
+    `layers` computes the image features. `tail` contains the layers after the feature layer, which
+    are never computed but are saved with the model.
     """
 
     def __init__(self, config: VisionConfig, used: int, implementation: AttentionImplementation):
@@ -138,7 +138,7 @@ class PoolingAttention(nnx.Module):
 class PoolingHead(nnx.Module):
     """Attention pooling of SigLIP.
 
-    The head follows the feature layer, so it is saved with the model but never computed.
+    The head comes after the feature layer, so it is saved with the model but never computed.
     """
 
     def __init__(self, config: VisionConfig):
@@ -153,7 +153,7 @@ class VisionTower(nnx.Module):
 
     Args:
         config: Sizes of the vision tower.
-        used: Number of blocks up to the feature.
+        used: Number of blocks up to the feature layer.
         compute: Settings of the computation, such as the attention implementation.
     """
 

@@ -1,1 +1,1 @@
-"""Tells whether a run fits into memory, by compiling it for the device, and searches a plan."""
+"""Finds out whether a run fits into memory, by compiling it, and searches for a memory plan."""

@@ -1,4 +1,4 @@
-"""Caches the measured memory of plans on disk, so that they are compiled only once."""
+"""Caches the measured memory of plans on disk, so that each plan is compiled only once."""
 
 import dataclasses
 import hashlib
@@ -20,12 +20,12 @@ from llava_jax.planning.measure import Usage, measure_here
 def measure_once(
     directory: Path, config: TrainConfig, model: ModelConfig, images: int, capacity: int
 ) -> Usage:
-    """Returns the memory use of a plan: from the cache, or else from `measure.measure_here`.
+    """Returns the memory use of a plan, from the cache if possible, else from `measure_here`.
 
     All processes of a run must call this function with the same arguments.
 
     Args:
-        directory: Directory of the cache, with one JSON file per plan; created when needed.
+        directory: Directory of the cache, with one JSON file per plan; created if it is missing.
         config: Config of the run; `memory` and `batch.micro_size` are the plan.
         model: Sizes of the model.
         images: Number of image slots per sample.
@@ -35,8 +35,8 @@ def measure_once(
         ConfigError: This process cannot read the file of the plan.
     """
     file = directory / f"{broadcast_from_main(_key(config, model, images)):015x}.json"
-    # Either all processes must compile, or none. Only the main process looks for the file, because
-    # a network file system may hide a new file from a process that has looked for it before.
+    # Either all processes must compile, or none of them. Only the main process looks for the file,
+    # because a network file system may hide a new file from a process that looked for it earlier.
     if not broadcast_from_main(is_main_process() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
         if is_main_process():
@@ -45,7 +45,7 @@ def measure_once(
         barrier()
     usage = _read(file)
     if usage is None:
-        raise ConfigError(f"{file} cannot be read; remove it, and the memory is measured again")
+        raise ConfigError(f"{file} cannot be read; remove the file, and run the command again")
     return dataclasses.replace(usage, capacity=capacity)
 
 
@@ -58,7 +58,7 @@ def _read(file: Path) -> Usage | None:
 
 
 def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
-    """Returns a hash (60 bits) of what decides a plan's memory: config, code, compiler, devices."""
+    """Returns a 60-bit hash of what affects a plan's memory: config, code, compiler, devices."""
     fields = to_json(dataclasses.replace(config, model=model))
     devices = jax.devices()
     decisive = {

@@ -38,9 +38,9 @@ from llava_jax.train_step.program import build_program
 from llava_jax.train_step.step import init_state, placed_zeros
 
 COMMAND = (sys.executable, "-m", "llava_jax", "gpu-check")
-STEPS = 2  # the second step starts from the state that the first step wrote over its input
-LENGTH = 1024  # tokens of a row, in measured steps and in the checks of attention
-MAX_ERROR = 0.05  # largest difference from the planned peak, relative to the planned peak
+STEPS = 2  # the first step overwrites its input state, and the second step starts from the result
+LENGTH = 1024  # number of tokens in a row, in measured steps and in the checks of attention
+MAX_ERROR = 0.05  # largest allowed difference from the planned peak, relative to the planned peak
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest allowed difference between two arrays, relative to the norm of the expected array.
 
@@ -52,13 +52,13 @@ KERNELS: dict[AttentionImplementation, tuple] = {
     "cudnn": ((700,), (LENGTH,)),
     "flash": ((700,), (3, 500, LENGTH - 503)),
 }
-"""Attention kernels to check, each with a batch: the lengths of the segments of every row."""
+"""Attention kernels to check, each with a batch: for every row, the lengths of its segments."""
 
 RESIDENT = MemoryConfig()
 HOSTED = MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True)
 INPUTS_HOSTED = MemoryConfig(offload_activations=True)
 
-# The smallest model of which every layer is large enough to be kept in host memory; see
+# The smallest model whose layers are all large enough to be kept in host memory; see
 # `distributed.host_memory.MIN_SLICE`.
 SMALL = ModelConfig(
     VisionConfig(56, 14, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
@@ -95,7 +95,7 @@ def check_all(*, small: bool) -> bool:
     else:
         well += [check_attention(kind, rows) for kind, rows in KERNELS.items()]
     if jax.default_backend() == "cpu" or small:
-        print("peaks of memory: not measured")
+        print("peak memory: not measured")
     else:
         well += check_peaks()
     return all(well)
@@ -107,7 +107,8 @@ def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOST
     Args:
         recipe: Recipe to train with.
         dtype: Dtype of the computation, "float32" or "bfloat16".
-        hosted: Plan that keeps arrays in host memory; it is compared with a plan that keeps none.
+        hosted: Plan that keeps arrays in host memory; it is compared with a plan that keeps all
+            arrays on the device.
 
     Returns:
         True if no array of the train state differs by more than `TOLERANCE[dtype]`.
@@ -123,8 +124,8 @@ def check_gradients(recipe: TrainConfig, dtype: Any, hosted: MemoryConfig = HOST
     differences = {path: difference(there[path], here[path]) for path in here}
     path, worst = max(differences.items(), key=lambda item: item[1])
     passed = worst <= TOLERANCE[dtype]
-    shown = f"at most {worst:.1e}, in {path}" if worst else "none, bit for bit"
-    print(f"gradients, {recipe.name}, {dtype}: {'pass' if passed else 'FAIL'}; difference {shown}")
+    shown = f"difference at most {worst:.1e}, in {path}" if worst else "no difference, bit for bit"
+    print(f"gradients, {recipe.name}, {dtype}: {'pass' if passed else 'FAIL'}; {shown}")
     return passed
 
 
@@ -135,7 +136,7 @@ def check_attention(kind: AttentionImplementation, rows: tuple[tuple[int, ...], 
 
     Args:
         kind: Kernel to check.
-        rows: Lengths of the segments of each row; the rest of a row, up to `LENGTH`, is padding.
+        rows: Lengths of the segments of each row. Each row is padded to `LENGTH` tokens.
 
     Returns:
         True if no array differs by more than `TOLERANCE["bfloat16"]`.
@@ -189,7 +190,7 @@ def state_after_a_step(config: TrainConfig, memory: MemoryConfig) -> dict[str, n
 def make_batch(size: int, length: int) -> Batch:
     """Makes a batch for the model `SMALL`: one random image and random tokens in each sample.
 
-    The second half of a sample is learned. Sample i ends with i tokens of padding.
+    The tokens in the second half of a sample have a loss. Sample i ends with i tokens of padding.
 
     Args:
         size: Number of samples.
@@ -219,7 +220,8 @@ def check_peaks() -> list[bool]:
     Every plan is measured in its own process, because a device never resets its peak.
 
     Returns:
-        For each plan, True if its peak is as planned or if the plan does not fit the device.
+        For each plan, True if the measured peak is as planned, or if the plan does not fit into
+        device memory.
     """
     well = []
     print(f"{'run':8} {'planned':>11} {'measured':>12} {'error':>7}  plan")
@@ -241,11 +243,11 @@ def judge(output: str) -> tuple[str, bool]:
     """Returns a line for the table of peaks, and True if the check of the plan passes.
 
     Args:
-        output: Standard output of the measuring process, which ends with a line of JSON (the result
-            of `measure_peak`); empty if the process failed.
+        output: Standard output of the measuring process, whose last line is the result of
+            `measure_peak` as JSON; empty if the process failed.
     """
     if not output:
-        return "FAIL: the measurement stopped; its error is above", False
+        return "FAIL: the measuring process failed; its error is printed above", False
     found = json.loads(output.splitlines()[-1])
     planned, measured = found["planned"], found["measured"]
     if measured is None:
@@ -264,8 +266,8 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
         level: Index of the plan among `search.levels`.
 
     Returns:
-        "plan": The plan as text. "planned" and "measured": The peak memory in bytes; "measured" is
-        None if the plan does not fit.
+        Dict with the plan as text ("plan"), the planned peak memory in bytes ("planned") and the
+        measured peak memory in bytes ("measured"), which is None if the plan does not fit.
     """
     model, recipe = MEASURED[name]
     config = dataclasses.replace(

@@ -18,7 +18,7 @@ from llava_jax.planning.search import choose_plan, least_devices, write_trial
 def plan_for_attached(
     config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
 ) -> TrainConfig:
-    """Returns the config of a run with the fastest plan that fits the attached devices.
+    """Returns the config of a run with the fastest plan that fits into the attached devices.
 
     The config is returned unchanged if `memory.plan` is "manual", or if the devices do not report
     their memory and `memory.limit_gib` is None. Otherwise, plan.json in the run's directory shows
@@ -43,8 +43,8 @@ def plan_for_attached(
         return config
     known = Path(config.output_dir) / ".plans"
     for_host = min(all_gather_values(int(0.9 * host_memory()) // devices_of_machine()))
-    # With the run's number of steps, the chosen step is the one that the run compiles later, so
-    # that JAX finds it in its compilation cache.
+    # Plans are compiled with the run's number of steps, so that the run later compiles the same
+    # step, which JAX then finds in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
@@ -53,13 +53,14 @@ def plan_for_attached(
     if not chosen.usage.fits:
         usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
         raise ConfigError(
-            f"no plan fits {capacity / GIB:.1f} GiB a device, of which {usage.reserve / GIB:.1f} "
-            f"are reserved for the runtime, and {for_host / GIB:.1f} GiB of host memory a device; "
-            f"the closest is {chosen.plan}: {usage.total / GIB:.2f} GiB a device and "
-            f"{usage.host_total / GIB:.2f} GiB of host memory a device; take "
+            f"no plan fits into {capacity / GIB:.1f} GiB per device, of which "
+            f"{usage.reserve / GIB:.1f} GiB are reserved for the runtime, and {for_host / GIB:.1f} "
+            f"GiB of host memory per device; the plan closest to fitting is {chosen.plan}, which "
+            f"needs {usage.total / GIB:.2f} GiB per device and {usage.host_total / GIB:.2f} GiB of "
+            "host memory per device; use "
             + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")
-            + "a smaller model, data.max_length or lora.rank"
+            + "a smaller model, a smaller data.max_length or a smaller lora.rank"
         )
     if is_main_process():
         write_trial(config.run_dir, chosen)
@@ -67,9 +68,9 @@ def plan_for_attached(
 
 
 def _device_memory(config: TrainConfig) -> int:
-    """Returns one device's memory in bytes: the config's limit, what JAX reports, or else 0."""
+    """Returns a device's memory in bytes, from the config or from JAX; 0 if it is unknown."""
     if config.memory.limit_gib is not None:
         return int(config.memory.limit_gib * GIB)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    # JAX reports the memory without the reserve, see `prepare_for_training`.
+    # JAX reports the memory without the reserve; see `prepare_for_training`.
     return int(limit / (1 - RESERVE_SHARE))

@@ -10,18 +10,19 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 def collective_bytes(text: str) -> Counter[str]:
     """Returns the bytes of collectives in one execution of a module, on one device and by kind.
 
-    An all-gather counts with its result on the device, every other collective with its operands.
-    With n devices, the links of a device carry (n - 1) / n of these bytes, and twice as many for an
-    all-reduce.
+    For an all-gather, the bytes of the result are counted; for every other collective, the bytes of
+    the operands. With n devices, the links of a device carry (n - 1) / n of these bytes, and twice
+    as many for an all-reduce.
 
     Args:
         text: Text of the optimized module, from `jax.stages.Compiled.as_text`.
 
     Raises:
         ValueError: A collective is in a loop of unknown length; collectives are fused with matrix
-            products, as the TPU's compiler does; or the text is not that of a compiled module.
+            products, as by the compiler for TPUs; or the text does not describe a compiled module.
     """
-    # Such a fusion cuts a collective into pieces, and the text shows every piece as the whole.
+    # Such a fusion divides a collective into pieces. In the text, each piece has the size of the
+    # whole collective.
     if "async_collective_fusion" in text:
         raise ValueError("cannot count collectives that are fused with matrix products, as on TPUs")
     return total(text, _moved)

@@ -1,4 +1,4 @@
-"""Lists the accelerators that a run can be planned for without having one.
+"""Lists the accelerators for which a run can be planned. They do not have to be attached.
 
 To add a GPU, add a row to GPUS; to add a TPU, add a row to TPUS. No other module needs a change.
 """
@@ -11,7 +11,7 @@ from llava_jax.distributed.environment import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU as XLA's compiler must know it. The figures are from NVIDIA's data sheets.
+    """Properties of an NVIDIA GPU that XLA's compiler needs, from NVIDIA's data sheets.
 
     Attributes:
         name: Name that the driver reports.
@@ -24,8 +24,8 @@ class Gpu:
         threads: Largest number of resident threads per multiprocessor.
         shared_kib: Size of the shared memory per multiprocessor, in KiB.
         l2_mib: Size of the level-2 cache, in MiB.
-        tflops: Peak of dense bfloat16 matrix products with float32 sums, in 10^12 operations per
-            second; None if the GPU has no bfloat16 units, or if no figure is published.
+        tflops: Peak speed of dense bfloat16 matrix products with float32 sums, in 10^12 operations
+            per second; None if the GPU has no bfloat16 units, or if no figure is published.
     """
 
     platform: ClassVar = "gpu"
@@ -80,15 +80,15 @@ device_description_str: "{self.name}"
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A TPU generation. The figures are from Google's data sheets.
+    """Properties of a TPU generation, from Google's data sheets.
 
     Attributes:
         name: Name that a chip reports.
         topology: XLA's name of the generation.
         memory: Size of the memory (HBM) of one chip, in bytes.
-        tflops: Peak of dense bfloat16 matrix products with float32 sums of one chip, in 10^12
+        tflops: Peak speed of dense bfloat16 matrix products with float32 sums on one chip, in 10^12
             operations per second.
-        chips: Shape of a slice, as XLA writes shapes, by the slice's number of chips.
+        chips: Shape of the slice in XLA's notation, for each possible number of chips.
         cores: XLA's configuration of a chip. With "megacore", the two cores of a v4 chip are one
             device.
     """
@@ -155,14 +155,14 @@ TPUS = {
 
 
 def bfloat16_tflops(name: str) -> float | None:
-    """Returns the peak of a device's bfloat16 products, in 10^12 operations per second.
+    """Returns a device's peak speed of bfloat16 products, in 10^12 operations per second.
 
     Args:
         name: Name that the device reports.
 
     Returns:
-        The peak, or None if the device is unknown, has no bfloat16 units, or has no published
-        figure.
+        The peak speed; None if the device is unknown, if it has no bfloat16 units, or if no figure
+        is published.
     """
     devices = (*GPUS.values(), *TPUS.values())
     return next((device.tflops for device in devices if device.name == name), None)

@@ -1,9 +1,9 @@
 """Counts the floating-point operations of the matrix products in a compiled module.
 
-XLA's cost analysis counts the body of a loop once, whatever the number of iterations, and does not
-count GPU library calls. So the functions here read the text of the compiled module. They find its
-dots, and the convolutions (on TPUs) and calls of cuBLAS and cuDNN (on GPUs) that XLA makes of dots,
-and count each as often as it runs.
+XLA's cost analysis counts the body of a loop only once, and does not count calls of GPU libraries.
+So the functions here read the text of the compiled module. They find all dots, and also the
+convolutions (on TPUs) and the calls of cuBLAS and cuDNN (on GPUs) that replace dots. Each
+instruction is counted as often as it runs.
 """
 
 import math
@@ -30,14 +30,15 @@ All other custom calls (sorts, buffers, transfers) have no products.
 def matmul_flops(text: str) -> int:
     """Returns the matrix-product FLOPs of one execution of a compiled module, on one device.
 
-    A multiplication and an addition are two operations. In attention, masked positions count too.
+    A multiplication and an addition count as two operations. In attention, masked positions are
+    counted too.
 
     Args:
         text: Text of the optimized module, from `jax.stages.Compiled.as_text`.
 
     Raises:
         ValueError: A loop with products has an unknown length, a library call is unknown, or the
-            text is not that of a compiled module.
+            text does not describe a compiled module.
     """
     return total(text, lambda *call: {"": _products(*call)})[""]
 
@@ -57,7 +58,7 @@ def _products(instruction: Instruction, scope: Computation) -> int:
     if target.startswith("__cudnn$fmha"):
         return _attention(instruction, scope, 5 if "Backward" in target else 2)
     if kernel := SPLASH.match(instruction.name):
-        # The first two operands tell which blocks to compute.
+        # The first two operands contain the blocks to compute.
         query, key = _operands(instruction, scope)[2:4]
         return SPLASH_PRODUCTS[kernel[1]] * 2 * math.prod(query) * key[-2]
     if kernel := FLASH.search(instruction.attributes):
@@ -81,7 +82,7 @@ def _dot(product: Instruction, scope: Computation) -> int:
 def _left_dims(product: Instruction, kind: str) -> list[int]:
     """Returns the "batch" or "contracting" dimensions of a product's left operand.
 
-    A dot writes them as `{1}`, a library call as JSON, `["1"]`.
+    A dot has the dimensions in the form `{1}`, and a library call has them as JSON, `["1"]`.
     """
     found = re.search(rf'lhs_{kind}_dim\w+"?[=:] ?[\[{{]([\d," ]*)', product.attributes)
     return [int(i) for i in re.findall(r"\d+", found[1])] if found else []
@@ -101,10 +102,10 @@ def _attention(call: Instruction, scope: Computation, products: int) -> int:
 
 
 def _convolution(product: Instruction, scope: Computation) -> int:
-    """Returns the FLOPs of a convolution, without products with zeros of padding and dilation.
+    """Returns the FLOPs of a convolution; products with zeros of padding or dilation do not count.
 
-    On TPUs, batch dimensions of a dot become spatial dimensions of a convolution, in which nearly
-    all positions are such zeros.
+    On TPUs, batch dimensions of a dot become spatial dimensions of a convolution, and nearly all
+    positions along these dimensions are such zeros.
     """
     labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes)[0]
     shapes = [*_operands(product, scope), sizes(product.shape)]

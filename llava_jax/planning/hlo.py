@@ -50,8 +50,8 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int
         The total cost of each kind.
 
     Raises:
-        ValueError: An instruction with a cost is in a loop of unknown length, or the text is not
-            that of a compiled module.
+        ValueError: An instruction with a cost is in a loop of unknown length, or the text does not
+            describe a compiled module.
     """
     module, entry = _parse(text)
 
@@ -88,20 +88,20 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             module[name] = {}
             entry = name if found[1] else entry
     if not entry:
-        raise ValueError(f"not the text of a compiled module: {text[:100]!r}")
+        raise ValueError(f"this is not the text of a compiled module: {text[:100]!r}")
     return module, entry
 
 
 def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
-    """Returns the number of iterations of a while loop, or its upper bound if only that is known.
+    """Returns the number of iterations of a while loop, or an upper bound of this number.
 
     Raises:
-        ValueError: Neither is known.
+        ValueError: Neither the number nor an upper bound is known.
     """
     if known := TRIPS.search(loop.attributes):
         return int(known[1])
-    # The TPU's compiler does not write the number of iterations. But JAX's loops of fixed length
-    # count up from 0 while the counter is less than a constant, so that constant is the number.
+    # The compiler for TPUs does not write the number of iterations. But JAX's loops of fixed length
+    # count up from 0 while the counter is less than a constant, so the constant is this number.
     condition = module[re.findall(r"condition=(%[\w.-]+)", loop.attributes)[0]]
     for test in condition.values():
         if test.opcode == "compare" and "direction=LT" in test.attributes:
@@ -120,16 +120,16 @@ def operands(instruction: Instruction, scope: Computation) -> list[str]:
 
 
 def sizes(shape: str) -> list[int]:
-    """Returns the sizes in a shape, [8, 128] for "bf16[8,128]{1,0}"; of a tuple, the first array's.
+    """Returns the dimensions of an array, for example [8, 128] for "bf16[8,128]{1,0}".
 
     Args:
-        shape: Shape of an array or a tuple, as text.
+        shape: Shape of an array as text, or of a tuple, whose first array is used.
     """
     return [int(size) for size in re.findall(r"\d+", re.findall(r"\[([\d,]*)\]", shape)[0])]
 
 
 def nbytes(shape: str) -> int:
-    """Returns the bytes of an array of a shape, or of all arrays of a tuple."""
+    """Returns the size in bytes of an array with the given shape, or of all arrays of a tuple."""
     bits = lambda kind: int(re.findall(r"\d+", kind)[0]) if kind != "pred" else 8
     count = lambda dims: math.prod(int(size) for size in dims.split(",") if size)
     return sum(bits(kind) * count(dims) for kind, dims in ARRAY.findall(shape)) // 8

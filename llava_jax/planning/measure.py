@@ -1,9 +1,9 @@
 """Compiles the train step of a run, and reads from the compiler how much memory the step needs.
 
-The step is lowered and compiled from shapes alone; no weights are loaded, and nothing is executed.
-The device need not be attached. An absent GPU is described to the compiler by
-`planning.devices.GPUS`, an absent TPU by a topology of libtpu. For absent devices,
-`distributed.environment.prepare_for_planning` must have been called before JAX was imported.
+The step is lowered and compiled from shapes; no weights are loaded, and nothing is executed. The
+device does not have to be attached. For an absent GPU, the compiler gets a description from
+`planning.devices.GPUS`, and for an absent TPU a topology from libtpu. For absent devices, call
+`distributed.environment.prepare_for_planning` before JAX is imported.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
 
-TOTAL_STEPS = 1000  # length of schedules if a config has none; the memory does not depend on it
+TOTAL_STEPS = 1000  # length of schedules if config.steps is None; it does not affect the memory
 
 
 REST = "activations and temporaries"  # the term of a `Usage` for all other memory
@@ -41,10 +41,10 @@ REST = "activations and temporaries"  # the term of a `Usage` for all other memo
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a plan needs per device. All values are in bytes except `flops`.
+    """Memory, transfers and FLOPs of a plan, per device. All values are in bytes except `flops`.
 
     Attributes:
-        device: Device memory by term; the terms add up to `total`.
+        device: Device memory by term, for example "gradients"; the terms add up to `total`.
         host: Pinned host memory by term.
         total: Peak of the device memory, from the compiler: arguments, results and temporaries.
         host_total: Peak of the pinned host memory, from the compiler.
@@ -66,7 +66,7 @@ class Usage:
 
     @property
     def fits(self) -> bool:
-        """Returns True if the plan fits the device and, if its size is known, host memory."""
+        """Returns True if the plan fits into device memory and into host memory (if known)."""
         return self.headroom >= 0 and self.host_headroom >= 0
 
     @property
@@ -76,12 +76,12 @@ class Usage:
 
     @property
     def headroom(self) -> int:
-        """Returns the bytes that are left on the device; negative if the plan does not fit."""
+        """Returns the unused bytes of device memory; negative if the plan does not fit."""
         return self.capacity - self.reserve - self.total
 
     @property
     def host_headroom(self) -> int:
-        """Returns the bytes that are left in host memory; 0 if its size is unknown."""
+        """Returns the unused bytes of host memory; 0 if the size of host memory is unknown."""
         return 0 if self.host_capacity is None else self.host_capacity - self.host_total
 
 
@@ -93,7 +93,7 @@ def find_device(name: str) -> Gpu | Tpu:
     """
     known: dict[str, Gpu | Tpu] = {**GPUS, **TPUS}
     if name not in known:
-        raise ConfigError(f"there is no device {name!r}; take one of {', '.join(known)}")
+        raise ConfigError(f"there is no device {name!r}; choose from {', '.join(known)}")
     return known[name]
 
 
@@ -110,8 +110,8 @@ def measure(
         capacity: Memory of one device, in bytes; None takes the size in `planning/devices.py`.
 
     Raises:
-        ConfigError: The device is unknown, its compiler is not installed, or the config does not
-            fit this number of devices.
+        ConfigError: The device is unknown, its compiler is not installed, or the config cannot be
+            used with this number of devices.
     """
     capacity = find_device(device).memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
@@ -121,11 +121,11 @@ def measure(
 def compile_for(
     config: TrainConfig, model: ModelConfig, device: str, count: int
 ) -> tuple[Program, tuple[int, int], str]:
-    """Compiles a run's train step for absent devices; arguments and errors are as in `measure`.
+    """Compiles a run's train step for absent devices; see `measure` for arguments and errors.
 
     Returns:
-        The program; its bytes in device memory and in host memory, per device; and the text of the
-        compiled module, which is empty if the step does not fit a TPU.
+        The program; the bytes that the step needs in device memory and in host memory, per device;
+        and the text of the compiled module, which is empty if the step does not fit into a TPU.
     """
     target = find_device(device)
     implementation = attention_for(config, model, target)
@@ -165,7 +165,7 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
 def compile_here(
     config: TrainConfig, model: ModelConfig, images: int, capacity: int
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
-    """Compiles a run's train step for the attached devices; the arguments are as in `measure_here`.
+    """Compiles a run's train step for the attached devices; see `measure_here` for the arguments.
 
     Returns:
         The program, the compiled train step, and its memory use.
@@ -178,7 +178,7 @@ def compile_here(
 def _program_here(
     config: TrainConfig, model: ModelConfig, images: int
 ) -> tuple[TrainConfig, Program, Batch]:
-    """Returns the config with `images` slots per sample, its program, and the shapes of a batch."""
+    """Returns the config with `max_images` set, the program, and the shapes of a batch."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     return config, *_program(config, model, jax.devices(), implementation, donate=False)
@@ -192,7 +192,7 @@ def _program(
     *,
     donate: bool,
 ) -> tuple[Program, Batch]:
-    """Returns a program and the shapes of its batch; `donate` is as in `build_program`."""
+    """Returns a program and the shapes of its batch; see `build_program` for `donate`."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
         config,
@@ -215,9 +215,11 @@ def _compile_for_gpus(
     count: int,
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
-    """Lowers for fake CPU devices, which have memory kinds, and compiles for absent GPUs."""
+    """Compiles for absent GPUs, after lowering for CPU devices, which also have memory kinds."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ConfigError("planning for GPUs needs their compiler: pip install 'llava_jax[cuda12]'")
+        raise ConfigError(
+            "planning for GPUs needs the GPU compiler: pip install 'llava_jax[cuda12]'"
+        )
     if len(jax.devices("cpu")) < count:
         raise ConfigError(
             f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
@@ -244,13 +246,13 @@ def _compile_for_tpus(
     count: int,
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
-    """Lowers and compiles for absent TPUs, which libtpu describes by a topology."""
+    """Compiles for absent TPUs, which are described by a topology from libtpu."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("planning for TPUs needs their compiler: pip install 'llava_jax[tpu]'")
+        raise ConfigError("planning for TPUs needs the TPU compiler: pip install 'llava_jax[tpu]'")
     if count not in target.chips:
         known = ", ".join(map(str, target.chips))
         raise ConfigError(
-            f"there is no {target.topology} slice of {count} chips; take one of {known}"
+            f"there is no {target.topology} slice of {count} chips; choose from {known} chips"
         )
     topology = topologies.get_topology_desc(**target.slice_of(count))
     program, batch = _program(config, model, list(topology.devices), implementation, donate=True)
@@ -260,8 +262,8 @@ def _compile_for_tpus(
 def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
     """Returns the bytes of a step in device memory and in host memory, and the module's text.
 
-    The TPU's compiler refuses a step that does not fit. Then the bytes in device memory come from
-    its error message, and the text is empty.
+    If the step does not fit, the compiler for TPUs raises an error. Then the bytes in device memory
+    come from the error message, and the text is empty.
     """
     lowered = program.trace_train_step(batch).lower()
     try:
@@ -281,7 +283,7 @@ def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
 
 
 def _totals(stats: Any) -> tuple[int, int]:
-    """Returns the bytes of arguments, results and temporaries: on the device, in host memory."""
+    """Returns the bytes of arguments, results and temporaries in device memory and host memory."""
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -298,7 +300,7 @@ def _totals(stats: Any) -> tuple[int, int]:
 
 
 def _terms(program: Program) -> dict[str, object]:
-    """Returns the shapes of the arrays of each term of a `Usage`, without `REST`."""
+    """Returns the shapes of the arrays that belong to each term of a `Usage`, except `REST`."""
     abstract = program.abstract
     return {
         "frozen weights": {path: abstract[path] for path in program.frozen},
@@ -311,7 +313,7 @@ def _terms(program: Program) -> dict[str, object]:
 def _usage(
     program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
 ) -> Usage:
-    """Divides the compiler's totals into terms; `text` is the compiled module's or empty."""
+    """Divides the compiler's totals into terms; `text` is the compiled module as text, or ""."""
     total, host_total = totals
     terms = _terms(program)
     device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
@@ -336,7 +338,7 @@ def _flops(text: str) -> int | None:
 
 
 def _bytes(tree: object, *, on_host: bool) -> int:
-    """Returns the bytes per device of those placed shapes that are, or are not, in host memory."""
+    """Returns the bytes per device of the arrays in host memory (`on_host`) or in device memory."""
     leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
     return sum(map(size, leaves))
@@ -363,18 +365,20 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
 def sizes(config: TrainConfig) -> ModelConfig:
     """Returns the sizes of a run's model.
 
-    They are read from the checkpoint `init_from`, or taken from `config.model` if that is set and
-    the checkpoint does not exist yet.
+    The sizes come from the checkpoint `init_from`. If the checkpoint does not exist yet, the sizes
+    come from `config.model`.
 
     Raises:
-        ConfigError: There is neither a checkpoint nor `config.model`.
+        ConfigError: Neither `init_from` nor `model` is set.
     """
     source = config.init_from
     base = source.llm if isinstance(source, Parts) else source
     if source is not None and (config.model is None or Path(str(base)).exists()):
         return read_config(resolve(source).base)
     if config.model is None:
-        raise ConfigError("set init_from to a checkpoint, or set model")
+        raise ConfigError(
+            "init_from and model are both None; set init_from to a checkpoint, or model"
+        )
     return config.model
 
 
@@ -395,4 +399,6 @@ def usage_table(usage: Usage) -> str:
     flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
     lines.append(f"FLOPs: {flops} per device and optimizer step, in matrix products")
     verdict = "fits" if usage.fits else "does not fit"
-    return "\n".join([*lines, verdict if known else f"{verdict}; the host's memory is not given"])
+    return "\n".join(
+        [*lines, verdict if known else f"{verdict}; the size of host memory is not given"]
+    )

@@ -1,7 +1,7 @@
 """Counts the operations that a train step needs in theory, for comparison with a compiled step.
 
-Only matrix products count, and the counts below are pairs of a multiplication and an addition. For
-each token, a linear layer with a weight [out, in], and its adapter of rank R if it has one, need:
+Only matrix products are counted. The table shows the number of pairs of a multiplication and an
+addition, per token, of a linear layer with a weight [out, in] and an adapter of rank R:
 
                               weight                     adapter
     forward pass              out x in                   R x (in + out)
@@ -10,8 +10,8 @@ each token, a linear layer with a weight [out, in], and its adapter of rank R if
 
 For each token and head, attention needs two products of T x H in the forward pass and four in the
 backward pass. H is the size of a head, and T is the number of keys (`Row.seen`). With remat "full",
-the backward pass computes the forward products of a block again, except for the last product,
-because no gradient in the block depends on its result.
+the backward pass computes the forward products of a block again. Only the last product is not
+computed again, because no gradient in the block depends on its result.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ Linears = Mapping[str, tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The sizes of a row of a batch on which its operations depend.
+    """Sizes of a batch row that determine its number of operations.
 
     Attributes:
-        tokens: Number of all tokens.
+        tokens: Number of tokens, with or without a loss.
         learned: Number of tokens that have a loss.
-        seen: Mean number of keys for which a token's attention is counted. In a compiled step,
-            attention is counted for all keys of the row.
+        seen: Number of keys per token for which attention is counted, as a mean over the tokens. In
+            a compiled step, attention is counted for all keys of the row.
         images: Number of images.
     """
 
@@ -42,9 +42,9 @@ class Row:
 
 
 def full_row(config: TrainConfig, images: int) -> Row:
-    """Returns a row of `data.max_length` tokens that are all learned and see all keys.
+    """Returns a row of `data.max_length` tokens that all have a loss and attend to all keys.
 
-    Such a row is what the counts of a compiled step assume.
+    The operations of a compiled step are counted as if all rows were of this kind.
 
     Args:
         config: Config of the run.
@@ -100,15 +100,15 @@ def _block(
     again: bool,
     backwards: bool,
 ) -> float:
-    """Returns the pairs of a multiplication and an addition of one block, for one token.
+    """Returns the number of pairs of a multiplication and an addition of one block, for one token.
 
     Args:
         linears: Linear layers of the block.
         logits: Number of heads x size of a head x number of keys.
-        tuning: How the block trains.
-        lora: Settings of the adapters, if the block has them.
+        tuning: How the block is trained.
+        lora: Settings of the adapters; only used if `tuning` is "lora".
         again: Whether the backward pass computes the forward products again.
-        backwards: Whether there is a backward pass through the block.
+        backwards: Whether the block has a backward pass.
     """
     ranks = {name: lora.rank * (tuning == "lora" and name in lora.targets) for name in linears}
     weights = sum(inputs * outputs for inputs, outputs in linears.values())

@@ -13,7 +13,7 @@ from llava_jax.planning.measure import Usage
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A recipe with a plan, and the largest amount of memory that they may need.
+    """A recipe with a plan, and the largest allowed memory of the compiled run.
 
     Attributes:
         run: Description of the recipe and the plan.
@@ -39,7 +39,7 @@ class Row:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
 
     def holds(self, usage: Usage) -> bool:
-        """Returns True if the measured memory is not above the limits of this row."""
+        """Returns True if the measured memory does not exceed the limits of this row."""
         device, host = usage.total / GIB, usage.host_total / GIB
         return device <= self.device_gib and host <= self.host_gib
 
@@ -67,7 +67,7 @@ ROWS = (
 )  # fmt: skip
 
 HEADER = """\
-| run | devices | micro-batch | device GiB (at most) | host GiB a device (at most) | FLOPs |
+| run | devices | micro-batch | device GiB (at most) | host GiB per device (at most) | FLOPs |
 |---|---|---|---|---|---|"""
 
 
@@ -75,8 +75,8 @@ def measure(row: Row) -> tuple[Usage, float]:
     """Compiles the train step of a row.
 
     Returns:
-        The memory use, and the FLOPs as a multiple of those of the plan that offloads nothing; NaN
-        if the FLOPs could not be counted.
+        The memory use, and the FLOPs divided by the FLOPs of the plan that offloads nothing; NaN if
+        the FLOPs could not be counted.
     """
     config = load_config(row.config)
     usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
@@ -97,7 +97,7 @@ def _measure(
 
 
 def describe(row: Row, usage: Usage, flops: float) -> str:
-    """Returns a line of the Markdown table, marked SHORT if its memory is above the limits."""
+    """Returns a line of the Markdown table, marked SHORT if the memory exceeds the limits."""
     cells = (
         row.run,
         f"{row.count} x {row.device}",

@@ -1,4 +1,4 @@
-"""Finds the fastest memory plan that fits a device, by trying plans from fast to slow."""
+"""Finds the fastest memory plan that fits into a device, by trying plans from fast to slow."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The size of a micro-batch and a memory plan; neither changes what a run learns."""
+    """The size of a micro-batch and a memory plan, which do not affect what a run learns."""
 
     micro_size: int
     memory: MemoryConfig
@@ -46,7 +46,7 @@ class Trial:
 
 
 def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow; all other fields are as in `memory`."""
+    """Yields memory plans from fast to slow; other fields are copied from `memory`."""
     host: dict[str, bool] = dict.fromkeys(
         ("offload_optimizer", "stream_weights", "offload_activations"), False
     )
@@ -58,7 +58,7 @@ def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
-    """Returns the micro-batch sizes to try, the smallest first; a size in the config is kept."""
+    """Returns the micro-batch sizes to try, ascending; only `batch.micro_size` if it is set."""
     if config.batch.micro_size is not None:
         return [config.batch.micro_size]
     share = max(config.batch.global_size // data_parallel, 1)
@@ -68,10 +68,10 @@ def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
 def find_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Iterator[Trial]:
-    """Tries plans from fast to slow, and yields each; the last one fits if any plan does.
+    """Tries plans from fast to slow, and yields each trial; the last plan fits if any plan fits.
 
-    If the smallest micro-batch does not fit with a memory plan, the next memory plan is tried.
-    Otherwise, the search ends with the largest micro-batch that fits.
+    For each memory plan, the smallest micro-batch is tried first. If it does not fit, the next
+    memory plan is tried. If it fits, the search ends with the largest micro-batch that fits.
 
     Args:
         config: Config of the run.
@@ -98,7 +98,7 @@ def find_plan(
 def choose_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Trial:
-    """Returns the fastest plan that fits, or else the closest one; prints a line for each trial."""
+    """Prints a line for each trial, and returns the best trial; see `find_plan` and `best`."""
     trials = []
     for trial in find_plan(config, data_parallel, measure_plan):
         say(describe_trial(trial))
@@ -107,7 +107,7 @@ def choose_plan(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Returns the last trial if its plan fits, or else the trial that lacks the fewest bytes."""
+    """Returns the last trial if its plan fits, or else the trial that exceeds memory the least."""
     missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)
     return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: missing(t.usage))
 
@@ -124,16 +124,17 @@ def write_trial(run_dir: Path, trial: Trial | None) -> None:
 
 
 def least_devices(usage: Usage, count: int) -> int | None:
-    """Returns the smallest number of devices that a plan would fit.
+    """Returns the smallest number of devices on which a plan would fit.
 
-    Devices share the weights, gradients and moments, but each device has its own activations.
+    Weights, gradients and moments are divided among the devices; activations are not.
 
     Args:
-        usage: Memory use of the plan on `count` devices, which the plan does not fit.
+        usage: Memory use of the plan on `count` devices, on which the plan does not fit.
         count: Number of devices.
 
     Returns:
-        The number, or None if no number is enough. No number is enough if host memory is too small.
+        The number of devices; None if the plan fits on no number of devices, or if host memory is
+        too small.
     """
     if usage.host_headroom < 0:
         return None
@@ -148,6 +149,6 @@ def describe_trial(trial: Trial) -> str:
     if usage.host_headroom < 0:
         verdict = f"{-usage.host_headroom / GIB:.2f} GiB too much for the host"
     return (
-        f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB a device, host "
-        f"{usage.host_total / GIB:.2f} GiB, PCIe {usage.pcie / GIB:.0f} GiB a step: {verdict}"
+        f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB per device, host "
+        f"{usage.host_total / GIB:.2f} GiB, PCIe {usage.pcie / GIB:.0f} GiB per step: {verdict}"
     )

@@ -1,1 +1,1 @@
-"""Reads and writes released weights, adapters, tokenizers and processors."""
+"""Reads and writes checkpoints: weights, adapters, tokenizers and image processors."""

@@ -1,16 +1,16 @@
 """Reads adapter checkpoints, and checks that they fit a model.
 
-An adapter checkpoint holds what was trained on a base model: LoRA adapters, and parts (such as the
-projector) that were trained in full. These formats are supported:
+An adapter checkpoint contains the parameters that were trained on a base model: LoRA adapters, and
+parts (such as the projector) that were trained in full. These formats are supported:
 
     PEFT directory             adapter_config.json, adapter_model.safetensors
-    LLaVA's LoRA directory     the same files with the decoder's names; non_lora_trainables.bin
+    LLaVA's LoRA directory     the same files with LLaVA's tensor names, non_lora_trainables.bin
     LLaVA's stage 1            mm_projector.bin
     XTuner's exports           llm_adapter/, visual_encoder_adapter/ or visual_encoder/, projector/
     XTuner's .pth              one file, or a DeepSpeed directory, with all trained parameters
 
-The format is recognized by the names of the tensors. A checkpoint is refused if only a part of its
-tensors fits the model.
+The format is recognized by the names of the tensors. A checkpoint is refused if any of its tensors
+does not fit the model.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _SETTINGS = {
 }
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 BESIDE = ("non_lora_trainables", "mm_projector")
-"""Names, without suffix, of the files with the parameters that LLaVA's code trained in full."""
+"""Names, without suffix, of the files in which LLaVA's code stores parts trained in full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterCheckpoint:
-    """An adapter checkpoint that fits a model, and whose values are not read yet.
+    """An opened adapter checkpoint that fits a model. The values are not read yet.
 
     Attributes:
         layouts: Layout of the tensor names in each file or directory of the checkpoint.
@@ -67,8 +67,10 @@ class AdapterCheckpoint:
         abstract: Shape and dtype of every parameter by its path: `lora_a` [layers, rank, inputs]
             and `lora_b` [layers, outputs, rank] of each target, and the parameters that were
             trained in full.
-        tensors: Tensors of each parameter by its path, one per layer of a stacked parameter.
-        base_name: Path, hub id or parts of the base, as named in the checkpoint; None without one.
+        tensors: Tensors of each parameter, by the parameter's path. A stacked parameter has one
+            tensor per layer.
+        base_name: Path, hub id or parts of the base, as the checkpoint names it; None if the
+            checkpoint names no base.
         fingerprint: Fingerprint of the base's weights; None if the checkpoint has none.
     """
 
@@ -92,14 +94,14 @@ class AdapterCheckpoint:
                 parameters of the checkpoint, in the dtypes of `self.abstract`.
 
         Raises:
-            CheckpointError: A tensor cannot be read, or has a value that is NaN or infinite.
+            CheckpointError: A tensor cannot be read, or has NaN or infinite values.
         """
         abstract = self.abstract if abstract is None else abstract
         return {path: assemble(path, self.tensors[path], spec) for path, spec in abstract.items()}
 
 
 def is_adapter_checkpoint(path: Path) -> bool:
-    """Returns True for a file, and for a directory with adapters or parts but no whole model."""
+    """Returns True for a file, or a directory with adapters or parts but without a whole model."""
     return not _is_whole(path) and bool(_parts_in(path))
 
 
@@ -110,7 +112,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _parts_in(path: Path) -> list[Path]:
-    """Returns the files and directories of an adapter checkpoint: `path` itself, or those in it."""
+    """Returns the files and directories of an adapter checkpoint: `path`, or entries of `path`."""
     if path.is_file():
         return [path]
     is_zero = any(path.glob("*model_states.pt")) or (path / "latest").is_file()  # from DeepSpeed
@@ -133,20 +135,20 @@ def check_readable(path: Path, read: Reader) -> None:
         read: Function that opens a file or directory and returns its tensors by name.
 
     Raises:
-        CheckpointError: A file cannot be read, or has tensors of no known layout.
+        CheckpointError: A file cannot be read, or its tensor names fit no known layout.
     """
     for piece in _parts_in(path):
         _open_piece(piece, read)
 
 
 def named_base(path: Path) -> str | None:
-    """Returns the base that an adapter checkpoint names: a path, a hub id or parts, as text.
+    """Returns the path, hub id or parts of the base that an adapter checkpoint names, as text.
 
     The result is None if the checkpoint names no base.
 
     Raises:
-        CheckpointError: An adapter_config.json or config.json cannot be read, or the settings are
-            not those of a supported LoRA.
+        CheckpointError: An adapter_config.json or config.json cannot be read, or its settings are
+            not supported.
     """
     named = {
         piece: read_settings(piece / CONFIG).get("base_model_name_or_path")
@@ -170,21 +172,23 @@ def open_adapter(
     read: Reader = open_tensors,
     alphas: Mapping[str, float] | None = None,
 ) -> AdapterCheckpoint:
-    """Opens an adapter checkpoint and checks that it fits a model; reads no values.
+    """Opens an adapter checkpoint, and checks that it fits a model. Does not read the values.
 
-    Adapters of vision layers after the feature layer are skipped, as no output depends on them.
+    Adapters of vision layers after the feature layer are skipped, because these layers do not
+    change the output of the model.
 
     Args:
         path: Directory or file in one of the formats that this module supports.
         config: Sizes of the base model.
         abstract: Shapes of the model's parameters; adapters may be among them.
         read: Function that opens a file or directory and returns its tensors by name.
-        alphas: LoRA's alpha by stack; needed for adapters in a .pth file, which has no alpha.
+        alphas: LoRA's alpha by stack; needed for .pth files, which do not contain it.
 
     Raises:
-        CheckpointError: There is no adapter checkpoint at `path`, its kind of adapter is not
-            supported, or it does not fit the model. In the last case, the message names every
-            tensor that is missing, left over, or has another rank or shape.
+        CheckpointError: There is no adapter checkpoint at `path`, the kind of the adapters is not
+            supported, or the adapter checkpoint does not fit the model. In the last case, the
+            message names every tensor that is missing, does not belong to the model, or has the
+            wrong shape.
     """
     path = Path(path)
     pieces = [_without_unused(_open_piece(p, read), config) for p in _parts_in(path) or [path]]
@@ -215,11 +219,13 @@ def _open_piece(path: Path, read: Reader) -> _Piece:
     named = read(file)
     tensors = {plain_name(name): tensor for name, tensor in named.items()}
     if len(tensors) < len(named):
-        raise CheckpointError(f"{file} has {commonest(map(plain_name, named))} under two names")
+        raise CheckpointError(
+            f"{file} has two tensors for the parameter {commonest(map(plain_name, named))}"
+        )
     try:
         layout = layouts.recognise(tensors, _LAYOUTS)
     except layouts.LayoutError as error:
-        raise CheckpointError(f"{path} has nothing for this model: {error}") from error
+        raise CheckpointError(f"{path} has no tensors of a LLaVA model: {error}") from error
     return _Piece(path, tensors, layout, settings)
 
 
@@ -244,29 +250,32 @@ def _settings(
         return stack_settings(piece.path, piece.settings, stack, names)
     if stack not in alphas:
         raise CheckpointError(
-            f"{piece.path} has adapters in {stack}*, but does not say their alpha; take lora_alpha "
-            "from the config (.py) of the training with XTuner and pass it as --alpha (decoder) or "
-            "--vision-alpha (vision tower)"
+            f"{piece.path} has adapters in {stack}*, but does not contain their alpha; find "
+            "lora_alpha in the XTuner config (.py) of the training, and give its value as --alpha "
+            "(decoder) or --vision-alpha (vision tower)"
         )
     shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
     if not shapes or not shapes[0]:
-        raise CheckpointError(f"{piece.path} has adapters in {stack}* of unknown rank: {names[0]}")
+        raise CheckpointError(
+            f"{piece.path} has adapters in {stack}*, but no lora_A tensor with their rank (found: "
+            f"{names[0]})"
+        )
     rank = shapes[0][0]
     return stack_settings(piece.path, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
 
 
 def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
-    """Returns shape and dtype of every parameter that the adapter checkpoint must have.
+    """Returns the shape and dtype of every parameter that the adapter checkpoint must have.
 
-    One tensor of an adapter requires both `lora_a` and `lora_b`, and one tensor of a part that was
-    trained in full requires all tensors of that part.
+    Each adapter must have both `lora_a` and `lora_b`, and each part that was trained in full must
+    have all its tensors.
     """
     shapes = {}
     for stack, lora in adapters.items():
         linears = {path.rsplit(".", 1)[0] for path in paths if _is_adapter_of(path, stack)}
         for linear in sorted(linears):
             weight = abstract.get(f"{linear}.weight")
-            # Adapters of other parameters are not expected, so `find_tensors` reports them.
+            # Only linear layers may have adapters, so `find_tensors` reports all other adapters.
             if weight is not None and len(weight.shape) == 3:
                 layers, outputs, inputs = weight.shape
                 shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
@@ -296,8 +305,8 @@ def check_base(
     """
     if trained.fingerprint not in (None, fingerprint):
         raise CheckpointError(
-            f"{path} was trained on {trained.base_name}, whose weights are not those of "
-            f"{format_source(base)}; load the base that it was trained on"
+            f"{path} was trained on {trained.base_name}, but {format_source(base)} has other "
+            "weights; use the base that the adapter was trained on"
         )
 
 
@@ -321,11 +330,13 @@ def load_adapter(
         fingerprint: Fingerprint of the run's base; None skips the comparison.
 
     Returns:
-        Parameters by path, without those on which no output depends.
+        Parameters by path, without the vision layers after the feature layer, which do not change
+        the output of the model.
 
     Raises:
-        CheckpointError: `open_adapter` fails, the LoRA settings differ from the run's, the
-            checkpoint has parameters that the run keeps frozen, or it was trained on another base.
+        CheckpointError: `open_adapter` fails, the LoRA settings differ from the run's settings, the
+            checkpoint has parameters that the run does not train, or the checkpoint was trained on
+            another base.
     """
     alphas = {stack: lora.alpha for stack, lora in adapters.items()}
     trained = open_adapter(path, config, abstract, alphas=alphas)
@@ -333,15 +344,15 @@ def load_adapter(
     kept = [path for path in trained.abstract if not path.startswith(BEHIND_FEATURE)]
     frozen = [path for path in kept if not is_adapter(path) and path not in trainable]
     if frozen:
-        problems.append(f"it holds {', '.join(frozen)}, which the run keeps frozen")
+        problems.append(f"it contains {', '.join(frozen)}, but the run does not train them")
     if None not in (fingerprint, trained.fingerprint) and fingerprint != trained.fingerprint:
         problems.append(
             f"it was trained on {trained.base_name} with fingerprint {trained.fingerprint}, but "
-            f"the run's base has {fingerprint}"
+            f"the run's base has fingerprint {fingerprint}"
         )
     if problems:
         what = "\n".join(f"  {problem}" for problem in problems)
-        raise CheckpointError(f"{path} does not fit this run\n{what}")
+        raise CheckpointError(f"{path} does not fit this run:\n{what}")
     return trained.load({path: abstract[path] for path in kept})
 
 
@@ -353,6 +364,6 @@ def _other_settings(
         has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))
         if has != wants:
             yield (
-                f"{stack}* has (rank, alpha, targets) {has}, but the run has {wants}; give the run "
-                f"the same values with {_SETTINGS[stack]}"
+                f"for {stack}*, the adapter has (rank, alpha, targets) = {has}, but the run has "
+                f"{wants}; give the run the same values with {_SETTINGS[stack]}"
             )

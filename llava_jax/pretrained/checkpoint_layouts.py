@@ -1,8 +1,9 @@
 """Translates between the tensor names in checkpoints and the parameter paths of this package.
 
-After a prefix, parameter paths equal Hugging Face's names, so a layout is a table of prefixes.
-Paths differ in two ways: they have no layer index, because the layers of a stack share one array,
-and the vision layers after the feature layer are a stack of their own, `vision.encoder.tail`.
+Tensor names in the known formats mostly differ in their prefixes, so a layout is a table of
+prefixes. Parameter paths differ from Hugging Face's names in two more ways: they have no layer
+index, because all layers of a stack are in one array, and the vision layers after the feature layer
+are in a separate stack, `vision.encoder.tail`.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ class Layout:
         name: Description of the scheme, for messages.
         prefixes: Maps the prefix of a parameter path to the prefix in files; the longest matching
             prefix is used.
-        is_xtuner: Whether XTuner writes this layout; its prompt for Vicuna differs from LLaVA's.
+        is_xtuner: Whether XTuner writes this layout. XTuner's prompt for Vicuna differs from
+            LLaVA's prompt.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Layout:
         return any(path.startswith(ours) for ours in self.prefixes)
 
     def file_name(self, parameter: str) -> str:
-        """Returns the tensor name in a file.
+        """Returns the name that the tensor of a parameter has in files of this layout.
 
         Args:
             parameter: Parameter path with the layer index, as `models.paths.unstacked` returns it.
@@ -46,7 +48,10 @@ class Layout:
         return self.prefixes[ours] + parameter.removeprefix(ours)
 
     def parameter(self, file_name: str) -> str | None:
-        """Inverts `file_name`; returns None for a tensor that does not belong to this layout."""
+        """Returns the parameter path with the layer index for a tensor name in a file.
+
+        The result is None for a tensor name that does not belong to this layout.
+        """
         matches = [p for p in self.prefixes.items() if file_name.startswith(p[1])]
         if not matches:
             return None
@@ -56,7 +61,7 @@ class Layout:
         return parameter if is_own else None
 
     def parts(self, file_names: Iterable[str]) -> set[str]:
-        """Returns which of "llm", "vision" and "projector" the tensors belong to."""
+        """Returns the parts ("llm", "vision", "projector") that the tensors belong to."""
         parameters = map(self.parameter, file_names)
         return {_part(name) for name in parameters if name}
 
@@ -137,7 +142,7 @@ XTUNER = Layout(
     is_xtuner=True,
 )
 
-# Checkpoints with a single part. The tests call a model in such checkpoints layout J.
+# Checkpoints with a single part. The tests use the name "layout J" for a model in such checkpoints.
 LLAMA = Layout("Hugging Face decoder", {"llm.": "model.", "llm.lm_head.": "lm_head."})
 CLIP = Layout("Hugging Face vision tower", {"vision.": "vision_model."})
 CLIP_BARE = Layout("Hugging Face vision tower without prefix", {"vision.": ""})
@@ -178,14 +183,14 @@ _IGNORED = re.compile("|".join(IGNORED))
 
 
 def is_ignored(file_name: str) -> bool:
-    """Returns True if a tensor is no parameter of a LLaVA and can be skipped without a message."""
+    """Returns True if a tensor is not a parameter of LLaVA and can be ignored without a message."""
     return _IGNORED.search(file_name) is not None
 
 
 def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS) -> Layout:
-    """Returns the layout that matches most tensor names, limited to the parts that they belong to.
+    """Returns the layout that matches the most tensor names, limited to the parts that were found.
 
-    Some names may be wrong or missing: then a later check names the tensors that do not fit.
+    Some names may be wrong or missing; a later check reports the tensors that do not fit.
 
     Args:
         names: All tensor names of a checkpoint.
@@ -201,7 +206,7 @@ def recognise(names: Iterable[str], layouts: Collection[Layout] = LLAVA_LAYOUTS)
         sample = ", ".join(sorted(names)[:5]) or "none at all"
         known = "; ".join(layout.name for layout in layouts)
         raise LayoutError(
-            f"the names of {len(names)} tensors fit none of the known layouts ({known}); "
+            f"the names of the {len(names)} tensors fit none of the known layouts ({known}); "
             f"the first names are: {sample}"
         )
     return best.limited_to(best.parts(names))

@@ -1,11 +1,11 @@
 """Runs code from a checkpoint in a separate process with limits on time and memory.
 
 A chat template is code, and so is a regular expression. Jinja's sandbox keeps a template away from
-files and from Python's internals, but it allows endless loops and texts of any length. Nothing
-inside a process can reliably stop them: `"x" * 10**9` is a single step. The operating system can
-limit a separate process, which can be killed and started again without harm to this process.
+files and from Python's internals, but it allows endless loops and texts of any length. A process
+cannot reliably stop code that it runs itself, because `"x" * 10**9` is a single step. A separate
+process can be limited by the operating system, and can be killed and started again.
 
-This file is also the program of the separate process. Outside the standard library it imports only
+This file is also the program of the separate process. Besides the standard library, it imports only
 Jinja, so the process starts in 0.1 s.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SECONDS = 1  # of CPU time per task; a real template takes a few milliseconds
-_MEMORY = 2**29  # bytes, in addition to what the process uses at its start
+_MEMORY = 2**29  # bytes, in addition to the memory that the process uses at its start
 _MAX_ADDED = 2**20  # characters that a template may add to the messages
 
 
@@ -29,7 +29,7 @@ class ProgramError(Exception):
 
 
 class LimitedProcess:
-    """Runs `render` and `match` in a process with limits. Several threads may use one object."""
+    """Runs `render` and `match` in a process with limits. Several threads may share an object."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,11 +58,12 @@ class LimitedProcess:
             except BrokenPipeError:  # the process has ended, which the next lines report
                 answer = b""
             except OSError as error:
-                raise ProgramError(f"no process can be started for it: {error}") from error
+                raise ProgramError(f"the separate process cannot be started: {error}") from error
             if not answer.endswith(b"\n"):
                 self._end()
                 raise ProgramError(
-                    f"it takes more than {SECONDS} s of processor time or {_MEMORY // 2**20} MiB"
+                    f"it needs more than {SECONDS} s of processor time, or more than "
+                    f"{_MEMORY // 2**20} MiB of memory"
                 )
         value, error = json.loads(answer)
         if error is not None:
@@ -116,9 +117,9 @@ def _serve() -> None:
 
 
 def match(patterns: list[str], names: list[str]) -> list[int | None]:
-    """Returns for each name the index of the first pattern that matches it; None without a match.
+    """Returns, for each name, the index of the first pattern that matches the name, or None.
 
-    A pattern must match the whole name, or all of its text after one of its dots.
+    A pattern must match the whole name, or everything after one of the dots in the name.
     """
     compiled = [re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns]
     found = lambda name: (index for index, known in enumerate(compiled) if known.match(name))
@@ -136,8 +137,8 @@ def render(
         variables: Further variables of the template, such as `bos_token`.
 
     Raises:
-        ValueError: The text is much longer than the messages.
-        jinja2.TemplateError: The template is invalid. Its code may raise other errors too.
+        ValueError: The rendered text is much longer than the messages.
+        jinja2.TemplateError: The template is invalid. The template's code may raise other errors.
     """
     # The length is taken first, because the template can change the messages.
     most = len(json.dumps(messages)) + _MAX_ADDED
@@ -145,7 +146,7 @@ def render(
     given = {"tools": None, "documents": None, **variables}
     text = made.render({**given, "messages": messages, "add_generation_prompt": True})
     if len(text) > most:
-        raise ValueError(f"it renders a text of {len(text):,} characters, more than {most:,}")
+        raise ValueError(f"the rendered text has {len(text):,} characters, more than {most:,}")
     return text
 
 
@@ -187,7 +188,9 @@ def _environment() -> Any:
 
         def __setitem__(self, name: str, value: object) -> None:
             if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"attribute {name!r} starts with _")
+                raise jinja2.exceptions.SecurityError(
+                    f"the attribute {name!r} must not start with _"
+                )
             super().__setitem__(name, value)
 
     def raise_exception(message: str) -> None:

@@ -1,7 +1,7 @@
 """Reads and writes the config.json of LLaVA's own code.
 
-A directory of LLaVA's own code has a decoder and mostly a projector. The vision tower is usually in
-another directory.
+A directory that LLaVA's own code wrote has a decoder and, in most cases, a projector. The vision
+tower is usually in another directory.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
 def decoder_settings(raw: Json) -> Json:
-    """Returns a config.json with LLaVA's own `model_type` replaced by that of the decoder.
+    """Returns a config.json with LLaVA's own `model_type` replaced by the decoder's `model_type`.
 
-    Other types stay as they are, and a missing one becomes "llama".
+    Any other `model_type` is kept, and a missing `model_type` becomes "llama".
     """
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or ("mm_vision_tower" not in raw and kind == "llava"):
@@ -40,7 +40,7 @@ def decoder_settings(raw: Json) -> Json:
 
 
 def feature_settings(file: Path, raw: Json) -> Json:
-    """Returns the fields of `ModelConfig` about image features from LLaVA's own config.json.
+    """Returns the `ModelConfig` fields for image features, from LLaVA's own config.json.
 
     Args:
         file: Path of the config.json, for messages.
@@ -69,9 +69,9 @@ def feature_settings(file: Path, raw: Json) -> Json:
 
 
 def image_aspect(raw: Json) -> Aspect | None:
-    """Returns what LLaVA's own config.json says to do with images that are not square.
+    """Returns the handling of images that are not square, from LLaVA's own config.json.
 
-    The result is None for a config.json of other code.
+    The result is None if LLaVA's own code did not write the config.json.
     """
     if "mm_vision_tower" not in raw:
         return None
@@ -86,8 +86,8 @@ def named_tower(file: Path, raw: Json) -> str | VisionConfig | None:
         raw: Content of the config.json.
 
     Returns:
-        The tower's directory if it is on this machine; else the tower's sizes if its name is one of
-        OpenAI's; else None.
+        The tower's directory if it is on this machine; else the tower's sizes if it is one of
+        OpenAI's towers; else None.
     """
     name = raw.get("mm_vision_tower")
     if not isinstance(name, str):
@@ -99,14 +99,14 @@ def named_tower(file: Path, raw: Json) -> str | VisionConfig | None:
 
 
 def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect | None) -> Json:
-    """Returns the config.json that LLaVA's own code reads.
+    """Returns the content of a config.json that LLaVA's own code can read.
 
     Args:
         config: Sizes of the model.
         llm: Content of the decoder's config.json.
         tower: Path or hub id of the vision tower.
-        aspect: What happens to images that are not square. "crop" crops; everything else pads, as
-            in the training of LLaVA-1.5.
+        aspect: Handling of images that are not square: "crop" crops them; every other value pads
+            them, as in the training of LLaVA-1.5.
     """
     names = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
     strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
@@ -132,9 +132,10 @@ def official_settings(config: ModelConfig, llm: Json, tower: str, aspect: Aspect
 def as_parts(
     path: Path, file: Path, raw: Json, find: Callable[[str], Path], *, has_tower: bool
 ) -> Parts:
-    """Returns the directories of the decoder and the vision tower of LLaVA's own directory.
+    """Returns the directories of the decoder and the vision tower for LLaVA's own directory.
 
-    Both are `path` if `path` has the tower's weights and its config.json names a known tower.
+    Both directories are `path` if `path` has the tower's weights and its config.json names a known
+    tower.
 
     Args:
         path: LLaVA's own directory.
@@ -155,6 +156,6 @@ def as_parts(
         lacks = "the config of its vision tower" if has_tower else "its vision tower"
         has = f"a decoder{' and a projector' if raw.get('mm_projector_type') else ''}"
         raise CheckpointError(
-            f"{path} has {has}, but {lacks} ({name!r}) is not here; name the tower's directory "
-            f"too: llm={path},vision=DIRECTORY ({error})"
+            f"{path} has {has}, but {lacks} ({name!r}) was not found; also give the directory of "
+            f"the tower: llm={path},vision=DIRECTORY ({error})"
         ) from error

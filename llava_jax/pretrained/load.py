@@ -1,8 +1,9 @@
 """Loads the parameters of a checkpoint, one tensor at a time.
 
 A stacked parameter is allocated on its devices and filled layer by layer, and each layer is cast on
-the devices. So the host holds one tensor of a checkpoint at a time (two copies of the tensor on the
-CPU backend, whose devices are the host), besides the parameters that are kept in host memory.
+the devices. So the host holds only one tensor of a checkpoint at a time, in addition to the
+parameters that are kept in host memory. On the CPU backend, whose devices are the host, there are
+two copies of this tensor.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ Source = tuple[dict[str, Tensor], Layout]
 """Tensors of a file or directory by name, and the layout of these names."""
 
 Reader = Callable[[Path], dict[str, Tensor]]
-"""Function that opens a file or directory and returns its tensors by name, not read yet."""
+"""Function that opens a file or directory and returns its tensors by name, without values."""
 
 EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
@@ -43,10 +44,11 @@ def load_params(
     abstract: Abstract,
     wanted: Collection[str] | None = None,
 ) -> Params:
-    """Loads a LLaVA checkpoint, or separate parts: a decoder, a vision tower, perhaps a projector.
+    """Loads a LLaVA checkpoint, or separate parts: decoder, vision tower and optionally projector.
 
-    With separate parts, a vocabulary smaller than the config's is filled up with its mean row. The
-    logit of a new token is then the mean of all logits, so it is never the largest.
+    If the vocabulary of separate parts is smaller than the config's, rows are added, each of which
+    is the mean of the existing rows. The logit of a new token is then the mean of all logits, so it
+    is never the largest.
 
     Args:
         source: Directory in one of `layouts.LLAVA_LAYOUTS`, or the paths of the parts.
@@ -57,11 +59,12 @@ def load_params(
             for all parameters.
 
     Returns:
-        The wanted parameters by path, without the projector's if no part has a projector.
+        The wanted parameters by path. The projector's parameters are left out if no part has a
+        projector.
 
     Raises:
-        CheckpointError: A file cannot be read, or tensors are missing, left over or of the wrong
-            shape. In the latter case, the message names all these tensors.
+        CheckpointError: A file cannot be read, or tensors are missing, do not belong to the model,
+            or have the wrong shape. In the latter cases, the message names all these tensors.
     """
     sources = open_sources(source)
     found = find_base_tensors(source, sources, config, abstract)
@@ -75,15 +78,16 @@ def load_params(
 def open_sources(source: str | Path | Parts, read: Reader = open_tensors) -> list[Source]:
     """Opens a checkpoint or separate parts, and returns them in the order of precedence.
 
-    A parameter is read from the first source that has it. So the vision tower in LLaVA's own
-    directory is preferred to the tower in `source.vision`, of which only the config is used.
+    A parameter is read from the first source that has it. So if LLaVA's own directory contains the
+    weights of the vision tower, the weights in `source.vision` are not used.
 
     Args:
         source: Directory of a checkpoint, or the paths of the parts.
         read: Function that opens a file or directory and returns its tensors by name.
 
     Raises:
-        CheckpointError: A file or directory cannot be read, or has tensors of no known layout.
+        CheckpointError: A file or directory cannot be read, or its tensor names fit no known
+            layout.
     """
     if not isinstance(source, Parts):
         return [_open(source, layouts.LLAVA_LAYOUTS, read)]
@@ -106,7 +110,7 @@ def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
 def find_base_tensors(
     source: str | Path | Parts, sources: list[Source], config: ModelConfig, abstract: Abstract
 ) -> dict[str, list[Tensor]]:
-    """Calls `find_tensors` for a base, without the projector if separate parts have none."""
+    """Calls `find_tensors` for a base; leaves out the projector if separate parts have none."""
     is_parts = isinstance(source, Parts)
     if is_parts and not any(source[1].holds("projector.linear_1.weight") for source in sources):
         abstract = {path: x for path, x in abstract.items() if not path.startswith("projector.")}
@@ -121,19 +125,20 @@ def find_tensors(
     *,
     may_grow: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """Returns the tensors of each parameter by its path, one per layer of a stacked parameter.
+    """Returns each parameter's tensors by path; a stacked parameter has one tensor per layer.
 
     Args:
         where: Path or parts of the checkpoint, for messages.
-        sources: Opened files or directories. A parameter is taken from the first one whose layout
-            has this parameter.
+        sources: Opened files or directories. A parameter is taken from the first source whose
+            layout has this parameter.
         config: Sizes of the model that `abstract` belongs to.
         abstract: Shapes of the wanted parameters. Every tensor must belong to one parameter.
         may_grow: Whether a vocabulary may have fewer rows than in `abstract`.
 
     Raises:
-        CheckpointError: Tensors are missing, left over or of the wrong shape, and the message names
-            all of them; or a stored head differs from the embedding that it is tied to.
+        CheckpointError: Tensors are missing, do not belong to the model, or have the wrong shape;
+            the message names all these tensors. Or a stored head is tied to the embedding, but
+            differs from it.
     """
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
     missing, misshapen, known = [], [], set()
@@ -147,7 +152,8 @@ def find_tensors(
                 missing.append(f"{name} {list(shape)}")
             elif not _fits(tensor.shape, shape, may_grow and path in VOCABULARY):
                 misshapen.append(
-                    f"{name} is {list(tensor.shape)}, expected {list(shape)} ({tensor.file.name})"
+                    f"{name} has shape {list(tensor.shape)}, expected {list(shape)} "
+                    f"({tensor.file.name})"
                 )
             else:
                 found[path].append(tensor)
@@ -163,7 +169,11 @@ def find_tensors(
     _refuse(
         where,
         sources,
-        {"missing": missing, "left over": left_over, "of the wrong shape": misshapen},
+        {
+            "missing tensors": missing,
+            "tensors that do not belong to the model": left_over,
+            "tensors with the wrong shape": misshapen,
+        },
     )
     for head in heads:
         _check_tied(where, head, found[EMBEDDING][0])
@@ -173,14 +183,14 @@ def find_tensors(
 def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:
     """Raises one CheckpointError that names all tensors that do not fit, if there are any."""
     lines = [
-        f"{len(items)} tensors {what}:" + "".join(f"\n  {item}" for item in items)
+        f"{what} ({len(items)}):" + "".join(f"\n  {item}" for item in items)
         for what, items in problems.items()
         if items
     ]
     if lines:
         names = "; ".join(source[1].name for source in sources)
         raise CheckpointError(
-            f"{where} does not fit the model's config (found: {names})\n" + "\n".join(lines)
+            f"{where} does not fit the model's config (tensor names: {names})\n" + "\n".join(lines)
         )
 
 
@@ -189,7 +199,7 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_grow: bool) -> bo
 
 
 def _tied_heads(sources: list[Source]) -> list[Tensor]:
-    """Returns the stored heads of a model in which the embedding is used as the head."""
+    """Returns the head's tensors in the files of a model that uses the embedding as its head."""
     return [
         tensor
         for tensors, layout in sources
@@ -208,23 +218,23 @@ def _check_tied(where: str, head: Tensor, embedding: Tensor) -> None:
 
     if head.shape != embedding.shape or digest(head) != digest(embedding):
         raise CheckpointError(
-            f"{where} has tie_word_embeddings in its config, but {head.name} "
+            f"tie_word_embeddings is true in the config of {where}, but {head.name} "
             f"{list(head.shape)} ({head.file.name}) is not equal to {embedding.name} "
             f"{list(embedding.shape)} ({embedding.file.name}): set tie_word_embeddings to false in "
-            "config.json, in its text_config too if there is one, or remove the wrong tensor"
+            "config.json and, if it exists, in its text_config, or remove the wrong tensor"
         )
 
 
 def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
-    """Reads a parameter from its tensors onto its devices.
+    """Reads the tensors of a parameter, and puts the parameter on its devices.
 
-    A stack in pinned host memory is assembled in ordinary host memory first, so that host memory
-    holds the stack twice for a moment.
+    A stack in pinned host memory is first assembled in ordinary host memory, so host memory holds
+    the stack twice for a short time.
 
     Args:
         path: Path of the parameter.
-        tensors: Tensor of the parameter, or one tensor per layer of a stacked parameter.
-        spec: Shape, dtype and sharding; for a quantized parameter, a `Quantised` of these.
+        tensors: The parameter's only tensor, or one tensor per layer of a stacked parameter.
+        spec: Shape, dtype and sharding; for a quantized parameter, a `Quantised` object of them.
 
     Raises:
         CheckpointError: A tensor cannot be read, or a weight cannot be quantized.
@@ -268,7 +278,7 @@ def _sharding(spec: jax.ShapeDtypeStruct) -> Sharding:
 
 
 def _read(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads a tensor. If `shape` has more rows, they get the mean of the tensor's rows."""
+    """Reads a tensor. If `shape` has more rows, each new row is the mean of the tensor's rows."""
     if tensor.shape == shape:
         return tensor.read()
     values = tensor.read(rows=shape[0])
@@ -309,7 +319,7 @@ def _cast(x: Float[Array, "*rest"], dtype: jnp.dtype) -> Float[Array, "*rest"]:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A parameter that is still in its files; `save_params` accepts it in place of an array.
+    """A parameter whose values are still in files; `save_params` accepts it instead of an array.
 
     Attributes:
         shape: Shape of the whole parameter, with the layer axis of a stacked parameter.
@@ -330,13 +340,13 @@ def common_dtype(tensors: list[Tensor]) -> np.dtype:
 
 
 def stored(path: str, tensors: list[Tensor], spec: Any) -> Stored:
-    """Returns a parameter that is still in its files, in the dtype that `common_dtype` returns.
+    """Returns a parameter whose values are still in files, with the dtype of `common_dtype`.
 
-    A vocabulary that is too small is filled up as in `load_params`.
+    If a vocabulary has too few rows, rows are added as in `load_params`.
 
     Args:
         path: Path of the parameter.
-        tensors: Tensor of the parameter, or one tensor per layer of a stacked parameter.
+        tensors: The parameter's only tensor, or one tensor per layer of a stacked parameter.
         spec: Shape of the whole parameter.
     """
     shape = spec.shape[1:] if paths.is_stacked(path) else spec.shape
@@ -350,9 +360,9 @@ def fingerprint(checkpoint: str | Path | Parts) -> str:
     """Returns a hash that identifies the weights of a checkpoint, without reading all of them.
 
     The hash covers the name, dtype, shape and up to 192 bytes (start, middle, end) of every tensor.
-    It differs for another model, another training state (where practically every value differs),
-    another dtype or a resized vocabulary. It does not depend on shards, paths, or the layout of the
-    tensor names. It can miss a change of a few single values.
+    It is different for another model, another state of training (in which practically every value
+    differs), another dtype and another vocabulary size. It does not depend on shards, paths, or the
+    layout of the tensor names. If only a few values change, the hash may stay the same.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -361,7 +371,7 @@ def fingerprint(checkpoint: str | Path | Parts) -> str:
 
 
 def fingerprint_of(sources: list[Source]) -> str:
-    """Returns the `fingerprint` of files that are open already."""
+    """Returns the `fingerprint` of a checkpoint that is already open."""
     lines = []
     for tensors, layout in sources:
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Builds a model from a checkpoint, and loads the weights directly onto their devices."""
+"""Builds a model from a checkpoint, and loads its weights directly onto the devices."""
 
 from collections.abc import Callable, Collection
 from functools import partial
@@ -49,7 +49,7 @@ def load_weights(
     wanted: Collection[str] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Params:
-    """Loads parameters from a checkpoint and initializes those that the checkpoint lacks.
+    """Loads parameters from a checkpoint, and initializes parameters that the checkpoint lacks.
 
     Args:
         source: Directory or parts of the base, as in `Checkpoint.base`; None initializes all
@@ -69,13 +69,13 @@ def load_weights(
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
     if say and source is not None and any(path.startswith("projector.") for path in fresh):
-        say(f"{format_source(source)} has no projector; a new one is initialized from seed {seed}")
+        say(f"{format_source(source)} has no projector; a new one is initialized with seed {seed}")
     return params | initialise(fresh, seed)
 
 
 @partial(jit_loop, static_argnums=0)
 def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
-    """Calls `models.llava.Llava.__call__` on a graph definition with its parameters.
+    """Merges a graph definition with its parameters, and calls the resulting `Llava` model.
 
     The function is compiled once for each combination of input shapes.
     """
@@ -83,7 +83,11 @@ def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
 
 
 class LlavaModel(Llava):
-    """A LLaVA with its weights. Calling the model returns the logits of all tokens."""
+    """A LLaVA model with its weights. Calling the model returns the logits of all tokens.
+
+    Attributes:
+        source: Directory or parts that the base was loaded from.
+    """
 
     source: Path | Parts | None = None
 
@@ -100,8 +104,8 @@ class LlavaModel(Llava):
         Args:
             input_ids: Token ids [batch, tokens], with `config.image_tokens` image tokens for each
                 image.
-            pixel_values: Normalized images [images, channels, height, width], in the order of their
-                tokens in the rows of the batch; None if there are no images.
+            pixel_values: Normalized images [images, channels, height, width], in the order in which
+                their image tokens appear in the batch, row by row; None if there are no images.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None means no padding.
         """
         return logits(*split(self), input_ids, pixel_values, attention_mask)
@@ -114,11 +118,11 @@ class LlavaModel(Llava):
         mesh: Mesh | None = None,
         quantize: Quantisation | None = None,
     ) -> "LlavaModel":
-        """Loads a checkpoint.
+        """Loads a model from a checkpoint.
 
         Args:
-            path: Directory of a checkpoint or a run, hub id, or separate parts, as `Parts` or as
-                the text llm=DIR,vision=DIR,projector=FILE.
+            path: Directory of a checkpoint or of a run, hub id, or separate parts. Parts are a
+                `Parts` object or the text llm=DIR,vision=DIR,projector=FILE.
             dtype: Dtype of the weights and the computation, "float32" or "bfloat16".
             mesh: Mesh over which the weights are sharded, as `make_mesh` returns it; None uses one
                 device.
@@ -127,7 +131,8 @@ class LlavaModel(Llava):
 
         Raises:
             ConfigError: There is no such checkpoint, or its weights cannot be quantized.
-            CheckpointError: The checkpoint is not a supported LLaVA, is incomplete or damaged.
+            CheckpointError: The checkpoint is not a supported LLaVA model, is incomplete, or is
+                damaged.
         """
         source = parse_source(path) if isinstance(path, str) else path
         return cls.from_checkpoint(resolve(source), dtype, mesh, quantize)
@@ -140,27 +145,29 @@ class LlavaModel(Llava):
         mesh: Mesh | None = None,
         quantize: Quantisation | None = None,
     ) -> "LlavaModel":
-        """Loads a checkpoint that `resolve` has found.
+        """Loads a model from a checkpoint that `resolve` has found.
 
         Args:
-            checkpoint: Base, and perhaps an adapter checkpoint that was trained on it.
+            checkpoint: Base, and optionally an adapter checkpoint that was trained on the base.
             dtype: Dtype, as in `from_pretrained`.
             mesh: Mesh, as in `from_pretrained`.
             quantize: Quantization, as in `from_pretrained`.
 
         Raises:
             ConfigError: The weights cannot be quantized.
-            CheckpointError: The checkpoint is not a supported LLaVA, is incomplete or damaged.
+            CheckpointError: The checkpoint is not a supported LLaVA model, is incomplete, or is
+                damaged.
         """
         base, adapter = checkpoint.base, checkpoint.adapter
         lacks: list[str] = []
         model = cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
         brought = () if adapter is None else model._add_adapter(adapter)
         if lacks and not any(path.startswith("projector.") for path in brought):
-            what = f"{adapter} has no projector, nor has" if adapter else "there is no projector in"
+            name = format_source(base)
+            what = f"neither {adapter} nor {name} has a" if adapter else f"{name} has no"
             raise CheckpointError(
-                f"{what} {format_source(base)}; name one: llm=DIR,vision=DIR,projector=FILE on the "
-                "command line, LlavaModel.from_parts(llm, vision, projector) in Python"
+                f"{what} projector; give its file: llm=DIR,vision=DIR,projector=FILE on the "
+                "command line, or LlavaModel.from_parts(llm, vision, projector) in Python"
             )
         return model
 
@@ -180,14 +187,16 @@ class LlavaModel(Llava):
             llm: Directory or hub id of a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
             vision: Directory or hub id of a CLIPVisionModel, CLIPModel, SiglipVisionModel or
                 SiglipModel.
-            projector: Safetensors file or directory; None initializes a new projector.
+            projector: Safetensors file of the projector, or a directory that contains the file;
+                None initializes a new projector.
             dtype: Dtype of the weights and the computation, "float32" or "bfloat16".
             seed: Seed of a new projector.
             mesh: Mesh, as in `from_pretrained`.
 
         Raises:
             ConfigError: There is no such directory or hub id.
-            CheckpointError: A part cannot be read, is not supported or does not fit the others.
+            CheckpointError: A part cannot be read, is not supported, or does not fit the other
+                parts.
         """
         parts = Parts(str(llm), str(vision), None if projector is None else str(projector))
         return cls._load(resolve(parts).base, dtype, mesh, seed)
@@ -214,7 +223,10 @@ class LlavaModel(Llava):
         return model
 
     def load_adapter(self, path: str | Path) -> None:
-        """Adds a LoRA adapter, and replaces the parameters that were trained in full beside it.
+        """Adds a LoRA adapter to the model.
+
+        If the adapter checkpoint also has parameters that were trained in full, they replace the
+        parameters of the model.
 
         Args:
             path: Directory or file in a format of `pretrained.adapters`; pickles are refused.
@@ -230,7 +242,7 @@ class LlavaModel(Llava):
         """Adds an adapter as `load_adapter` does, and returns the paths of its parameters."""
         _, params = split(self)
         if any(map(is_adapter, params)):
-            raise ValueError("the model already has an adapter; merge it first")
+            raise ValueError("the model already has an adapter; call merge_adapter() first")
         abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
         adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source:
@@ -243,7 +255,7 @@ class LlavaModel(Llava):
         return loaded
 
     def merge_adapter(self) -> None:
-        """Adds the adapters to the weights of the model, and removes them.
+        """Merges the adapters into the weights of the model, and removes the adapters.
 
         Raises:
             ValueError: The weights are quantized.
@@ -251,10 +263,10 @@ class LlavaModel(Llava):
         lora.merge_adapters(self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a directory that every supported version of transformers loads.
+        """Writes a directory that every supported version of transformers can load.
 
-        Tokenizer and image processor are copied from the source if it has a tokenizer. A model from
-        separate parts gets the chat template that `choose_template` selects.
+        If the source has a tokenizer, the tokenizer and the image processor are written too. A
+        model from separate parts gets the chat template that `choose_template` selects.
 
         Args:
             path: Directory to write; it is created if it does not exist.

@@ -1,8 +1,8 @@
 """Reads a ModelConfig from a checkpoint's config.json, and writes a config.json.
 
 Hugging Face omits fields of config.json that equal a default, and has moved and renamed fields over
-the years. The defaults are copied here (a test compares them with those of transformers), so the
-result does not depend on the version of transformers.
+the years. The defaults are copied here, so that the result does not depend on the version of
+transformers. A test compares the copied defaults with transformers.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 
-# Defaults of transformers' configs, equal in 4.36 (for Qwen2 and SigLIP: 4.37) and in 5.23.
+# Defaults of transformers, the same in versions 4.36 (4.37 for Qwen2 and SigLIP) and 5.23.
 LLAMA_DEFAULTS: Json = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -69,7 +69,7 @@ SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
 }
-# Used if there is no vision_config. Otherwise the defaults are those of its model_type.
+# Used if config.json has no vision_config. A vision_config has the defaults of its model_type.
 LLAVA_VISION: Json = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -98,10 +98,9 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 
-VOCABULARY_MULTIPLE = 64  # extended vocabularies have a multiple of it, like llava-hf's 32064
+VOCABULARY_MULTIPLE = 64  # divides the size of an extended vocabulary, such as llava-hf's 32064
 
-
-# LLaVA-1.6 and its successors.
+# Model types of LLaVA-1.6 and its successors, which cut images into tiles.
 TILED = ("llava_next", "llava_next_video", "llava_onevision")
 
 
@@ -115,17 +114,18 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     kind = raw.get("model_type")
     if kind in TILED:
         raise CheckpointError(
-            f"{file}: model_type is {kind!r:.80}, a LLaVA that cuts images into tiles, which is "
-            "not supported; start from a LLaVA-1.5 (model_type 'llava'), or from a decoder and a "
-            "vision tower in separate directories: llm=DIR,vision=DIR"
+            f"{file}: model_type is {kind!r:.80}; models that cut images into tiles are not "
+            "supported; use a LLaVA-1.5 model (model_type 'llava'), or a separate decoder and "
+            "vision tower: llm=DIR,vision=DIR"
         )
     if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
         what = "a decoder" if kind in DECODERS else "a vision tower"
         raise CheckpointError(
-            f"{file}: model_type is {kind!r:.80}, {what} alone; name both parts: llm=DIR,vision=DIR"
+            f"{file}: model_type is {kind!r:.80}, so this is only {what}; give both a decoder and "
+            "a vision tower: llm=DIR,vision=DIR"
         )
     if kind != "llava":
-        raise CheckpointError(f"{file}: model_type is {kind!r:.80}, expected 'llava'")
+        raise CheckpointError(f"{file}: model_type is {kind!r:.80}; it must be 'llava'")
     given = _given(raw)
     values = LLAVA_DEFAULTS | given
     values["image_token_id"] = values.get("image_token_id", values["image_token_index"])
@@ -136,7 +136,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     strategy = values["vision_feature_select_strategy"]
     _require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
     _require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
-    if given.get("tie_word_embeddings"):  # either field ties, as in transformers 5
+    if given.get("tie_word_embeddings"):  # one of the fields is enough, as in transformers 5
         text["tie_word_embeddings"] = True
     parts = _vision_config(file, vision), _llm_config(file, text)
     values["pad_token_id"] = _pad_token_id(file, given, text)
@@ -165,7 +165,7 @@ def read_llm_config(directory: str | Path) -> LlmConfig:
 
 
 def read_vision_config(directory: str | Path) -> VisionConfig:
-    """Reads the `VisionConfig` of a CLIPVisionModel, CLIPModel, or SigLIP's counterparts.
+    """Reads the `VisionConfig` of a CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel.
 
     Raises:
         CheckpointError: The config.json cannot be read, or the tower is not supported.
@@ -173,7 +173,7 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
     if kind in _TWO_TOWERS:
-        # OpenAI's configs have both objects; then vision_config_dict has the right values.
+        # If a config has both objects, as OpenAI's configs do, vision_config_dict is the right one.
         once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
         raw = {"model_type": f"{kind}_vision_model"} | once | twice
     return _vision_config(file, _given(raw))
@@ -186,14 +186,15 @@ def read_parts_config(
 
     Args:
         parts: Directories of the parts.
-        image_token_id: Id of the image token. None takes the id from the tokenizer of
-            `load_tokenizer`, or without a tokenizer the first id after the decoder's vocabulary.
-        pad_token_id: Id of the padding token. None takes the id from the same tokenizer, or without
-            a tokenizer the second id after the vocabulary.
+        image_token_id: Id of the image token. None uses the id in the tokenizer, or the first id
+            after the decoder's vocabulary if there is no tokenizer.
+        pad_token_id: Id of the padding token. None uses the id in the tokenizer, or the second id
+            after the decoder's vocabulary if there is no tokenizer.
 
     Returns:
-        A config with the decoder's vocabulary, extended if one of the two ids lies outside. Unless
-        LLaVA's own config.json says otherwise, every patch and no class token is a feature.
+        A config whose vocabulary has the decoder's size, or is extended to contain both ids. The
+        image features are all patches without the class token, unless LLaVA's own config.json has
+        other settings.
 
     Raises:
         CheckpointError: A part cannot be read or is not supported.
@@ -227,8 +228,8 @@ def _read_tower(parts: Parts) -> VisionConfig:
     tower = llava_directory.named_tower(*read_json_config(parts.llm))
     if not isinstance(tower, VisionConfig):
         raise CheckpointError(
-            f"{parts.llm} does not say what its vision tower is; name the tower's directory: "
-            f"llm={parts.llm},vision=DIRECTORY"
+            f"{parts.llm} does not describe its vision tower; give the directory of the vision "
+            f"tower: llm={parts.llm},vision=DIRECTORY"
         )
     return tower
 
@@ -244,16 +245,16 @@ def read_json_config(directory: str | Path) -> tuple[Path, Json]:
 
 
 def _given(raw: Json | None) -> Json:
-    """Removes fields that are null, which means the default (but "no value" in some fields)."""
+    """Removes null fields, so that defaults apply; keeps fields where null means "no value"."""
     none = ("sliding_window", "num_key_value_heads")
     return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
 
 
 def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
-    """Returns an object inside a config; `default` if it is missing."""
+    """Returns the JSON object in a field of a config; `default` if the field is missing or null."""
     value = raw.get(name)
     if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {name} is {value!r:.80}, not an object")
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}; it must be an object")
     return default if value is None else value
 
 
@@ -265,7 +266,7 @@ def _check(file: Path, part: str, kind: type, values: Json) -> None:
     """Checks the values of a config against the type annotations of the dataclass `kind`.
 
     Raises:
-        CheckpointError: A field has the wrong type, or a size that no model has.
+        CheckpointError: A field has the wrong type, or a number outside the allowed range.
     """
     for name, hint in get_type_hints(kind).items():
         value = values.get(name)
@@ -280,7 +281,9 @@ def _check(file: Path, part: str, kind: type, values: Json) -> None:
         least = 0 if name.endswith("token_id") else 1 if isinstance(value, int) else 1e-30
         most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
         if not least <= value <= most:
-            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}, which no model has")
+            raise CheckpointError(
+                f"{file}: {part}{name} is {value!r:.80}; it must be between {least} and {most}"
+            )
 
 
 _GELUS = ("gelu", "gelu_pytorch_tanh")
@@ -315,7 +318,8 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
     if heads % key_heads or head_dim % 2 or not head_dim:
         raise CheckpointError(
             f"{file}: the decoder has {heads} heads of size {head_dim} and {key_heads} key heads; "
-            "the size must be even, and the number of heads a multiple of that of key heads"
+            "the head size must be even, and the number of heads must be a multiple of the number "
+            "of key heads"
         )
     theta, scaling = _rope(file, values)
     return LlmConfig(
@@ -337,7 +341,7 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
 
 
 def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
-    """Returns RoPE's base and scaling from `rope_parameters` (transformers 5) or older fields."""
+    """Returns RoPE's base and scaling, from `rope_parameters` (transformers 5) or older fields."""
     name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     rope = _object(file, values, name, {})
     theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
@@ -351,7 +355,7 @@ def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     absent = [name for name in names if name not in rope]
     if absent:
-        raise CheckpointError(f"{file}: llama3 rope scaling without {', '.join(absent)}")
+        raise CheckpointError(f"{file}: the llama3 RoPE scaling lacks {', '.join(absent)}")
     _check(file, f"the decoder's {name}.", RopeScaling, rope)
     return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
@@ -363,8 +367,8 @@ def _vision_config(file: Path, given: Json) -> VisionConfig:
     image, patch = values["image_size"], values["patch_size"]
     if not isinstance(image, int) or not isinstance(patch, int) or not 0 < patch <= image:
         raise CheckpointError(
-            f"{file}: image_size {image!r:.80} and patch_size {patch!r:.80}; supported: square "
-            "images and patches"
+            f"{file}: image_size is {image!r:.80} and patch_size is {patch!r:.80}; each must be "
+            "one integer, the side of a square, and patch_size must not exceed image_size"
         )
     _check(file, "the vision tower's ", VisionConfig, values)
     if values["hidden_size"] % values["num_attention_heads"]:
@@ -377,7 +381,7 @@ def _vision_config(file: Path, given: Json) -> VisionConfig:
 
 
 def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
-    """Returns the id of the padding token; configs without one pad with the end token."""
+    """Returns the id of the padding token, or of the end token if there is no padding token."""
     end = text.get("eos_token_id", DECODERS[text.get("model_type", "llama")]["eos_token_id"])
     choices = (top.get("pad_token_id"), text.get("pad_token_id"))
     choices = (*choices, end[0] if isinstance(end, list) and end else end)
@@ -388,7 +392,7 @@ def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
 
 
 def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = "bfloat16") -> None:
-    """Writes a config.json that means the same to transformers 4.40 and later, including 5.
+    """Writes a config.json that transformers 4.40 and all later versions read in the same way.
 
     Args:
         config: Sizes of the model.
@@ -415,7 +419,7 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
 
 
 def text_settings(llm: LlmConfig) -> Json:
-    """Returns the content of a decoder's own config.json."""
+    """Returns the content of the config.json in a decoder's directory."""
     text = dataclasses.asdict(llm)
     text |= {"architectures": [ARCHITECTURES[llm.model_type]], "hidden_act": "silu"}
     if llm.rope_scaling is not None:
@@ -430,11 +434,11 @@ def text_settings(llm: LlmConfig) -> Json:
 
 
 def tower_settings(vision: VisionConfig) -> Json:
-    """Returns the content of a vision tower's own config.json."""
+    """Returns the content of the config.json in a vision tower's directory."""
     tower = dataclasses.asdict(vision) | {"num_channels": 3}
     if vision.model_type == "clip_vision_model":
         del tower["vision_use_head"]
-        tower["projection_dim"] = 768  # LLaVA has no such head, but loaders need a number
+        tower["projection_dim"] = 768  # LLaVA has no projection head, but loaders need a number
     return tower
 
 

@@ -6,9 +6,9 @@ depend on the version of transformers; the code calls the two conventions era 5 
     transformers 5            base_model.model.model.language_model.layers.0.self_attn.q_proj...
     transformers up to 4.51   base_model.model.language_model.model.layers.0.self_attn.q_proj...
 
-Adapters are written for era 5 by default, and both eras are read. PEFT itself ignores the tensors
-of a file of the other era, without an error. Here a file is refused unless every tensor belongs to
-the model.
+Adapters are written for era 5 by default, and both eras are read. PEFT silently ignores tensors
+that have the names of the other era. This module instead refuses a file unless every tensor belongs
+to the model.
 """
 
 import json
@@ -40,7 +40,7 @@ from llava_jax.pretrained.safetensors import read_json, write_tensors
 from llava_jax.pretrained.save import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE = "base.json"  # not a file of PEFT: it identifies the weights of the base
+BASE = "base.json"  # not part of PEFT's format; it has the fingerprint of the base's weights
 
 _PREFIX = "base_model.model."
 _ERAS = {4: layouts.HF_4_36, 5: layouts.HF_5_MEMORY}
@@ -49,17 +49,17 @@ _BLOCKS = {
     LLM: r"(model\.)?language_model\.(model\.)?layers",
     VISION: r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers",
 }
-# Older PEFT needs at least one module name before the match, and names of era 4 start with the
-# tower's name, so the pattern must not include that name.
+# Older versions of PEFT need at least one module name before the match. In era 4, a module name
+# starts with the tower's name, so the pattern must not include the tower's name.
 _VISION_PATTERN = r"encoder\.layers\..*"
-# Names in PEFT's modules_to_save of the parts that are trained in full beside adapters.
+# Names of the parts in PEFT's modules_to_save, which lists the parts that were trained in full.
 _MODULES = {"projector.": "multi_modal_projector", "vision.": "vision_tower"}
 _KINDS = {
     "base_model_name_or_path": str,
     **{"rank_pattern": dict, "alpha_pattern": dict},
     **{"lora_dropout": int | float, "use_rslora": bool},
 }
-_MAX = 2**24  # larger than any rank and alpha
+_MAX = 2**24  # larger than the rank and alpha of any adapter
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
@@ -80,33 +80,38 @@ def save_adapter(
     fingerprint: str | None,
     era: Literal[4, 5] = 5,
 ) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` loads on the Hugging Face base.
+    """Writes an adapter that `peft.PeftModel.from_pretrained` can add to the Hugging Face base.
 
-    All processes of a run must call this function; the first process writes.
+    All processes of a run must call this function; only the first process writes files.
 
     Args:
         directory: Directory to write; it is created if it does not exist.
-        params: All trained parameters: adapters, and the parts trained in full beside them. If the
-            vision tower is such a part, also its frozen parameters: PEFT loads only whole towers.
+        params: All trained parameters: adapters, and the parameters of parts that were trained in
+            full. If the vision tower was trained in full, its frozen parameters must be included,
+            because PEFT can only load a complete tower.
         adapters: LoRA settings by stack, `LLM` or `VISION`.
         config: Sizes of the model that was trained.
-        base_name: Path, hub id or parts of the base, stored for programs that load the adapter;
-            local paths are made absolute.
+        base_name: Path, hub id or parts of the base. It is stored for programs that load the
+            adapter; local paths are made absolute.
         fingerprint: Fingerprint of the base's weights, or None if it is not known.
         era: Version of transformers whose module names are used: 5 for versions from 4.52 on, 4 for
             versions up to 4.51.
 
     Raises:
-        ValueError: `params` has parameters that a PEFT adapter cannot store.
+        ValueError: `params` has parameters that a PEFT adapter cannot store, or only a part of the
+            vision tower.
     """
     directory = Path(directory)
     whole = [path for path in params if not is_adapter(path)]
     foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
     if foreign:
-        raise ValueError(f"a PEFT adapter has no room for {', '.join(foreign)}")
+        raise ValueError(f"a PEFT adapter cannot store these parameters: {', '.join(foreign)}")
     modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
     if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
-        raise ValueError("PEFT loads a vision tower only whole: add the layers after the feature")
+        raise ValueError(
+            "PEFT can only load a complete vision tower; also include the layers after the feature "
+            "layer"
+        )
     base = {"fingerprint": fingerprint}
     named = None if base_name is None else absolute_source(base_name)
     written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
@@ -120,10 +125,10 @@ def save_adapter(
 
 
 def peft_name(layout: Layout, parameter: str) -> str:
-    """Returns the tensor name in a PEFT adapter's file.
+    """Returns the name that the tensor of a parameter has in the file of a PEFT adapter.
 
     Args:
-        layout: Layout of the module names of the base.
+        layout: Layout of the base's tensor names.
         parameter: Parameter path with the layer index, as `models.paths.unstacked` returns it.
     """
     name = layout.file_name(parameter)
@@ -136,7 +141,8 @@ def _peft_config(
 ) -> Json:
     """Returns the content of adapter_config.json.
 
-    If the vision tower's rank or alpha differs from the decoder's, it is stored as a pattern.
+    If the LoRA settings of the vision tower differ from the decoder's, the rank and the alpha of
+    the vision tower are stored in `rank_pattern` and `alpha_pattern`.
     """
     first = adapters.get(LLM) or adapters[VISION]
     ranks, alphas = {}, {}
@@ -161,7 +167,7 @@ def _peft_config(
 
 
 def lora_settings(lora: LoraConfig) -> Json:
-    """Returns the fields of adapter_config.json that PEFT's and LLaVA's directories share."""
+    """Returns the fields that adapter_config.json has in PEFT's and in LLaVA's directories."""
     return {
         "peft_type": "LORA",
         "r": lora.rank,
@@ -174,7 +180,10 @@ def lora_settings(lora: LoraConfig) -> Json:
 
 
 def _target_pattern(stack: str, lora: LoraConfig, config: ModelConfig) -> str:
-    """Returns a pattern for the linear layers with adapters, without unused vision layers."""
+    """Returns a regular expression that matches the linear layers of a stack that have adapters.
+
+    Vision layers after the feature layer are not matched.
+    """
     layers = r"\d+"
     if stack == VISION:
         layers = f"({'|'.join(map(str, range(config.used_vision_layers)))})"
@@ -185,26 +194,32 @@ def read_settings(file: Path) -> Json:
     """Reads an adapter_config.json.
 
     Raises:
-        CheckpointError: The file cannot be read, is not for LoRA, or has unsupported settings.
+        CheckpointError: The file cannot be read, does not describe LoRA adapters, or has settings
+            that are invalid or not supported.
     """
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r:.80}, not 'LORA'")
+        raise CheckpointError(
+            f"{file}: peft_type is {settings.get('peft_type')!r:.80}; only 'LORA' is supported"
+        )
     odd = [f"{name} = {settings[name]!r:.80}" for name in _UNSUPPORTED if settings.get(name)]
     if settings.get("bias", "none") != "none":
         odd.append(f"bias = {settings['bias']!r:.80}")
     if odd:
-        raise CheckpointError(f"{file}: not supported: {', '.join(odd)}")
+        raise CheckpointError(f"{file}: these settings are not supported: {', '.join(odd)}")
     for name, kind in _KINDS.items():
         if not isinstance(settings.get(name), kind | None):
-            raise CheckpointError(f"{file}: {name} is {settings[name]!r:.80}, of the wrong type")
+            raise CheckpointError(
+                f"{file}: {name} is {settings[name]!r:.80}, which has the wrong type"
+            )
     return settings
 
 
 def plain_name(name: str) -> str:
-    """Removes PEFT's additions from a tensor name.
+    """Removes the parts that PEFT adds to a tensor name.
 
-    The name of an adapter then ends in `.lora_a` or `.lora_b`, like the paths in this package.
+    The resulting name of an adapter ends in `.lora_a` or `.lora_b`, like the adapter's path in this
+    package.
     """
     name = name.replace(_PREFIX, "", 1).replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
@@ -231,14 +246,17 @@ def stack_settings(directory: Path, settings: Json, stack: str, names: list[str]
     alphas = of_modules("lora_alpha", "alpha_pattern", int | float)
     if len(ranks) > 1 or len(alphas) > 1:
         raise CheckpointError(
-            f"{directory / CONFIG}: {stack}* has ranks {sorted(ranks)} and alphas "
-            f"{sorted(alphas)}; one of each is supported"
+            f"{directory / CONFIG}: the adapters in {stack}* have ranks {sorted(ranks)} and alphas "
+            f"{sorted(alphas)}; all of them must have the same rank and the same alpha"
         )
     (rank,), (alpha,) = ranks, alphas
     dropout = settings.get("lora_dropout") or 0.0
     if not 0 <= dropout < 1:
-        raise CheckpointError(f"{directory / CONFIG}: lora_dropout {dropout:.5g} is not in [0, 1)")
-    if settings.get("use_rslora"):  # its scale is alpha / sqrt(rank) instead of alpha / rank
+        raise CheckpointError(
+            f"{directory / CONFIG}: lora_dropout is {dropout:.5g}; it must be at least 0 and less "
+            "than 1"
+        )
+    if settings.get("use_rslora"):  # rsLoRA scales by alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
     linears = {module.rsplit(".", 1)[1] for module in modules}
     order = LLM_LINEARS if stack == LLM else VISION_LINEARS
@@ -254,9 +272,10 @@ def _of_modules(
     pattern_name: str,
     kind: Any,
 ) -> set[Any]:
-    """Returns the ranks or alphas of the modules.
+    """Returns the different ranks, or the different alphas, of the modules.
 
-    As in PEFT, the value is that of the first pattern that matches the end of a module's name.
+    As in PEFT, the first pattern that matches the end of a module's name gives the module's value.
+    A module that no pattern matches has the value of the field `name`.
     """
     patterns = settings.get(pattern_name) or {}
     try:
@@ -268,7 +287,7 @@ def _of_modules(
     for value in found:
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < _MAX:
             raise CheckpointError(
-                f"{file}: {name} is {value!r:.80}; r must be a positive integer, lora_alpha a "
-                "positive number"
+                f"{file}: {name} is {value!r:.80}; r must be a positive integer, and lora_alpha "
+                "must be a positive number"
             )
     return {*found}

@@ -34,9 +34,9 @@ def load_image_transform(
     """Reads the image processor of a checkpoint.
 
     Args:
-        source: Directory of a LLaVA, or separate parts, whose vision tower is used. A tower without
-            an image processor gets the default of CLIP or SigLIP at its image size.
-        aspect: What happens to images that are not square; None uses the checkpoint's setting.
+        source: Directory of a LLaVA, or separate parts. With parts, the vision tower's image
+            processor is read; if it does not exist, the default of CLIP or SigLIP is used.
+        aspect: Handling of images that are not square; None uses the checkpoint's setting.
 
     Raises:
         CheckpointError: There is no image processor, or it has unsupported settings.
@@ -48,7 +48,7 @@ def load_image_transform(
         size, is_siglip = tower.image_size, tower.model_type == "siglip_vision_model"
         return ImageTransform(size, size, size, *_statistics(is_siglip), aspect=aspect or "pad")
     if found is None:
-        raise CheckpointError(f"{directory} has no {_IMAGES}")
+        raise CheckpointError(f"{directory} has no {_IMAGES}; copy it from the original model")
     file, settings = found
     edge, height, width, own_aspect = _sizes(file, settings)
     steps = ("do_resize", "do_rescale", "do_normalize")
@@ -58,7 +58,7 @@ def load_image_transform(
         odd.append(f"resample {resample!r:.80}")
     if odd:
         raise CheckpointError(
-            f"{file}: images must be resized (bicubic, resample 3), rescaled and normalised; found "
+            f"{file}: images must be resized (bicubic, resample 3), rescaled and normalized; found "
             f"{', '.join(odd)}"
         )
     is_siglip = str(settings.get("image_processor_type", "")).startswith("Siglip")
@@ -67,8 +67,8 @@ def load_image_transform(
     rescale = settings.get("rescale_factor", ImageTransform.rescale)
     if not (_is_numbers(mean, 3) and _is_numbers(std, 3, 1e-6) and _is_numbers([rescale], 1, 1e-6)):
         raise CheckpointError(
-            f"{file}: image_mean {mean!r:.80}, image_std {std!r:.80}, rescale_factor "
-            f"{rescale!r:.80}; they must be three numbers, three numbers above 0, one above 0"
+            f"{file}: image_mean must be 3 numbers, image_std 3 positive numbers, rescale_factor a "
+            f"positive number; found {mean!r:.80}, {std!r:.80} and {rescale!r:.80}"
         )
     return ImageTransform(
         shortest_edge=edge,
@@ -84,7 +84,7 @@ def load_image_transform(
 def load_fitting_transform(
     source: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
 ) -> ImageTransform:
-    """Calls `load_image_transform`, and checks that its image size is that of the model.
+    """Calls `load_image_transform`, and checks that its image size equals the model's image size.
 
     Raises:
         CheckpointError: `load_image_transform` fails.
@@ -93,9 +93,9 @@ def load_fitting_transform(
     transform = load_image_transform(source, aspect)
     if not transform.height == transform.width == config.vision.image_size:
         raise ConfigError(
-            f"{source}: the image processor gives {transform.height} x {transform.width} pixels, "
-            f"but the vision tower takes {config.vision.image_size}; they belong to different "
-            "models"
+            f"{source}: the image processor makes images of {transform.height} x {transform.width} "
+            f"pixels, but the vision tower takes {config.vision.image_size} x "
+            f"{config.vision.image_size}; use the image processor of the same model"
         )
     return transform
 
@@ -114,7 +114,7 @@ def _statistics(is_siglip: bool) -> tuple[tuple[float, float, float], tuple[floa
 
 
 def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
-    """Returns shortest edge, height and width in pixels, and the aspect, of an image processor."""
+    """Returns an image processor's shortest edge, height and width in pixels, and its aspect."""
     size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
@@ -123,7 +123,8 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
         isinstance(sides, dict) and all(map(is_side, sides.values())) for sides in (size, crop)
     ):
         raise CheckpointError(
-            f"{file}: size {size!r:.80} and crop_size {crop!r:.80}; they must be lengths in pixels"
+            f"{file}: size is {size!r:.80} and crop_size is {crop!r:.80}; all their values must be "
+            f"integers from 1 to {_MAX_SIDE} (pixels)"
         )
     is_exact = {"height", "width"} <= size.keys()
     crops = settings.get("do_center_crop", not is_exact or "crop_size" in settings)
@@ -132,9 +133,9 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
     is_known = crop == size if is_exact else crops and "shortest_edge" in size
     if not is_known or not {"height", "width"} <= crop.keys():
         raise CheckpointError(
-            f"{file}: size {size}, do_center_crop {str(bool(crops)).lower()} and crop_size {crop}; "
-            "supported: a shortest_edge as size, and a crop to a height and width; or a height and "
-            "width as size, and no crop"
+            f"{file}: size is {size}, do_center_crop {str(bool(crops)).lower()}, crop_size {crop}; "
+            "size must be a shortest_edge with a crop, or a height and width without a crop; a "
+            "crop_size must be a height and width"
         )
     height, width = crop["height"], crop["width"]
     aspect = "pad" if settings.get("do_pad") else "squash" if is_exact else "crop"
@@ -142,7 +143,7 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
 
 
 def _image_settings(directory: Path) -> tuple[Path, Json] | None:
-    """Returns the file and the settings of an image processor; None if there is none."""
+    """Returns the file and settings of a directory's image processor, or None if it has none."""
     # transformers 5 nests the settings in processor_config.json.
     for name, inner in ((_PROCESSOR, "image_processor"), (_IMAGES, None)):
         file = directory / name
@@ -153,7 +154,7 @@ def _image_settings(directory: Path) -> tuple[Path, Json] | None:
         if found is None:
             continue
         if not isinstance(found, dict):
-            raise CheckpointError(f"{file}: {inner} is {found!r:.80}, not an object")
+            raise CheckpointError(f"{file}: {inner} is {found!r:.80}; it must be an object")
         return file, {key: value for key, value in found.items() if value is not None}
     return None
 
@@ -166,16 +167,16 @@ def save_processor(
     template: Template | None = None,
     aspect: Aspect | None = None,
 ) -> None:
-    """Writes tokenizer, image processor, chat template and generation settings for transformers.
+    """Writes the tokenizer, image processor, chat template and generation settings of a model.
 
-    `AutoProcessor.from_pretrained` then makes the prompts and pixels that the model was trained on.
+    `AutoProcessor.from_pretrained` then makes the same prompts and pixels as in training.
 
     Args:
         source: Checkpoint whose tokenizer and image processor are written.
         directory: Existing directory.
         config: Sizes of the model.
         template: Template of the conversations; None keeps the source's own chat template.
-        aspect: What happens to images that are not square; None keeps the source's setting.
+        aspect: Handling of images that are not square; None keeps the source's setting.
 
     Raises:
         CheckpointError: `source` cannot be read, or its tokenizer lacks the model's image token.
@@ -190,8 +191,8 @@ def save_processor(
         config.image_token_id
     ]:
         raise CheckpointError(
-            f"{format_source(source)}: the tokenizer has no token {config.image_token_id}, which "
-            "the model takes for an image; they belong to different models"
+            f"{format_source(source)}: the tokenizer has no token with the id "
+            f"{config.image_token_id}, the image token of the model; use the model's own tokenizer"
         )
     try:
         tokenizer.save_pretrained(directory)
@@ -224,7 +225,8 @@ def write_image_processor(source: str | Path | Parts, directory: Path) -> None:
     """Writes the image processor into the directory of a vision tower.
 
     Args:
-        source: Checkpoint with the image processor; if it has none, the tower's default is written.
+        source: Checkpoint that the image processor is read from. If it has no image processor, the
+            default for the tower is written.
         directory: Directory of the tower, with its config.json.
 
     Raises:
@@ -242,9 +244,9 @@ def write_json(file: Path, settings: Json) -> None:
 
 def _tokenizer_settings(directory: Path) -> Json:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
-    for own in ("backend", "local_files_only"):  # these say how it was loaded here
+    for own in ("backend", "local_files_only"):  # these tell how the tokenizer was loaded
         settings.pop(own, None)
-    # In all versions of transformers, this class uses tokenizer.json as it is.
+    # In all versions of transformers, this class uses tokenizer.json unchanged.
     return settings | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
@@ -285,8 +287,8 @@ def generation_settings(
 ) -> Json:
     """Returns settings for greedy decoding, with the end tokens of the source and the template.
 
-    Other settings of the source are dropped: some (Vicuna's temperature without sampling) make
-    transformers refuse to save the model again.
+    Other settings of the source are not kept, because with some of them (such as Vicuna's
+    temperature without sampling) transformers refuses to save the model again.
 
     Raises:
         CheckpointError: The source's generation_config.json cannot be used.
@@ -317,7 +319,7 @@ def _given_ends(source: str | Path | Parts, default: int | None) -> int | list[i
     found: Any = (read_json(file) if file.exists() else {}).get("eos_token_id", default)
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if any(type(end) is not int for end in ends):
-        raise CheckpointError(f"{file}: eos_token_id is {found!r:.80}; it must be one or more ids")
+        raise CheckpointError(f"{file}: eos_token_id is {found!r:.80}, not an id or a list of ids")
     return found
 
 
@@ -363,17 +365,17 @@ _MARKS = {
 
 
 def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
-    """Chooses the template that fits a decoder, judged by its tokenizer; the default is Vicuna's.
+    """Chooses the template of a decoder by its tokenizer; the default is Vicuna's template.
 
     Args:
         source: Directory or parts with the tokenizer.
-        is_xtuner: Whether XTuner trained the model; XTuner's prompt for Vicuna differs.
+        is_xtuner: Whether XTuner trained the model. XTuner and LLaVA have different Vicuna prompts.
 
     Returns:
         Name of the template; None if the tokenizer's own chat template supports images.
     """
     tokenizer = load_tokenizer(source)
-    own = str(tokenizer.chat_template or "")  # that of a text model ignores images
+    own = str(tokenizer.chat_template or "")  # a text model's template ignores images
     if "image" in own and not is_xtuner:
         return None
     words = tokenizer.get_vocab()
@@ -384,7 +386,7 @@ def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> s
 def read_chat_template(
     source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
 ) -> tuple[str, Template | None]:
-    """Returns a checkpoint's chat template, or a new one if the checkpoint's ignores images.
+    """Returns a checkpoint's own chat template, or a new template if its own ignores images.
 
     Args:
         source: Directory of a LLaVA, or separate parts.
@@ -392,7 +394,8 @@ def read_chat_template(
         image_token: Text of the image token.
 
     Returns:
-        Jinja source, and the template that it was made from; None for the checkpoint's own.
+        Jinja source, and the template that it was made from; for the checkpoint's own chat
+        template, the second value is None.
     """
     directory = Path(source.llm if isinstance(source, Parts) else source)
     newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
@@ -402,7 +405,7 @@ def read_chat_template(
     if isinstance(own, dict):  # several templates by name
         own = own.get("default", "")
     if not isinstance(own, str):
-        raise CheckpointError(f"{directory}: its chat template is {own!r:.80}, not a text")
+        raise CheckpointError(f"{directory}: the chat template is {own!r:.80}; it must be a text")
     if "image" in own:
         return own, None
     template = TEMPLATES[choose_template(source) or "vicuna_v1"]
@@ -412,8 +415,9 @@ def read_chat_template(
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     """Returns a conversation template as Jinja source for `apply_chat_template`.
 
-    Messages have the role user or assistant. The first message may have the role system, and then
-    replaces the template's system text. Contents are texts, or lists of text and image parts.
+    A message has the role user or assistant. The first message may have the role system; its text
+    replaces the system text of the template. The content of a message is a text, or a list of texts
+    and images.
     """
     bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
     named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}

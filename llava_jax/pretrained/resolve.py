@@ -24,7 +24,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         name: Name of the base: its absolute path, hub id or parts.
         base: Directory or parts of the base.
-        adapter: Adapter checkpoint on this base, in a format of `pretrained.adapters`; or None.
+        adapter: Path of an adapter checkpoint that was trained on the base, in a format of
+            `pretrained.adapters`; None if the checkpoint is a whole model.
     """
 
     name: str
@@ -38,14 +39,14 @@ def resolve(
     *,
     base: str | Path | Parts | None = None,
 ) -> Checkpoint:
-    """Finds a checkpoint, and the base of an adapter checkpoint. Downloads hub ids.
+    """Finds a checkpoint; for an adapter checkpoint, also finds the base. Downloads hub ids.
 
     Args:
-        source: Path of a checkpoint or a run, hub id, or parts. Text with parts must have been
-            parsed by `parse_source`.
-        read: Function that opens a file or directory and returns its tensors by name. With any
-            other function than `open_tensors`, weights may be pickles.
-        base: Base that `source` was trained on; None takes the base that `source` names, if any.
+        source: Path of a checkpoint or of a run, hub id, or parts. A text with parts must be parsed
+            by `parse_source` first.
+        read: Function that opens a file or directory and returns its tensors by name. The weights
+            may be pickles unless `read` is `open_tensors`.
+        base: Base that `source` was trained on; None uses the base that `source` names, if any.
 
     Raises:
         ConfigError: There is no such checkpoint, or `source` and `base` do not fit together.
@@ -58,7 +59,8 @@ def resolve(
         if found.adapter is not None or isinstance(source, Parts):
             given = f"{format_source(source)} and --base {format_source(base)}"
             raise ConfigError(
-                f"give an adapter or part that was trained, and a model as base: {given}"
+                "the source must be an adapter or a trained part, and the base must be a model: "
+                f"{given}"
             )
         return found._replace(adapter=adapter_in(source, read))
     except OSError as error:  # for example, the name is too long
@@ -66,7 +68,7 @@ def resolve(
 
 
 def resolve_start(source: str | Parts) -> Checkpoint:
-    """Calls `resolve` for a config's `init_from`; a ConfigError then names this field."""
+    """Calls `resolve` for the field `init_from` of a config, and names the field in errors."""
     try:
         return resolve(source)
     except ConfigError as error:
@@ -80,7 +82,9 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     path = _in_run(Path(source) if is_here else _local(str(source), read))
     if is_adapter_checkpoint(path):
         if is_base:
-            raise ConfigError("the base is itself an adapter or a trained part; merge it first")
+            raise ConfigError(
+                "the base is itself an adapter or a trained part; merge it into its own base first"
+            )
         return _resolve_trained(path, read)
     name = str(path.resolve()) if is_here else str(source)
     _refuse_pickles(name, path, read)
@@ -90,7 +94,7 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
 def model_name(source: str | Path | Parts) -> str:
     """Returns a short name for a model: its hub id, or the name of its directory or run.
 
-    Separate parts have the name of their decoder.
+    For separate parts, this is the name of the decoder.
     """
     if isinstance(source, Parts):
         return model_name(source.llm)
@@ -118,17 +122,19 @@ def adapter_in(name: str | Path, read: Reader = open_tensors) -> Path:
 
 
 def _in_run(path: Path) -> Path:
-    """Returns the model or adapter that a run wrote if `path` is a run directory, else `path`."""
+    """Returns the model or adapter in a run directory; returns any other path unchanged."""
     if not _is_run(path):
         return path
     for made in ("model", "adapter"):
         if (path / made).is_dir():
             return path / made
-    raise ConfigError(f"{path} is a run that is not finished; run its command again first")
+    raise ConfigError(
+        f"the run in {path} is not finished; start its command again to finish it, then retry"
+    )
 
 
 def _is_run(path: Path) -> bool:
-    """Returns True for a run directory, whose config.json has other keys than a checkpoint's."""
+    """Returns True for a run directory; its config.json has other keys than a checkpoint's."""
     if not (path / "config.json").is_file():
         return (path / "checkpoints").is_dir()
     return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
@@ -143,8 +149,8 @@ def _local(name: str, read: Reader) -> Path:
         return TINY_LLAVA
     if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
         raise ConfigError(
-            f"{name!r}: no such directory; a checkpoint is a directory (also that of a run), a hub "
-            f"id, or {TINY_LLAVA.name}, the model that comes with llava_jax"
+            f"{name!r}: no such directory; give the directory of a checkpoint or of a run, a hub "
+            f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
     return _download(name, pickles=_reads_pickles(read))
 
@@ -170,27 +176,30 @@ def _find_part(name: str, read: Reader) -> Path:
 def _refuse_pickles(name: str, directory: Path, read: Reader) -> None:
     """Raises CheckpointError if there are only pickles and `read` does not read pickles.
 
-    The snapshot of a hub id then has no weights at all, see `_download`.
+    The snapshot of a hub id then has no weights at all, because `_download` leaves out pickles.
     """
     is_snapshot, pickles = not Path(name).exists(), sorted(directory.glob("*.bin"))
     if _reads_pickles(read) or any(directory.glob("*.safetensors")) or not (is_snapshot or pickles):
         return
-    has = "no safetensors" if is_snapshot else f"only {pickles[0].name}"
+    has = "no safetensors file" if is_snapshot else f"only {pickles[0].name}"
     rewritten = f"{Path(name).name}-safetensors"
     raise CheckpointError(
         f"{name} has {has}, and only `llava-jax convert` reads pickles: run `llava-jax convert "
-        f"{name} {rewritten} --to hf`, then name {rewritten}"
+        f"{name} {rewritten} --to hf`, then use {rewritten} instead of {name}"
     )
 
 
 def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
-    """Returns an adapter checkpoint and the base that it names."""
+    """Returns an adapter checkpoint, and the base that the adapter checkpoint names."""
     if directory.name in ("llm_adapter", "visual_encoder_adapter") and _is_export(directory.parent):
-        raise ConfigError(f"{directory} is a part of what XTuner exported; name {directory.parent}")
+        raise ConfigError(
+            f"{directory} is only a part of an XTuner export; give the directory of the export: "
+            f"{directory.parent}"
+        )
     base = named_base(directory)
     if base in (None, "", "None"):
         check_readable(directory, read)
-        raise ConfigError(f"{directory} does not say which base it belongs to; {_NAME_BASE}")
+        raise ConfigError(f"{directory} does not name the base it was trained on; {_NAME_BASE}")
     try:
         return _resolve(parse_source(base), read, is_base=True)._replace(adapter=directory)
     except ConfigError as error:
@@ -200,8 +209,8 @@ def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
 
 
 _NAME_BASE = (
-    "name that base: --base, or --init-from beside --init-adapter if the adapter is to be trained "
-    "further"
+    "give the base with --base; to train the adapter further, give the base with --init-from and "
+    "the adapter with --init-adapter"
 )
 
 
@@ -211,13 +220,13 @@ def _is_export(directory: Path) -> bool:
 
 
 def _as_parts(path: Path, read: Reader) -> Path | Parts:
-    """Returns the parts in a directory of LLaVA's own code or XTuner, or else `path` itself."""
+    """Returns the parts in a directory of LLaVA's own code or XTuner; otherwise returns `path`."""
     if _is_export(path):
         vision = path / "visual_encoder"
         if not vision.is_dir():
             raise ConfigError(
                 f"{path} has the decoder and the projector of an XTuner export, but no vision "
-                f"tower; name the tower's directory too: llm={path},vision=DIRECTORY"
+                f"tower; also give the directory of the tower: llm={path},vision=DIRECTORY"
             )
         return Parts(str(path), str(vision), str(path / "projector"))
     try:
@@ -229,7 +238,7 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
     file, raw = read_json_config(path)
     parts = layout.parts(tensors)
     if parts == {"llm"} and "mm_vision_tower" not in raw:
-        return path  # a decoder alone has the same names
+        return path  # a decoder alone has the same tensor names
     find = partial(_find_part, read=read)
     return llava_directory.as_parts(path, file, raw, find, has_tower="vision" in parts)
 
@@ -238,10 +247,13 @@ _BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 def _download(hub_id: str, *, pickles: bool) -> Path:
-    """Downloads a hub id's snapshot; with `pickles`, pickles too if there are no safetensors."""
+    """Downloads the snapshot of a hub id.
+
+    With `pickles`, pickles are downloaded too if there is no safetensors file.
+    """
     from huggingface_hub import snapshot_download  # imported only if it is needed
 
-    # These pickles are always needed: LLaVA's code writes trained parameters into them.
+    # LLaVA's code writes trained parameters into the pickles in BESIDE, so they are always needed.
     patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=patterns))
@@ -249,18 +261,18 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
             directory = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the client's errors have no common class
         raise ConfigError(
-            f"{hub_id!r} is no directory (has the run that makes it finished?), and it cannot "
-            f"be downloaded from the hub: {error}"
+            f"{hub_id!r} is not a directory (if a run writes it, check that the run is finished), "
+            f"and it cannot be downloaded from the hub: {error}"
         ) from error
     return directory
 
 
 def quantisation_of(source: Path | Parts) -> Quantisation | None:
-    """Returns the quantization of the base during a run; None if the base was not quantized.
+    """Returns the quantization that a run used for its base; None if the base was not quantized.
 
     Args:
-        source: Run directory, or the adapter or model directory in it. The result is None for
-            everything else.
+        source: Run directory, or the directory `adapter` or `model` in a run directory. For any
+            other source, the result is None.
     """
     if isinstance(source, Parts):
         return None

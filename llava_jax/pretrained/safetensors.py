@@ -1,9 +1,9 @@
-"""Reads and writes the safetensors format: a length, a JSON table, raw bytes.
+"""Reads and writes safetensors files, which have a length, a JSON table and raw bytes.
 
 Tensors are read and written one at a time with plain file calls. The library `safetensors` is not
-used, for two reasons: it maps whole files into memory, whose pages then count as used, and it hides
-the position of a tensor in its file, which is needed to read a part of a tensor. Every offset is
-checked before it is used.
+used, for two reasons: it maps whole files into memory, so that their pages count as used memory;
+and it does not tell where a tensor is in its file, which is needed to read a part of the tensor.
+Every offset is checked before it is used.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from llava_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5 * 10**9  # 5 GB, as transformers and the Hub count
+SHARD_BYTES = 5 * 10**9  # 5 GB, as in transformers
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -47,7 +47,7 @@ _SAMPLE_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file that is not read yet. `start` and `size` are in bytes."""
+    """A tensor in a file. Its values are not read yet. `start` and `size` are in bytes."""
 
     name: str
     file: Path
@@ -65,7 +65,7 @@ class Tensor:
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
-                f"{self.file}: {self.name} has dtype {self.dtype}; weights are {', '.join(DTYPES)}"
+                f"{self.file}: {self.name} has dtype {self.dtype}; supported: {', '.join(DTYPES)}"
             )
         return DTYPES[self.dtype]
 
@@ -73,7 +73,8 @@ class Tensor:
         """Reads the values, in the dtype of the file.
 
         Args:
-            rows: Number of rows of the result; rows after the tensor's own are not initialized.
+            rows: Number of rows of the result; None means the tensor's number of rows. Additional
+                rows are not initialized.
 
         Raises:
             CheckpointError: The dtype is not supported for weights, the file is too short, or a
@@ -98,16 +99,16 @@ class Tensor:
             while buffer:  # one call reads at most 2 GiB
                 count = file.readinto(buffer)
                 if not count:
-                    raise CheckpointError(f"{self.file} ends inside {self.name}")
+                    raise CheckpointError(f"{self.file} is cut short: it ends inside {self.name}")
                 buffer = buffer[count:]
 
     def sample(self) -> bytes:
-        """Returns a few bytes from the start, middle and end, the same for every file format."""
+        """Returns bytes from start, middle and end of the values, equal for all file formats."""
         starts = (0, self.size // 2, max(0, self.size - _SAMPLE_BYTES))
         return b"".join(self.stretch(at, min(_SAMPLE_BYTES, self.size - at)) for at in starts)
 
     def stretch(self, at: int, count: int) -> bytes:
-        """Returns `count` bytes from byte `at` on, in the row-major order of `read`."""
+        """Returns `count` bytes of the values in row-major order, starting at byte `at`."""
         with open_regular(self.file) as file:
             return os.pread(file.fileno(), count, self.start + at)
 
@@ -143,7 +144,7 @@ class Strided(Tensor):
 
 
 def is_shape(shape: Sequence[Any]) -> bool:
-    """Returns True if NumPy allows an array of this shape, even if the array has no items."""
+    """Returns True if NumPy can create an array of this shape, also if the array has no items."""
     return (
         len(shape) <= _MAX_DIMENSIONS
         and all(type(size) is int and size >= 0 for size in shape)
@@ -152,7 +153,7 @@ def is_shape(shape: Sequence[Any]) -> bool:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Returns True if a flat float array has no NaN and no infinity. Tests bits, to be fast."""
+    """Returns True if a flat float array has no NaN and no infinity. Tests the bits for speed."""
     size = values.dtype.itemsize
     infinity = np.array(np.inf, values.dtype).view(f"u{size}")
     bits = values.view(f"u{size}")
@@ -162,7 +163,9 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Opens a safetensors file, or a directory with one file or an index, and returns the tensors.
+    """Opens a safetensors file, or a directory with such a file or with shards and their index.
+
+    The result contains the tensors by name; their values are not read.
 
     Raises:
         CheckpointError: There is no safetensors file or index, or a file is malformed.
@@ -181,9 +184,9 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 _ADVICE = (
-    ". If it is a pickle (.bin, .pth), only `llava-jax convert` reads it: run `llava-jax "
-    "convert SOURCE DESTINATION --to hf` for a model or for parts with a projector, and with "
-    "`--to peft --base MODEL` for an adapter"
+    ". Only `llava-jax convert` reads pickles (.bin, .pth). Run `llava-jax convert SOURCE "
+    "DESTINATION --to hf` for a model or for parts with a projector, or `llava-jax convert SOURCE "
+    "DESTINATION --to peft --base MODEL` for an adapter"
 )
 
 
@@ -191,7 +194,7 @@ def read_json(file: Path) -> Json:
     """Reads a JSON object from a file.
 
     Raises:
-        CheckpointError: There is no such file, or it has no JSON object within the limits.
+        CheckpointError: The file cannot be read, or does not have a JSON object within the limits.
     """
     try:
         value = parse_json(read_regular(file, MAX_JSON_BYTES))
@@ -208,29 +211,29 @@ def parse_json(text: bytes) -> Any:
     """Parses a JSON value.
 
     Raises:
-        ValueError: The text is not JSON, has more or deeper parts than a checkpoint has, or has a
-            key twice: then Python would use the last value, but other readers use the first.
+        ValueError: The text is not JSON, has too many or too deeply nested lists and objects, or
+            has a key twice. Python would use the last value of such a key, other readers the first.
     """
-    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # each takes 20 times its size
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:  # in memory, each takes 20 times more
         raise ValueError(f"it has more than {_MAX_JSON_PARTS:,} lists and objects")
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep") from error
     if is_deeper(value, _MAX_JSON_DEPTH):
-        raise ValueError("it is nested too deep")
+        raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
     return value
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"it has {commonest(key for key, _ in pairs)!r:.200} twice")
+        raise ValueError(f"it has the key {commonest(key for key, _ in pairs)!r:.200} twice")
     return values
 
 
 def commonest(names: Iterable[str]) -> str:
-    """Returns the most frequent name, which is a duplicate if there are any."""
+    """Returns the most frequent name. If any name occurs more than once, the result does."""
     return Counter(names).most_common(1)[0][0]
 
 
@@ -250,20 +253,20 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         said = f"{error!r:.200}"
         raise CheckpointError(f"{index} is not an index with a weight_map: {said}") from error
     if absent:
-        raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}")
+        raise CheckpointError(f"{index} names files not in its directory: {', '.join(absent)}")
     tables = {name: read(index.parent / name) for name in files}
     absent = [f"{name} in {file}" for name, file in file_of.items() if name not in tables[file]]
     if absent:
-        raise CheckpointError(f"{index} names tensors its files lack: {', '.join(absent)}")
+        raise CheckpointError(f"{index} names tensors not in its files: {', '.join(absent)}")
     left_over = [
         f"{name} in {file}" for file in files for name in tables[file] if file_of.get(name) != file
     ]
     if left_over:
-        raise CheckpointError(f"{index} lacks tensors that its files have: {', '.join(left_over)}")
+        raise CheckpointError(f"{index} lacks tensors of its files: {', '.join(left_over)}")
     return {name: tables[file][name] for name, file in file_of.items()}
 
 
-_FORMATS = ("pt", "tf", "flax", "mlx", "np")  # that transformers accepts
+_FORMATS = ("pt", "tf", "flax", "mlx", "np")  # transformers accepts these formats
 
 
 def _read_header(path: Path) -> tuple[Json, int]:
@@ -273,20 +276,22 @@ def _read_header(path: Path) -> tuple[Json, int]:
         if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
             raise CheckpointError(f"{path} is not a safetensors file, or is cut short{_ADVICE}")
         if length > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has a header of {length:,} bytes, which no model needs")
+            raise CheckpointError(
+                f"{path} has a header of {length:,} bytes; at most {MAX_JSON_BYTES:,} are allowed"
+            )
         try:
             header = parse_json(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a damaged header: no table of tensors")
+        raise CheckpointError(f"{path} has a damaged header: it is not a JSON object")
     metadata = header.pop("__metadata__", None)
     if metadata is not None and (
         not isinstance(metadata, dict) or metadata.get("format") not in _FORMATS
     ):
         raise CheckpointError(
-            f"{path} has a damaged header: __metadata__ {metadata!r:.80}; its format must be one "
-            f"of {', '.join(_FORMATS)}"
+            f"{path} has a damaged header: __metadata__ is {metadata!r:.80}; its format must be "
+            f"one of {', '.join(_FORMATS)}"
         )
     return header, 8 + length
 
@@ -300,16 +305,16 @@ def _read_table(path: Path) -> dict[str, Tensor]:
         if tensor.start != data + reached:
             raise CheckpointError(
                 f"{path}: {tensor.name} begins at byte {tensor.start - data} of the data, but the "
-                f"tensors before it end at {reached}; the header is damaged"
+                f"tensors before it end at byte {reached}; the header is damaged"
             )
         reached += tensor.size
     if reached != end:
-        raise CheckpointError(f"{path} has {end - reached} bytes after its last tensor")
+        raise CheckpointError(f"{path} is damaged: {end - reached} bytes follow its last tensor")
     return tensors
 
 
 def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tensor:
-    """Returns one tensor of a table, after a check of its entry against the file's size."""
+    """Checks an entry of the header against the size of the file, and returns its tensor."""
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
@@ -321,9 +326,11 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
         ):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name:.200} has a damaged entry: {entry!r:.200}") from error
+        raise CheckpointError(
+            f"{path}: {name:.200} has a damaged entry in the header: {entry!r:.200}"
+        ) from error
     if not is_shape(shape):
-        raise CheckpointError(f"{path}: {name:.200} has a shape that no array has: {shape!r:.200}")
+        raise CheckpointError(f"{path}: {name:.200} has an invalid shape: {shape!r:.200}")
     if not 0 <= first <= last <= end:
         raise CheckpointError(
             f"{path}: {name} lies outside the file (bytes {first} to {last} of {end}); "
@@ -333,13 +340,14 @@ def _read_entry(path: Path, name: str, entry: Any, data: int, end: int) -> Tenso
         raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r:.40}")
     if math.prod(shape) * ITEM_BYTES[dtype] != last - first:
         raise CheckpointError(
-            f"{path}: {name} is {dtype} {list(shape)} but has {last - first} bytes"
+            f"{path}: {name} has {last - first} bytes, but its dtype {dtype} and shape "
+            f"{list(shape)} need {math.prod(shape) * ITEM_BYTES[dtype]}; the header is damaged"
         )
     return Tensor(name, path, dtype, shape, data + first, last - first)
 
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Shapes and dtypes of tensors by name."""
+"""Shape and dtype of each tensor, by the name of the tensor."""
 
 
 def write_tensors(path: Path, specs: Specs, values: Callable[[str], np.ndarray]) -> None:
@@ -389,10 +397,10 @@ def write_sharded(
     values: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` bytes with their index.
+    """Writes model.safetensors, or shards of at most `shard_bytes` bytes and their index.
 
-    All shards are complete before the first gets its final name. Then other files of an earlier
-    save are removed. A shard is larger than `shard_bytes` only if it has a single tensor.
+    All shards are complete before the first shard gets its final name. At the end, the other files
+    of an earlier save are removed. Only a shard with a single tensor may exceed `shard_bytes`.
     """
     groups = _group(specs, shard_bytes)
     count = len(groups)

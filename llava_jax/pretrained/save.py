@@ -1,6 +1,6 @@
-"""Writes parameters to safetensors files, gathered one layer at a time.
+"""Writes parameters to safetensors files, and gathers them one layer at a time.
 
-A parameter is an array on any devices, or a `Stored` parameter that is still in other files.
+A parameter is an array on any devices, or a `Stored` parameter whose values are in other files.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,15 +33,15 @@ def save_params(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards with their index.
+    """Writes model.safetensors, or several shards and their index.
 
-    All processes of a run must call this function, because they gather the tensors together. The
-    first process writes.
+    All processes of a run must call this function, because they gather the tensors together. Only
+    the first process writes files.
 
     Args:
         params: Parameters of a model; adapters must be merged first.
-        directory: Directory to write; it is created if it does not exist, and an earlier save in it
-            is replaced.
+        directory: Directory to write; it is created if it does not exist. Weights that are already
+            in the directory are replaced.
         config: Sizes of the model that `params` belong to.
         layout: Layout of the tensor names.
         dtype: Dtype of all tensors, "bfloat16", "float16" or "float32"; None keeps their dtypes.
@@ -53,7 +53,7 @@ def save_params(
     """
     adapters = [path for path in params if path.endswith((".lora_a", ".lora_b"))]
     if adapters:
-        raise ValueError(f"merge the adapters before saving a model: {', '.join(adapters)}")
+        raise ValueError(f"merge the adapters before you save the model: {', '.join(adapters)}")
     write = lambda specs, fetch: write_sharded(Path(directory), specs, fetch, shard_bytes)
     save_tensors(params, config, layout.file_name, write, dtype)
 
@@ -67,15 +67,16 @@ def save_tensors(
 ) -> None:
     """Gathers parameters layer by layer on all processes, and writes them on the first process.
 
-    All processes gather the layers in the same order; otherwise they would block each other.
+    All processes gather the layers in the same order; otherwise they would wait for each other
+    forever.
 
     Args:
         params: Parameters to write.
         config: Sizes of the model that `params` belong to.
         naming: Function that turns a parameter path with a layer index into a tensor name.
-        write: Function that writes the file. It is called with the shapes and dtypes of all tensors
-            and with a function that returns a tensor by its name, which must be called for all
-            tensors in the order of the shapes.
+        write: Function that writes the file. It gets the shapes and dtypes of all tensors, and a
+            function that returns a tensor by its name. `write` must call this function once for
+            each tensor, in the order of the shapes.
         dtype: Dtype of all tensors, as in `save_params`.
 
     Raises:
@@ -103,12 +104,14 @@ def _convert(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         converted = values.astype(dtype)
     if not is_finite(converted.reshape(-1)):
-        raise CheckpointError(f"{name} has values too large for {dtype}; choose another dtype")
+        raise CheckpointError(
+            f"{name} has values that are too large for {dtype}; choose another dtype"
+        )
     return converted
 
 
 def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> np.ndarray:
-    """Returns a layer of a stacked parameter, or a whole other parameter, as a NumPy array."""
+    """Returns one layer of a stacked parameter, or all of another parameter, as a NumPy array."""
     param = params[path]
     if isinstance(param, Stored):
         return param.read(index)

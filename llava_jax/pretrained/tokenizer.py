@@ -1,9 +1,9 @@
 """Loads the tokenizer of a checkpoint exactly as its files define it.
 
-The LlamaTokenizer of transformers 5 is not used. From a `tokenizer.model` it merges pieces in the
-order of their ids instead of their scores, so that runs of spaces become other tokens than in the
-model's training. From a `tokenizer.json` it replaces the normalizer. The generic fast tokenizer
-uses the file as it is.
+The LlamaTokenizer of transformers 5 is not used. If it loads a `tokenizer.model`, it merges pieces
+in the order of their ids instead of their scores; then several spaces in a row become other tokens
+than in the model's training. If it loads a `tokenizer.json`, it replaces the normalizer. The
+generic fast tokenizer uses the file unchanged.
 """
 
 import math
@@ -34,7 +34,7 @@ def has_tokenizer(source: str | Path | Parts) -> bool:
 
 
 def has_slow_tokenizer(directory: Path) -> bool:
-    """Returns True if a directory has the files of transformers' slow tokenizers."""
+    """Returns True if a directory has the vocabulary file of a slow tokenizer of transformers."""
     return any((directory / name).is_file() for name in (_SENTENCEPIECE, "vocab.json"))
 
 
@@ -46,7 +46,8 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
             loaded; `<image>` is added if it is missing, and `<pad>` if there is no padding token.
 
     Raises:
-        CheckpointError: There is no tokenizer, or it cannot be read or used safely.
+        CheckpointError: There is no tokenizer, or its files cannot be read, are malformed, or are
+            not safe to use.
     """
     directory = Path(source.llm if isinstance(source, Parts) else source)
     if not has_tokenizer(directory):
@@ -79,16 +80,16 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
 
 
 _MAX_FILE_BYTES = 2**26
-_MAX_LISTED = 10_000  # transformers searches the whole list for each of its tokens
+_MAX_LISTED = 10_000  # transformers searches the whole list once for each token in the list
 _MAX_ID = 2**24
 
 
 def _check_files(directory: Path) -> None:
-    """Checks the files that transformers opens itself, as it would hang or crash on some of them.
+    """Checks files that transformers opens. Malicious files could make transformers hang or crash.
 
     Raises:
-        CheckpointError: A file is not a regular file, is too large, has no JSON object where one is
-            needed, or lists too many tokens.
+        CheckpointError: A file is not a regular file, is too large, lists too many tokens, or does
+            not contain a JSON object although it should.
     """
     settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     others = (_FAST, _SENTENCEPIECE, "chat_template.jinja")
@@ -100,7 +101,10 @@ def _check_files(directory: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file} is not a regular file")
         if (size := file.stat().st_size) > _MAX_FILE_BYTES:
-            raise CheckpointError(f"{file} has {size:,} bytes, which no tokenizer needs")
+            raise CheckpointError(
+                f"{file} has {size:,} bytes; a tokenizer's file may have at most "
+                f"{_MAX_FILE_BYTES:,} bytes"
+            )
         if file.name in settings:
             found = read_json(file)
             own = [found] if file.name == "added_tokens.json" else []
@@ -110,16 +114,18 @@ def _check_files(directory: Path) -> None:
 def _check_listed(file: Path, values: Iterable[object]) -> None:
     for value in values:
         if isinstance(value, list | dict) and len(value) > _MAX_LISTED:
-            raise CheckpointError(f"{file} lists {len(value):,} tokens, more than {_MAX_LISTED:,}")
+            raise CheckpointError(
+                f"{file} lists {len(value):,} tokens; at most {_MAX_LISTED:,} are allowed"
+            )
 
 
 def _check_fast(file: Path) -> None:
-    """Checks the token ids in a tokenizer.json, and how much its steps can lengthen a text.
+    """Checks the token ids in a tokenizer.json, and how much longer its steps can make a text.
 
     Raises:
         CheckpointError: There is no vocabulary, an id is invalid or used twice, or a step can make
             a text too long.
-        Exception: The file has another structure than a tokenizer.json.
+        Exception: The file does not have the structure of a tokenizer.json.
     """
     settings = parse_json(read_regular(file, _MAX_FILE_BYTES))
     added = [(token["content"], token["id"]) for token in settings.get("added_tokens", ())]
@@ -132,14 +138,20 @@ def _check_fast(file: Path) -> None:
     names: dict[int, str] = {}
     for name, index in added:
         if type(index) is not int or not 0 <= index < _MAX_ID:
-            raise CheckpointError(f"{file}: the id of {name!r:.80} is {index!r:.80}, no valid id")
+            raise CheckpointError(
+                f"{file}: the id of {name!r:.80} is {index!r:.80}; it must be an integer from 0 to "
+                f"{_MAX_ID - 1:,}"
+            )
         if names.setdefault(index, name) != name:
             raise CheckpointError(
-                f"{file} gives the id {index} to both {names[index]!r:.80} and {name!r:.80}"
+                f"{file} gives the id {index} to two tokens: {names[index]!r:.80} and {name!r:.80}"
             )
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if _growth(settings.get(part)) > _MAX_GROWTH:
-            raise CheckpointError(f"{file}: its {part} may make a text too long, or fail")
+            raise CheckpointError(
+                f"{file}: the {part} is not supported, because it could crash or make a text more "
+                f"than {_MAX_GROWTH} times as long"
+            )
 
 
 _MAX_GROWTH = 100
@@ -148,10 +160,10 @@ _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def _growth(step: Any) -> int:
-    """Returns a bound on the factor by which a step of a tokenizer can lengthen a text.
+    """Returns an upper bound on the factor by which a step of a tokenizer can lengthen a text.
 
-    The factors of consecutive steps multiply, so that a small file could ask for any amount of
-    memory.
+    The factors of consecutive steps multiply, so without a limit, a small file could make a text
+    that fills the memory.
     """
     if step is None:
         return 1
@@ -159,7 +171,8 @@ def _growth(step: Any) -> int:
     if kind == "Sequence":
         inner = next(step[name] for name in _INNER if name in step)
         return math.prod(map(_growth, inner)) if len(inner) <= _MAX_GROWTH else _MAX_GROWTH + 1
-    # A precompiled table can have texts of any length, and Strip has a bug in the library.
+    # A precompiled table can contain texts of any length. Strip with a start or stop above 1
+    # triggers a bug in the tokenizers library.
     if kind == "Precompiled" or (
         kind == "Strip" and max(step.get("start", 0), step.get("stop", 0)) > 1
     ):
@@ -171,7 +184,7 @@ def _growth(step: Any) -> int:
 
 
 def copy_tokenizer(source: str | Path | Parts, directory: Path) -> None:
-    """Copies the files of a tokenizer unchanged, for parts those of the decoder."""
+    """Copies a checkpoint's tokenizer files unchanged; with parts, copies the decoder's files."""
     origin = Path(source.llm if isinstance(source, Parts) else source)
     names = (_FAST, _SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json")
     for name in (*names, "added_tokens.json", "vocab.json", "merges.txt"):
@@ -185,14 +198,17 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
         import sentencepiece  # needed only without a tokenizer.json
     except ImportError as error:
         raise CheckpointError(
-            f"{file.parent} has a {_SENTENCEPIECE} but no {_FAST}; reading it needs sentencepiece "
-            "(pip install sentencepiece)"
+            f"{file.parent} has a {_SENTENCEPIECE} but no {_FAST}; reading the {_SENTENCEPIECE} "
+            "needs the package sentencepiece: pip install sentencepiece"
         ) from error
     pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
     size = pieces.get_piece_size()
     names = [pieces.id_to_piece(index) for index in range(size)]
-    if max(map(len, names)) > _MAX_PIECE:  # all ways to split a piece are tried below
-        raise CheckpointError(f"{file} has a piece of more than {_MAX_PIECE} characters")
+    if max(map(len, names)) > _MAX_PIECE:  # generate_merges tries all ways to split a piece
+        raise CheckpointError(
+            f"{file} has a piece with {max(map(len, names))} characters; at most {_MAX_PIECE} are "
+            "allowed"
+        )
     vocabulary = {name: index for index, name in enumerate(names)}
     scores = {name: pieces.get_score(index) for index, name in enumerate(names)}
     bos, unknown = names[pieces.bos_id()], names[pieces.unk_id()]

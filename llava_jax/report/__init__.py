@@ -1,1 +1,1 @@
-"""Makes the report of a run, report.html, from the files of the run."""
+"""Writes report.html, the report of a run, from the other files in the run's directory."""

@@ -1,13 +1,14 @@
-"""Draws line charts as SVG elements, which are styled by classes of the report's style sheet.
+"""Draws line charts as SVG elements, whose colors and fonts are in the report's style sheet.
 
-The report is a single page without scripts, and has light and dark colors. No library is used,
-because those that were tried in November 2026 (matplotlib 3.11, pygal 3.1, leather 0.4) do not fit:
+The report is a single page without scripts, and has light and dark colors. This module uses no
+library, because the libraries that were tried in November 2026 (matplotlib 3.11, pygal 3.1,
+leather 0.4) are not suitable:
 
-- matplotlib is an optional dependency here and takes 1.5 seconds to import. Its SVG has colors in
-  each element instead of classes, refers to its own parts by ids that repeat from chart to chart,
-  and is five times as long.
-- pygal puts a script and 32 kB into each chart.
-- leather has fixed colors and fonts, and neither bands nor gaps for values that are not finite.
+- matplotlib is an optional dependency of this package and takes 1.5 seconds to import. Its SVG sets
+  colors in each element instead of using classes, uses the same element ids in every chart, and is
+  five times as long.
+- pygal adds a script and 32 kB to each chart.
+- leather has fixed colors and fonts. It cannot draw bands, or gaps at values that are not finite.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ import numpy as np
 from llava_jax.report.formatting import power_of_ten
 
 MAX_POINTS = 300
-"""Number of points to which a line with more than twice as many values is reduced. Each point is
-the mean of consecutive values, and a band shows their range."""
+"""A line with more than 2 * MAX_POINTS values is reduced to this number of points. Each point is
+the mean of consecutive values, and a band shows the range of these values."""
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
 MAX_DOTS = 40
-"""Lines with at most this number of points, such as those of evaluations, show each as a dot."""
+"""If a line has at most this number of points, each point is drawn as a dot."""
 MAX_MARKS = 200
 """Largest number of marks for steps whose value is not finite."""
 
@@ -36,7 +37,7 @@ class Series:
 
     Attributes:
         steps: Step of each point [points].
-        mean: Mean of the finite values around each point [points]; NaN where there are none.
+        mean: Mean of the finite values around each point [points]; NaN if there are none.
         low: Lowest of the values that `mean` averages.
         high: Highest of the values that `mean` averages.
         marked: Steps whose value is not finite [marks].
@@ -54,7 +55,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
 
     Args:
         steps: Steps in ascending order [steps].
-        values: Value of each step [steps]. Values that are NaN or infinite are left out and marked.
+        values: Value of each step [steps]. NaN and infinite values are left out, and are marked.
     """
     finite = np.isfinite(values)
     marked = steps[~finite]
@@ -89,7 +90,7 @@ def line_chart(
         name: Name of the values, for screen readers.
         last_step: End of the horizontal axis, which begins at 0.
         from_zero: Whether the vertical axis begins at 0.
-        percent: Whether the values are shares between 0 and 1; the vertical axis then goes from 0
+        percent: Whether the values are shares between 0 and 1. If True, the vertical axis shows 0
             to 100 %.
     """
     levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series, from_zero)
@@ -129,8 +130,8 @@ def line_chart(
 def _levels(series: Series, from_zero: bool) -> list[float]:
     """Returns the ticks of the vertical axis.
 
-    A few values far above all others are cut off at the top. Otherwise a loss that jumped to 1,000
-    once would flatten the rest of the line.
+    A few values far above all other values are cut off at the top. Otherwise a single loss of 1,000
+    would make the rest of the line look flat.
     """
     high = series.high[np.isfinite(series.high)]
     low = series.low[np.isfinite(series.low)]
@@ -155,7 +156,7 @@ def _round_up(value: float) -> float:
 
 
 def _level_labels(levels: list[float], *, percent: bool) -> tuple[list[str], str]:
-    """Returns a label for each level, and the factor that all labels share, such as "thousands"."""
+    """Returns a label for each level, and the common factor of the labels, such as "thousands"."""
     if percent:
         return [f"{100 * level:.0f} %" for level in levels], ""
     most = max(map(abs, levels))
@@ -178,7 +179,7 @@ def _count(step: float) -> str:
 
 
 def _unbroken(values: np.ndarray) -> list[slice]:
-    """Returns the ranges of consecutive finite values."""
+    """Returns the index ranges of consecutive finite values."""
     edges = np.flatnonzero(np.diff(np.r_[False, np.isfinite(values), False]))
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 

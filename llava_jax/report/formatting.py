@@ -32,12 +32,12 @@ def power_of_ten(exponent: int) -> str:
 
 
 def percent(share: float | int) -> str:
-    """Formats a share between 0 and 1 as a percentage for readers, for example "12.5 %"."""
+    """Formats a share between 0 and 1 as a percentage in the text, for example "12.5 %"."""
     return f"{100 * share:.1f} %"
 
 
 def width(share: float | int) -> str:
-    """Formats a share as a CSS width, clipped to 0 to 100 %, for example "12.50%"."""
+    """Formats a share as a CSS width between 0 and 100 %, for example "12.50%"."""
     return f"{100 * min(max(share, 0), 1):.2f}%"
 
 

@@ -1,8 +1,8 @@
 """Renders the report of a run as one HTML file without scripts, which needs no other file.
 
-This module computes what the report shows; the markup is in `templates/`. Jinja2 escapes every
-value that is put into a template, so a question or a path cannot become markup. The only values
-that are markup themselves are the charts, which consist of numbers and fixed titles.
+This module computes the values that the report shows; the markup is in `templates/`. Jinja2 escapes
+every value that is put into a template, so a question or a path cannot become markup. The only
+values that contain markup are the charts, which consist of numbers and fixed titles.
 """
 
 import base64
@@ -69,7 +69,7 @@ def _header(run: RunFiles) -> Row:
     return {
         "name": run.config["name"],
         "done": f"{run.step:,} of {total:,} steps",
-        "state": "all steps done" if run.step >= total else "not finished when this was written",
+        "state": "all steps done" if run.step >= total else "not finished yet",
         "written": f"{now:%-d %B %Y, %H:%M} UTC",
         "width": width(run.step / max(total, 1)),
     }
@@ -92,7 +92,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
         tokens = f"median; {formatting.amount(np.nansum(columns['tokens']))} tokens in total"
         tiles.append(("Tokens per second", number(round(float(np.median(speed)))), tokens))
         seconds = formatting.duration(float(np.nansum(columns["seconds"])))
-        samples = f"in steps; {formatting.amount(np.nansum(columns['samples']))} samples"
+        samples = f"in train steps; {formatting.amount(np.nansum(columns['samples']))} samples"
         tiles.append(("Time", seconds, samples))
     if run.device_bytes:
         measured = "of one device, measured"
@@ -141,7 +141,7 @@ def _chart(
     missing: str = "",
     in_percent: bool = False,
 ) -> Row:
-    """Returns a chart with its caption; without finite values, the caption says why it is empty."""
+    """Returns a chart and its caption; the caption of an empty chart says why it is empty."""
     finite = np.isfinite(values)
     if not finite.any():
         why = "No value was finite." if len(values) else missing or "Nothing was measured."
@@ -159,7 +159,7 @@ def _chart(
     # Line breaks of the caption are allowed between facts, but not inside a fact.
     facts = [fact.replace(" ", NBSP) for fact in facts]
     if len(steps) > len(series.steps):
-        facts.append(f"means of {len(steps) // len(series.steps):,} steps, and their range")
+        facts.append(f"mean and range of {len(steps) // len(series.steps):,} steps per point")
     last_step = max(run.step, int(steps[-1]))
     svg = line_chart(series, title, last_step=last_step, percent=in_percent)
     return {"title": title, "unit": unit, "svg": Markup(svg), "caption": " · ".join(facts)}
@@ -193,9 +193,9 @@ def _answers(run: RunFiles) -> Row:
 
 
 def _key(example: Row) -> Any:
-    """Returns the identity of an example, by which the same question is found in two evaluations.
+    """Returns a key that is the same for the same question in two evaluations.
 
-    The texts belong to the identity, because the data may have changed while the run was stopped.
+    The texts are part of the key, because the data may have changed while the run was stopped.
     """
     return example.get("index"), example["question"], example["expected"]
 
@@ -208,7 +208,7 @@ def _categories(rows: Sequence[Row]) -> list[tuple[str, int, list[str]]]:
     """Returns the name of each category, its number of samples and its accuracy per evaluation.
 
     The list is empty if there is only one category. A category may be missing in the first
-    evaluation, if the data was changed later.
+    evaluation, because the data may have been changed later.
     """
     samples = rows[-1]["samples"]
     accuracy = lambda row, name: (
@@ -234,7 +234,7 @@ def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
 
 
 def _is_right(answer: Row) -> bool:
-    """Returns whether an answer is right; compares texts if an older version did not record it."""
+    """Returns True if an answer is right; rows of older versions contain only texts to compare."""
     right = answer.get("right")
     return answer["given"] == answer["expected"] if right is None else right
 
@@ -276,16 +276,16 @@ def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> Row
 
 
 def _manual_plan(config: Row) -> str:
-    """Describes the memory settings of a run for which no plan was made."""
+    """Describes the memory settings of a run that has no plan.json."""
     given = config["memory"]
     if given["plan"] == "auto":
         return (
-            "No plan was made, because the device does not report its memory size; "
-            "memory.limit_gib can set it."
+            "No plan was made, because the device does not report its memory size; set "
+            "memory.limit_gib to this size."
         )
     on = [name.replace("_", " ") for name, value in given.items() if value is True]
     parts = [f"micro-batch {config['batch']['micro_size']}", f"remat {given['remat']}", *on]
-    return f"The config sets the plan (memory.plan manual): {', '.join(parts)}."
+    return f"The config sets the plan (memory.plan is manual): {', '.join(parts)}."
 
 
 def _recipe(config: Row) -> Row:

@@ -1,4 +1,4 @@
-"""Writes report.html, a page that shows a run, during the run and at its end."""
+"""Writes report.html, a page about a run, during the run and at the end of the run."""
 
 import logging
 import time
@@ -19,11 +19,11 @@ SECONDS = 60.0
 
 
 class Report:
-    """Keeps a run's report.html up to date. An error while writing it does not stop the run.
+    """Keeps a run's report.html up to date. An error in writing the report does not stop the run.
 
     Args:
         run_dir: Directory of the run.
-        write: Whether this process writes the report; only one process of a run should.
+        write: Whether this process writes the report. Only one process of a run should write it.
     """
 
     def __init__(self, run_dir: Path, *, write: bool = True):
@@ -46,7 +46,7 @@ class Report:
         """Writes the report again, unless it was written less than `SECONDS` ago.
 
         Args:
-            now: Whether to write the report in any case.
+            now: Whether to write the report even if it was written less than `SECONDS` ago.
         """
         if not self._write or (time.monotonic() < self._next and not now):
             return
@@ -65,7 +65,7 @@ def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
     Args:
         run_dir: Directory of the run.
         reader: Reader of the run's files, which reads only new lines of metrics.jsonl if it was
-            used before; None for a new reader.
+            used before. None creates a new reader.
 
     Raises:
         ConfigError: The directory is not a run's directory, or its config is damaged.
@@ -83,8 +83,8 @@ def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
         UndefinedError,
     ) as error:
         raise ConfigError(
-            f"{run_dir / 'config.json'} does not have the content that a run writes "
-            f"({type(error).__name__}: {error})"
+            f"{run_dir / 'config.json'} does not have the content that llava_jax writes, so the "
+            f"report cannot be written ({type(error).__name__}: {error})"
         ) from error
     for line in run.damaged:
         _LOG.warning("%s", line)

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 Check = Callable[[Any], bool]
 
 MAX_ROW_BYTES = 2**26
-"""Lines of this size in bytes count as damaged, so that a damaged file cannot fill the memory."""
+"""Lines of at least this size in bytes count as damaged, so that no line can fill the memory."""
 
 
 def _is_text(value: Any) -> bool:
@@ -111,7 +111,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
 
     Args:
         file: Path of the file, whose name is a key of `FORMS`.
-        start: Offset in bytes from which the file is read; the start of a line.
+        start: Offset in bytes at which reading begins. A line must begin at this offset.
 
     Raises:
         OSError: The file cannot be read, or is not a regular file.
@@ -138,7 +138,7 @@ def read_rows(file: Path, start: int = 0) -> Found:
 
 
 def parse_object(text: bytes) -> Row | None:
-    """Parses a JSON object; returns None if `text` is something else. Infinity becomes NaN."""
+    """Parses a JSON object, with NaN in place of infinity; returns None for any other text."""
     try:
         value = json.loads(text, parse_constant=lambda _: math.nan)
     except (ValueError, RecursionError):

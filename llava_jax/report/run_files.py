@@ -1,4 +1,4 @@
-"""Reads the files in a run's directory, also while the run writes them."""
+"""Reads the files in a run's directory, even while the run writes these files."""
 
 import dataclasses
 from array import array
@@ -29,7 +29,7 @@ class RunFiles:
         skipped: Rows of skipped.jsonl.
         nonfinite: Rows of nonfinite.jsonl.
         plan: Content of plan.json; None if no plan was made.
-        damaged: One line of text for each file with damaged lines, which are skipped.
+        damaged: One message for each file with damaged lines; these lines are skipped.
     """
 
     directory: Path
@@ -81,7 +81,7 @@ class RunReader:
         if not isinstance(described.get("config"), dict) or "name" not in described["config"]:
             raise ConfigError(
                 f"{self._directory} is not the directory of a run, or its config.json is damaged; "
-                "the command that started the run restores it from a checkpoint"
+                "to restore a run's config.json from a checkpoint, start the run's command again"
             )
         self._read_metrics()
         notes = {"metrics.jsonl": self._damaged}
@@ -129,6 +129,6 @@ class RunReader:
         return {name: column[last] for name, column in columns.items()}
 
     def _object(self, name: str) -> Row | None:
-        """Reads the object in a JSON file; returns {} if damaged, None if there is no file."""
+        """Reads the object in a JSON file; returns {} if it is damaged, None if it is missing."""
         text = read_if_there(self._directory / name)
         return None if text is None else parse_object(text) or {}

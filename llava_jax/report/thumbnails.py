@@ -1,4 +1,4 @@
-"""Stores small copies of the eval images of a report, so that it does not need the data files."""
+"""Stores small copies of the eval images, so that the report does not need the data files."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from llava_jax.data.images import open_image
 from llava_jax.disk import replace_bytes
 
 MAX_EDGE = 320
-"""Largest number of pixels of a copy's longer side."""
+"""Largest length of the longer side of a copy, in pixels."""
 
 MAX_IMAGES = 4
 """Largest number of images of one record that are copied."""
@@ -23,7 +23,7 @@ def keep_thumbnails(directory: Path, index: int, images: Sequence[str | bytes]) 
     Args:
         directory: Directory for the copies, which is created when needed.
         index: Index of the record.
-        images: Paths or contents of the image files. An image that cannot be read gets no copy.
+        images: Paths or contents of the image files. An image that cannot be read is not copied.
     """
     for number, image in enumerate(images[:MAX_IMAGES]):
         file = directory / f"{index}-{number}.jpg"

@@ -1,1 +1,1 @@
-"""Serves a model by OpenAI's API and as a web page; needs the packages of the extra `serve`."""
+"""Serves a model through OpenAI's HTTP API and a web page (`pip install 'llava_jax[serve]'`)."""

@@ -1,9 +1,9 @@
-"""Refuses requests that foreign web pages cause, and requests without the API key.
+"""Refuses requests that other websites cause, and requests without the API key.
 
-Any web page that a user visits can make the browser send requests to this server. Such a request
-has the origin of that page in its Origin header. If the host name of that page was made to resolve
-to this machine (DNS rebinding), the request has a foreign Host header. Both kinds are refused
-before anything else is read.
+A web page of another site can make a user's browser send requests to this server. Such a request
+has the origin of that page in its Origin header. In a DNS rebinding attack, the host name of the
+page resolves to this machine, and the request has that host name in its Host header. Requests with
+a foreign Origin header or a foreign Host header are refused before their bodies are read.
 """
 
 import base64
@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llava_jax.serving.limits import RequestError, refusal
 
 OPEN_PATHS = ("/health", "/manifest.json", "/favicon.ico")
-"""Paths that need no key, because monitors and browsers request them without a key. Their responses
-tell only whether the server works, and its name."""
+"""Paths that need no API key, because monitors and browsers request them without a key. The
+responses contain only the name of the server and whether the server works."""
 
 
 def guard_access(
@@ -34,10 +34,11 @@ def guard_access(
 
     Args:
         app: Application to protect.
-        host: Host name or IP address that the server listens on; accepted in Host headers.
+        host: Host name or IP address on which the server listens. Host headers may contain it.
         api_key: Key that clients must send; None if no key is required.
-        origins: Origins of other web pages that may use the server, for example
-            "https://chat.example.org". Their host names are accepted in Host headers too.
+        origins: Origins of other websites whose pages may use the server, for example
+            "https://chat.example.org". Host headers may also contain the host names of these
+            origins.
     """
     # Middleware that is added later runs earlier. CORS must run before the check of the key,
     # because browsers send CORS preflight requests without a key.
@@ -59,16 +60,16 @@ class OriginCheck:
 
     Args:
         app: Application that gets the accepted requests.
-        names: Accepted host names. IP addresses are always accepted, because DNS rebinding needs a
-            host name.
-        origins: Foreign origins that are accepted.
+        names: Accepted host names. IP addresses are always accepted, because a DNS rebinding attack
+            needs a host name.
+        origins: Accepted origins of other websites.
     """
 
     def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
         self._app, self._names, self._origins = app, names, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or responds with status 403."""
+        """Passes a request to the application, or responds with status 403."""
         try:
             if scope["type"] == "http":
                 self._check(Headers(scope=scope))
@@ -81,20 +82,21 @@ class OriginCheck:
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             raise RequestError(
-                f"Host {', '.join(hosts)[:100]!r} is not a name of this server; to accept it, "
-                "start the server with --allow-origin and the origin of this host",
+                f"the Host header {', '.join(hosts)[:100]!r} is not a name of this server; to "
+                "accept this host, start the server with --allow-origin and the host's origin, "
+                "for example --allow-origin https://chat.example.org",
                 status=403,
             )
         for origin in headers.getlist("origin"):
             if origin not in self._origins and _authority(origin) != hosts[0]:
                 raise RequestError(
-                    f"pages of {origin[:100]!r} may not use this server; to allow them, "
-                    "start the server with --allow-origin",
+                    f"web pages of the origin {origin[:100]!r} may not use this server; to allow "
+                    "them, start the server with --allow-origin and this origin",
                     status=403,
                 )
 
     def _is_ours(self, host: str) -> bool:
-        """Returns True if a Host header has an accepted name or an IP address."""
+        """Returns True if a Host header contains an accepted host name or an IP address."""
         try:
             name = urlsplit(f"//{host}").hostname
             if name is None or _authority(f"http://{host}") != host:
@@ -105,7 +107,7 @@ class OriginCheck:
 
 
 def _authority(origin: str) -> str | None:
-    """Returns the host and port of an origin as in a Host header; None if it is not an origin."""
+    """Returns the host and port of an origin, as in a Host header; None for an invalid origin."""
     scheme, separator, authority = origin.lower().partition("://")
     if scheme not in ("http", "https") or not separator or set(authority) & set("/?#@\\"):
         return None
@@ -113,7 +115,7 @@ def _authority(origin: str) -> str | None:
 
 
 class KeyCheck:
-    """Middleware that requires the API key, as a bearer token or as a Basic password.
+    """Middleware that requires the API key as a bearer token, or as a password (HTTP Basic).
 
     Args:
         app: Application that gets the accepted requests.
@@ -124,18 +126,18 @@ class KeyCheck:
         self._app, self._digest = app, _digest(api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or responds with status 401."""
+        """Passes a request to the application, or responds with status 401."""
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
             await self._app(scope, receive, send)
             return
-        text = "this server requires its API key; send it as `Authorization: Bearer KEY`"
+        text = "the API key is missing or wrong; send the header `Authorization: Bearer KEY`"
         response = refusal(RequestError(text, status=401, code="invalid_api_key"))
         scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="llava_jax"'
         response.headers["WWW-Authenticate"] = scheme
         await response(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
-        """Returns True if the request has the right key."""
+        """Returns True if the request contains the correct API key."""
         given = Headers(scope=scope).getlist("authorization")
         if len(given) != 1:
             return False

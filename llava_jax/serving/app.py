@@ -1,4 +1,4 @@
-"""Serves OpenAI's chat completions over HTTP, and the routes for models, health and metrics."""
+"""Builds the HTTP application: chat completions of OpenAI's API, models, health and metrics."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ def make_app(service: Service) -> FastAPI:
         await service.images.stop()
         await asyncio.to_thread(service.stop)
 
-    # FastAPI's pages of documentation would load scripts from other servers.
+    # FastAPI's documentation pages would load scripts from other servers.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
 
@@ -63,7 +63,7 @@ def make_app(service: Service) -> FastAPI:
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if service.engine.failure:  # the log says why
-            return JSONResponse({"status": "the engine has ended"}, status_code=503)
+            return JSONResponse({"status": "failed; the server must be restarted"}, status_code=503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -82,17 +82,18 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(_: Request, __: Exception) -> Response:
-        return refusal(RequestError("the server failed; the error is in its log", status=500))
+        text = "an internal error occurred; the log of the server shows the error"
+        return refusal(RequestError(text, status=500))
 
     return app
 
 
 class ChatResponse(Response):
-    """Response to a chat completion; reads the request body, generates the answer and sends it.
+    """Response to a chat request; reads the request body, generates the answer and sends it.
 
     Args:
         service: Service that generates the answer.
-        request: The request.
+        request: Request for a chat completion.
     """
 
     def __init__(self, service: Service, request: Request):
@@ -100,7 +101,7 @@ class ChatResponse(Response):
         self._service, self._request = service, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reads the request, and sends the answer or an error."""
+        """Reads the request and sends the answer, or sends an error."""
         reply = Reply(send)
         client = client_of(scope)
         try:
@@ -124,14 +125,15 @@ class ChatResponse(Response):
             async with asyncio.timeout(self._service.limits.seconds + READ_SECONDS):
                 await self._answer(ticket, body, reply)
         except TimeoutError:
-            text = "the client does not read the answer"
+            text = "the client reads the answer too slowly"
             raise RequestError(text, status=CLIENT_IS_GONE) from None
 
     def _check_type(self) -> None:
         kind = media_type(self._request.headers)
-        # A foreign page can make a browser send other types without a CORS preflight request.
+        # A page of another site can make a browser send other media types without a CORS preflight
+        # request.
         if kind != "application/json":
-            text = f"the Content-Type is {kind[:50]!r}; send application/json"
+            text = f"the Content-Type header is {kind[:50]!r}; it must be application/json"
             raise RequestError(text, status=415)
 
     async def _answer(self, ticket: Ticket, body: Body, reply: "Reply") -> None:
@@ -189,7 +191,7 @@ class Reply:
         send: ASGI send function.
 
     Attributes:
-        has_begun: Whether the status and the headers were sent.
+        has_begun: Whether the status and the headers have been sent.
     """
 
     def __init__(self, send: Send):
@@ -210,7 +212,7 @@ class Reply:
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self, body: bytes = b"") -> None:
-        """Sends the last bytes of the body, which end the response."""
+        """Sends the last bytes of the body and ends the response."""
         await self._send({"type": "http.response.body", "body": body})
 
     async def _begin(self, kind: str, more: list[tuple[bytes, bytes]]) -> None:
@@ -224,11 +226,11 @@ _NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
-    """Awaits `work` and returns its result; cancels it if the client disconnects.
+    """Awaits `work` and returns its result; cancels `work` if the client disconnects.
 
     Args:
-        receive: ASGI receiver of the request, whose body was read.
-        work: What to await.
+        receive: ASGI receive function of the request, whose body must have been read.
+        work: Awaitable that computes the result.
 
     Raises:
         RequestError: The client disconnected.

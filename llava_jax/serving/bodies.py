@@ -1,7 +1,7 @@
-"""Reads the bodies of requests, within limits of size, time and total memory.
+"""Reads request bodies, and limits their size, their duration and the memory of all bodies.
 
-A body is read completely before its request enters the queue, so that an incomplete request holds a
-connection but no place in the queue.
+A body is read completely before its request enters the queue. Therefore an incomplete request
+occupies a connection, but no place in the queue.
 """
 
 import asyncio
@@ -13,21 +13,21 @@ from starlette.types import Message, Receive, Scope
 from llava_jax.serving.limits import MIB, Limits, RequestError
 
 BODY_SECONDS = 60.0
-"""Longest time in seconds from the headers of a request to the last byte of its body."""
+"""Longest time in seconds between the headers of a request and the last byte of its body."""
 SMALL = 2**14
-"""Largest size in bytes of a body that is accepted at any time. Most requests without images are
-smaller."""
+"""Largest size in bytes of a body that does not count towards `MAX_TOGETHER`. Most requests without
+images are smaller."""
 MAX_TOGETHER = 64 * MIB
-"""Largest total size in bytes of all larger bodies. Those of one IP address may take half of it.
-Each of the two limits is at least `Limits.body_bytes`."""
+"""Largest total size in bytes of all bodies that are larger than `SMALL`. The bodies from one IP
+address may take half of this size. Both limits are raised to `Limits.body_bytes` if necessary."""
 _SLICE = 2**16  # bytes
 
 CLIENT_IS_GONE = 499
-"""Status of a request whose client disconnected. HTTP defines none for this; nginx uses 499."""
+"""Status of a request whose client disconnected. HTTP defines no such status; nginx uses 499."""
 
 
 def client_of(scope: Scope) -> str:
-    """Returns the IP address of a request's client; an empty string if it is not known."""
+    """Returns the IP address of the client; an empty string if the address is not known."""
     return scope["client"][0] if scope["client"] else ""
 
 
@@ -53,7 +53,7 @@ class Bodies:
         self._sizes: Counter[str] = Counter()
 
     def hold(self, client: str) -> "Body":
-        """Returns the unread body of a request; leaving its `with` block frees its memory.
+        """Returns an unread `Body` for a `with` statement, whose end frees the memory of the body.
 
         Args:
             client: IP address of the client.
@@ -68,13 +68,13 @@ class Bodies:
             size: Number of bytes; negative when memory is freed.
 
         Raises:
-            RequestError: All large bodies together, or those of the client, would be too large.
+            RequestError: The large bodies of all clients, or of this client, exceed the limit.
         """
         most, own = max(MAX_TOGETHER, self.limits.body_bytes), self._sizes[client] + size
         fair = max(MAX_TOGETHER // 2, self.limits.body_bytes)
         if size > 0 and (self._sizes.total() + size > most or own > fair):
             raise RequestError(
-                "the server is already reading too many large requests",
+                "the server is already reading too many large requests; try again in a few seconds",
                 status=429,
                 code="too_many_large_requests",
                 retry_after=5,
@@ -83,7 +83,7 @@ class Bodies:
         self._sizes += Counter()  # removes clients whose count is 0
 
     def leaving_at_end(self, receive: Receive) -> Receive:
-        """Returns an ASGI receiver that reports a disconnect when the server shuts down."""
+        """Returns an ASGI receive function that reports a disconnect when the server shuts down."""
 
         async def receive_on() -> Message:
             received = asyncio.ensure_future(receive())
@@ -99,10 +99,10 @@ class Bodies:
 
 
 class Body:
-    """Body of one request, whose memory counts until it is released.
+    """Body of one request. Its size counts towards the memory limit until it is released.
 
     Args:
-        bodies: Counter of the memory of all bodies.
+        bodies: Object that counts the memory of all bodies.
         client: IP address of the client.
 
     Attributes:
@@ -124,11 +124,11 @@ class Body:
 
         Args:
             headers: Headers of the request.
-            receive: ASGI receiver of the request.
+            receive: ASGI receive function of the request.
 
         Raises:
-            RequestError: The body is too large or too slow, other large bodies take too much
-                memory, the client disconnected, or the server shuts down.
+            RequestError: The body is too large or arrives too slowly, other large bodies take too
+                much memory, the client disconnected, or the server shuts down.
         """
         length, limits = headers.get("content-length", "0"), self._bodies.limits
         if len(length) > 18 or int(length) > limits.body_bytes:
@@ -138,16 +138,17 @@ class Body:
                 while await self._read_some(self._bodies.leaving_at_end(receive)):
                     pass
         except TimeoutError:
-            text = "the body did not arrive in time"
+            text = "the request body did not arrive within the time limit"
             raise RequestError(text, status=408, code="timeout") from None
         return self.data
 
     async def _read_some(self, receive: Receive) -> bool:
-        """Reads the next part of the body; returns whether another part follows."""
+        """Reads the next part of the body; returns True if another part follows."""
         message = await receive()
         if message["type"] == "http.disconnect":
             status = 503 if self._bodies.ending.is_set() else CLIENT_IS_GONE
-            raise RequestError("the connection ended before the body was complete", status=status)
+            text = "the connection ended before the request body was complete"
+            raise RequestError(text, status=status)
         self.data += message.get("body", b"")
         if len(self.data) > self._bodies.limits.body_bytes:
             raise self._too_large()
@@ -158,7 +159,8 @@ class Body:
 
     def _too_large(self) -> RequestError:
         limit = self._bodies.limits.body_bytes
-        return RequestError(f"the body has more than {limit:,} bytes", status=413)
+        text = f"the request body has more than {limit:,} bytes, which is the limit of this server"
+        return RequestError(text, status=413)
 
     def release(self) -> None:
         """Frees the memory of the body."""
@@ -168,14 +170,14 @@ class Body:
 
 
 def with_body(body: bytes | bytearray, receive: Receive) -> Receive:
-    """Returns an ASGI receiver for a body that was already read.
+    """Returns an ASGI receive function for a body that was already read.
 
-    The receiver returns the body in slices and lets other tasks run between them, because Starlette
-    parses forms in Python, which is slow.
+    The function returns the body in slices, and lets other tasks run between two slices, because
+    Starlette's form parser is written in Python and is slow.
 
     Args:
         body: The complete body.
-        receive: ASGI receiver for the messages after the body.
+        receive: ASGI receive function for the messages after the body.
     """
     starts = iter(range(0, max(1, len(body)), _SLICE))
 

@@ -1,11 +1,11 @@
-"""Limits the number of connections, and the time and bytes that a client may take on each.
+"""Limits the number of connections, and the time and the bytes of each connection.
 
-The HTTP parser is llhttp, which httptools wraps. It refuses requests that another parser, such as
-that of a proxy, may read differently: lines that end in a bare LF, headers folded over several
-lines, and a Content-Length header together with chunked encoding.
+The HTTP parser is llhttp, which the package httptools wraps. llhttp refuses requests that the
+parser of a proxy may interpret differently: lines that end with LF instead of CRLF, headers that
+are folded over several lines, and a Content-Length header together with chunked encoding.
 
-A connection either is being answered or waits for a request. A connection that waits is closed
-after a short time, or earlier if there are too many connections.
+A connection either waits for a request or waits for the answer to a request. A connection that
+waits for a request is closed after a short time, or earlier if there are too many connections.
 """
 
 import asyncio
@@ -20,19 +20,20 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
-"""Longest time in seconds until the headers of a request are complete, from the start of the
-connection or the end of the previous answer."""
+"""Longest time in seconds for the headers of a request to arrive, measured from the start of the
+connection or from the end of the previous answer."""
 MAX_HEADER_BYTES = 2**16
 MAX_IGNORED_BYTES = 2**26
-"""Largest number of bytes that are still read of a request that was answered before its end, so
-that its client can read the answer."""
+"""Largest number of body bytes that the server reads and drops if it has answered a request before
+the end of the body. If the server closed the connection instead, the client could lose the answer.
+"""
 IGNORE_SECONDS = 10.0
-"""Longest time in seconds that the rest of such a request is still read."""
+"""Longest time in seconds for which the server reads and drops the rest of such a body."""
 READ_SECONDS = 30.0
-"""Longest time in seconds that a client may leave sent data unread."""
+"""Longest time in seconds that the server waits for a client that does not read its answer."""
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 32
-"""Number of files that the server itself can still open when all connections are in use."""
+"""Number of open files that are reserved for the server itself, in addition to connections."""
 LOG_SECONDS = 10.0
 """Shortest time in seconds between two log lines that begin with the same 40 characters."""
 
@@ -42,8 +43,8 @@ _log = logging.getLogger("uvicorn.error")
 class Connections:
     """Keeps track of all open connections of the server.
 
-    When there are too many, the connection that has waited longest for a request is closed. One IP
-    address can have at most three quarters of all connections.
+    If there are too many connections, the connection that has waited longest for a request is
+    closed. One IP address can have at most three quarters of all connections.
 
     Attributes:
         maximum: Largest number of open connections.
@@ -51,10 +52,10 @@ class Connections:
 
     def __init__(self) -> None:
         self.maximum = max_connections()
-        self._waiting: dict[Connection, None] = {}  # the one that has waited longest is first
+        self._waiting: dict[Connection, None] = {}  # longest waiting connection first
         self._open: set[Connection] = set()
         self._clients: Counter[str] = Counter()
-        for name in ("uvicorn.error", "asyncio"):  # they log a line for each bad request
+        for name in ("uvicorn.error", "asyncio"):  # these loggers write a line for each bad request
             logging.getLogger(name).addFilter(_not_said_before())
 
     def protocol(self) -> Callable[..., asyncio.Protocol]:
@@ -62,17 +63,17 @@ class Connections:
         return lambda *args, **options: Connection(self, *args, **options)
 
     def add(self, connection: "Connection") -> bool:
-        """Adds a connection, and closes a waiting one if there are too many.
+        """Adds a connection and returns True; closes a waiting connection if there are too many.
 
-        Returns False, without adding the connection, if none of the others can be closed.
+        If no waiting connection can be closed, adds nothing and returns False.
         """
         address = connection.address
         greedy = self._clients[address] >= self.maximum * 3 // 4
         if greedy or len(self._open) >= self.maximum:
             most, count = self._clients.most_common(1)[0]
             _log.warning(
-                f"connections run out: {count} of {self.maximum} are used by {most}; those that "
-                "wait for a request are closed (`ulimit -n` limits the number of connections)"
+                f"too many connections: {count} of {self.maximum} are from {most}; connections "
+                "without a request are closed (a higher `ulimit -n` may allow more connections)"
             )
             waiting = (one for one in self._waiting if one.address == address or not greedy)
             oldest = next(waiting, None)
@@ -91,7 +92,7 @@ class Connections:
             self._waiting[connection] = None
 
     def remove(self, connection: "Connection") -> None:
-        """Removes a connection that is closed."""
+        """Removes a closed connection."""
         if connection in self._open:
             self._open.remove(connection)
             self._waiting.pop(connection, None)
@@ -106,7 +107,7 @@ class Connections:
 
 
 def _not_said_before() -> Callable[[logging.LogRecord], bool]:
-    """Returns a log filter that drops a line if it was already logged within LOG_SECONDS."""
+    """Returns a log filter that drops a line if a similar line was logged within LOG_SECONDS."""
     said: dict[str, float] = {}
 
     def passes(record: logging.LogRecord) -> bool:
@@ -122,7 +123,7 @@ def _not_said_before() -> Callable[[logging.LogRecord], bool]:
 
 
 def max_connections() -> int:
-    """Raises the process's limit of open files if needed, and returns how many connections fit."""
+    """Raises the limit of open files if needed, and returns the largest number of connections."""
     wanted = MAX_CONNECTIONS + len(os.listdir("/dev/fd")) + SPARE_FILES
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
@@ -158,7 +159,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
-        """Waits for a request, or refuses the connection if there are too many."""
+        """Waits for a request, or refuses the connection if there are too many connections."""
         super().connection_made(transport)
         self.address = self.client[0] if self.client else "?"
         if self._all.add(self):
@@ -175,7 +176,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parses data; refuses headers that are too long, and a long body after its answer."""
+        """Parses data; refuses headers that are too long, and a long body that is being dropped."""
         if self.transport.is_closing():
             return
         was_in_headers = self._in_headers
@@ -188,16 +189,16 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Starts a request; refuses it if the previous request is not answered yet."""
         if self._is_answering:
-            raise ValueError("a request began before the previous one was answered")
+            raise ValueError("a request began before the previous request was answered")
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Adds a header; ignores trailers, the header lines that can follow a chunked body."""
+        """Adds a header; ignores trailers, which are header lines that follow a chunked body."""
         if self._in_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Starts the body of a request; refuses upgrades to another protocol."""
+        """Ends the headers of a request; refuses upgrades to another protocol."""
         if self.parser is None or self.parser.should_upgrade():
             raise ValueError("this server does not upgrade connections")
         super().on_headers_complete()
@@ -214,13 +215,14 @@ class Connection(HttpToolsProtocol):
             self._expect_headers()
 
     def on_response_complete(self) -> None:
-        """Waits for the next request after an answer, or for the rest of the answered request."""
+        """Waits for the next request, or for the rest of the body of the answered request."""
         super().on_response_complete()
-        # Our timer replaces that of uvicorn, which any arriving data would stop.
+        # Our timer replaces uvicorn's keep-alive timer, because any incoming data would stop that
+        # timer.
         self._unset_keepalive_if_required()
         if self._in_body:
-            # Closing now would reset the connection, and a client that still sends its body could
-            # lose the answer.
+            # If the connection were closed now, the operating system would reset it, and a client
+            # that still sends its body could lose the answer.
             self._wait(IGNORE_SECONDS)
         else:
             self._expect_headers()
@@ -238,14 +240,14 @@ class Connection(HttpToolsProtocol):
         """
         self._wait(None)
         if self._is_answering and self.cycle.response_started:
-            self.transport.abort()  # the client would read a response as a part of the answer
+            self.transport.abort()  # the client would take an error for a part of the answer
         elif not self.transport.is_closing():
             head = f"HTTP/1.1 {status} {text}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode())
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """Starts the timer that aborts the connection unless the client reads."""
+        """Starts a timer that aborts the connection if the client does not read its answer."""
         super().pause_writing()
         self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
 

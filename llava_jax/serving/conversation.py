@@ -15,8 +15,8 @@ _ROLES: dict[str, Literal["system", "human", "gpt"]] = {
 }
 
 MAX_CHARACTERS = 64
-"""Largest average number of characters per token that is assumed. A conversation with too many
-characters is refused without counting its tokens."""
+"""Largest number of characters for each allowed token. A conversation with more characters is
+refused before it is tokenized."""
 
 
 def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Prompt:
@@ -30,17 +30,18 @@ def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Pr
         max_length: Largest number of tokens of prompt and answer together.
 
     Raises:
-        RequestError: There are too many images or too much text, or a message that is not the
-            user's has an image.
+        RequestError: There are too many images or too much text, or a message with another role
+            than "user" contains an image.
     """
     turns, urls = [], []
     for number, message in enumerate(messages):
         found = [part.url for part in message.parts if isinstance(part, ImagePart)]
         if found and message.role != "user":
             where = f"messages.{number}"
-            raise RequestError(f"{where}: only user messages may have images", param=where)
+            text = f"{where}: this message has an image, but only user messages may have images"
+            raise RequestError(text, param=where)
         texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
-        # Some clients also write LLaVA's placeholder into the text; the image part is enough.
+        # Some clients also write LLaVA's image placeholder into the text, where it is not needed.
         text = "\n".join(texts).replace(IMAGE_PLACEHOLDER, " ")
         if found:
             text = "\n".join([*[IMAGE_PLACEHOLDER] * len(found), text.strip()])
@@ -55,8 +56,8 @@ def to_prompt(messages: list[Message], limits: Limits, *, max_length: int) -> Pr
     characters = sum(len(turn.text) for turn in turns)
     if max(characters / MAX_CHARACTERS, len(messages)) > max_length:
         raise RequestError(
-            f"{len(messages):,} messages of {characters:,} characters are more than the "
-            f"{max_length:,} tokens that prompt and answer together may have",
+            f"the conversation has {len(messages):,} messages with {characters:,} characters, "
+            f"which is too long: prompt and answer together may have at most {max_length:,} tokens",
             param="messages",
             code="context_length_exceeded",
         )

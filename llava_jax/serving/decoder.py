@@ -1,12 +1,12 @@
 """Decodes images in separate processes, which can be killed at any time.
 
-Image decoders are C code, which a Python thread cannot interrupt. In a separate process, decoding
-ends together with its request, and many images do not delay requests that have only text. A process
-returns pixels or the text of an error; nothing that it returns is executed.
+Image decoders are C code, and a Python thread that runs C code cannot be interrupted. A separate
+process can be killed when its request ends, and it does not delay requests that have only text. A
+process returns pixels or the text of an error; nothing that a process returns is executed.
 
-The server writes a line of JSON and the bytes of the image file to the stdin of a process. The
-process writes a line of JSON to its stdout (null, or the text and kind of an error), and after null
-the pixels as float32 numbers.
+For each image, the server writes a line of JSON and the bytes of the image file to the stdin of a
+process. The process writes a line of JSON to its stdout: either null, which is followed by the
+pixels as float32 numbers, or a list with the text and the kind of an error.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from llava_jax.data.images import ImageTransform, read_pixels
 from llava_jax.errors import SampleError
 
 MAX_SECONDS = 20.0
-"""Longest time in seconds for one image; images within the limits take a few seconds."""
+"""Longest decoding time of an image in seconds. Images of an allowed size take a few seconds."""
 MAX_BYTES = 3 * 2**30
-"""Largest address space of a process in bytes, which includes Python, NumPy and Pillow."""
+"""Largest address space of a process in bytes, including Python, NumPy and Pillow."""
 MAX_ERROR = 1000
 """Largest number of characters of an error's text."""
 
@@ -50,7 +50,7 @@ class Decoders:
             await self._process(number)
 
     async def stop(self) -> None:
-        """Kills the processes, also while they decode."""
+        """Kills the processes, even while they decode images."""
         for number in range(len(self._processes)):
             await self._end(number)
 
@@ -76,12 +76,13 @@ class Decoders:
         except TimeoutError:
             await self._end(number)
             raise SampleError(
-                f"it took more than {MAX_SECONDS:g} s to decode", "image cost"
+                f"decoding the image took more than {MAX_SECONDS:g} s", "image cost"
             ) from None
         except (OSError, EOFError, ValueError):
             await self._end(number)
             raise SampleError(
-                "its decoder process ended; the image may need too much memory", "image cost"
+                "the process that decodes the image ended; the image may need too much memory",
+                "image cost",
             ) from None
         except BaseException:  # cancelled: the next request must not read this answer
             await self._end(number)
@@ -115,7 +116,7 @@ class Decoders:
         return None, await process.stdout.readexactly(size)
 
     async def _process(self, number: int) -> asyncio.subprocess.Process:
-        """Returns the process with this number; starts it if it does not run."""
+        """Returns the process with this number; starts the process if it does not run."""
         process = self._processes[number]
         if process is None:
             self._processes[number] = process = await asyncio.create_subprocess_exec(
@@ -123,9 +124,9 @@ class Decoders:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
-                # In its own process group, the process does not get the terminal's Ctrl-C, which
-                # is for the server. A new session would also give it its own share of the CPU, in
-                # which `os.nice` has no effect.
+                # In its own process group, the process does not receive the SIGINT that Ctrl-C
+                # sends to the server. A new session would also prevent this, but Linux would give
+                # the session its own share of the CPU, and `os.nice` would have no effect.
                 process_group=0,
             )
         return process
@@ -141,7 +142,7 @@ class Decoders:
 def _environment() -> dict[str, str]:
     """Returns the environment of a decoder process, with the server's import paths.
 
-    Variables that may hold a key are left out, because the process reads files of unknown origin.
+    Variables with KEY in their names are left out, because the process reads untrusted files.
     """
     kept = {name: value for name, value in os.environ.items() if "KEY" not in name}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -163,7 +164,7 @@ def main() -> None:
         except SampleError as error:
             answer = str(error)[:MAX_ERROR], error.kind
         except MemoryError:
-            answer = "decoding it takes too much memory", "image cost"
+            answer = "decoding the image needs too much memory", "image cost"
         stdout.write(json.dumps(answer).encode() + b"\n" + pixels)
         stdout.flush()
 

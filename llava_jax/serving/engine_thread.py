@@ -1,4 +1,4 @@
-"""Runs the thread that generates the answers of all models, which join and leave between steps."""
+"""Runs the thread that generates all answers; answers can start and end between two steps."""
 
 import asyncio
 import contextlib
@@ -31,14 +31,14 @@ class Update:
 
 
 class EngineFailed(Exception):
-    """An answer cannot be completed, because the model failed or the engine has ended."""
+    """Raised if an answer cannot be completed, because the model failed or the engine has ended."""
 
 
-_ENDED = EngineFailed("the engine has ended")
+_ENDED = EngineFailed("the server stopped generating before the answer was complete")
 
 
 class Job:
-    """Passes one answer to the engine thread, and its updates back to the event loop.
+    """Passes one answer to the engine thread, and passes its updates back to the event loop.
 
     Only the latest update is kept, so that a slow reader does not fill the memory.
 
@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         model: Name of the model.
-        answer: The answer.
+        answer: Answer that is generated.
         is_cancelled: Set to True in the event loop to cancel the job; the engine thread then
             removes the job before its next step.
     """
@@ -67,7 +67,7 @@ class Job:
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def next(self) -> Update:
-        """Waits for a new update and returns the latest one.
+        """Waits for a new update and returns the latest update.
 
         Raises:
             EngineFailed: The answer cannot be completed.
@@ -137,7 +137,10 @@ class EngineThread:
                 lane.end()
 
     def _receive(self) -> bool:
-        """Takes new jobs; waits for one if no lane is busy. Returns False to end the thread."""
+        """Takes new jobs from the queue; waits for a job if no lane is busy.
+
+        Returns False if the thread must end.
+        """
         while True:
             is_busy = any(lane.is_busy for lane in self._lanes.values())
             try:
@@ -150,7 +153,7 @@ class EngineThread:
 
 
 class _Lane:
-    """One assistant with its waiting and its running jobs."""
+    """One assistant with its waiting jobs and its running jobs."""
 
     def __init__(self, assistant: Assistant):
         self.waiting: deque[Job] = deque()
@@ -162,7 +165,7 @@ class _Lane:
         return bool(self.waiting or self._running)
 
     def turn(self) -> None:
-        """Starts jobs in free slots, generates a token of each answer and publishes the updates."""
+        """Starts jobs in free slots, generates a token per answer and publishes the updates."""
         try:
             for job in itertools.chain(self._admit(), self._step()):
                 answer = job.answer
@@ -171,7 +174,8 @@ class _Lane:
                 job.publish(Update(answer.text, len(answer.request.tokens), answer.ending))
         except Exception as error:
             traceback.print_exc()
-            self._fail(EngineFailed(f"the model failed: {type(error).__name__}"))
+            text = f"the model failed with {type(error).__name__}; the server's log shows why"
+            self._fail(EngineFailed(text))
             self._assistant.reset()
 
     def end(self) -> None:
@@ -186,7 +190,7 @@ class _Lane:
         self._running.clear()
 
     def _admit(self) -> Iterator[Job]:
-        """Removes cancelled jobs, starts waiting ones, and yields each started job."""
+        """Removes cancelled jobs, starts waiting jobs, and yields each started job."""
         for job in [job for job in self._running.values() if job.is_cancelled]:
             self._assistant.remove(job.answer)
             del self._running[job.answer]

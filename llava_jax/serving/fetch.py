@@ -1,9 +1,9 @@
-"""Fetches a file from an http or https URL that a client sent, from public IP addresses only.
+"""Fetches a file from an http or https URL of a client; allows only public IP addresses.
 
-A server that fetches any URL gives its clients access to its own machine, to its private network
-and to a cloud's metadata service. Therefore the addresses of a host are looked up once, all of them
-must be public, and the connection goes to an address that was checked. A redirect is checked in the
-same way.
+If the server fetched any URL, clients could read data from the server's machine, from its private
+network and from the metadata service of its cloud. Therefore the addresses of a host are looked up
+once, all addresses must be public, and the connection uses an address that was checked. The URLs of
+redirects are checked in the same way.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class FetchError(Exception):
-    """A file cannot be fetched; the text says why."""
+    """Raised if a file cannot be fetched; the message says why."""
 
 
 def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
@@ -30,7 +30,7 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
     Args:
         url: URL with the scheme http or https.
         most_bytes: Largest size of the file in bytes.
-        seconds: Longest time in seconds, redirects included.
+        seconds: Longest time in seconds, including redirects.
 
     Raises:
         FetchError: The host is not public, the file does not exist, is too large or arrives too
@@ -45,29 +45,29 @@ def fetch(url: str, *, most_bytes: int, seconds: float) -> bytes:
                 url = urljoin(url, response.headers.get("Location", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= until:
-                raise FetchError(f"fetching it took more than {seconds:g} s") from error
+                raise FetchError(f"the download took more than {seconds:g} s") from error
             raise FetchError(str(error) or type(error).__name__) from error
-    raise FetchError(f"more than {MAX_REDIRECTS} redirects")
+    raise FetchError(f"the URL was redirected more than {MAX_REDIRECTS} times")
 
 
 def _read(response: http.client.HTTPResponse, most_bytes: int) -> bytes:
-    """Reads a file; raises an error if it is missing, too large or incomplete."""
+    """Reads a file; raises an error if the file is missing, too large or incomplete."""
     if response.status != 200:
-        raise FetchError(f"the server answered {response.status}")
+        raise FetchError(f"the host answered with HTTP status {response.status}")
     data = response.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise FetchError(f"the file has more than {most_bytes:,} bytes")
+        raise FetchError(f"the file has more than {most_bytes:,} bytes, which is the limit")
     if response.length:
-        raise OSError("the file ended early")
+        raise OSError("the connection ended before the file was complete")
     return data
 
 
 @contextlib.contextmanager
 def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
-    """Yields the response of a URL; a timer shuts its socket down at the time `until`."""
+    """Yields the response for a URL; a timer ends the connection at the time `until`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise FetchError("only http and https URLs are fetched")
+        raise FetchError("the URL must start with http:// or https:// and contain a host name")
     usual = 443 if parts.scheme == "https" else 80
     port = parts.port or usual
     sock = _connected(parts.hostname, port, until, safely=parts.scheme == "https")
@@ -85,12 +85,12 @@ def _opened(url: str, until: float) -> Iterator[http.client.HTTPResponse]:
     finally:
         late.cancel()
         sock.close()
-    if time.monotonic() >= until:  # without a Content-Length, a file cut short looks complete
+    if time.monotonic() >= until:  # without a Content-Length, a truncated file looks complete
         raise TimeoutError
 
 
 def _connected(host: str, port: int, until: float, *, safely: bool) -> socket.socket:
-    """Connects to a public host; if `safely`, by TLS, whose handshake is left to the caller."""
+    """Connects to a public host, with TLS if `safely`; the caller must do the TLS handshake."""
     left = until - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -111,11 +111,12 @@ def public_address(host: str, port: int) -> str:
     found = [str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in found:
         if not is_public(address):
-            raise FetchError("its host is not on the public internet")
+            raise FetchError("the host has an IP address that is not public")
     return found[0]
 
 
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: it contains an IPv4 address
+# IPv6 addresses that contain an IPv4 address (RFC 6052).
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:

@@ -22,9 +22,9 @@ from llava_jax.serving.limits import Limits, RequestError
 
 FETCH_SECONDS = 20.0
 MAX_FETCHES = 4
-"""Largest number of files that are fetched at a time."""
+"""Largest number of files that are fetched at the same time."""
 DECODERS = max(2, min(4, os.cpu_count() or 1))
-"""Number of images that are decoded at a time."""
+"""Number of images that are decoded at the same time."""
 
 
 class Images:
@@ -60,8 +60,8 @@ class Images:
         if scheme in ("http", "https"):
             async with self._fetches:
                 return await _in_thread(lambda: _remote(url, self._limits))
-        takes = "data: and http(s): URLs" if self._limits.remote_images else "data: URLs"
-        raise _refusal(f"{url[:40]!r} is not a URL of an image; this server takes {takes}")
+        takes = "data:, http: and https: URLs" if self._limits.remote_images else "data: URLs"
+        raise _refusal(f"the image URL {url[:40]!r} is not supported; this server accepts {takes}")
 
     async def decode(self, data: bytes, transform: ImageTransform) -> Float32[np.ndarray, "3 H W"]:
         """Decodes an image file and returns its normalized pixels, float32 [3, height, width].
@@ -82,7 +82,7 @@ class Images:
 
 
 async def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """Runs `work` in a thread that does not delay the end of the process; returns its result."""
+    """Runs `work` in a thread that does not delay the end of the process; returns the result."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bytes] = loop.create_future()
 
@@ -107,9 +107,9 @@ async def _in_thread(work: Callable[[], bytes]) -> bytes:
 
 
 def check_image(data: bytes, limits: Limits) -> str:
-    """Checks that a file is an image within the limits; returns its format, such as "PNG".
+    """Checks that a file is an image within the limits, and returns its format, such as "PNG".
 
-    The cost of decoding is computed from the bytes of the file, without decoding it.
+    The cost of decoding is computed from the bytes of the file, without decoding the image.
 
     Args:
         data: Contents of the file.
@@ -142,20 +142,22 @@ def _unreadable(error: SampleError) -> RequestError:
 def _data_url(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
-        raise _refusal("a data: URL has no comma before its data")
+        raise _refusal(
+            "a data: URL has no comma before its data; send it as data:image/png;base64,DATA"
+        )
     try:
         if head.lower().endswith(";base64"):
             return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refusal(f"a data: URL is not base64: {error}") from error
+        raise _refusal(f"the data of a data: URL is not valid base64: {error}") from error
     return unquote_to_bytes(data)
 
 
 def _remote(url: str, limits: Limits) -> bytes:
     if not limits.remote_images:
         raise _refusal(
-            "fetching images from the network is switched off on this server (--remote-images "
-            "switches it on); send the image as a data: URL"
+            "this server was started without --remote-images, so it does not fetch images; send "
+            "the image as a data: URL"
         )
     try:
         seconds = min(FETCH_SECONDS, limits.seconds)

@@ -19,12 +19,12 @@ class Limits:
         body_bytes: Largest size of a request body in bytes.
         image_bytes: Largest size of an image file in bytes.
         image_pixels: Largest number of pixels of an image after padding to a square.
-        images: Largest number of images in a conversation. The prefill is compiled once for each
-            number of images.
+        images: Largest number of images in a conversation. The program that processes prompts is
+            compiled once for each number of images.
         new_tokens: Largest number of tokens of an answer; a request for more tokens gets this
             number.
-        seconds: Longest time in seconds from the moment when a complete request enters the queue
-            to the last token of its answer.
+        seconds: Longest time in seconds between the moment when a complete request enters the queue
+            and the last token of its answer.
         remote_images: Whether the server fetches images from http and https URLs.
     """
 
@@ -40,14 +40,14 @@ class Limits:
 
 
 class RequestError(Exception):
-    """A request is refused or fails; the text tells the client why.
+    """Raised if a request is refused or fails; the client gets the message in the response.
 
     Attributes:
         status: HTTP status code of the response.
         code: Machine-readable code of the error, such as "queue_full"; None if it has no code.
         param: Name of the field that is wrong; None if the error is not about one field.
         retry_after: Number of seconds after which the client may send the request again; None if
-            the response does not say this.
+            the response contains no such number.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Passes only those requests on to Gradio that the web page needs.
+"""Passes a request to Gradio only if the web page makes such requests.
 
-Gradio serves about seventy routes, and reads files and URLs that a client names. Therefore a
-request reaches Gradio only if it is one of the few that the page makes. An event of the page is not
-passed on as it is: a new event is built from values whose types are checked. An event is refused if
-an image in it is not in `Uploads`.
+Gradio has about seventy routes, and some routes read any file or URL that a client names. Therefore
+only the few kinds of requests that the page makes are passed to Gradio. An event of the page is not
+passed unchanged: a new event is built from the values of the event, after their types were checked.
+An event is refused if it contains an image that is not in `Uploads`.
 """
 
 import json
@@ -30,12 +30,12 @@ _STATIC = re.compile(r"/(|config|theme\.css|manifest\.json|favicon\.ico|(static|
 _STREAMS = re.compile(rf"/gradio_api/(queue/data|heartbeat/{_SESSION})")
 
 MAX_STREAMS = 512
-"""Largest number of connections over which the server sends events; a page has up to two."""
+"""Largest number of connections over which events are sent; an open page has one or two."""
 MAX_SESSIONS = 128
-"""Largest number of sessions (open pages) whose conversations are kept; the oldest conversation is
-dropped beyond it."""
+"""Largest number of sessions (open pages) whose conversations are kept. If there are more sessions,
+the oldest conversation is dropped."""
 MAX_EVENTS = 4
-"""Largest number of events of a session that are not finished, or whose result was not read."""
+"""Largest number of events of a session that are unfinished, or whose results were not read yet."""
 MAX_TEXT = 16_000
 """Largest number of characters of a question."""
 
@@ -68,12 +68,13 @@ class _Cancel(BaseModel):
 
 
 class PageGuard:
-    """ASGI application that passes only the requests of the page on to Gradio.
+    """ASGI application that passes only the requests of the page to Gradio.
 
     Args:
         app: Gradio's application.
         bodies: Reader of request bodies. When the server shuts down, the reader also reports to
-            Gradio that all clients have disconnected, because an open page keeps its connection.
+            Gradio that all clients have disconnected. Otherwise an open page would keep its
+            connection.
         uploads: Images that events may contain.
         blocks: The page, a `gradio.Blocks`.
     """
@@ -90,7 +91,7 @@ class PageGuard:
     ):
         self._app, self._bodies, self._uploads = app, bodies, uploads
         self._inputs = {i: function.inputs for i, function in blocks.fns.items() if function.fn}
-        # By session: messages that the page has not read yet, and events that are not finished.
+        # By session: messages that the page has not read yet, and events that are unfinished.
         self._messages = blocks._queue.pending_messages_per_session
         self._events = blocks._queue.pending_event_ids_session
         self._messages.max_size = MAX_SESSIONS
@@ -98,17 +99,17 @@ class PageGuard:
         self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to Gradio.
+        """Passes a request to Gradio.
 
         Raises:
-            RequestError: The page does not make such requests, or a limit is exceeded.
+            RequestError: The page does not make requests of this kind, or a limit is exceeded.
         """
         if scope["type"] != "http":
             raise RequestError("this server does not support WebSockets", status=404)
         path, method = scope["path"], scope["method"]
         send = self._with_policy(send)
         if method in ("GET", "HEAD") and _STATIC.fullmatch(path):
-            # A query would select a deep link or a theme, which the page does not have.
+            # A query string would select a deep link or a theme, and the page has neither.
             await self._app({**scope, "query_string": b""}, receive, send)
         elif method == "GET" and _STREAMS.fullmatch(path):
             await self._stream(scope, receive, send)
@@ -125,13 +126,15 @@ class PageGuard:
             raise RequestError(f"{method} {path[:100]}: this server has no such route", status=404)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on a connection over which the server sends events while the page is open."""
+        """Passes on a request to which Gradio responds with events while the page is open."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         session = query.get("session_hash", [""])[-1]
         if scope["path"].endswith("/data") and session not in self._messages:
-            raise RequestError("session_hash: this session has no events", status=404)
+            text = "session_hash: the server has no events for this session; reload the page"
+            raise RequestError(text, status=404)
         if self._streams >= MAX_STREAMS:
-            raise RequestError("too many pages are open", status=429, retry_after=60)
+            text = "too many web pages of this server are open; try again in a minute"
+            raise RequestError(text, status=429, retry_after=60)
         scope = {**scope, "query_string": f"session_hash={session}".encode()}
         self._streams += 1
         try:
@@ -140,13 +143,14 @@ class PageGuard:
             self._streams -= 1
 
     def _event(self, body: bytearray) -> Json:
-        """Returns an event of the page, built only from checked values."""
+        """Parses an event of the page; returns a new event that has only checked values."""
         event = parse_json(_Event, body)
         self._make_room(event.session_hash)
         inputs = self._inputs.get(event.fn_index)
         if inputs is None or len(inputs) != len(event.data):
             raise RequestError(
-                f"fn_index: the page has no event {event.fn_index} with {len(event.data)} values"
+                f"fn_index: the page has no event {event.fn_index} with {len(event.data)} values; "
+                "reload the page"
             )
         data = [
             self._value(component, value)
@@ -155,14 +159,15 @@ class PageGuard:
         return event.model_dump() | {"data": data}
 
     def _make_room(self, session: str) -> None:
-        """Drops the events of closed sessions; raises RequestError if this one has too many."""
+        """Drops the events of closed sessions; raises RequestError if this session has too many."""
         for name in self._events.keys() - self._messages.keys():
             del self._events[name]
         if len(self._events.get(session, ())) >= MAX_EVENTS:
-            raise RequestError("the last questions are not answered yet", status=429, retry_after=5)
+            text = "your previous questions are still being answered; try again later"
+            raise RequestError(text, status=429, retry_after=5)
 
     def _value(self, component: Any, value: _Question | bool | float | None) -> object:
-        """Checks a component's value, and returns it in the form in which browsers send it."""
+        """Checks the value of a component, and returns the value in the form that browsers send."""
         kind = component.get_block_name()
         if kind == "state":
             return None  # Gradio keeps the value of a state on the server
@@ -173,10 +178,11 @@ class PageGuard:
         if kind == "multimodaltextbox" and isinstance(value, _Question):
             if len(value.files) > self._uploads.limits.images:
                 raise RequestError(
-                    f"a conversation may have at most {self._uploads.limits.images} images"
+                    f"the question has too many images; a conversation may have at most "
+                    f"{self._uploads.limits.images}"
                 )
             return {"text": value.text, "files": [self._file(file.path) for file in value.files]}
-        raise RequestError(f"data: the value for {kind} has the wrong type")
+        raise RequestError(f"data: the value of a {kind} has the wrong type; reload the page")
 
     def _file(self, name: str) -> Json:
         path = self._uploads.path(name)

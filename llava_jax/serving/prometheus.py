@@ -1,4 +1,4 @@
-"""Collects metrics of the server and writes them in the text format of Prometheus."""
+"""Collects metrics of the server and formats the metrics as text for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector

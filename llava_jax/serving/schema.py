@@ -1,4 +1,4 @@
-"""Parses and checks the requests of OpenAI's chat completions."""
+"""Parses and checks requests for chat completions of OpenAI's API."""
 
 import random
 from typing import Annotated, Literal, TypeVar
@@ -16,7 +16,7 @@ MAX_STOPS = 16
 MAX_STOP = 1000
 """Largest number of characters of a stop string."""
 MAX_VALUES = 20_000
-"""Largest number of JSON values in a body. A value of two bytes can take 100 bytes when parsed."""
+"""Largest number of JSON values in a body. After parsing, a value of 2 bytes can take 100 bytes."""
 
 
 class _Part(BaseModel):
@@ -25,7 +25,7 @@ class _Part(BaseModel):
 
 
 class ImageUrl(_Part):
-    """Object with the URL of an image."""
+    """JSON object that contains the URL of an image."""
 
     url: str
 
@@ -62,7 +62,7 @@ class Message(_Part):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Parts of the message; a content that is only text is one part."""
+        """Parts of the message. If the content is a string, this string is the only part."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
         return self.content
@@ -105,7 +105,7 @@ class ChatRequest(_Part):
 
     @property
     def new_tokens(self) -> int | None:
-        """Largest number of tokens of the answer; None if the request has no limit."""
+        """Largest number of tokens of the answer; None if the request sets no limit."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -123,7 +123,7 @@ class ChatRequest(_Part):
         given = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
-            "top_k": None if self.top_k in (0, -1) else self.top_k,  # off, as in vLLM
+            "top_k": None if self.top_k in (0, -1) else self.top_k,  # 0 and -1 mean off, as in vLLM
             "repetition_penalty": self.repetition_penalty,
         }
         try:
@@ -169,32 +169,32 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
-    """Parses JSON and returns it as an object of a pydantic model.
+    """Parses JSON and returns an object of a pydantic class.
 
     Args:
-        model: Class of the object.
+        model: Pydantic class of the object.
         body: JSON text in UTF-8.
 
     Raises:
-        RequestError: The text is not JSON, does not fit the model or has too many values; the error
-            names the field.
+        RequestError: The text is not JSON, does not match the class or has too many values. The
+            message names the field.
     """
     if sum(body.count(sign) for sign in b",[{") > MAX_VALUES:
-        raise RequestError(f"the body has more than {MAX_VALUES:,} values")
+        raise RequestError(f"the request body has more than {MAX_VALUES:,} JSON values")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        # If no member of a union fits, the deepest error belongs to the member that fits best.
+        # If no member of a union matches, the deepest error belongs to the best matching member.
         first = max(found, key=lambda one: len(one["loc"]))
         if first["type"] == "json_invalid":
-            raise RequestError(f"the body is not JSON: {first['msg']}") from None
+            raise RequestError(f"the request body is not valid JSON: {first['msg']}") from None
         # The names of a union's members are left out, because clients do not know them.
         fields = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
         param = ".".join(str(x) for x in fields) or None
-        raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from None
+        raise RequestError(f"{param or 'the request body'}: {first['msg']}", param=param) from None
     except ValueError as error:  # for example half of a surrogate pair
-        raise RequestError(f"the body cannot be read: {error}") from error
+        raise RequestError(f"the request body cannot be read: {error}") from error
 
 
 _NAMES = {

@@ -31,8 +31,8 @@ class Service:
     """Generates answers with one or several models.
 
     Args:
-        assistants: Assistants by model name. The web page asks the first model, and the others
-            only for comparison.
+        assistants: Assistants by model name. The web page asks the first model, and asks the other
+            models only for comparison.
         limits: Limits of requests.
 
     Attributes:
@@ -84,20 +84,22 @@ class Service:
         ticket must be used in the thread of the event loop.
 
         Args:
-            client: IP address of the client, or another key by which waiting requests are limited.
+            client: IP address of the client, or another name under which its requests are counted.
 
         Raises:
             RequestError: The queue is full, or the engine has ended.
         """
         try:
             if self.engine.failure:
-                raise RequestError(f"the engine has ended: {self.engine.failure}", status=503)
+                text = f"this server has failed and must be restarted: {self.engine.failure}"
+                raise RequestError(text, status=503)
             if self.waiting >= self.limits.queue:
-                raise self._full(f"{self.waiting} requests are waiting, which is the limit")
+                text = f"{self.waiting} requests are waiting, which is the limit; try again later"
+                raise self._full(text)
             if self._waiting_of[client] >= self.limits.client_queue:
                 raise self._full(
-                    f"{self._waiting_of[client]} requests of {client} are waiting, which is the "
-                    "limit for one client"
+                    f"{self._waiting_of[client]} requests from {client} are waiting, which is the "
+                    "limit for one client; try again later"
                 )
         except RequestError as error:
             self.count(error.status)
@@ -118,7 +120,7 @@ class Service:
         """Returns the assistant of a model.
 
         Raises:
-            RequestError: There is no model of this name.
+            RequestError: There is no model with this name.
         """
         if name not in self._assistants:
             raise RequestError(
@@ -146,7 +148,7 @@ class Ticket:
 
     Args:
         service: Service that generates the answer.
-        client: IP address of the client, or another key by which waiting requests are limited.
+        client: IP address of the client, or another name under which its requests are counted.
     """
 
     def __init__(self, service: Service, client: str):
@@ -180,7 +182,7 @@ class Ticket:
 
         Args:
             task: Function to run.
-            threads: Thread pool to run the function in; the service's readers if None.
+            threads: Thread pool to run the function in; None takes the `readers` of the service.
 
         Raises:
             RequestError: The request took longer than `Limits.seconds`.
@@ -199,7 +201,7 @@ class Ticket:
                 return await work
         except TimeoutError:
             seconds = self._service.limits.seconds
-            text = f"the request took longer than {seconds:g} s"
+            text = f"the request took longer than {seconds:g} s, which is the limit of this server"
             raise RequestError(text, status=504, code="timeout") from None
 
     async def begin(
@@ -249,7 +251,7 @@ class Ticket:
                 raise RequestError(str(error), code=code, param="messages") from error
 
         answer = await self.read(task)
-        # The engine would compile too, but all other answers would wait for the compilation.
+        # The engine could also compile the program, but then all other answers would wait.
         if not assistant.is_compiled(answer):
             await self.read(partial(assistant.compile, answer), self._service.compiler)
         self._job = Job(model, answer)
@@ -257,7 +259,7 @@ class Ticket:
         return answer
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Yields the state of the answer whenever it has grown, until the answer is complete.
+        """Yields the state of the answer whenever tokens were added, until the answer is complete.
 
         Raises:
             RequestError: The engine failed, or the request took longer than `Limits.seconds`.

@@ -19,9 +19,9 @@ from llava_jax.serving.limits import MIB, Limits, RequestError
 
 KEPT_SECONDS = 24 * 60 * 60
 MAX_BYTES = 1024 * MIB
-"""Largest total size of all uploads in bytes; beyond it, the oldest uploads are removed."""
+"""Largest total size of all uploads in bytes. If it is exceeded, the oldest uploads are removed."""
 MAX_FILES = 2000
-"""Largest number of uploads; beyond it, the oldest uploads are removed."""
+"""Largest number of uploads. If it is exceeded, the oldest uploads are removed."""
 
 
 class Uploads:
@@ -39,7 +39,7 @@ class Uploads:
         self.limits = limits
         self._temporary = tempfile.TemporaryDirectory(prefix="llava_jax-")
         self.folder = Path(self._temporary.name)
-        self._sizes: dict[str, int] = {}  # by name, the oldest first
+        self._sizes: dict[str, int] = {}  # bytes by name, oldest upload first
 
     def close(self) -> None:
         """Removes the directory with all uploads."""
@@ -76,8 +76,8 @@ class Uploads:
         name = name.rpartition("/")[2]
         if name not in self._sizes:
             raise RequestError(
-                "an image of this conversation is gone; clear the conversation and upload the "
-                "image again",
+                "an image of this conversation was removed from the server; clear the conversation "
+                "and upload the image again",
                 status=404,
             )
         return self.folder / name
@@ -88,7 +88,7 @@ class Uploads:
 
 
 def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
-    """Adds the routes that store and return uploads, which replace Gradio's own routes.
+    """Adds routes that store and return uploads. These routes replace Gradio's own routes.
 
     Args:
         app: Application that gets the routes.
@@ -100,14 +100,15 @@ def add_upload_routes(app: FastAPI, uploads: Uploads, bodies: Bodies) -> None:
     async def upload(request: Request) -> Response:
         # Forms with another media type cannot contain files.
         if media_type(request.headers) != "multipart/form-data":
-            raise RequestError("an upload must have the type multipart/form-data", status=415)
+            text = "the Content-Type header of an upload must be multipart/form-data"
+            raise RequestError(text, status=415)
         with bodies.hold(client_of(request.scope)) as held:
             body = await held.read(request.headers, request.receive)
             read = Request(request.scope, with_body(body, request.receive))
             async with read.form(max_files=uploads.limits.images, max_fields=0) as form:
                 files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
                 if not files:
-                    raise RequestError("the upload has no file")
+                    raise RequestError("the upload contains no file; send an image file")
                 return JSONResponse([await uploads.add(await file.read()) for file in files])
 
     @app.get("/gradio_api/file={name:path}")

@@ -1,4 +1,4 @@
-"""Builds the web page at `/`, a chat with a model and optionally with its base, with Gradio."""
+"""Builds the web page at `/` with Gradio: a chat with a model, and optionally with its base."""
 
 import asyncio
 import contextlib
@@ -32,8 +32,8 @@ _CLIENT = "the page"
 MAX_EXCHANGES = 100
 """Largest number of questions that are kept in a conversation."""
 MAX_CHARACTERS = 32_000
-"""Largest number of characters that are kept in a conversation, because each update of the page
-sends all of them."""
+"""Largest number of characters that are kept in a conversation. The number is limited because each
+update of the page sends the whole conversation."""
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
@@ -52,7 +52,7 @@ class Exchange:
     Attributes:
         text: Text of the question.
         images: Paths of the uploaded images of the question.
-        answers: Answers by model name, as far as they are generated.
+        answers: Texts of the answers that were generated so far, by model name.
         errors: Texts of errors by model name, for answers that are missing or incomplete.
     """
 
@@ -87,7 +87,7 @@ def load_gradio() -> ModuleType:
 def add_page(app: FastAPI, service: Service) -> None:
     """Adds the page to an application.
 
-    Routes that the application already has take precedence over those of the page.
+    Routes that the application already has take precedence over the routes of the page.
 
     Args:
         app: Application that gets the page.
@@ -151,7 +151,7 @@ class _Page:
         """Builds the page and returns it as a `gradio.Blocks`."""
         gr, names = self._gr, self._names
         with gr.Blocks(title=names[0]) as page:
-            # The state stays on the server; with a Chatbot as input, clients could forge messages.
+            # A State stays on the server. With a Chatbot as input, clients could forge messages.
             exchanges = gr.State([], time_to_live=KEPT_SECONDS)
             with gr.Row(elem_classes="two" if len(names) > 1 else None):
                 columns, chats = zip(*[self._chat(name) for name in names], strict=True)
@@ -280,7 +280,7 @@ class _Page:
             last.errors[name] = str(error)
         except Exception:
             traceback.print_exc()
-            last.errors[name] = "an internal error occurred; the server's console shows it"
+            last.errors[name] = "an internal error occurred; the log of the server shows it"
 
     async def _read_upload(self, name: str) -> bytes:
         return self._uploads.path(name).read_bytes()
@@ -325,7 +325,7 @@ class _Page:
 
 
 def _as_text(text: str) -> dict[str, str]:
-    """Returns a message's content. It is escaped because a chat without Markdown renders HTML."""
+    """Returns the content of a message, escaped because a chat without Markdown renders HTML."""
     return {"type": "text", "text": html.escape(text, quote=False)}
 
 

@@ -10,13 +10,13 @@ from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
 from llava_jax.planning.model_flops import Row, model_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
-SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # factors and offsets, close to those of CLIP's processor
+SCALE = ((1 / 70,) * 3, (-1.7,) * 3)  # factors and offsets, similar to CLIP's processor
 
 
 def _shape(
     vision: tuple[int, int, int], llm: tuple[int, int, int], feed_forward: int, head_dim: int
 ) -> ModelConfig:
-    """Returns the sizes of a LLaVA for images of 336 pixels.
+    """Returns the sizes of a LLaVA model for images of 336 x 336 pixels.
 
     Args:
         vision: Width, depth and number of heads of the vision tower.
@@ -49,8 +49,8 @@ SHAPES = {
     "1b": _shape((1024, 24, 16), (2048, 12, 16), 5632, 128),
     "7b": ModelConfig(),
 }
-"""Sizes of models, by their number of parameters. All models have LLaVA's vocabulary, whose
-embeddings are most of the parameters of the smallest model."""
+"""Sizes of models, by their number of parameters. All models have LLaVA's vocabulary, so most
+parameters of the smallest model are embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Case:
         return self.text_tokens // 2
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Returns the random batch of a step, as the arrays of a `llava_jax.data.batch.Batch`."""
+        """Returns the random batch of a step: arrays by field of `llava_jax.data.batch.Batch`."""
         rng = np.random.default_rng(step)
         ids = np.full((self.samples, self.tokens), self.model.image_token_id, np.int32)
         model = self.model

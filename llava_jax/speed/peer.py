@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Peer:
-    """The side that trains with transformers and peft, as the Trainer of transformers does."""
+    """The side that trains with transformers and peft, like the Trainer of transformers."""
 
     compile_seconds: float | None = None
 

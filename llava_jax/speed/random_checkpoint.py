@@ -14,7 +14,7 @@ from llava_jax.pretrained.model_config import write_model_config
 from llava_jax.pretrained.safetensors import Specs, write_sharded
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# The number of values is a prime, so that no two rows of a matrix are the same.
+# The number of values is a prime number, so that no two rows of a matrix are equal.
 _NORMAL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
 
 
@@ -35,11 +35,11 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> None:
         else:
             specs[layouts.HF_4_36.file_name(path)] = leaf.shape, _BFLOAT16
     write_sharded(directory, specs, lambda name: random_values(name, specs))
-    write_model_config(model, directory)  # last, as a sign that all weights are written
+    write_model_config(model, directory)  # written last, to show that the checkpoint is complete
 
 
 def random_values(name: str, specs: Specs) -> np.ndarray:
-    """Returns random values of about the size that an initialization gives.
+    """Returns random values with about the same variance as the initial weights of a model.
 
     Biases are 0, and the weights of norms are 1.
 

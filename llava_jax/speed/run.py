@@ -1,4 +1,4 @@
-"""Measures the sides of `llava-jax benchmark`, in processes that take turns."""
+"""Measures the two sides of `llava-jax benchmark`, in processes that take turns."""
 
 import dataclasses
 import json
@@ -29,18 +29,18 @@ from llava_jax.train_step.program import build_program
 class Row:
     """Measurements of one side.
 
-    The seconds exclude the steps of the warm-up; the losses and the peaks include these steps.
+    The times do not include the warm-up steps; the losses and the peaks include them.
 
     Attributes:
         name: Name of the side: "ours" or the name of the peer.
         device: Name of the device.
         compile_seconds: Compilation time in seconds; None if nothing is compiled.
-        seconds: Seconds of each step.
-        cpu_seconds: Mean CPU seconds of a step, summed over all threads, for each turn.
-        waits: Seconds that each step waited for its batch to be placed on the device.
-        losses: Loss of each step, including the steps of the warm-up.
-        host_peak: Peak of the memory of the process in bytes.
-        device_peak: Peak of the memory of the device in bytes; None if the device uses host memory.
+        seconds: Time of each step in seconds.
+        cpu_seconds: Mean CPU time of a step in seconds, summed over all threads, for each turn.
+        waits: Seconds that each step waited until its batch was on the device.
+        losses: Loss of each step, including the warm-up steps.
+        host_peak: Peak memory of the process in bytes.
+        device_peak: Peak memory of the device in bytes; None if the device uses host memory.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Row:
     device_peak: int | None = None
 
     def add(self, found: dict[str, Any]) -> None:
-        """Adds the measurements of one turn, as `side.take_turn` returns them."""
+        """Adds the measurements of one turn, as returned by `side.take_turn`."""
         for name in ("seconds", "waits", "losses", "cpu_seconds"):
             getattr(self, name).extend(found[name])
         self.host_peak, self.device_peak = found["host_peak"], found["device_peak"]
@@ -68,8 +68,8 @@ def measure(
     Args:
         case: Run that the sides execute.
         names: Names of the sides.
-        directory: Empty directory for the weights from which both sides start.
-        warmup: Number of steps before the first turn; only their losses are kept.
+        directory: Empty directory, to which the initial weights of both sides are written.
+        warmup: Number of steps before the first turn; only the losses of these steps are kept.
         rounds: Number of turns of each side.
         steps: Number of steps per turn.
 
@@ -91,7 +91,7 @@ def measure(
 
 
 class Turns:
-    """Process of one side, which is killed when the context ends."""
+    """Process that runs one side. It is killed when the context ends."""
 
     def __init__(self, name: str, directory: Path):
         command = [sys.executable, "-m", "llava_jax.speed.side", name, directory]
@@ -118,7 +118,7 @@ class Turns:
         """
         line = cast("IO[str]", self._process.stdout).readline()
         if not line:
-            raise SystemExit("a side of the benchmark has ended; its error is printed above")
+            raise SystemExit("a process of the benchmark has ended; its error is printed above")
         return json.loads(line)
 
     def take(self, steps: int) -> dict[str, Any]:
@@ -128,12 +128,12 @@ class Turns:
 
 
 def write_start(case: Case, directory: Path, *, with_adapter: bool) -> None:
-    """Writes the case, and the weights from which both sides start, as Hugging Face and PEFT do.
+    """Writes the case, and the initial weights of both sides in Hugging Face's and PEFT's formats.
 
     Args:
         case: Run that the sides execute.
         directory: Directory to write to.
-        with_adapter: Whether to write LoRA weights too, if the decoder has LoRA.
+        with_adapter: Whether to write an adapter too, if the decoder is trained with LoRA.
     """
     case.save(directory)
     write_checkpoint(directory / BASE, case.model)
@@ -196,8 +196,9 @@ def compare(rows: list[Row]) -> dict[str, float]:
         rows: Measurements of this package and of the peer, in this order.
 
     Returns:
-        Dict with the ratios of speed, in which this package is better above 1, the ratio of memory,
-        in which this package is better below 1, and the largest relative difference of the losses.
+        Dict with two ratios of speed, the ratio of memory, and the largest relative difference of
+        the losses. This package is better if a ratio of speed is above 1, or the ratio of memory is
+        below 1.
     """
     ours, theirs = rows
     ratio = lambda kind: np.median(getattr(theirs, kind)) / np.median(getattr(ours, kind))

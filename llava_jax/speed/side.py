@@ -1,8 +1,8 @@
 """Runs one side of `llava-jax benchmark`: `python -m llava_jax.speed.side ours|hf DIR`.
 
-A side is this package ("ours") or the peer ("hf"). The process writes one line of JSON when it is
-ready. After that, it reads lines from stdin that contain a number of steps each. For each line, it
-runs these steps and writes one line of JSON with their measurements.
+A side is this package ("ours") or the peer ("hf"). When the process is ready, it writes one line of
+JSON to stdout. Then it reads lines from stdin; each line contains a number of steps. For each line,
+the process runs these steps and writes one line of JSON with the measurements.
 """
 
 import itertools
@@ -26,8 +26,8 @@ class Side(Protocol):
     """A model that is trained as one side of the benchmark.
 
     Attributes:
-        ahead: Largest number of unfinished steps when a new step starts, as in training; 0 if the
-            host itself computes.
+        ahead: Largest number of steps that may be unfinished when a new step starts; 0 if the
+            model runs on the CPU.
         compile_seconds: Compilation time in seconds; None if nothing is compiled.
         name: Name of the device.
     """
@@ -41,7 +41,7 @@ class Side(Protocol):
         ...
 
     def step(self, batch: Any) -> Callable[[], float]:
-        """Starts a step with a placed batch; returns a function that waits for the loss."""
+        """Starts a step on a placed batch; returns a function that waits for the loss."""
         ...
 
     def device_peak(self) -> int | None:
@@ -50,7 +50,7 @@ class Side(Protocol):
 
 
 class Ours:
-    """The side that trains with this package."""
+    """The side that trains with llava_jax."""
 
     def __init__(self, case: Case, directory: Path):
         import jax
@@ -129,7 +129,7 @@ def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
     while pending:
         finish()
     if not all(map(math.isfinite, losses)):
-        raise ArithmeticError(f"losses are not finite: {losses}")
+        raise ArithmeticError(f"some losses are not finite: {losses}")
     seconds = [end - start for start, end in itertools.pairwise(ends)]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -140,10 +140,11 @@ def take_turn(side: Side, case: Case, first: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the steps that stdin requests, until stdin ends."""
+    """Reads numbers of steps from stdin, and runs these steps, until stdin ends."""
     name, directory = sys.argv[1], Path(sys.argv[2])
     case = load_case(directory)
-    # Libraries may print to stdout, so it becomes stderr, and replies go to a copy.
+    # Libraries may print to stdout, so stdout is redirected to stderr, and replies are written to a
+    # copy of the original stdout.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if name == "ours":

@@ -1,8 +1,8 @@
 """Computes the cross-entropy of the supervised tokens, one chunk of tokens at a time.
 
-The logits of a whole batch never exist at the same time, and most tokens without a loss need no
-logits: the supervised tokens of each row are moved to the front of the row, and the loop over the
-chunks ends with the last chunk that has a supervised token.
+The logits of a whole batch never exist at the same time, and logits are computed for few tokens
+that have no loss: the supervised tokens of each row are moved to the front of the row, and the loop
+over the chunks ends with the last chunk that contains a supervised token.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def _local_loss(
 def _with_gradients(
     params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
-    """Returns `_local_loss`, and its gradients as the residuals of the backward pass."""
+    """Returns the result of `_local_loss`, and its gradients for use in the backward pass."""
     head = params["head"]
     narrow = head.astype(hidden.dtype)
     pieces = _Pieces(weights != 0)
@@ -140,9 +140,9 @@ _local_loss.defvjp(_with_gradients, _scaled)
 
 
 class _Pieces:
-    """Splits the rows of a batch into pieces, the supervised tokens of each row first.
+    """Reorders each row so that supervised tokens come first, and splits the rows into pieces.
 
-    Each piece has the same number of tokens of every row.
+    Each piece has the same number of tokens from every row.
     """
 
     def __init__(self, learned: Bool[Array, "B T"]):
@@ -156,14 +156,14 @@ class _Pieces:
         self._iterations = -(-most // self._pieces.shape[2])
 
     def take(self, x: Shaped[Array, "B T *rest"], index: Int[Array, ""]) -> Array:
-        """Returns piece number `index` of x, [B, chunk, ...]; 0 after the last token of a row."""
+        """Returns piece number `index` of x, [B, chunk, ...], padded with 0 at the end of rows."""
         here = self._pieces[index].reshape(*self._pieces.shape[1:], *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, here, axis=1, mode="fill", fill_value=0)
 
     def zeros(
         self, shape: tuple[int, ...], dtype: DTypeLike
     ) -> Shaped[Array, "chunks B chunk *rest"]:
-        """Returns zeros for all pieces, with an array of the given shape for each token."""
+        """Returns zeros for all pieces; each token has an array of the given shape."""
         return jnp.zeros((*self._pieces.shape, *shape), dtype)
 
     def loop(self, body: Callable[[jax.Array, Carry], Carry], done: Carry) -> Carry:
@@ -172,7 +172,7 @@ class _Pieces:
             return jax.lax.fori_loop(0, self._iterations, body, done)
 
     def put_back(self, x: Shaped[Array, "chunks B chunk *rest"]) -> Shaped[Array, "B T *rest"]:
-        """Returns the rows with their tokens in the original order."""
+        """Joins pieces into rows whose tokens have the original order."""
         inverse = self._inverse.reshape(*self._inverse.shape, *[1] * (x.ndim - 3))
         return jnp.take_along_axis(from_chunks(x, self._pieces[:, 0].size), inverse, axis=1)
 
@@ -226,7 +226,7 @@ def loss_weights(
         weighting: "token" gives all supervised tokens the same weight. "sample_mean" takes the mean
             over the supervised tokens of each group of consecutive samples, and then the mean over
             the groups that have supervised tokens.
-        group: Number of samples in a group of "sample_mean".
+        group: Number of samples in a group, for "sample_mean".
     """
     mask = learned.astype(jnp.float32)
     if weighting == "token":

@@ -16,7 +16,7 @@ from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
 
 Schedule = optax.Schedule
-"""Function from the number of steps done to the learning rate."""
+"""Function that maps the number of steps done to the learning rate."""
 
 CLIP_EPS = 1e-6  # the value of torch.nn.utils.clip_grad_norm_
 
@@ -121,16 +121,16 @@ def apply_gradients(
     params: Params,
     apply: Bool[Array, ""],
 ) -> tuple[Params, optax.OptState]:
-    """Returns the updated parameters and optimizer state; each array stays in its memory.
+    """Returns the updated parameters and optimizer state; arrays in host memory stay there.
 
-    Parameters that have an array in host memory are updated one after the other, slice by slice, so
-    that only one slice at a time is on the device.
+    If a parameter, its gradient or one of its moments is in host memory, the parameter is updated
+    slice by slice, so that only one slice at a time is on the device.
 
     Args:
         tx: Optimizer that updates each element independently of the others, and accepts every
             subset of the parameters.
         grads: Gradients by parameter path.
-        scale: Factor for the gradients, float32 []; None is a factor of 1.
+        scale: Factor for the gradients, float32 []; None does not scale the gradients.
         state: Optimizer state.
         params: Trainable parameters by path.
         apply: bool []. If False, parameters and state are returned unchanged.
@@ -142,11 +142,12 @@ def apply_gradients(
     parts = [update(*pick(params.keys() - set(hosted)))]
     parts += [_update_slices(update, *pick({path})) for path in hosted]
     is_selection = lambda x: isinstance(x, dict) and x.keys() <= params.keys()
-    # Each part is a whole tree whose dicts have only some of the parameters, so join the dicts.
+    # The parts are trees of equal structure, except that each dict of parameters contains only some
+    # of the parameters. So the dicts are joined.
     unite = lambda first, *others: (
         {path: x for part in (first, *others) for path, x in part.items()}
         if is_selection(first)
-        else first  # a counter, which only the first part has counted up
+        else first  # a counter, which only the first part has increased
     )
     return jax.tree.map(unite, *parts, is_leaf=is_selection)
 

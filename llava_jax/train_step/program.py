@@ -62,8 +62,8 @@ class Program:
             computes their micro-batch.
         accumulation: Number of micro-batches in a step.
         eval_size: Number of samples in an eval batch.
-        train_step: Jitted function (state, frozen, batch) -> (state, metrics). It donates `state`,
-            except on a CPU if parameters or state are in pinned host memory.
+        train_step: Jitted function (state, frozen, batch) -> (state, metrics). The function donates
+            `state`, except on a CPU if parameters or state are in pinned host memory.
         eval_step: Jitted function (trainable, frozen, batch) -> EvalResult.
     """
 
@@ -92,7 +92,7 @@ class Program:
         return [path for path in self.abstract if path not in self.state.trainable]
 
     def rows(self, size: int) -> list[int]:
-        """Returns the indices of the rows, of a batch of `size` rows, that this process reads."""
+        """Returns the indices of the rows that this process reads in a batch of `size` rows."""
         return rows_here(batch_sharding(self.mesh), size)
 
     def device_put(self, batch: Batch, size: int | None = None, *, to_train: bool = True) -> Batch:
@@ -101,7 +101,8 @@ class Program:
         Args:
             batch: Rows of this process as host arrays, from the input pipeline.
             size: Number of rows in the batch of all processes; None if `batch` has all rows.
-            to_train: Whether the batch is for the train step, whose pixels may stay in host memory.
+            to_train: Whether the batch is for the train step. Pixels for the train step may stay in
+                host memory; see `pixels_on_host`.
         """
         size = len(batch.input_ids) if size is None else size
         return jax.tree.map(
@@ -170,7 +171,7 @@ def build_program(
         mesh: Device mesh, as `distributed.sharding.make_mesh` returns it.
         implementation: Implementation of attention, as `attention_implementation` returns it.
         donate: Whether to donate the train state even if the backend of `mesh` does not support
-            donation, because the program is lowered for another backend.
+            donation; for programs that are lowered for another backend.
 
     Raises:
         ConfigError: Fields of the config contradict each other or do not fit the devices.
@@ -182,8 +183,7 @@ def build_program(
     placement = _place_parameters(config, shapes, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
     eval_size = _eval_size(config, accumulation, mesh)
-    # Among several data-parallel devices, each device's share of the pixels is small enough for
-    # device memory.
+    # With several data-parallel devices, the pixels of one device are few enough for device memory.
     pixels_on_host = config.memory.offload_optimizer and data_parallel_size(mesh) == 1
     tx = make_optimizer(config.optimizer, total_steps)
     state = abstract_state(placement.trainable, tx, mesh, offload=config.memory.offload_optimizer)
@@ -232,7 +232,7 @@ def build_program(
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Raises ConfigError if a field of `config.memory` needs remat "full", which is not set."""
+    """Raises ConfigError if a memory field needs remat "full", but remat has another value."""
     memory = config.memory
     if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
         raise ConfigError(
@@ -242,13 +242,14 @@ def _check_memory(config: TrainConfig) -> None:
 
 
 def _compute_config(config: TrainConfig, implementation: AttentionImplementation) -> ComputeConfig:
-    """Returns the part of the config that says how the model computes."""
+    """Returns the settings in the config that determine how the model computes."""
     return ComputeConfig(
         dtype=config.dtype,
         implementation=implementation,
         remat=config.memory.remat,
         offload_activations=config.memory.offload_activations,
-        # A model that is streamed does not fit into device memory, nor do its gathered weights.
+        # Weights are streamed if the model does not fit into device memory. Gathered weights would
+        # not fit either.
         gather_weights=not config.memory.stream_weights,
     )
 
@@ -278,14 +279,14 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     # Adapters stay on the device, because they are small and every micro-batch uses them.
     may_stream = lambda path: is_stacked(path) and not is_adapter(path)
     streams = lambda path: config.memory.stream_weights and may_stream(path)
-    # Only with remat "full" does a step need one layer at a time, so that the float32 weights of
-    # trainable blocks can be kept in host memory together with their moments.
+    # With remat "full", a step needs only one layer at a time. So the float32 weights of trainable
+    # blocks can be kept in host memory together with their moments.
     with_moments = config.memory.offload_optimizer and config.memory.remat == "full"
     on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
     parameters = with_shardings(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
     if not trainable:
-        raise ConfigError("tune: nothing trains; set one part to 'lora' or 'full'")
+        raise ConfigError("tune: no part is trained; set at least one part to 'lora' or 'full'")
     gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
     return _Placement(parameters, trainable, gradients)
 
@@ -295,8 +296,8 @@ def _check_quantised(config: TrainConfig) -> None:
     if config.tune.llm == "full" or "lora" not in (config.tune.llm, config.tune.vision):
         raise ConfigError(
             f"quantize {config.quantize!r} needs frozen decoder weights and LoRA adapters, because "
-            "a run without adapters exports the whole model; set tune.llm to 'lora', or quantize "
-            "to None"
+            "a run without adapters exports the whole model; set tune.llm to 'lora', or set "
+            "quantize to None"
         )
 
 
@@ -305,8 +306,8 @@ def _eval_size(config: TrainConfig, accumulation: int, mesh: Mesh) -> int:
     size = config.eval.batch_size or config.batch.global_size // accumulation
     if size % data_parallel_size(mesh):
         raise ConfigError(
-            f"eval.batch_size {size} is not a multiple of the {data_parallel_size(mesh)} "
-            "data-parallel devices; change it"
+            f"eval.batch_size {size} is not a multiple of {data_parallel_size(mesh)}, the number "
+            "of data-parallel devices; change eval.batch_size"
         )
     return size
 

@@ -63,8 +63,9 @@ def abstract_state(
         trainable: Shapes, dtypes and shardings of the trainable parameters.
         tx: Optimizer.
         mesh: Device mesh.
-        offload: Whether to keep the moments in host memory, wherever their parameters are kept.
-            Moments for which `fits_host` returns False are kept where their parameters are.
+        offload: Whether to keep the moments in host memory, even if their parameters are on the
+            device. Moments for which `fits_host` returns False stay in the memory of their
+            parameters.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -116,7 +117,8 @@ def _key(seed: int) -> Array:
 def micro_size(batch: BatchConfig, mesh: Mesh) -> int:
     """Returns the number of samples that each device has in a micro-batch.
 
-    Without `batch.micro_size`, this is the device's whole share of the global batch, at least 1.
+    If `batch.micro_size` is None, a micro-batch contains all samples that the device has in the
+    global batch, at least 1.
     """
     return batch.micro_size or max(batch.global_size // data_parallel_size(mesh), 1)
 
@@ -125,8 +127,8 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
     """Returns the number of micro-batches in a step.
 
     Raises:
-        ConfigError: The size of the global batch is not a multiple of `loss_group`, or of the size
-            of a micro-batch over all devices.
+        ConfigError: The size of the global batch is not a multiple of `loss_group`, or not a
+            multiple of the size of a micro-batch on all devices together.
     """
     if batch.global_size % batch.loss_group:
         raise ConfigError(
@@ -145,8 +147,8 @@ def accumulation_steps(batch: BatchConfig, mesh: Mesh) -> int:
 def micro_batch(batch: PyTree, index: Int[Array, ""], count: int, devices: int) -> PyTree:
     """Returns micro-batch number `index` of `count`, with arrays of shape [B / count, ...].
 
-    No row moves between devices: each micro-batch takes the next rows of every device. Pixels in
-    host memory are copied to the device; in this case there is only one data-parallel device.
+    No row moves between devices: each micro-batch contains the next rows of every device. Pixels in
+    host memory are copied to the device; in this case, there is only one data-parallel device.
 
     Args:
         batch: Tree of arrays whose first dimension is the batch.
@@ -198,7 +200,7 @@ def forward(
     batch: Batch,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
-    """Returns the final hidden states and the matrix of the head; their product is the logits.
+    """Returns the final hidden states and the output matrix; their product is the logits.
 
     Args:
         graphdef: Structure of the model, as `models.layers.split` returns it.
@@ -207,7 +209,7 @@ def forward(
         key: PRNG key of the dropout masks; None turns dropout off.
 
     Returns:
-        Hidden states, [batch, tokens, hidden], and the head, [vocabulary, hidden].
+        Hidden states, [batch, tokens, hidden], and output matrix, [vocabulary, hidden].
     """
     model = cast("Llava", merge(graphdef, params))
     hidden = model.hidden_states(batch.input_ids, batch.segment_ids, normalised(batch), key)
@@ -331,10 +333,10 @@ class EvalResult:
     Attributes:
         nll: float32 [B]. Negative log-likelihood in nats, summed over a row's supervised tokens.
         tokens: int32 [B]. Number of supervised tokens in a row.
-        exact: bool [B]. True if each supervised token is the greedy choice after the expected
-            tokens before it. In exactly this case, greedy decoding gives the expected answer.
-        predicted: int32 [B, T]. Greedy choice for the token after each position; 0 if that token is
-            not supervised.
+        exact: bool [B]. True if greedy decoding gives exactly the expected answer. This is the case
+            if each supervised token is the most likely token after the expected tokens before it.
+        predicted: int32 [B, T]. Most likely token after the token at each position; 0 if the next
+            token is not supervised.
     """
 
     nll: Leaf

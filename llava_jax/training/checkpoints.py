@@ -1,11 +1,11 @@
 """Saves and restores a run's checkpoints with Orbax.
 
-A checkpoint contains everything that changes during training. It does not contain the frozen base,
-whose name and fingerprint are in the run's config.json. An unfinished checkpoint has a temporary
-name; only a complete checkpoint is renamed to `{directory}/{step}/`. Each checkpoint has a manifest
-with the checksums of its files, so damage to a checkpoint is detected, and an older checkpoint is
-used. A checkpoint also contains copies of the run's own files, from which `repair.py` restores
-these files.
+A checkpoint contains everything that changes during training. It does not contain the frozen
+weights of the base model, whose name and fingerprint are in the run's config.json. An unfinished
+checkpoint has a temporary name; only a complete checkpoint is renamed to `{directory}/{step}/`.
+Each checkpoint has a manifest with the checksums of its files. If a checkpoint is damaged, the
+checksums show this, and an older checkpoint is used. A checkpoint also contains copies of the run's
+own files, such as config.json; `repair_logs.py` restores damaged files from these copies.
 """
 
 import functools
@@ -38,7 +38,7 @@ DAMAGED = ".damaged"
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
-"""Key of the copies of the run's own files, which are saved with the position in the data."""
+"""Key of the copies of the run's own files, in the dict that contains the position in the data."""
 _BLOCK = 2**22
 _THREADS = 8
 
@@ -46,7 +46,7 @@ _THREADS = 8
 class Checkpoints:
     """The checkpoints of one run, which are saved in the background.
 
-    An object of this class is a context manager, which waits at its end for the save in progress.
+    The object is a context manager; at the end of the context, it waits for the save in progress.
 
     Args:
         directory: Directory of the checkpoints, which is created if it does not exist. Unfinished
@@ -55,10 +55,10 @@ class Checkpoints:
         config: Checkpoint settings, with the number of checkpoints to keep.
 
     Attributes:
-        passed_over: One line of text for each renamed checkpoint, with the reason.
+        passed_over: One line of text for each damaged checkpoint that was renamed, with the damage.
 
     Raises:
-        CheckpointError: There are checkpoints, but all of them are damaged.
+        CheckpointError: The directory contains checkpoints, but all checkpoints are damaged.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
@@ -85,18 +85,18 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest intact checkpoint; None if there is no checkpoint."""
+        """Number of steps done at the newest intact checkpoint; None if there is no checkpoint."""
         return None if self._newest < 0 else self._newest
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts to save a checkpoint, unless the newest checkpoint is of the same step.
+        """Starts to save a checkpoint, unless the newest checkpoint has the same step.
 
-        After `save` has returned, `state` may be donated. If an array of `state` is in pinned host
-        memory, `save` returns only when the checkpoint is complete.
+        After `save` returns, the arrays of `state` may be donated. If an array of `state` is in
+        pinned host memory, `save` returns only when the checkpoint is complete.
 
         Args:
             state: Train state to save.
-            data: Position in the data, as plain JSON.
+            data: Position in the data, as a JSON object.
 
         Raises:
             CheckpointError: The checkpoint cannot be written, or the previous save has failed.
@@ -124,7 +124,7 @@ class Checkpoints:
         barrier()
 
     def check(self) -> None:
-        """Raises an error if the save in progress has failed; does not wait for the save.
+        """Raises an error if the save in progress has failed, without waiting for the save.
 
         Raises:
             CheckpointError: The save has failed.
@@ -145,7 +145,7 @@ class Checkpoints:
             self._remove_old()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint, on the same or another number of devices.
+        """Restores the newest checkpoint. The number of devices may have changed since the save.
 
         Args:
             abstract: Shapes, dtypes and shardings of the train state.
@@ -167,23 +167,23 @@ class Checkpoints:
             path = other[0]
             raise CheckpointError(
                 f"{checkpoint} does not have the parameters that this recipe trains; continue with "
-                "the recipe that the run started with, or start another run with its own --name. "
-                f"{len(other)} parameters differ: {path} has shape {there.get(path)} in the "
-                f"checkpoint, and {here.get(path)} in this run"
+                "the recipe that the run started with, or start a new run with another --name. "
+                f"{len(other)} parameters differ; for example, {path} has shape {there.get(path)} "
+                f"in the checkpoint and {here.get(path)} in this run"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
     def position(self) -> dict[str, Any]:
-        """Returns the position in the data that the newest checkpoint contains."""
+        """Returns the position in the data, from the newest checkpoint."""
         return {name: value for name, value in self._data().items() if name != _FILES}
 
     def files(self) -> dict[str, str]:
-        """Returns the text of the run's own files by name, as the newest checkpoint contains it."""
+        """Returns the copies of the run's own files in the newest checkpoint: text by file name."""
         return {} if self.latest is None else self._data().get(_FILES, {})
 
     def _data(self) -> dict[str, Any]:
-        """Reads the data position and the file copies from the newest checkpoint."""
+        """Reads the position in the data and the file copies from the newest checkpoint."""
         place = self._directory / str(self._newest)
         return self._orbax.restore(place, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
             "data"
@@ -208,7 +208,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many types
-            earlier = f"; that of step {self.latest} is intact" if self.latest is not None else ""
+            before = self.latest is not None
+            earlier = f"; the checkpoint of step {self.latest} is intact" if before else ""
             raise CheckpointError(
                 f"{self._directory / str(step)}: the checkpoint could not be saved{earlier}. The "
                 f"same command continues from the last checkpoint. {_first_line(error)}"
@@ -239,7 +240,7 @@ class Checkpoints:
             damaged[step] = reason
         if damaged:
             raise CheckpointError(
-                "all checkpoints of this run are damaged, so it cannot continue; remove "
+                "all checkpoints of this run are damaged, so the run cannot continue; remove "
                 f"{self._directory} to start again from step 0\n  " + "\n  ".join(damaged.values())
             )
         return None
@@ -261,11 +262,11 @@ class Checkpoints:
         """Removes the oldest checkpoints, so that the configured number remains."""
         if is_main_process():
             for step in sorted(self._steps())[: -self._keep]:
-                with suppress(OSError):  # the next start removes what remains
+                with suppress(OSError):  # the next start of the run removes remaining files
                     self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Renames a checkpoint before removing it, so that a partly removed one is never used."""
+        """Renames a checkpoint and then removes it, so that a partly removed one is never used."""
         place = self._directory / str(step)
         shutil.rmtree(place.rename(place.with_name(f"{step}{ORBAX_UNFINISHED}")))
 
@@ -311,7 +312,7 @@ def read_manifest(text: str) -> dict[str, list[int]]:
     """
     found = json.loads(text)
     if not isinstance(found, dict) or found.get("checksum") != _crc(found.get("files")):
-        raise ValueError("its checksum is not the one that was written")
+        raise ValueError("the checksum of the list of files is wrong")
     return found["files"]
 
 
@@ -338,12 +339,12 @@ def what_is_damaged(place: Path) -> str | None:
         found = (place / name).stat().st_size if (place / name).is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            return f"{place / name} {what}; {size} bytes were written"
+            return f"{place / name} {what}, but {size} bytes were written"
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(checksum, [place / name for name in expected])
         for (name, (_, value)), found in zip(expected.items(), sums, strict=True):
             if found != value:
-                return f"{place / name} is damaged: its checksum is not the one that was written"
+                return f"{place / name} is damaged: its checksum differs from the manifest"
     return None
 
 

@@ -21,15 +21,15 @@ PLAIN_SECONDS = 10.0
 class Reporter:
     """Writes a row for each step to metrics.jsonl, shows the step, and logs it to the trackers.
 
-    On a terminal, a live progress bar shows the steps. On other outputs, a plain line is printed
-    from time to time. An object of this class is a context manager.
+    On a terminal, a progress bar shows the steps. On other outputs, a line of text is printed every
+    few seconds. An object of this class is a context manager.
 
     Args:
         path: Path of metrics.jsonl; its directory must exist.
         first_step: Number of steps done before this start of the run.
         total_steps: Number of steps of the whole run.
         trackers: Services that receive each step and each evaluation.
-        quiet: If True, nothing is written or shown. True in all processes except the main process.
+        quiet: Whether to write and show nothing; True in all processes except the main process.
 
     Attributes:
         console: Console that all output goes to.
@@ -84,10 +84,10 @@ class Reporter:
         """Records one optimizer step.
 
         Args:
-            row: Row of metrics.jsonl with at least step, loss, learning_rate and tokens. `log` adds
-                the field `seconds`, the time since the previous row.
-            device_bytes: Peak memory of a device in bytes, which `log` adds to the row; None if
-                unknown.
+            row: Row of metrics.jsonl with at least the fields step, loss, learning_rate and tokens.
+                `log` adds the field `seconds`, which is the time since the previous row.
+            device_bytes: Peak memory of a device in bytes, which `log` adds to the row; None if the
+                peak is unknown.
         """
         now = time.monotonic()
         row = row | {"seconds": round(now - self._last_time, 4)}
@@ -118,14 +118,14 @@ class Reporter:
         self._track(lambda tracker: tracker.log_eval(row, images))
 
     def _track(self, log: Callable[[Tracker], None]) -> None:
-        """Calls `log` with each tracker. A tracker that fails is removed, and the run continues."""
+        """Calls `log` with each tracker. If a call fails, the tracker is removed."""
         for tracker in [*self._trackers]:
             try:
                 log(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
-                self.say(f"{name} failed and is turned off: {type(error).__name__}: {error}")
+                self.say(f"{name} failed and is now turned off: {type(error).__name__}: {error}")
 
     def skip_time(self) -> None:
         """Excludes the time since the last row from the seconds of the next row."""

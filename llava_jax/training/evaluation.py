@@ -1,4 +1,4 @@
-"""Evaluates a model on eval data: loss, accuracy, and the answers to some of the questions."""
+"""Evaluates a model on eval data: its loss, its accuracy and its answers to some questions."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ class Example:
         question: Text of the question.
         expected: Expected answer.
         given: Answer of the model, up to and including its first wrong token.
-        index: Index of the record.
+        index: Index of the record that contains the question.
         images: Number of images in the record.
         right: Whether greedy decoding gives exactly the expected answer.
     """
@@ -47,7 +47,7 @@ class Example:
     question: str
     expected: str
     given: str
-    index: int = -1  # rows of older versions lack these three fields
+    index: int = -1  # files that older versions wrote lack these three fields
     images: int = 0
     right: bool = False
 
@@ -60,7 +60,7 @@ class Evaluation:
         loss: Mean loss over all supervised tokens, in nats.
         exact: Number of samples that greedy decoding answers exactly, by category.
         samples: Number of samples, by category.
-        examples: Some of the questions with their answers.
+        examples: Some of the questions, with the expected answers and the model's answers.
         skipped: Indices of the records that cannot be used.
     """
 
@@ -86,11 +86,11 @@ def evaluate(
     """Evaluates a model on batches of eval data.
 
     Args:
-        eval_step: Compiled eval step with bound parameters: host batch -> result.
+        eval_step: Function that runs the compiled eval step on a host batch.
         batches: Host batches, each with the record index of every row, int [batch]. Rows with the
             index NO_RECORD are padding.
         records: Records that the indices refer to.
-        encoder: Encoder that made the batches from the records.
+        encoder: Encoder that was used to make the batches from the records.
         shown: Indices of the records to return as examples.
     """
     nll, tokens = 0.0, 0
@@ -118,9 +118,9 @@ def evaluate(
 def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
     """Returns the last question of a record and the model's answer up to the first wrong token.
 
-    Each token was predicted from the expected tokens before it. Up to and including the first wrong
-    token, greedy decoding gives the same tokens. Later tokens are left out, because greedy decoding
-    would predict them from the wrong token.
+    Each token was predicted from the expected tokens that precede it. Up to and including the first
+    wrong token, greedy decoding would give the same tokens. Later tokens are left out, because
+    greedy decoding would predict the later tokens from the wrong token.
     """
     encoded = encoder.encode_text(record)
     answer = _last_run(encoded.loss_mask)
@@ -153,12 +153,12 @@ def _last_run(mask: np.ndarray) -> np.ndarray:
 class Evaluator:
     """Evaluates a run's model, and appends a row for each evaluation to evaluations.jsonl.
 
-    The directory examples/ gets thumbnails of the images of the examples, for the report.
+    Thumbnails of the examples' images are written to the directory examples/, for the report.
 
     Args:
         run_dir: Directory of the run, which contains evaluations.jsonl and examples/.
         eval_step: Compiled eval step: (trainable parameters, host batch) -> result.
-        inputs: Inputs of the run. Without eval records, nothing is evaluated.
+        inputs: Inputs of the run. If there are no eval records, nothing is evaluated.
         batch_size: Number of samples in an eval batch.
         rows: Indices of the rows of each batch that this process reads.
         reporter: Reporter that shows each evaluation.
@@ -197,9 +197,10 @@ class Evaluator:
         Args:
             step: Number of steps done.
             trainable: Trainable parameters by path, after `step` steps.
-            halted: Function that is called before each batch with the checksum of the batch's texts
-                and the indices of its records, and once at the end with 0 and no indices. If the
-                function returns True, the evaluation ends and nothing is recorded.
+            halted: Function that decides whether to stop. It is called before each batch, with the
+                checksum of the batch's texts and the indices of the batch's records, and once after
+                the last batch, with 0 and no indices. If it returns True, the evaluation ends and
+                nothing is recorded.
 
         Raises:
             ConfigError: None of the eval samples can be read.
@@ -226,7 +227,7 @@ class Evaluator:
             records = inputs.eval_records
             raise ConfigError(
                 "none of the eval samples can be read; check data.eval_path and data.image_root. "
-                f"The first one, {records.where(0)}: {inputs.why_skipped(0, records)}"
+                f"The first sample is {records.where(0)}: {inputs.why_skipped(0, records)}"
             )
         row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
         self._rows.append(row)
@@ -244,12 +245,12 @@ class Evaluator:
         return [find_thumbnails(self._thumbnails, example.index) for example in examples]
 
     def _describe_skipped(self, skipped: list[int]) -> str:
-        """Returns a text about skipped samples, with the reason of the first one; "" for none."""
+        """Describes the skipped samples: their number, and the reason of the first; "" if none."""
         if not skipped:
             return ""
         records, first = self._inputs.eval_records, skipped[0]
         reason = self._inputs.why_skipped(first, records)
-        return f"; {len(skipped)} skipped, the first one {records.where(first)}: {reason}"
+        return f"; skipped samples: {len(skipped)}, the first is {records.where(first)}: {reason}"
 
     def say_tables(self) -> None:
         """Prints tables that compare the first evaluation with the last evaluation."""
@@ -260,7 +261,7 @@ class Evaluator:
 
 
 def _from_row(row: dict[str, Any]) -> Evaluation:
-    """Returns the evaluation that a row of evaluations.jsonl describes."""
+    """Converts a row of evaluations.jsonl to an `Evaluation`."""
     names = [field.name for field in dataclasses.fields(Example)]
     examples = [
         Example(**{name: example[name] for name in names if example.get(name) is not None})
@@ -271,7 +272,7 @@ def _from_row(row: dict[str, Any]) -> Evaluation:
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
-    """Returns a table of the loss and the accuracy in each category, before and after training."""
+    """Returns a table of the accuracy per category and the loss, before and after training."""
     table = Table("category", "samples", "before", "after", title="eval accuracy, exact match")
     share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
     categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
@@ -288,7 +289,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
 
 
 def examples_table(before: Evaluation, after: Evaluation) -> Table:
-    """Returns a table of the same eval questions, answered before and after training."""
+    """Returns a table of eval questions with the model's answers before and after training."""
     table = Table("question", "expected", "before", "after", title="sample answers")
     for old, new in zip(before.examples, after.examples, strict=False):
         table.add_row(new.question, new.expected, old.given, new.given)

@@ -1,4 +1,4 @@
-"""Exports a run's trained parameters, as a PEFT adapter or as a whole Hugging Face model."""
+"""Exports a run's trained parameters, as a PEFT adapter or as a complete Hugging Face model."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from llava_jax.train_step.program import Program
 
 
 def export_dir(config: TrainConfig) -> Path:
-    """Returns the directory of a run's export: `adapter/` if it trains adapters, else `model/`."""
+    """Returns the directory of a run's export: `adapter/` if the run trains LoRA, else `model/`."""
     has_adapters = "lora" in (config.tune.llm, config.tune.vision)
     return config.run_dir / ("adapter" if has_adapters else "model")
 
@@ -34,20 +34,20 @@ def export(
 ) -> Path:
     """Writes a run's trained parameters to a directory with a temporary name.
 
-    `publish` then gives the directory its final name. All processes must call this; the main
-    process writes.
+    `publish` then gives the directory its final name. All processes must call this function; only
+    the main process writes.
 
     Args:
         config: Config of the run.
         program: Program of the run.
         processor: Source of the tokenizer and the image processor.
-        base_name: Name or path of the base that the adapter belongs to; None without a base.
-        fingerprint: Fingerprint of the base; None without a base.
+        base_name: Name or path of the adapter's base model; None if there is no base model.
+        fingerprint: Fingerprint of the base model; None if there is no base model.
         trainable: Trainable parameters by path.
         frozen: Frozen parameters by path.
 
     Returns:
-        Path of the directory.
+        Path of the directory with the temporary name.
 
     Raises:
         OSError: The directory cannot be written.
@@ -85,7 +85,7 @@ def export(
 
 @contextmanager
 def _removed_on_failure(directory: Path) -> Iterator[None]:
-    """Creates an empty directory, and removes the directory if the body raises an exception."""
+    """Creates an empty directory, and removes it if the `with` block raises an exception."""
     if is_main_process():
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -98,7 +98,7 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
 
 
 def discard(written: Path) -> None:
-    """Removes an export that was written only to check that the export works.
+    """Removes an export that was only written to test whether exporting works.
 
     Args:
         written: Directory that `export` returned.
@@ -108,7 +108,7 @@ def discard(written: Path) -> None:
 
 
 def publish(written: Path, final: Path) -> None:
-    """Renames a complete export to its final name, and removes an older export of that name.
+    """Renames a complete export to its final name, and removes an older export with this name.
 
     Args:
         written: Directory that `export` returned.

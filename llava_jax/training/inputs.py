@@ -1,4 +1,4 @@
-"""Opens a run's inputs other than weights: tokenizer, image transform and data."""
+"""Opens the inputs of a run, except the weights: tokenizer, image transform and data."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from llava_jax.pretrained.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A run's tokenizer, encoder and data, ready to be read.
+    """Opened inputs of a run: tokenizer, encoder and data.
 
     Attributes:
         config: Config of the run.
@@ -35,7 +35,7 @@ class Inputs:
         encoder: Encoder that turns a record into tokens and pixels.
         spec: Shapes of training batches.
         records: Training data.
-        order: Order of the samples: the indices of the records in each training batch.
+        order: Order of the samples; gives the indices of the records in each training batch.
         eval_records: Eval data; empty if the run has no eval data.
     """
 
@@ -52,7 +52,7 @@ class Inputs:
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, devices=devices))
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
-        """Returns an endless iterator over training batches, from the start of the first epoch.
+        """Returns an endless iterator over training batches, starting with the first epoch.
 
         Args:
             rows: Indices of the rows of each batch that this process reads; None reads all rows.
@@ -63,10 +63,10 @@ class Inputs:
     def eval_batches(
         self, size: int, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Returns an iterator over batches of all eval samples, in order.
+        """Returns an iterator over batches of all eval samples, in the order of the eval data.
 
-        Each batch comes with the record index of every row, int64 [size]. The index of a row that
-        pads the last batch is NO_RECORD.
+        The iterator yields pairs of a batch and the record index of each row, int64 [size]. Rows
+        that pad the last batch have the index NO_RECORD.
 
         Args:
             size: Number of samples in a batch.
@@ -79,9 +79,9 @@ class Inputs:
 
     @functools.cached_property
     def digest(self) -> dict[str, list[dict[str, Any]]]:
-        """Digests of the training data and the eval data, as plain JSON.
+        """Digests of the training data and the eval data, as a JSON object.
 
-        A resumed run compares them with the digests in data.json.
+        A resumed run compares these digests with the digests in data.json.
         """
         return {
             "train": data_digest(self.records),
@@ -93,7 +93,7 @@ class Inputs:
         text = f"{len(self.records):,} samples, batches of {self.spec.size}"
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
-            text += " (in an epoch, {:,} with images, {:,} without, {:,} mixed)".format(*alike)
+            text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
         if self.spec.packing:
             return f"{text}; packed into rows of {self.spec.max_length} tokens"
         lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
@@ -107,7 +107,7 @@ class Inputs:
             records: Records that the index refers to; None is the training data.
         """
         found = self._what_is_wrong(self.records if records is None else records, number)
-        return found or "it could not be read before, but can be read now"
+        return found or "it could not be read before, but it can be read now"
 
     def _what_is_wrong(self, records: Records, number: int) -> str | None:
         """Returns the reason why a record cannot be used; None if it can be used."""
@@ -118,7 +118,7 @@ class Inputs:
         return None
 
     def describe_text(self, number: int, records: Records) -> str:
-        """Returns the number of tokens of a record and their checksum, or why it cannot be used.
+        """Returns a record's number of tokens and their checksum, or why it cannot be used.
 
         Args:
             number: Index of the record.
@@ -127,15 +127,15 @@ class Inputs:
         try:
             ids = self.encoder.encode_text(records[number]).input_ids
         except SampleError as error:
-            return f"none ({error})"
-        return f"{len(ids)} with checksum {zlib.crc32(ids.tobytes()):08x}"
+            return f"no tokens ({error})"
+        return f"{len(ids)} tokens with checksum {zlib.crc32(ids.tobytes()):08x}"
 
     def check_some(self) -> None:
         """Reads up to 64 training records, evenly spread, to find bad data before a run starts.
 
         Raises:
-            ConfigError: So many of these records cannot be used that the whole data almost
-                certainly has more bad records than data.max_skipped allows.
+            ConfigError: So many of these records cannot be used that the training data almost
+                certainly contains more bad records than data.max_skipped allows.
         """
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
@@ -146,14 +146,14 @@ class Inputs:
             number, reason = next(iter(bad.items()))
             raise ConfigError(
                 f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
-                f"{self.records.where(number)}: {reason}. `llava-jax check-data` lists all bad "
-                "samples, and with --write-clean writes the good samples to a new file. Or raise "
-                f"data.max_skipped, which is {self.config.data.max_skipped:g}"
+                f"{self.records.where(number)}: {reason}. Run `llava-jax check-data` to list all "
+                "bad samples; with --write-clean, it writes the good samples to a new file. Or "
+                f"raise data.max_skipped, which is {self.config.data.max_skipped:g}"
             )
 
 
 _TRIED, _BY_CHANCE = 64, 6
-"""Number of records to test, and number of bad records that chance may add among them.
+"""Number of records to test, and number of bad records among them that may be due to chance.
 
 If 1 % of the data is bad, 64 random records have 7 or more bad ones with a probability of 4e-6.
 """
@@ -218,16 +218,22 @@ def find_model(
         source: The resolved `init_from`; None if the model is trained from scratch.
 
     Raises:
-        ConfigError: Without `init_from`, the config lacks `model` or `processor`.
+        ConfigError: `init_from` is None, and `model` or `processor` is None too.
         CheckpointError: The config.json of `source` cannot be read, or its model is not supported.
     """
     processor = source if config.processor is None else Path(config.processor)
     if processor is None:
-        raise ConfigError("set processor, because a model from scratch has no tokenizer")
+        raise ConfigError(
+            "a model that is trained from scratch has no tokenizer; set processor to a directory "
+            "with a tokenizer and an image processor"
+        )
     if source is not None:
         return read_config(source), processor
     if config.model is None:
-        raise ConfigError("set init_from to a checkpoint, or model to train from scratch")
+        raise ConfigError(
+            "init_from and model are both None; set init_from to a checkpoint, or set model to "
+            "train from scratch"
+        )
     return config.model, processor
 
 
@@ -240,7 +246,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         processor: Source of the tokenizer and the image processor.
 
     Raises:
-        ConfigError: The data or the template does not exist, or does not fit the model.
+        ConfigError: The data or the template does not exist, or the data does not fit the model.
         CheckpointError: The tokenizer or the image processor cannot be read.
     """
     data = config.data

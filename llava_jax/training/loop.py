@@ -43,13 +43,14 @@ def train(
 ) -> TrainState:
     """Trains until step `total` or until a signal arrives, and returns the last train state.
 
-    The last state is saved. The metrics of a step are read after the next step has started, so that
-    the device does not wait for the host. All processes must call this.
+    The last train state is saved in a checkpoint. The metrics of a step are read after the next
+    step has started, so that the device does not wait for the host. All processes must call this.
 
     Raises:
         ConfigError: None of the eval samples can be read.
         CheckpointError: A checkpoint cannot be written.
-        RunError: Too many samples or steps are bad, or the processes have read different texts.
+        RunError: Too many samples cannot be used, too many steps are not finite, or the processes
+            have read different texts.
     """
     first = int(state.step)
     size = config.batch.global_size
@@ -84,12 +85,12 @@ def train(
             numbers = functools.partial(inputs.order.batch, step - 1)
             stops = ask(batch.text_checksum, numbers)
             if not inputs.spec.has_one_shape:
-                stops()  # different texts may have different shapes, and the step would hang
+                stops()  # different texts may have different shapes, so that the step would hang
             profiler.before(step, state)
             state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
                 step_log.log(*earlier)
-            stops()  # raises if texts differ, before anything of this step is recorded
+            stops()  # raises an error if texts differ, before this step is recorded
             waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
                 step_log.log(*waiting.pop())
@@ -104,7 +105,7 @@ def train(
         saved.save(state, batches.state())
         if int(state.step) == total:
             evaluator.say_tables()
-        stop.signal = ask()() or None  # the signal that any of the processes received
+        stop.signal = ask()() or None  # a signal that any process has received
     return state
 
 
@@ -120,13 +121,13 @@ def _ask(
     Args:
         stop: Stop request of this process.
         inputs: Inputs of the run.
-        checksum: Checksum of the texts in the batch; 0 without a batch.
+        checksum: Checksum of the texts in the batch; 0 if there is no batch.
         numbers: Function that returns the record indices of the batch.
         records: Records that the indices refer to; None is the training data.
 
     Returns:
-        A function that waits for the answers and returns the highest signal number of all
-        processes, or 0 without a signal. The function raises RunError if the texts differ.
+        Function that waits for the answers and returns the highest signal number of all processes,
+        or 0 if no signal arrived. The function raises RunError if the texts differ.
     """
     # The checksums of all processes are equal if their maximum is equal to their minimum, which is
     # minus the maximum of the negative checksums.

@@ -46,15 +46,16 @@ _MAX_LINES = 40
 def run_facts(
     config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
 ) -> Json:
-    """Returns everything that determines what a run computes, by name, without using a device.
+    """Returns all facts that determine what a run computes, by name, without using a device.
 
-    All processes must call this, because they exchange the names of the images that they have read.
+    All processes must call this, because the processes exchange the names of the images that they
+    have read.
 
     Args:
         config: Config of the run.
         model: Sizes and token ids of the model.
         steps: Number of optimizer steps of the whole run.
-        fingerprint: Fingerprint of the base; None if there is no base.
+        fingerprint: Fingerprint of the base model; None if there is no base model.
         inputs: Inputs of the run.
     """
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), MAY_DIFFER)
@@ -83,8 +84,8 @@ def agree(facts: Json, *found: str) -> None:
     """Raises ConfigError unless all processes have the same facts. All processes must call this.
 
     Args:
-        facts: Facts by name, as plain JSON.
-        found: Differences that are already known, one line of text each.
+        facts: Facts by name, as a JSON object.
+        found: One line of text for each difference that is already known.
 
     Raises:
         ConfigError: A fact differs between processes, or `found` is not empty.
@@ -94,10 +95,12 @@ def agree(facts: Json, *found: str) -> None:
         raise ConfigError(
             "\n".join(
                 [
-                    f"the processes of this run differ, so all stop; this is {this_process()}",
+                    "the processes of this run have different settings, software or data, so all "
+                    f"of them stop; this is {this_process()}",
                     *lines[:_MAX_LINES],
                     *more,
-                    "start all with the same command, environment, software, data and output_dir",
+                    "start all processes with the same command, environment, software, data and "
+                    "output_dir",
                 ]
             )
         )
@@ -119,12 +122,15 @@ def refuse_texts(inputs: Inputs, records: Records, numbers: Sequence[int]) -> No
     texts = {}
     for number in numbers:
         if number != NO_RECORD:
-            texts[f"{records.where(number)}, as tokens"] = inputs.describe_text(number, records)
-    lines = differences(texts) or ["  no difference when read again; a disk may have failed"]
+            texts[f"the text of {records.where(number)}"] = inputs.describe_text(number, records)
+    again = "  the texts are the same when they are read again; a disk may have failed"
+    lines = differences(texts) or [again]
     raise RunError(
-        f"the processes of this run read different texts, so all stop; this is {this_process()}\n"
+        "the processes of this run have read different texts, so all of them stop; this is "
+        f"{this_process()}\n"
         + "\n".join(lines[:_MAX_LINES])
-        + "\ncorrect the data where it is wrong; the same command then continues the run"
+        + "\ncorrect the data on the machines where it is wrong; the same command then continues "
+        "the run"
     )
 
 
@@ -147,7 +153,7 @@ def _image_facts(kind: str, digest: list[Json]) -> dict[str, str]:
 
 
 def _adapter_facts(directory: str | None) -> Json:
-    """Returns a checksum for each file of an adapter, computed from some bytes of each tensor."""
+    """Returns a checksum of each file of an adapter, computed from a sample of each tensor."""
     facts = {}
     for file in sorted(Path(directory).rglob("*.safetensors")) if directory else ():
         tensors = open_tensors(file).items()
@@ -190,8 +196,8 @@ def not_shared(output_dir: Path) -> list[str]:
     if is_main_process():
         token.unlink(missing_ok=True)
     return [
-        f"  all processes must share output_dir: a file that process 0 wrote into {written} is not "
-        f"in {directory} of process {number}"
+        f"  all processes must share one output_dir: process 0 wrote a file into {written}, but "
+        f"process {number} does not find the file in {directory}"
         for number, directory in enumerate(lacking)
         if directory is not None
     ]

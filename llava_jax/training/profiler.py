@@ -1,4 +1,4 @@
-"""Profiles some steps of a run with JAX's profiler; xprof shows the traces."""
+"""Profiles some steps of a run with JAX's profiler; use xprof to view the traces."""
 
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ class Profiler:
         Args:
             step: Number of the step that runs next.
             state: Train state before that step. The trace starts and stops only after the device
-                has computed this state, so that no step is traced in part.
+                has computed this state, so that no step is traced only partly.
         """
         first, last = self._window or (0, 0)
         if step == first:

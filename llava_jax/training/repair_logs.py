@@ -1,7 +1,7 @@
 """Copies a run's own files into its checkpoints, and repairs the files when the run resumes.
 
-The copies in a checkpoint contain the rows of all earlier steps, and are protected by checksums. So
-no row of these steps is lost if a crash, a disk or an editor damages a file later.
+The copies in a checkpoint contain the rows of all earlier steps, and are protected by checksums.
+Therefore no row of these steps is lost if a crash, a disk or an editor damages a file later.
 """
 
 from collections.abc import Iterator
@@ -57,14 +57,14 @@ def repair_objects(run_dir: Path, kept: dict[str, str]) -> Iterator[str]:
             continue
         if name in kept and fits(parse_object(kept[name].encode()), form):
             replace_text(file, kept[name])
-            yield f"{file} was missing or damaged; it is restored from the newest checkpoint"
+            yield f"{file} was missing or damaged; it was restored from the newest checkpoint"
         elif found is not None and name != "config.json":  # a run cannot resume without config.json
             file.unlink()
-            yield f"{file} was damaged and is removed: the newest checkpoint has no good copy of it"
+            yield f"{file} was damaged and was removed; the newest checkpoint has no intact copy"
 
 
 def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]:
-    """Rewrites each JSON-lines file so that it has the rows up to `step`, each once and in order.
+    """Rewrites each JSON-lines file so that it contains each row up to `step` once and in order.
 
     Rows of later steps are removed, because the run repeats these steps.
 
@@ -89,13 +89,13 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
         rows = _rows_of(name, kept) if name in kept else there
         # A run evaluates the model of a checkpoint after saving the checkpoint, so the row of that
         # evaluation is only in the file. If the file has different rows for one step, it is unknown
-        # which row is right. Then no row is taken, and the run repeats the evaluation.
+        # which row is right. Then all of them are dropped, and the run repeats the evaluation.
         if name in kept and name == "evaluations.jsonl":
             alike = lambda row: all(o == row for o in there if o["step"] == row["step"])
             rows += filter(alike, there)
         before, after = write_rows(there), write_rows(_once_each(name, rows))
         if damaged or before != after:
-            end = "restored from the newest checkpoint"
+            end = "it is restored from the newest checkpoint"
             if name not in kept:
                 end = "the rows that can be read are kept"
                 end += ", but no checkpoint has the lost rows" if step > 0 else ""
@@ -105,7 +105,7 @@ def repair_rows(run_dir: Path, kept: dict[str, str], step: int) -> Iterator[str]
 
 
 def _last_row(file: Path, start: int) -> bytes:
-    """Returns the bytes of a file from offset `start` on, at most MAX_ROW_BYTES."""
+    """Returns the bytes of a file after offset `start`, at most MAX_ROW_BYTES."""
     if not file.exists():
         return b""
     with open_regular(file) as opened:
@@ -118,7 +118,7 @@ def _compare(damaged: int, before: str, after: str) -> str:
     there, wanted = before.splitlines(), after.splitlines()
     kept = {*there} & {*wanted}
     counts = {
-        "lines that are not rows": damaged,
+        "invalid lines": damaged,
         "missing rows": len(wanted) - len(kept),
         "rows that are repeated or belong to another run": len(there) - len(kept),
     }

@@ -1,6 +1,6 @@
 """Finds the weights that a run starts from, and checks a run that resumes.
 
-A run resumes only with the recipe and the data that it began with.
+A run can only be resumed with the recipe and the data that it began with.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from llava_jax.training.export import export_dir
 
 
 def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Finds the checkpoint to start from, and the adapter if the checkpoint has one.
+    """Finds the checkpoint that a run starts from, and its adapter if there is one.
 
-    If `init_from` is the directory of an earlier run, the checkpoint is the base of that run, and
-    the adapter is the one that the run has trained.
+    If `init_from` is the directory of an earlier run that trained an adapter, the run starts from
+    the base model and the adapter of the earlier run.
 
     Args:
         config: Config of the run.
@@ -40,7 +40,7 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
     """
     if (source := config.init_from) is None:
         if "lora" in (config.tune.llm, config.tune.vision):
-            raise ConfigError("tune 'lora' needs a base to adapt: set init_from to a checkpoint")
+            raise ConfigError("tune 'lora' needs a base model; set init_from to a checkpoint")
         return config, None
     if config.init_adapter is not None:
         adapter = str(adapter_in(config.init_adapter))
@@ -52,7 +52,7 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
         raise ConfigError(
             f"init_from {config.init_from} already contains the adapter {found.adapter}, so "
             f"init_adapter {config.init_adapter} cannot be added; leave init_adapter out, or set "
-            f"init_from to the base {found.name}"
+            f"init_from to the base model {found.name}"
         )
     if "lora" not in (config.tune.llm, config.tune.vision):
         raise ConfigError(
@@ -71,13 +71,14 @@ def check_begun(
 ) -> None:
     """Checks that a run resumes with the recipe and the data that it began with.
 
-    If they differ but no step was trained yet, the files of the earlier start are removed instead.
+    If the recipe or the data has changed before any step was trained, no error is raised, and the
+    files of the earlier start are removed.
 
     Args:
         config: Config of the run.
         saved: Checkpoints of the run, at least one.
-        description: Description of this start, as `run_config.describe` returns it.
-        identity: Values that determine the order of the samples, as `EpochOrder.identity`.
+        description: Description of this start, as returned by `run_config.describe`.
+        identity: Values that determine the order of the samples, from `EpochOrder.identity`.
 
     Raises:
         ConfigError: Steps were trained, and the recipe or the data differs. With
@@ -116,7 +117,7 @@ def check_begun(
 def _cannot_change(
     run_dir: Path, name: str, before: object, now: object, sources: tuple[str, str]
 ) -> ConfigError:
-    """Returns the error for an order of the samples that differs from that of the earlier steps."""
+    """Returns the error for a changed value that determines the order of the samples."""
     what = {
         "records": "number of training records",
         "weights": "weights of data.mixture",
@@ -138,7 +139,7 @@ def _cannot_change(
 
 
 def refuse_to_replace(config: TrainConfig) -> None:
-    """Raises ConfigError if a run that has no checkpoint already has an export.
+    """Raises ConfigError if a run has an export but no checkpoint to resume from.
 
     All processes must call this.
 
@@ -151,7 +152,7 @@ def refuse_to_replace(config: TrainConfig) -> None:
     if broadcast_from_main(export_dir(config).exists()):
         raise ConfigError(
             f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
-            "from; move the export away, or give the run a new --name"
+            "from; move the export to another directory, or give the run a new --name"
         )
 
 
@@ -159,7 +160,7 @@ class Changes(NamedTuple):
     """Differences between this start of a run and its earlier start.
 
     Attributes:
-        recipe: One line of text for each difference in the recipe or the base.
+        recipe: One line of text for each difference in the recipe or the base model.
         data: One line of text for each difference in the data.
         sources: Paths of the training data at the earlier start, as one text.
     """
@@ -170,11 +171,11 @@ class Changes(NamedTuple):
 
 
 def changes(run_dir: Path, description: Json) -> Changes:
-    """Compares the recipe, the base and the data of a run with those of its earlier start.
+    """Compares the recipe, the base model and the data of this start with the earlier start.
 
     Args:
         run_dir: Directory of the run, with config.json and data.json of the earlier start.
-        description: Description of this start, as `run_config.describe` returns it.
+        description: Description of this start, as returned by `run_config.describe`.
 
     Raises:
         ConfigError: config.json or data.json cannot be read.
@@ -189,7 +190,7 @@ def changes(run_dir: Path, description: Json) -> Changes:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} or data.json cannot be read ({error}), and the checkpoints of the run have no "
-            "copy; restore the file, remove the checkpoints, or give the run a new --name"
+            "copy of it; restore the file, remove the checkpoints, or give the run a new --name"
         ) from error
     now = flatten(description["config"], MAY_CHANGE)
     differences = [
@@ -214,7 +215,7 @@ def data_sources(data: Json) -> str:
 
 
 def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
-    """Returns the differences in the data; for eval data, only if its fields are unchanged."""
+    """Returns the differences in the data; skips eval data if its config fields have changed."""
     file, now = run_dir / "data.json", description["config"]["data"]
     if not file.exists():  # an older version started the run
         return []

@@ -53,8 +53,8 @@ from llava_jax.training.trackers import check_packages, open_trackers
 def run(config: TrainConfig) -> int:
     """Executes a run, prints how the run ended, and returns the exit status.
 
-    The status is 0 if the run is finished, 128 + the number of the signal if a signal stopped the
-    run, and 1 after an error. With a single process, an unexpected exception is raised.
+    The status is 0 if the run is finished, 128 plus the signal number if a signal stopped the run,
+    and 1 after an error. In a run of one process, unexpected exceptions are raised.
 
     Args:
         config: Config of the run.
@@ -69,7 +69,7 @@ def run(config: TrainConfig) -> int:
         )
     except Exception as error:
         # This check comes first, because a lost process causes other errors. For example, a save
-        # that needs all processes then fails with an OSError, which would blame the disk.
+        # that needs all processes fails with an OSError, as if the disk were the cause.
         if is_lost(error):
             leave_others()
         if isinstance(error, ConfigError | CheckpointError | RunError):
@@ -86,9 +86,10 @@ class _Setup:
     """The checkpoint, the model sizes and the data of a run, found before a device is used.
 
     Attributes:
-        config: Config of the run, with a resolved `init_adapter` and, after `_plan`, with its plan.
+        config: Config of the run. Its `init_adapter` is the path of an adapter or None. `_plan`
+            replaces the config by a config that contains the chosen plan.
         found: Checkpoint to start from; None if the model is trained from scratch.
-        fingerprint: Fingerprint of the base; None if there is no base.
+        fingerprint: Fingerprint of the base model; None if there is no base model.
         model_config: Sizes and token ids of the model.
         processor: Source of the tokenizer and the image processor.
         inputs: Inputs of the run.
@@ -105,7 +106,7 @@ class _Setup:
 
     @property
     def source(self) -> Path | Parts | None:
-        """Location of the base's weights; None if the model is trained from scratch."""
+        """Location of the base model's weights; None if the model is trained from scratch."""
         return None if self.found is None else self.found.base
 
     def describe(self, config: TrainConfig) -> Json:
@@ -115,7 +116,7 @@ class _Setup:
 
 
 def _run(config: TrainConfig, stop: StopRequest) -> int:
-    """Executes a run from its config to its export, and resumes the run if it was stopped.
+    """Executes a run from the config to the export. A run that was stopped is resumed.
 
     Returns:
         The exit status 0, when the run is finished.
@@ -124,7 +125,8 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         ConfigError: The config, the data and the devices do not fit together.
         CheckpointError: The weights to start from cannot be used, or a checkpoint cannot be
             written.
-        RunError: Too many samples or steps were bad, or the processes read different texts.
+        RunError: Too many samples cannot be used, too many steps are not finite, or the processes
+            have read different texts.
         Stopped: A signal stopped the run.
     """
     _keep_compiled(Path(config.output_dir).absolute() / ".compilation_cache")
@@ -136,7 +138,8 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         _check_run_dir(setup, saved)
         if _is_finished(setup, saved):
-            say(f"{config.run_dir} is finished: {saved.latest} steps, {export_dir(config)}")
+            done = f"the run in {config.run_dir} is finished after {saved.latest} steps"
+            say(f"{done}; its result is in {export_dir(config)}")
             return 0
         setup = _plan(setup, mesh)
         trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
@@ -201,7 +204,7 @@ def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
     if (saved.latest or 0) > setup.total_steps:
         raise ConfigError(
             f"{run_dir} has a checkpoint of step {saved.latest}, but this command trains only "
-            f"{setup.total_steps} steps; raise steps or epochs, or give a new --name"
+            f"{setup.total_steps} steps; raise steps or epochs, or give the run a new --name"
         )
     _repair(repair_rows(run_dir, saved.files(), saved.latest or 0))
 
@@ -213,7 +216,7 @@ def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
 
 
 def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
-    """Tests some of the data, and returns the setup with a plan for the attached devices."""
+    """Tests some samples, and returns the setup with a plan for the attached devices."""
     inputs = setup.inputs
     inputs.check_some()
     say(inputs.summary())
@@ -225,7 +228,7 @@ def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:
-    """Builds the program, after checking that all processes build the same program."""
+    """Checks that all processes have the same plan and attention, and builds the program."""
     config, model_config = setup.config, setup.model_config
     implementation = attention_here(config, model_config)
     agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
@@ -241,12 +244,12 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
 def _start(
     setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
-    """Starts a run: saves and returns the state before the first step, and frozen parameters."""
+    """Starts a run: saves the initial state, and returns this state and the frozen parameters."""
     config = setup.config
     refuse_to_replace(config)
     state, frozen = _initial_state(setup, program)
     write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
-    # A test export: if the export fails, it fails now and not after hours of training.
+    # This export is a test: if exporting fails, it fails now and not after hours of training.
     discard(_export(setup, program, state, frozen))
     saved.save(state, batches.state())
     saved.wait()
@@ -256,7 +259,7 @@ def _start(
 def _resume(
     setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
-    """Resumes a run: returns the state of its newest checkpoint, and the frozen parameters."""
+    """Resumes a run: returns the state of the newest checkpoint, and the frozen parameters."""
     config = setup.config
     frozen = _load(setup, program, program.frozen)
     state, position = saved.restore(program.state)
@@ -267,7 +270,7 @@ def _resume(
 
 
 def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) -> Path:
-    """Writes the export to a directory with a temporary name, and returns its path."""
+    """Writes the export to a directory with a temporary name, and returns the directory."""
     name = setup.found.name if setup.found else None
     return export(
         setup.config,
@@ -281,11 +284,11 @@ def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) 
 
 
 def _keep_compiled(directory: Path) -> None:
-    """Keeps all compiled programs in a directory, so that a second start compiles nothing.
+    """Makes JAX cache all compiled programs in a directory, so that a later start compiles nothing.
 
-    By default, JAX keeps only programs that take at least 1 second to compile. A start also
-    compiles dozens of programs that take about 20 ms, one for each shape of a weight. Settings in
-    environment variables have priority.
+    By default, JAX caches only programs that take at least 1 second to compile. A start also
+    compiles dozens of programs that take about 20 ms, one for each shape of a weight. Environment
+    variables that the user has set have priority.
     """
     options = {
         "jax_compilation_cache_dir": str(directory),
@@ -297,7 +300,7 @@ def _keep_compiled(directory: Path) -> None:
 
 
 def _repair(lines: Iterator[str]) -> None:
-    """Makes the main process repair a run's files and print each repair; all processes wait."""
+    """Repairs a run's files in the main process, which prints each repair; all processes wait."""
     if is_main_process():
         for line in lines:
             say(line)
@@ -305,7 +308,7 @@ def _repair(lines: Iterator[str]) -> None:
 
 
 def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """Returns the config with the size of a micro-batch filled in."""
+    """Returns the config with the chosen `batch.micro_size` instead of None."""
     batch = dataclasses.replace(config.batch, micro_size=micro_size(config.batch, mesh))
     return dataclasses.replace(config, batch=batch)
 
@@ -330,7 +333,7 @@ def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]
 
 
 def _load(setup: _Setup, program: Program, wanted: Collection[str]) -> Params:
-    """Loads the wanted parameters from the base, and initializes those that the base lacks."""
+    """Loads parameters from the base model; initializes parameters that the base model lacks."""
     return load_weights(
         setup.source,
         program.model_config,

@@ -1,4 +1,4 @@
-"""Writes config.json and data.json, which describe a run, when the run starts."""
+"""Writes config.json and data.json, the description of a run, when the run starts."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ def describe(
         config: Config of the run.
         model: Sizes and token ids of the model.
         steps: Number of optimizer steps of the whole run.
-        fingerprint: Fingerprint of the base; None if there is no base.
-        data: Digests of the data, as `Inputs.digest` returns them.
+        fingerprint: Fingerprint of the base model; None if there is no base model.
+        data: Digests of the data, from `Inputs.digest`.
     """
     return {
         "config": to_json(dataclasses.replace(config, steps=steps, model=model)),
@@ -40,7 +40,7 @@ def describe(
 def write_description(run_dir: Path, description: Json) -> None:
     """Writes a run's description to config.json and data.json. Only the main process writes.
 
-    The digests of the data are in a file of their own, because they are long.
+    The digests of the data are long, so they are written to a separate file, data.json.
 
     Args:
         run_dir: Directory of the run, which is created if it does not exist.

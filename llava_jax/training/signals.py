@@ -1,4 +1,4 @@
-"""Handles SIGTERM and SIGINT (Ctrl-C), which stop a run after it has saved its state."""
+"""Handles SIGTERM and SIGINT (Ctrl-C), so that a run saves its state before it stops."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from types import FrameType
 from llava_jax.distributed.multihost import is_main_process
 
 _MESSAGE = (
-    b"stopping: the current step is finished and saved first; press Ctrl-C again to stop at once\n"
+    b"stopping after the current step is finished and saved; press Ctrl-C again to stop at once\n"
 )
 
 
 class Stopped(BaseException):
-    """Raised when a signal stops the run; the text says at which point of the run.
+    """Raised when a signal stops the run; the message says at which point of the run.
 
     Args:
         number: Number of the signal.
@@ -47,7 +47,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Makes a signal set `signal` instead of raising `Stopped`, while this context is open."""
+        """In this context, a received signal only sets `signal` and does not raise `Stopped`."""
         self._in_steps = True
         try:
             yield
@@ -58,7 +58,7 @@ class StopRequest:
         """Raises Stopped if a signal was received.
 
         Args:
-            where: Point of the run, for the message, for example "after step 5".
+            where: Point of the run that the message names, for example "after step 5".
 
         Raises:
             Stopped: A signal was received.
@@ -77,7 +77,7 @@ class StopRequest:
         sys.unraisablehook = self._hook
 
     def _pass_over(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Handles an exception that Python cannot propagate, and ignores `Stopped`."""
+        """Passes an exception that Python cannot propagate to the old hook, except `Stopped`."""
         # If a signal arrives during a callback of the garbage collector, Python cannot propagate
         # `Stopped` and would print a traceback. The run still stops when it next checks `signal`.
         if unraisable.exc_type is not Stopped:

@@ -1,6 +1,7 @@
 """Records a run's steps in metrics.jsonl, skipped.jsonl and nonfinite.jsonl.
 
-Also ends the run if too many samples cannot be used or too many steps are not finite.
+The log also ends the run if too many samples cannot be used or if too many steps are not finite. A
+step is finite if its loss and its gradient norm are finite numbers.
 """
 
 import itertools
@@ -21,7 +22,7 @@ MAX_NAMED = 5
 """Maximum number of samples that an error lists; nonfinite.jsonl lists all samples."""
 
 MAX_SHOWN = 20
-"""Maximum number of skipped samples that the console shows; skipped.jsonl lists all."""
+"""Maximum number of skipped samples that the console shows; skipped.jsonl lists all of them."""
 
 
 class StepLog:
@@ -37,7 +38,8 @@ class StepLog:
         first_step: Number of steps done before this start of the run.
 
     Attributes:
-        nonfinite: Number of consecutive steps, up to the last step, that were not finite.
+        nonfinite: Number of consecutive non-finite steps at the end of the log; 0 if the last step
+            was finite.
     """
 
     def __init__(self, config: TrainConfig, inputs: Inputs, reporter: Reporter, first_step: int):
@@ -58,7 +60,7 @@ class StepLog:
             step: Number of the step, from 1.
 
         Raises:
-            RunError: Too many samples were skipped, or too many steps in a row were not finite.
+            RunError: Too many samples were skipped, or too many consecutive steps were not finite.
         """
         values = jax.device_get(metrics)
         numbers = self._inputs.order.batch(step - 1)
@@ -79,8 +81,8 @@ class StepLog:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
                 f"data.max_skipped ({allowed:g}) allows; {self._skipped_file} lists them. Correct "
-                "the samples in place (see `llava-jax check-data`; the number of records must not "
-                "change) and continue with --checkpoint.accept-changes, or raise data.max_skipped"
+                "the samples without changing the number of records (see `llava-jax check-data`) "
+                "and continue with --checkpoint.accept-changes, or raise data.max_skipped"
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:
@@ -100,10 +102,10 @@ class StepLog:
             self._reporter.say(f"{row['place']} is skipped: {row['reason']}")
         self._shown += len(rows)
         if self._shown - len(rows) < MAX_SHOWN < self._shown:
-            self._reporter.say(f"only {self._skipped_file} lists further skipped samples")
+            self._reporter.say(f"further skipped samples are listed only in {self._skipped_file}")
 
     def _note_nonfinite(self, values: dict[str, np.ndarray], step: int) -> None:
-        """Records the step if it is not finite; raises RunError after too many such steps."""
+        """Records the step if it is not finite; raises RunError after too many non-finite steps."""
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
             self.nonfinite = 0
             return
@@ -113,15 +115,16 @@ class StepLog:
         if self._reporter.is_shown:
             append_rows(self._nonfinite_file, [{"step": step, "samples": places}])
         self._reporter.say(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; its update "
-            f"is skipped. Its samples are in {self._nonfinite_file}"
+            f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}, so "
+            f"its update is skipped; {self._nonfinite_file} lists the samples of the step"
         )
         if self.nonfinite >= self._config.nonfinite_limit:
             raise RunError(
-                f"{self.nonfinite} steps in a row were not finite, the last one is step {step}. "
-                f"Earlier checkpoints are good. {self._nonfinite_file} lists the samples of these "
-                f"steps; the first samples of step {step} are {'; '.join(places[:MAX_NAMED])}. "
-                "Lower the learning rate, look at the samples, or raise nonfinite_limit"
+                f"{self.nonfinite} consecutive steps, the last of which is step {step}, had a loss "
+                "or gradient norm that is not finite. Earlier checkpoints are intact. "
+                f"{self._nonfinite_file} lists the samples of these steps; the first samples of "
+                f"step {step} are {'; '.join(places[:MAX_NAMED])}. Lower the learning rate, check "
+                "the samples, or raise nonfinite_limit"
             )
 
 

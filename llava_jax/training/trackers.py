@@ -1,10 +1,10 @@
 """Sends a run's metrics to TensorBoard and to Weights & Biases, in addition to the run's own files.
 
-Events for TensorBoard are written by TensorBoard's `EventFileWriter`, which needs neither
-TensorFlow nor PyTorch. The package tensorboardX has a shorter interface, but was rejected (version
+Events for TensorBoard are written with TensorBoard's `EventFileWriter`, which needs neither
+TensorFlow nor PyTorch. The package tensorboardX has a simpler interface, but is not used (version
 2.6.5) for two reasons. It imports PyTorch if PyTorch is installed, which takes seconds and may load
-other CUDA libraries than JAX needs. And it names event files by the second, so a restart within one
-second would overwrite a file.
+other CUDA libraries than JAX needs. And it names event files by the time in seconds, so a restart
+within one second would overwrite a file.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ EVAL_SCALARS = ("loss", "accuracy")
 
 @runtime_checkable
 class Tracker(Protocol):
-    """A service that receives a run's metrics."""
+    """Service to which a run's metrics are logged."""
 
     def log_step(self, row: Row) -> None:
         """Logs a row of metrics.jsonl, with the additional field tokens_per_second."""
@@ -52,16 +52,18 @@ def check_packages(log: LogConfig) -> None:
     needed = {"tensorboard": log.tensorboard, "wandb": log.wandb is not None}
     for package in (name for name, is_needed in needed.items() if is_needed):
         try:
-            # An import would prove nothing: it also finds a folder `wandb` or `tensorboard` in the
-            # working directory.
+            # An import would not be a valid test, because it also succeeds if the working
+            # directory contains a folder `wandb` or `tensorboard`.
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(f"log.{package} needs {package}: pip install -e '.[log]'") from None
+            raise ConfigError(
+                f"log.{package} needs the package {package}: pip install -e '.[log]'"
+            ) from None
 
 
 @contextmanager
 def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Iterator[list[Tracker]]:
-    """Opens the trackers that `config.log` names, and closes them at the end of the context.
+    """Opens the trackers that `config.log` turns on; closes them at the end of the context.
 
     Args:
         config: Config of the run.
@@ -69,7 +71,7 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
         write: Whether this process logs; only one process should log.
 
     Raises:
-        ConfigError: Weights & Biases cannot be reached, or has no account for this user.
+        ConfigError: Weights & Biases cannot be reached, or this user is not logged in.
     """
     with ExitStack() as stack:
         trackers: list[Tracker] = []
@@ -82,12 +84,12 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
 
 
 def _scalars(row: Row, group: str, names: Sequence[str]) -> dict[str, float]:
-    """Returns the values of `names` that are finite, by the names that trackers show."""
+    """Returns the finite values of the fields `names`, under the names that trackers show."""
     return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
 
 
 def _caption(example: Row) -> str:
-    """Returns the text of an example, with question, expected answer and given answer."""
+    """Returns the text of an example: question, expected answer and the model's answer."""
     return "\n".join(f"{name}: {example[name]}" for name in ("question", "expected", "given"))
 
 
@@ -113,8 +115,8 @@ class TensorBoard:
 
     Args:
         writer: Writer of one event file.
-        first_step: Number of steps done before this start of the run. TensorBoard does not show the
-            events of later steps that are in older event files.
+        first_step: Number of steps done before this start of the run. TensorBoard ignores events of
+            later steps in older event files.
     """
 
     def __init__(self, writer: Any, first_step: int):
@@ -138,8 +140,8 @@ class TensorBoard:
         for example, files in zip(row["examples"], images, strict=True):
             tag = f"eval/record {example['index']}"
             values += [_image(f"{tag}/image {n}", file) for n, file in enumerate(files)]
-            # TensorBoard renders a text as Markdown, in which indented lines are code. So the text
-            # is indented, and is shown unchanged.
+            # TensorBoard renders texts as Markdown. The text is indented, because Markdown shows
+            # indented lines unchanged, as code.
             values += text_pb(tag, textwrap.indent(_caption(example), " " * 4)).value
         self._write(row["step"], summary={"value": values})
 
@@ -171,7 +173,7 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
         config: Config of the run.
 
     Raises:
-        ConfigError: Weights & Biases cannot be reached, or has no account for this user.
+        ConfigError: Weights & Biases cannot be reached, or this user is not logged in.
     """
     import wandb
 
@@ -195,16 +197,16 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
         raise ConfigError(
             f"log.wandb {config.log.wandb}: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    with run:  # the service learns from the end of this context whether the run succeeded
+    with run:  # at the end of this context, wandb reports whether the run succeeded
         yield Wandb(wandb, run)
 
 
 class Wandb:
     """Tracker that logs to Weights & Biases.
 
-    A run that was killed repeats some steps with exactly the same results. Steps that the service
-    already has are not sent again. In offline mode, the service's steps are unknown, so repeated
-    steps are logged again.
+    A run that was killed repeats some steps, with exactly the same results. Steps that Weights &
+    Biases has already received are not sent again. In offline mode, it is unknown which steps were
+    received, so repeated steps are logged again.
 
     Args:
         wandb: The module `wandb`.

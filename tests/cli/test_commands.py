@@ -92,9 +92,9 @@ def test_a_file_comes_before_a_preset(tmp_path: Path, monkeypatch: pytest.Monkey
     ("given", "said"),
     [
         ("7b_lroa", "did you mean the preset `--config 7b_lora`?"),
-        ("configs/tiny_lora.py", "the preset with this name is `--config tiny_lora`"),
-        ("mine.py", "give a file, or the name of a preset: 13b_full, "),
-        ("../configs/7b_lora", "the preset with this name"),
+        ("configs/tiny_lora.py", "to use the preset with this name, write `--config tiny_lora`"),
+        ("mine.py", "give the path of a config file or the name of a preset: 13b_full, "),
+        ("../configs/7b_lora", "to use the preset with this name"),
     ],
 )
 def test_a_config_that_is_not_there(

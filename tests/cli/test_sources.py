@@ -110,12 +110,12 @@ def test_parts_of_a_wrong_form_are_a_usage_error(module, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as end:
         module.parse(["llm=a", *(["--task", "json"] if module is evaluate else [])])
     assert end.value.code == 2
-    assert "the form is llm=DIR,vision=DIR[,projector=FILE]" in capsys.readouterr().err
+    assert "the format is llm=DIR,vision=DIR[,projector=FILE]" in capsys.readouterr().err
 
 
 def test_parts_without_a_projector_are_refused(capsys: pytest.CaptureFixture[str]):
     assert chat.main([BASE, "--prompt", "x"]) == 1
-    assert "there is no projector in llm=" in capsys.readouterr().err
+    assert " has no projector; give its file: llm=" in capsys.readouterr().err
 
 
 def test_python_takes_parts_too(parts: Parts):
@@ -124,7 +124,7 @@ def test_python_takes_parts_too(parts: Parts):
 
 
 def test_parts_have_no_base():
-    with pytest.raises(ConfigError, match="give an adapter or part that was trained, and a model"):
+    with pytest.raises(ConfigError, match="must be an adapter or a trained part, and the base"):
         resolve(parse_source(BASE), base=TINY_LLAVA)
 
 

@@ -115,7 +115,7 @@ def test_steps_come_from_epochs_and_round_up(file: Path):
         ("batch.loss_weighting", "tokens", "batch.loss_weighting = 'tokens'"),
         ("batch.micro_size", 0, "batch.micro_size = 0.*at least 1"),
         ("lora.rank", 0, "lora.rank = 0.*at least 1"),
-        ("lora.dropout", 1.0, "lora.dropout = 1.0.*below 1"),
+        ("lora.dropout", 1.0, "lora.dropout = 1.0.*less than 1"),
         ("steps", "7", "steps = '7'.*int"),
         ("data", None, "data = None"),
         ("data.path", None, "data.path = None: it must be str$"),
@@ -141,7 +141,7 @@ NAMES = (
 
 
 REFUSED_NAME = (
-    r"^--name (is empty|'.* (contains|must|has) )|^name = '.* (has a NUL|is not a whole character)"
+    r"^--name (is empty|'.* (contains|must|has) )|^name = '.* (contains a NUL|is not a complete)"
 )
 
 
@@ -158,7 +158,7 @@ def test_a_name_is_no_path(name: str, file: Path, capsys: pytest.CaptureFixture[
 def test_a_name_that_is_refused_is_told_why():
     for name, why in {
         "": "is empty; give one, for example --name my_run",
-        "../x": """'../x' contains "/". A name may not contain / or \\; use --output-dir""",
+        "../x": """'../x' contains "/". A name must not contain / or \\; use --output-dir""",
         ".hidden": "'.hidden' must not start with a dot, a dash or a space",
         "a ": "'a ' must not end with a space",
         "a\n": "a character that cannot be printed",
@@ -177,7 +177,7 @@ def test_a_name_may_have_most_characters(name: str):
 @pytest.mark.parametrize("bad", ["caf\udce9", "a\0b"], ids=ascii)
 def test_a_path_that_is_no_text_is_refused(field: str, bad: str):
     group, _, name = field.rpartition(".")
-    with pytest.raises(ConfigError, match=rf"{field} = .*(whole character|NUL)"):
+    with pytest.raises(ConfigError, match=rf"{field} = .*(complete character|NUL)"):
         TrainConfig("run", data=DataConfig(**{name: bad})) if group else TrainConfig(
             "run", output_dir=bad
         )

@@ -97,7 +97,7 @@ def test_a_group_gives_its_role_to_its_fields():
         ("size", 1, r"^group.size = 1: it must be at least 2 \(one is no group\)$"),
         ("size", "2", "^group.size = '2': it must be "),
         ("limit", None, "^group.limit = None: it must be float$"),
-        ("place", "a\0", "^group.place = 'a.x00': it has a NUL character$"),
+        ("place", "a\0", "^group.place = 'a.x00': it contains a NUL character$"),
     ],
 )
 def test_an_error_names_the_field_its_value_and_what_it_must_be(

@@ -54,9 +54,9 @@ def test_padding_to_twice_the_processes_is_none_of_the_parameters(count, tmp_pat
 @pytest.mark.parametrize(
     ("stage", "count", "message"),
     [
-        ("zero2", 5, "9349 values .* take 9344 and padding 4; 1 belong to none"),
-        ("zero2", 400, "9744 values .* take 9344 and padding 4; 396 belong to none"),
-        ("zero3", 1, "19016 values .* take 19015 and padding 0; 1 belong to none"),
+        ("zero2", 5, "9349 values .* take 9344 and padding takes 4, so 1 values belong to no"),
+        ("zero2", 400, "9744 values .* take 9344 and padding takes 4, so 396 values belong to no"),
+        ("zero3", 1, "19016 values .* take 19015 and padding takes 0, so 1 values belong to no"),
     ],
 )
 def test_values_that_belong_to_no_parameter_are_refused(stage, count, message, tmp_path):

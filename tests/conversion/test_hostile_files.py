@@ -110,8 +110,8 @@ def test_archives_that_lie(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "comment", "a") as archive:
         archive.comment = b"x" * 1000
     said = read_all(tmp_path)
-    assert "list of members" in said["directory"]
-    assert "list of members" in said["comment"]
+    assert "member list" in said["directory"]
+    assert "member list" in said["comment"]
     assert "overlap" in said["size"]
     assert "overlap" in said["overlap"]
     assert "two members" in said["twice"]

@@ -243,5 +243,5 @@ def test_a_file_without_checksums(tmp_path):
 
 def test_a_plain_pickle_is_no_checkpoint(tmp_path):
     (tmp_path / "f").write_bytes(pickle.dumps({"w": 1}))
-    with pytest.raises(CheckpointError, match=r"/f is not a file of torch\.save"):
+    with pytest.raises(CheckpointError, match=r"/f is a pickle, but torch\.save did not write it"):
         open_pickle(tmp_path / "f")

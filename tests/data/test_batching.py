@@ -208,10 +208,10 @@ def test_workers_change_nothing_and_resume(make, picture):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, "seed = 1, this run has 2"),
-        ({"size": 5}, "batch_size = 4, this run has 5"),
-        ({"records": [record(0)]}, r"records = \[10\], this run has \[1\]"),
-        ({"shuffle": False}, "seed = 1, this run has None"),
+        ({"seed": 2}, "seed = 1, but this run has 2"),
+        ({"size": 5}, "batch_size = 4, but this run has 5"),
+        ({"records": [record(0)]}, r"records = \[10\], but this run has \[1\]"),
+        ({"shuffle": False}, "seed = 1, but this run has None"),
     ],
 )
 def test_a_position_of_another_run_is_refused(make, changes, message):
@@ -337,7 +337,7 @@ def test_what_an_encoder_refuses(tokenizer, picture):
             SampleError, match=rf"<image> {said.count('<image>')} times.*{len(images)}"
         ):
             encode(Record("r", images, turns))
-    with pytest.raises(SampleError, match=r"cut to 3.*data\.max_length"):
+    with pytest.raises(SampleError, match=r"truncated to 3.*data\.max_length"):
         encoder(tokenizer, max_length=3)(record(0, (path,)))
 
 

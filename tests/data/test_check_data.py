@@ -117,7 +117,7 @@ def test_the_command(folder, capsys, tmp_path):
     output = capsys.readouterr().out
     assert f"{len(written.places)} samples: 80 bad" in output
     assert "bad, image missing: 4\n" in output
-    assert "and 3 more; --json FILE has all" in output
+    assert "and 3 more; --json FILE writes all of them" in output
     assert f"wrote {len(written.places) - 80} samples to {clean}\n" in output
     content = json.loads(report.read_text())
     places = {problem["sample"]: problem["where"] for problem in content["problems"]}
@@ -134,7 +134,7 @@ def test_the_command(folder, capsys, tmp_path):
     assert main(options(clean, written.root)) == 0
     assert f"{len(written.places) - 80} samples: 0 bad" in capsys.readouterr().out
     assert main(options(written.path, written.root, "--write-clean", str(clean))) == 2
-    assert "clean.jsonl exists; give another name" in capsys.readouterr().err
+    assert "clean.jsonl: the file exists; give another path" in capsys.readouterr().err
     assert main(options("nothing.json", "")) == 2
     assert "nothing.json" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_only_json_can_be_written_clean(folder):
     with pytest.raises(ConfigError, match="one data set at a time"):
         only_json(JoinedRecords([records]))
     records.files[0] = object.__new__(ParquetFile)
-    with pytest.raises(ConfigError, match="only records of JSON"):
+    with pytest.raises(ConfigError, match="only write records of JSON"):
         only_json(records)
 
 
@@ -162,7 +162,7 @@ class Deadly(ListRecords):
 def test_a_sample_that_kills_its_reader_is_named(folder):
     inputs = open_data(bad_data.write_data(folder, "lines.jsonl", 10))
     records = Deadly([Record("x", (), (Turn("human", "what?"), Turn("gpt", "that")))] * 100)
-    with pytest.raises(RunError, match="died at sample 70"):
+    with pytest.raises(RunError, match="died while it read sample 70"):
         check(records, inputs.encoder, workers=2)
 
 

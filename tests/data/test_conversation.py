@@ -342,7 +342,7 @@ def test_expansion():
         cut = expand_images(sample, 9, 3, max_length)
         assert cut.input_ids.tolist() == whole.input_ids[:kept].tolist()
         assert cut.loss_mask.tolist() == whole.loss_mask[:kept].tolist()
-    with pytest.raises(SampleError, match=r"9 tokens are cut to 4.*data\.max_length"):
+    with pytest.raises(SampleError, match=r"9 tokens and is truncated to 4.*data\.max_length"):
         expand_images(sample, 9, 3, 4)
 
 
@@ -353,7 +353,7 @@ def test_a_cut_of_the_text_counts_an_image_as_one():
     assert cut.input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9]
     assert expand_images(sample, 9, 3, 7, 4).input_ids.tolist() == [1, 9, 9, 9, 2]
     assert expand_images(sample, 9, 3, 9, 5).input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9, 3]
-    with pytest.raises(SampleError, match=r"9 tokens are cut to 4.*data\.max_length or"):
+    with pytest.raises(SampleError, match=r"9 tokens and is truncated to 4.*data\.max_length or"):
         expand_images(sample, 9, 3, 9, 2)
 
 

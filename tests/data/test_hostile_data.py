@@ -201,7 +201,7 @@ def test_most_records_of_a_file_are_samples(tmp_path, monkeypatch):
     monkeypatch.setattr("llava_jax.data.records.MAX_BAD", 100)
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n" * 90 + '{"a": 1}\n' * 200)
-    with pytest.raises(ConfigError, match=r"data\.jsonl: of its first \d+ records, \d+ cannot"):
+    with pytest.raises(ConfigError, match=r"data\.jsonl: \d+ of the first \d+ records have"):
         load_records(str(path), "")
     path.write_text(f"{GOOD}\n" * 200 + '{"a": 1}\n' * 190)
     assert len(load_records(str(path), "")) == 390
@@ -253,7 +253,7 @@ def test_parquet_that_stands_for_far_more_is_refused(root, tmp_path):
     [rows, *refused] = check_apart([tmp_path / name for name in ("rows", *BOMBS)], root)
     assert [(n, kind) for n, kind, _ in rows["bad"]] == [(1, "record size"), (3, "record size")]
     for (what, _), one in zip(BOMBS.values(), refused, strict=True):
-        assert re.search(f"its [\\d,]+ bytes stand for [\\d,]+ {what}", one["error"])
+        assert re.search(f"has [\\d,]+ bytes, but contains [\\d,]+ {what}", one["error"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     records = load_records(str(tmp_path / "many"), "")
     assert [records[n].turns[1].text for n in (5, 1_500)] == ["x" * 900_000, "that"]

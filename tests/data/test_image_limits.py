@@ -44,11 +44,11 @@ def test_the_limits_are_those_of_training_and_of_the_server():
     serving = pytest.importorskip("llava_jax.serving.images")
     limits = pytest.importorskip("llava_jax.serving.limits")
     data = HOSTILE["jpeg scans"](400_000)
-    with pytest.raises(limits.RequestError, match="blocks in all its scans") as error:
+    with pytest.raises(limits.RequestError, match="blocks in all JPEG scans") as error:
         serving.check_image(data, limits.Limits())
     assert error.value.code == "image_too_large"
     serving.check_image(hostile.jpeg(64, 10), limits.Limits())
-    with pytest.raises(limits.RequestError, match="longer side may have 100"):
+    with pytest.raises(limits.RequestError, match="longer side may have at most 100"):
         serving.check_image(hostile.jpeg(104, 10), limits.Limits(image_pixels=10_000))
 
 

@@ -186,10 +186,10 @@ def message(content: object, role: str = "user") -> dict:
         ("[]", "has no records"),
         ("[1]", "record 0: expected an object, found 1"),
         ('{"id": 1}', 'line 1: "conversations" or "messages" must be'),
-        (json.dumps(RAW)[:-1], "record 5: the list does not end; is the file cut off"),
-        (json.dumps(RAW)[:-30], "record 5: the list does not end; is the file cut off"),
+        (json.dumps(RAW)[:-1], "record 5: the list does not end; the file seems to be truncated"),
+        (json.dumps(RAW)[:-30], "record 5: the list does not end; the file seems to be truncated"),
         ("[" + json.dumps(RAW[0]) + "}", "the list does not end"),
-        (json.dumps(RAW) * 2, "more text after the list, at byte"),
+        (json.dumps(RAW) * 2, "more text after the end of the list, at byte"),
     ],
 )
 def test_a_malformed_file_is_one_message(tmp_path, content, message):
@@ -211,7 +211,7 @@ BAD = [
     ({**RAW[0], "image": 3}, '"image" must be'),
     ({**RAW[0], "image": [3]}, '"image" must be'),
     ({**RAW[0], "category": 3}, '"category" must be'),
-    ({**RAW[0], "images": ["x"]}, 'there are both "image" and "images"'),
+    ({**RAW[0], "images": ["x"]}, 'the record has both "image" and "images"'),
     ({**RAW[0], "image": {"file": "x"}}, '"image" must be'),
     (message([{"type": "video"}]), "turn 0: expected parts"),
     (message([IMAGE], "assistant"), "turn 0: expected parts"),
@@ -220,7 +220,7 @@ BAD = [
     ({**message([{**IMAGE, "path": "x"}]), "image": "y"}, "all image parts"),
     (message([{**IMAGE, "index": 0}]), "image parts have indices [0], but the record has 0 images"),
     (message([{**IMAGE, "image": 1}]), "an image part must have a path"),
-    ({**RAW[0], "image": "a\0b"}, "leads out of data.image_root"),
+    ({**RAW[0], "image": "a\0b"}, "is outside data.image_root"),
 ]
 
 
@@ -283,13 +283,13 @@ def test_a_file_is_read_in_windows(tmp_path, monkeypatch):
 
 def test_a_missing_or_binary_file(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\n{"\xff": 1}\n' + GOOD.encode())
-    with pytest.raises(SampleError, match=r"not UTF-8, byte 3"):
+    with pytest.raises(SampleError, match=r"not valid UTF-8 at byte 3"):
         load_records(str(tmp_path / "x.jsonl"), "")[0]
     with pytest.raises(ConfigError, match=r"nothing\.json.*data\.path"):
         load_records(str(tmp_path / "nothing.json"), "")
     (tmp_path / "x.json").write_bytes(b'[{"\xff": 1}, ' + GOOD.encode() + b"]")
     records = load_records(str(tmp_path / "x.json"), "")
-    with pytest.raises(SampleError, match=r"not UTF-8, byte 3"):
+    with pytest.raises(SampleError, match=r"not valid UTF-8 at byte 3"):
         records[0]
     assert records[1].turns[1].text == "日本"
 
@@ -297,7 +297,7 @@ def test_a_missing_or_binary_file(tmp_path):
 def test_half_of_a_character_is_a_bad_sample(tmp_path):
     """JSON can write it; neither a tokenizer nor a path takes it."""
     records = load_records(write(tmp_path, [RAW[0], {**RAW[1], "id": "\ud83d"}, RAW[1]]), "")
-    with pytest.raises(SampleError, match="half of a character"):
+    with pytest.raises(SampleError, match="half of a surrogate pair"):
         records[1]
     assert records[2].turns[0].text == 'é🐱 " [ } ,'
 
@@ -312,7 +312,7 @@ def test_links_may_leave_the_folder_if_that_is_meant(tmp_path):
     path = write(tmp_path, [{**RAW[0], "image": image} for image in ("out.png", "in.png")])
     for root in ("root", "linked"):
         records = load_records(path, str(tmp_path / root))
-        with pytest.raises(SampleError, match=r"by a link.*data\.follow_links"):
+        with pytest.raises(SampleError, match=r"of a symbolic link.*data\.follow_links"):
             records[0]
         assert records[1].images == (str(tmp_path / root / "in.png"),)
     followed = load_records(path, str(tmp_path / "root"), follow_links=True)
@@ -367,7 +367,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 def test_images_stay_in_their_folder(tmp_path, root, image):
     file = JsonFile(write(tmp_path, [{**RAW[0], "image": image}, RAW[0]]), lines=False)
     records = FileRecords([file], root)
-    with pytest.raises(SampleError, match=r"leads out of data\.image_root"):
+    with pytest.raises(SampleError, match=r"is outside data\.image_root"):
         records[0]
     assert records[1].images == (os.path.join(root, "a/b.jpg"),)
 

@@ -76,7 +76,7 @@ def test_one_that_was_killed_and_whose_parent_has_not_noticed(
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with hold(tmp_path):
         said = capsys.readouterr().out
-        assert f"was left by process {holder.pid}" in said
+        assert f"belongs to process {holder.pid}" in said
         assert "has ended, but its lock could not be taken over at once" in said
 
 
@@ -87,7 +87,7 @@ def test_one_of_another_machine_is_taken_over_when_it_is_not_touched(
     start = time.monotonic()
     with hold(tmp_path):
         assert time.monotonic() - start > LEASE
-    assert "was left by process 1 on machine elsewhere" in capsys.readouterr().out
+    assert "belongs to process 1 on machine elsewhere" in capsys.readouterr().out
 
 
 def test_one_of_another_machine_that_works(tmp_path: Path):
@@ -126,7 +126,8 @@ def test_one_that_loses_its_lock_ends(
     with hold(tmp_path):
         (tmp_path / NAME).unlink()
         assert ended.wait(10)
-    assert "is no longer this process's (marker-missing" in capsys.readouterr().err
+    said = f"this process has lost the lock {tmp_path / NAME} (marker-missing"
+    assert said in capsys.readouterr().err
 
 
 def test_a_directory_that_nothing_was_written_into_is_removed(tmp_path: Path):

@@ -41,7 +41,7 @@ def test_quickstart(tmp_path):
     NotebookClient(notebook, timeout=300, resources=place).execute()
 
     plan = output_of(notebook, "llava-jax plan")
-    assert "needs their compiler: pip install" in plan or "GiB" in plan
+    assert "needs the GPU compiler: pip install" in plan or "GiB" in plan
     assert "step 40/40" in output_of(notebook, "llava-jax train")
     assert "step  31" in output_of(notebook, "metrics.jsonl")
     assert "&lt;svg" in output_of(notebook, "report.html")

@@ -37,7 +37,8 @@ def test_a_skipped_sample_is_named_once(config: Path, capsys: pytest.CaptureFixt
     assert str(row["reason"]).startswith("image not found")
     said = capsys.readouterr().out
     assert f"{row['place']} is skipped: {row['reason']}" in said
-    assert f"; 1 skipped, the first one {row['place']}: {row['reason']}" in said  # eval data, too
+    skipped = f"; skipped samples: 1, the first is {row['place']}: {row['reason']}"
+    assert skipped in said  # eval data, too
     assert sum(int(str(row["skipped"])) for row in metrics(directory)) >= 3
 
 
@@ -96,7 +97,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     (row,) = rows(directory / "nonfinite.jsonl")
     assert row["step"] == 2
     assert len(row["samples"]) == 8
-    assert "step 2: loss nan" in capsys.readouterr().out
+    assert "step 2 has loss nan" in capsys.readouterr().out
 
 
 def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
@@ -107,7 +108,7 @@ def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
     status, directory = run(config, "nonfinite", *every)
     assert status == 1
     error = capsys.readouterr().err
-    assert "3 steps in a row were not finite, the last one is step 4" in error
+    assert "3 consecutive steps, the last of which is step 4, had a loss" in error
     assert "data.json, record" in error
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["0", "1"]
     monkeypatch.undo()
@@ -134,6 +135,6 @@ def test_a_worker_that_dies_ends_the_run_and_names_its_sample(
     status, _ = run(config, "dying", "--data.workers", "2", "--data.eval-path", "None")
     assert status == 1
     error = capsys.readouterr().err
-    assert "a worker process that reads data died at" in error
+    assert "a data worker process died while it read" in error
     assert "data.json, record 4: " in error
     assert "exit code -9" in error

@@ -207,7 +207,7 @@ def test_damaged_files_of_a_run_are_restored_and_data_may_lie_elsewhere(
     for name in ("metrics.jsonl", "skipped.jsonl", "evaluations.jsonl", "nonfinite.jsonl"):
         assert f"{directory / name} was damaged" in said
     for name in ("config.json", "data.json"):
-        assert f"{directory / name} was missing or damaged; it is restored" in said
+        assert f"{directory / name} was missing or damaged; it was restored" in said
     assert f"the checkpoint of step {newest + 1} is not used" in said
     assert "Traceback" not in said
     assert_same_run(directory, undisturbed[0])
@@ -221,13 +221,13 @@ def edit_answer(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     records[3]["conversations"][1]["value"] = "tan"
     (data / "data.json").write_text(json.dumps(records))
-    return "data.json: the records (10), or their order, changed since the run began"
+    return "data.json: the content or the order of the 10 records changed since the run began"
 
 
 def change_order(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(records[::-1]))
-    return "data.json: the records (10), or their order, changed since the run began"
+    return "data.json: the content or the order of the 10 records changed since the run began"
 
 
 def replace_image(data: Path) -> str:

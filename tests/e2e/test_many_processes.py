@@ -203,7 +203,7 @@ def test_a_lost_process_ends_the_others_with_one_message(
     assert status == 1
     assert said.count("\n") < 10
     last = said.splitlines()[-1]
-    assert "has ended or cannot be reached, and so this one ends" in last
+    assert "has ended or cannot be reached, so this process ends too" in last
     assert said.count("error") == 1
     assert "Traceback" not in said
     assert "stack trace" not in said
@@ -261,8 +261,8 @@ def test_a_kill_at_any_moment_ends_the_other_and_the_same_command_continues(
     assert seconds < 120
     assert status == 1, said
     assert re.fullmatch(
-        rf"error: (process {lost} of this run \(from 0\)|another process of this run) has ended or "
-        "cannot be reached, and so this one ends.*",
+        rf"error: (process {lost} of this run \(counted from 0\)|another process of this run) has "
+        "ended or cannot be reached, so this process ends too.*",
         said.splitlines()[-1],
     ), said
     assert said.count("error") == 1
@@ -312,7 +312,7 @@ def mismatches(config: Path, data: Path, tmp_path: Path) -> dict[str, tuple[Any,
         "output_dir": (
             ("--output-dir", elsewhere),
             {},
-            f"a file that process 0 wrote into {config.parent} is not in {elsewhere} of process 1",
+            f"a file into {config.parent}, but process 1 does not find the file in {elsewhere}",
         ),
         "batch": (("--batch.global-size", "16"), {}, "batch.global_size: 8 in process 0, 16 in"),
         "rank": (("--lora.rank", "8"), {}, "lora.rank: 4 in process 0, 8 in process 1"),
@@ -325,7 +325,7 @@ def assert_named(processes: list[subprocess.Popen[str]], *causes: str) -> None:
     started = time.monotonic()
     for number, (status, said) in enumerate(end(processes)):
         assert status == 1
-        assert f"differ, so all stop; this is process {number} of 2" in said
+        assert f"so all of them stop; this is process {number} of 2" in said
         for cause in causes:
             assert cause in said
         assert "Traceback" not in said
@@ -374,7 +374,10 @@ CHANGES = {
     "differs": "raw['conversations'][1]['value'] = 'teal, or is it blue, red, green or yellow?'",
     "fails": "raise ValueError('a disk failed')",
 }
-SAID = {"differs": "'[0-9]+ with checksum .*'", "fails": "'none \\(not JSON: a disk failed.*\\)'"}
+SAID = {
+    "differs": "'[0-9]+ tokens with checksum .*'",
+    "fails": "'no tokens \\(not JSON: a disk failed.*\\)'",
+}
 
 
 @pytest.mark.parametrize(
@@ -399,7 +402,7 @@ def test_a_text_that_one_process_reads_differently_ends_both(
         assert status == 1
         *_, which, advice = said.splitlines()
         assert re.fullmatch(
-            rf"  .*data.json, record 4, as tokens: '[0-9]+ with checksum .*' in process 0, "
+            rf"  the text of .*data.json, record 4: {SAID['differs']} in process 0, "
             rf"{SAID[change]} in process 1",
             which,
         ), said

@@ -118,7 +118,7 @@ def test_a_finished_run_says_so_and_does_nothing(
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     status, _ = start("undisturbed")
     assert status == 0
-    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert "is finished after 4 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
@@ -234,9 +234,9 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     status, directory = start("too-large", *arguments)
     assert status == 1
     error = capsys.readouterr().err
-    assert "no plan fits 2.0 GiB a device" in error
-    assert "the closest is micro-batch 1, " in error
-    assert "take at least 82 such devices, or a smaller model" in error
+    assert "no plan fits into 2.0 GiB per device" in error
+    assert "the plan closest to fitting is micro-batch 1, " in error
+    assert "use at least 82 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
 
 
@@ -353,15 +353,15 @@ def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
             ["--data.template", "nonsense"],
             "data.template 'nonsense' does not exist; choose one of vicuna_v1",
         ),
-        (["--tune.llm", "frozen", "--tune.projector", "frozen"], "tune: nothing trains"),
+        (["--tune.llm", "frozen", "--tune.projector", "frozen"], "tune: no part is trained"),
         (["--tune.llm", "full", "--tune.vision", "lora"], "set tune.vision to 'full' or 'frozen'"),
         (["--init-from", "None", "--processor", "x"], "set init_from to a checkpoint"),
         (["--batch.loss-group", "5"], "is not a multiple of batch.loss_group 5"),
-        (["--eval.batch-size", "12"], "eval.batch_size 12 is not a multiple of the 8"),
+        (["--eval.batch-size", "12"], "eval.batch_size 12 is not a multiple of 8"),
         (["--batch.micro-size", "3"], "is not a multiple of batch.micro_size 3"),
         (["--memory.remat", "dots", "--memory.stream-weights"], 'offload_activations need "full"'),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
-        (["--lora.targets", "q_prj"], "the targets of LoRA name q_prj"),
+        (["--lora.targets", "q_prj"], "the LoRA targets contain q_prj"),
         (["--init-adapter", "nowhere"], "'nowhere': no such directory"),
     ],
 )

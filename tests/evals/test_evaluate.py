@@ -138,7 +138,7 @@ def test_all_are_asked_kept_in_order_and_scored(run, fake, tmp_path):
 def test_the_same_command_asks_only_what_is_missing(run, fake, tmp_path, capsys):
     fake.stops_after = 7
     assert run() == 2
-    assert "continues" in capsys.readouterr().err
+    assert "to continue the evaluation" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "out")) == 6  # those that were over
     with (tmp_path / "out" / "answers.jsonl").open("a") as file:
         file.write('{"question_id": "9", "tex')  # a kill in the midst of a line
@@ -230,9 +230,9 @@ def test_what_cannot_be_asked_is_said_and_counts_as_wrong(run, fake, data, tmp_p
     data.write_text(json.dumps(rows))
     assert run() == 1
     said = capsys.readouterr().err
-    assert "question 2: image not found" in said
-    assert "leads out" in said
-    assert "3 of 10 could not be asked" in said
+    assert "question 2 could not be asked: image not found" in said
+    assert "is outside" in said
+    assert "3 of 10 questions could not be asked" in said
     kept = rows_of(tmp_path / "out")
     assert [row["number"] for row in kept if row["error"]] == [2, 4, 6]
     assert kept[2]["text"] == ""

@@ -76,7 +76,7 @@ def test_an_image_outside_its_folder_is_not_read(tmp_path, image):
     question = ask(1, "what?", image, root=tmp_path)
     assert question.images == ()
     assert question.problem is not None
-    assert "leads out" in question.problem
+    assert "is outside" in question.problem
 
 
 def test_a_question_cannot_ask_for_more_images(tmp_path):

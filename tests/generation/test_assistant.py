@@ -102,13 +102,13 @@ def test_an_answer_that_is_given_up_leaves_its_place(assistant: Assistant):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (Prompt((Turn("gpt", "hello"),)), "ends with a human turn"),
-        (Prompt(()), "ends with a human turn"),
-        (Prompt((Turn("human", "<image>\nwhat?"),)), "say <image> 1 times, and there are 0 images"),
-        (Prompt((Turn("human", "what?"),), (b"x",)), "say <image> 0 times, and there are 1 images"),
+        (Prompt((Turn("gpt", "hello"),)), "must be a human turn"),
+        (Prompt(()), "must be a human turn"),
+        (Prompt((Turn("human", "<image>\nwhat?"),)), "<image> 1 times, but the prompt has 0"),
+        (Prompt((Turn("human", "what?"),), (b"x",)), "<image> 0 times, but the prompt has 1"),
         (Prompt((Turn("human", "<image>"),), (b"x",)), "none of PNG"),
-        (Prompt((Turn("human", "half \ud800"),)), "not Unicode: '.ud800' is half of a character"),
-        (Prompt((Turn("human", "word " * 300),)), "prompt and answer together may have 512"),
+        (Prompt((Turn("human", "half \ud800"),)), "Unicode: '.ud800' is only half of a character"),
+        (Prompt((Turn("human", "word " * 300),)), "together may have at most 512"),
     ],
 )
 def test_a_prompt_that_cannot_be_used_is_refused(
@@ -255,10 +255,11 @@ def test_a_conversation_in_a_terminal(
     Chat(assistant, GREEDY, max_new_tokens=8).converse()
     out, error = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[:2] == ["shown with your next message", RECORDS[0].turns[1].text]
-    assert lines[3:5] == [f"wrote {saved}", "no command /what; there are"]
+    will_be_sent = "the image will be sent with your next message"
+    assert lines[:2] == [will_be_sent, RECORDS[0].turns[1].text]
+    assert lines[3:5] == [f"wrote {saved}", "there is no command /what; the commands are:"]
     assert "/image FILE" in out
-    assert lines[-1] == "shown with your next message"
+    assert lines[-1] == will_be_sent
     assert error.splitlines() == [
         "error: image not found: /nowhere.png",
         "error: there is no answer yet, so there is nothing to save",
@@ -277,7 +278,7 @@ def test_the_command_answers_one_question(capsys: pytest.CaptureFixture[str], tm
     assert chat.main([str(tmp_path), *asked]) == 1
     assert chat.main([str(TINY), "--prompt", "x", "--temperature", "-1"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[1].startswith("error: temperature = -1.0: it must be 0 or more")
+    assert errors[1].startswith("error: temperature = -1.0: the value must be 0, or from")
 
 
 def test_a_template_is_rendered_as_transformers_does(tokenizer: PreTrainedTokenizerBase):
@@ -328,12 +329,12 @@ def test_a_command_that_does_not_exist_is_named(
     assistant: Assistant, capsys: pytest.CaptureFixture[str], word: str
 ):
     Chat(assistant, GREEDY, max_new_tokens=4)._take(word)
-    assert capsys.readouterr().out.startswith(f"no command {word}; ")
+    assert capsys.readouterr().out.startswith(f"there is no command {word}; ")
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 100_000])
 def test_a_length_that_the_model_does_not_take_is_refused(length: int):
-    with pytest.raises(ConfigError, match=r"this model takes from 2 to 512"):
+    with pytest.raises(ConfigError, match=r"this model takes 2 to 512"):
         Assistant.load(resolve(TINY), max_length=length)
 
 

@@ -41,7 +41,7 @@ def test_vision_layers_behind_the_feature_get_none():
 
 
 def test_an_unknown_target_is_an_error_that_lists_the_known():
-    with pytest.raises(ConfigError, match=r"q_prj.*it has down_proj, gate_proj, k_proj"):
+    with pytest.raises(ConfigError, match=r"q_prj.*are down_proj, gate_proj, k_proj"):
         build_model(MODEL, adapters(llm=("q_prj",)))
 
 

@@ -251,9 +251,9 @@ def test_only_the_decoders_linears_are_quantised():
         (
             normal(4, 100),
             "nf4",
-            r"nf4 has blocks of 64 inputs, but a weight \[4, 100\] has 100 inputs; use int8",
+            r"nf4 needs a multiple of 64 inputs, but the weight \[4, 100\] has 100 inputs",
         ),
-        (normal(4, 100), "nf4_double", "nf4_double has blocks of 64 inputs"),
+        (normal(4, 100), "nf4_double", "nf4_double needs a multiple of 64 inputs"),
         (normal(64), "nf4", r"expected a matrix.*float32 \[64\]"),
         (normal(2, 4, 64), "int8", r"expected a matrix.*float32 \[2, 4, 64\]"),
         (np.zeros((4, 64), np.int8), "int8", r"found int8 \[4, 64\]"),

@@ -173,9 +173,9 @@ def test_everything_amiss_is_one_error(peft_made, load, saved, abstract_params, 
     with pytest.raises(CheckpointError) as error:
         open_adapter(bad, config, abstract_params(config))
     for part in (
-        r"1 tensors missing:\n  .*layers\.1\.self_attn\.q_proj",
-        r"1 tensors left over:\n  .*linear_9",
-        r"1 tensors of the wrong shape:\n  .*layers\.2.* is \[5, 32\], expected \[4, 32\]",
+        r"missing tensors \(1\):\n  .*layers\.1\.self_attn\.q_proj",
+        r"do not belong to the model \(1\):\n  .*linear_9",
+        r"with the wrong shape \(1\):\n  .*layers\.2.* has shape \[5, 32\], expected \[4, 32\]",
     ):
         assert re.search(part, str(error.value)), error.value
 
@@ -241,10 +241,10 @@ def test_a_run_refuses_an_adapter_of_another_kind(ours):
     with pytest.raises(CheckpointError) as error:
         load_adapter(directory, **run | changed)
     for part in (
-        r"llm\.layers\.\* has .* \(4, 8\.0, \['down_proj', 'q_proj', 'v_proj'\]\), the run \(8, ",
-        r"vision\.encoder\.layers\.\* has .*, the run None: .*--vision-lora",
-        r"holds projector\.linear_1\.bias, .* keeps frozen",
-        r"trained on org/tiny with fingerprint 0123, but the run's base has 4567",
+        r"llm\.layers\.\*, .* \(4, 8\.0, \['down_proj', 'q_proj', 'v_proj'\]\), but .* has \(8, ",
+        r"vision\.encoder\.layers\.\*, .*, but the run has None; .*--vision-lora",
+        r"contains projector\.linear_1\.bias, .* does not train",
+        r"trained on org/tiny with fingerprint 0123, but the run's base has fingerprint 4567",
     ):
         assert re.search(part, str(error.value)), error.value
 
@@ -252,7 +252,7 @@ def test_a_run_refuses_an_adapter_of_another_kind(ours):
 def test_what_an_adapter_cannot_hold_is_refused(trained, tmp_path):
     _, params, trainable, config = trained("llm")
     norm = {"llm.norm.weight": params["llm.norm.weight"]}
-    with pytest.raises(ValueError, match=r"no room for llm\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"cannot store .*: llm\.norm\.weight"):
         save_adapter(tmp_path, trainable | norm, SETTINGS["llm"], config, **BASE)
 
 
@@ -263,7 +263,7 @@ def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     tower = {path: x + 0.1 for path, x in params.items() if path.startswith("vision.")}
     unused = {p for p in tower if p.startswith(("vision.encoder.tail.", "vision.post_layernorm."))}
     trained_tower = {path: x for path, x in tower.items() if path not in unused}
-    with pytest.raises(ValueError, match="only whole"):
+    with pytest.raises(ValueError, match="complete vision tower"):
         save_adapter(tmp_path, trainable | trained_tower, SETTINGS["llm"], config, **BASE)
     save_adapter(tmp_path, trainable | tower, SETTINGS["llm"], config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()

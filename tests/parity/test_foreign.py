@@ -230,9 +230,9 @@ def test_names_of_transformers_5(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "base", "to", "message"),
     [
-        ("llava_lora", None, "hf", "take --to peft, or --merge"),
+        ("llava_lora", None, "hf", "use --to peft, or add --merge"),
         ("hf_4_48", None, "peft", "no adapters to write"),
-        ("xtuner_hf/lora", None, "llava", "no room for .* vision.* add --merge"),
+        ("xtuner_hf/lora", None, "llava", "cannot store .* vision.* add --merge"),
         ("xtuner_pth/full/iter_2.pth", BASE, "peft", "no adapters to write"),
     ],
 )
@@ -245,7 +245,7 @@ def test_what_a_form_cannot_hold_is_refused(source, base, to, message, tmp_path)
 
 @pytest.mark.parametrize("to", ["hf", "llava", "peft"])
 def test_merging_takes_adapters(to: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="no adapters to merge: drop --merge"):
+    with pytest.raises(ConfigError, match="no adapters to merge; remove --merge"):
         convert(open_source("hf_4_48"), tmp_path / "out", to, merge=True)
 
 
@@ -256,35 +256,35 @@ def test_a_model_without_a_projector_is_not_made_up(tmp_path: Path):
     settings = json.loads((lora / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = BASE
     (lora / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=rf"{lora} has no projector, nor has {BASE}"):
+    with pytest.raises(CheckpointError, match=rf"neither {lora} nor {BASE} has a projector"):
         LlavaModel.from_pretrained(lora)
 
 
 def test_what_a_source_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lora = "xtuner_pth/lora/iter_2.pth"
-    with pytest.raises(CheckpointError, match=r"does not say their alpha.*--alpha"):
+    with pytest.raises(CheckpointError, match=r"does not contain their alpha.*--alpha"):
         open_source(lora, parse_source(BASE))
-    with pytest.raises(ConfigError, match=r"does not say which base .*: --base"):
+    with pytest.raises(ConfigError, match=r"does not name the base .*with --base"):
         open_source(lora)
-    with pytest.raises(ConfigError, match=rf"^{BASE} has no projector; name one: llm="):
+    with pytest.raises(ConfigError, match=rf"^{BASE} has no projector; give all parts: llm="):
         open_source(parse_source(BASE))
-    with pytest.raises(ConfigError, match=rf"trained, .* base: {BASE} and --base hf_4_48"):
+    with pytest.raises(ConfigError, match=rf"trained part, .* model: {BASE} and --base hf_4_48"):
         open_source(parse_source(BASE), "hf_4_48")
-    with pytest.raises(ConfigError, match=r"a part of what XTuner exported; name xtuner_hf/lora$"):
+    with pytest.raises(ConfigError, match=r"only a part of an XTuner export; .*: xtuner_hf/lora$"):
         open_source("xtuner_hf/lora/llm_adapter")
-    with pytest.raises(ConfigError, match=r"llm_adapter has no projector; name one: --base llm="):
+    with pytest.raises(ConfigError, match=r"llm_adapter has no projector; give .*: --base llm="):
         open_source("xtuner_hf/lora/llm_adapter", parse_source(BASE))
-    with pytest.raises(ConfigError, match=r"the alpha in .* is 8, but 9 was given"):
+    with pytest.raises(ConfigError, match=r"has alpha 8 in .*, but alpha 9 was given"):
         open_source("llava_lora", alphas={LLM: 9.0})
     for text in ("llm=base/llm", "llm=base/llm,vison=base/clip"):
-        with pytest.raises(ConfigError, match=r"the form is llm=DIR,vision=DIR"):
+        with pytest.raises(ConfigError, match=r"the format is llm=DIR,vision=DIR"):
             parse_source(text)
     with pytest.raises(CheckpointError, match="llava-jax convert"):
         resolve("llava_full_bin")
     with pytest.raises(CheckpointError, match=r"llava-jax convert .*--to peft --base MODEL"):
         resolve(lora)
     monkeypatch.chdir(tmp_path)  # where the names of its base lead nowhere
-    with pytest.raises(ConfigError, match=r"trained on llm=base/llm.*name that base.*--base"):
+    with pytest.raises(ConfigError, match=r"trained on llm=base/llm.*give the base with --base"):
         open_source(str(FIXTURES / "llava_lora"))
 
 
@@ -293,11 +293,11 @@ def test_a_place_without_weights_is_answered_with_what_is_in_it(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing")
     (tmp_path / "empty").mkdir()
     for place, message in {
-        ".": r"\. is not a checkpoint; give the path of one in it: ",
+        ".": r"\. is not a checkpoint; give the path of a checkpoint in it: ",
         str(tmp_path / "notes.txt"): "neither a safetensors file nor a pickle",
-        "xtuner_hf": "is not a checkpoint; give the path of one in it: full, lora, lora_bin$",
-        "xtuner_pth/lora": r"give the path of one in it: iter_2\.pth$",
-        str(tmp_path / "empty"): r"has no weights, model\.safetensors or .* \(found: nothing\)$",
+        "xtuner_hf": "give the path of a checkpoint in it: full, lora, lora_bin$",
+        "xtuner_pth/lora": r"give the path of a checkpoint in it: iter_2\.pth$",
+        str(tmp_path / "empty"): r"has no weights, such as model\.saf.* \(found: nothing\)$",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             open_source(place)
@@ -408,7 +408,7 @@ def test_the_command_line_says_what_it_found(tmp_path: Path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "base/llm: Hugging Face decoder\n" in run.stdout
-    assert "projector in full (Hugging Face decoder; LLaVA's own code)\n" in run.stdout
+    assert "projector trained in full (Hugging Face decoder; LLaVA's own code)\n" in run.stdout
     assert "100.0% of the most likely tokens are the same" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, "exists" in run.stderr, "Traceback" in run.stderr) == (1, True, False)
@@ -422,5 +422,5 @@ def test_a_base_of_other_weights_is_refused(tmp_path: Path):
     shutil.copytree("hf_4_37", tmp_path / "other")
     save_file(tensors | {name: tensors[name] + 1}, tmp_path / "other" / "model.safetensors")
     assert open_source(str(tmp_path / "adapter"), "hf_4_37").adapters
-    with pytest.raises(CheckpointError, match=r"trained on .*hf_4_48, whose weights are not those"):
+    with pytest.raises(CheckpointError, match=r"trained on .*hf_4_48, but .* has other weights"):
         open_source(str(tmp_path / "adapter"), str(tmp_path / "other"))

@@ -115,7 +115,7 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
     fixtures = BASE.parent
     assert open_part(str(fixtures / "hf_4_48")) is None
     assert open_part(Parts(str(BASE / "llm"), str(BASE / "clip"))) is None
-    with pytest.raises(ConfigError, match=r"is a projector alone; name its decoder and"):
+    with pytest.raises(ConfigError, match=r"is only a projector; also give its decoder and"):
         open_part(str(fixtures / "xtuner_hf" / "full" / "projector"))
     damaged = shutil.copytree(BASE / "llm", tmp_path / "llm")
     config = json.loads((damaged / "config.json").read_text())
@@ -127,18 +127,18 @@ def test_what_is_no_decoder_or_tower_alone(tmp_path: Path):
 def test_the_command_line(tmp_path: Path, capsys, monkeypatch):
     main, source = convert.main, str(BASE / "clip_openai")
     assert main([source, str(tmp_path / "out"), "--to", "llava"]) == 1
-    assert "not a LLaVA model; take --to hf" in capsys.readouterr().err
+    assert "not a complete LLaVA model; use --to hf" in capsys.readouterr().err
     odd = ["--merge", "--vision-alpha", "4"]
     assert main([source, str(tmp_path / "out"), "--to", "hf", *odd]) == 1
-    assert "take --to hf without --merge, --vision-alpha" in capsys.readouterr().err
+    assert "use --to hf without --merge, --vision-alpha" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main([str(source), ".", "--to", "hf"]) == 1
-    assert ". exists; name a directory that does not" in capsys.readouterr().err
+    assert ". exists already; give a directory that does not" in capsys.readouterr().err
     assert main([source, str(tmp_path / "out"), "--to", "hf"]) == 0
-    assert "a vision tower alone, Hugging Face vision tower" in capsys.readouterr().out
+    assert "only a vision tower (Hugging Face vision tower" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("part", "what"), [("llm", "decoder"), ("clip", "vision tower")])
 def test_training_does_not_start_from_a_part_alone(part, what):
-    with pytest.raises(CheckpointError, match=rf"a {what} alone; .*llm=DIR,vision=DIR"):
+    with pytest.raises(CheckpointError, match=rf"this is only a {what}; .*llm=DIR,vision=DIR"):
         LlavaModel.from_pretrained(str(BASE / part))

@@ -36,7 +36,7 @@ def test_gradients_agree(
     assert tool.check_all(small=False)
     printed = capsys.readouterr().out
     assert f"gradients, {said}, float32: pass" in printed
-    assert "peaks of memory: not measured" in printed
+    assert "peak memory: not measured" in printed
 
 
 @pytest.mark.parametrize("recipe", ["FULL", pytest.param("QLORA", marks=pytest.mark.slow)])

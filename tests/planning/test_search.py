@@ -240,9 +240,9 @@ def test_too_small_a_limit_names_the_closest_plan(
     smallest = measured[4].usage
     with pytest.raises(ConfigError, match="no plan fits") as error:
         choose(config, room_for(smallest.total) - 2)
-    assert f"the closest is {measured[4].plan}: " in str(error.value)
-    assert "take at least 9 such devices, or a smaller model" in str(error.value)
-    with pytest.raises(ConfigError, match="; take a smaller model"):
+    assert f"the plan closest to fitting is {measured[4].plan}, which" in str(error.value)
+    assert "use at least 9 such devices, or a smaller model" in str(error.value)
+    with pytest.raises(ConfigError, match="; use a smaller model"):
         choose(config, room_for(smallest.device[REST]) - 2)
 
 
@@ -304,7 +304,7 @@ def test_without_the_compiler_the_message_says_how_to_install_it():
 def test_an_unknown_device_is_one_clear_message():
     result = run_tool("--device", "abacus")
     assert result.returncode == 1
-    assert "there is no device 'abacus'; take one of rtx3090" in result.stderr
+    assert "there is no device 'abacus'; choose from rtx3090" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -337,4 +337,4 @@ def test_7b_lora_does_not_fit_2_gib():
     result = run_tool("--fit", "--memory", "2")
     assert result.returncode == 3
     assert "weights streamed, activations on host" in result.stdout
-    assert re.search(r"it would fit on \d+ of these devices", result.stdout)
+    assert re.search(r"the plan would fit on \d+ of these devices", result.stdout)

@@ -159,11 +159,11 @@ def test_everything_amiss_is_one_error(checkpoint):
     with pytest.raises(CheckpointError) as error:
         load_params(checkpoint, CONFIG, abstract_params())
     for part in (
-        "2 tensors missing:\n  ",
+        "missing tensors (2):\n  ",
         "language_model.model.layers.1.mlp.up_proj.weight [32, 16]",
         "vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias [32]",
-        "1 tensors left over:\n  multi_modal_projector.linear_3.weight [2]",
-        f"1 tensors of the wrong shape:\n  {EMBED} is [63, 16], expected [64, 16]",
+        "tensors that do not belong to the model (1):\n  multi_modal_projector.linear_3.weight [2]",
+        f"tensors with the wrong shape (1):\n  {EMBED} has shape [63, 16], expected [64, 16]",
         str(checkpoint),
     ):
         assert part in str(error.value)
@@ -236,7 +236,7 @@ def test_a_tied_head_is_held_to_the_embedding_before_it_grows(tmp_path):
 def test_a_tied_head_without_an_embedding_is_left_over(checkpoint):
     """As of an adapter that trained the head alone."""
     source = {HEAD: open_tensors(checkpoint)[HEAD]}, layouts.HF_4_36
-    with pytest.raises(CheckpointError, match=f"left over:\n  {HEAD}"):
+    with pytest.raises(CheckpointError, match=rf"do not belong to the model \(1\):\n  {HEAD}"):
         find_tensors("adapter", [source], TIED, {})
 
 
@@ -279,10 +279,10 @@ def write_header(file: Path, header: dict, data: bytes) -> None:
         ({"data_offsets": [0, 10**9]}, "lies outside the file"),
         ({"data_offsets": [8, 4]}, "lies outside the file"),
         ({"data_offsets": [-8, 4088]}, "lies outside the file"),
-        ({"shape": [64, 17]}, r"is F32 \[64, 17\] but has 4096 bytes"),
+        ({"shape": [64, 17]}, r"has 4096 bytes, but its dtype F32 and shape \[64, 17\] need 4352"),
         ({"shape": "all"}, "damaged entry"),
         ({"dtype": "F99"}, "has the unknown dtype .F99."),
-        ({"dtype": "I32"}, "has dtype I32; weights are F32, F16, BF16"),
+        ({"dtype": "I32"}, "has dtype I32; supported: F32, F16, BF16"),
     ],
 )
 def test_a_damaged_table_names_file_and_tensor(entry, message, checkpoint):
@@ -324,9 +324,9 @@ def test_a_file_cut_short_is_refused(checkpoint):
     [
         ("{", "is not an index"),
         ("[]", "is not an index"),
-        ('{"weight_map": {"x": "model-9.safetensors"}}', "not beside it: model-9"),
-        ('{"weight_map": {"x": "../up.safetensors"}}', "not beside it"),
-        ('{"weight_map": {"x": "model.safetensors"}}', "names tensors its files lack: x"),
+        ('{"weight_map": {"x": "model-9.safetensors"}}', "not in its directory: model-9"),
+        ('{"weight_map": {"x": "../up.safetensors"}}', "names files not in its directory"),
+        ('{"weight_map": {"x": "model.safetensors"}}', "names tensors not in its files: x"),
     ],
 )
 def test_a_damaged_index_is_refused(index, message, checkpoint):

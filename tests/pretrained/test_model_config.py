@@ -177,8 +177,8 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava_next"}, "'llava_next', a LLaVA that cuts .* from a LLaVA-1.5"),
-        ({"model_type": "blip"}, "model_type is 'blip', expected 'llava'"),
+        ({"model_type": "llava_next"}, "'llava_next'; models that cut .* use a LLaVA-1.5"),
+        ({"model_type": "blip"}, "model_type is 'blip'; it must be 'llava'"),
         ({"text_config": {"model_type": "qwen3"}}, "decoder's model_type is 'qwen3'; supported: "),
         (
             {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
@@ -197,15 +197,15 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
         ),
         (
             {"text_config": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}},
-            "without low_freq_factor, high_freq_factor, original_max",
+            "lacks low_freq_factor, high_freq_factor, original_max",
         ),
         ({"vision_config": {"model_type": "dinov2"}}, "tower's model_type is 'dinov2'"),
-        ({"vision_config": {"image_size": 16}}, "image_size 16 and patch_size 32"),
-        ({"vision_config": {"image_size": [336, 224]}}, r"image_size \[336, 224\]"),
+        ({"vision_config": {"image_size": 16}}, "image_size is 16 and patch_size is 32"),
+        ({"vision_config": {"image_size": [336, 224]}}, r"image_size is \[336, 224\]"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
-        ({"vision_feature_layer": -26}, "vision_feature_layer -26 of a vision tower with 24"),
+        ({"vision_feature_layer": -26}, "vision_feature_layer -26 is not the output of one"),
         ({"vision_feature_select_strategy": "cls"}, "select_strategy is 'cls'"),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_config_that_lacks_a_field_is_no_traceback(run: Path, field: str):
     for value in (None, "text"):
         described["config"][field] = value
         (run / "config.json").write_text(json.dumps(described))
-        with pytest.raises(ConfigError, match="does not have the content that a run writes"):
+        with pytest.raises(ConfigError, match="does not have the content that llava_jax writes"):
             write_report(run)
 
 

@@ -215,7 +215,7 @@ def test_the_oldest_that_sends_nothing_makes_room(caplog):
         for _ in range(5):
             assert server.ask(OPEN + CLOSE + "\r\n") == "HTTP/1.1 200 OK 0"
         assert "408" in read(held[0])
-        assert "6 of 8 are used by 127.0.0.1" in caplog.text
+        assert "6 of 8 are from 127.0.0.1" in caplog.text
         assert len(caplog.records) == 1  # not one for each
 
 

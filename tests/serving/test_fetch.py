@@ -29,7 +29,7 @@ from llava_jax.serving.fetch import FetchError, fetch, is_public
     ],
 )
 def test_addresses_that_are_not_public_are_refused(url: str):
-    with pytest.raises(FetchError, match="not on the public internet"):
+    with pytest.raises(FetchError, match="an IP address that is not public"):
         fetch(url, most_bytes=10, seconds=5.0)
 
 
@@ -108,12 +108,12 @@ def test_a_file_is_fetched(address: str):
     ("path", "reason"),
     [
         ("/x", "more than 9 bytes"),
-        ("/missing", "answered 404"),
-        ("/short", "ended early"),
-        ("/to?/to?/to?/to?/to?/x", "more than 3 redirects"),
-        ("/to?http://169.254.169.254/latest/", "not on the public internet"),
-        ("/to?http://[::1]/", "not on the public internet"),
-        ("/to?file:///etc/passwd", "only http and https"),
+        ("/missing", "HTTP status 404"),
+        ("/short", "ended before the file was complete"),
+        ("/to?/to?/to?/to?/to?/x", "redirected more than 3 times"),
+        ("/to?http://169.254.169.254/latest/", "an IP address that is not public"),
+        ("/to?http://[::1]/", "an IP address that is not public"),
+        ("/to?file:///etc/passwd", "must start with http:// or https://"),
         ("/a b", "control characters"),
     ],
 )

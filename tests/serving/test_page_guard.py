@@ -276,7 +276,7 @@ def test_uploads_are_bounded(monkeypatch):
             patched.setattr(uploads, name, most)
             names = asyncio.run(add(4))
         assert len(list(kept.folder.iterdir())) == 2
-        with pytest.raises(RequestError, match="is gone"):
+        with pytest.raises(RequestError, match="was removed"):
             kept.path(names[0])
         assert kept.path(names[-1]).read_bytes() == data
         kept.close()

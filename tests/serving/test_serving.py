@@ -159,10 +159,10 @@ def text(content: str) -> list[dict[str, str]]:
 
 
 REFUSED = {
-    "not JSON": (b'{"model": "tiny-llava", ', 400, None, "not JSON"),
-    "not text": (b"\xff\xfe\x00", 400, None, "not JSON"),
-    "deep": (b"[" * 20_000, 400, None, "not JSON"),
-    "many values": (b"[" * 100_000, 400, None, "more than 20,000 values"),
+    "not JSON": (b'{"model": "tiny-llava", ', 400, None, "not valid JSON"),
+    "not text": (b"\xff\xfe\x00", 400, None, "not valid JSON"),
+    "deep": (b"[" * 20_000, 400, None, "not valid JSON"),
+    "many values": (b"[" * 100_000, 400, None, "more than 20,000 JSON values"),
     "no object": ([], 400, None, "object"),
     "no messages": ({"model": "tiny-llava"}, 400, "messages", "required"),
     "empty": (chat(messages=[]), 400, "messages", "at least 1"),
@@ -174,9 +174,9 @@ REFUSED = {
         "messages.0.content.0",
         "audio",
     ),
-    "cold": (chat(temperature=-1), 400, "temperature", "0 or more"),
+    "cold": (chat(temperature=-1), 400, "temperature", "must be 0, or from"),
     "nan": (json.dumps(chat(temperature=float("nan"))).encode(), 400, "temperature", "finite"),
-    "top_p": (chat(top_p=0), 400, "top_p", "above 0"),
+    "top_p": (chat(top_p=0), 400, "top_p", "from 1e-6 to 1"),
     "max_tokens": (chat(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
     "n": (chat(n=2), 400, "n", "n = 2"),
     "penalty": (chat(presence_penalty=0.5), 400, "presence_penalty", "0.5"),
@@ -197,7 +197,7 @@ REFUSED = {
         chat(messages=[user("x", "data:image/png;base64,???")]),
         400,
         "messages",
-        "not base64",
+        "not valid base64",
     ),
     "pixels": (
         chat(messages=[user("x", data_url(huge_png()))]),
@@ -215,11 +215,11 @@ REFUSED = {
     **{
         url: (chat(messages=[user("x", url)]), 400, "messages", why)
         for url, why in {
-            "file:///etc/passwd": "not a URL of an image",
-            "/etc/passwd": "not a URL of an image",
-            "ftp://127.0.0.1/x.png": "not a URL of an image",
-            "http://example.com/x.png": "switched off",
-            "HTTPS://example.com/x.png": "switched off",
+            "file:///etc/passwd": "is not supported",
+            "/etc/passwd": "is not supported",
+            "ftp://127.0.0.1/x.png": "is not supported",
+            "http://example.com/x.png": "without --remote-images",
+            "HTTPS://example.com/x.png": "without --remote-images",
         }.items()
     },
 }
@@ -300,7 +300,7 @@ def test_one_client_leaves_places_to_others():
 
     async def ask() -> None:
         with service.enter("a"), service.enter("a"):
-            with pytest.raises(RequestError, match="2 requests of a are waiting") as full:
+            with pytest.raises(RequestError, match="2 requests from a are waiting") as full:
                 service.enter("a")
             assert full.value.status == 429
             with service.enter("b"), pytest.raises(RequestError, match="3 requests are waiting"):
@@ -479,7 +479,7 @@ def test_fetched_images_come_from_public_addresses_alone():
             assert response.status_code == 400
             assert "cannot be fetched" in response.json()["error"]["message"]
         body = chat(messages=[user("x", "file:///etc/passwd")])
-        assert "not a URL of an image" in post(address, body).json()["error"]["message"]
+        assert "is not supported" in post(address, body).json()["error"]["message"]
         assert post(address, chat()).status_code == 200
 
 

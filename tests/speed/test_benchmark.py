@@ -38,7 +38,7 @@ def test_both_sides_make_the_same_steps(tune, tmp_path, capfd):
 
 def test_a_micro_batch_that_does_not_divide_is_a_mistake(capsys):
     assert benchmark.main([*SHORT, "--micro-size", "3"]) == 1
-    assert "2 samples are not a multiple of 3" in capsys.readouterr().err
+    assert "the batch size 2 is not a multiple of the micro-batch size 3" in capsys.readouterr().err
 
 
 def test_losses_that_differ_are_told(monkeypatch, capsys):
@@ -48,7 +48,7 @@ def test_losses_that_differ_are_told(monkeypatch, capsys):
     )
     monkeypatch.setattr(run, "measure", lambda *_: [ours, theirs])
     assert benchmark.main([*SHORT, *TURNS, "--peer", "hf"]) == 3
-    assert "differ by more than" in capsys.readouterr().out
+    assert "a relative difference of more than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["25m", "150m", "1b", "7b"])

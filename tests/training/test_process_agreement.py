@@ -58,13 +58,14 @@ def test_what_differs_is_named_with_values_and_processes(together: Together):
     for number, error in enumerate(together(lambda number: agree(facts[number]))):
         assert isinstance(error, ConfigError)
         first, *lines, last = str(error).splitlines()
-        assert first.endswith(f"this is process {number} of 3 (from 0)")
+        assert first.endswith(f"this is process {number} of 3 (counted from 0)")
         assert sorted(lines) == [
             "  b: 2.0 in process 0, 2.5 in process 1, 2",
             "  c: 'x' in process 0, None in process 2",
             "  d: None in process 0, 1 in process 2",
         ]
-        assert last == "start all with the same command, environment, software, data and output_dir"
+        advice = "start all processes with the same command, environment, software, data and "
+        assert last == f"{advice}output_dir"
 
 
 def test_a_process_that_ends_instead_is_quoted(
@@ -86,8 +87,8 @@ def test_a_process_that_ends_instead_is_quoted(
     assert own is None
     for error in others:
         assert isinstance(error, RunError)
-        said = "process 2 of this run (from 0) has ended, so all end. error: no such file"
-        assert str(error) == said
+        said = "process 2 of this run (counted from 0) has ended, so all processes end. "
+        assert str(error) == f"{said}error: no such file"
     assert capsys.readouterr().err == "error: no such file\n"
 
 
@@ -114,8 +115,9 @@ def test_an_output_dir_that_is_not_shared_is_named(
     places = [tmp_path / "a", tmp_path / "a", tmp_path / ("a" if shared else "b")]
     (found, *others) = together(lambda number: process_agreement.not_shared(places[number]))
     assert others == [found, found]
-    named = f"a file that process 0 wrote into {places[0]} is not in {places[2]} of process 2"
-    assert found == ([] if shared else [f"  all processes must share output_dir: {named}"])
+    named = f"process 0 wrote a file into {places[0]}, but process 2 does not find the file in "
+    named += str(places[2])
+    assert found == ([] if shared else [f"  all processes must share one output_dir: {named}"])
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
@@ -161,13 +163,10 @@ def test_a_batch_of_different_texts_names_the_records(
     ):
         assert isinstance(error, RunError)
         _, first, second, _ = str(error).splitlines()
-        place = f"  {tmp_path / 'data.json'}, record"
-        assert re.match(
-            rf"{place} 2, as tokens: '\d+ with check.*' in process 0, 'none .*' in process 1", first
-        )
-        assert re.match(
-            rf"{place} 1, as tokens: '\d+ with check.*' in process 0, '\d+ .*' in process 2", second
-        )
+        place = f"  the text of {tmp_path / 'data.json'}, record"
+        tokens = r"'\d+ tokens with check.*'"
+        assert re.match(rf"{place} 2: {tokens} in process 0, 'no tokens .*' in process 1", first)
+        assert re.match(rf"{place} 1: {tokens} in process 0, {tokens} in process 2", second)
 
 
 def test_facts_have_every_field_of_a_config(tmp_path: Path):

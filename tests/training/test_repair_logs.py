@@ -216,7 +216,7 @@ def test_other_files_are_restored(
     if content is not None:
         file.write_bytes(content)
     (said,) = repair_objects(run_dir, kept)
-    assert f"{file} was missing or damaged; it is restored" in said
+    assert f"{file} was missing or damaged; it was restored" in said
     assert file.read_bytes() == before
     assert list(repair_objects(run_dir, kept)) == []
 
@@ -239,7 +239,7 @@ def test_a_last_row_without_its_newline_is_a_row(run_dir: Path):
     assert read_rows(file).rows == rows_up_to("metrics.jsonl", STEP)
     file.write_bytes(file.read_bytes()[:-5])
     (said,) = repair_rows(run_dir, {}, STEP)
-    assert "(1 lines that are not rows)" in said
+    assert "(1 invalid lines)" in said
     with file.open("a") as opened:
         opened.write('{"step": 6, "lo')  # behind step 5, and of a step that comes again
     assert list(repair_rows(run_dir, {}, STEP - 1)) == []
@@ -254,5 +254,5 @@ def test_before_the_first_step_nothing_is_lost(run_dir: Path):
 def test_a_damaged_copy_restores_nothing(run_dir: Path, kept: dict[str, str]):
     (run_dir / "wandb.json").write_text("{")
     (said,) = repair_objects(run_dir, kept | {"wandb.json": "{}"})
-    assert "is removed" in said
+    assert "was removed" in said
     assert not (run_dir / "wandb.json").exists()

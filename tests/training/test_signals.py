@@ -29,7 +29,7 @@ def test_a_signal_may_come_in_the_midst_of_a_print(
             patched.setattr(sys.stdout, "write", print_again)
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
-    assert capfd.readouterr().out.startswith("stopping: ")
+    assert capfd.readouterr().out.startswith("stopping after ")
 
 
 IN_A_CALLBACK = """
@@ -72,5 +72,5 @@ def test_a_second_ctrl_c_ends_at_once():
         [sys.executable, "-c", TWICE], capture_output=True, text=True, check=False
     )
     assert done.returncode == -signal.SIGINT, done.stderr
-    assert done.stdout.splitlines()[0].startswith("stopping: ")
+    assert done.stdout.splitlines()[0].startswith("stopping after ")
     assert done.stdout.splitlines()[1:] == ["goes on"]

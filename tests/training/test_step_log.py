@@ -48,6 +48,6 @@ def test_steps_that_are_not_finite_are_counted_across_a_stop(tmp_path: Path, sto
     assert step_log.nonfinite == stopped_after - 1
     for step in range(stopped_after + 1, 4):
         step_log.log(bad, step)
-    with pytest.raises(RunError, match="3 steps in a row were not finite, the last one is step 4"):
+    with pytest.raises(RunError, match="3 consecutive steps, the last of which is step 4, had"):
         step_log.log(bad, 4)
     assert open_step_log(tmp_path, 1).nonfinite == 0

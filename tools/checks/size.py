@@ -29,15 +29,15 @@ from llava_jax.train_step.step import init_state
 
 COMMAND = Path(__file__).parent.parent / "size_check.py"
 WORDS = 64
-ABOVE_WEIGHTS = 3 * GIB  # bytes that an import may need in addition to the weights
+ABOVE_WEIGHTS = 3 * GIB  # bytes that loading a checkpoint may need in addition to the weights
 MACHINE = 24 * 10**9  # bytes that a train step may need
 
 
 def check_all(directory: Path, layers: int) -> bool:
-    """Makes all measurements, prints them and returns True if all are below their limits.
+    """Makes all measurements, prints them and returns True if all peaks are below their limits.
 
     Args:
-        directory: Directory of the checkpoint, which is written if it does not exist.
+        directory: Directory of the checkpoint, which is written if there is no checkpoint.
         layers: Number of decoder layers of a new checkpoint.
     """
     if not (directory / "config.json").is_file():
@@ -63,13 +63,13 @@ def measure_here(directory: Path, what: str) -> dict[str, float]:
 
 
 def measure(directory: Path, what: str, weights: int, limit: int) -> bool:
-    """Makes a measurement in a new process, whose peak memory no other measurement has raised.
+    """Makes a measurement in a new process, so that earlier work does not raise its peak memory.
 
     Args:
         directory: Directory of the checkpoint.
         what: Name of the measurement in `MEASURES`.
         weights: Size of the checkpoint's weights in bytes.
-        limit: Largest allowed peak of the memory in bytes.
+        limit: Largest allowed peak memory in bytes.
 
     Returns:
         True if the process succeeds and its peak is at most `limit`.
@@ -79,7 +79,7 @@ def measure(directory: Path, what: str, weights: int, limit: int) -> bool:
         command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
     )
     if child.returncode:
-        print(f"{what}: FAIL: the process ended with status {child.returncode}, see above")
+        print(f"{what}: FAIL; the process ended with status {child.returncode}, its error is above")
         return False
     found = json.loads(child.stdout.splitlines()[-1])
     passed = found["peak GiB"] <= limit / GIB
@@ -96,14 +96,14 @@ def measure(directory: Path, what: str, weights: int, limit: int) -> bool:
 
 
 def measure_import(directory: Path) -> dict[str, float]:
-    """Loads the checkpoint in bfloat16 and returns the seconds that this takes."""
+    """Loads the checkpoint in bfloat16 and returns the loading time in seconds."""
     start = time.perf_counter()
     _ = LlavaModel.from_pretrained(directory, dtype="bfloat16")
     return {"seconds": time.perf_counter() - start}
 
 
 def measure_step(directory: Path) -> dict[str, float]:
-    """Makes one train step as in a run and returns its loss and seconds.
+    """Makes one train step as in a run, and returns the loss and the times in seconds.
 
     Raises:
         ArithmeticError: The loss is infinite or NaN.
@@ -125,7 +125,7 @@ def measure_step(directory: Path) -> dict[str, float]:
     seconds = time.perf_counter() - compiled
     loss = metrics["loss"].item()
     if not math.isfinite(loss):
-        raise ArithmeticError(f"the loss is {loss}")
+        raise ArithmeticError(f"the loss of the train step is {loss}; it must be finite")
     return {"seconds": seconds, "seconds to compile": compiled - start, "loss": loss}
 
 
@@ -136,7 +136,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
 
 
 def make_batch(model: ModelConfig) -> Batch:
-    """Returns a batch of one sample with an image and random text; all text tokens have a loss."""
+    """Returns a batch of one sample with an image and random text; the loss covers all the text."""
     rng = np.random.default_rng(0)
     words = rng.integers(3, model.image_token_id, WORDS, np.int32)
     image = np.full(model.image_tokens, model.image_token_id, np.int32)
@@ -152,5 +152,5 @@ def make_batch(model: ModelConfig) -> Batch:
 
 
 def peak_bytes() -> int:
-    """Returns the peak of this process's memory so far, in bytes."""
+    """Returns the peak memory of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

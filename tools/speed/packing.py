@@ -32,13 +32,14 @@ from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import forward, init_state
 
-LIMIT = 1e-5  # largest relative difference between the losses of a sample on both sides
+LIMIT = 1e-5  # largest relative difference between a sample's losses with and without packing
 
 MIXTURE = (
     # Name of the data set, thousands of samples, whether samples have an image, text tokens.
     # The numbers of samples are from table 7 of Liu et al., "Improved Baselines with Visual
-    # Instruction Tuning" (2023). The text tokens are a guess at the median of a log-normal
-    # distribution, made from the number of questions in a sample. They include the prompt's 40.
+    # Instruction Tuning" (2023). The numbers of text tokens are estimated medians of log-normal
+    # distributions, derived from the number of questions in a sample. They include 40 tokens of the
+    # system prompt.
     ("LLaVA", 158, True, 260),
     ("ShareGPT", 40, False, 1200),
     ("VQAv2", 83, True, 150),
@@ -60,7 +61,7 @@ def compare(given: argparse.Namespace) -> bool:
         given: Arguments of the command.
 
     Returns:
-        True if the losses of each sample agree up to `LIMIT`.
+        True if the two losses of each sample differ by at most `LIMIT`, relative to the loss.
     """
     model = SHAPES[given.shape]
     config = TrainConfig(
@@ -86,21 +87,23 @@ def compare(given: argparse.Namespace) -> bool:
         for side, batch, times in zip(sides, batches, seconds, strict=True):
             times.append(side.step(batch))
         rows = [int((batch.segment_ids > 0).any(axis=1).sum()) for batch in batches]
-        print(f"step {step}: {tokens[-1]:,} tokens in {rows[0]} rows and in {rows[1]}", flush=True)
+        text = f"{tokens[-1]:,} tokens in {rows[0]} rows, or in {rows[1]} packed rows"
+        print(f"step {step}: {text}", flush=True)
     speeds = [
         statistics.median(n / s for n, s in zip(tokens[1:], times[1:], strict=True))
         for times in seconds
     ]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.shape}, {given.dtype}")
-    print(f"tokens/s that are no padding: {speeds[0]:,.0f}; packed {speeds[1]:,.0f}")
+    print(f"tokens/s without padding tokens: {speeds[0]:,.0f}; with packing {speeds[1]:,.0f}")
     print(
-        f"packed / not: {speeds[1] / speeds[0]:.2f}; a sample's loss apart by {apart:.1e} at most"
+        f"packing is {speeds[1] / speeds[0]:.2f} x as fast; the largest relative difference of a "
+        f"sample's losses is {apart:.1e}"
     )
     return apart <= LIMIT
 
 
 def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[Sample]:
-    """Returns random samples with lengths as in `MIXTURE`; the second half of a text has a loss.
+    """Returns random samples with lengths as in `MIXTURE`; the second half of a text is learned.
 
     Args:
         model: Sizes of the model.
@@ -129,7 +132,7 @@ class Side:
     """A model in training, either with one sample in each row or with packed rows.
 
     Args:
-        config: Config of the run; `data.packing` decides about packing.
+        config: Config of the run; `data.packing` switches packing on.
     """
 
     def __init__(self, config: TrainConfig):

@@ -1,1 +1,1 @@
-"""Reads and scores the benchmarks, each in a module of its own; `registry` lists them."""
+"""Reads and scores benchmarks; each benchmark has its own module, and `registry` lists them."""

@@ -1,4 +1,4 @@
-"""Reads questions from easy-VQA and from data files in any format that training reads."""
+"""Reads questions from easy-VQA, and from data files in any format that training supports."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ YES_NO = "yes_no"
 
 
 def read_easy_vqa(_: Files) -> list[Question]:
-    """Reads the test questions of easy-VQA, like the evaluation during training."""
+    """Reads the test questions of easy-VQA, in the same way as an evaluation during training."""
     return [*_questions(load_records("easy_vqa:test", ""))]
 
 
 def read_json(files: Files) -> list[Question]:
     """Reads a data file and makes a question from each answer in its conversations.
 
-    The question is asked after all turns that come before the answer.
+    The model is given all turns that come before the answer.
 
     Args:
         files: Paths of the benchmark's files; `data` is the data file.
@@ -32,7 +32,7 @@ def read_json(files: Files) -> list[Question]:
         ConfigError: The file does not exist, or none of its records has a known format.
     """
     if files.data is None:
-        raise ConfigError("--data is missing: name a data file")
+        raise ConfigError("--data is missing; give the path of a data file")
     root = files.data.parent if files.image_root is None else files.image_root
     return [*_questions(load_records(str(files.data), str(root)))]
 
@@ -50,7 +50,7 @@ def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
 
 
 def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]:
-    """Returns the field "answers" of a record, which has the answers of several people in VQA."""
+    """Returns the texts in "answers" of a record, which are several people's answers in VQA."""
     raw = records.read_raw(number) if isinstance(records, FileRecords) else {}
     found = raw.get("answers")
     if not isinstance(found, list):
@@ -62,7 +62,8 @@ def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]
 def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
     """Yields one question for each answer in a conversation.
 
-    If there is only one answer and the answers of several people are given, they replace it.
+    `people` contains the answers of several people. If it is not empty and the conversation has
+    only one answer, `people` replaces this answer.
     """
     turns = record.turns[1:] if record.turns[0].role == "gpt" else record.turns  # as in training
     indices = [index for index, turn in enumerate(turns) if turn.role == "gpt" and index]
@@ -117,12 +118,12 @@ def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
 
 
 def _yes_or_no(answered: Sequence[Answered]) -> list[Answered]:
-    """Returns the questions that have an expected answer, which must be yes or no."""
+    """Returns the questions with an expected answer; raises ConfigError unless it is yes or no."""
     kept = [answer for answer in answered if answer.question.answers]
     for question, _ in kept:
         if question.answers[0].strip().rstrip(".").lower() not in ("yes", "no"):
             raise ConfigError(
-                f"--metric yes_no: question {question.id} expects {question.answers[0]!r:.40}, "
-                "which is neither yes nor no; take another metric"
+                f"--metric yes_no: the expected answer to question {question.id} is "
+                f"{question.answers[0]!r:.40}, which is neither yes nor no; choose another metric"
             )
     return kept

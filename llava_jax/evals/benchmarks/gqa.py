@@ -36,7 +36,7 @@ def read(files: Files) -> list[Question]:
     """Reads LLaVA's questions with GQA's answers; the category is "open" or "binary", as in GQA.
 
     Raises:
-        ConfigError: A file is missing or has another format, or a question has no answer.
+        ConfigError: A file is missing or has an unexpected format, or a question has no answer.
     """
     path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
     known = check_fields(read_json(annotations), str(annotations))
@@ -44,7 +44,10 @@ def read(files: Files) -> list[Question]:
 
     def entry(name: str | int) -> Json:
         if name not in known:
-            raise ConfigError(f"{path}: question {name} is not in {annotations}")
+            raise ConfigError(
+                f"{path}: question {name} is not in {annotations}; get matching versions of both "
+                "files"
+            )
         return check_fields(known[name], f"{annotations}, question {name}", **fields)
 
     questions = read_questions(path, root, lambda row: [entry(row["question_id"])["answer"]])
@@ -62,12 +65,12 @@ def read(files: Files) -> list[Question]:
 
 
 def prediction(text: str) -> str:
-    """Returns an answer in the form in which LLaVA submits it: in lower case, without a period."""
+    """Converts an answer to the format of LLaVA's submissions: lower case, without a period."""
     return text.rstrip(".").lower()
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """Returns the share of correct answers for all, for open and for binary questions."""
+    """Returns the share of correct answers to all, to open and to binary questions."""
     right = lambda kind: mean(
         prediction(text) == question.answers[0]
         for question, text in answered

@@ -1,4 +1,4 @@
-"""Reads and scores MMBench: questions with up to four choices, in a table that has the images."""
+"""Reads and scores MMBench: a table with images, and questions with up to four choices."""
 
 import base64
 import binascii
@@ -24,21 +24,23 @@ TABLE = Source(
 LETTER_CN = "请直接回答选项字母。"
 _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6
-_TURNED = 1_000_000  # multiples are added to a question's id if its choices are in another order
+# Ids that differ by a multiple of this number belong to the same question, with its choices in
+# different orders.
+_TURNED = 1_000_000
 # LLaVA reads the table with pandas, which treats these texts as missing values.
 _NOTHING = {
     "",
     *("#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "NA", "n/a", "NULL", "null", "-NaN", "-nan"),
     *("-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN"),
 }
-_LONGEST_REFERENCE = 64  # a text up to this length is the index of the row that has the image
+_LONGEST_REFERENCE = 64  # a text of at most this length is the index of the row with the image
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the table like LLaVA's evaluation in its first round.
+    """Reads the questions from the table, like the first round of LLaVA's evaluation.
 
     Raises:
-        ConfigError: The table is missing or has another format.
+        ConfigError: The table is missing or has an unexpected format.
     """
     path = files.find(TABLE)
     rows = list(_read_table(path))
@@ -55,11 +57,13 @@ def _read_table(path: Path) -> Iterator[dict[str, str]]:
         needed = {"index", "question", "image", *LETTERS}
         try:
             if missing := needed - {*(reader.fieldnames or ())}:
-                raise ConfigError(f"{path} has no columns {', '.join(sorted(missing))}")
+                raise ConfigError(f"{path} lacks the columns {', '.join(sorted(missing))}")
             for row in reader:
                 if not (row["index"] or "").isdecimal():
                     found = f"found {row['index']!r:.40}"
-                    raise ConfigError(f"{path}, line {reader.line_num}: no index, {found}")
+                    raise ConfigError(
+                        f'{path}, line {reader.line_num}: "index" must be a number, {found}'
+                    )
                 yield {name: value or "" for name, value in row.items() if name}
         except (csv.Error, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}, line {reader.line_num}: {error}") from None
@@ -93,20 +97,21 @@ def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Quest
     try:
         image = base64.b64decode(_image(row["image"], images), validate=True)
     except (binascii.Error, ValueError) as error:
-        more["problem"] = f"its image is not valid base64: {error}"
+        more["problem"] = f"the image is not valid base64: {error}"
     return ask(int(row["index"]), f"{text}\n{prompt}", image, [answer] if answer else [], **more)
 
 
 def _image(text: str, images: dict[str, str]) -> str:
-    """Returns the base64 text of an image; a short text is the index of another row's image."""
+    """Returns the base64 text of an image; a short text is the index of the row with the image."""
     return images.get(text, text) if len(text) <= _LONGEST_REFERENCE else text
 
 
 def score(answered: Sequence[Answered]) -> Json | None:
-    """Returns the share of correct letters, and of questions that are correct in every order.
+    """Returns the share of correct answers, and of questions answered correctly in every order.
 
-    MMBench asks the same question several times with its choices in different orders. Its server
-    also uses a language model to read answers that do not start with a letter.
+    MMBench asks the same question several times, with the choices in different orders. In contrast
+    to this function, MMBench's server uses a language model to interpret answers that do not start
+    with a letter.
 
     Returns:
         The scores "accuracy" and "circular", or None if the table has no answers.
@@ -125,7 +130,7 @@ def score(answered: Sequence[Answered]) -> Json | None:
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the spreadsheet that MMBench's server reads, and returns its path."""
+    """Writes the spreadsheet that MMBench's server reads, and returns the path of the file."""
     from openpyxl import Workbook  # pyright: ignore[reportMissingModuleSource]
 
     columns = list(answered[0].question.extra["row"])
@@ -143,7 +148,7 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
 
 
 def _write(cell: Any, value: str) -> None:
-    """Writes a value as a number or as text; a text that looks like a formula stays a text."""
+    """Writes a value as a number or a text; a text that looks like a formula stays a text."""
     from openpyxl.cell.cell import (  # pyright: ignore[reportMissingModuleSource]
         ILLEGAL_CHARACTERS_RE,
     )

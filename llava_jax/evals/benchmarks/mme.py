@@ -46,21 +46,22 @@ RELEASE = Source(
     "(MME_Benchmark_release_version)",
     "image_root",
 )
-_ASKED = "Please answer yes or no."  # end of MME's questions, which LLaVA replaces
+_ASKED = "Please answer yes or no."  # end of MME's questions, which LLaVA's prompt replaces
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the categories of MME whose directories exist, with LLaVA's prompt.
+    """Reads the questions of all MME categories whose directories exist, with LLaVA's prompt.
 
     Raises:
-        ConfigError: There is no directory of a category, or a file has another format.
+        ConfigError: No directory of a category exists, or a file has an unexpected format.
     """
     root = files.find(RELEASE)
     there = [name for name in CATEGORIES if (root / name).is_dir()]
     if not there:
         raise ConfigError(
-            f"{root} has no directory of a category of MME; get them from {RELEASE.origin}"
+            f"{root} contains no directory of a category of MME; get the directories from "
+            f"{RELEASE.origin}"
         )
     return [question for name in there for question in _read_category(root, name)]
 
@@ -81,7 +82,10 @@ def _read_category(root: Path, category: str) -> list[Question]:
         for number, line in enumerate(lines, 1):
             question, tab, answer = line.strip().partition("\t")
             if not tab or answer.lower() not in ("yes", "no"):
-                raise ConfigError(f"{path}, line {number}: expected QUESTION, a tab, and Yes or No")
+                raise ConfigError(
+                    f"{path}, line {number}: expected a question, a tab, and Yes or No, found "
+                    f"{line!r:.80}"
+                )
             prompt = f"{question.replace(_ASKED, '').strip()}\n{SHORT}"
             extra = {"mme_question": question}
             questions.append(
@@ -93,8 +97,8 @@ def _read_category(root: Path, category: str) -> list[Question]:
 def score(answered: Sequence[Answered]) -> Json:
     """Returns MME's scores by category, and their sums for perception and for cognition.
 
-    The score of a category is the percentage of correct answers plus the percentage of images whose
-    questions are all answered correctly; the largest score is 200.
+    The score of a category is the percentage of correct answers plus the percentage of images for
+    which all questions are answered correctly. The maximum score is 200.
     """
     right: dict[str, dict[str | int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, text in answered:
@@ -113,7 +117,7 @@ def score(answered: Sequence[Answered]) -> Json:
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the directory that MME's eval_tool/calculation.py reads, and returns its path."""
+    """Writes the files that MME's eval_tool/calculation.py reads, and returns their directory."""
     results = folder / "mme_results"
     results.mkdir(exist_ok=True)
     lines = defaultdict(list)
@@ -127,5 +131,5 @@ def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
 
 
 def _one_line(text: str) -> str:
-    """Replaces each tab and line break by one space, because they would end a field or a line."""
+    """Replaces tabs and line breaks, which would end a field or a line, with spaces."""
     return text.translate(str.maketrans("\t\r\n", "   "))

@@ -29,10 +29,10 @@ IMAGES = Source(("val2014",), "http://images.cocodataset.org/zips/val2014.zip", 
 
 
 def read(files: Files) -> list[Question]:
-    """Reads the questions in LLaVA's file, or the questions in POPE's files if LLaVA's is missing.
+    """Reads the questions from LLaVA's file or, if that file is missing, from POPE's own files.
 
     Raises:
-        ConfigError: A file is missing or has another format, or a question has no label.
+        ConfigError: A file is missing or has an unexpected format, or a question has no label.
     """
     root = files.find(IMAGES)
     labelled = []
@@ -40,7 +40,8 @@ def read(files: Files) -> list[Question]:
         category = path.stem.removeprefix("coco_pope_")
         if category not in SETS:
             raise ConfigError(
-                f"{path}: its name must be coco_pope_SET.json with a SET of {', '.join(SETS)}"
+                f"{path}: the name of a label file must be coco_pope_SET.json, where SET is one of "
+                f"{', '.join(SETS)}"
             )
         rows = read_lines(path, question_id=(str, int), image=str, text=str, label=str)
         labelled += [(category, row) for row in rows]
@@ -64,8 +65,8 @@ def read(files: Files) -> list[Question]:
         key = row.get("category"), row["image"], without_prompt(row["text"])
         if key not in labels:
             raise ConfigError(
-                f"{asked[0]}: question {row['question_id']} is not in the label files, which are "
-                f"from another version; get the files from {LABELS.origin}"
+                f"{asked[0]}: question {row['question_id']} is not in the label files, which seem "
+                f"to be from another version; get the label files from {LABELS.origin}"
             )
         return [labels[key]]
 
@@ -73,7 +74,7 @@ def read(files: Files) -> list[Question]:
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """Returns the scores of each set, and their mean F1, which papers publish."""
+    """Returns the scores of each set, and the mean of the F1 scores, which papers report."""
     of = lambda name: [answer for answer in answered if answer.question.category == name]
     sets = {name: count_yes_no(of(name)).scores for name in SETS if of(name)}
     return {"f1": mean(scores["f1"] for scores in sets.values()), "sets": sets}

@@ -1,4 +1,4 @@
-"""Lists the benchmarks, with functions that read, score and submit each of them."""
+"""Lists the benchmarks, with functions that read, score and submit each benchmark."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def find_task(name: str, metric: str | None = None) -> Task:
 
     Args:
         name: Name in `TASKS`.
-        metric: Name of the metric that replaces the benchmark's own; None keeps it.
+        metric: Name of the metric that replaces the metric of the benchmark; None replaces nothing.
     """
     task = TASKS[name]
     return task if metric is None else dataclasses.replace(task, score=custom.scorer(metric))

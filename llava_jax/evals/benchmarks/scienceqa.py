@@ -33,14 +33,14 @@ def read(files: Files) -> list[Question]:
     """Reads LLaVA's questions of the test split, with the answers from ScienceQA's problems.json.
 
     Raises:
-        ConfigError: A file is missing or has another format, or a question is missing.
+        ConfigError: A file is missing or has an unexpected format, or a question is missing.
     """
     path, root = files.find(QUESTIONS), files.find(IMAGES)
     problems = read_json(files.find(PROBLEMS))
     test = check_fields(read_json(files.find(SPLITS)), "pid_splits.json", test=list)["test"]
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise ConfigError(f"{path}: expected a list of questions")
+        raise ConfigError(f"{path}: the file must contain a JSON list of questions")
     questions = {}
     for number, row in enumerate(rows):
         where = f"{path}, question {number}"
@@ -50,14 +50,15 @@ def read(files: Files) -> list[Question]:
         value = check_fields(row["conversations"][0], where, value=str)["value"]
         prompt = f"{value.replace(IMAGE_PLACEHOLDER, '').strip()}\n{LETTER}"
         image = row.get("image")
-        if image is not None:  # by this, LLaVA's scorer recognizes questions with an image
+        if image is not None:  # LLaVA's scorer recognizes questions with an image by <image>
             prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
         choices, answer = _choices(problems, row["id"], where)
         extra = {"choices": len(choices)}
         questions[row["id"]] = ask(row["id"], prompt, image, [answer], root=root, extra=extra)
     if missing := [name for name in test if name not in questions]:
         raise ConfigError(
-            f"{path} lacks {len(missing)} questions of the test split, for example {missing[0]}"
+            f"{path} lacks {len(missing)} questions of the test split, for example {missing[0]}; "
+            f"get the complete file from {QUESTIONS.origin}"
         )
     return [questions[name] for name in test]
 
@@ -70,14 +71,14 @@ def _choices(problems: object, name: str, where: str) -> tuple[list[str], str]:
     choices, answer = problem["choices"], problem["answer"]
     if not 0 <= answer < len(choices) <= len(LETTERS):
         raise ConfigError(
-            f"problem {name} of problems.json: answer {answer} of {len(choices)} choices, counted "
-            f"from 0; at most {len(LETTERS)} choices are allowed"
+            f"problem {name} of problems.json: the answer has index {answer}, counted from 0, but "
+            f"there are {len(choices)} choices; at most {len(LETTERS)} choices are allowed"
         )
     return choices, LETTERS[answer]
 
 
 def _letter(answer: Answered) -> str | None:
-    """Returns the letter that the model chose, or None if it is not a choice of the question."""
+    """Returns the letter that the model chose, or None if the question has no such choice."""
     letter = science_letter(answer.text, LETTERS)
     return letter if letter in LETTERS[: answer.question.extra["choices"]] else None
 
@@ -88,13 +89,13 @@ def _is_right(answer: Answered) -> bool:
 
 
 def score(answered: Sequence[Answered]) -> Json:
-    """Returns the share of correct letters for all questions and for questions with an image."""
+    """Returns the share of correct answers to all questions and to questions with an image."""
     images = [answer for answer in answered if answer.question.images]
     return {"accuracy": mean(map(_is_right, answered)), "image": mean(map(_is_right, images))}
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the results in the format of LLaVA's eval_science_qa.py, and returns the path."""
+    """Writes the results in the format of LLaVA's eval_science_qa.py; returns the file's path."""
     right = sum(map(_is_right, answered))
     letters = {answer.question.id: _letter(answer) for answer in answered}
     results = {

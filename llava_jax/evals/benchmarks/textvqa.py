@@ -29,14 +29,16 @@ _OCR = "Reference OCR token: "
 
 
 def read(files: Files) -> list[Question]:
-    """Reads LLaVA's questions with TextVQA's answers; the id of a question is that of its image.
+    """Reads LLaVA's questions with TextVQA's answers; each question has the id of its image.
 
     Raises:
-        ConfigError: A file is missing or has another format, or a question has no answers.
+        ConfigError: A file is missing or has an unexpected format, or a question has no answers.
     """
     path, root, annotations = files.find(QUESTIONS), files.find(IMAGES), files.find(ANNOTATIONS)
     known = {}
-    for number, row in enumerate(check_fields(read_json(annotations), "", data=list)["data"]):
+    for number, row in enumerate(
+        check_fields(read_json(annotations), str(annotations), data=list)["data"]
+    ):
         where = f"{annotations}, question {number}"
         row = check_fields(row, where, image_id=str, question=str, answers=list)
         known[row["image_id"], row["question"].lower()] = [str(a) for a in row["answers"]]
@@ -45,7 +47,8 @@ def read(files: Files) -> list[Question]:
         key = row["question_id"], asked(row["text"]).lower()
         if key not in known:
             raise ConfigError(
-                f"{path}: {annotations} has no answers to {key[1]!r} about image {key[0]}"
+                f"{path}: {annotations} has no answers to {key[1]!r} about image {key[0]}; get "
+                "matching versions of both files"
             )
         return known[key]
 
@@ -53,7 +56,7 @@ def read(files: Files) -> list[Question]:
 
 
 def asked(prompt: str) -> str:
-    """Returns the question in a prompt of LLaVA, without the instruction and the OCR tokens.
+    """Returns the question of a LLaVA prompt, without the instruction and the OCR tokens.
 
     The prompt may have a line with the tokens that OCR found in the image.
 
@@ -64,6 +67,7 @@ def asked(prompt: str) -> str:
     with_ocr = len(lines) == 3 and _OCR in prompt
     if not with_ocr and len(lines) != 2:
         raise ConfigError(
-            f"expected a question, an optional line of OCR tokens and an instruction: {prompt!r}"
+            "expected a question, an optional line of OCR tokens and an instruction, found "
+            f"{prompt!r}"
         )
     return lines[1] if with_ocr and lines[0].startswith(_OCR.strip()) else lines[0]

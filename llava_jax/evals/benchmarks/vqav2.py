@@ -1,4 +1,4 @@
-"""Reads VQAv2: questions about COCO's images whose answers only EvalAI's server knows."""
+"""Reads VQAv2: questions about COCO's images. Only EvalAI's server has the expected answers."""
 
 import json
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ def read(files: Files) -> list[Question]:
     """Reads LLaVA's questions of the split test-dev.
 
     Raises:
-        ConfigError: A file is missing or has another format.
+        ConfigError: A file is missing or has an unexpected format.
     """
-    files.find(WHOLE)  # `submit` needs it; fails now instead of after 100,000 answers
+    files.find(WHOLE)  # `submit` needs this file; fails now instead of after 100,000 answers
     return read_questions(files.find(QUESTIONS), files.find(IMAGES))
 
 
 def submit(folder: Path, answered: Sequence[Answered], files: Files) -> Path:
-    """Writes the file for EvalAI and returns its path.
+    """Writes the file for EvalAI and returns the path of the file.
 
     The file has an answer to each question of the whole test split; the answers to questions that
     were not asked are empty.
 
     Raises:
-        ConfigError: The file with the questions of the whole test split is missing or has another
-            format.
+        ConfigError: The file with the questions of the whole test split is missing or has an
+            unexpected format.
     """
     texts = {question.id: normalise(text) for question, text in answered}
     whole = read_lines(files.find(WHOLE), question_id=(str, int))
