@@ -165,8 +165,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
 
 def _at_least_one(text: str) -> int:
     """Parses an integer that must be at least 1; used as the `type` of an argument."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: the value must be at least 1")
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: the value must be an integer of at least 1")
     return value
 
 
