@@ -34,7 +34,7 @@ copied to float32 at once."""
 STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
 """Options for GPU programs that use host memory. XLA:GPU may compute wrong gradients if a loop
 slices an array in host memory from its end to its start, because the disabled pass annotates such
-slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `tools/gpu_check.py` compares the
+slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `llava-jax gpu-check` compares the
 gradients on a real GPU."""
 
 OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}

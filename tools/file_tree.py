@@ -3,6 +3,7 @@
 docs/architecture.md contains this tree; a test checks that both are equal.
 """
 
+import argparse
 import ast
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ WIDTH = 24
 
 def main() -> int:
     """Runs the command; returns 0."""
+    argparse.ArgumentParser(prog="python tools/file_tree.py", description=__doc__).parse_args()
     print("\n".join(file_tree()))
     return 0
 

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_jax.cli.arguments import chart_file, output_file, report_errors
 from llava_jax.errors import ConfigError
+from llava_jax.speed.case import SHAPES
 
 if TYPE_CHECKING:
     from llava_jax.config import TrainConfig
@@ -34,16 +36,16 @@ def main(argv: list[str] | None = None) -> int:
             "is given"
         )
 
-    from llava_jax.speed.case import SHAPES
+    return report_errors(lambda: benchmark(given, make_case(given, rest)))
 
-    if given.shape not in SHAPES:
-        parser.error(f"--shape {given.shape} does not exist; choose from {', '.join(SHAPES)}")
-    try:
-        case = make_case(given, rest)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
+def benchmark(given: argparse.Namespace, case: "Case") -> int:
+    """Measures a run, prints the results, and returns the exit status 0 or 3.
+
+    Args:
+        given: Arguments of the command.
+        case: Run to measure.
+    """
     from llava_jax.speed import run
 
     with tempfile.TemporaryDirectory() as directory:
@@ -55,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     for what, value in compared.items():
         print(f"{what}: {value:.4g}")
     write(given, case, rows, compared)
-    differ = compared.get("losses apart", 0.0) > LIMIT and case.config.dtype == "float32"
+    is_exact = bool(compared) and case.config.dtype == "float32"
+    differ = is_exact and compared[run.LOSS_DIFFERENCE] > LIMIT
     if differ:
         print(
             f"the losses of llava_jax and of the peer ({given.peer}) have a relative difference of "
@@ -73,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "accepts an option for every field of the config, like llava-jax train. The exit status is "
         "0 if the command succeeds, 1 if there is a mistake in the arguments, and 3 if the float32 "
         "losses of llava_jax and of the software given by --peer have a relative difference above "
-        "1e-4.",
+        f"{LIMIT:g}.",
     )
     add = parser.add_argument
     add(
@@ -82,8 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype describe). With --config, these options have no effect, except --text-tokens",
     )
     shown = "(default: %(default)s)"
-    sizes = f"number of parameters of the model: 25m, 150m, 1b or 7b {shown}"
-    add("--shape", default="25m", help=sizes)
+    sizes = f"number of parameters of the model {shown}"
+    add("--shape", choices=SHAPES, default="25m", help=sizes)
     tune = ("lora", "qlora", "full")
     how = "how the decoder is trained. lora: LoRA adapters; qlora: LoRA adapters on nf4 weights; "
     how += f"full: all weights {shown}"
@@ -115,8 +118,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3, help=f"number of train steps in each round {shown}")
     warmup = f"number of train steps before the first round, which are not measured {shown}"
     add("--warmup", type=int, default=2, help=warmup)
-    add("--json", type=Path, help="JSON file for all measurements (default: no file)")
-    add("--chart", type=Path, help="PNG file for a chart of the measurements (default: no file)")
+    add("--json", type=output_file, help="JSON file for all measurements (default: no file)")
+    add(
+        "--chart",
+        type=chart_file,
+        help="PNG file for a chart (default: no file)",
+    )
     return parser
 
 
@@ -135,7 +142,7 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
             this run.
     """
     from llava_jax.config import parse_config
-    from llava_jax.speed.case import SHAPES, Case
+    from llava_jax.speed.case import Case
 
     missing = [x for x in ("torch", "peft") if given.peer and not importlib.util.find_spec(x)]
     if missing:

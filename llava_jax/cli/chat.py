@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from llava_jax.cli.arguments import report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
@@ -20,34 +21,38 @@ def main(argv: list[str] | None = None) -> int:
         0 if the command succeeds, 1 for a user's mistake or a bad checkpoint, 130 after Ctrl-C.
     """
     given = parse(argv)
-
-    # These imports are slow, and --help must be quick.
-    from llava_jax.config import format_source
-    from llava_jax.errors import CheckpointError, ConfigError, SampleError
-    from llava_jax.generation.chat import Chat
-
     try:
-        checkpoint = find_checkpoint(given)
-        quantize = chosen_quantisation(given, checkpoint)
-        chat = Chat(
-            load_assistant(given, checkpoint, slots=1, quantize=quantize),
-            read_sampling(given),
-            max_new_tokens=given.max_new_tokens,
-            stop=given.stop,
-            system=given.system,
-        )
-        for file in given.image:
-            chat.show(file)
-        if given.prompt is not None:
-            chat.say(given.prompt)
-        else:
-            print(f"{format_source(given.checkpoint)}: type a message, or /help to list commands")
-            chat.converse()
-    except (ConfigError, CheckpointError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_errors(lambda: chat(given))
     except KeyboardInterrupt:
         return 130
+
+
+def chat(given: argparse.Namespace) -> int:
+    """Answers one prompt or runs a conversation, and returns the exit status 0.
+
+    Args:
+        given: Arguments of the command.
+    """
+    # These imports are slow, and --help must be quick.
+    from llava_jax.config import format_source
+    from llava_jax.generation.chat import Chat
+
+    checkpoint = find_checkpoint(given)
+    quantize = chosen_quantisation(given, checkpoint)
+    conversation = Chat(
+        load_assistant(given, checkpoint, slots=1, quantize=quantize),
+        read_sampling(given),
+        max_new_tokens=given.max_new_tokens,
+        stop=given.stop,
+        system=given.system,
+    )
+    for file in given.image:
+        conversation.show(file)
+    if given.prompt is not None:
+        conversation.say(given.prompt)
+    else:
+        print(f"{format_source(given.checkpoint)}: type a message, or /help to list commands")
+        conversation.converse()
     return 0
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.distributed.environment import print_any_text
+from llava_jax.cli.arguments import chart_file, output_file, report_errors
 
 PROG = "llava-jax check-data"
 SHOWN = 5  # maximum number of samples with the same problem that are printed
@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="JSON-lines file for the good samples; the file must not exist yet (default: no file)",
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all results (default: no file)")
+    parser.add_argument(
+        "--json", type=output_file, help="JSON file for the results (default: no file)"
+    )
     parser.add_argument(
         "--chart",
-        type=Path,
+        type=chart_file,
         help="PNG file for charts of the sample lengths, the numbers of images, the shares of "
         "learned tokens and the padding (default: no file)",
     )
@@ -54,19 +56,18 @@ def main(argv: list[str] | None = None) -> int:
         "%(default)s)",
     )
     given, rest = parser.parse_known_args(argv)
-    print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # keeps the accelerators free for training runs
 
     from llava_jax.config import parse_config
-    from llava_jax.errors import CheckpointError, ConfigError, RunError
 
     try:
-        return check_data(given, parse_config(["--config", given.config, *rest], prog=PROG))
-    except (ConfigError, CheckpointError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return report_errors(
+            lambda: check_data(given, parse_config(["--config", given.config, *rest], prog=PROG)),
+            status=2,
+        )
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; no file was written", file=sys.stderr)
-    return 2
+        return 2
 
 
 def check_data(given: argparse.Namespace, config: Any) -> int:
@@ -110,15 +111,15 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     padding = measure_padding(inputs.order, found.tokens, found.good, config.data.max_length)
     report = Report(found, padding, inputs.spec, records.where)
     report.show(given.shown)
+    if to_write is not None:
+        write_clean(to_write, found, given.write_clean)
+        print(f"wrote {found.good.sum():,} samples to {given.write_clean}")
     if given.json:
         report.write(given.json)
     if given.chart and found.good.any():
         from llava_jax.data.check_chart import draw
 
         draw(given.chart, report)
-    if to_write is not None:
-        write_clean(to_write, found, given.write_clean)
-        print(f"wrote {found.good.sum():,} samples to {given.write_clean}")
     return 1 if found.problems else 0
 
 

@@ -4,16 +4,20 @@ import argparse
 import dataclasses
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llava_jax.cli.arguments import at_least_one, report_errors
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS
+
+if TYPE_CHECKING:
+    from llava_jax.config import TrainConfig
 
 PROG = "llava-jax collectives"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns the exit status 0."""
+    """Runs the command and returns the exit status: 0, or 1 for a user's mistake."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Compiles the train step of a run for several numbers of GPUs. The step has "
@@ -25,22 +29,34 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="config file or name of a preset")
     # TPUs are not in the list, because the bytes of their collectives cannot be counted.
-    names = f"type of the GPUs: {', '.join(GPUS)} (default: %(default)s)"
-    parser.add_argument("--device", default="h100", help=names)
+    names = "type of the GPUs (default: %(default)s)"
+    parser.add_argument("--device", choices=GPUS, default="h100", help=names)
     counts = "numbers of GPUs to compile for (default: 8 64 256)"
-    parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 256], help=counts)
+    parser.add_argument("--counts", type=at_least_one, nargs="+", default=[8, 64, 256], help=counts)
     micro = "number of samples in a micro-batch on each GPU (default: %(default)s)"
-    parser.add_argument("--micro-size", type=int, default=2, help=micro)
+    parser.add_argument("--micro-size", type=at_least_one, default=2, help=micro)
     given, rest = parser.parse_known_args(argv)
     prepare_for_planning(max(given.counts))
 
     import jax  # must be imported after the environment is prepared
 
     from llava_jax.config import parse_config
-    from llava_jax.planning.collectives import KINDS
 
     jax.config.update("jax_num_cpu_devices", max(given.counts))
-    config = parse_config(["--config", given.config, *rest], prog=PROG)
+    return report_errors(
+        lambda: show(given, parse_config(["--config", given.config, *rest], prog=PROG))
+    )
+
+
+def show(given: argparse.Namespace, config: "TrainConfig") -> int:
+    """Prints the table and returns the exit status 0.
+
+    Args:
+        given: Arguments of the command.
+        config: Config of the run.
+    """
+    from llava_jax.planning.collectives import KINDS
+
     print(f"{given.config} on {given.device}, micro-batch {given.micro_size}, GiB per micro-batch")
     print(f"| devices | {' | '.join(KINDS)} |\n|{'---|' * (1 + len(KINDS))}")
     for count in given.counts:
@@ -51,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def count_bytes(config: Any, device: str, count: int, micro_size: int) -> tuple[Any, Any]:
+def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int) -> tuple[Any, Any]:
     """Counts the bytes that each device exchanges in a micro-batch, by kind of collective.
 
     Args:

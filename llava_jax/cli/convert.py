@@ -4,23 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava_jax.cli.arguments import report_errors
 from llava_jax.cli.model_options import source
 from llava_jax.data.templates import TEMPLATES
-from llava_jax.distributed.environment import print_any_text
-from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0, or 1 if the source cannot be converted."""
     given = parse(argv)
-    print_any_text()
-    try:
-        convert_given(given)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {given.destination}")
-    return 0
+    return report_errors(lambda: convert_given(given))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,8 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def convert_given(given: argparse.Namespace) -> None:
-    """Converts the checkpoint that the arguments name.
+def convert_given(given: argparse.Namespace) -> int:
+    """Converts the checkpoint that the arguments name, and returns the exit status 0.
 
     Args:
         given: Arguments of the command.
@@ -104,7 +97,8 @@ def convert_given(given: argparse.Namespace) -> None:
                 f"model; use --to hf{without}"
             )
         convert_part(part, given.destination, given.dtype)
-        return
+        print(f"wrote {given.destination}")
+        return 0
     alphas = {LLM: given.alpha, VISION: given.vision_alpha}
     opened = open_source(
         given.source,
@@ -122,6 +116,8 @@ def convert_given(given: argparse.Namespace) -> None:
         aspect=given.image_aspect,
         prove=check_merged if given.merge and opened.adapters else None,
     )
+    print(f"wrote {given.destination}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_jax.cli.arguments import report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
@@ -15,8 +16,8 @@ from llava_jax.cli.model_options import (
     load_assistant,
     read_sampling,
 )
-from llava_jax.distributed.environment import prepare_for_training, print_any_text
-from llava_jax.errors import CheckpointError, ConfigError, SampleError
+from llava_jax.distributed.environment import prepare_for_training
+from llava_jax.errors import ConfigError
 
 # These names repeat those of `evals.benchmarks.registry`, which is slow to import; a test compares
 # them.
@@ -33,16 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         mistake or Ctrl-C.
     """
     given = parse(argv)
-    print_any_text()
     prepare_for_training()
     try:
-        return evaluate(given)
-    except (ConfigError, CheckpointError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return report_errors(lambda: evaluate(given), status=2)
     except KeyboardInterrupt:
         text = "stopped by Ctrl-C; run the same command again to continue the evaluation"
         print(text, file=sys.stderr)
-    return 2
+        return 2
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from llava_jax.cli.arguments import at_least_one
+
 if TYPE_CHECKING:
     from llava_jax.config import Parts, Quantisation
     from llava_jax.generation.assistant import Assistant
@@ -137,7 +139,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
     most = "the benchmark's limit" if max_new_tokens is None else max_new_tokens
     group.add_argument(
         "--max-new-tokens",
-        type=_at_least_one,
+        type=at_least_one,
         default=max_new_tokens,
         help=f"maximum number of tokens of an answer (default: {most})",
     )
@@ -161,17 +163,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         default=[],
         help="text that ends an answer; the option can be given several times (default: none)",
     )
-
-
-def _at_least_one(text: str) -> int:
-    """Parses an integer that must be at least 1; used as the `type` of an argument."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: the value must be an integer of at least 1")
-    return value
 
 
 def read_sampling(given: argparse.Namespace) -> "Sampling":

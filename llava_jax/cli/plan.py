@@ -5,9 +5,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
 
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--table", action="store_true", help=rows)
     names = f"type of the devices: {', '.join([*GPUS, *TPUS])} (default: %(default)s)"
     parser.add_argument("--device", default="rtx3090", help=names)
-    parser.add_argument("--count", type=int, default=1, help="number of devices (default: 1)")
+    parser.add_argument(
+        "--count", type=at_least_one, default=1, help="number of devices (default: 1)"
+    )
     parser.add_argument(
         "--memory",
         type=float,
@@ -51,25 +53,26 @@ def main(argv: list[str] | None = None) -> int:
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
     fit += "search only if memory.plan in the config is auto"
     parser.add_argument("--fit", action="store_true", help=fit)
-    parser.add_argument("--json", type=Path, help="JSON file for the results (default: no file)")
+    parser.add_argument(
+        "--json", type=output_file, help="JSON file for the results (default: no file)"
+    )
     chart = "PNG file for a bar chart of the memory (default: no file)"
-    parser.add_argument("--chart", type=Path, help=chart)
+    parser.add_argument("--chart", type=chart_file, help=chart)
     given, rest = parser.parse_known_args(argv)
+    if rest and given.table:
+        parser.error(f"unknown arguments: {' '.join(rest)}; --table takes no fields of a config")
     prepare_for_planning(given.count)
 
     import jax  # must be imported after the environment is prepared
 
     from llava_jax.config import parse_config
-    from llava_jax.errors import CheckpointError, ConfigError
 
     jax.config.update("jax_num_cpu_devices", max(given.count, MAX_DEVICES))
-    try:
-        if given.table:
-            return table(given)
-        return plan(given, parse_config(["--config", given.config, *rest], prog=PROG))
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if given.table:
+        return report_errors(lambda: table(given))
+    return report_errors(
+        lambda: plan(given, parse_config(["--config", given.config, *rest], prog=PROG))
+    )
 
 
 def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
@@ -202,13 +205,17 @@ def devices_that_would(plan: "Plan", measure: Callable[..., "Usage"], count: int
     """
     from llava_jax.errors import ConfigError
 
+    tried = None
     while (count := 2 * count) <= MAX_DEVICES:
         try:
             if measure(plan, count).fits:
                 return f"the plan would fit on {count} of these devices"
         except ConfigError:  # no TPU slice has this size, or the batch cannot be divided
             continue
-    return f"the plan would not fit on {MAX_DEVICES} of these devices either"
+        tried = count
+    if tried is None:
+        return f"no larger number of devices, up to {MAX_DEVICES}, can be planned for this run"
+    return f"the plan would not fit on {tried} of these devices either"
 
 
 if __name__ == "__main__":

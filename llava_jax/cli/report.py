@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from llava_jax.distributed.environment import print_any_text
+from llava_jax.cli.arguments import report_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,17 +19,16 @@ def main(argv: list[str] | None = None) -> int:
         "run_directory", type=Path, help="directory of the run, for example runs/tiny_lora"
     )
     run_dir = parser.parse_args(argv).run_directory
-    print_any_text()
     os.environ["JAX_PLATFORMS"] = "cpu"  # keeps the accelerators free for training runs
 
-    from llava_jax.errors import ConfigError
+    return report_errors(lambda: write(run_dir))
+
+
+def write(run_dir: Path) -> int:
+    """Writes the report, prints its path, and returns the exit status 0."""
     from llava_jax.report.report import write_report
 
-    try:
-        print(f"wrote {write_report(run_dir)}")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(f"wrote {write_report(run_dir)}")
     return 0
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import Any
 
+from llava_jax.cli.arguments import report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     chosen_quantisation,
@@ -40,18 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL} ({error})", file=sys.stderr)
         return 1
-    from llava_jax.errors import CheckpointError, ConfigError
-
     # uvicorn sends SIGTERM to this process again when the server has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        with bind(given) as listener:
-            run(given, listener)
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_errors(lambda: serve(given))
     except KeyboardInterrupt:
-        pass
+        return 0
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Serves until a signal stops the server, and returns the exit status 0."""
+    with bind(given) as listener:
+        run(given, listener)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Defines the config of a run: recipe, plan, sizes of the model and source of the weights."""
 
 from llava_jax.config.command_line import load_config, parse_config
+from llava_jax.config.data import Aspect, DataConfig, DataSet, Decode
 from llava_jax.config.model import (
     LLAVA_7B,
     LLAVA_13B,
@@ -17,13 +18,9 @@ from llava_jax.config.train import (
     IGNORED_BY_PLANS,
     MAY_CHANGE,
     MAY_DIFFER,
-    Aspect,
     AttentionImplementation,
     BatchConfig,
     CheckpointConfig,
-    DataConfig,
-    DataSet,
-    Decode,
     EvalConfig,
     Json,
     LogConfig,

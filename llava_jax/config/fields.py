@@ -13,6 +13,7 @@ show the code of the check instead of the allowed values and the reason.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -83,8 +84,21 @@ class Bound:
 
 
 def at_least(minimum: int, reason: str) -> Bound:
-    """Returns the condition that a number must be at least `minimum`."""
-    return Bound(lambda value: value >= minimum, f"at least {minimum}", reason)
+    """Returns the condition that a number must be finite and at least `minimum`."""
+    return Bound(lambda value: minimum <= value < math.inf, f"at least {minimum}", reason)
+
+
+def above(minimum: int, reason: str) -> Bound:
+    """Returns the condition that a number must be finite and greater than `minimum`."""
+    return Bound(lambda value: minimum < value < math.inf, f"above {minimum}", reason)
+
+
+def fraction(reason: str) -> Bound:
+    """Returns the condition that a number must be at least 0 and less than 1."""
+    return Bound(lambda value: 0 <= value < 1, "at least 0 and less than 1", reason)
+
+
+FINITE = Bound(math.isfinite, "a finite number", "the model is multiplied by it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +173,23 @@ def check_fields(config: Any, prefix: str = "") -> None:
     """
     for field in read_fields(type(config)):
         path, value = prefix + field.name, getattr(config, field.name)
-        check_text(value, path)
         # Dataclasses do not check the types of their fields, and a config file may pass any value.
-        if not is_bearable(value, field.type, conf=BeartypeConf(is_pep484_tower=True)):
+        if not _has_type(value, field.type):
             raise ConfigError(f"{path} = {value!r}: it must be {_describe_type(field.type)}")
+        for text in value if isinstance(value, tuple) else (value,):
+            check_text(text, path)
         for bound in field.bounds:
             if value is not None and not bound.allows(value):
                 raise ConfigError(f"{path} = {value!r}: it must be {bound.text} ({bound.reason})")
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{path}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Returns True if a value has a type. beartype checks a single item of a tuple, by chance."""
+    if isinstance(value, tuple) and get_args(hint)[1:] == (...,):
+        return all(_has_type(item, get_args(hint)[0]) for item in value)
+    return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check_text(value: Any, path: str) -> None:

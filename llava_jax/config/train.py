@@ -12,19 +12,20 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from llava_jax.config.data import DataConfig
 from llava_jax.config.fields import (
+    FINITE,
     IGNORED_BY_PLAN,
     LOCATION,
-    MACHINE,
     OBSERVED,
     PLAN,
     RESOLVED,
     Bound,
+    above,
     at_least,
     check_fields,
     field_paths,
+    fraction,
 )
 from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
@@ -35,8 +36,6 @@ Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
-Aspect = Literal["pad", "crop", "squash"]
-Decode = Literal["exact", "draft"]
 
 MAX_NAME_BYTES = 200
 
@@ -69,94 +68,9 @@ class LoraConfig:
     """
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
-    alpha: float = 256.0
-    dropout: Annotated[
-        float,
-        Bound(lambda rate: 0 <= rate < 1, "at least 0 and less than 1", "it is a probability"),
-    ] = 0.05
+    alpha: Annotated[float, FINITE] = 256.0
+    dropout: Annotated[float, fraction("it is a probability")] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSet:
-    """One of several data sets that are mixed for training.
-
-    Attributes:
-        path: Data of this data set, in any form that `DataConfig.path` accepts.
-        image_root: Directory or fsspec URL to which image paths in the records are relative.
-        weight: Number of times that an epoch contains each record. With 0.5, an epoch contains half
-            of the records, and the next epoch the other half.
-    """
-
-    path: str
-    image_root: str = ""
-    weight: Annotated[
-        float,
-        Bound(lambda weight: 0 < weight < math.inf, "above 0", "to skip this data set, remove it"),
-    ] = 1.0
-
-    def __post_init__(self):
-        check_fields(self, "data.mixture: ")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The training data and the evaluation data.
-
-    Attributes:
-        path: Data file, directory of data files, or glob pattern such as "data/train-*.parquet".
-            Files contain a JSON list, JSON lines or Parquet; records have LLaVA's format or a field
-            "messages". fsspec URLs (gs://, s3://) also work. The value "easy_vqa:train[:FORM...]"
-            selects the data set easy-VQA from its PyPI package.
-        image_root: Directory or fsspec URL to which image paths in the records are relative.
-        mixture: Data sets to mix for training, instead of `path` and `image_root`.
-        follow_links: Allow symbolic links in data.image_root to images outside of that directory.
-        template: Name of the chat template, as defined in llava_jax/data/templates.py.
-        image_aspect: How an image is made square: "pad" adds borders of the mean color, "crop"
-            keeps the center, and "squash" scales width and height separately, as SigLIP does.
-        image_decode: Size at which training images are decoded. "exact" uses the full size. "draft"
-            decodes JPEGs that are much larger than needed at 1/2, 1/4 or 1/8 of their size, which
-            is twice as fast and changes pixels by 0.5 to 2.5 of 255 levels on average.
-        max_length: Maximum number of tokens in a sequence, including the tokens of its images;
-            longer sequences are truncated.
-        max_text_length: Maximum number of tokens in a sequence if each image counts as one token,
-            as in XTuner; longer sequences are truncated. None sets no such limit.
-        buckets: Sequence lengths for padding. Each batch is padded to the shortest length that fits
-            its samples, among these lengths and data.max_length.
-        packing: Put as many samples of a step as fit into each row of data.max_length tokens. This
-            needs less padding and does not change results. data.buckets is then not used.
-        max_images: Maximum number of images in a sample; None takes the maximum in the data.
-        shuffle: Read the records in a new random order in each epoch.
-        group_by_modality_length: Put samples with and without images into separate batches, like
-            LLaVA's option of the same name.
-        max_skipped: Maximum fraction of the samples that may be skipped because they cannot be
-            used. The run stops if more samples are skipped.
-        workers: Number of processes that decode images; 0 uses the main process.
-        eval_path: Evaluation data, in any form that data.path accepts. Its image paths are also
-            relative to data.image_root. None turns evaluation off.
-        eval_samples: Number of samples to evaluate, starting with the first; None evaluates all.
-    """
-
-    path: Annotated[str, LOCATION] = ""
-    image_root: Annotated[str, LOCATION] = ""
-    mixture: Annotated[tyro.conf.Suppress[tuple[DataSet, ...]], LOCATION] = ()
-    follow_links: bool = False
-    template: str = "vicuna_v1"
-    image_aspect: Aspect = "pad"
-    image_decode: Decode = "exact"
-    max_length: Annotated[int, at_least(1, "it is a number of tokens")] = 2048
-    max_text_length: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
-    buckets: tuple[int, ...] = ()
-    packing: Annotated[bool, PLAN] = False
-    max_images: int | None = None
-    shuffle: bool = True
-    group_by_modality_length: bool = False
-    max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a fraction of the samples")] = 0.01
-    workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
-    eval_path: Annotated[str | None, LOCATION] = None
-    eval_samples: Annotated[
-        int | None, OBSERVED, at_least(1, "to turn evaluation off, leave data.eval_path out")
-    ] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +122,10 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, at_least(0, "it is a fraction of the steps")] = 0.03
     weight_decay: Annotated[float, at_least(0, "a negative value would let weights grow")] = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float | None = None
+    b1: Annotated[float, fraction("it is a decay rate")] = 0.9
+    b2: Annotated[float, fraction("it is a decay rate")] = 0.999
+    eps: Annotated[float, above(0, "it prevents a division by zero")] = 1e-8
+    clip_norm: Annotated[float | None, above(0, "to turn clipping off, leave it out")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +148,7 @@ class MemoryConfig:
     """
 
     plan: Literal["auto", "manual"] = "manual"
-    limit_gib: Annotated[float | None, IGNORED_BY_PLAN] = None
+    limit_gib: Annotated[float | None, IGNORED_BY_PLAN, above(0, "it is a memory size")] = None
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
@@ -258,7 +172,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    show: bool = False
+    show: Annotated[bool, OBSERVED] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +205,7 @@ class EvalConfig:
 
     every: Annotated[int | None, at_least(1, "it is a number of steps")] = None
     batch_size: Annotated[int | None, at_least(1, "a batch needs at least one sample")] = None
-    examples: int = 12
+    examples: Annotated[int, at_least(0, "it is a number of questions")] = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +271,7 @@ class TrainConfig:
 
     name: Annotated[str, OBSERVED]
     output_dir: Annotated[str, LOCATION] = "runs"
-    seed: Annotated[int, IGNORED_BY_PLAN] = 42
+    seed: Annotated[int, IGNORED_BY_PLAN, at_least(0, "random seeds are not negative")] = 42
     steps: Annotated[
         int | None, IGNORED_BY_PLAN, at_least(1, "a run trains for at least one step")
     ] = None

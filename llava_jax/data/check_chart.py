@@ -15,12 +15,10 @@ def draw(path: Path, report: Report) -> None:
         report: Report on the data set, which must have at least one good sample.
 
     Raises:
-        SystemExit: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     (lengths, images), (shares, waste) = figure.subplots(2, 2)
     tokens, count = report.of_good("tokens"), report.of_good("images")

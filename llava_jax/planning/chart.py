@@ -18,12 +18,10 @@ def draw(path: Path, bars: list[tuple[str, Usage]]) -> None:
         bars: Label and memory use of each plan; at least one plan.
 
     Raises:
-        SystemExit: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
     figure = Figure(figsize=(10, 1.4 + 0.36 * len(bars)), layout="constrained")
     sides = figure.subplots(1, 2, sharey=True)
     for side, axes in zip(("device", "host"), sides, strict=True):

@@ -18,12 +18,10 @@ def draw(path: Path, case: Case, rows: list[Row]) -> None:
         rows: Measurements of at most two sides.
 
     Raises:
-        SystemExit: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise SystemExit("--chart needs matplotlib: pip install 'llava_jax[chart]'") from None
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
     figure = Figure(figsize=(8, 3), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     tokens = case.samples * case.tokens

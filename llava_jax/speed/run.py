@@ -24,6 +24,9 @@ from llava_jax.speed.case import ADAPTER, BASE, Case
 from llava_jax.speed.random_checkpoint import write_checkpoint
 from llava_jax.train_step.program import build_program
 
+LOSS_DIFFERENCE = "largest relative difference of the losses"
+"""Key of this value in the result of `compare`."""
+
 
 @dataclasses.dataclass
 class Row:
@@ -206,5 +209,5 @@ def compare(rows: list[Row]) -> dict[str, float]:
         "tokens/s, ours / theirs": ratio("seconds"),
         "the same by CPU seconds": ratio("cpu_seconds"),
         "host peak, ours / theirs": ours.host_peak / theirs.host_peak,
-        "losses apart": float(np.max(np.abs(np.divide(ours.losses, theirs.losses) - 1))),
+        LOSS_DIFFERENCE: float(np.max(np.abs(np.divide(ours.losses, theirs.losses) - 1))),
     }

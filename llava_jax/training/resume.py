@@ -222,5 +222,5 @@ def _data_changes(run_dir: Path, began: Json, description: Json) -> list[str]:
     before = json.loads(file.read_bytes())
     found = [*data_changes(before["train"], description["data"]["train"])]
     if all(began[name] == now[name] for name in ("eval_path", "eval_samples")):
-        found += data_changes(before["eval"], description["data"]["eval"], "held-out data")
+        found += data_changes(before["eval"], description["data"]["eval"], "eval data")
     return found

@@ -93,6 +93,7 @@ class _Setup:
         model_config: Sizes and token ids of the model.
         processor: Source of the tokenizer and the image processor.
         inputs: Inputs of the run.
+        digest: Digests of the data, as `Inputs.digest` returns them.
         total_steps: Number of optimizer steps of the whole run.
     """
 
@@ -102,6 +103,7 @@ class _Setup:
     model_config: ModelConfig
     processor: Path | Parts
     inputs: Inputs
+    digest: Json
     total_steps: int
 
     @property
@@ -111,8 +113,7 @@ class _Setup:
 
     def describe(self, config: TrainConfig) -> Json:
         """Returns the content of config.json and data.json for this config."""
-        data = self.inputs.digest
-        return describe(config, self.model_config, self.total_steps, self.fingerprint, data)
+        return describe(config, self.model_config, self.total_steps, self.fingerprint, self.digest)
 
 
 def _run(config: TrainConfig, stop: StopRequest) -> int:
@@ -178,7 +179,7 @@ def _open(config: TrainConfig) -> _Setup:
     model_config, processor = find_model(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(inputs.order.samples)
-    return _Setup(config, found, base, model_config, processor, inputs, total)
+    return _Setup(config, found, base, model_config, processor, inputs, inputs.digest, total)
 
 
 def _agree_on(setup: _Setup) -> None:

@@ -57,7 +57,7 @@ def check_packages(log: LogConfig) -> None:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(
-                f"log.{package} needs the package {package}: pip install -e '.[log]'"
+                f"log.{package} needs the package {package}: pip install 'llava_jax[log]'"
             ) from None
 
 

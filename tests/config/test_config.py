@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava_jax import train
+from llava_jax.cli import train
 from llava_jax.config import (
     DataConfig,
     DataSet,
@@ -151,7 +151,7 @@ def test_a_name_is_no_path(name: str, file: Path, capsys: pytest.CaptureFixture[
         TrainConfig(name=name)
     assert len(str(refused.value)) < 500
     assert str(refused.value).isascii()
-    assert train.main(["--config", str(file), f"--name={name}"]) == 1
+    assert train.train(["--config", str(file), f"--name={name}"]) == 1
     assert capsys.readouterr().err.startswith(("error: --name ", "error: name = '"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import metrics, rows, write_config
 
-from llava_jax import train
+from llava_jax.cli import train
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.conversation import Encoded
@@ -24,7 +24,7 @@ def config(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def run(config: Path, name: str, *arguments: str) -> tuple[int, Path]:
-    status = train.main(["--config", str(config), "--name", name, *arguments])
+    status = train.train(["--config", str(config), "--name", name, *arguments])
     return status, config.parent / name
 
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from tiny_run import assert_same_run, metrics, popen, write_config
 
-from llava_jax import train
+from llava_jax.cli import train
 from llava_jax.training.checkpoints import DAMAGED, MANIFEST, what_is_damaged
 
 STEPS = 12
@@ -239,7 +239,7 @@ def replace_image(data: Path) -> str:
 def refuse(config: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Starts a run in this process, which ends because of its data."""
     before = (config.parent / name / "metrics.jsonl").read_bytes()
-    assert train.main(["--config", str(config), "--name", name, *RECIPE]) == 1
+    assert train.train(["--config", str(config), "--name", name, *RECIPE]) == 1
     error = capsys.readouterr().err
     assert f"the run in {config.parent / name} began with other data:" in error
     assert said in error
@@ -479,7 +479,7 @@ def test_another_number_of_records_cannot_be_accepted(
     records = json.loads((copy / "data.json").read_text())
     (copy / "data.json").write_text(json.dumps(records[:-1]))
     arguments = ["--name", "stopped", *RECIPE, *at(copy), "--checkpoint.accept-changes"]
-    assert train.main(["--config", str(config), *arguments]) == 1
+    assert train.train(["--config", str(config), *arguments]) == 1
     said = capsys.readouterr()
     assert "accepted" not in said.out
     assert "was trained on 10 records of" in said.err

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import ROOT, assert_same_run, metrics, popen, rows, write_config
 
-from llava_jax import train
+from llava_jax.cli import train
 
 STEPS = 12
 RECIPE = ("--steps", str(STEPS), "--checkpoint.every", "5", "--eval.every", "5")
@@ -41,7 +41,7 @@ def alone(config: Path) -> Callable[..., Path]:
     """Runs in this process, which has 8 devices; returns the run's directory."""
 
     def run(name: str, *arguments: str) -> Path:
-        assert train.main(["--config", str(config), "--name", name, *RECIPE, *arguments]) == 0
+        assert train.train(["--config", str(config), "--name", name, *RECIPE, *arguments]) == 0
         return config.parent / name
 
     return run

@@ -27,10 +27,10 @@ def watch(event, arguments):
     elif event == "pickle.find_class":
         seen["unpickled"].append(".".join(arguments))
 
-from llava_jax import train
+from llava_jax.cli import train
 from llava_jax.training import run
 sys.addaudithook(watch)
-status = train.main(sys.argv[2:])
+status = train.train(sys.argv[2:])
 with open(sys.argv[1], "w") as file:
     json.dump(seen | {"status": status}, file)
 """

@@ -14,7 +14,7 @@ from jax._src import monitoring  # no public function takes a listener away
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import environment, metrics, write_config
 
-from llava_jax import train
+from llava_jax.cli import train
 from llava_jax.config import MemoryConfig
 from llava_jax.data.batch import Batch
 from llava_jax.distributed import host_memory
@@ -25,12 +25,12 @@ from llava_jax.training.console import Reporter
 COUNTED = """
 import collections, json, sys
 import jax
-from llava_jax import train
+from llava_jax.cli import train
 
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
 config, *names = sys.argv[1:]
-status = [train.main(["--config", config, "--name", name]) for name in names]
+status = [train.train(["--config", config, "--name", name]) for name in names]
 print(json.dumps({"status": status} | events))
 """
 
@@ -88,7 +88,7 @@ def test_the_step_that_a_plan_was_measured_by_is_not_compiled_again(
     config = write_config(tmp_path / "config.py", base, data)
     auto = ["--memory.plan", "auto", "--memory.limit-gib", "1", "--batch.micro-size", "1"]
     once = ["--steps", "1", "--data.buckets", "96", "--data.eval-path", "None"]
-    assert train.main(["--config", str(config), *auto, *once]) == 0
+    assert train.train(["--config", str(config), *auto, *once]) == 0
     chosen = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert "weights streamed" in chosen["plan"]
     assert len(list(cache.glob("jit_train_step-*-cache"))) == 1
@@ -136,7 +136,7 @@ def test_nothing_is_traced_again_after_the_first_steps(
         config = write_config(tmp_path / "config.py", base, data)
         often = ["--steps", "12", "--eval.every", "4", "--checkpoint.every", "3"]
         mixed = ["--data.path", str(tmp_path / "data.json")]
-        assert train.main(["--config", str(config), *often, *mixed, *arguments]) == 0
+        assert train.train(["--config", str(config), *often, *mixed, *arguments]) == 0
     finally:
         monitoring.unregister_event_duration_listener(note_trace)
     assert {length for _, length in shapes["train_step"]} == lengths

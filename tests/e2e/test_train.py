@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import assert_same_run, metrics, write_config
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax import LlavaModel, train
+from llava_jax import LlavaModel
+from llava_jax.cli import train
 from llava_jax.distributed import host_memory
 from llava_jax.distributed.environment import GIB
 from llava_jax.errors import CheckpointError
@@ -36,7 +37,7 @@ def start(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
     file = write_config(output / "config.py", base, data)
 
     def start(name: str, *arguments: str) -> tuple[int, Path]:
-        status = train.main(["--config", str(file), "--name", name, *arguments])
+        status = train.train(["--config", str(file), "--name", name, *arguments])
         return status, output / name
 
     return start

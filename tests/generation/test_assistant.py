@@ -107,7 +107,10 @@ def test_an_answer_that_is_given_up_leaves_its_place(assistant: Assistant):
         (Prompt((Turn("human", "<image>\nwhat?"),)), "<image> 1 times, but the prompt has 0"),
         (Prompt((Turn("human", "what?"),), (b"x",)), "<image> 0 times, but the prompt has 1"),
         (Prompt((Turn("human", "<image>"),), (b"x",)), "none of PNG"),
-        (Prompt((Turn("human", "half \ud800"),)), "Unicode: '.ud800' is only half of a surrogate pair"),
+        (
+            Prompt((Turn("human", "half \ud800"),)),
+            "Unicode: '.ud800' is only half of a surrogate pair",
+        ),
         (Prompt((Turn("human", "word " * 300),)), "together may have at most 512"),
     ],
 )

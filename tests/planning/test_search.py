@@ -338,3 +338,15 @@ def test_7b_lora_does_not_fit_2_gib():
     assert result.returncode == 3
     assert "weights streamed, activations on host" in result.stdout
     assert re.search(r"the plan would fit on \d+ of these devices", result.stdout)
+
+
+def test_a_change_of_any_module_makes_known_figures_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("planning/cache.py", "models/llama.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "planning" / "cache.py"))
+    before = cache.hash_code()
+    (tmp_path / "models" / "llama.py").write_text("import jax\n")
+    assert cache.hash_code() != before

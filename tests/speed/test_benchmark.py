@@ -30,7 +30,7 @@ def test_both_sides_make_the_same_steps(tune, tmp_path, capfd):
     ours, theirs = found["sides"]
     assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
     assert len(set(ours["losses"])) == 3
-    assert found["compared"]["losses apart"] < 1e-5
+    assert found["compared"]["largest relative difference of the losses"] < 1e-5
     out = capfd.readouterr().out
     assert "| hf |" in out
     assert "micro-batch 1\n" in out

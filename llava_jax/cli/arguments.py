@@ -1,0 +1,63 @@
+"""Defines types of arguments, and the messages for mistakes, that several commands share."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_jax.distributed.environment import print_any_text
+from llava_jax.errors import CheckpointError, ConfigError, RunError, SampleError
+
+
+def at_least_one(text: str) -> int:
+    """Parses an integer that must be at least 1; used as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: The text is not such an integer.
+    """
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text}: the value must be an integer of at least 1")
+    return int(text)
+
+
+def output_file(text: str) -> Path:
+    """Parses the path of a file that the command will write; used as the `type` of an argument.
+
+    A wrong path is refused at once and not after minutes of work.
+
+    Raises:
+        ArgumentTypeError: The directory of the file does not exist, or the path is a directory.
+    """
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: the directory {path.parent} does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory; name a file")
+    return path
+
+
+def chart_file(text: str) -> Path:
+    """Parses the path of a chart, which matplotlib draws; used as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: As in `output_file`, or matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'llava_jax[chart]'")
+    return output_file(text)
+
+
+def report_errors(command: Callable[[], int], status: int = 1) -> int:
+    """Runs a command, and prints one line for an error that the user can correct.
+
+    Args:
+        command: Function that does the work and returns the exit status.
+        status: Exit status after such an error.
+    """
+    print_any_text()
+    try:
+        return command()
+    except (ConfigError, CheckpointError, RunError, SampleError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return status

@@ -1,0 +1,105 @@
+"""Defines the config of a run's data: where the data is, and how samples are made from it."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from llava_jax.config.fields import (
+    LOCATION,
+    MACHINE,
+    OBSERVED,
+    PLAN,
+    Bound,
+    above,
+    at_least,
+    check_fields,
+)
+
+Aspect = Literal["pad", "crop", "squash"]
+Decode = Literal["exact", "draft"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One of several data sets that are mixed for training.
+
+    Attributes:
+        path: Data of this data set, in any form that `DataConfig.path` accepts.
+        image_root: Directory or fsspec URL to which image paths in the records are relative.
+        weight: Number of times that an epoch contains each record. With 0.5, an epoch contains half
+            of the records, and the next epoch the other half.
+    """
+
+    path: str
+    image_root: str = ""
+    weight: Annotated[
+        float,
+        above(0, "to skip this data set, remove it"),
+    ] = 1.0
+
+    def __post_init__(self):
+        check_fields(self, "data.mixture: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The training data and the evaluation data.
+
+    Attributes:
+        path: Data file, directory of data files, or glob pattern such as "data/train-*.parquet".
+            Files contain a JSON list, JSON lines or Parquet; records have LLaVA's format or a field
+            "messages". fsspec URLs (gs://, s3://) also work. The value "easy_vqa:train[:FORM...]"
+            selects the data set easy-VQA from its PyPI package.
+        image_root: Directory or fsspec URL to which image paths in the records are relative.
+        mixture: Data sets to mix for training, instead of `path` and `image_root`.
+        follow_links: Allow symbolic links in data.image_root to images outside of that directory.
+        template: Name of the chat template, as defined in llava_jax/data/templates.py.
+        image_aspect: How an image is made square: "pad" adds borders of the mean color, "crop"
+            keeps the center, and "squash" scales width and height separately, as SigLIP does.
+        image_decode: Size at which training images are decoded. "exact" uses the full size. "draft"
+            decodes JPEGs that are much larger than needed at 1/2, 1/4 or 1/8 of their size, which
+            is twice as fast and changes pixels by 0.5 to 2.5 of 255 levels on average.
+        max_length: Maximum number of tokens in a sequence, including the tokens of its images;
+            longer sequences are truncated.
+        max_text_length: Maximum number of tokens in a sequence if each image counts as one token,
+            as in XTuner; longer sequences are truncated. None sets no such limit.
+        buckets: Sequence lengths for padding. Each batch is padded to the shortest length that fits
+            its samples, among these lengths and data.max_length.
+        packing: Put as many samples of a step as fit into each row of data.max_length tokens. This
+            needs less padding and does not change results. data.buckets is then not used.
+        max_images: Maximum number of images in a sample; None takes the maximum in the data.
+        shuffle: Read the records in a new random order in each epoch.
+        group_by_modality_length: Put samples with and without images into separate batches, like
+            LLaVA's option of the same name.
+        max_skipped: Maximum fraction of the samples that may be skipped because they cannot be
+            used. The run stops if more samples are skipped.
+        workers: Number of processes that decode images; 0 uses the main process.
+        eval_path: Evaluation data, in any form that data.path accepts. Its image paths are also
+            relative to data.image_root. None turns evaluation off.
+        eval_samples: Number of samples to evaluate, starting with the first; None evaluates all.
+    """
+
+    path: Annotated[str, LOCATION] = ""
+    image_root: Annotated[str, LOCATION] = ""
+    mixture: Annotated[tyro.conf.Suppress[tuple[DataSet, ...]], LOCATION] = ()
+    follow_links: bool = False
+    template: str = "vicuna_v1"
+    image_aspect: Aspect = "pad"
+    image_decode: Decode = "exact"
+    max_length: Annotated[int, at_least(1, "it is a number of tokens")] = 2048
+    max_text_length: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
+    buckets: Annotated[
+        tuple[int, ...],
+        Bound(lambda lengths: min(lengths, default=1) >= 1, "positive", "they are lengths"),
+    ] = ()
+    packing: Annotated[bool, PLAN] = False
+    max_images: Annotated[int | None, at_least(0, "it is a number of images")] = None
+    shuffle: bool = True
+    group_by_modality_length: bool = False
+    max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a fraction of the samples")] = 0.01
+    workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
+    eval_path: Annotated[str | None, LOCATION] = None
+    eval_samples: Annotated[
+        int | None, OBSERVED, at_least(1, "to turn evaluation off, leave data.eval_path out")
+    ] = None
