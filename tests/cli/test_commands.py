@@ -25,7 +25,7 @@ FRONTS = sorted(
 def test_each_command_has_a_module_and_a_front():
     names = [name.replace("-", "_") for name in main.COMMANDS]
     package = {file.stem for file in (ROOT / "llava_jax" / "cli").glob("*.py")}
-    assert package == {"__init__", "main", "model_options", *names}
+    assert package == {"__init__", "arguments", "main", "model_options", *names}
     assert sorted(file.stem for file in FRONTS) == sorted({*names} - {"train"})
 
 
@@ -123,6 +123,7 @@ def test_the_tiny_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["llava-jax", "--version"])
+    monkeypatch.delitem(sys.modules, "llava_jax.__main__", raising=False)
     with pytest.raises(SystemExit) as end:
         runpy.run_module("llava_jax", run_name="__main__")
     assert end.value.code == 0

@@ -54,7 +54,7 @@ def test_a_plan_ignores_what_decides_nothing_about_memory():
         | {
             *("name", "seed", "steps", "epochs", "processor", "checkpoint", "eval", "log"),
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
-            "memory.limit_gib",
+            *("memory.limit_gib", "mesh.show"),
         }
         == IGNORED_BY_PLANS
     )

@@ -61,7 +61,10 @@ def test_padding_to_twice_the_processes_is_none_of_the_parameters(count, tmp_pat
 )
 def test_values_that_belong_to_no_parameter_are_refused(stage, count, message, tmp_path):
     edit(tmp_path / "in", stage, longer(count))
-    with pytest.raises(CheckpointError, match=rf"rank_2_mp_rank_00_optim_states\.pt: {message}"):
+    message = rf"rank_2_mp_rank_00_optim_states\.pt: there are {message}"
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointError, match=rf"rank_2_mp_rank_00_optim_states\.pt: there are {message}"
+    ):
         open_zero(tmp_path / "in")
 
 

@@ -231,8 +231,8 @@ def test_both_names_of_data_that_changed_are_said(folder: Path):
     before = digest_of(folder)
     shorten(folder)
     (folder / "data.json").rename(folder / "new.json")
-    (found,) = data_changes(before, digest_of(folder, "new.json"), "held-out data")
+    (found,) = data_changes(before, digest_of(folder, "new.json"), "eval data")
     assert found == (
-        f"held-out data {folder / 'new.json'}, before {folder / 'data.json'}: 12 records when the "
-        "run began, 11 now"
+        f"eval data {folder / 'new.json'} (was {folder / 'data.json'}): 12 records when the run "
+        "began, 11 now"
     )

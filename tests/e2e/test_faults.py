@@ -221,13 +221,13 @@ def edit_answer(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     records[3]["conversations"][1]["value"] = "tan"
     (data / "data.json").write_text(json.dumps(records))
-    return "data.json: the content or the order of the 10 records changed since the run began"
+    return "the content or the order of the 10 records changed since the run began"
 
 
 def change_order(data: Path) -> str:
     records = json.loads((data / "data.json").read_text())
     (data / "data.json").write_text(json.dumps(records[::-1]))
-    return "data.json: the content or the order of the 10 records changed since the run began"
+    return "the content or the order of the 10 records changed since the run began"
 
 
 def replace_image(data: Path) -> str:

@@ -172,10 +172,10 @@ def test_a_limit_may_be_raised(run, fake, tmp_path):
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--max-new-tokens", 7), "max_new_tokens: 128 there, 7 here"),
+        (("--max-new-tokens", 7), "max_new_tokens: 128 before, 7 now"),
         (("--temperature", 0.5), "temperature"),
         (("--base", "elsewhere"), "base"),
-        (("--task", "easy_vqa"), "task: json there, easy_vqa here"),
+        (("--task", "easy_vqa"), "task: json before, easy_vqa now"),
     ],
 )
 def test_answers_of_other_settings_are_refused(run, fake, capsys, more, named):

@@ -155,7 +155,7 @@ def test_a_tower_on_the_hub_may_be_pickles(hub, llava: Path):
 
 
 def test_without_the_hub_it_is_said_how_to_name_the_tower(hub, llava: Path):
-    message = rf"its vision tower \('{CLIP}'\) was not found .* llm={llava},vision=DIRECTORY"
+    message = rf"its vision tower \('{CLIP}'\) was not found; .* llm={llava},vision=DIRECTORY"
     with pytest.raises(CheckpointError, match=message):
         resolve(str(llava))
 
