@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xla_flags import XLA_FLAGS
+
 CONFIG = """
 from llava_jax.config import *
 config = TrainConfig(
@@ -53,7 +55,7 @@ def environment(**variables: object) -> dict[str, str]:
     """Of a program in a process of its own, on one device unless variables say more."""
     own = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": XLA_FLAGS,
         "PYTHONPATH": str(ROOT),
     }
     return os.environ | own | {name: str(value) for name, value in variables.items()}

@@ -63,8 +63,6 @@ def test_values_that_belong_to_no_parameter_are_refused(stage, count, message, t
     edit(tmp_path / "in", stage, longer(count))
     message = rf"rank_2_mp_rank_00_optim_states\.pt: there are {message}"
     with pytest.raises(CheckpointError, match=message):
-        CheckpointError, match=rf"rank_2_mp_rank_00_optim_states\.pt: there are {message}"
-    ):
         open_zero(tmp_path / "in")
 
 

@@ -45,7 +45,7 @@ def assert_wrong(opened: Opened, out: Path, name: str = "") -> None:
         check_merged(opened, out)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e-2])
+@pytest.mark.parametrize("factor", [pytest.param(1.0, marks=pytest.mark.slow), 1e-2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_merges_pass(dtype, factor, make, tmp_path):
     opened, said = make(dtype, factor), []
@@ -71,7 +71,9 @@ def test_a_merge_for_llavas_code_passes(tmp_path, monkeypatch):
     check_merged(opened, tmp_path / "out")
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e-2, 1e-3])
+@pytest.mark.parametrize(
+    "factor", [*(pytest.param(f, marks=pytest.mark.slow) for f in (1.0, 1e-2)), 1e-3]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_dropped_adapter_fails_however_weak(dtype, factor, make, tmp_path):
     opened = make(dtype, factor)

@@ -60,8 +60,12 @@ def test_micro_batches_without_a_token_are_left_out():
 @pytest.mark.parametrize(
     ("devices", "fields"),
     [
-        pytest.param(1, {"batch": {"micro_size": 2}}, marks=pytest.mark.slow),
-        (8, {"batch": {"micro_size": 1, "loss_weighting": "sample_mean", "loss_group": 2}}),
+        (1, {"batch": {"micro_size": 2}}),
+        pytest.param(
+            8,
+            {"batch": {"micro_size": 1, "loss_weighting": "sample_mean", "loss_group": 2}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_does_not_notice_that_it_is_packed(devices: int, fields: dict):

@@ -80,8 +80,7 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [("remat-dots", "full", 8), ("stream_weights", "lora", 1)]
-SHORT += [("all", "full", 8), ("all", "qlora", 1)]
+SHORT = [("all", "full", 8), ("all", "qlora", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
@@ -108,9 +107,9 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
 
 
 def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
-    config = change(recipe("lora", fsdp=8), lora={"dropout": 0.0}, optimizer={"eps": 1e-4})
+    config = change(recipe("lora"), lora={"dropout": 0.0}, optimizer={"eps": 1e-4})
     losses = []
     for tokens in (8, 100):
         monkeypatch.setattr(llama, "CHUNK_TOKENS", tokens)
-        losses.append([row["loss"] for row in run(config, devices=8, steps=5)[0]])
+        losses.append([row["loss"] for row in run(config, devices=1, steps=5)[0]])
     np.testing.assert_allclose(*losses, rtol=1e-6)

@@ -34,7 +34,11 @@ def losses(rows: list[dict[str, float]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp8", "data2-fsdp2-tensor2"]
+    "mesh",
+    [
+        pytest.param(MeshConfig(1, 8, 1), id="fsdp8", marks=pytest.mark.slow),
+        pytest.param(MeshConfig(2, 2, 2), id="data2-fsdp2-tensor2"),
+    ],
 )
 def test_eight_devices_train_as_one(one_device: list[dict[str, float]], mesh: MeshConfig):
     rows, program, state = run(dataclasses.replace(CONFIG, mesh=mesh), devices=8, steps=STEPS)

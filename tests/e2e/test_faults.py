@@ -81,7 +81,7 @@ def has_step(directory: Path, step: int) -> Callable[[], bool]:
 
 
 KILLS = [
-    pytest.param(signal.SIGKILL, 2, id="2 kills"),
+    pytest.param(signal.SIGKILL, 2, id="2 kills", marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, 50, id="50 kills", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, 20, id="20 SIGTERM", marks=pytest.mark.slow),
 ]

@@ -248,7 +248,7 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        "training.export.save_processor",
+        pytest.param("training.export.save_processor", marks=pytest.mark.slow),
         "training.checkpoints.Checkpoints.save",
         pytest.param("training.console.Reporter.log", marks=pytest.mark.slow),
     ],

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", DOUBLE)
+@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=pytest.mark.slow), "nf4_double"])
 def test_twenty_steps_beside_peft_and_bitsandbytes(
     kind: str, saved: Callable, assert_parity: Callable, tmp_path: Path
 ):

@@ -82,6 +82,10 @@ CASES = {  # a recipe, and the model it starts from
         "qwen2_siglip",
     ),
 }
+SHORT = (
+    *("LoRA, sample mean, clipped", "projector only", "full, tied embeddings"),
+    "LoRA in Qwen2 and SigLIP",
+)
 PARTS = {"llm": "language_model|lm_head", "vision": "vision_tower", "projector": "projector"}
 """The words in Hugging Face's names that tell our three parts."""
 
@@ -230,7 +234,10 @@ def apart(ours: list[float], theirs: list[float]) -> float:
     return np.max(np.abs(np.divide(ours, theirs) - 1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_twenty_steps_beside_torch(
     name: str, make_hf: Callable, saved: Callable, assert_parity: Callable, tmp_path: Path
 ):

@@ -93,7 +93,7 @@ def test_a_step_moves_the_same_in_any_number_of_pieces(monkeypatch: pytest.Monke
     assert moved(4) == moved(20)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_adapters_are_gathered_once_forwards_and_once_backwards(
     dtype: Literal["float32", "bfloat16"],
 ):

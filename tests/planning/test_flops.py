@@ -198,8 +198,8 @@ def train_step_flops(tune: TuneConfig, remat: Remat) -> int:
     ("llm", "remat"),
     [
         ("lora", "full"),
-        ("lora", "dots"),
-        ("full", "dots"),
+        pytest.param("lora", "dots", marks=pytest.mark.slow),
+        pytest.param("full", "dots", marks=pytest.mark.slow),
         pytest.param("full", "full", marks=pytest.mark.slow),
         pytest.param("lora", "none", marks=pytest.mark.slow),
         pytest.param("full", "none", marks=pytest.mark.slow),

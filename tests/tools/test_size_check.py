@@ -42,8 +42,12 @@ def test_a_peak_is_held_to_its_limit(tool, limit, tmp_path, monkeypatch, capsys)
     assert len((tmp_path / "rows").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_no_weights_are_copied_to_float32_on_a_cpu():
-    """A step's temporary memory does not grow by 4 bytes for every weight of more layers."""
+    """A step's temporary memory does not grow by 4 bytes for every weight of more layers.
+
+    The short form is in test_jax_compat.py.
+    """
 
     def temporary(layers: int) -> int:
         model = dataclasses.replace(MODEL, llm=LlmConfig(64, 256, 512, layers, 4, 4, 64))

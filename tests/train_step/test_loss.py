@@ -21,7 +21,14 @@ def plain(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
     return -picked[:, :, 0]
 
 
-@pytest.mark.parametrize("length", [5, CHUNK_TOKENS, 2 * CHUNK_TOKENS + 7])
+@pytest.mark.parametrize(
+    "length",
+    [
+        pytest.param(5, marks=pytest.mark.slow),
+        pytest.param(CHUNK_TOKENS, marks=pytest.mark.slow),
+        2 * CHUNK_TOKENS + 7,
+    ],
+)
 def test_chunks_change_neither_loss_nor_gradient(length: int):
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (2, length, 16))
