@@ -88,10 +88,10 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     config = dataclasses.replace(config, batch=batch)
     model = sizes(config)
     program, _, text = compile_for(config, model, device, count)
-    return collective_bytes(text), formula(program, micro_size, config.data.max_length)
+    return collective_bytes(text), formula(program, config, micro_size)
 
 
-def formula(program: Any, rows: int, length: int) -> dict[str, int]:
+def formula(program: Any, config: "TrainConfig", rows: int) -> dict[str, int]:
     """Returns the bytes that each device must exchange in a micro-batch, by kind of collective.
 
     The formula is for memory.remat "full" with all devices on the fsdp axis. The matrices of the
@@ -104,12 +104,14 @@ def formula(program: Any, rows: int, length: int) -> dict[str, int]:
 
     Args:
         program: Program of the run.
+        config: Config of the run.
         rows: Number of rows of a micro-batch on each device.
-        length: Number of tokens in a row.
     """
+    import jax.numpy as jnp
+
     from llava_jax.models.paths import is_stacked
 
-    item = program.dtype.itemsize
+    item, length = jnp.dtype(config.dtype).itemsize, config.data.max_length
     size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}
     trained = set(program.trainable)
     lies_on_fsdp = lambda path: "fsdp" in str(program.abstract[path].sharding.spec)

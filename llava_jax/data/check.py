@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from llava_jax.data.batching import SampleEncoder, worker_died
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.sources import FileRecords, Records
 from llava_jax.data.workers import WorkerError, read_ahead, write_progress
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 
 _CHUNK = 64
 """Number of records that a worker process reads at a time."""

@@ -20,8 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
-from llava_jax.errors import ConfigError
-from llava_jax.errors import SampleError as SampleError
+from llava_jax.errors import ConfigError, SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
 

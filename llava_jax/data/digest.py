@@ -6,11 +6,11 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.files import is_remote, open_file
 from llava_jax.data.parquet_file import ParquetFile
 from llava_jax.data.sources import FileRecords, JoinedRecords, ListRecords, Records
 from llava_jax.disk import Json
+from llava_jax.errors import SampleError
 
 _BLOCK = 2**16
 """Size of a block in bytes."""

@@ -11,12 +11,11 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 from llava_jax.data import easy_vqa
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.files import file_size, find_files, is_folder, is_remote, list_folder, open_file
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.parquet_file import ParquetFile
 from llava_jax.data.records import SAMPLED_IMAGES, Record, Sizes, locate_image, read_record
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 
 SHARDS = (".parquet", ".jsonl")
 """Extensions of the files that are read from a directory."""

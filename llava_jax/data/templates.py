@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from llava_jax.errors import SampleError as SampleError
-
 SYSTEM_SLOT = "{system}"
 """Placeholder of the system text in `Template.human_prefix`."""
 

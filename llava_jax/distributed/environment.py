@@ -1,5 +1,6 @@
 """Reads the environment of a process, and prepares it before JAX is imported."""
 
+import hashlib
 import importlib.metadata
 import io
 import os
@@ -78,6 +79,14 @@ def is_multiprocess() -> bool:
         # On a Cloud TPU machine, JAX asks the metadata server for the other processes.
         or bool(on_tpu and "TPU_SKIP_MDS_QUERY" not in os.environ)
     )
+
+
+def hash_code() -> str:
+    """Returns the SHA-256 hash, in hexadecimal, of the Python files of this package."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

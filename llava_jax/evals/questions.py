@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, locate_image
 from llava_jax.disk import Json, is_deeper, open_regular
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 
 SHORT = "Answer the question using a single word or phrase."
 EVAL_ZIP = "eval.zip, see https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"

@@ -9,9 +9,8 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import MeshConfig, Quantisation
-from llava_jax.data.conversation import SampleError
 from llava_jax.distributed.sharding import make_mesh
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.engine import Engine, Request
 from llava_jax.generation.prompts import Prompt, PromptReader, special_tokens
 from llava_jax.generation.sampling import GREEDY, Sampling

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError, Turn
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.images import open_image
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.prompts import Prompt
 from llava_jax.generation.sampling import Sampling

@@ -16,9 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32
 
-from llava_jax.data.conversation import SampleError
 from llava_jax.distributed.sharding import to_spec
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.decoder import (
     Cache,
     Structure,

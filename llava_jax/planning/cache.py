@@ -10,7 +10,7 @@ import jax
 
 from llava_jax.config import IGNORED_BY_PLANS, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.disk import replace_text
-from llava_jax.distributed.environment import versions
+from llava_jax.distributed.environment import hash_code, versions
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import COMPILER_VARIABLES
@@ -72,11 +72,3 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     return int(digest.hexdigest()[:15], 16)
-
-
-def hash_code() -> str:
-    """Returns the SHA-256 hash, in hexadecimal, of the Python files of this package."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -80,20 +80,17 @@ def ticks(low: float | int, high: float | int, count: int) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
-def line_chart(
-    series: Series, name: str, *, last_step: int, from_zero: bool = True, percent: bool = False
-) -> str:
+def line_chart(series: Series, name: str, *, last_step: int, percent: bool = False) -> str:
     """Draws values over the steps of a run and returns an SVG element.
 
     Args:
         series: Values to draw.
         name: Name of the values, for screen readers.
         last_step: End of the horizontal axis, which begins at 0.
-        from_zero: Whether the vertical axis begins at 0.
         percent: Whether the values are shares between 0 and 1. If True, the vertical axis shows 0
             to 100 %.
     """
-    levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series, from_zero)
+    levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series)
     across = ticks(0, max(last_step, 1), 5)
     steps = [step for step in across if step <= max(last_step, 1) and step == int(step)]
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -127,7 +124,7 @@ def line_chart(
     return f"{head}{''.join(parts)}</svg>"
 
 
-def _levels(series: Series, from_zero: bool) -> list[float]:
+def _levels(series: Series) -> list[float]:
     """Returns the ticks of the vertical axis.
 
     A few values far above all other values are cut off at the top. Otherwise a single loss of 1,000
@@ -142,8 +139,7 @@ def _levels(series: Series, from_zero: bool) -> list[float]:
     limit = common + 3 * (common - median)
     if top > 2 * limit > 0 and common > median:
         top = float(limit)
-    if from_zero:
-        bottom = min(bottom, 0.0)
+    bottom = min(bottom, 0.0)
     if top - bottom < 1e-9 * max(abs(top), abs(bottom)) or top == bottom:
         bottom, top = bottom - abs(bottom) / 2, top + (abs(top) / 2 or 1.0)
     return ticks(bottom, top, 4)

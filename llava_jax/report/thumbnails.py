@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
 from llava_jax.disk import replace_bytes
+from llava_jax.errors import SampleError
 
 MAX_EDGE = 320
 """Largest length of the longer side of a copy, in pixels."""

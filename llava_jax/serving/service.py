@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, TypeVar, cast
 
-from llava_jax.data.conversation import SampleError
+from llava_jax.errors import SampleError
 from llava_jax.generation.assistant import Answer, Assistant
 from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Bodies

@@ -53,7 +53,6 @@ class Program:
         model_config: Sizes and token ids of the model.
         adapters: LoRA settings by stack, for each stack of blocks that has adapters.
         mesh: Device mesh.
-        dtype: Dtype of the activations.
         graphdef: Structure of the model.
         abstract: Shape, dtype and sharding of every parameter; trainable parameters are float32.
         state: Shapes, dtypes and shardings of the train state.
@@ -70,7 +69,6 @@ class Program:
     model_config: ModelConfig
     adapters: dict[str, LoraConfig]
     mesh: Mesh
-    dtype: jnp.dtype
     graphdef: nnx.GraphDef
     abstract: Abstract
     state: TrainState
@@ -208,7 +206,6 @@ def build_program(
         model_config=model_config,
         adapters=adapters,
         mesh=mesh,
-        dtype=jnp.dtype(config.dtype),
         graphdef=graphdef,
         abstract=placement.parameters,
         state=state,

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import DataConfig, DataSet, ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.digest import data_digest
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
 from llava_jax.data.templates import TEMPLATES
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.processor import load_fitting_transform
 from llava_jax.pretrained.tokenizer import load_tokenizer

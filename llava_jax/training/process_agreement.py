@@ -16,7 +16,7 @@ from llava_jax.config import MAY_DIFFER, Json, ModelConfig, TrainConfig, flatten
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.sources import Records
 from llava_jax.disk import naming
-from llava_jax.distributed.environment import versions
+from llava_jax.distributed.environment import hash_code, versions
 from llava_jax.distributed.multihost import (
     all_gather_values,
     broadcast_from_main,
@@ -26,7 +26,6 @@ from llava_jax.distributed.multihost import (
 )
 from llava_jax.errors import ConfigError, RunError
 from llava_jax.jax_compat import COMPILER_VARIABLES
-from llava_jax.planning.cache import hash_code
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.training.inputs import Inputs
 

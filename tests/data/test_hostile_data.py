@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
 from llava_jax.data.sources import load_records
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.evals.questions import read_json, read_lines
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "tiny_lora.py")

@@ -10,7 +10,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.data import image_file
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -19,6 +18,7 @@ from llava_jax.data.images import (
     ImageTransform,
     open_image,
 )
+from llava_jax.errors import SampleError
 
 SIZES = [(64, 64), (500, 300), (301, 499), (1000, 37), (23, 640), (1, 1), (3, 2), (337, 335)]
 

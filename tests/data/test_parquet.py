@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from llava_jax.data import parquet_file
-from llava_jax.data.conversation import SampleError, Turn
+from llava_jax.data.conversation import Turn
 from llava_jax.data.images import open_image
 from llava_jax.data.parquet_file import ParquetFile
 from llava_jax.data.sources import FileRecords, load_records
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 
 # The types of datasets.Image(), and of lists of turns.
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -11,12 +11,12 @@ import fsspec
 import pytest
 
 from llava_jax.data import easy_vqa, json_file
-from llava_jax.data.conversation import SampleError, Turn
+from llava_jax.data.conversation import Turn
 from llava_jax.data.images import open_image
 from llava_jax.data.json_file import JsonFile
 from llava_jax.data.records import Record
 from llava_jax.data.sources import FileRecords, JoinedRecords, ListRecords, load_records
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 
 EVERY_FORM = "easy_vqa:train:balanced:captions=2:dialogues=2:turns=6"
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from llava_jax.cli.evaluate import main
 from llava_jax.config import parse_config
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.images import open_image
 from llava_jax.distributed import lock
+from llava_jax.errors import SampleError
 from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.prompts import Prompt
 from llava_jax.models.layers import split

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_jax.data.conversation import SampleError, Turn
-from llava_jax.errors import ConfigError
+from llava_jax.data.conversation import Turn
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.sampling import Sampling
 

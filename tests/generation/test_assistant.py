@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from llava_jax.cli import chat
-from llava_jax.data.conversation import SampleError, Turn, encode_prompt
+from llava_jax.data.conversation import Turn, encode_prompt
 from llava_jax.data.easy_vqa import easy_vqa_records
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.templates import TEMPLATES
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.assistant import Answer, Assistant
 from llava_jax.generation.chat import Chat
 from llava_jax.generation.engine import Request

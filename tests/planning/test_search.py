@@ -17,7 +17,7 @@ import pytest
 from tiny_training import CONFIG, MODEL, change
 
 from llava_jax.config import MemoryConfig, TrainConfig, TuneConfig
-from llava_jax.distributed import host_memory
+from llava_jax.distributed import environment, host_memory
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
@@ -346,7 +346,7 @@ def test_a_change_of_any_module_makes_known_figures_old(
     for name in ("planning/cache.py", "models/llama.py"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "planning" / "cache.py"))
-    before = cache.hash_code()
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "planning" / "cache.py"))
+    before = environment.hash_code()
     (tmp_path / "models" / "llama.py").write_text("import jax\n")
-    assert cache.hash_code() != before
+    assert environment.hash_code() != before

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from llava_jax.conversion.convert import convert, open_source
-from llava_jax.data.conversation import SampleError, Turn, encode
+from llava_jax.data.conversation import Turn, encode
 from llava_jax.data.templates import TEMPLATES
-from llava_jax.errors import CheckpointError
+from llava_jax.errors import CheckpointError, SampleError
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.pretrained.model_config import read_model_config
 from llava_jax.pretrained.tokenizer import load_tokenizer

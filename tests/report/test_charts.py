@@ -39,9 +39,8 @@ def test_a_value_that_is_not_finite_breaks_the_line_and_is_marked(bad: float):
     "values", [[], [np.nan], [0.0], [7.0], [-2.0, -2.0], [1e-9, 1e12], [1e-300]]
 )
 def test_any_values_can_be_drawn(values: list[float]):
-    for options in ({}, {"from_zero": False}):
-        text, _ = draw(values, **options)
-        assert "nan" not in text
+    text, _ = draw(values)
+    assert "nan" not in text
 
 
 def test_a_long_series_is_thinned_to_means_and_ranges():

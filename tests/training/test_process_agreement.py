@@ -20,10 +20,9 @@ from llava_jax.config import (
     parse_config,
     to_json,
 )
-from llava_jax.data.conversation import SampleError
 from llava_jax.data.order import NO_RECORD
 from llava_jax.distributed import multihost
-from llava_jax.errors import ConfigError, RunError
+from llava_jax.errors import ConfigError, RunError, SampleError
 from llava_jax.training import process_agreement
 from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.process_agreement import agree, refuse_texts, run_facts

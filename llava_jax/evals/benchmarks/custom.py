@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, SampleError
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER
 from llava_jax.data.records import Record
 from llava_jax.data.sources import FileRecords, ListRecords, load_records
 from llava_jax.disk import Json
-from llava_jax.errors import ConfigError
+from llava_jax.errors import ConfigError, SampleError
 from llava_jax.evals.questions import Answered, Files, Question
 from llava_jax.evals.scoring import METRICS, count_yes_no, mean
 
