@@ -7,5 +7,5 @@ XLA_FLAGS = (
     "--xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_cpu_max_isa=SSE4_2"
+    " --xla_cpu_max_isa=AVX2"
 )

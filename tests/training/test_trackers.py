@@ -93,7 +93,7 @@ def test_a_missing_package_is_said(field: str, value: Any, monkeypatch: pytest.M
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ConfigError, match=rf"log\.{field} .*pip install -e '\.\[log\]'"):
+    with pytest.raises(ConfigError, match=rf"log\.{field} .*pip install 'llava_jax\[log\]'"):
         check_packages(LogConfig(**{field: value}))
 
 
