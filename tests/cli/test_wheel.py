@@ -76,7 +76,9 @@ def test_a_clone_in_the_working_directory_does_not_hide_the_package(
         site = folder / kind / "site"
         zipfile.ZipFile(wheel if kind == "wheel" else editable).extractall(site)
         # The working directory comes first, then the dependencies, then what was installed.
-        program = f"import site; site.addsitedir({str(site)!r}); {WHERE}"
+        # The tests may run in an environment that has this clone installed.
+        program = f"import site, sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]; "
+        program += f"site.addsitedir({str(site)!r}); {WHERE}"
         run = subprocess.run(
             [sys.executable, "-c", program],
             cwd=folder,
