@@ -128,12 +128,11 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
         model: Sizes of the model.
         count: Number of devices.
     """
-    from llava_jax.data.packing import images_in_row
+    from llava_jax.planning.measure import images_per_row
     from llava_jax.planning.model_flops import full_row, model_flops
 
     config = chosen.plan.apply(config)
-    images = 1 if config.data.max_images is None else config.data.max_images
-    row = full_row(config, images_in_row(config.data, model, images))
+    row = full_row(config, images_per_row(config, model))
     needed = model_flops(config, model, row) * config.batch.global_size / count
     ratio = ""
     if chosen.usage.flops is not None:

@@ -202,8 +202,7 @@ def _program(
         implementation=implementation,
         donate=donate,
     )
-    images = 1 if config.data.max_images is None else config.data.max_images
-    images = images_in_row(config.data, model, images)
+    images = images_per_row(config, model)
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
     return program, batch
 
@@ -360,6 +359,17 @@ def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) 
     if config.memory.offload_activations:
         moved += 2 * micros * host[REST]
     return moved
+
+
+def images_per_row(config: TrainConfig, model: ModelConfig) -> int:
+    """Returns the number of image slots in a row of a batch. `data.max_images` None counts as 1.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+    """
+    images = 1 if config.data.max_images is None else config.data.max_images
+    return images_in_row(config.data, model, images)
 
 
 def sizes(config: TrainConfig) -> ModelConfig:

@@ -30,10 +30,7 @@ from llava_jax.models.paths import is_adapter
 from llava_jax.models.stack import jit_loop
 from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.load import fingerprint, load_params
-from llava_jax.pretrained.model_config import (
-    read_config,
-    write_model_config,
-)
+from llava_jax.pretrained.model_config import read_config, write_model_config
 from llava_jax.pretrained.processor import choose_template, save_processor
 from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params

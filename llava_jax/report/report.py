@@ -3,7 +3,6 @@
 import logging
 import time
 from pathlib import Path
-from types import TracebackType
 
 from jinja2 import UndefinedError
 
@@ -34,12 +33,7 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.update(now=True)
 
     def update(self, *, now: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Opens the inputs of a run, except the weights: tokenizer, image transform and data."""
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,11 +75,11 @@ class Inputs:
         workers = self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
 
-    @functools.cached_property
     def digest(self) -> dict[str, list[dict[str, Any]]]:
-        """Digests of the training data and the eval data, as a JSON object.
+        """Returns the digests of the training data and the eval data, as a JSON object.
 
-        A resumed run compares these digests with the digests in data.json.
+        A resumed run compares these digests with the digests in data.json. Some images are read for
+        them, so a run calls this once.
         """
         return {
             "train": data_digest(self.records),

@@ -10,10 +10,7 @@ from llava_jax.config import TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches
 from llava_jax.data.sources import Records
-from llava_jax.distributed.multihost import (
-    all_reduce_max,
-    is_main_process,
-)
+from llava_jax.distributed.multihost import all_reduce_max, is_main_process
 from llava_jax.models.layers import Params
 from llava_jax.report.report import Report
 from llava_jax.train_step.program import Program

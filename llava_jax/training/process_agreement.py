@@ -43,7 +43,12 @@ _MAX_LINES = 40
 
 
 def run_facts(
-    config: TrainConfig, model: ModelConfig, steps: int, fingerprint: str | None, inputs: Inputs
+    config: TrainConfig,
+    model: ModelConfig,
+    steps: int,
+    fingerprint: str | None,
+    inputs: Inputs,
+    digest: Json,
 ) -> Json:
     """Returns all facts that determine what a run computes, by name, without using a device.
 
@@ -56,18 +61,19 @@ def run_facts(
         steps: Number of optimizer steps of the whole run.
         fingerprint: Fingerprint of the base model; None if there is no base model.
         inputs: Inputs of the run.
+        digest: Digests of the data, from `Inputs.digest`.
     """
     fields = flatten(to_json(dataclasses.replace(config, steps=steps, model=model)), MAY_DIFFER)
-    images = _image_facts("", inputs.digest["train"])
-    images |= _image_facts("eval ", inputs.digest["eval"])
+    images = _image_facts("", digest["train"])
+    images |= _image_facts("eval ", digest["eval"])
     # Only images that every process has read can be compared.
     read_by_all = set.intersection(*map(set, all_gather_values([*images])))
     tokenizer = cast("Tokenizer", inputs.tokenizer.backend_tokenizer)
     return fields | {
         "the base's fingerprint": fingerprint,
         **_adapter_facts(config.init_adapter),
-        **_data_facts("", inputs.records, inputs.digest["train"]),
-        **_data_facts("eval ", inputs.eval_records, inputs.digest["eval"]),
+        **_data_facts("", inputs.records, digest["train"]),
+        **_data_facts("eval ", inputs.eval_records, digest["eval"]),
         **{name: images[name] for name in read_by_all},
         "the order of the samples": inputs.order.identity,
         "the tokenizer's checksum": _crc(tokenizer.to_str()),

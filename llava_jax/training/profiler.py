@@ -1,7 +1,6 @@
 """Profiles some steps of a run with JAX's profiler; use xprof to view the traces."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,12 +24,7 @@ class Profiler:
     def __enter__(self) -> "Profiler":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_tracing:
             jax.profiler.stop_trace()
 

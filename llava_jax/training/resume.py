@@ -11,10 +11,7 @@ from typing import NamedTuple
 
 from llava_jax.config import MAY_CHANGE, Json, TrainConfig, flatten
 from llava_jax.data.digest import data_changes
-from llava_jax.distributed.multihost import (
-    broadcast_from_main,
-    say,
-)
+from llava_jax.distributed.multihost import broadcast_from_main, say
 from llava_jax.errors import ConfigError
 from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.training.checkpoints import Checkpoints

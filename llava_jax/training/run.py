@@ -42,10 +42,7 @@ from llava_jax.training.loop import train
 from llava_jax.training.process_agreement import agree, not_shared, run_facts
 from llava_jax.training.repair_logs import repair_objects, repair_rows
 from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
-from llava_jax.training.run_config import (
-    describe,
-    write_description,
-)
+from llava_jax.training.run_config import describe, write_description
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import check_packages, open_trackers
 
@@ -93,7 +90,7 @@ class _Setup:
         model_config: Sizes and token ids of the model.
         processor: Source of the tokenizer and the image processor.
         inputs: Inputs of the run.
-        digest: Digests of the data, as `Inputs.digest` returns them.
+        digest: Digests of the data, from `Inputs.digest`.
         total_steps: Number of optimizer steps of the whole run.
     """
 
@@ -179,7 +176,7 @@ def _open(config: TrainConfig) -> _Setup:
     model_config, processor = find_model(config, source)
     inputs = open_inputs(config, model_config, processor)
     total = config.total_steps(inputs.order.samples)
-    return _Setup(config, found, base, model_config, processor, inputs, inputs.digest, total)
+    return _Setup(config, found, base, model_config, processor, inputs, inputs.digest(), total)
 
 
 def _agree_on(setup: _Setup) -> None:
@@ -187,7 +184,12 @@ def _agree_on(setup: _Setup) -> None:
     if is_alone():
         return
     facts = run_facts(
-        setup.config, setup.model_config, setup.total_steps, setup.fingerprint, setup.inputs
+        setup.config,
+        setup.model_config,
+        setup.total_steps,
+        setup.fingerprint,
+        setup.inputs,
+        setup.digest,
     )
     agree(facts, *not_shared(Path(setup.config.output_dir)))
     agree({"the number of devices": local_devices()})

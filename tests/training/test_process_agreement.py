@@ -139,7 +139,7 @@ def open_run(tmp_path: Path, *arguments: str) -> tuple[TrainConfig, ModelConfig,
 
 def facts(tmp_path: Path, *arguments: str, fingerprint: str = "f") -> dict[str, Any]:
     config, model, inputs = open_run(tmp_path, *arguments)
-    return run_facts(config, model, config.steps or 1, fingerprint, inputs)
+    return run_facts(config, model, config.steps or 1, fingerprint, inputs, inputs.digest())
 
 
 def test_a_batch_of_different_texts_names_the_records(
