@@ -248,10 +248,10 @@ def bytes_of_too_large(message: str) -> int | None:
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":
-    """Returns a context in which a traced loop gets a name with its maximum number of iterations.
+    """Returns a context in which a traced loop gets a name that contains its maximum length.
 
     If the number of iterations of a loop depends on data, neither XLA's cost analysis nor
-    `planning/hlo.py` can find it. XLA keeps the name in the metadata of each instruction.
+    `planning/hlo.py` can find this number. XLA keeps the name in the metadata of each instruction.
 
     Args:
         iterations: Maximum number of iterations of the loop.

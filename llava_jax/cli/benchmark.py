@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     rounds = f"number of rounds; llava_jax and the --peer software run once in each round {shown}"
     add("--rounds", type=int, default=5, help=rounds)
     add("--steps", type=int, default=3, help=f"number of train steps in each round {shown}")
-    warmup = f"number of train steps before the first round, which are not measured {shown}"
+    warmup = f"number of train steps that run, without measurement, before the first round {shown}"
     add("--warmup", type=int, default=2, help=warmup)
     add("--json", type=output_file, help="JSON file for all measurements (default: no file)")
     add(

@@ -150,7 +150,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
     group.add_argument(
         "--top-k",
         type=int,
-        help="number of the most likely tokens to sample from (default: all tokens)",
+        help="sample only from the TOP_K most likely tokens (default: from all tokens)",
     )
     top_p = "sample from the most likely tokens whose probabilities add up to this value; 1 "
     number("--top-p", 1.0, f"{top_p}samples from all tokens")

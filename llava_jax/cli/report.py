@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0, or 1 if the report cannot be written."""
     parser = argparse.ArgumentParser(
         prog="llava-jax report",
-        description="Writes report.html of a run again, from the other files in the run's "
+        description="Recreates the report.html of a run from the other files in the run's "
         "directory.",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Implements `llava-jax train`, which trains a LLaVA model, like `python -m llava_jax.train`.
+"""Implements `llava-jax train`, the same as `python -m llava_jax.train`: trains a LLaVA model.
 
 The command line is parsed before JAX is imported. Therefore `--help` and error messages appear
 quickly.

@@ -314,7 +314,7 @@ def _trained_params(opened: Opened) -> dict[str, Stored]:
 
 
 def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
-    """Writes the adapters, and other parts that were trained in full, as a PEFT adapter."""
+    """Writes the adapters, and the parts that were trained in full, as one PEFT directory."""
     params = _trained_params(opened)
     if any(path.startswith("llm.") and not is_adapter(path) for path in params):
         raise ConfigError(

@@ -240,7 +240,7 @@ class _TensorFinder:
 
 
 def _key(key: str | int | Placeholder) -> str:
-    """Returns the key of a dict as text."""
+    """Returns a key of a dict as text."""
     return str(key) if isinstance(key, str | int) else key.origin
 
 

@@ -43,10 +43,10 @@ def slice_size(shape: tuple[int, ...]) -> int:
 
 
 def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
-    """Returns True if an array may be in host memory.
+    """Returns True if an array is allowed to be in host memory.
 
-    Arrays that are small or sharded along axis 0 must stay on the device, because slices are taken
-    along axis 0, and TPUs cannot copy less than a tile.
+    An array that is sharded along axis 0 must stay on the device, because slices are taken along
+    this axis. A small array must stay there too, because TPUs cannot copy less than a tile.
 
     Args:
         shape: Shape of the array.

@@ -387,7 +387,7 @@ def sizes(config: TrainConfig) -> ModelConfig:
         return read_config(resolve(source).base)
     if config.model is None:
         raise ConfigError(
-            "init_from and model are both None; set init_from to a checkpoint, or model"
+            "init_from and model are both None; set model, or set init_from to a checkpoint"
         )
     return config.model
 

@@ -233,7 +233,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> Json:
 
 
 def commonest(names: Iterable[str]) -> str:
-    """Returns the most frequent name. If any name occurs more than once, the result does."""
+    """Returns the name that occurs most often."""
     return Counter(names).most_common(1)[0][0]
 
 

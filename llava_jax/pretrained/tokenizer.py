@@ -162,8 +162,8 @@ _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 def _growth(step: Any) -> int:
     """Returns an upper bound on the factor by which a step of a tokenizer can lengthen a text.
 
-    The factors of consecutive steps multiply, so without a limit, a small file could make a text
-    that fills the memory.
+    The factors of consecutive steps are multiplied. Without a limit, a small tokenizer file could
+    therefore lengthen a text until it fills the memory.
     """
     if step is None:
         return 1

@@ -81,7 +81,8 @@ class RunReader:
         if not isinstance(described.get("config"), dict) or "name" not in described["config"]:
             raise ConfigError(
                 f"{self._directory} is not the directory of a run, or its config.json is damaged; "
-                "to restore a run's config.json from a checkpoint, start the run's command again"
+                "to restore a run's config.json from a checkpoint, repeat the command that started "
+                "the run"
             )
         self._read_metrics()
         notes = {"metrics.jsonl": self._damaged}

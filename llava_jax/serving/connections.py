@@ -252,7 +252,7 @@ class Connection(HttpToolsProtocol):
         self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stops the timer of `pause_writing`, because the client reads again."""
+        """Stops the timer of `pause_writing`, because the client has begun to read."""
         super().resume_writing()
         if self._reading is not None:
             self._reading.cancel()

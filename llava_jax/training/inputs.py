@@ -132,8 +132,8 @@ class Inputs:
         """Reads up to 64 training records, evenly spread, to find bad data before a run starts.
 
         Raises:
-            ConfigError: So many of these records cannot be used that the training data almost
-                certainly contains more bad records than data.max_skipped allows.
+            ConfigError: Too many of these records cannot be used. The training data therefore
+                almost certainly contains more bad records than data.max_skipped allows.
         """
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()

@@ -1,6 +1,7 @@
 """What a config's fields say about themselves."""
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
 import pytest
@@ -123,3 +124,42 @@ def test_the_weight_of_a_data_set_is_above_zero(weight: float):
 def test_a_rate_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match="epochs = nan: it must be at least 0"):
         TrainConfig(name="x", epochs=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value"),
+    [
+        *(("optimizer", name, value) for name in ("b1", "b2") for value in (-0.1, 1.0, math.nan)),
+        *(("optimizer", "eps", value) for value in (0.0, math.nan, math.inf)),
+        *(("optimizer", "clip_norm", value) for value in (0.0, -1.0, math.nan)),
+        *(("lora", "alpha", value) for value in (math.nan, math.inf)),
+        *(("data", "buckets", value) for value in ((0,), (64, -5))),
+        *(("memory", "limit_gib", value) for value in (0.0, -1.0)),
+        *(("data", "max_images", -1), ("eval", "examples", -2)),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(group: str, field: str, value: Any):
+    config = TrainConfig(name="x")
+    changed = dataclasses.replace(getattr(config, group), **{field: value})
+    with pytest.raises(ConfigError, match=rf"{group}\.{field} = "):
+        dataclasses.replace(config, **{group: changed})
+
+
+def test_a_seed_is_not_negative():
+    with pytest.raises(ConfigError, match="seed = -1: it must be at least 0"):
+        TrainConfig(name="x", seed=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    names: tuple[str, ...]
+
+
+@pytest.mark.parametrize("bad", [3, None, "v\0proj"])
+@pytest.mark.parametrize("position", range(4))
+def test_every_item_of_a_tuple_is_checked(bad: Any, position: int):
+    names: list[Any] = ["q_proj", "k_proj", "v_proj"]
+    check_fields(Listed(tuple(names)))
+    names.insert(position, bad)
+    with pytest.raises(ConfigError, match="names = "):
+        check_fields(Listed(tuple(names)))
