@@ -1,1 +1,1 @@
-"""Converts checkpoints between all supported formats; only this folder reads pickles."""
+"""Converts checkpoints from and to other trainers' formats; only this folder reads pickles."""

@@ -1,4 +1,4 @@
-"""Opens the tensors in safetensors files, pickles and DeepSpeed directories.
+"""Opens the tensors of a checkpoint in any file format: safetensors, pickle or DeepSpeed.
 
 Only `llava-jax convert` reads all these formats. Training reads only safetensors files, with
 `pretrained.safetensors.open_tensors`.

@@ -1,4 +1,4 @@
-"""Prepares batches in advance, in worker processes or in a thread.
+"""Prepares batches in advance, in worker processes or in a thread; reports workers that die.
 
 The process pools of the standard library are not used, for two reasons. They do not report which
 record a worker was reading when the worker died (`multiprocessing.Pool` even waits forever), and

@@ -1,1 +1,1 @@
-"""Reads and writes checkpoints: weights, adapters, tokenizers and image processors."""
+"""Reads and writes safetensors checkpoints: weights, adapters, tokenizers, image processors."""

@@ -1,4 +1,4 @@
-"""Defines the limits of requests, and the errors that clients get as responses."""
+"""Defines all limits of HTTP requests, and the errors that clients get as responses."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Shows a run's progress on the console, and writes a row for each step to metrics.jsonl."""
+"""Shows the metrics and the progress of a run on the console, and appends them to metrics.jsonl."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Finds the weights that a run starts from, and checks a run that resumes.
+"""Finds the weights that a run starts from, and compares a resumed run's config and data.
 
 A run can only be resumed with the recipe and the data that it began with.
 """

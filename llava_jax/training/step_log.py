@@ -1,7 +1,7 @@
-"""Records a run's steps in metrics.jsonl, skipped.jsonl and nonfinite.jsonl.
+"""Records skipped samples and non-finite steps, and ends a run that has too many of them.
 
-The log also ends the run if too many samples cannot be used or if too many steps are not finite. A
-step is finite if its loss and its gradient norm are finite numbers.
+Skipped samples are recorded in skipped.jsonl, non-finite steps in nonfinite.jsonl. A step is finite
+if its loss and its gradient norm are finite numbers.
 """
 
 import itertools
