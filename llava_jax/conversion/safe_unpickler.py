@@ -318,7 +318,7 @@ class PickleMachine:
         # A file of torch.save has one opcode for each item that a call copies. A file with far
         # fewer opcodes passes one long list to many calls, and their results would fill the memory.
         if self._copied > 4 * self._opcodes + 1000:
-            raise Damage("the same long lists are passed to many calls")
+            raise Damage("the pickle passes the same long lists to many function calls")
         if function.origin == _REBUILD_OF_TYPE:
             rebuild, _, inner, _ = arguments
             return self._call(rebuild, inner)

@@ -72,7 +72,12 @@ class Padding:
 def _add_run(
     cost: np.ndarray, values: np.ndarray, before: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for each n, the minimum cost with one more range, and where this range begins."""
+    """Adds one range to the best divisions of the samples into ranges.
+
+    Returns:
+        For each n, the minimum cost of the first n samples, and the index at which the last range
+        of this division begins.
+    """
     best, begin = np.full(len(cost), np.inf), np.zeros(len(cost), np.int64)
     for end in range(1, len(cost)):
         costs = cost[:end] + values[end - 1] * (before[end] - before[:end])

@@ -53,11 +53,10 @@ def plan_for_attached(
     if not chosen.usage.fits:
         usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
         raise ConfigError(
-            f"no plan fits into {capacity / GIB:.1f} GiB per device, of which "
-            f"{usage.reserve / GIB:.1f} GiB are reserved for the runtime, and {for_host / GIB:.1f} "
-            f"GiB of host memory per device; the plan closest to fitting is {chosen.plan}, which "
-            f"needs {usage.total / GIB:.2f} GiB per device and {usage.host_total / GIB:.2f} GiB of "
-            "host memory per device; use "
+            f"no plan fits into {capacity / GIB:.1f} GiB per device ({usage.reserve / GIB:.1f} GiB "
+            f"of this are reserved for the runtime) and {for_host / GIB:.1f} GiB of host memory; "
+            f"the closest plan is {chosen.plan}, which needs {usage.total / GIB:.2f} GiB per device "
+            f"and {usage.host_total / GIB:.2f} GiB of host memory; use "
             + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, a smaller data.max_length or a smaller lora.rank"

@@ -262,7 +262,9 @@ def open_indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         f"{name} in {file}" for file in files for name in tables[file] if file_of.get(name) != file
     ]
     if left_over:
-        raise CheckpointError(f"{index} lacks tensors of its files: {', '.join(left_over)}")
+        raise CheckpointError(
+            f"{index} does not list tensors that are in its files: {', '.join(left_over)}"
+        )
     return {name: tables[file][name] for name, file in file_of.items()}
 
 
