@@ -200,8 +200,8 @@ def _measure_groups(
         if found > most:
             raise ConfigError(
                 f"data file {path} has {size:,} bytes, but contains {found:,} {what}; at most "
-                f"{int(most):,} are allowed for this size; the file is damaged, or was made to "
-                "fill the memory"
+                f"{int(most):,} are allowed for this size; the file is damaged, or was "
+                "made on purpose to fill the memory"
             )
 
     limit("rows", metadata.num_rows, _ROWS + _ROWS_PER_BYTE * size)

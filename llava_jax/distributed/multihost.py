@@ -305,7 +305,7 @@ def differences(facts: dict[str, object]) -> list[str]:
         facts: Values by name; it must be possible to write them as JSON.
 
     Returns:
-        One line of text for each fact and each value that differs from the value of process 0.
+        For each fact, one line of text per value that differs from the value of process 0.
     """
     facts = dict(json.loads(json.dumps(facts)))
     first = broadcast_from_main(facts if is_main_process() else {})

@@ -55,7 +55,7 @@ def plan_for_attached(
         raise ConfigError(
             f"no plan fits into {capacity / GIB:.1f} GiB per device ({usage.reserve / GIB:.1f} GiB "
             f"of this are reserved for the runtime) and {for_host / GIB:.1f} GiB of host memory; "
-            f"the closest plan is {chosen.plan}, which needs {usage.total / GIB:.2f} GiB per device "
+            f"the closest plan is {chosen.plan}; it needs {usage.total / GIB:.2f} GiB per device "
             f"and {usage.host_total / GIB:.2f} GiB of host memory; use "
             + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")

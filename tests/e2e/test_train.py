@@ -236,7 +236,7 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     assert status == 1
     error = capsys.readouterr().err
     assert "no plan fits into 2.0 GiB per device" in error
-    assert "the plan closest to fitting is micro-batch 1, " in error
+    assert "the closest plan is micro-batch 1, " in error
     assert "use at least 82 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
 

@@ -240,7 +240,7 @@ def test_too_small_a_limit_names_the_closest_plan(
     smallest = measured[4].usage
     with pytest.raises(ConfigError, match="no plan fits") as error:
         choose(config, room_for(smallest.total) - 2)
-    assert f"the plan closest to fitting is {measured[4].plan}, which" in str(error.value)
+    assert f"the closest plan is {measured[4].plan}; it" in str(error.value)
     assert "use at least 9 such devices, or a smaller model" in str(error.value)
     with pytest.raises(ConfigError, match="; use a smaller model"):
         choose(config, room_for(smallest.device[REST]) - 2)
