@@ -13,7 +13,7 @@ from llava_jax.config import *
 config = TrainConfig(
     name="run", output_dir={output!r}, init_from={base!r}, steps=4, dtype="float32",
     tune=TuneConfig(llm="lora", vision="frozen", projector="full"),
-    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
+    lora=LoraConfig(rank=4, alpha=8.0, dropout={dropout}),
     data=DataConfig(path={data!r}, image_root={root!r}, eval_path={data!r}, max_length=96,
                     buckets=(64,), workers=0, max_skipped=0.1),
     batch=BatchConfig(global_size=8),
@@ -23,10 +23,11 @@ config = TrainConfig(
 """
 
 
-def write_config(file: Path, base: Path, data: Path) -> Path:
-    """Writes a config for runs beside it."""
+def write_config(file: Path, base: Path, data: Path, dropout: float = 0.0) -> Path:
+    """Writes a config for runs beside it; a step with dropout takes twice as long to compile."""
     paths = {"output": file.parent, "base": base, "data": data / "data.json", "root": data}
-    file.write_text(CONFIG.format(**{name: str(path) for name, path in paths.items()}))
+    names = {name: str(path) for name, path in paths.items()}
+    file.write_text(CONFIG.format(**names, dropout=dropout))
     return file
 
 

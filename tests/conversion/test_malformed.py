@@ -150,7 +150,18 @@ def check(case: tuple[str, str, str, int], whole: Any, parent: Path) -> None:
     assert not Path(canary(place)).exists()
 
 
-@pytest.mark.parametrize("case", cases(0, 1), ids=lambda case: "-".join(map(str, case)))
+def short(case: tuple[str, str, str, int]) -> bool:
+    """Half of the cases: every kind of damage on every source, by one of the ways in turn."""
+    kind, source, way, _ = case
+    ways = ["tool"] if source in PICKLED else list(WAYS)
+    return ways.index(way) == (list(KINDS).index(kind) + len(source)) % len(ways)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if short(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases(0, 1)],
+    ids=lambda case: "-".join(map(str, case)),
+)
 def test_damage_is_refused(case, whole, tmp_path):
     check(case, whole, tmp_path)
 

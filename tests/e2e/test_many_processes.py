@@ -33,7 +33,7 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 
 @pytest.fixture(scope="module")
 def config(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("many") / "config.py", base, data)
+    return write_config(tmp_path_factory.mktemp("many") / "config.py", base, data, dropout=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21 wi
 def start(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """Starts the program for a run of some name; returns its exit status and directory."""
     output = tmp_path_factory.mktemp("runs")
-    file = write_config(output / "config.py", base, data)
+    file = write_config(output / "config.py", base, data, dropout=0.1)
 
     def start(name: str, *arguments: str) -> tuple[int, Path]:
         status = train.train(["--config", str(file), "--name", name, *arguments])

@@ -68,6 +68,10 @@ CASES = {name: (source, None) for name, source in WHOLE.items()} | {
     f"{name} on a base": case for name, case in TRAINED.items()
 }
 
+SHORT = (
+    *("A 4.37", "A 4.57", "E pickles", "I full", "F on a base", "G on a base"),
+    *("H LoRA on a base", "H ZeRO-3 on a base", "I LoRA on a base", "PEFT 4.48 tower on a base"),
+)
 
 # peft 0.21.2 asks transformers 5.23 for it; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -100,7 +104,10 @@ def in_vocabulary(batch: dict, opened: Opened) -> dict:
 
 
 @pytest.mark.parity("checkpoints", "the software that wrote them")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [case if case in SHORT else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_converted_to_hf(
     name: str, batches: dict, hf_logits: Callable, assert_close: Callable, tmp_path: Path
 ):

@@ -24,7 +24,6 @@ from llava_jax.pretrained.save import save_params
 
 pytestmark = pytest.mark.parity("checkpoints", "transformers")
 
-BATCHES = ("one_image", "two_images", "text_only", "padded")
 
 # From the names of a file that transformers 5 wrote (layout D) to those of the other layouts.
 TO_LAYOUT = {
@@ -63,7 +62,13 @@ def relaid(source: Path, target: Path, layout: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize(
+    "batch_name",
+    [
+        *("padded", "text_only"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one_image", "two_images")),
+    ],
+)
 def test_logits_are_those_of_transformers(
     variant, batch_name, make_hf, saved, load, our_logits, hf_logits, batches, assert_close
 ):
@@ -109,7 +114,11 @@ def test_every_layout_gives_the_same_parameters(
     assert_same(params, expected)
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    "shard_bytes",
+    [20_000, pytest.param(10**9, marks=pytest.mark.slow)],
+    ids=["shards", "one file"],
+)
 def test_transformers_reads_what_we_wrote(
     variant, shard_bytes, make_hf, saved, load, hf_logits, batches, assert_same, tmp_path
 ):
