@@ -37,9 +37,14 @@ slices an array in host memory from its end to its start, because the disabled p
 slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `llava-jax gpu-check` compares the
 gradients on a real GPU."""
 
-OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
-"""Options for programs on several GPUs. XLA then communicates while it computes, which is off by
-default (JAX 0.10). The compiler for TPUs needs no option for this."""
+OVERLAP_OPTIONS: Options = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+}
+"""Options for GPU programs that use several GPUs or host memory. XLA then communicates and copies
+while it computes, which is off by default (JAX 0.10). The second option is the largest number of
+copies from or to host memory that are in progress at a time; by default (2), most copies have to
+wait. The compiler for TPUs needs no option for this."""
 
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
 """Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
@@ -245,6 +250,10 @@ def bytes_of_too_large(message: str) -> int | None:
 
 
 # The text of compiled modules -------------------------------------------------------------------
+
+HOST_SPACE = "S(5)"
+"""Part of the shape of an array in host memory, in the text of a module for GPUs or TPUs."""
+
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":

@@ -56,7 +56,7 @@ def prepare_for_planning(devices: int = 1) -> None:
         devices: Number of devices to compile for.
     """
     os.environ.update(COMPILE_ONLY_VARIABLES)
-    options = PLANNING_OPTIONS | (OVERLAP_OPTIONS if devices > 1 else {})
+    options = PLANNING_OPTIONS | OVERLAP_OPTIONS
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *as_flags(options)])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # XLA logs every program that does not fit; the planner reports these programs itself.

@@ -6,6 +6,7 @@ stops with an error (openxla/xla #47362, #47380, #34565).
 """
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -15,6 +16,9 @@ from jaxtyping import Array, Int
 
 Tree = TypeVar("Tree")
 """A tree of arrays."""
+
+Carry = TypeVar("Carry")
+"""A tree of arrays that a loop changes."""
 
 PINNED_HOST = "pinned_host"
 """Memory kind of arrays in host memory. The memory is pinned, so that devices can read and write it
@@ -97,6 +101,33 @@ def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
 def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
     """Returns stacked arrays with layer number `index` replaced; each stays in its memory."""
     return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
+
+
+def loop_with_prefetch(
+    count: int,
+    load: Callable[[Int[Array, ""], Carry], Tree],
+    body: Callable[[Int[Array, ""], Tree, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """Runs `carry = body(index, load(index, carry), carry)` for each index, and loads ahead.
+
+    An iteration starts to load the arrays of the next iteration before it computes, so that copies
+    from host memory run beside the computation. The loaded arrays are in device memory twice.
+
+    Args:
+        count: Number of iterations.
+        load: Function that copies the arrays of an iteration to the device. It is called with the
+            carry before the previous iteration, so it must not read what that iteration writes.
+        body: Function that computes one iteration.
+        carry: Arrays before the first iteration.
+    """
+
+    def step(index: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
+        carry, here = both
+        ahead = load(jnp.minimum(index + 1, count - 1), carry)
+        return body(index, here, carry), ahead
+
+    return jax.lax.fori_loop(0, count, step, (carry, load(jnp.zeros((), jnp.int32), carry)))[0]
 
 
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:

@@ -4,6 +4,10 @@ The backward loop is written by hand to save memory in ways that automatic diffe
 cannot. The loop copies one layer at a time to the device, recomputes that block from its input, and
 adds the gradients in place to the sums of earlier micro-batches. The weights of a stack, the inputs
 of its blocks and the gradient sums may all be in host memory.
+
+A block begins with attention. In loops over weights in host memory, the attention weights of the
+next layer are copied while a layer computes. The other weights of a layer are copied while its
+attention is computed, so they need no second buffer.
 """
 
 import functools
@@ -15,7 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
+from llava_jax.distributed.host_memory import (
+    DEVICE,
+    HOST,
+    fetch,
+    is_hosted,
+    layer_at,
+    loop_with_prefetch,
+    move,
+    write_layer,
+)
 from llava_jax.jax_compat import CPU_OPTIONS
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
@@ -167,12 +180,21 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     """
 
     def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:
-        def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, PyTree]:
-            block, index = layer
-            kept = move(x, HOST if offload else DEVICE) if keep else None
-            return step(fetch(block), x, index, rest), kept
+        first, others = _first_used(values)
+        indices = _indices(values)
+        load = lambda index: fetch(layer_at(first, jnp.minimum(index, len(indices) - 1)))
 
-        return jax.lax.scan(body, x, (values, _indices(values)))
+        def body(
+            carry: tuple[jax.Array, Leaves], layer: tuple[Leaves, jax.Array]
+        ) -> tuple[tuple[jax.Array, Leaves], PyTree]:
+            (x, here), (block, index) = carry, layer
+            ahead = load(index + 1)
+            kept = move(x, HOST if offload else DEVICE) if keep else None
+            return (step(here | fetch(block), x, index, rest), ahead), kept
+
+        carry = x, load(jnp.zeros((), jnp.int32))
+        (x, _), inputs = jax.lax.scan(body, carry, (others, indices))
+        return x, inputs
 
     @jax.custom_vjp
     def run(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> jax.Array:
@@ -185,11 +207,16 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     def backward(residuals: tuple, grad: jax.Array) -> tuple:
         values, totals, inputs, rest = residuals
         depth = inputs.shape[0]
+        first, others = _first_used(values)
+        load = lambda done, _: fetch(layer_at(first, depth - 1 - done))
 
-        def body(done: jax.Array, carry: tuple[jax.Array, Leaves]) -> tuple[jax.Array, Leaves]:
+        def body(
+            done: jax.Array, here: Leaves, carry: tuple[jax.Array, Leaves]
+        ) -> tuple[jax.Array, Leaves]:
             grad, totals = carry
             index = depth - 1 - done
-            block, x = fetch(layer_at((values, inputs), index))  # the only layer on the device
+            block, x = fetch(layer_at((others, inputs), index))
+            block |= here
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
@@ -199,12 +226,18 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
             return grad, write_layer(totals, here, index)
 
-        grad, totals = jax.lax.fori_loop(0, depth, body, (grad, totals))
+        grad, totals = loop_with_prefetch(depth, load, body, (grad, totals))
         # `totals` now holds the gradients that `Accumulated` defines; `values` get no gradients.
         return None, totals, grad, None
 
     run.defvjp(forward, backward)
     return run
+
+
+def _first_used(values: Leaves) -> tuple[Leaves, Leaves]:
+    """Divides the parameters of a stack into attention weights in host memory, and all others."""
+    first = {path: x for path, x in values.items() if "self_attn" in path and is_hosted(x)}
+    return first, {path: x for path, x in values.items() if path not in first}
 
 
 def _indices(values: Leaves) -> Int[Array, "L"]:

@@ -26,6 +26,8 @@ class Gpu:
         l2_mib: Size of the level-2 cache, in MiB.
         tflops: Peak speed of dense bfloat16 matrix products with float32 sums, in 10^12 operations
             per second; None if the GPU has no bfloat16 units, or if no figure is published.
+        pcie: Bandwidth of PCIe in one direction, in 10^9 bytes per second.
+        nvlink: Bandwidth of NVLink in one direction, in 10^9 bytes per second; 0 without NVLink.
     """
 
     platform: ClassVar = "gpu"

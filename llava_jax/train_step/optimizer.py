@@ -11,7 +11,14 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from llava_jax.config import OptimizerConfig
-from llava_jax.distributed.host_memory import fetch, is_hosted, slice_at, slice_size, write_slice
+from llava_jax.distributed.host_memory import (
+    fetch,
+    is_hosted,
+    loop_with_prefetch,
+    slice_at,
+    slice_size,
+    write_slice,
+)
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
 
@@ -178,16 +185,18 @@ def _update_slices(
     """Calls `update` for one parameter, slice by slice along axis 0; counters stay unchanged."""
     (param,) = params.values()
     size = slice_size(param.shape)
+    Carry = tuple[Params, optax.OptState]
 
-    def body(
-        index: Int[Array, ""], carry: tuple[Params, optax.OptState]
-    ) -> tuple[Params, optax.OptState]:
+    def load(index: Int[Array, ""], carry: Carry) -> tuple[Params, Params, optax.OptState]:
         at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
-        here = jax.tree.map(at, (grads, *carry))
-        new = update(here[0], here[2], here[1])
+        return jax.tree.map(at, (grads, *carry))
+
+    def body(index: Int[Array, ""], here: tuple, carry: Carry) -> Carry:
+        grad, param, moments = here
+        new = update(grad, moments, param)
         return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
 
-    return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))
+    return loop_with_prefetch(param.shape[0] // size, load, body, (params, state))
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
@@ -207,7 +216,8 @@ def global_norm(grads: Params) -> Float[Array, ""]:
         if not is_hosted(grad):
             return jnp.sum(grad**2)
         size = slice_size(grad.shape)
-        add = lambda i, total: total + jnp.sum(fetch(slice_at(grad, i, size)) ** 2)
-        return jax.lax.fori_loop(0, grad.shape[0] // size, add, jnp.zeros(()))
+        load = lambda index, _: fetch(slice_at(grad, index, size))
+        add = lambda _, here, total: total + jnp.sum(here**2)
+        return loop_with_prefetch(grad.shape[0] // size, load, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))

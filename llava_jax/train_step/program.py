@@ -316,7 +316,7 @@ def _train_options(
     if mesh.devices.flat[0].platform != "gpu":
         return _cpu_options(config, mesh)
     streaming = STREAMING_OPTIONS if uses_host else {}
-    return {**streaming, **(OVERLAP_OPTIONS if mesh.size > 1 else {})}
+    return {**streaming, **(OVERLAP_OPTIONS if uses_host or mesh.size > 1 else {})}
 
 
 def _cpu_options(config: TrainConfig, mesh: Mesh) -> dict[str, str | bool] | None:

@@ -1,0 +1,263 @@
+"""Forecasts the duration of a compiled train step, and which of its copies computation hides.
+
+The text of a compiled module for GPUs lists the instructions of a program in the order in which the
+GPU starts them. An asynchronous copy begins at a `-start` instruction, and the program waits for
+its end at the `-done` instruction. So the forecast goes through the text with a clock: computation
+takes time, a copy occupies PCIe, and a `-done` instruction waits until its copy has ended.
+
+The forecast assumes that computation and copies reach fixed fractions of the peak rates. No
+forecast has been compared with a real GPU yet; use forecasts only to compare plans.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from llava_jax.jax_compat import HOST_SPACE
+from llava_jax.planning.collectives import KINDS
+from llava_jax.planning.devices import Gpu
+from llava_jax.planning.flops import product_flops
+from llava_jax.planning.hlo import (
+    NAME,
+    Computation,
+    Instruction,
+    called,
+    iterations,
+    nbytes,
+    operands,
+    parse,
+)
+
+PRODUCTS, MEMORY, LINKS = 0.7, 0.85, 0.8
+"""Assumed fractions of the peak rates that matrix products, other operations, and copies over PCIe
+and NVLink reach."""
+
+FROM_HOST, TO_HOST, BETWEEN = "from host", "to host", "between devices"
+"""Directions of copies. Copies in different directions do not slow each other down."""
+
+FREE = frozenset(
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota")
+)
+"""Instructions that take no time."""
+
+WAITED = 0.01
+"""A copy counts as hidden if the program waits for at most this fraction of its duration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Forecast of one optimizer step on one device.
+
+    Attributes:
+        seconds: Duration of the step.
+        serial_seconds: Duration if no copy ran beside computation.
+        copied: Bytes that cross PCIe by direction, FROM_HOST or TO_HOST.
+        hidden: Bytes of the copies that the program does not wait for, by direction.
+    """
+
+    seconds: float
+    serial_seconds: float
+    copied: dict[str, int]
+    hidden: dict[str, int]
+
+
+def forecast(text: str, gpu: Gpu) -> Forecast:
+    """Forecasts one execution of a compiled train step.
+
+    Args:
+        text: Text of the scheduled module, from the compiler for GPUs.
+        gpu: Device that the module was compiled for.
+
+    Raises:
+        ValueError: A loop has an unknown length, a library call is unknown, or the text does not
+            describe a compiled module.
+    """
+    module, entry = parse(text)
+
+    @functools.cache
+    def of(name: str) -> Counter[str]:
+        clock = _Clock(module, gpu, of)
+        for instruction in module[name].values():
+            clock.run(instruction, module[name])
+        return clock.costs
+
+    costs = of(entry)
+    directions = (FROM_HOST, TO_HOST)
+    return Forecast(
+        seconds=costs["seconds"],
+        serial_seconds=costs["serial"],
+        copied={way: int(costs[way]) for way in directions},
+        hidden={way: int(costs["hidden " + way]) for way in directions},
+    )
+
+
+class _Copy(NamedTuple):
+    """A copy that has started: the time of its end, its size in bytes, and its duration."""
+
+    end: float
+    size: int
+    seconds: float
+    way: str
+
+
+class _Clock:
+    """Steps through one computation.
+
+    Args:
+        module: All computations of the module.
+        gpu: Device that the module was compiled for.
+        of: Function that returns the costs of a computation by its name.
+
+    Attributes:
+        costs: Costs so far. "seconds" is the time on the clock, "serial" is the time without
+            overlap, and the names of directions, with and without "hidden", count bytes.
+    """
+
+    def __init__(self, module, gpu, of):
+        self._module, self._gpu, self._of = module, gpu, of
+        self._busy: Counter[str] = Counter()  # time when the last copy in a direction ends
+        self._copies: dict[str, _Copy] = {}
+        self.costs: Counter[str] = Counter()
+
+    def run(self, instruction: Instruction, scope: Computation) -> None:
+        """Advances the clock by one instruction."""
+        opcode = instruction.opcode
+        if opcode in FREE:
+            return
+        moved = _moved(instruction, scope)
+        started = NAME.findall(instruction.operands)[:1] if opcode.endswith("-done") else []
+        if started and started[0] in self._copies:
+            self._wait(self._copies.pop(started[0]))
+        elif moved and opcode.endswith("-start"):
+            self._copies[instruction.name] = self._start(*moved)
+        elif moved:
+            self._wait(self._start(*moved))
+        elif opcode == "while":
+            body = instruction.attributes.partition("body=")[2].partition(",")[0]
+            times = iterations(instruction, self._module)
+            self.costs.update({key: times * x for key, x in self._of(body).items()})
+        elif opcode in ("call", "conditional"):
+            inner = [self._of(name) for name in called(instruction)]
+            self.costs.update(max(inner, key=lambda costs: costs["seconds"], default=Counter()))
+        else:
+            seconds = _seconds(instruction, scope, self._module, self._gpu)
+            self.costs.update(seconds=seconds, serial=seconds)
+
+    def _start(self, way: str, size: int) -> _Copy:
+        rate = self._gpu.pcie if way != BETWEEN else self._gpu.nvlink or self._gpu.pcie
+        seconds = size / (LINKS * rate * 1e9)
+        self._busy[way] = max(self._busy[way], self.costs["seconds"]) + seconds
+        return _Copy(self._busy[way], size, seconds, way)
+
+    def _wait(self, copy: _Copy) -> None:
+        wait = max(copy.end - self.costs["seconds"], 0)
+        hidden = copy.size if wait <= WAITED * copy.seconds else 0
+        self.costs.update(
+            {
+                "seconds": wait,
+                "serial": copy.seconds,
+                copy.way: copy.size,
+                f"hidden {copy.way}": hidden,
+            }
+        )
+
+
+def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | None:
+    """Returns the direction and the bytes of a copy; None if the instruction copies nothing.
+
+    A slice of a larger array is copied, or written, so the smallest array is what moves.
+    """
+    opcode = instruction.opcode.removesuffix("-start")
+    arrays = operands(instruction, scope)
+    if opcode in KINDS:
+        return BETWEEN, sum(map(nbytes, arrays))
+    if opcode in ("while", "conditional", "call") or opcode.endswith("-done"):
+        return None
+    result = instruction.shape
+    if instruction.opcode == "fusion-start":  # the shape is ((operands), result, state)
+        result = result.partition("), ")[2]
+    elif instruction.opcode == "copy-start":  # the shape is (result, operand, state)
+        result = result.partition("]")[0] + "]" + result.partition("]")[2].partition("}")[0]
+    to_host = HOST_SPACE in result
+    if not to_host and not any(HOST_SPACE in array for array in arrays):
+        return None
+    sizes = [size for shape in (*arrays, result) if (size := nbytes(shape)) > 8]
+    return (TO_HOST if to_host else FROM_HOST), min(sizes)
+
+
+def _seconds(
+    instruction: Instruction, scope: Computation, module: dict[str, Computation], gpu: Gpu
+) -> float:
+    """Returns the time of an instruction that computes: its products, or its memory accesses."""
+    inner = [(x, module[name]) for name in called(instruction) for x in module[name].values()]
+    flops = sum(product_flops(*pair) for pair in ((instruction, scope), *inner))
+    products = flops / (PRODUCTS * gpu.products_per_second)
+    return max(products, _traffic(instruction, scope, module) / (MEMORY * gpu.bandwidth * 1e9))
+
+
+def _traffic(
+    instruction: Instruction, scope: Computation, module: dict[str, Computation]
+) -> int:
+    """Returns the bytes that an instruction reads and writes in device memory.
+
+    Of an array of which only slices are read or written, only the slices count.
+    """
+    if instruction.opcode in ("dynamic-slice", "gather"):
+        return 2 * nbytes(instruction.shape)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * nbytes(operands(instruction, scope)[1])
+    bodies = [module[name] for name in called(instruction)]
+    read = written = 0
+    for index, shape in enumerate(operands(instruction, scope)):
+        parts = [part for body in bodies if (part := _slices_of(index, body)) is not None]
+        read += min([nbytes(shape), *parts])
+    updates = [
+        nbytes(operands(x, body)[1])
+        for body in bodies
+        for x in body.values()
+        if x.opcode == "dynamic-update-slice"
+    ]
+    written = sum(updates) if updates else nbytes(instruction.shape)
+    return read + written
+
+
+def _slices_of(index: int, body: Computation) -> int | None:
+    """Returns the bytes of all slices that a fusion takes of an operand.
+
+    Args:
+        index: Index of the operand.
+        body: Computation of the fusion.
+
+    Returns:
+        The bytes; None if the fusion also uses the operand as a whole.
+    """
+    name = next(
+        (x.name for x in body.values() if x.opcode == "parameter" and x.operands == str(index)),
+        None,
+    )
+    users = [x for x in body.values() if name in NAME.findall(x.operands)]
+    if all(x.opcode in ("dynamic-slice", "gather") for x in users):
+        return sum(nbytes(x.shape) for x in users)
+    if all(x.opcode == "dynamic-update-slice" for x in users):
+        return 0
+    return None
+
+
+def describe_forecast(found: Forecast, gpu: Gpu) -> str:
+    """Returns two lines of text: which copies are hidden, and the duration with its assumptions."""
+    gib = lambda sizes: sum(sizes.values()) / 2**30
+    share = gib(found.hidden) / gib(found.copied) if gib(found.copied) else math.nan
+    hidden = (
+        f"copies over PCIe: computation hides {gib(found.hidden):.1f} of {gib(found.copied):.1f} "
+        f"GiB ({100 * share:.0f} %)"
+        if gib(found.copied)
+        else "copies over PCIe: none"
+    )
+    return (
+        f"{hidden}\nforecast: {found.seconds:.1f} s per optimizer step, "
+        f"{found.serial_seconds:.1f} s if nothing overlapped; assumes {100 * PRODUCTS:.0f} % of "
+        f"{gpu.products_per_second / 1e12:.0f} TFLOP/s, {100 * MEMORY:.0f} % of "
+        f"{gpu.bandwidth} GB/s and {100 * LINKS:.0f} % of {gpu.pcie} GB/s over PCIe"
+    )
