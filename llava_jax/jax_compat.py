@@ -41,6 +41,30 @@ OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 """Options for programs on several GPUs. XLA then communicates while it computes, which is off by
 default (JAX 0.10). The compiler for TPUs needs no option for this."""
 
+
+
+def compiler_options(
+    platform: str, *, dtype: str = "bfloat16", uses_host: bool = False, devices: int = 1
+) -> Options | None:
+    """Returns the argument `compiler_options` of `jax.jit` for a program of this package.
+
+    Args:
+        platform: Platform of the devices: "cpu", "gpu" or "tpu".
+        dtype: Dtype of the computation.
+        uses_host: Whether the program reads or writes arrays in host memory.
+        devices: Number of devices that the program runs on.
+
+    Returns:
+        The options; None if the program needs none.
+    """
+    if platform == "cpu":
+        return {**CPU_OPTIONS} if dtype == "bfloat16" else None
+    if platform != "gpu":
+        return None
+    streaming = STREAMING_OPTIONS if uses_host else {}
+    return {**streaming, **(OVERLAP_OPTIONS if devices > 1 else {})} or None
+
+
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
 """Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
 for some matrix products. Because a compile-only client ignores the options of `jax.jit`,

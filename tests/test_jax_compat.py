@@ -59,6 +59,28 @@ def test_xla_knows_the_options(name: str):
         jax.jit(jnp.sin, compiler_options={f"{next(iter(options))}_x": True}).lower(1.0).compile()
 
 
+@pytest.mark.parametrize(
+    ("platform", "given", "expected"),
+    [
+        ("cpu", {"uses_host": True, "devices": 8}, jax_compat.CPU_OPTIONS),
+        ("cpu", {"dtype": "float32"}, None),
+        ("tpu", {"uses_host": True, "devices": 8}, None),
+        ("gpu", {}, None),
+        ("gpu", {"uses_host": True}, jax_compat.STREAMING_OPTIONS),
+        ("gpu", {"devices": 2}, jax_compat.OVERLAP_OPTIONS),
+        (
+            "gpu",
+            {"uses_host": True, "devices": 2},
+            jax_compat.STREAMING_OPTIONS | jax_compat.OVERLAP_OPTIONS,
+        ),
+    ],
+)
+def test_one_function_decides_the_options(
+    platform: str, given: dict, expected: dict[str, str | bool] | None
+):
+    assert jax_compat.compiler_options(platform, **given) == expected
+
+
 def test_xla_knows_the_flags():
     """XLA ends a process that has a flag that it does not know."""
     flags = jax_compat.as_flags(jax_compat.PLANNING_OPTIONS | jax_compat.OVERLAP_OPTIONS)
@@ -87,7 +109,7 @@ for options in (None, CPU_OPTIONS):
 
 
 def test_without_its_options_the_cpu_copies_all_weights():
-    """Else CPU_OPTIONS and `stack.jit_loop` can go."""
+    """Else CPU_OPTIONS and `stack.jit_for_backend` can go."""
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", TEMPORARY],
