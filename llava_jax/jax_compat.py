@@ -13,6 +13,7 @@ JAX is imported inside the functions, because some of these names are needed bef
 imported.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,7 +41,6 @@ gradients on a real GPU."""
 OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 """Options for programs on several GPUs. XLA then communicates while it computes, which is off by
 default (JAX 0.10). The compiler for TPUs needs no option for this."""
-
 
 
 def compiler_options(
@@ -102,6 +102,34 @@ COMPILE_ONLY_VARIABLES = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no chip, so no chip has to be free
 }
 """Environment variables that let a process compile for devices that are absent."""
+
+
+# Starting JAX -----------------------------------------------------------------------------------
+
+PLUGIN_LOGGER = "jax._src.xla_bridge"
+"""Logger of the module in which JAX loads its plugins for GPUs and TPUs."""
+
+
+def shorten_plugin_errors(*, has_gpu: bool) -> None:
+    """Replaces the traceback that JAX logs if a plugin cannot start by one line, or by nothing.
+
+    JAX continues without the plugin. On a machine with the packages for CUDA but without a GPU, the
+    plugin always fails.
+
+    Args:
+        has_gpu: Whether the machine has a GPU. If it has one, the line says why JAX does not use
+            it; otherwise, nothing is logged.
+    """
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if record.exc_info is None or not str(record.msg).startswith("Jax plugin configuration"):
+            return True
+        error = record.exc_info[1]
+        record.msg = "JAX cannot use the GPU of this machine: %s. `llava-jax doctor` shows more"
+        record.args, record.exc_info, record.exc_text = (str(error).rstrip("."),), None, None
+        return has_gpu
+
+    logging.getLogger(PLUGIN_LOGGER).addFilter(shorten)
 
 
 # Several processes ------------------------------------------------------------------------------

@@ -135,6 +135,44 @@ def test_the_pass_that_streaming_switches_off_is_there():
     assert holds(file, jax_compat.PINNED_MEMORY_GB)
 
 
+PLUGIN = """
+import importlib.metadata, logging, sys, types
+from llava_jax import jax_compat
+from llava_jax.distributed import environment
+
+logging.getLogger(jax_compat.PLUGIN_LOGGER).filters.clear()
+environment.has_nvidia_gpu = lambda: {has_gpu}
+environment.quiet_libraries()
+import jax
+
+def fail():
+    raise RuntimeError("cuInit(0) failed.")
+
+sys.modules["jax_plugins.broken"] = types.SimpleNamespace(initialize=fail)
+entry = importlib.metadata.EntryPoint("broken", "jax_plugins.broken", "jax_plugins")
+importlib.metadata.entry_points = lambda group: [entry]
+print(jax.devices())
+"""
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_plugin_that_cannot_start_is_at_most_one_line(has_gpu: bool):
+    command = [sys.executable, "-c", PLUGIN.format(has_gpu=has_gpu)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    line = "JAX cannot use the GPU of this machine: cuInit(0) failed. `llava-jax doctor` shows more"
+    assert done.stderr.count(line) == has_gpu
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["", "import llava_jax"])
+def test_transformers_does_not_ask_for_torch(module: str):
+    program = f"import sys; sys.modules['torch'] = None\n{module}\nimport transformers"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert ("PyTorch was not found" in done.stderr) == (not module)
+
+
 def test_jax_reads_the_variables():
     files = [
         *Path(jax.__file__).parent.rglob("*.py"),

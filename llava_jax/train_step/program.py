@@ -202,9 +202,7 @@ def build_program(
     uses_host = state_on_host or pixels_on_host or config.memory.offload_activations
     platform = mesh.devices.flat[0].platform
     # The eval step reads the same frozen weights in host memory as the train step.
-    options = compiler_options(
-        platform, dtype=config.dtype, uses_host=uses_host, devices=mesh.size
-    )
+    options = compiler_options(platform, dtype=config.dtype, uses_host=uses_host, devices=mesh.size)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
         model_config=model_config,
