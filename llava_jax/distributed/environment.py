@@ -72,9 +72,10 @@ def available_memory() -> int:
     The kernel's estimate includes caches that it can free. A container's limit is respected, but
     not what other processes of the container use.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return min(1024 * kib, host_memory())
+    file = Path("/proc/meminfo")  # Linux only
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([host_memory(), *(1024 * size for size in kib)])
 
 
 def prepare_for_planning(devices: int = 1) -> None:
