@@ -13,6 +13,7 @@ JAX is imported inside the functions, because some of these names are needed bef
 imported.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -45,6 +46,29 @@ OVERLAP_OPTIONS: Options = {
 while it computes, which is off by default (JAX 0.10). The second option is the largest number of
 copies from or to host memory that are in progress at a time; by default (2), most copies have to
 wait. The compiler for TPUs needs no option for this."""
+
+
+def compiler_options(
+    platform: str, *, dtype: str = "bfloat16", uses_host: bool = False, devices: int = 1
+) -> Options | None:
+    """Returns the argument `compiler_options` of `jax.jit` for a program of this package.
+
+    Args:
+        platform: Platform of the devices: "cpu", "gpu" or "tpu".
+        dtype: Dtype of the computation.
+        uses_host: Whether the program reads or writes arrays in host memory.
+        devices: Number of devices that the program runs on.
+
+    Returns:
+        The options; None if the program needs none.
+    """
+    if platform == "cpu":
+        return {**CPU_OPTIONS} if dtype == "bfloat16" else None
+    if platform != "gpu":
+        return None
+    streaming = STREAMING_OPTIONS if uses_host else {}
+    return {**streaming, **(OVERLAP_OPTIONS if uses_host or devices > 1 else {})} or None
+
 
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
 """Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
@@ -83,6 +107,34 @@ COMPILE_ONLY_VARIABLES = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no chip, so no chip has to be free
 }
 """Environment variables that let a process compile for devices that are absent."""
+
+
+# Starting JAX -----------------------------------------------------------------------------------
+
+PLUGIN_LOGGER = "jax._src.xla_bridge"
+"""Logger of the module in which JAX loads its plugins for GPUs and TPUs."""
+
+
+def shorten_plugin_errors(*, has_gpu: bool) -> None:
+    """Replaces the traceback that JAX logs if a plugin cannot start by one line, or by nothing.
+
+    JAX continues without the plugin. On a machine with the packages for CUDA but without a GPU, the
+    plugin always fails.
+
+    Args:
+        has_gpu: Whether the machine has a GPU. If it has one, the line says why JAX does not use
+            it; otherwise, nothing is logged.
+    """
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if record.exc_info is None or not str(record.msg).startswith("Jax plugin configuration"):
+            return True
+        error = record.exc_info[1]
+        record.msg = "JAX cannot use the GPU of this machine: %s. `llava-jax doctor` shows more"
+        record.args, record.exc_info, record.exc_text = (str(error).rstrip("."),), None, None
+        return has_gpu
+
+    logging.getLogger(PLUGIN_LOGGER).addFilter(shorten)
 
 
 # Several processes ------------------------------------------------------------------------------

@@ -59,6 +59,28 @@ def test_xla_knows_the_options(name: str):
         jax.jit(jnp.sin, compiler_options={f"{next(iter(options))}_x": True}).lower(1.0).compile()
 
 
+@pytest.mark.parametrize(
+    ("platform", "given", "expected"),
+    [
+        ("cpu", {"uses_host": True, "devices": 8}, jax_compat.CPU_OPTIONS),
+        ("cpu", {"dtype": "float32"}, None),
+        ("tpu", {"uses_host": True, "devices": 8}, None),
+        ("gpu", {}, None),
+        ("gpu", {"uses_host": True}, jax_compat.STREAMING_OPTIONS),
+        ("gpu", {"devices": 2}, jax_compat.OVERLAP_OPTIONS),
+        (
+            "gpu",
+            {"uses_host": True, "devices": 2},
+            jax_compat.STREAMING_OPTIONS | jax_compat.OVERLAP_OPTIONS,
+        ),
+    ],
+)
+def test_one_function_decides_the_options(
+    platform: str, given: dict, expected: dict[str, str | bool] | None
+):
+    assert jax_compat.compiler_options(platform, **given) == expected
+
+
 def test_xla_knows_the_flags():
     """XLA ends a process that has a flag that it does not know."""
     flags = jax_compat.as_flags(jax_compat.PLANNING_OPTIONS | jax_compat.OVERLAP_OPTIONS)
@@ -87,7 +109,7 @@ for options in (None, CPU_OPTIONS):
 
 
 def test_without_its_options_the_cpu_copies_all_weights():
-    """Else CPU_OPTIONS and `stack.jit_loop` can go."""
+    """Else CPU_OPTIONS and `stack.jit_for_backend` can go."""
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", TEMPORARY],
@@ -111,6 +133,44 @@ def test_the_pass_that_streaming_switches_off_is_there():
     file = library("jax_plugins.xla_cuda12", "xla_cuda_plugin.so")
     assert holds(file, jax_compat.STREAMING_OPTIONS["xla_disable_hlo_passes"])
     assert holds(file, jax_compat.PINNED_MEMORY_GB)
+
+
+PLUGIN = """
+import importlib.metadata, logging, sys, types
+from llava_jax import jax_compat
+from llava_jax.distributed import environment
+
+logging.getLogger(jax_compat.PLUGIN_LOGGER).filters.clear()
+environment.has_nvidia_gpu = lambda: {has_gpu}
+environment.quiet_libraries()
+import jax
+
+def fail():
+    raise RuntimeError("cuInit(0) failed.")
+
+sys.modules["jax_plugins.broken"] = types.SimpleNamespace(initialize=fail)
+entry = importlib.metadata.EntryPoint("broken", "jax_plugins.broken", "jax_plugins")
+importlib.metadata.entry_points = lambda group: [entry]
+print(jax.devices())
+"""
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_plugin_that_cannot_start_is_at_most_one_line(has_gpu: bool):
+    command = [sys.executable, "-c", PLUGIN.format(has_gpu=has_gpu)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    line = "JAX cannot use the GPU of this machine: cuInit(0) failed. `llava-jax doctor` shows more"
+    assert done.stderr.count(line) == has_gpu
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["", "import llava_jax"])
+def test_transformers_does_not_ask_for_torch(module: str):
+    program = f"import sys; sys.modules['torch'] = None\n{module}\nimport transformers"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert ("PyTorch was not found" in done.stderr) == (not module)
 
 
 def test_jax_reads_the_variables():

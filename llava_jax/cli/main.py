@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "score a model on a benchmark",
     "report": "write report.html of a run again",
     "benchmark": "measure the speed and memory of training on this machine",
+    "doctor": "print what a bug report needs: versions, devices, memory, disks",
     "gpu-check": "check the results and the planned memory on a GPU",
     "collectives": "count the bytes that the devices exchange in a train step",
 }

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     host = "host memory in GiB for all devices together (default: host memory is not checked)"
     parser.add_argument("--host-memory", type=float, help=host)
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
-    fit += "search only if memory.plan in the config is auto"
+    fit += "search only if memory.plan is auto and no other field of memory is set"
     parser.add_argument("--fit", action="store_true", help=fit)
     parser.add_argument(
         "--json", type=output_file, help="JSON file for the results (default: no file)"
@@ -90,6 +90,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
+    from llava_jax.planning.check_devices import division_warnings
     from llava_jax.train_step.step import micro_size
 
     model = measuring.sizes(config)
@@ -102,9 +103,11 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     kind = measuring.attention_for(config, model, measuring.find_device(given.device))
     print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
-    searches = given.fit or config.memory.plan == "auto"
+    for line in division_warnings(config, model, mesh.shape):
+        print(line, flush=True)
+    searches = given.fit or config.memory.is_searched
     if searches:
-        chosen = search.choose_plan(config, data_parallel_size(mesh), measure)
+        chosen = search.choose_plan(search.find_plan(config, data_parallel_size(mesh), measure))
     else:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))

@@ -16,12 +16,29 @@ from llava_jax.jax_compat import (
     PINNED_MEMORY_GB,
     PLANNING_OPTIONS,
     as_flags,
+    shorten_plugin_errors,
 )
 
 GIB = 2**30
 
 RESERVE_SHARE = 0.06
 """Fraction of a device's memory that plans reserve for the driver, libraries and programs."""
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from printing messages at their start that a user cannot act on.
+
+    Call this function before JAX or transformers is imported.
+    """
+    if find_spec("torch") is None:
+        # transformers would print that models need PyTorch, but only its tokenizers are used.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    shorten_plugin_errors(has_gpu=has_nvidia_gpu())
+
+
+def has_nvidia_gpu() -> bool:
+    """Returns True if this machine shows an NVIDIA GPU, even if its driver or JAX cannot use it."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")))
 
 
 def prepare_for_training() -> None:
@@ -47,6 +64,18 @@ def host_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # contains "max" if there is no limit
     text = limit.read_text().strip() if limit.is_file() else ""
     return min(machine, int(text)) if text.isdigit() else machine
+
+
+def available_memory() -> int:
+    """Returns the memory that new processes can use without swapping, in bytes.
+
+    The kernel's estimate includes caches that it can free. A container's limit is respected, but
+    not what other processes of the container use.
+    """
+    file = Path("/proc/meminfo")  # Linux only
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([host_memory(), *(1024 * size for size in kib)])
 
 
 def prepare_for_planning(devices: int = 1) -> None:

@@ -29,7 +29,7 @@ from llava_jax.distributed.host_memory import (
     move,
     write_layer,
 )
-from llava_jax.jax_compat import CPU_OPTIONS
+from llava_jax.jax_compat import compiler_options
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
 
@@ -38,18 +38,21 @@ Leaves = dict[tuple[Any, ...], jax.Array]
 """Arrays of a block or a stack, by path."""
 
 
-class jit_loop:
-    """Applies `jax.jit` to a function that loops over stacked layers, with `CPU_OPTIONS` on CPUs.
+class jit_for_backend:
+    """Applies `jax.jit` to a function, with the compiler options for the default backend.
+
+    The backend is found when the function is called, because importing a module must not start JAX.
 
     Args:
-        f: Function to compile.
+        f: Function to compile, for example one that loops over stacked layers.
+        uses_host: Whether the function reads arrays in host memory.
         options: Keyword arguments of `jax.jit`.
     """
 
-    def __init__(self, f: Callable[..., Any], **options: Any):
+    def __init__(self, f: Callable[..., Any], *, uses_host: bool = False, **options: Any):
         self._jitted = functools.cache(
             lambda platform: jax.jit(
-                f, compiler_options=CPU_OPTIONS if platform == "cpu" else None, **options
+                f, compiler_options=compiler_options(platform, uses_host=uses_host), **options
             )
         )
 

@@ -7,12 +7,24 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax.config import ModelConfig, TrainConfig
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE, host_memory
+from llava_jax.distributed.environment import (
+    GIB,
+    RESERVE_SHARE,
+    available_memory,
+    host_memory,
+)
 from llava_jax.distributed.multihost import all_gather_values, devices_of_machine, is_main_process
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.cache import measure_once
-from llava_jax.planning.search import choose_plan, least_devices, write_trial
+from llava_jax.planning.search import (
+    Trial,
+    choose_plan,
+    find_cpu_plan,
+    find_plan,
+    least_devices,
+    write_trial,
+)
 
 
 def plan_for_attached(
@@ -20,9 +32,12 @@ def plan_for_attached(
 ) -> TrainConfig:
     """Returns the config of a run with the fastest plan that fits into the attached devices.
 
-    The config is returned unchanged if `memory.plan` is "manual", or if the devices do not report
-    their memory and `memory.limit_gib` is None. Otherwise, plan.json in the run's directory shows
-    the chosen plan. All processes of the run must call this function.
+    The config is returned unchanged if the run does not search for a plan; see
+    `MemoryConfig.is_searched`. Otherwise, plan.json in the run's directory shows the chosen plan.
+    All processes of the run must call this function.
+
+    On a CPU, a plan may use the available memory of the machine. If `memory.limit_gib` is set, the
+    CPU is planned for like an accelerator that has this memory.
 
     Args:
         config: Config of the run.
@@ -32,44 +47,73 @@ def plan_for_attached(
         images: Number of image slots per sample.
 
     Raises:
-        ConfigError: No plan fits; the message names the plan that is closest to fitting.
+        ConfigError: No plan fits; the message names the plan that is closest to fitting. Or an
+            accelerator does not report its memory, and `memory.limit_gib` is None.
     """
     if is_main_process():
         write_trial(config.run_dir, None)
-    if config.memory.plan == "manual":
+    if not config.memory.is_searched:
         return config
-    capacity = min(all_gather_values(_device_memory(config)))
-    if not capacity:  # CPUs report no memory
-        return config
+    on_cpu = config.memory.limit_gib is None and jax.default_backend() == "cpu"
+    machine = devices_of_machine()
+    own = available_memory() // machine if on_cpu else _device_memory(config)
+    capacity = min(all_gather_values(own))
     known = Path(config.output_dir) / ".plans"
-    for_host = min(all_gather_values(int(0.9 * host_memory()) // devices_of_machine()))
+    for_host = min(all_gather_values(int(0.9 * host_memory()) // machine))
     # Plans are compiled with the run's number of steps, so that the run later compiles the same
     # step, which JAX then finds in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
-    chosen = choose_plan(config, data_parallel_size(mesh), measure)
+    find = find_cpu_plan if on_cpu else find_plan
+    chosen = choose_plan(find(config, data_parallel_size(mesh), measure))
     if not chosen.usage.fits:
-        usage, devices = chosen.usage, least_devices(chosen.usage, mesh.size)
-        raise ConfigError(
-            f"no plan fits into {capacity / GIB:.1f} GiB per device ({usage.reserve / GIB:.1f} GiB "
-            f"of this are reserved for the runtime) and {for_host / GIB:.1f} GiB of host memory; "
-            f"the closest plan is {chosen.plan}; it needs {usage.total / GIB:.2f} GiB per device "
-            f"and {usage.host_total / GIB:.2f} GiB of host memory; use "
-            + ("more host memory, or " if usage.host_headroom < 0 else "")
-            + (f"at least {devices} such devices, or " if devices else "")
-            + "a smaller model, a smaller data.max_length or a smaller lora.rank"
-        )
+        raise ConfigError(_describe_misfit(chosen, mesh.size, for_host, on_cpu=on_cpu))
     if is_main_process():
         write_trial(config.run_dir, chosen)
     return chosen.plan.apply(config)
 
 
+def _describe_misfit(closest: Trial, devices: int, for_host: int, *, on_cpu: bool) -> str:
+    """Returns an error message for a run that no plan fits.
+
+    Args:
+        closest: Trial of the plan that is closest to fitting.
+        devices: Number of devices of the run.
+        for_host: Host memory that may be used for a device, in bytes.
+        on_cpu: Whether the run uses the available memory of the machine.
+    """
+    usage = closest.usage
+    enough = None if on_cpu else least_devices(usage, devices)
+    reserve = f"{usage.reserve / GIB:.1f} GiB of this are reserved for the runtime"
+    room = f"{usage.capacity / GIB:.1f} GiB per device ({reserve})"
+    room += "" if on_cpu else f" and {for_host / GIB:.1f} GiB of host memory"
+    need = f"{usage.total / GIB:.2f} GiB per device"
+    need += "" if on_cpu else f" and {usage.host_total / GIB:.2f} GiB of host memory"
+    return (
+        f"no plan fits into {room}; the closest plan is {closest.plan}; it needs {need}; use "
+        + ("more host memory, or " if usage.host_headroom < 0 else "")
+        + (f"at least {enough} such devices, or " if enough else "")
+        + "a smaller model, a smaller data.max_length or a smaller lora.rank"
+    )
+
+
 def _device_memory(config: TrainConfig) -> int:
-    """Returns a device's memory in bytes, from the config or from JAX; 0 if it is unknown."""
+    """Returns a device's memory in bytes, from the config or from JAX.
+
+    Raises:
+        ConfigError: Neither of them knows the memory.
+    """
     if config.memory.limit_gib is not None:
         return int(config.memory.limit_gib * GIB)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        raise ConfigError(
+            f"memory.plan is 'auto', but {device.device_kind} does not report the size of its "
+            "memory; set memory.limit_gib to this size in GiB (for example, "
+            "--memory.limit-gib 24), or set memory.plan to 'manual' and choose the plan yourself"
+        )
     # JAX reports the memory without the reserve; see `prepare_for_training`.
     return int(limit / (1 - RESERVE_SHARE))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llava_jax.config import MemoryConfig, TrainConfig
@@ -13,6 +13,9 @@ from llava_jax.distributed.multihost import say
 from llava_jax.planning.measure import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
+
+CPU_TOKENS = 4096
+"""Largest number of tokens in a micro-batch that is chosen for a CPU. TODO"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +98,36 @@ def find_plan(
         return
 
 
-def choose_plan(
+def find_cpu_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
-) -> Trial:
-    """Prints a line for each trial, and returns the best trial; see `find_plan` and `best`."""
+) -> Iterator[Trial]:
+    """Tries at most three plans for a CPU, and yields each trial until a plan fits.
+
+    Each compilation takes a CPU as long as many steps of a small model. Moving arrays to host
+    memory is pointless, because a CPU computes in host memory. The arguments are those of
+    `find_plan`. The first plan has the largest micro-batch of at most `CPU_TOKENS` tokens and
+    keeps all activations. If this does not fit, the micro-batch has one sample; if this does not
+    fit either, activations are recomputed.
+    """
+    sizes = micro_sizes(config, data_parallel)
+    is_quick = lambda size: size * config.data.max_length <= CPU_TOKENS
+    largest = max(filter(is_quick, sizes), default=sizes[0])
+    none, *_, full = [x for x in levels(config.memory) if not x.offload_optimizer]
+    for plan in dict.fromkeys([Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]):
+        trial = Trial(plan, measure_plan(plan))
+        yield trial
+        if trial.usage.fits:
+            return
+
+
+def choose_plan(found: Iterable[Trial]) -> Trial:
+    """Prints a line for each trial, and returns the best trial; see `best`.
+
+    Args:
+        found: Trials of `find_plan` or `find_cpu_plan`.
+    """
     trials = []
-    for trial in find_plan(config, data_parallel, measure_plan):
+    for trial in found:
         say(describe_trial(trial))
         trials.append(trial)
     return best(trials)

@@ -140,7 +140,9 @@ def apply_gradients(
         scale: Factor for the gradients, float32 []; None does not scale the gradients.
         state: Optimizer state.
         params: Trainable parameters by path.
-        apply: bool []. If False, parameters and state are returned unchanged.
+        apply: bool []. If False, parameters and moments are returned unchanged, and only the
+            counters of the schedules increase. So the learning rate depends on the number of the
+            step, and the bias correction of the moments on the number of applied updates.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
@@ -167,13 +169,17 @@ def _update(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """Returns the updated parameters and state, or the old ones if `apply` is False."""
+    """Returns the updated parameters and state; see `apply_gradients` for `apply`."""
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with floats
         updates, new_state = tx.update(grads, state, params)
     new = cast("Params", optax.apply_updates(params, updates)), new_state
-    return jax.tree.map(partial(jnp.where, apply), new, (params, state))
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    # Without this exception, a skipped step would delay the schedule, and the learning rate would
+    # not be the rate that the train step reports for the number of the step.
+    choose = lambda new, old: new if is_schedule(new) else jnp.where(apply, new, old)
+    return jax.tree.map(choose, new, (params, state), is_leaf=is_schedule)
 
 
 def _update_slices(

@@ -27,6 +27,7 @@ from llava_jax.distributed.multihost import (
 from llava_jax.distributed.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
+from llava_jax.planning.check_devices import check_accelerator, division_warnings
 from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.measure import attention_here
 from llava_jax.pretrained.adapters import load_adapter
@@ -170,6 +171,8 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
 def _open(config: TrainConfig) -> _Setup:
     """Finds the checkpoint and the sizes of the model, and opens the data."""
     check_packages(config.log)
+    if config.model is not None and is_alone():  # several processes first agree; see `_run`
+        check_accelerator(config, config.model)  # before a checkpoint is downloaded
     config, found = follow_adapter(config)
     source = None if found is None else found.base
     base = None if source is None else fingerprint(source)
@@ -221,9 +224,12 @@ def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
 def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
     """Tests some samples, and returns the setup with a plan for the attached devices."""
     inputs = setup.inputs
+    check_accelerator(setup.config, setup.model_config)
     inputs.check_some()
     say(inputs.summary())
     say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    for line in division_warnings(setup.config, setup.model_config, mesh.shape):
+        say(line)
     planned = plan_for_attached(
         setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
     )

@@ -22,9 +22,19 @@ from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
 from llava_jax.planning import cache, measure, search
+from llava_jax.planning import choose as plan_choice
 from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.measure import REST, Usage, compile_here, measure_here
-from llava_jax.planning.search import Plan, Trial, best, find_plan, levels, micro_sizes
+from llava_jax.planning.search import (
+    CPU_TOKENS,
+    Plan,
+    Trial,
+    best,
+    find_cpu_plan,
+    find_plan,
+    levels,
+    micro_sizes,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,11 +115,78 @@ def test_without_a_plan_that_fits_the_closest_is_named():
     assert best(trials).plan.memory.offload_activations
 
 
+@pytest.mark.parametrize(
+    ("base", "sample", "length", "expected"),
+    [
+        (1, 0.1, CPU_TOKENS // 16, ["micro-batch 16, remat none"]),
+        (1, 0.1, CPU_TOKENS // 15, ["micro-batch 8, remat none"]),
+        (1, 0.1, 4 * CPU_TOKENS, ["micro-batch 1, remat none"]),
+        (8, 1, 1, ["micro-batch 16, remat none", "micro-batch 1, remat none"]),
+        (10, 1, 1, ["micro-batch 16, remat none", "micro-batch 1, remat none",
+                    "micro-batch 1, remat full"]),
+        (99, 1, 1, ["micro-batch 16, remat none", "micro-batch 1, remat none",
+                    "micro-batch 1, remat full"]),
+    ],
+)  # fmt: skip
+def test_a_cpu_tries_few_plans_and_moves_nothing(
+    base: float, sample: float, length: int, expected: list[str]
+):
+    config = change(CONFIG, data={"max_length": length})
+    trials = list(find_cpu_plan(config, 1, figures(base, sample)))
+    assert [str(trial.plan) for trial in trials] == expected
+    assert trials[-1].usage.fits == (base < 99)
+
+
+def choose_here(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, measured: Callable[[Plan], Usage]
+) -> TrainConfig:
+    """As a run without a declared limit chooses; the host has 8 GiB available."""
+    monkeypatch.setattr(plan_choice, "available_memory", lambda: 8 * 8 * GIB)  # for 8 devices
+    measure = lambda _, config, *rest: dataclasses.replace(
+        measured(Plan(config.batch.micro_size, config.memory)), capacity=rest[-1]
+    )
+    monkeypatch.setattr(plan_choice, "measure_once", measure)
+    return plan_for_attached(config, MODEL, 9, make_mesh(config.mesh, jax.devices()[:1]), 1)
+
+
+def test_a_cpu_without_a_limit_has_the_memory_that_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = change(dataclasses.replace(CONFIG, output_dir=str(tmp_path)), memory={"plan": "auto"})
+    chosen = choose_here(config, monkeypatch, figures(7, 1))
+    assert "micro-batch 1, remat none: 8.00 of 8.00 GiB" in capsys.readouterr().out
+    assert (chosen.memory.remat, chosen.memory.plan) == ("full", "manual")
+    assert "remat full" in json.loads((chosen.run_dir / "plan.json").read_text())["plan"]
+    with pytest.raises(ConfigError, match=r"no plan fits into 8\.0 GiB") as error:
+        choose_here(config, monkeypatch, figures(99, 1))
+    assert "such devices" not in str(error.value)
+
+
+def test_an_accelerator_that_reports_no_memory_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match=r"set memory.limit_gib .*--memory.limit-gib 24"):
+        choose_here(config, monkeypatch, never)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [{"plan": "manual"}, {"remat": "none"}, {"offload_optimizer": True}, {"stream_weights": True}],
+)
+def test_what_a_config_sets_is_not_searched_for(
+    memory: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = change(dataclasses.replace(CONFIG, output_dir=str(tmp_path)), memory=memory)
+    assert choose_here(config, monkeypatch, never) == config
+
+
 def test_a_plan_changes_nothing_but_how_a_run_fits():
     config = change(CONFIG, memory={"plan": "auto", "limit_gib": 8.0})
     applied = Plan(2, MemoryConfig(stream_weights=True)).apply(config)
     assert applied.batch.micro_size == 2
-    assert applied.memory == MemoryConfig(stream_weights=True)
+    assert applied.memory == MemoryConfig(plan="manual", stream_weights=True)
     same = {"batch": CONFIG.batch, "memory": CONFIG.memory}
     assert dataclasses.replace(applied, **same) == CONFIG
 
