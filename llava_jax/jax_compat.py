@@ -70,16 +70,9 @@ def compiler_options(
     return {**streaming, **(OVERLAP_OPTIONS if uses_host or devices > 1 else {})} or None
 
 
-PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
-"""Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
-for some matrix products. Because a compile-only client ignores the options of `jax.jit`,
-STREAMING_OPTIONS are included here."""
-
-
-def as_flags(options: Mapping[str, str | bool]) -> list[str]:
-    """Returns options as flags for the environment variable XLA_FLAGS."""
-    text = lambda value: str(value).lower() if isinstance(value, bool) else value
-    return [f"--{name}={text(value)}" for name, value in options.items()]
+PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False}
+"""Additional options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no
+Triton tiling for some matrix products."""
 
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -259,7 +252,9 @@ def lost_peer(text: str) -> str:
 
 
 def compile_for_topology(
-    lowered: "jax.stages.Lowered", devices: "Sequence[jax.Device]"
+    lowered: "jax.stages.Lowered",
+    devices: "Sequence[jax.Device]",
+    options: Mapping[str, str | bool],
 ) -> tuple[Any, str]:
     """Compiles a lowered function for the devices of a topology.
 
@@ -268,6 +263,7 @@ def compile_for_topology(
     Args:
         lowered: Function that was lowered for other devices, for example CPUs.
         devices: Devices of the topology, which may be absent.
+        options: Compiler options; the options that the function was jitted with are not used.
 
     Returns:
         XLA's memory statistics, and the text of the compiled module.
@@ -277,13 +273,17 @@ def compile_for_topology(
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     client, count = devices[0].client, len(devices)
-    options = compiler.get_compile_options(
-        1, count, device_assignment=np.arange(count).reshape(1, count), backend=client
+    settings = compiler.get_compile_options(
+        1,
+        count,
+        device_assignment=np.arange(count).reshape(1, count),
+        env_options_overrides=dict(options),
+        backend=client,
     )
     executable = client.compile(
         lowered.compiler_ir("stablehlo"),
         executable_devices=xla_client.DeviceList(tuple(devices)),
-        compile_options=options,
+        compile_options=settings,
     )
     return executable.get_compiled_memory_stats(), executable.hlo_modules()[0].to_string()
 
@@ -305,7 +305,6 @@ def bytes_of_too_large(message: str) -> int | None:
 
 HOST_SPACE = "S(5)"
 """Part of the shape of an array in host memory, in the text of a module for GPUs or TPUs."""
-
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":

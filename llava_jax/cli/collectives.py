@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     micro = "number of samples in a micro-batch on each GPU (default: %(default)s)"
     parser.add_argument("--micro-size", type=at_least_one, default=2, help=micro)
     given, rest = parser.parse_known_args(argv)
-    prepare_for_planning(max(given.counts))
+    prepare_for_planning()
 
     import jax  # must be imported after the environment is prepared
 

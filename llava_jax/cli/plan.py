@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
-from llava_jax.distributed.environment import GIB, prepare_for_planning
+from llava_jax.distributed.environment import GIB, RESERVE_SHARE, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     given, rest = parser.parse_known_args(argv)
     if rest and given.table:
         parser.error(f"unknown arguments: {' '.join(rest)}; --table takes no fields of a config")
-    prepare_for_planning(given.count)
+    prepare_for_planning()
 
     import jax  # must be imported after the environment is prepared
 
@@ -91,6 +91,8 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
     from llava_jax.planning.check_devices import division_warnings
+    from llava_jax.planning.estimate import make_estimator
+    from llava_jax.planning.forecast import describe_forecast
     from llava_jax.train_step.step import micro_size
 
     model = measuring.sizes(config)
@@ -107,12 +109,22 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         print(line, flush=True)
     searches = given.fit or config.memory.is_searched
     if searches:
-        chosen = search.choose_plan(search.find_plan(config, data_parallel_size(mesh), measure))
+        device = measuring.find_device(given.device)
+        build = lambda config: measuring.program_for(config, model, given.device, given.count)
+        estimate = make_estimator(config, model, given.count, device.rates, build)
+        room = search.Capacity(
+            int((1 - RESERVE_SHARE) * (capacity or device.memory)),
+            None if for_host is None else int(for_host * GIB) // given.count,
+        )
+        found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
+        chosen = search.choose_plan(found)
     else:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(measuring.usage_table(chosen.usage))
+    if chosen.usage.forecast:
+        print(describe_forecast(chosen.usage.forecast, measuring.find_device(given.device).rates))
     print(compare_flops(chosen, config, model, given.count))
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
@@ -146,9 +158,6 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
 def table(given: argparse.Namespace) -> int:
     """Prints the rows of the table in docs/memory.md whose number of devices is --count.
 
-    Rows with another number of devices need another process, because a process that is prepared for
-    several devices compiles differently from a process that is prepared for one device.
-
     Args:
         given: Arguments of the command.
 
@@ -171,9 +180,9 @@ def table(given: argparse.Namespace) -> int:
     print(HEADER)
     found = []
     for row in rows:
-        usage, flops = measure(row)
-        print(describe(row, usage, flops), flush=True)
-        found.append((row, usage))
+        measured = measure(row)
+        print(describe(row, measured), flush=True)
+        found.append((row, measured.usage))
     figures = [
         dataclasses.asdict(row) | {"usage": dataclasses.asdict(usage)} for row, usage in found
     ]

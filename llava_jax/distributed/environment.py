@@ -12,10 +12,7 @@ from pathlib import Path
 from llava_jax.jax_compat import (
     COMPILE_ONLY_VARIABLES,
     GPU_MEMORY_SHARES,
-    OVERLAP_OPTIONS,
     PINNED_MEMORY_GB,
-    PLANNING_OPTIONS,
-    as_flags,
     shorten_plugin_errors,
 )
 
@@ -78,15 +75,9 @@ def available_memory() -> int:
     return min([host_memory(), *(1024 * size for size in kib)])
 
 
-def prepare_for_planning(devices: int = 1) -> None:
-    """Prepares this process to compile for absent devices, and not to use attached devices.
-
-    Args:
-        devices: Number of devices to compile for.
-    """
+def prepare_for_planning() -> None:
+    """Prepares this process to compile for absent devices, and not to use attached devices."""
     os.environ.update(COMPILE_ONLY_VARIABLES)
-    options = PLANNING_OPTIONS | OVERLAP_OPTIONS
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *as_flags(options)])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # XLA logs every program that does not fit; the planner reports these programs itself.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -14,6 +15,7 @@ from llava_jax.distributed.environment import hash_code, versions
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import COMPILER_VARIABLES
+from llava_jax.planning.forecast import Forecast
 from llava_jax.planning.measure import Usage, measure_here
 
 
@@ -52,7 +54,9 @@ def measure_once(
 def _read(file: Path) -> Usage | None:
     """Returns the cached memory use, or None if the file is missing or damaged."""
     try:
-        return Usage(**json.loads(file.read_bytes()))
+        usage = Usage(**json.loads(file.read_bytes()))
+        found = cast("dict | None", usage.forecast)
+        return dataclasses.replace(usage, forecast=None if found is None else Forecast(**found))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

@@ -17,7 +17,11 @@ from llava_jax.distributed.multihost import all_gather_values, devices_of_machin
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.cache import measure_once
+from llava_jax.planning.devices import rates_of
+from llava_jax.planning.estimate import make_estimator
+from llava_jax.planning.measure import program_here
 from llava_jax.planning.search import (
+    Capacity,
     Trial,
     choose_plan,
     find_cpu_plan,
@@ -66,8 +70,15 @@ def plan_for_attached(
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
-    find = find_cpu_plan if on_cpu else find_plan
-    chosen = choose_plan(find(config, data_parallel_size(mesh), measure))
+    devices = data_parallel_size(mesh)
+    if on_cpu:
+        chosen = choose_plan(find_cpu_plan(config, devices, measure))
+    else:
+        rates = rates_of(jax.local_devices()[0].device_kind)
+        build = lambda config: program_here(config, model, images)[1]
+        estimate = make_estimator(config, model, mesh.size, rates, build)
+        room = Capacity(int((1 - RESERVE_SHARE) * capacity), for_host)
+        chosen = choose_plan(find_plan(config, devices, measure, estimate, room))
     if not chosen.usage.fits:
         raise ConfigError(_describe_misfit(chosen, mesh.size, for_host, on_cpu=on_cpu))
     if is_main_process():

@@ -11,15 +11,17 @@ forecast has been compared with a real GPU yet; use forecasts only to compare pl
 
 import dataclasses
 import functools
-import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from llava_jax.distributed.environment import GIB
 from llava_jax.jax_compat import HOST_SPACE
 from llava_jax.planning.collectives import KINDS
-from llava_jax.planning.devices import Gpu
+from llava_jax.planning.devices import Rates
 from llava_jax.planning.flops import product_flops
 from llava_jax.planning.hlo import (
+    ARRAY,
     NAME,
     Computation,
     Instruction,
@@ -63,12 +65,12 @@ class Forecast:
     hidden: dict[str, int]
 
 
-def forecast(text: str, gpu: Gpu) -> Forecast:
+def forecast(text: str, rates: Rates) -> Forecast:
     """Forecasts one execution of a compiled train step.
 
     Args:
         text: Text of the scheduled module, from the compiler for GPUs.
-        gpu: Device that the module was compiled for.
+        rates: Peak rates of the device that the module was compiled for.
 
     Raises:
         ValueError: A loop has an unknown length, a library call is unknown, or the text does not
@@ -77,8 +79,8 @@ def forecast(text: str, gpu: Gpu) -> Forecast:
     module, entry = parse(text)
 
     @functools.cache
-    def of(name: str) -> Counter[str]:
-        clock = _Clock(module, gpu, of)
+    def of(name: str) -> _Costs:
+        clock = _Clock(module, rates, of)
         for instruction in module[name].values():
             clock.run(instruction, module[name])
         return clock.costs
@@ -86,11 +88,28 @@ def forecast(text: str, gpu: Gpu) -> Forecast:
     costs = of(entry)
     directions = (FROM_HOST, TO_HOST)
     return Forecast(
-        seconds=costs["seconds"],
-        serial_seconds=costs["serial"],
-        copied={way: int(costs[way]) for way in directions},
-        hidden={way: int(costs["hidden " + way]) for way in directions},
+        seconds=costs.seconds,
+        serial_seconds=costs.serial,
+        copied={way: costs.copied[way] for way in directions},
+        hidden={way: costs.hidden[way] for way in directions},
     )
+
+
+@dataclasses.dataclass
+class _Costs:
+    """Costs of a computation: time with and without overlap, and bytes by direction."""
+
+    seconds: float = 0.0
+    serial: float = 0.0
+    copied: Counter[str] = dataclasses.field(default_factory=Counter)
+    hidden: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add(self, other: "_Costs", times: int = 1) -> None:
+        """Adds the costs of a computation that runs `times` times."""
+        self.seconds += times * other.seconds
+        self.serial += times * other.serial
+        for own, more in ((self.copied, other.copied), (self.hidden, other.hidden)):
+            own.update({way: times * size for way, size in more.items()})
 
 
 class _Copy(NamedTuple):
@@ -107,19 +126,23 @@ class _Clock:
 
     Args:
         module: All computations of the module.
-        gpu: Device that the module was compiled for.
+        rates: Peak rates of the device.
         of: Function that returns the costs of a computation by its name.
 
     Attributes:
-        costs: Costs so far. "seconds" is the time on the clock, "serial" is the time without
-            overlap, and the names of directions, with and without "hidden", count bytes.
+        costs: Costs so far; `costs.seconds` is the time on the clock.
     """
 
-    def __init__(self, module, gpu, of):
-        self._module, self._gpu, self._of = module, gpu, of
-        self._busy: Counter[str] = Counter()  # time when the last copy in a direction ends
+    def __init__(
+        self,
+        module: Mapping[str, Computation],
+        rates: Rates,
+        of: Callable[[str], _Costs],
+    ):
+        self._module, self._rates, self._of = module, rates, of
+        self._busy: dict[str, float] = {}  # time when the last copy in a direction ends
         self._copies: dict[str, _Copy] = {}
-        self.costs: Counter[str] = Counter()
+        self.costs = _Costs()
 
     def run(self, instruction: Instruction, scope: Computation) -> None:
         """Advances the clock by one instruction."""
@@ -137,31 +160,24 @@ class _Clock:
         elif opcode == "while":
             body = instruction.attributes.partition("body=")[2].partition(",")[0]
             times = iterations(instruction, self._module)
-            self.costs.update({key: times * x for key, x in self._of(body).items()})
+            self.costs.add(self._of(body), times)
         elif opcode in ("call", "conditional"):
             inner = [self._of(name) for name in called(instruction)]
-            self.costs.update(max(inner, key=lambda costs: costs["seconds"], default=Counter()))
+            self.costs.add(max(inner, key=lambda costs: costs.seconds, default=_Costs()))
         else:
-            seconds = _seconds(instruction, scope, self._module, self._gpu)
-            self.costs.update(seconds=seconds, serial=seconds)
+            seconds = _seconds(instruction, scope, self._module, self._rates)
+            self.costs.add(_Costs(seconds, seconds))
 
     def _start(self, way: str, size: int) -> _Copy:
-        rate = self._gpu.pcie if way != BETWEEN else self._gpu.nvlink or self._gpu.pcie
-        seconds = size / (LINKS * rate * 1e9)
-        self._busy[way] = max(self._busy[way], self.costs["seconds"]) + seconds
+        seconds = size / (LINKS * (self._rates.link if way == BETWEEN else self._rates.pcie))
+        self._busy[way] = max(self._busy.get(way, 0.0), self.costs.seconds) + seconds
         return _Copy(self._busy[way], size, seconds, way)
 
     def _wait(self, copy: _Copy) -> None:
-        wait = max(copy.end - self.costs["seconds"], 0)
+        wait = max(copy.end - self.costs.seconds, 0.0)
         hidden = copy.size if wait <= WAITED * copy.seconds else 0
-        self.costs.update(
-            {
-                "seconds": wait,
-                "serial": copy.seconds,
-                copy.way: copy.size,
-                f"hidden {copy.way}": hidden,
-            }
-        )
+        sizes = Counter({copy.way: copy.size}), Counter({copy.way: hidden})
+        self.costs.add(_Costs(wait, copy.seconds, *sizes))
 
 
 def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | None:
@@ -183,22 +199,23 @@ def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | No
     to_host = HOST_SPACE in result
     if not to_host and not any(HOST_SPACE in array for array in arrays):
         return None
-    sizes = [size for shape in (*arrays, result) if (size := nbytes(shape)) > 8]
+    found = [array for shape in (*arrays, result) for array in ARRAY.finditer(shape)]
+    sizes = [nbytes(array[0]) for array in found if array[2]]  # an index has no dimensions
     return (TO_HOST if to_host else FROM_HOST), min(sizes)
 
 
 def _seconds(
-    instruction: Instruction, scope: Computation, module: dict[str, Computation], gpu: Gpu
+    instruction: Instruction, scope: Computation, module: Mapping[str, Computation], rates: Rates
 ) -> float:
     """Returns the time of an instruction that computes: its products, or its memory accesses."""
     inner = [(x, module[name]) for name in called(instruction) for x in module[name].values()]
     flops = sum(product_flops(*pair) for pair in ((instruction, scope), *inner))
-    products = flops / (PRODUCTS * gpu.products_per_second)
-    return max(products, _traffic(instruction, scope, module) / (MEMORY * gpu.bandwidth * 1e9))
+    products = flops / (PRODUCTS * rates.products)
+    return max(products, _traffic(instruction, scope, module) / (MEMORY * rates.memory))
 
 
 def _traffic(
-    instruction: Instruction, scope: Computation, module: dict[str, Computation]
+    instruction: Instruction, scope: Computation, module: Mapping[str, Computation]
 ) -> int:
     """Returns the bytes that an instruction reads and writes in device memory.
 
@@ -245,19 +262,18 @@ def _slices_of(index: int, body: Computation) -> int | None:
     return None
 
 
-def describe_forecast(found: Forecast, gpu: Gpu) -> str:
+def describe_forecast(found: Forecast, rates: Rates) -> str:
     """Returns two lines of text: which copies are hidden, and the duration with its assumptions."""
-    gib = lambda sizes: sum(sizes.values()) / 2**30
-    share = gib(found.hidden) / gib(found.copied) if gib(found.copied) else math.nan
-    hidden = (
-        f"copies over PCIe: computation hides {gib(found.hidden):.1f} of {gib(found.copied):.1f} "
-        f"GiB ({100 * share:.0f} %)"
-        if gib(found.copied)
-        else "copies over PCIe: none"
-    )
+    copied, hidden = (sum(sizes.values()) / GIB for sizes in (found.copied, found.hidden))
+    copies = "copies over PCIe: none"
+    if copied:
+        copies = (
+            f"copies over PCIe: {hidden:.1f} of {copied:.1f} GiB per optimizer step "
+            f"({100 * hidden / copied:.0f} %) are hidden by computation"
+        )
     return (
-        f"{hidden}\nforecast: {found.seconds:.1f} s per optimizer step, "
-        f"{found.serial_seconds:.1f} s if nothing overlapped; assumes {100 * PRODUCTS:.0f} % of "
-        f"{gpu.products_per_second / 1e12:.0f} TFLOP/s, {100 * MEMORY:.0f} % of "
-        f"{gpu.bandwidth} GB/s and {100 * LINKS:.0f} % of {gpu.pcie} GB/s over PCIe"
+        f"{copies}\nforecast: {found.seconds:.1f} s per optimizer step; "
+        f"{found.serial_seconds:.1f} s if nothing overlapped (assumes {100 * PRODUCTS:.0f} % of "
+        f"{rates.products / 1e12:.0f} TFLOP/s, {100 * MEMORY:.0f} % of {rates.memory / 1e9:.0f} "
+        f"GB/s of memory, and {100 * LINKS:.0f} % of {rates.pcie / 1e9:.0f} GB/s of PCIe)"
     )

@@ -116,9 +116,7 @@ def iterations(loop: Instruction, module: dict[str, Computation]) -> int:
 def called(instruction: Instruction) -> list[str]:
     """Returns the names of the computations that an instruction calls, without loop conditions."""
     return [
-        name
-        for names in CALLED.findall(instruction.attributes)
-        for name in NAME.findall(names)
+        name for names in CALLED.findall(instruction.attributes) for name in NAME.findall(names)
     ]
 
 

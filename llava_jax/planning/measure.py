@@ -25,10 +25,16 @@ from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.host_memory import is_for_host
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
-from llava_jax.jax_compat import bytes_of_too_large, compile_for_topology
+from llava_jax.jax_compat import (
+    PLANNING_OPTIONS,
+    bytes_of_too_large,
+    compile_for_topology,
+    compiler_options,
+)
 from llava_jax.models.attention import attention_implementation
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, Rates, Tpu, rates_of
 from llava_jax.planning.flops import matmul_flops
+from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
@@ -53,6 +59,8 @@ class Usage:
         flops: FLOPs of the matrix products of one optimizer step, as compiled; None if they could
             not be counted.
         host_capacity: Host memory that may be pinned for this device; None if it is unknown.
+        forecast: Forecast of the step's duration; None for devices other than GPUs, or if the
+            compiled step could not be read.
     """
 
     device: dict[str, int]
@@ -63,6 +71,7 @@ class Usage:
     capacity: int
     flops: int | None
     host_capacity: int | None = None
+    forecast: Forecast | None = None
 
     @property
     def fits(self) -> bool:
@@ -115,7 +124,7 @@ def measure(
     """
     capacity = find_device(device).memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
-    return _usage(program, config, totals, text, capacity)
+    return usage_of(program, config, totals, text, capacity, _gpu_rates(find_device(device)))
 
 
 def compile_for(
@@ -158,8 +167,8 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
         images: Number of image slots per sample.
         capacity: Memory of one device, in bytes.
     """
-    config, program, batch = _program_here(config, model, images)
-    return _usage(program, config, *_compiled(program, batch), capacity)
+    config, program, batch = program_here(config, model, images)
+    return usage_of(program, config, *_compiled(program, batch), capacity, _rates_here())
 
 
 def compile_here(
@@ -170,18 +179,49 @@ def compile_here(
     Returns:
         The program, the compiled train step, and its memory use.
     """
-    config, program, batch = _program_here(config, model, images)
+    config, program, batch = program_here(config, model, images)
     compiled = program.trace_train_step(batch).lower().compile()
-    return program, compiled, _usage(program, config, *_read(compiled), capacity)
+    usage = usage_of(program, config, *_read(compiled), capacity, _rates_here())
+    return program, compiled, usage
 
 
-def _program_here(
+def _gpu_rates(device: Gpu | Tpu) -> Rates | None:
+    """Returns the peak rates of a GPU; None for a TPU, whose compiled steps are not forecast."""
+    return device.rates if isinstance(device, Gpu) else None
+
+
+def _rates_here() -> Rates | None:
+    """Returns the peak rates of the attached GPUs; None if the devices are no GPUs."""
+    device = jax.local_devices()[0]
+    return rates_of(device.device_kind) if device.platform == "gpu" else None
+
+
+def program_here(
     config: TrainConfig, model: ModelConfig, images: int
 ) -> tuple[TrainConfig, Program, Batch]:
-    """Returns the config with `max_images` set, the program, and the shapes of a batch."""
+    """Builds the program of a run for the attached devices; see `measure_here` for the arguments.
+
+    Returns:
+        The config with `max_images` set, the program, and the shapes of a batch.
+    """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     return config, *_program(config, model, jax.devices(), implementation, donate=False)
+
+
+def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
+    """Builds the program of a run for absent devices, without compiling it.
+
+    The devices of the program's mesh are CPU devices.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+        device: Name of a device in `planning/devices.py`.
+        count: Number of devices.
+    """
+    implementation = attention_for(config, model, find_device(device))
+    return _program(config, model, jax.devices("cpu")[:count], implementation, donate=True)[0]
 
 
 def _program(
@@ -234,7 +274,10 @@ def _compile_for_gpus(
         target_config=target.target_config,
         topology=f"1x1x{count}",
     )
-    stats, text = compile_for_topology(lowered, topology.devices)
+    options = compiler_options(target.platform, uses_host=program.uses_host, devices=count)
+    stats, text = compile_for_topology(
+        lowered, topology.devices, PLANNING_OPTIONS | (options or {})
+    )
     return program, _totals(stats), text
 
 
@@ -298,6 +341,13 @@ def _totals(stats: Any) -> tuple[int, int]:
     return total, host_total
 
 
+def argument_bytes(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the bytes per device of each term except `REST`: in device memory, in host memory."""
+    terms = _terms(program)
+    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
+    return device, {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+
+
 def _terms(program: Program) -> dict[str, object]:
     """Returns the shapes of the arrays that belong to each term of a `Usage`, except `REST`."""
     abstract = program.abstract
@@ -309,31 +359,41 @@ def _terms(program: Program) -> dict[str, object]:
     }
 
 
-def _usage(
-    program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
+def usage_of(
+    program: Program,
+    config: TrainConfig,
+    totals: tuple[int, int],
+    text: str,
+    capacity: int,
+    rates: Rates | None,
 ) -> Usage:
-    """Divides the compiler's totals into terms; `text` is the compiled module as text, or ""."""
+    """Divides the compiler's totals into terms, and reads FLOPs and a forecast from the module.
+
+    Args:
+        program: Program of the step.
+        config: Config of the run.
+        totals: Bytes that the step needs in device memory and in host memory.
+        text: The compiled module as text, or "".
+        capacity: Memory of one device, in bytes.
+        rates: Peak rates of a device; None makes no forecast.
+    """
     total, host_total = totals
-    terms = _terms(program)
-    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
-    host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+    device, host = argument_bytes(program)
     if host_total == 0:  # XLA's CPU backend counts host memory as device memory
         host_total = sum(host.values())
         total -= host_total
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
-    pcie = _pcie_bytes(program, host, config)
-    flops = _flops(text) if text else None
-    return Usage(device, host, total, host_total, pcie, capacity, flops)
-
-
-def _flops(text: str) -> int | None:
-    """Returns the matrix-product FLOPs of a module; logs a warning if they cannot be counted."""
+    activations = host[REST] if config.memory.offload_activations else 0
+    pcie = pcie_bytes(host, program.accumulation, activations)
+    flops = guess = None
     try:
-        return matmul_flops(text)
-    except ValueError as error:  # no plan depends on the FLOPs
+        flops = matmul_flops(text) if text else None
+        guess = forecast(text, rates) if text and rates else None
+    except ValueError as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
-        return None
+    usage = Usage(device, host, total, host_total, pcie, capacity, flops)
+    return dataclasses.replace(usage, forecast=guess)
 
 
 def _bytes(tree: object, *, on_host: bool) -> int:
@@ -343,22 +403,23 @@ def _bytes(tree: object, *, on_host: bool) -> int:
     return sum(map(size, leaves))
 
 
-def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) -> int:
+def pcie_bytes(host: Mapping[str, int], micros: int, activations: int) -> int:
     """Returns the bytes that cross PCIe in one optimizer step, in both directions together.
 
     In every micro-batch, weights go to the device twice (forward and backward pass), gradients go
     to the device and back, and offloaded activations go to the host and back. The gradient norm
     and the update each read the gradients; the update also reads and writes the trained weights and
     the optimizer's state.
+
+    Args:
+        host: Bytes of each term in host memory, from `argument_bytes`.
+        micros: Number of micro-batches in the step.
+        activations: Bytes of the activations of a micro-batch in host memory.
     """
-    micros = program.accumulation
     weights = host["frozen weights"] + host["trainables"]
     gradients = host["gradients"]
-    moved = micros * (2 * weights + 2 * gradients) + 2 * gradients
-    moved += 2 * (host["trainables"] + host["optimizer"])
-    if config.memory.offload_activations:
-        moved += 2 * micros * host[REST]
-    return moved
+    moved = micros * 2 * (weights + gradients + activations) + 2 * gradients
+    return moved + 2 * (host["trainables"] + host["optimizer"])
 
 
 def images_per_row(config: TrainConfig, model: ModelConfig) -> int:

@@ -1,9 +1,10 @@
-"""Finds the fastest memory plan that fits into a device, by trying plans from fast to slow."""
+"""Finds the fastest memory plan that fits into a device, by compiling the most promising plans."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from llava_jax.config import MemoryConfig, TrainConfig
@@ -13,6 +14,9 @@ from llava_jax.distributed.multihost import say
 from llava_jax.planning.measure import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
+
+MAX_TRIALS = 4
+"""Largest number of plans that a search compiles."""
 
 CPU_TOKENS = 4096
 """Largest number of tokens in a micro-batch that is chosen for a CPU. TODO"""
@@ -38,6 +42,39 @@ class Plan:
         parts += ["weights streamed"] if memory.stream_weights else []
         parts += ["activations on host"] if memory.offload_activations else []
         return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Memory and duration of a plan, estimated from shapes.
+
+    Attributes:
+        total: Peak of the device memory in bytes.
+        host_total: Host memory per device in bytes.
+        seconds: Duration of an optimizer step.
+    """
+
+    total: int
+    host_total: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """Memory that plans may use, per device.
+
+    Attributes:
+        device: Bytes of device memory without the reserve.
+        host: Bytes of host memory; None if they are unknown.
+    """
+
+    device: int
+    host: int | None
+
+    def holds(self, estimate: Estimate, factor: float) -> bool:
+        """Returns True if a plan is estimated to fit, with `factor` times the device memory."""
+        fits_host = self.host is None or estimate.host_total <= self.host
+        return fits_host and factor * estimate.total <= self.device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,33 +106,40 @@ def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
 
 
 def find_plan(
-    config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
+    config: TrainConfig,
+    data_parallel: int,
+    measure_plan: Callable[[Plan], Usage],
+    estimate: Callable[[Plan], Estimate],
+    capacity: Capacity,
 ) -> Iterator[Trial]:
-    """Tries plans from fast to slow, and yields each trial; the last plan fits if any plan fits.
+    """Tries at most `MAX_TRIALS` plans, and yields each trial; the last plan fits if any plan fits.
 
-    For each memory plan, the smallest micro-batch is tried first. If it does not fit, the next
-    memory plan is tried. If it fits, the search ends with the largest micro-batch that fits.
+    Plans are tried in the order of their estimated duration. A plan is only compiled if it is
+    estimated to fit. If it does not fit, all estimates of memory are increased by the same factor.
+    If no plan is estimated to fit, or only one trial is left, the smallest plan is compiled.
 
     Args:
         config: Config of the run.
         data_parallel: Number of devices among which the samples of a batch are divided.
-        measure_plan: Function that returns the memory use of a plan.
+        measure_plan: Function that compiles a plan and returns its memory use.
+        estimate: Function that estimates a plan without compiling it.
+        capacity: Memory that plans may use.
     """
-    sizes = micro_sizes(config, data_parallel)
-    for memory in levels(config.memory):
-        smallest = Plan(sizes[0], memory)
-        trial = Trial(smallest, measure_plan(smallest))
-        if not trial.usage.fits:
-            yield trial
-            continue
-        for size in reversed(sizes[1:]):
-            larger = Plan(size, memory)
-            tried = Trial(larger, measure_plan(larger))
-            yield tried
-            if tried.usage.fits:
-                return
+    sizes = reversed(micro_sizes(config, data_parallel))
+    plans = [Plan(size, memory) for size, memory in product(sizes, levels(config.memory))]
+    guesses = {plan: estimate(plan) for plan in plans}
+    plans.sort(key=lambda plan: (guesses[plan].seconds, list(guesses).index(plan)))
+    factor = 1.0
+    for left in reversed(range(MAX_TRIALS)):
+        likely = [plan for plan in plans if capacity.holds(guesses[plan], factor)]
+        smallest = min(plans, key=lambda plan: guesses[plan].total)
+        plan = likely[0] if likely and left else smallest
+        trial = Trial(plan, measure_plan(plan))
         yield trial
-        return
+        if trial.usage.fits or plan is smallest:
+            return
+        factor = max(factor, trial.usage.total / guesses[plan].total)
+        plans = [other for other in plans if guesses[other].total < guesses[plan].total]
 
 
 def find_cpu_plan(
@@ -127,8 +171,8 @@ def choose_plan(found: Iterable[Trial]) -> Trial:
         found: Trials of `find_plan` or `find_cpu_plan`.
     """
     trials = []
-    for trial in found:
-        say(describe_trial(trial))
+    for number, trial in enumerate(found, 1):
+        say(f"plan {number} of at most {MAX_TRIALS}: {describe_trial(trial)}")
         trials.append(trial)
     return best(trials)
 
@@ -175,7 +219,9 @@ def describe_trial(trial: Trial) -> str:
     verdict = "fits" if usage.fits else f"{-usage.headroom / GIB:.2f} GiB too much"
     if usage.host_headroom < 0:
         verdict = f"{-usage.host_headroom / GIB:.2f} GiB too much for the host"
+    forecast = f", {usage.forecast.seconds:.1f} s" if usage.forecast else ""
+    pcie = f"PCIe {usage.pcie / GIB:.0f} GiB{forecast} per step"
     return (
         f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB per device, host "
-        f"{usage.host_total / GIB:.2f} GiB, PCIe {usage.pcie / GIB:.0f} GiB per step: {verdict}"
+        f"{usage.host_total / GIB:.2f} GiB, {pcie}: {verdict}"
     )

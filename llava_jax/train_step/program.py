@@ -57,6 +57,7 @@ class Program:
         abstract: Shape, dtype and sharding of every parameter; trainable parameters are float32.
         state: Shapes, dtypes and shardings of the train state.
         gradients: Shapes, dtypes and shardings of the gradients, summed over micro-batches.
+        uses_host: Whether the steps read or write arrays in host memory.
         pixels_on_host: Whether the pixels of a train batch stay in host memory until the train step
             computes their micro-batch.
         accumulation: Number of micro-batches in a step.
@@ -73,6 +74,7 @@ class Program:
     abstract: Abstract
     state: TrainState
     gradients: Abstract
+    uses_host: bool
     pixels_on_host: bool
     accumulation: int
     eval_size: int
@@ -212,6 +214,7 @@ def build_program(
         abstract=placement.parameters,
         state=state,
         gradients=placement.gradients,
+        uses_host=uses_host,
         pixels_on_host=pixels_on_host,
         accumulation=accumulation,
         eval_size=eval_size,

@@ -27,6 +27,8 @@ from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.measure import REST, Usage, compile_here, measure_here
 from llava_jax.planning.search import (
     CPU_TOKENS,
+    Capacity,
+    Estimate,
     Plan,
     Trial,
     best,
@@ -86,6 +88,16 @@ def test_micro_batches_divide_a_devices_share(
     assert micro_sizes(config, devices) == expected
 
 
+def guess(base: float, sample: float, share: float) -> tuple[Callable[[Plan], Estimate], Capacity]:
+    """Estimates `share` of the memory, and that each level takes longer; 9.5 GiB are free."""
+    order = list(levels(MemoryConfig()))
+    seconds = lambda plan: order.index(plan.memory) + 1 / plan.micro_size
+    total = lambda plan: int(share * figures(base, sample)(plan).total)
+    free = used(0).capacity - used(0).reserve
+    return lambda plan: Estimate(total(plan), 0, seconds(plan)), Capacity(free, None)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8])
 @pytest.mark.parametrize(
     ("base", "sample", "expected"),
     [
@@ -98,21 +110,41 @@ def test_micro_batches_divide_a_devices_share(
          "activations on host"),
     ],
 )  # fmt: skip
-def test_the_cheapest_level_with_the_largest_micro_batch_is_taken(
-    base: float, sample: float, expected: str
+def test_few_plans_are_compiled_until_the_fastest_that_fits(
+    base: float, sample: float, expected: str, share: float
 ):
-    trials = list(find_plan(CONFIG, 1, figures(base, sample)))
+    trials = list(find_plan(CONFIG, 1, figures(base, sample), *guess(base, sample, share)))
     chosen = best(trials)
     assert chosen == trials[-1]
     assert str(chosen.plan) == expected
     assert chosen.usage.fits
+    assert len(trials) <= (1 if share == 1 else 2)
 
 
-def test_without_a_plan_that_fits_the_closest_is_named():
-    trials = list(find_plan(CONFIG, 1, figures(99, 1)))
-    assert len(trials) == 6
-    assert best(trials) == trials[-1]
-    assert best(trials).plan.memory.offload_activations
+def test_a_search_ends_with_the_smallest_plan():
+    """However wrong the estimates are, or if no plan fits."""
+    trials = list(find_plan(CONFIG, 1, figures(14.2, 0.25), *guess(0.1, 0.01, 1)))
+    assert len(trials) <= search.MAX_TRIALS
+    assert trials[-1].usage.fits
+    for share in (1.0, 0.01):
+        trials = list(find_plan(CONFIG, 1, figures(99, 1), *guess(99, 1, share)))
+        assert len(trials) <= search.MAX_TRIALS
+        assert best(trials) == trials[-1]
+        assert trials[-1].plan.micro_size == 1
+        assert trials[-1].plan.memory.offload_activations
+
+
+def test_host_memory_limits_a_search():
+    estimate, room = guess(1, 0.1, 1)
+    hosted = lambda plan: 9 * GIB * plan.memory.offload_optimizer
+    more = lambda plan: dataclasses.replace(estimate(plan), host_total=hosted(plan), seconds=(
+        1.0 if plan.memory.offload_optimizer else 2.0
+    ))  # fmt: skip
+    plans = [
+        next(find_plan(CONFIG, 1, figures(1, 0.1), more, Capacity(room.device, host))).plan
+        for host in (None, 10 * GIB, 8 * GIB)
+    ]
+    assert [plan.memory.offload_optimizer for plan in plans] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +279,15 @@ def never(*_: object) -> Any:
     raise AssertionError("must not be called")
 
 
+def know(measured: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes estimates exact."""
+    exact = {
+        str(trial.plan): Estimate(trial.usage.total, trial.usage.host_total, float(number))
+        for number, trial in enumerate(measured)
+    }
+    monkeypatch.setattr(plan_choice, "make_estimator", lambda *_: lambda plan: exact[str(plan)])
+
+
 def test_terms_add_up_and_none_is_negative(measured: list[Trial]):
     for trial in measured:
         usage = trial.usage
@@ -305,6 +346,7 @@ def test_a_declared_limit_decides_what_is_given_up(
 ):
     """All figures are known by now, so that choosing compiles nothing."""
     monkeypatch.setattr(cache, "measure_here", never)
+    know(measured, monkeypatch)
     chosen = choose(config, room_for(measured[level].usage.total))
     assert str(Plan(1, chosen.memory)) == str(measured[level].plan)
     assert chosen.memory.plan == "manual"
@@ -314,6 +356,7 @@ def test_too_small_a_limit_names_the_closest_plan(
     config: TrainConfig, measured: list[Trial], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cache, "measure_here", never)
+    know(measured, monkeypatch)
     smallest = measured[4].usage
     with pytest.raises(ConfigError, match="no plan fits") as error:
         choose(config, room_for(smallest.total) - 2)

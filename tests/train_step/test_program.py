@@ -42,7 +42,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]]:
     ("memory", "devices", "expected"),
     [
         ({}, 1, None),
-        (STREAMED, 1, STREAMING_OPTIONS),
+        (STREAMED, 1, STREAMING_OPTIONS | OVERLAP_OPTIONS),
         ({"offload_activations": True}, 2, STREAMING_OPTIONS | OVERLAP_OPTIONS),
         ({}, 2, OVERLAP_OPTIONS),
     ],
@@ -65,4 +65,4 @@ def test_both_steps_have_the_same_options(
 def test_an_export_reads_host_memory_with_these_options(compiled: list[tuple[str, Options]]):
     taken = save._take._jitted.__wrapped__("gpu")(jnp.arange(6.0).reshape(3, 2), 1)
     assert taken.tolist() == [2.0, 3.0]
-    assert compiled == [("_take", STREAMING_OPTIONS)]
+    assert compiled == [("_take", STREAMING_OPTIONS | OVERLAP_OPTIONS)]

@@ -1,0 +1,89 @@
+"""What a schedule hides, on modules written by hand."""
+
+import pytest
+
+from llava_jax.planning.devices import GPUS, rates_of
+from llava_jax.planning.forecast import FROM_HOST, LINKS, PRODUCTS, TO_HOST, forecast
+
+STACK, LAYER = "bf16[4,4096,4096]{2,1,0:S(5)}", "bf16[1,4096,4096]{2,1,0}"
+START = f"(({STACK}, s32[]), {LAYER}, u32[])"
+SIZE = 4096 * 4096 * 2
+DOT = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+# Each iteration copies a layer to the device, computes a product of %x, and copies back.
+MODULE = f"""HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], {STACK}, bf16[8192,4096])) -> (s32[], {STACK}, bf16[8192,4096]) {{
+  %p = (s32[], {STACK}, bf16[8192,4096]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %w = {STACK} get-tuple-element(%p), index=1
+  %x = bf16[8192,4096]{{1,0}} get-tuple-element(%p), index=2
+  %y = bf16[4096,4096]{{1,0}} constant(0)
+BODY
+  ROOT %out = (s32[], {STACK}, bf16[8192,4096]{{1,0}}) tuple(%i, %w, %x)
+}}
+
+%condition (q: (s32[], {STACK}, bf16[8192,4096])) -> pred[] {{
+  %q = (s32[], {STACK}, bf16[8192,4096]{{1,0}}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}}
+
+ENTRY %main (a: (s32[], {STACK}, bf16[8192,4096])) -> (s32[], {STACK}, bf16[8192,4096]) {{
+  %a = (s32[], {STACK}, bf16[8192,4096]{{1,0}}) parameter(0)
+  ROOT %loop = (s32[], {STACK}, bf16[8192,4096]{{1,0}}) while(%a), condition=%condition, \
+body=%body, backend_config={{"known_trip_count":{{"n":"4"}}}}
+}}
+"""
+COPY = f"  %start = {START} fusion-start(%w, %i), kind=kLoop"
+DONE = f"  %done = {LAYER} fusion-done(%start)"
+PRODUCT = f"  %product = bf16[8192,4096]{{1,0}} dot(%x, %y), {DOT}"
+BACK = (
+    f"  %back = (({STACK}, {LAYER}, s32[]), {STACK}, u32[]) fusion-start(%w, %done, %i), kind=kLoop"
+)
+BACK_DONE = f"  %written = {STACK} fusion-done(%back)"
+
+RATES = GPUS["rtx3090"].rates
+COPY_SECONDS = SIZE / (LINKS * RATES.pcie)
+PRODUCT_SECONDS = 2 * 8192 * 4096**2 / (PRODUCTS * RATES.products)
+
+
+def of(*lines: str):
+    return forecast(MODULE.replace("BODY", "\n".join(lines)), RATES)
+
+
+def test_a_product_between_start_and_done_hides_a_copy():
+    assert COPY_SECONDS < PRODUCT_SECONDS
+    found = of(COPY, PRODUCT, DONE)
+    assert found.copied == {FROM_HOST: 4 * SIZE, TO_HOST: 0}
+    assert found.hidden == found.copied
+    assert found.seconds == pytest.approx(4 * PRODUCT_SECONDS)
+    assert found.serial_seconds == pytest.approx(4 * (PRODUCT_SECONDS + COPY_SECONDS))
+
+
+def test_a_copy_that_is_needed_at_once_hides_behind_nothing():
+    found = of(COPY, DONE, PRODUCT)
+    assert found.hidden == {FROM_HOST: 0, TO_HOST: 0}
+    assert found.seconds == pytest.approx(found.serial_seconds)
+    assert found.seconds == pytest.approx(4 * (PRODUCT_SECONDS + COPY_SECONDS))
+
+
+def test_directions_do_not_wait_for_each_other():
+    found = of(COPY, DONE, BACK, PRODUCT, BACK_DONE)
+    assert found.copied == {FROM_HOST: 4 * SIZE, TO_HOST: 4 * SIZE}
+    assert found.hidden == {FROM_HOST: 0, TO_HOST: 4 * SIZE}
+
+
+def test_copies_of_one_direction_queue():
+    dones = [DONE.replace("%done", f"%done{n}").replace("%start", f"%start{n}") for n in range(8)]
+    more = [COPY.replace("%start", f"%start{n}") for n in range(8)]
+    found = of(*more, PRODUCT, *dones)
+    hidden = int(PRODUCT_SECONDS / COPY_SECONDS)
+    assert hidden == 4
+    assert found.hidden[FROM_HOST] == 4 * hidden * SIZE
+    assert found.seconds == pytest.approx(4 * 8 * COPY_SECONDS)
+
+
+def test_an_unknown_device_is_computed_with_known_rates():
+    assert rates_of("another GPU") == RATES
+    assert rates_of("NVIDIA H100 80GB HBM3").link == 450e9
+    assert GPUS["rtx4060"].rates.products == pytest.approx(30.2e12, rel=0.01)
