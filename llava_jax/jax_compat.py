@@ -40,7 +40,7 @@ gradients on a real GPU."""
 
 OVERLAP_OPTIONS: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+    "xla_gpu_experimental_parallel_async_compute_limit": "8",
 }
 """Options for GPU programs that use several GPUs or host memory. XLA then communicates and copies
 while it computes, which is off by default (JAX 0.10). The second option is the largest number of

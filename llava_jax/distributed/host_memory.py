@@ -12,7 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 Tree = TypeVar("Tree")
 """A tree of arrays."""
@@ -106,28 +106,40 @@ def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
 def loop_with_prefetch(
     count: int,
     load: Callable[[Int[Array, ""], Carry], Tree],
-    body: Callable[[Int[Array, ""], Tree, Carry], Carry],
+    body: Callable[[Int[Array, ""], Tree, Tree, Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """Runs `carry = body(index, load(index, carry), carry)` for each index, and loads ahead.
+    """Runs `carry = body(index, here, ahead, carry)` for each index, with `here` loaded ahead.
 
     An iteration starts to load the arrays of the next iteration before it computes, so that copies
     from host memory run beside the computation. The loaded arrays are in device memory twice.
 
     Args:
         count: Number of iterations.
-        load: Function that copies the arrays of an iteration to the device. It is called with the
-            carry before the previous iteration, so it must not read what that iteration writes.
-        body: Function that computes one iteration.
+        load: Function of (index, carry) that copies the arrays of an iteration to the device. It
+            gets the carry before the previous iteration, so it must not read what that iteration
+            writes.
+        body: Function that computes one iteration from its arrays `here`; `ahead` are the arrays of
+            the next iteration. A body that writes to an array of which `load` reads slices must
+            use `write_after`.
         carry: Arrays before the first iteration.
     """
 
     def step(index: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
         carry, here = both
         ahead = load(jnp.minimum(index + 1, count - 1), carry)
-        return body(index, here, carry), ahead
+        return body(index, here, ahead, carry), ahead
 
     return jax.lax.fori_loop(0, count, step, (carry, load(jnp.zeros((), jnp.int32), carry)))[0]
+
+
+def write_after(ahead: PyTree, new: Tree) -> Tree:
+    """Returns `new`, but not before the arrays `ahead` have been loaded.
+
+    If an array could be read and written at the same time, XLA would copy the whole array in every
+    iteration.
+    """
+    return jax.lax.optimization_barrier((ahead, new))[1]
 
 
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:

@@ -5,8 +5,8 @@ cannot. The loop copies one layer at a time to the device, recomputes that block
 adds the gradients in place to the sums of earlier micro-batches. The weights of a stack, the inputs
 of its blocks and the gradient sums may all be in host memory.
 
-A block begins with attention. In loops over weights in host memory, the attention weights of the
-next layer are copied while a layer computes. The other weights of a layer are copied while its
+A block begins with attention. In loops over frozen weights in host memory, the attention weights of
+the next layer are copied while a layer computes. The other weights of a layer are copied while its
 attention is computed, so they need no second buffer.
 """
 
@@ -182,8 +182,10 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     its input.
     """
 
-    def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:
-        first, others = _first_used(values)
+    def scan(
+        values: Leaves, totals: Leaves, x: jax.Array, rest: tuple, keep: bool
+    ) -> tuple[jax.Array, PyTree]:
+        first, others = _first_used(values, totals)
         indices = _indices(values)
         load = lambda index: fetch(layer_at(first, jnp.minimum(index, len(indices) - 1)))
 
@@ -201,20 +203,22 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
 
     @jax.custom_vjp
     def run(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> jax.Array:
-        return scan(values, x, rest, keep=False)[0]
+        return scan(values, totals, x, rest, keep=False)[0]
 
     def forward(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> tuple:
-        y, inputs = scan(values, x, rest, keep=True)
+        y, inputs = scan(values, totals, x, rest, keep=True)
         return y, (values, totals, inputs, rest)
 
     def backward(residuals: tuple, grad: jax.Array) -> tuple:
         values, totals, inputs, rest = residuals
         depth = inputs.shape[0]
-        first, others = _first_used(values)
+        first, others = _first_used(values, totals)
+        # The gradient sums that are needed first, those of the feed-forward layer.
+        early = {p: x for p, x in totals.items() if is_hosted(x) and ATTENTION not in p}
         load = lambda done, _: fetch(layer_at(first, depth - 1 - done))
 
         def body(
-            done: jax.Array, here: Leaves, carry: tuple[jax.Array, Leaves]
+            done: jax.Array, here: Leaves, _ahead: Leaves, carry: tuple[jax.Array, Leaves]
         ) -> tuple[jax.Array, Leaves]:
             grad, totals = carry
             index = depth - 1 - done
@@ -223,11 +227,13 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
+            sums = layer_at(totals, index)
+            # The barrier makes XLA copy these sums while the block is recomputed. Otherwise, their
+            # copies begin when the gradients are ready, and the GPU waits for them.
+            grad, ready = jax.lax.optimization_barrier((grad, fetch({p: sums[p] for p in early})))
             grads, grad = pull(grad)
-            # The new sum is written back before the next layer is fetched, so that a second set of
-            # gradients never exists.
-            here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
-            return grad, write_layer(totals, here, index)
+            sums = jax.tree.map(jnp.add, fetch(sums) | ready, grads)
+            return grad, write_layer(totals, sums, index)
 
         grad, totals = loop_with_prefetch(depth, load, body, (grad, totals))
         # `totals` now holds the gradients that `Accumulated` defines; `values` get no gradients.
@@ -237,9 +243,18 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     return run
 
 
-def _first_used(values: Leaves) -> tuple[Leaves, Leaves]:
-    """Divides the parameters of a stack into attention weights in host memory, and all others."""
-    first = {path: x for path, x in values.items() if "self_attn" in path and is_hosted(x)}
+ATTENTION = "self_attn"
+"""Name of the attention layer in a block, the first layer that has large weights."""
+
+
+def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
+    """Divides the parameters of a stack into those that are copied ahead, and all others.
+
+    The attention weights are copied ahead if they are frozen and in host memory. Float32 weights
+    that are trained would take twice the memory, and their computation takes longer.
+    """
+    is_ahead = lambda path: ATTENTION in path and path not in totals and is_hosted(values[path])
+    first = {path: x for path, x in values.items() if is_ahead(path)}
     return first, {path: x for path, x in values.items() if path not in first}
 
 

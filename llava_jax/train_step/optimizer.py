@@ -17,6 +17,7 @@ from llava_jax.distributed.host_memory import (
     loop_with_prefetch,
     slice_at,
     slice_size,
+    write_after,
     write_slice,
 )
 from llava_jax.models.layers import Params
@@ -197,9 +198,9 @@ def _update_slices(
         at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
         return jax.tree.map(at, (grads, *carry))
 
-    def body(index: Int[Array, ""], here: tuple, carry: Carry) -> Carry:
+    def body(index: Int[Array, ""], here: tuple, ahead: tuple, carry: Carry) -> Carry:
         grad, param, moments = here
-        new = update(grad, moments, param)
+        new = write_after(ahead, update(grad, moments, param))
         return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
 
     return loop_with_prefetch(param.shape[0] // size, load, body, (params, state))
@@ -223,7 +224,7 @@ def global_norm(grads: Params) -> Float[Array, ""]:
             return jnp.sum(grad**2)
         size = slice_size(grad.shape)
         load = lambda index, _: fetch(slice_at(grad, index, size))
-        add = lambda _, here, total: total + jnp.sum(here**2)
+        add = lambda _index, here, _ahead, total: total + jnp.sum(here**2)
         return loop_with_prefetch(grad.shape[0] // size, load, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))

@@ -5,7 +5,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig
-from llava_jax.distributed.host_memory import layer_at, loop_with_prefetch, slice_size, write_layer
+from llava_jax.distributed.host_memory import (
+    layer_at,
+    loop_with_prefetch,
+    slice_size,
+    write_after,
+    write_layer,
+)
 from llava_jax.distributed.sharding import make_mesh, with_shardings
 
 
@@ -43,9 +49,9 @@ def test_a_loop_that_loads_ahead_computes_the_same():
         given.append(index)
         return layer_at(carry, index), layer_at(rows, 4 - index)
 
-    def body(index, here, carry):
+    def body(index, here, ahead, carry):
         own, other = here
-        return write_layer(carry, 2 * own + other, index)
+        return write_layer(carry, write_after(ahead, 2 * own + other), index)
 
     found = jax.jit(lambda carry: loop_with_prefetch(5, load, body, carry))(rows)
     assert found.tolist() == (2 * rows + rows[::-1]).tolist()
