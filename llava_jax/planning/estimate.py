@@ -53,13 +53,16 @@ def make_estimator(
         kept, working = activation_bytes(planned, model, images)
         offloaded = kept if memory.offload_activations else 0
         layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
+        # Several devices gather the parts of a matrix; up to three matrices exist at a time.
+        matrix = model.llm.hidden_size * model.llm.intermediate_size
+        gathered = 3 * matrix * jnp.dtype(config.dtype).itemsize if count > 1 else 0
         share = config.batch.global_size / count
         micros = math.ceil(share / plan.micro_size)
         products = share * model_flops(planned, model, full_row(planned, images))
         # Each micro-batch reads all weights in the forward pass and in the backward pass.
         read = 2 * micros * (sum(device.values()) + sum(host.values()))
         return Estimate(
-            total=sum(device.values()) + kept - offloaded + working + 2 * layer + FIXED,
+            total=sum(device.values()) + kept - offloaded + working + layer + gathered + FIXED,
             host_total=sum(host.values()) + offloaded,
             seconds=max(
                 products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory),

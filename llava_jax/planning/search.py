@@ -18,6 +18,10 @@ MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a
 MAX_TRIALS = 4
 """Largest number of plans that a search compiles."""
 
+EQUALLY_FAST = 1.05
+"""Plans are regarded as equally fast if their estimated durations differ by less than about this
+factor, because estimates are not more precise."""
+
 CPU_TOKENS = 4096
 """Largest number of tokens in a micro-batch that is chosen for a CPU. TODO"""
 
@@ -114,9 +118,11 @@ def find_plan(
 ) -> Iterator[Trial]:
     """Tries at most `MAX_TRIALS` plans, and yields each trial; the last plan fits if any plan fits.
 
-    Plans are tried in the order of their estimated duration. A plan is only compiled if it is
-    estimated to fit. If it does not fit, all estimates of memory are increased by the same factor.
-    If no plan is estimated to fit, or only one trial is left, the smallest plan is compiled.
+    Plans are tried in the order of their estimated duration. Of plans that are about equally fast,
+    the plan that keeps less in host memory is tried first, with the largest micro-batch. A plan is
+    only compiled if it is estimated to fit. If it does not fit, all estimates of memory are
+    increased by the same factor. If no plan is estimated to fit, or only one trial is left, the
+    smallest plan is compiled.
 
     Args:
         config: Config of the run.
@@ -125,10 +131,12 @@ def find_plan(
         estimate: Function that estimates a plan without compiling it.
         capacity: Memory that plans may use.
     """
-    sizes = reversed(micro_sizes(config, data_parallel))
-    plans = [Plan(size, memory) for size, memory in product(sizes, levels(config.memory))]
+    sizes = micro_sizes(config, data_parallel)[::-1]
+    plans = [Plan(size, memory) for memory, size in product(levels(config.memory), sizes)]
     guesses = {plan: estimate(plan) for plan in plans}
-    plans.sort(key=lambda plan: (guesses[plan].seconds, list(guesses).index(plan)))
+    fastest = min(guess.seconds for guess in guesses.values())
+    times_slower = lambda plan: math.log(guesses[plan].seconds / fastest, EQUALLY_FAST)
+    plans.sort(key=lambda plan: int(times_slower(plan)))
     factor = 1.0
     for left in reversed(range(MAX_TRIALS)):
         likely = [plan for plan in plans if capacity.holds(guesses[plan], factor)]

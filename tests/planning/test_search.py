@@ -91,7 +91,7 @@ def test_micro_batches_divide_a_devices_share(
 def guess(base: float, sample: float, share: float) -> tuple[Callable[[Plan], Estimate], Capacity]:
     """Estimates `share` of the memory, and that each level takes longer; 9.5 GiB are free."""
     order = list(levels(MemoryConfig()))
-    seconds = lambda plan: order.index(plan.memory) + 1 / plan.micro_size
+    seconds = lambda plan: 2.0 ** order.index(plan.memory) + 0.01 / plan.micro_size
     total = lambda plan: int(share * figures(base, sample)(plan).total)
     free = used(0).capacity - used(0).reserve
     return lambda plan: Estimate(total(plan), 0, seconds(plan)), Capacity(free, None)
