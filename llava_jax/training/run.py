@@ -28,7 +28,8 @@ from llava_jax.distributed.sharding import data_parallel_size, layout_table, mak
 from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
 from llava_jax.planning.choose import plan_for_attached
-from llava_jax.planning.measure import attention_here
+from llava_jax.planning.devices import without_bfloat16
+from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
@@ -223,11 +224,21 @@ def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
     inputs = setup.inputs
     inputs.check_some()
     say(inputs.summary())
-    say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    for line in _describe_devices(setup.config, mesh):
+        say(line)
     planned = plan_for_attached(
         setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
     )
     return dataclasses.replace(setup, config=planned)
+
+
+def _describe_devices(config: TrainConfig, mesh: Mesh) -> Iterator[str]:
+    """Yields a line about the devices of a run, and a line if they are slow in its dtype."""
+    name = mesh.devices.flat[0].device_kind
+    yield f"devices: {mesh.size} x {name}"
+    slow = without_bfloat16(name, capability_here()) if config.dtype == "bfloat16" else None
+    if slow is not None:
+        yield slow
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:
