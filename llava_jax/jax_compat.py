@@ -15,8 +15,9 @@ imported.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -286,6 +287,45 @@ def compile_for_topology(
         compile_options=settings,
     )
     return executable.get_compiled_memory_stats(), executable.hlo_modules()[0].to_string()
+
+
+@contextmanager
+def lowering_for_gpu(capability: str) -> Iterator[None]:
+    """Returns a context in which kernels of Pallas are lowered for a GPU that is not attached.
+
+    Since JAX 0.11, Pallas asks for the type of the attached GPU when it lowers a Triton kernel, and
+    raises an error if there is no GPU. The public way to name an absent GPU, `AbstractDevice`,
+    accepts only types that JAX lists, which are few (JAX 0.12). JAX 0.10 needs no GPU here.
+
+    Args:
+        capability: Compute capability of the GPU, for example "8.6".
+    """
+    try:
+        from jax._src.pallas.triton import gpu_info
+    except ImportError:  # JAX 0.10
+        yield
+        return
+    info = gpu_info.GpuInfo(
+        gpu_version=None, arch_name=capability, compute_capability=int(capability.replace(".", ""))
+    )
+    of_attached, gpu_info.get_gpu_info = gpu_info.get_gpu_info, lambda: info
+    try:
+        yield
+    finally:
+        gpu_info.get_gpu_info = of_attached
+
+
+def hide_triton_deprecation() -> None:
+    """Hides the warning of JAX 0.11 and newer that Pallas will drop its kernels for Triton.
+
+    JAX warns each time it lowers a kernel, and a user can do nothing about it. The docstring of
+    `models/flash.py` describes the alternatives.
+    """
+    warnings.filterwarnings("ignore", TRITON_DEPRECATED, DeprecationWarning)
+
+
+TRITON_DEPRECATED = "The Pallas Triton backend is deprecated"
+"""Begin of the warning's text."""
 
 
 _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")

@@ -1,10 +1,12 @@
 """Every private or version-bound name is still there, and still does what it is used for."""
 
+import contextlib
 import mmap
 import os
 import re
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from several_processes import free_port, several
 
 from llava_jax import jax_compat
 from llava_jax.distributed import multihost
+from llava_jax.models.flash import segment_attention
 
 PACKAGE = Path(jax_compat.__file__).parent
 PRIVATE = re.compile(
@@ -31,6 +34,12 @@ def library(name: str, file: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"needs {name}")
     return Path(spec.submodule_search_locations[0]) / file
+
+
+def gpu_library(file: str) -> Path:
+    """A file of the plugin for GPUs, for CUDA 13 or 12."""
+    has_13 = find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")
+    return library(f"jax_plugins.xla_cuda{13 if has_13 else 12}", file)
 
 
 def holds(file: Path, text: str) -> bool:
@@ -115,13 +124,13 @@ def test_without_its_options_the_cpu_copies_all_weights():
 
 def test_the_plugins_read_their_variables():
     assert holds(library("libtpu", "libtpu.so"), "ALLOW_MULTIPLE_LIBTPU_LOAD")
-    plugin = library("jax_plugins.xla_cuda12", "__init__.py")
+    plugin = gpu_library("__init__.py")
     assert holds(plugin, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
 
 
 def test_the_pass_that_streaming_switches_off_is_there():
     """Whether it still computes wrong gradients is tested on a GPU, by tools/gpu_check.py."""
-    file = library("jax_plugins.xla_cuda12", "xla_cuda_plugin.so")
+    file = gpu_library("xla_cuda_plugin.so")
     assert holds(file, jax_compat.STREAMING_OPTIONS["xla_disable_hlo_passes"])
     assert holds(file, jax_compat.PINNED_MEMORY_GB)
 
@@ -178,6 +187,47 @@ def test_jax_reads_the_variables():
     compile_only = jax_compat.COMPILE_ONLY_VARIABLES.keys() - of_plugins
     for name in (*jax_compat.GPU_MEMORY_SHARES, *jax_compat.COMPILER_VARIABLES, *compile_only):
         assert name in sources, name
+
+
+KERNELS = ("flash_forward", "flash_queries", "flash_keys")
+
+
+def lower_flash(capability: str) -> str:
+    """The kernels for packed rows, forwards and backwards, as lowered for an absent GPU."""
+    shapes = [
+        jax.ShapeDtypeStruct((1, 128, 2, *groups, 16), jnp.bfloat16) for groups in ((2,), (), ())
+    ]
+    loss = lambda q, k, v, ids: jnp.sum(segment_attention(q, k, v, ids).astype(jnp.float32))
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))
+    traced = grads.trace(*shapes, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    with jax_compat.lowering_for_gpu(capability):
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("capability", ["8.6", "12.1"])
+def test_kernels_are_lowered_for_an_absent_gpu(capability: str):
+    """Pallas asks for the attached GPU since JAX 0.11, and warns of Triton's end."""
+    with warnings.catch_warnings():
+        jax_compat.hide_triton_deprecation()
+        text = lower_flash(capability)
+    assert text.count("__gpu$xla.gpu.triton") == len(KERNELS)
+    assert [name for name in KERNELS if name not in text] == []
+
+
+needs_gpu_info = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX 0.10 asks for no GPU"
+)
+
+
+@needs_gpu_info
+def test_pallas_asks_for_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Else `lowering_for_gpu` and `hide_triton_deprecation` can go."""
+    with pytest.warns(DeprecationWarning, match=jax_compat.TRITON_DEPRECATED):
+        lower_flash("8.6")
+    monkeypatch.setattr(jax_compat, "lowering_for_gpu", lambda _: contextlib.nullcontext())
+    warnings.simplefilter("ignore", DeprecationWarning)
+    with pytest.raises(RuntimeError, match="No supported GPU"):
+        lower_flash("8.6")
 
 
 def test_a_process_that_is_alone_has_a_state():

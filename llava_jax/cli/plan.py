@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE, prepare_for_planning
-from llava_jax.planning.devices import GPUS, TPUS
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, without_bfloat16
 
 if TYPE_CHECKING:
     from llava_jax.config import ModelConfig, TrainConfig
@@ -102,18 +102,18 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
         host_capacity=None if for_host is None else int(for_host * GIB) // count,
     )
-    kind = measuring.attention_for(config, model, measuring.find_device(given.device))
+    target = measuring.find_device(given.device)
+    kind = measuring.attention_for(config, model, target)
     print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     for line in division_warnings(config, model, mesh.shape):
         print(line, flush=True)
     searches = given.fit or config.memory.is_searched
     if searches:
-        device = measuring.find_device(given.device)
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
-        estimate = make_estimator(config, model, given.count, device.rates, build)
+        estimate = make_estimator(config, model, given.count, target.rates, build)
         room = search.Capacity(
-            int((1 - RESERVE_SHARE) * (capacity or device.memory)),
+            int((1 - RESERVE_SHARE) * (capacity or target.memory)),
             None if for_host is None else int(for_host * GIB) // given.count,
         )
         found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
@@ -124,8 +124,12 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(measuring.usage_table(chosen.usage))
     if chosen.usage.forecast:
-        print(describe_forecast(chosen.usage.forecast, measuring.find_device(given.device).rates))
+        print(describe_forecast(chosen.usage.forecast, target.rates))
     print(compare_flops(chosen, config, model, given.count))
+    if config.dtype == "bfloat16" and isinstance(target, Gpu):
+        flops = chosen.usage.flops
+        if line := without_bfloat16(target.name, target.capability, flops):
+            print(line)
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}

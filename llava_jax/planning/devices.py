@@ -8,6 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from llava_jax.distributed.environment import GIB
 
+BFLOAT16_CAPABILITY = 8.0
+"""Lowest compute capability with units for bfloat16 products, from NVIDIA's CUDA C++ Programming
+Guide. On older GPUs, XLA converts the operands to float32, and computes the products there."""
+
+
+Version = tuple[int, int, int]
+"""Type of a version: major, minor and patch number."""
+
 
 class Rates(NamedTuple):
     """Peak rates of a device.
@@ -69,15 +77,30 @@ class Gpu:
     @property
     def rates(self) -> Rates:
         """Returns the peak rates. If no speed is published for products, it is computed."""
-        per_clock = 2 * self.fpus if float(self.capability) < 8 else GEFORCE_PRODUCTS
-        products = self.tflops or self.cores * per_clock * self.clock / 1e3
+        computed = self.cores * GEFORCE_PRODUCTS * self.clock / 1e3
+        if float(self.capability) < BFLOAT16_CAPABILITY:
+            computed = self.float32_tflops
+        products = self.tflops or computed
         pcie = self.lanes * PCIE_LANE[min(int(float(self.capability)), 9)]
         return Rates(products * 1e12, self.bandwidth * 1e9, pcie * 1e9, (self.nvlink or pcie) * 1e9)
 
     @property
-    def target_config(self) -> str:
-        """Returns the text of the GpuTargetConfigProto that describes the GPU to XLA's compiler."""
+    def float32_tflops(self) -> float:
+        """Returns the peak speed of float32 products, in 10^12 operations per second.
+
+        Each float32 unit computes one product and one sum per cycle.
+        """
+        return 2 * self.fpus * self.cores * self.clock / 1000
+
+    def target_config(self, cuda: Version, cudnn: Version) -> str:
+        """Returns the text of the GpuTargetConfigProto that describes the GPU to XLA's compiler.
+
+        Args:
+            cuda: Version of the CUDA runtime that the compiled program will use.
+            cudnn: Version of cuDNN that the compiled program will use.
+        """
         major, minor = self.capability.split(".")
+        version = lambda numbers: "major: {} minor: {} patch: {}".format(*numbers)
         return f"""
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -100,8 +123,8 @@ gpu_device_info {{
   block_dim_limit_z: 65535
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
-runtime_version {{ major: 12 minor: 9 patch: 0 }}
+dnn_version_info {{ {version(cudnn)} }}
+runtime_version {{ {version(cuda)} }}
 device_description_str: "{self.name}"
 """
 
@@ -163,48 +186,42 @@ class Tpu:
 
 
 GPUS = {
-    "rtx3090": Gpu(
-        "NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6, 71.0
-    ),
-    "rtx4090": Gpu(
-        "NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72, 165.2
-    ),
-    "rtx4060": Gpu(
-        "NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24, None, lanes=8
-    ),
+    "rtx3060": Gpu("NVIDIA GeForce RTX 3060", "8.6", 11.76, 360, 1.777, 28, 128, 1536, 100, 3,
+                   None),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", "8.6", 23.69, 936, 1.695, 82, 128, 1536, 100, 6,
+                   71.0),
+    "rtx4060": Gpu("NVIDIA GeForce RTX 4060", "8.9", 7.75, 272, 2.46, 24, 128, 1536, 100, 24, None,
+                   lanes=8),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "8.9", 23.64, 1008, 2.52, 128, 128, 1536, 100, 72,
+                   165.2),
+    "rtx5070": Gpu("NVIDIA GeForce RTX 5070", "12.0", 11.5, 672, 2.512, 48, 128, 1536, 100, 48,
+                   61.7),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", "12.0", 31.36, 1792, 2.407, 170, 128, 1536, 100, 96,
+                   209.5),
+    # With ECC, which takes a sixteenth of the memory.
+    "rtx6000-ada": Gpu("NVIDIA RTX 6000 Ada Generation", "8.9", 44.43, 960, 2.505, 142, 128, 1536,
+                       100, 96, 364.2),
     "a10": Gpu("NVIDIA A10", "8.6", 22.06, 600, 1.695, 72, 128, 1536, 100, 6, 125.0),
     "l4": Gpu("NVIDIA L4", "8.9", 22.17, 300, 2.04, 58, 128, 1536, 100, 48, 121.0),
+    "l40s": Gpu("NVIDIA L40S", "8.9", 44.4, 864, 2.52, 142, 128, 1536, 100, 96, 362.0),
     "t4": Gpu("Tesla T4", "7.5", 14.56, 320, 1.59, 40, 64, 1024, 64, 4, None),
-    "v100-32g": Gpu(
-        "Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6, None, nvlink=150
-    ),
-    "a100-40g": Gpu(
-        "NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40, 312.0, nvlink=300
-    ),
-    "a100-80g": Gpu(
-        "NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40, 312.0, nvlink=300
-    ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        "9.0",
-        79.11,
-        3352,
-        1.98,
-        132,
-        128,
-        2048,
-        228,
-        50,
-        989.4,
-        nvlink=450,
-    ),
-    "h200": Gpu(
-        "NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50, 989.4, nvlink=450
-    ),
-    "b200": Gpu(
-        "NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126, 2250.0, nvlink=900
-    ),
-}
+    "v100-32g": Gpu("Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 1.53, 80, 64, 2048, 96, 6, None,
+                    nvlink=150),
+    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", "8.0", 39.39, 1555, 1.41, 108, 64, 2048, 164, 40,
+                    312.0, nvlink=300),
+    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 1.41, 108, 64, 2048, 164, 40,
+                    312.0, nvlink=300),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 79.11, 3352, 1.98, 132, 128, 2048, 228, 50, 989.4,
+                nvlink=450),
+    "h200": Gpu("NVIDIA H200", "9.0", 139.8, 4800, 1.98, 132, 128, 2048, 228, 50, 989.4,
+                nvlink=450),
+    "b200": Gpu("NVIDIA B200", "10.0", 178.4, 8000, 1.965, 148, 128, 2048, 228, 126, 2250.0,
+                nvlink=900),
+    "gb200": Gpu("NVIDIA GB200", "10.0", 184.0, 8000, 2.062, 152, 128, 2048, 228, 126, 2500.0,
+                 nvlink=900),
+    # DGX Spark: GPU and host share one memory, so arrays in host memory also count here.
+    "gb10": Gpu("NVIDIA GB10", "12.1", 119.7, 273, 2.418, 48, 128, 1536, 100, 24, None),
+}  # fmt: skip
 
 V5E_SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 
@@ -248,3 +265,28 @@ def rates_of(name: str) -> Rates:
     """
     devices = (*GPUS.values(), *TPUS.values())
     return next((x.rates for x in devices if x.name == name), GPUS["rtx3090"].rates)
+
+
+def without_bfloat16(name: str, capability: str, flops: int | None = None) -> str | None:
+    """Returns a line that says how slow a GPU without bfloat16 units is, for runs in bfloat16.
+
+    Args:
+        name: Name that the GPU reports.
+        capability: Compute capability of the GPU; "" if the device is not an NVIDIA GPU.
+        flops: FLOPs of the matrix products of one optimizer step, or None.
+
+    Returns:
+        The line; None if the device has bfloat16 units, or is not an NVIDIA GPU.
+    """
+    is_nvidia = capability[:1].isdigit()  # AMD's names begin with "gfx"
+    if not is_nvidia or float(capability) >= BFLOAT16_CAPABILITY:
+        return None
+    line = f"slow: {name} has no bfloat16 units, so XLA computes bfloat16 products in float32"
+    gpu = next((gpu for gpu in GPUS.values() if gpu.name == name), None)
+    if gpu is None:
+        return line
+    line += f", with at most {gpu.float32_tflops:.1f} TFLOP/s"
+    if flops is None:
+        return line
+    minutes = flops / gpu.float32_tflops / 1e12 / 60
+    return f"{line}; an optimizer step takes at least {minutes:.1f} minutes"

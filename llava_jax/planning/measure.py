@@ -30,11 +30,13 @@ from llava_jax.jax_compat import (
     bytes_of_too_large,
     compile_for_topology,
     compiler_options,
+    lowering_for_gpu,
 )
 from llava_jax.models.attention import attention_implementation
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, Rates, Tpu, rates_of
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.gpu_compiler import target_config
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
@@ -153,9 +155,13 @@ def attention_for(
 
 def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionImplementation:
     """Returns the implementation of attention that a run uses on the attached devices."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    return attention_implementation(config, model, device.platform, capability)
+    platform = jax.devices()[0].platform
+    return attention_implementation(config, model, platform, capability_here())
+
+
+def capability_here() -> str:
+    """Returns the compute capability of the attached GPUs, such as "8.6"; "" without a GPU."""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
@@ -255,10 +261,7 @@ def _compile_for_gpus(
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
     """Compiles for absent GPUs, after lowering for CPU devices, which also have memory kinds."""
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ConfigError(
-            "planning for GPUs needs the GPU compiler: pip install 'llava_jax[cuda12]'"
-        )
+    described = target_config(target)
     if len(jax.devices("cpu")) < count:
         raise ConfigError(
             f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
@@ -267,11 +270,12 @@ def _compile_for_gpus(
     program, batch = _program(
         config, model, jax.devices("cpu")[:count], implementation, donate=True
     )
-    lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
+    with lowering_for_gpu(target.capability):
+        lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="target",
-        target_config=target.target_config,
+        target_config=described,
         topology=f"1x1x{count}",
     )
     options = compiler_options(target.platform, uses_host=program.uses_host, devices=count)

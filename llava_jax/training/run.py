@@ -29,7 +29,8 @@ from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
 from llava_jax.planning.check_devices import check_accelerator, division_warnings
 from llava_jax.planning.choose import plan_for_attached
-from llava_jax.planning.measure import attention_here
+from llava_jax.planning.devices import without_bfloat16
+from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
@@ -227,13 +228,22 @@ def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
     check_accelerator(setup.config, setup.model_config)
     inputs.check_some()
     say(inputs.summary())
-    say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
-    for line in division_warnings(setup.config, setup.model_config, mesh.shape):
+    for line in _describe_devices(setup.config, setup.model_config, mesh):
         say(line)
     planned = plan_for_attached(
         setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
     )
     return dataclasses.replace(setup, config=planned)
+
+
+def _describe_devices(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Iterator[str]:
+    """Yields a line about the devices of a run, and lines if they do not suit the run."""
+    name = mesh.devices.flat[0].device_kind
+    yield f"devices: {mesh.size} x {name}"
+    slow = without_bfloat16(name, capability_here()) if config.dtype == "bfloat16" else None
+    if slow is not None:
+        yield slow
+    yield from division_warnings(config, model, mesh.shape)
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:

@@ -24,6 +24,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.planning import cache, measure, search
 from llava_jax.planning import choose as plan_choice
 from llava_jax.planning.choose import plan_for_attached
+from llava_jax.planning.gpu_compiler import PLUGINS
 from llava_jax.planning.measure import REST, Usage, compile_here, measure_here
 from llava_jax.planning.search import (
     CPU_TOKENS,
@@ -409,22 +410,23 @@ def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True)
 
 
-has_compiler = importlib.util.find_spec("jax_cuda12_plugin") is not None
-needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs the extra cuda12")
+has_compiler = any(importlib.util.find_spec(plugin.module) for plugin in PLUGINS)
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs the extra cuda12 or cuda13")
 
 
-@pytest.mark.skipif(has_compiler, reason="the extra cuda12 is installed")
+@pytest.mark.skipif(has_compiler, reason="a compiler for GPUs is installed")
 def test_without_the_compiler_the_message_says_how_to_install_it():
     result = run_tool()
     assert result.returncode == 1
-    assert "pip install 'llava_jax[cuda12]'" in result.stderr
+    assert "pip install 'llava_jax[cuda13]'" in result.stderr
+    assert "'llava_jax[cuda12]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_an_unknown_device_is_one_clear_message():
     result = run_tool("--device", "abacus")
     assert result.returncode == 1
-    assert "there is no device 'abacus'; choose from rtx3090" in result.stderr
+    assert "there is no device 'abacus'; choose from rtx3060" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -449,6 +451,27 @@ def test_7b_lora_fits_a_gpu(gib: int, arguments: list[str], tmp_path: Path):
     memory = found["plan"]["memory"]
     assert memory["remat"] == "full"
     assert memory["stream_weights"] == (gib < 24)
+
+
+@needs_compiler
+@pytest.mark.slow  # short: the kernels of a packed run are lowered in tests/test_jax_compat.py
+@pytest.mark.parametrize("device", ["rtx3090", "rtx5090"])
+def test_a_packed_run_is_planned_for_an_absent_gpu(device: str):
+    packed = ["--data.packing", "--batch.micro-size", "1"]
+    result = run_tool("--device", device, *packed, PYTHONWARNINGS="error::DeprecationWarning")
+    assert result.returncode == 0, result.stderr
+    assert "attention: flash" in result.stdout
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_gpu_without_bfloat16_is_said_to_be_slow():
+    streamed = ["--memory.stream-weights", "--memory.offload-optimizer", "--batch.micro-size", "1"]
+    result = run_tool("--device", "t4", "--memory.plan", "manual", *streamed)
+    assert "slow: Tesla T4 has no bfloat16 units" in result.stdout
+    assert re.search(
+        r"at most 8\.1 TFLOP/s; an optimizer step takes at least 2\d\.\d minutes", result.stdout
+    )
 
 
 @needs_compiler
