@@ -207,20 +207,21 @@ def test_a_run_by_another_plan_learns_the_same(
 def test_a_planned_run_learns_the_same_and_need_not_be_planned_twice(
     start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    auto = ["--memory.plan", "auto", "--memory.limit-gib", "1"]
+    auto, limit = ["--memory.plan", "auto"], ["--memory.limit-gib", "1"]
     runs = []
-    for name in ("planned", "planned-again"):
-        status, directory = start(name, *auto)
+    for name, arguments in (("planned", limit), ("again", limit), ("for-this-cpu", [])):
+        status, directory = start(name, *auto, *arguments)
         assert status == 0
         assert "micro-batch 1, remat none: " in capsys.readouterr().out
         runs.append(directory)
         monkeypatch.setattr(cache, "measure_here", None)  # the figures are known by now
-    assert_same_run(*runs)
+    for run in runs[1:]:
+        assert_same_run(runs[0], run)
     for run in runs:
         assert json.loads((run / "plan.json").read_text())["usage"]["total"] > 0
         assert "Device, planned" in (run / "report.html").read_text()
     losses = [[row["loss"] for row in metrics(directory)] for directory in (*runs, undisturbed)]
-    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-6)
+    np.testing.assert_allclose(losses[2], losses[3], rtol=1e-6)
     assert len(list((runs[0].parent / ".plans").glob("*.json"))) == 1
 
 
