@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
-from llava_jax.distributed.environment import GIB, prepare_for_planning
+from llava_jax.distributed.environment import GIB, HOST_SHARE, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS
 
 if TYPE_CHECKING:
     from llava_jax.config import ModelConfig, TrainConfig
-    from llava_jax.planning.measure import Usage
     from llava_jax.planning.search import Plan, Trial
+    from llava_jax.planning.usage import Usage
 
 PROG = "llava-jax plan"
 MAX_DEVICES = 64  # largest number of devices to try if --count devices are not enough
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="memory of one device in GiB (default: the memory of the device type)",
     )
-    host = "host memory in GiB for all devices together (default: host memory is not checked)"
+    host = f"host memory in GiB for all devices together, of which plans use {HOST_SHARE:.0%} "
+    host = f"{host.replace('%', '%%')}(default: host memory is not checked)"
     parser.add_argument("--host-memory", type=float, help=host)
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
     fit += "search only if memory.plan in the config is auto"
@@ -90,6 +91,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
+    from llava_jax.planning.usage import usage_table
     from llava_jax.train_step.step import micro_size
 
     model = measuring.sizes(config)
@@ -97,7 +99,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     for_host = given.host_memory
     measure = lambda plan, count=given.count: dataclasses.replace(
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
-        host_capacity=None if for_host is None else int(for_host * GIB) // count,
+        host_capacity=None if for_host is None else int(HOST_SHARE * for_host * GIB) // count,
     )
     kind = measuring.attention_for(config, model, measuring.find_device(given.device))
     print(f"attention: {kind}", flush=True)
@@ -109,7 +111,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
-    print(measuring.usage_table(chosen.usage))
+    print(usage_table(chosen.usage))
     print(compare_flops(chosen, config, model, given.count))
     if searches and not chosen.usage.fits:
         print(devices_that_would(chosen.plan, measure, given.count))

@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax.config import ModelConfig, TrainConfig
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE, host_memory
-from llava_jax.distributed.multihost import all_gather_values, devices_of_machine, is_main_process
+from llava_jax.distributed.environment import GIB, POOL_SHARE, host_memory_share
+from llava_jax.distributed.multihost import all_gather_values, is_main_process, processes_of_machine
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.cache import measure_once
@@ -42,7 +42,8 @@ def plan_for_attached(
     if not capacity:  # CPUs report no memory
         return config
     known = Path(config.output_dir) / ".plans"
-    for_host = min(all_gather_values(int(0.9 * host_memory()) // devices_of_machine()))
+    own = host_memory_share(processes_of_machine()) // jax.local_device_count()
+    for_host = min(all_gather_values(own))
     # Plans are compiled with the run's number of steps, so that the run later compiles the same
     # step, which JAX then finds in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
@@ -55,8 +56,8 @@ def plan_for_attached(
         raise ConfigError(
             f"no plan fits into {capacity / GIB:.1f} GiB per device ({usage.reserve / GIB:.1f} GiB "
             f"of this are reserved for the runtime) and {for_host / GIB:.1f} GiB of host memory; "
-            f"the closest plan is {chosen.plan}; it needs {usage.total / GIB:.2f} GiB per device "
-            f"and {usage.host_total / GIB:.2f} GiB of host memory; use "
+            f"the closest plan is {chosen.plan}; it needs {usage.device_needed / GIB:.2f} GiB per "
+            f"device and {usage.host_needed / GIB:.2f} GiB of host memory; use "
             + ("more host memory, or " if usage.host_headroom < 0 else "")
             + (f"at least {devices} such devices, or " if devices else "")
             + "a smaller model, a smaller data.max_length or a smaller lora.rank"
@@ -71,5 +72,5 @@ def _device_memory(config: TrainConfig) -> int:
     if config.memory.limit_gib is not None:
         return int(config.memory.limit_gib * GIB)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    # JAX reports the memory without the reserve; see `prepare_for_training`.
-    return int(limit / (1 - RESERVE_SHARE))
+    # JAX reports the memory of its pool; see `prepare_for_training`.
+    return int(limit / POOL_SHARE)

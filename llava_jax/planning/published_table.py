@@ -8,7 +8,7 @@ from llava_jax.config import TrainConfig, load_config
 from llava_jax.distributed.environment import GIB
 from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
-from llava_jax.planning.measure import Usage
+from llava_jax.planning.usage import Usage
 
 
 @dataclasses.dataclass(frozen=True)
