@@ -87,8 +87,22 @@ GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 uses (default 0.75)."""
 
 PINNED_MEMORY_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-"""Environment variable for the largest amount of host memory that XLA:GPU pins, in 10^9 bytes
-(default 64)."""
+"""Environment variable for the largest amount of host memory that a process pins with XLA:GPU, in
+GiB (default 64), in spite of its name. XLA reads the variable when it first uses the devices."""
+
+
+def pinned_pool(asked: int) -> int:
+    """Returns the size in bytes of XLA:GPU's pool of pinned memory, unless its limit is lower.
+
+    The pool consists of regions. The first region has 2 MiB, and each new region is twice as large
+    as the last one, so the whole pool has nearly a power of two bytes (`BFCAllocator::Extend` in
+    XLA). The pool never becomes smaller.
+
+    Args:
+        asked: Bytes of the arrays in the pool.
+    """
+    return 1 << max(asked - 1, 0).bit_length() if asked else 0
+
 
 COMPILE_ONLY_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
@@ -339,6 +353,14 @@ def bytes_of_too_large(message: str) -> int | None:
     """
     found = _TOO_LARGE.search(message)
     return found and int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Returns True if an error message of XLA says that memory could not be allocated.
+
+    XLA:GPU allocates memory while it compiles, because it executes kernels to compare their speed.
+    """
+    return message.startswith("RESOURCE_EXHAUSTED")
 
 
 # The text of compiled modules -------------------------------------------------------------------

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE, prepare_for_planning
+from llava_jax.distributed.environment import GIB, HOST_SHARE, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, without_bfloat16
 
 if TYPE_CHECKING:
     from llava_jax.config import ModelConfig, TrainConfig
-    from llava_jax.planning.measure import Usage
     from llava_jax.planning.search import Plan, Trial
+    from llava_jax.planning.usage import Usage
 
 PROG = "llava-jax plan"
 MAX_DEVICES = 64  # largest number of devices to try if --count devices are not enough
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="memory of one device in GiB (default: the memory of the device type)",
     )
-    host = "host memory in GiB for all devices together (default: host memory is not checked)"
+    host = f"host memory in GiB for all devices together, of which plans use {HOST_SHARE:.0%} "
+    host = f"{host.replace('%', '%%')}(default: host memory is not checked)"
     parser.add_argument("--host-memory", type=float, help=host)
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
     fit += "search only if memory.plan is auto and no other field of memory is set"
@@ -90,9 +91,11 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
+    from llava_jax.planning.beside import outside_pool
     from llava_jax.planning.check_devices import division_warnings
     from llava_jax.planning.estimate import make_estimator
     from llava_jax.planning.forecast import describe_forecast
+    from llava_jax.planning.usage import reserve_of, usage_table
     from llava_jax.train_step.step import micro_size
 
     model = measuring.sizes(config)
@@ -100,8 +103,9 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     for_host = given.host_memory
     measure = lambda plan, count=given.count: dataclasses.replace(
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
-        host_capacity=None if for_host is None else int(for_host * GIB) // count,
+        host_capacity=None if for_host is None else int(HOST_SHARE * for_host * GIB) // count,
     )
+    host_capacity = None if for_host is None else int(HOST_SHARE * for_host * GIB) // given.count
     target = measuring.find_device(given.device)
     kind = measuring.attention_for(config, model, target)
     print(f"attention: {kind}", flush=True)
@@ -112,17 +116,16 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     if searches:
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
         estimate = make_estimator(config, model, given.count, target.rates, build)
-        room = search.Capacity(
-            int((1 - RESERVE_SHARE) * (capacity or target.memory)),
-            None if for_host is None else int(for_host * GIB) // given.count,
-        )
+        outside = outside_pool(target.platform, given.device, given.count)
+        size = capacity or target.memory
+        room = search.Capacity(size - reserve_of(size, outside), host_capacity)
         found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
         chosen = search.choose_plan(found)
     else:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
-    print(measuring.usage_table(chosen.usage))
+    print(usage_table(chosen.usage))
     if chosen.usage.forecast:
         print(describe_forecast(chosen.usage.forecast, target.rates))
     print(compare_flops(chosen, config, model, given.count))

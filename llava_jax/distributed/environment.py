@@ -18,8 +18,17 @@ from llava_jax.jax_compat import (
 
 GIB = 2**30
 
-RESERVE_SHARE = 0.06
-"""Fraction of a device's memory that plans reserve for the driver, libraries and programs."""
+POOL_SHARE = 0.94
+"""Fraction of a GPU's memory that XLA's pool may use. The rest is for the driver, for libraries
+such as NCCL, and for a display."""
+
+RESERVE_SHARE = 0.07
+"""Fraction of a device's memory that plans reserve: what is not in the pool, and 0.01 for gaps
+between arrays in the pool."""
+
+HOST_SHARE = 0.9
+"""Fraction of host memory that plans use, and that all processes on a host may pin together. The
+rest is for the system, for Python, and for worker processes with the batches that they prepare."""
 
 
 def quiet_libraries() -> None:
@@ -41,12 +50,33 @@ def has_nvidia_gpu() -> bool:
 def prepare_for_training() -> None:
     """Allows XLA:GPU to use all memory that plans assume to be available.
 
-    Environment variables that the user has set are not changed.
+    Environment variables that the user has set are not changed. In a run of several processes,
+    `multihost.join` sets the limit of pinned memory, because it counts the processes of a host.
     """
     if not os.environ.keys() & set(GPU_MEMORY_SHARES):
-        os.environ[GPU_MEMORY_SHARES[0]] = str(1 - RESERVE_SHARE)
-    # The value is a limit: XLA pins memory only when a program needs it.
-    os.environ.setdefault(PINNED_MEMORY_GB, str(host_memory() // 10**9))
+        os.environ[GPU_MEMORY_SHARES[0]] = str(POOL_SHARE)
+    if not is_multiprocess():
+        limit_pinned_memory(1)
+
+
+def limit_pinned_memory(processes: int) -> None:
+    """Sets the limit of the memory that XLA:GPU pins, unless the user has set it.
+
+    XLA pins memory only when a program needs it. Call this before the devices are used.
+
+    Args:
+        processes: Number of processes of the run on this host.
+    """
+    os.environ.setdefault(PINNED_MEMORY_GB, str(host_memory_share(processes) // GIB))
+
+
+def host_memory_share(processes: int) -> int:
+    """Returns the host memory that one process may use, in bytes: whole GiB, at least one.
+
+    Args:
+        processes: Number of processes of the run on this host, which share its memory.
+    """
+    return max(int(HOST_SHARE * host_memory()) // processes // GIB, 1) * GIB
 
 
 def print_any_text() -> None:

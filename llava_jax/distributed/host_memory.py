@@ -6,11 +6,12 @@ stops with an error (openxla/xla #47362, #47380, #34565).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PyTree
 
@@ -33,6 +34,10 @@ elements in a slice."""
 SUBLANES = 8
 """Smallest number of rows of a float32 matrix that a TPU can copy, because a tile has this many
 rows."""
+
+MIN_CHECKPOINT_BUFFER = 2**28
+"""Smallest limit, in bytes, of the arrays that are written to a checkpoint, or read from one, at
+the same time. It is an eighth of 2 GiB of state, and enough for several arrays of a small state."""
 
 
 def slice_size(shape: tuple[int, ...]) -> int:
@@ -64,6 +69,22 @@ def fits_host(shape: tuple[int, ...], sharding: NamedSharding) -> bool:
 def is_for_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Returns True if an array or a ShapeDtypeStruct has a sharding in host memory."""
     return leaf.sharding.memory_kind == PINNED_HOST
+
+
+def shard_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Returns the size in bytes of the part of an array that is on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def checkpoint_buffer(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
+    """Returns how many bytes of a state are written to a checkpoint, or read, at the same time.
+
+    The result is larger than the largest shard, because a shard is not divided.
+
+    Args:
+        leaves: Arrays of the state, or their shapes.
+    """
+    return max(MIN_CHECKPOINT_BUFFER, 1 + max(map(shard_bytes, leaves)))
 
 
 def is_hosted(x: Array) -> bool:

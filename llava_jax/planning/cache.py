@@ -12,11 +12,17 @@ import jax
 from llava_jax.config import IGNORED_BY_PLANS, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import hash_code, versions
-from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
+from llava_jax.distributed.multihost import (
+    all_gather_values,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+)
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import COMPILER_VARIABLES
 from llava_jax.planning.forecast import Forecast
-from llava_jax.planning.measure import Usage, measure_here
+from llava_jax.planning.measure import measure_here
+from llava_jax.planning.usage import Usage
 
 
 def measure_once(
@@ -41,6 +47,9 @@ def measure_once(
     # because a network file system may hide a new file from a process that looked for it earlier.
     if not broadcast_from_main(is_main_process() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
+        if any(all_gather_values(usage.out_of_memory)):
+            # This is not cached, because another program may have used the memory.
+            return dataclasses.replace(usage, out_of_memory=True)
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(dataclasses.asdict(usage), indent=2) + "\n")

@@ -27,7 +27,7 @@ from llava_jax.config import (
 )
 from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE
+from llava_jax.distributed.environment import GIB, POOL_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.jax_compat import PREALLOCATE
 from llava_jax.models.attention import ATTENTION
@@ -278,7 +278,7 @@ def measure_peak(name: str, level: int) -> dict[str, Any]:
     chosen = search.Plan(1, list(search.levels(RESIDENT))[level])
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * GIB)
     config = chosen.apply(config)
-    program, step, usage = compile_here(config, model, 1, int(limit / (1 - RESERVE_SHARE)))
+    program, step, usage = compile_here(config, model, 1, int(limit / POOL_SHARE))
     found = {"plan": str(chosen), "planned": usage.total, "measured": None}
     if usage.fits:
         batch = program.abstract_batch(config.batch.global_size, LENGTH, 1)

@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from llava_jax.config import ModelConfig, TrainConfig
 from llava_jax.distributed.environment import (
     GIB,
-    RESERVE_SHARE,
+    POOL_SHARE,
     available_memory,
-    host_memory,
+    host_memory_share,
 )
-from llava_jax.distributed.multihost import all_gather_values, devices_of_machine, is_main_process
+from llava_jax.distributed.multihost import all_gather_values, is_main_process, processes_of_machine
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
+from llava_jax.planning.beside import outside_pool
 from llava_jax.planning.cache import measure_once
 from llava_jax.planning.devices import rates_of
 from llava_jax.planning.estimate import make_estimator
@@ -29,6 +30,7 @@ from llava_jax.planning.search import (
     least_devices,
     write_trial,
 )
+from llava_jax.planning.usage import reserve_of
 
 
 def plan_for_attached(
@@ -59,26 +61,28 @@ def plan_for_attached(
     if not config.memory.is_searched:
         return config
     on_cpu = config.memory.limit_gib is None and jax.default_backend() == "cpu"
-    machine = devices_of_machine()
-    own = available_memory() // machine if on_cpu else _device_memory(config)
+    processes = processes_of_machine()
+    devices = processes * jax.local_device_count()
+    own = available_memory() // devices if on_cpu else _device_memory(config)
     capacity = min(all_gather_values(own))
     known = Path(config.output_dir) / ".plans"
-    for_host = min(all_gather_values(int(0.9 * host_memory()) // machine))
+    for_host = min(all_gather_values(host_memory_share(processes) // jax.local_device_count()))
     # Plans are compiled with the run's number of steps, so that the run later compiles the same
     # step, which JAX then finds in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
-    devices = data_parallel_size(mesh)
+    size, device = data_parallel_size(mesh), jax.local_devices()[0]
     if on_cpu:
-        chosen = choose_plan(find_cpu_plan(config, devices, measure))
+        chosen = choose_plan(find_cpu_plan(config, size, measure))
     else:
-        rates = rates_of(jax.local_devices()[0].device_kind)
+        rates = rates_of(device.device_kind)
         build = lambda config: program_here(config, model, images)[1]
         estimate = make_estimator(config, model, mesh.size, rates, build)
-        room = Capacity(int((1 - RESERVE_SHARE) * capacity), for_host)
-        chosen = choose_plan(find_plan(config, devices, measure, estimate, room))
+        outside = outside_pool(device.platform, device.device_kind, mesh.size)
+        room = Capacity(capacity - reserve_of(capacity, outside), for_host)
+        chosen = choose_plan(find_plan(config, size, measure, estimate, room))
     if not chosen.usage.fits:
         raise ConfigError(_describe_misfit(chosen, mesh.size, for_host, on_cpu=on_cpu))
     if is_main_process():
@@ -100,8 +104,8 @@ def _describe_misfit(closest: Trial, devices: int, for_host: int, *, on_cpu: boo
     reserve = f"{usage.reserve / GIB:.1f} GiB of this are reserved for the runtime"
     room = f"{usage.capacity / GIB:.1f} GiB per device ({reserve})"
     room += "" if on_cpu else f" and {for_host / GIB:.1f} GiB of host memory"
-    need = f"{usage.total / GIB:.2f} GiB per device"
-    need += "" if on_cpu else f" and {usage.host_total / GIB:.2f} GiB of host memory"
+    need = f"{usage.device_needed / GIB:.2f} GiB per device"
+    need += "" if on_cpu else f" and {usage.host_needed / GIB:.2f} GiB of host memory"
     return (
         f"no plan fits into {room}; the closest plan is {closest.plan}; it needs {need}; use "
         + ("more host memory, or " if usage.host_headroom < 0 else "")
@@ -126,5 +130,5 @@ def _device_memory(config: TrainConfig) -> int:
             "memory; set memory.limit_gib to this size in GiB (for example, "
             "--memory.limit-gib 24), or set memory.plan to 'manual' and choose the plan yourself"
         )
-    # JAX reports the memory without the reserve; see `prepare_for_training`.
-    return int(limit / (1 - RESERVE_SHARE))
+    # JAX reports the memory of its pool; see `prepare_for_training`.
+    return int(limit / POOL_SHARE)

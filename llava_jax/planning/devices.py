@@ -261,10 +261,11 @@ def rates_of(name: str) -> Rates:
     """Returns the peak rates of a device; those of an RTX 3090 if the device is unknown.
 
     Args:
-        name: Name that the device reports.
+        name: Name in `GPUS` or `TPUS`, or name that the device reports.
     """
-    devices = (*GPUS.values(), *TPUS.values())
-    return next((x.rates for x in devices if x.name == name), GPUS["rtx3090"].rates)
+    devices = {**GPUS, **TPUS}.items()
+    known = (device.rates for key, device in devices if name in (key, device.name))
+    return next(known, GPUS["rtx3090"].rates)
 
 
 def without_bfloat16(name: str, capability: str, flops: int | None = None) -> str | None:

@@ -9,20 +9,17 @@ device does not have to be attached. For an absent GPU, the compiler gets a desc
 import dataclasses
 import importlib.util
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.config import AttentionImplementation, ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import images_in_row
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE
-from llava_jax.distributed.host_memory import is_for_host
+from llava_jax.distributed.host_memory import is_for_host, shard_bytes
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import (
@@ -30,70 +27,20 @@ from llava_jax.jax_compat import (
     bytes_of_too_large,
     compile_for_topology,
     compiler_options,
+    is_out_of_memory,
     lowering_for_gpu,
 )
 from llava_jax.models.attention import attention_implementation
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, Rates, Tpu, rates_of
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.planning.gpu_compiler import target_config
+from llava_jax.planning.usage import REST, Usage
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
 
 TOTAL_STEPS = 1000  # length of schedules if config.steps is None; it does not affect the memory
-
-
-REST = "activations and temporaries"  # the term of a `Usage` for all other memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Memory, transfers and FLOPs of a plan, per device. All values are in bytes except `flops`.
-
-    Attributes:
-        device: Device memory by term, for example "gradients"; the terms add up to `total`.
-        host: Pinned host memory by term.
-        total: Peak of the device memory, from the compiler: arguments, results and temporaries.
-        host_total: Peak of the pinned host memory, from the compiler.
-        pcie: Bytes that cross PCIe in one optimizer step, in both directions together.
-        capacity: Size of the device's memory.
-        flops: FLOPs of the matrix products of one optimizer step, as compiled; None if they could
-            not be counted.
-        host_capacity: Host memory that may be pinned for this device; None if it is unknown.
-        forecast: Forecast of the step's duration; None for devices other than GPUs, or if the
-            compiled step could not be read.
-    """
-
-    device: dict[str, int]
-    host: dict[str, int]
-    total: int
-    host_total: int
-    pcie: int
-    capacity: int
-    flops: int | None
-    host_capacity: int | None = None
-    forecast: Forecast | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Returns True if the plan fits into device memory and into host memory (if known)."""
-        return self.headroom >= 0 and self.host_headroom >= 0
-
-    @property
-    def reserve(self) -> int:
-        """Returns the bytes of device memory that are reserved for the runtime."""
-        return int(RESERVE_SHARE * self.capacity)
-
-    @property
-    def headroom(self) -> int:
-        """Returns the unused bytes of device memory; negative if the plan does not fit."""
-        return self.capacity - self.reserve - self.total
-
-    @property
-    def host_headroom(self) -> int:
-        """Returns the unused bytes of host memory; 0 if the size of host memory is unknown."""
-        return 0 if self.host_capacity is None else self.host_capacity - self.host_total
 
 
 def find_device(name: str) -> Gpu | Tpu:
@@ -124,9 +71,10 @@ def measure(
         ConfigError: The device is unknown, its compiler is not installed, or the config cannot be
             used with this number of devices.
     """
-    capacity = find_device(device).memory if capacity is None else capacity
+    target = find_device(device)
+    capacity = target.memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
-    return usage_of(program, config, totals, text, capacity, _gpu_rates(find_device(device)))
+    return usage_of(program, config, totals, text, capacity, target.platform, device)
 
 
 def compile_for(
@@ -174,7 +122,17 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
         capacity: Memory of one device, in bytes.
     """
     config, program, batch = program_here(config, model, images)
-    return usage_of(program, config, *_compiled(program, batch), capacity, _rates_here())
+    try:
+        totals, text = _compiled(program, batch)
+    except jax.errors.JaxRuntimeError as error:
+        # Compilers for GPUs execute kernels to choose the fastest ones, which needs memory.
+        if not is_out_of_memory(str(error)):
+            raise
+        least = max(_named(program, on_host=False), capacity)
+        totals = least, _named(program, on_host=True)
+        usage = _usage_here(program, config, totals, "", capacity)
+        return dataclasses.replace(usage, out_of_memory=True)
+    return _usage_here(program, config, totals, text, capacity)
 
 
 def compile_here(
@@ -187,19 +145,7 @@ def compile_here(
     """
     config, program, batch = program_here(config, model, images)
     compiled = program.trace_train_step(batch).lower().compile()
-    usage = usage_of(program, config, *_read(compiled), capacity, _rates_here())
-    return program, compiled, usage
-
-
-def _gpu_rates(device: Gpu | Tpu) -> Rates | None:
-    """Returns the peak rates of a GPU; None for a TPU, whose compiled steps are not forecast."""
-    return device.rates if isinstance(device, Gpu) else None
-
-
-def _rates_here() -> Rates | None:
-    """Returns the peak rates of the attached GPUs; None if the devices are no GPUs."""
-    device = jax.local_devices()[0]
-    return rates_of(device.device_kind) if device.platform == "gpu" else None
+    return program, compiled, _usage_here(program, config, *_read(compiled), capacity)
 
 
 def program_here(
@@ -248,9 +194,13 @@ def _program(
         implementation=implementation,
         donate=donate,
     )
-    images = images_per_row(config, model)
-    batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
-    return program, batch
+    return program, _abstract_batch(program, config)
+
+
+def _abstract_batch(program: Program, config: TrainConfig) -> Batch:
+    """Returns the shapes of a train batch."""
+    images = images_per_row(config, program.model_config)
+    return program.abstract_batch(config.batch.global_size, config.data.max_length, images)
 
 
 def _compile_for_gpus(
@@ -318,9 +268,13 @@ def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
         needed = bytes_of_too_large(str(error))
         if needed is None:
             raise
-        hosted = (_bytes(tree, on_host=True) for tree in _terms(program).values())
-        return (needed, sum(hosted)), ""
+        return (needed, _named(program, on_host=True)), ""
     return _read(compiled)
+
+
+def _named(program: Program, *, on_host: bool) -> int:
+    """Returns the bytes of all terms except `REST`, in host memory or in device memory."""
+    return sum(_bytes(tree, on_host=on_host) for tree in _terms(program).values())
 
 
 def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
@@ -363,23 +317,33 @@ def _terms(program: Program) -> dict[str, object]:
     }
 
 
+def _usage_here(
+    program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
+) -> Usage:
+    """Returns the memory use of a step for the attached devices; see `usage_of`."""
+    device = program.mesh.devices.flat[0]
+    return usage_of(program, config, totals, text, capacity, device.platform, device.device_kind)
+
+
 def usage_of(
     program: Program,
     config: TrainConfig,
     totals: tuple[int, int],
     text: str,
     capacity: int,
-    rates: Rates | None,
+    platform: str,
+    name: str,
 ) -> Usage:
-    """Divides the compiler's totals into terms, and reads FLOPs and a forecast from the module.
+    """Divides the compiler's totals into terms, and adds what a run needs beside a step.
 
     Args:
-        program: Program of the step.
+        program: Program of the run.
         config: Config of the run.
-        totals: Bytes that the step needs in device memory and in host memory.
-        text: The compiled module as text, or "".
+        totals: Bytes of the step in device memory and in host memory.
+        text: Text of the compiled module, or "".
         capacity: Memory of one device, in bytes.
-        rates: Peak rates of a device; None makes no forecast.
+        platform: "gpu", "tpu" or "cpu".
+        name: Name of the device.
     """
     total, host_total = totals
     device, host = argument_bytes(program)
@@ -389,22 +353,45 @@ def usage_of(
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
     activations = host[REST] if config.memory.offload_activations else 0
-    pcie = pcie_bytes(host, program.accumulation, activations)
-    flops = guess = None
+    batch = _abstract_batch(program, config)
+    flops, guess = _read_module(text, platform, name)
+    return Usage(
+        device,
+        host,
+        total,
+        host_total,
+        pcie_bytes(host, program.accumulation, activations),
+        capacity,
+        flops,
+        device_beside=device_beside(program, config, batch, device[REST]),
+        host_beside=host_beside(program, batch, host["gradients"] + host[REST]),
+        outside=outside_pool(platform, name, program.mesh.size),
+        pooled=devices_of_process(program.mesh) if platform == "gpu" else 0,
+        forecast=guess,
+    )
+
+
+def _read_module(text: str, platform: str, name: str) -> tuple[int | None, Forecast | None]:
+    """Returns the FLOPs and the forecast of a compiled step, or None if they cannot be read.
+
+    Args:
+        text: Text of the compiled module, or "".
+        platform: Platform of the device. Only steps for GPUs are forecast.
+        name: Name of the device.
+    """
+    if not text:
+        return None, None
     try:
-        flops = matmul_flops(text) if text else None
-        guess = forecast(text, rates) if text and rates else None
+        flops = matmul_flops(text)
+        return flops, forecast(text, rates_of(name)) if platform == "gpu" else None
     except ValueError as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
-    usage = Usage(device, host, total, host_total, pcie, capacity, flops)
-    return dataclasses.replace(usage, forecast=guess)
+        return None, None
 
 
 def _bytes(tree: object, *, on_host: bool) -> int:
     """Returns the bytes per device of the arrays in host memory (`on_host`) or in device memory."""
-    leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-    return sum(map(size, leaves))
+    return sum(shard_bytes(x) for x in jax.tree.leaves(tree) if is_for_host(x) == on_host)
 
 
 def pcie_bytes(host: Mapping[str, int], micros: int, activations: int) -> int:
@@ -455,25 +442,3 @@ def sizes(config: TrainConfig) -> ModelConfig:
             "init_from and model are both None; set model, or set init_from to a checkpoint"
         )
     return config.model
-
-
-def usage_table(usage: Usage) -> str:
-    """Returns a table, as text, of the memory by term, the totals, and the cost of a step."""
-    lines = [f"{'':32}{'device GiB':>11}{'host GiB':>11}"]
-    for term in usage.device:
-        device, host = usage.device[term] / GIB, usage.host[term] / GIB
-        lines.append(f"{term:32}{device:11.2f}{host:11.2f}")
-    lines.append(f"{'sum':32}{usage.total / GIB:11.2f}{usage.host_total / GIB:11.2f}")
-    known = usage.host_capacity is not None
-    host = f"{(usage.host_capacity or 0) / GIB:11.2f}" if known else f"{'not given':>11}"
-    left = f"{usage.host_headroom / GIB:11.2f}" if known else ""
-    lines.append(f"{'memory':32}{usage.capacity / GIB:11.2f}{host}")
-    lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
-    lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}{left}")
-    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB per optimizer step, in both directions")
-    flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
-    lines.append(f"FLOPs: {flops} per device and optimizer step, in matrix products")
-    verdict = "fits" if usage.fits else "does not fit"
-    return "\n".join(
-        [*lines, verdict if known else f"{verdict}; the size of host memory is not given"]
-    )

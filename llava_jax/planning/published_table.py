@@ -10,7 +10,7 @@ from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
 from llava_jax.planning.devices import GPUS, Gpu
 from llava_jax.planning.forecast import Forecast, forecast
-from llava_jax.planning.measure import Usage
+from llava_jax.planning.usage import Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,9 @@ def _measure(
     planned = search.Plan(micro_size, memory).apply(config)
     target = measuring.find_device(device)
     program, totals, text = measuring.compile_for(planned, measuring.sizes(config), device, count)
-    usage = measuring.usage_of(program, planned, totals, text, target.memory, None)
+    usage = measuring.usage_of(
+        program, planned, totals, text, target.memory, target.platform, device
+    )
     on_gpu = isinstance(target, Gpu)
     return usage, {name: forecast(text, GPUS[name].rates) for name in FORECAST if on_gpu}
 

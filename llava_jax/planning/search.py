@@ -11,7 +11,7 @@ from llava_jax.config import MemoryConfig, TrainConfig
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.multihost import say
-from llava_jax.planning.measure import REST, Usage
+from llava_jax.planning.usage import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
 
@@ -188,7 +188,9 @@ def choose_plan(found: Iterable[Trial]) -> Trial:
 def best(trials: Sequence[Trial]) -> Trial:
     """Returns the last trial if its plan fits, or else the trial that exceeds memory the least."""
     missing = lambda usage: max(-usage.headroom, 0) + max(-usage.host_headroom, 0)
-    return trials[-1] if trials[-1].usage.fits else min(trials, key=lambda t: missing(t.usage))
+    # The memory of a plan that was not compiled is unknown, so any other plan is preferred.
+    far = lambda trial: (trial.usage.out_of_memory, missing(trial.usage))
+    return trials[-1] if trials[-1].usage.fits else min(trials, key=far)
 
 
 def write_trial(run_dir: Path, trial: Trial | None) -> None:
@@ -198,7 +200,8 @@ def write_trial(run_dir: Path, trial: Trial | None) -> None:
         file.unlink(missing_ok=True)
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    usage = dataclasses.asdict(trial.usage) | {"reserve": trial.usage.reserve}
+    computed = {"reserve": trial.usage.reserve, "pool_growth": trial.usage.pool_growth}
+    usage = dataclasses.asdict(trial.usage) | computed
     replace_text(file, json.dumps({"plan": str(trial.plan), "usage": usage}, indent=2) + "\n")
 
 
@@ -217,19 +220,22 @@ def least_devices(usage: Usage, count: int) -> int | None:
     """
     if usage.host_headroom < 0:
         return None
-    left = usage.capacity - usage.reserve - usage.device[REST]
+    left = usage.headroom + usage.total - usage.device[REST]
     return math.ceil(count * (usage.total - usage.device[REST]) / left) if left > 0 else None
 
 
 def describe_trial(trial: Trial) -> str:
     """Returns one line of text: the plan, its memory use, and whether it fits."""
     usage = trial.usage
+    if usage.out_of_memory:
+        return f"{trial.plan}: XLA ran out of memory while it compiled the step: does not fit"
     verdict = "fits" if usage.fits else f"{-usage.headroom / GIB:.2f} GiB too much"
     if usage.host_headroom < 0:
         verdict = f"{-usage.host_headroom / GIB:.2f} GiB too much for the host"
-    forecast = f", {usage.forecast.seconds:.1f} s" if usage.forecast else ""
-    pcie = f"PCIe {usage.pcie / GIB:.0f} GiB{forecast} per step"
+    seconds = f", {usage.forecast.seconds:.1f} s" if usage.forecast else ""
+    needed, capacity = usage.device_needed / GIB, usage.capacity / GIB
+    pcie = f"PCIe {usage.pcie / GIB:.0f} GiB{seconds} per step"
     return (
-        f"{trial.plan}: {usage.total / GIB:.2f} of {usage.capacity / GIB:.2f} GiB per device, host "
-        f"{usage.host_total / GIB:.2f} GiB, {pcie}: {verdict}"
+        f"{trial.plan}: {needed:.2f} of {capacity:.2f} GiB per device, host "
+        f"{usage.host_needed / GIB:.2f} GiB, {pcie}: {verdict}"
     )

@@ -6,6 +6,10 @@ checkpoint has a temporary name; only a complete checkpoint is renamed to `{dire
 Each checkpoint has a manifest with the checksums of its files. If a checkpoint is damaged, the
 checksums show this, and an older checkpoint is used. A checkpoint also contains copies of the run's
 own files, such as config.json; `repair_logs.py` restores damaged files from these copies.
+
+Orbax compresses an array before it writes the array, and reads an array before it moves the array
+to its place. It would do this with all arrays at once, which needs the memory of the state a second
+time. Therefore only a few arrays are written or read at the same time; see `checkpoint_buffer`.
 """
 
 import functools
@@ -25,7 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.distributed.host_memory import is_for_host
+from llava_jax.distributed.host_memory import MIN_CHECKPOINT_BUFFER, checkpoint_buffer, is_for_host
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.jax_compat import ORBAX_METADATA, ORBAX_UNFINISHED, is_late_callback
@@ -39,6 +43,9 @@ DAMAGED = ".damaged"
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
 """Key of the copies of the run's own files, in the dict that contains the position in the data."""
+_PIECES = ocp.SaveArgs(chunk_byte_size=2**27)
+"""An array is compressed in pieces, by several threads. Pieces of more than 32 MiB go back to the
+system as soon as they are written, because glibc maps each of them by itself."""
 _BLOCK = 2**22
 _THREADS = 8
 
@@ -74,14 +81,8 @@ class Checkpoints:
             newest = self._newest_whole()
         self._newest = broadcast_from_main(-1 if newest is None else newest)
         self._saving: int | None = None
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._complete,
-                # With asynchronous creation, Orbax waits forever if a directory cannot be created.
-                create_directories_asynchronously=False,
-            ),
-        )
+        self._buffer = MIN_CHECKPOINT_BUFFER
+        self._orbax = self._open_orbax()
 
     @property
     def latest(self) -> int | None:
@@ -107,9 +108,11 @@ class Checkpoints:
             return
         files = copy_files(self._directory.parent) if is_main_process() else {}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data | {_FILES: files})
+            state=ocp.args.StandardSave(state, jax.tree.map(lambda _: _PIECES, state)),
+            data=ocp.args.JsonSave(data | {_FILES: files}),
         )
         with self._explained(step):
+            self._bound_buffer(state)
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
         if any(map(is_for_host, jax.tree.leaves(state))):
@@ -172,6 +175,7 @@ class Checkpoints:
                 f"in the checkpoint and {here.get(path)} in this run"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        self._bound_buffer(abstract)
         return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
     def position(self) -> dict[str, Any]:
@@ -188,6 +192,32 @@ class Checkpoints:
         return self._orbax.restore(place, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
             "data"
         ]
+
+    def _bound_buffer(self, state: TrainState) -> None:
+        """Opens Orbax again if its buffer does not have the size that this state needs."""
+        buffer = checkpoint_buffer(jax.tree.leaves(state))
+        if buffer != self._buffer:
+            self._orbax.close()
+            self._buffer = buffer
+            self._orbax = self._open_orbax()
+
+    def _open_orbax(self) -> ocp.AsyncCheckpointer:
+        """Returns a checkpointer that writes or reads at most `_buffer` bytes at the same time."""
+        gigabytes: Any = self._buffer / 10**9  # Orbax names the type int, and multiplies by 10^9
+        handler = ocp.StandardCheckpointHandler(
+            save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
+        )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.StandardSave, handler)
+        handlers.add("state", ocp.args.StandardRestore, handler)
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=handlers),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._complete,
+                # With asynchronous creation, Orbax waits forever if a directory cannot be created.
+                create_directories_asynchronously=False,
+            ),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self

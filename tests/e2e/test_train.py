@@ -21,7 +21,7 @@ from llava_jax.distributed import host_memory
 from llava_jax.distributed.environment import GIB
 from llava_jax.errors import CheckpointError
 from llava_jax.planning import cache
-from llava_jax.planning.measure import REST, Usage
+from llava_jax.planning.usage import REST, Usage
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.console import Reporter
 
@@ -238,7 +238,7 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert "no plan fits into 2.0 GiB per device" in error
     assert "the closest plan is micro-batch 1, " in error
-    assert "use at least 82 such devices, or a smaller model" in error
+    assert "use at least 84 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
 
 
