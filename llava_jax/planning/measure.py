@@ -31,7 +31,8 @@ from llava_jax.jax_compat import (
     lowering_for_gpu,
 )
 from llava_jax.models.attention import attention_implementation
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
+from llava_jax.planning.beside import device_beside, devices_of_process, host_beside, outside_pool
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu, rates_of
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.planning.gpu_compiler import target_config
