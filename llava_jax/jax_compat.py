@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     import jax
@@ -292,7 +292,7 @@ def compile_for_topology(
         1,
         count,
         device_assignment=np.arange(count).reshape(1, count),
-        env_options_overrides=dict(options),
+        env_options_overrides=cast("dict[str, str]", dict(options)),
         backend=client,
     )
     executable = client.compile(
@@ -315,7 +315,7 @@ def lowering_for_gpu(capability: str) -> Iterator[None]:
         capability: Compute capability of the GPU, for example "8.6".
     """
     try:
-        from jax._src.pallas.triton import gpu_info
+        from jax._src.pallas.triton import gpu_info  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # JAX 0.10
         yield
         return

@@ -91,7 +91,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return module, entry
 
 
-def iterations(loop: Instruction, module: dict[str, Computation]) -> int:
+def iterations(loop: Instruction, module: Mapping[str, Computation]) -> int:
     """Returns the number of iterations of a while loop, or an upper bound of this number.
 
     Raises:

@@ -98,8 +98,10 @@ def measure(row: Row) -> Measured:
     config = load_config(row.config)
     usage, forecasts = _measure(config, row.plan, row.micro_size, row.device, row.count)
     resident, _ = _measure(config, (), row.micro_size, row.device, row.count)
-    known = usage.flops is not None and resident.flops is not None
-    return Measured(usage, usage.flops / resident.flops if known else math.nan, forecasts)
+    ratio = math.nan
+    if usage.flops is not None and resident.flops is not None:
+        ratio = usage.flops / resident.flops
+    return Measured(usage, ratio, forecasts)
 
 
 @functools.cache

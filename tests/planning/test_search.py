@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,8 @@ def test_terms_add_up_and_none_is_negative(measured: list[Trial]):
         assert sum(usage.host.values()) == pytest.approx(usage.host_total, rel=0.02)
         assert min(*usage.device.values(), *usage.host.values(), usage.pcie) >= 0
     totals = [trial.usage.total for trial in measured]
-    assert totals == sorted(totals, reverse=True)
+    # An update of tiny arrays in host memory has two slices on the device, nearly the whole arrays.
+    assert all(later < 1.01 * earlier for earlier, later in pairwise(totals))
 
 
 def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
