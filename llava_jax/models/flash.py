@@ -16,7 +16,7 @@ JAX 0.10.2, the newest version for Python 3.11, and with JAX 0.12:
 
 - Pallas' backend Mosaic GPU has matrix products only for 9.0 and 10.0 in JAX 0.10.2. Products for
   the other GPUs (`mosaic_gpu.mma`) came later; they are part of JAX 0.12.
-- cuDNN's packed layout (`jax._src.cudnn`) needs 9.0 or higher, and asks for the attached GPU.
+- cuDNN's packed layout is private in JAX, needs 9.0 or higher, and asks for the attached GPU.
 - jax-triton 0.4 needs Python 3.12, JAX 0.11 and the package triton.
 
 JAX's warning about the deprecation is hidden here, and `jax_compat.lowering_for_gpu` makes plans
