@@ -30,8 +30,8 @@ Options = dict[str, str | bool]
 
 CPU_OPTIONS: Options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """Options for loops over bfloat16 layers on a CPU. XLA's CPU backend slices bfloat16 arrays as
-float32. The disabled pass would move the conversion out of the loop, so that all weights would be
-copied to float32 at once."""
+float32 (always in JAX 0.10, only on some CPUs in JAX 0.12). The disabled pass would move the
+conversion out of the loop, so that all weights would be copied to float32 at once."""
 
 STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
 """Options for GPU programs that use host memory. XLA:GPU may compute wrong gradients if a loop

@@ -119,7 +119,10 @@ def test_without_its_options_the_cpu_copies_all_weights():
         text=True,
     )
     without, with_options = map(int, done.stdout.split())
-    assert without > 4 * 16 * 256 * 256 > 4 * with_options
+    weights = 4 * 16 * 256 * 256
+    assert with_options < weights / 4
+    if jax.__version_info__ < (0, 12):  # newer versions copy nothing on some CPUs
+        assert without > weights
 
 
 def test_the_plugins_read_their_variables():
