@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "parity.md"
 GROUPS = (
     *("checkpoints", "adapters", "tokens and pixels", "quantisation", "training"),
-    *("benchmarks", "sizes"),
+    *("generation", "benchmarks", "sizes"),
 )
 PACKAGES = ("llava_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
 COLUMNS = ("what", "case", "against", "measured", "largest", "limit")

@@ -1,5 +1,10 @@
 """tools/parity_report.py: rows become tables."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 
 def test_rows_become_tables(load_tool):
     tool = load_tool("parity_report")
@@ -24,3 +29,12 @@ def test_rows_become_tables(load_tool):
         "",
     ]
     assert "| step | a/b | peft 1 | seconds | 1e-07 |  |" in sizes
+
+
+def test_every_group_of_the_tests_has_a_table(load_tool: Callable[[str], ModuleType]):
+    """Otherwise the report fails after half an hour of tests."""
+    marks = re.compile(r'mark\.parity\("([^"]+)"')
+    files = (Path(__file__).parents[1]).rglob("test_*.py")
+    groups = {group for file in files for group in marks.findall(file.read_text())}
+    assert len(groups) > 3
+    assert groups <= set(load_tool("parity_report").GROUPS)
