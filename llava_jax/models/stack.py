@@ -253,8 +253,9 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
     The attention weights are copied ahead if they are frozen and in host memory. Float32 weights
     that are trained would take twice the memory, and their computation takes longer.
     """
-    is_ahead = lambda path: ATTENTION in path and path not in totals and is_hosted(values[path])
-    first = {path: x for path, x in values.items() if is_ahead(path)}
+    is_ahead = lambda path: ATTENTION in path and path not in totals
+    on_host = lambda x: any(map(is_hosted, jax.tree.leaves(x)))  # a quantized weight is a tree
+    first = {path: x for path, x in values.items() if is_ahead(path) and on_host(x)}
     return first, {path: x for path, x in values.items() if path not in first}
 
 

@@ -139,15 +139,22 @@ def find_plan(
     plans.sort(key=lambda plan: int(times_slower(plan)))
     factor = 1.0
     for left in reversed(range(MAX_TRIALS)):
+        if not plans:
+            return
         likely = [plan for plan in plans if capacity.holds(guesses[plan], factor)]
         smallest = min(plans, key=lambda plan: guesses[plan].total)
         plan = likely[0] if likely and left else smallest
         trial = Trial(plan, measure_plan(plan))
         yield trial
-        if trial.usage.fits or plan is smallest:
+        usage, guess = trial.usage, guesses[plan]
+        if usage.fits or plan is smallest:
             return
-        factor = max(factor, trial.usage.total / guesses[plan].total)
-        plans = [other for other in plans if guesses[other].total < guesses[plan].total]
+        if usage.headroom >= 0:  # only host memory is too small
+            plans = [other for other in plans if guesses[other].host_total < guess.host_total]
+            continue
+        plans = [other for other in plans if guesses[other].total < guess.total]
+        if not usage.out_of_memory:  # otherwise, the memory of the plan is unknown
+            factor = max(factor, usage.device_needed / guess.total)
 
 
 def find_cpu_plan(

@@ -285,7 +285,7 @@ def never(*_: object) -> Any:
 def know(measured: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes estimates exact."""
     exact = {
-        str(trial.plan): Estimate(trial.usage.total, trial.usage.host_total, float(number))
+        str(trial.plan): Estimate(trial.usage.device_needed, trial.usage.host_needed, 2.0**number)
         for number, trial in enumerate(measured)
     }
     monkeypatch.setattr(plan_choice, "make_estimator", lambda *_: lambda plan: exact[str(plan)])
