@@ -23,7 +23,11 @@ EQUALLY_FAST = 1.05
 factor, because estimates are not more precise."""
 
 CPU_TOKENS = 4096
-"""Largest number of tokens in a micro-batch that is chosen for a CPU. TODO"""
+"""Largest number of tokens in a micro-batch that is chosen for a CPU, if all its rows have
+`data.max_length` tokens; most rows are shorter. The fastest micro-batches have 500 to 2600 tokens:
+on 2 cores, micro-batches of 128, 512 and 2048 tokens took 0.141, 0.120 and 0.121 CPU seconds per
+step of the tiny model, and 640, 2560 and 5120 tokens took 4.75, 4.57 and 5.19 with 25M parameters
+(float32, remat "none", the same 16 and 8 samples per step)."""
 
 
 @dataclasses.dataclass(frozen=True)
