@@ -32,10 +32,11 @@ from llava_jax.distributed.host_memory import (
 from llava_jax.jax_compat import compiler_options
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
+from llava_jax.models.quant import Quantised
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[Any, ...], jax.Array]
-"""Arrays of a block or a stack, by path."""
+Leaves = dict[tuple[Any, ...], jax.Array | Quantised]
+"""Arrays and quantized weights of a block or a stack, by path."""
 
 
 class jit_for_backend:
