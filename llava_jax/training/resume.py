@@ -111,6 +111,21 @@ def check_begun(
     say("\n".join([*lines, "These changes are accepted."]))
 
 
+def begun_buckets(config: TrainConfig) -> tuple[int, ...] | None:
+    """Returns the bucket lengths that a resumed run began with.
+
+    Args:
+        config: Config of the run, whose run directory has the config.json of the earlier start.
+
+    Returns:
+        The lengths in tokens; None if the run began with another `data.packing` or another
+        `data.max_length`, for which the lengths were not chosen.
+    """
+    began = json.loads((config.run_dir / "config.json").read_text())["config"]["data"]
+    now = {"packing": config.data.packing, "max_length": config.data.max_length}
+    return tuple(began["buckets"]) if now.items() <= began.items() else None
+
+
 def _cannot_change(
     run_dir: Path, name: str, before: object, now: object, sources: tuple[str, str]
 ) -> ConfigError:

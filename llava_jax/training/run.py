@@ -43,7 +43,7 @@ from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.loop import train
 from llava_jax.training.process_agreement import agree, not_shared, run_facts
 from llava_jax.training.repair_logs import repair_objects, repair_rows
-from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
+from llava_jax.training.resume import begun_buckets, check_begun, follow_adapter, refuse_to_replace
 from llava_jax.training.run_config import describe, write_description
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import check_packages, open_trackers
@@ -133,8 +133,6 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     setup = _open(config)
     _agree_on(setup)
     mesh = make_mesh(setup.config.mesh)
-    inputs = setup.inputs.divided(data_parallel_size(mesh))
-    setup = dataclasses.replace(setup, inputs=inputs)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         _check_run_dir(setup, saved)
         if _is_finished(setup, saved):
@@ -142,16 +140,18 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             say(f"{done}; its result is in {export_dir(config)}")
             return 0
         setup = _plan(setup, mesh)
+        setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
+        say(setup.inputs.summary())
         trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
             program = _build_program(setup, mesh)
-            batches = inputs.train_batches(program.rows(config.batch.global_size))
+            batches = setup.inputs.train_batches(program.rows(config.batch.global_size))
             begin = _start if saved.latest is None else _resume
             state, frozen = begin(setup, program, saved, batches)
             state = train(
                 setup.config,
                 program,
-                inputs,
+                setup.inputs,
                 batches,
                 saved,
                 state,
@@ -227,13 +227,35 @@ def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
     inputs = setup.inputs
     check_accelerator(setup.config, setup.model_config)
     inputs.check_some()
-    say(inputs.summary())
     for line in _describe_devices(setup.config, setup.model_config, mesh):
         say(line)
     planned = plan_for_attached(
         setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
     )
-    return dataclasses.replace(setup, config=planned)
+    devices = data_parallel_size(mesh)
+    rows = devices * micro_size(planned.batch, mesh)
+    return dataclasses.replace(setup, config=planned, inputs=inputs.planned(devices, rows))
+
+
+def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
+    """Returns the setup with bucket lengths; the main process chooses them, and all others agree.
+
+    A resumed run keeps the lengths that it began with, so that it continues bit for bit.
+    """
+    config, inputs = setup.config, setup.inputs
+    if config.data.buckets != "auto":
+        return setup
+    chosen, padding = None, None
+    if is_main_process():
+        chosen = begun_buckets(config) if is_resumed else None
+        if chosen is None:
+            chosen, padding = inputs.choose_buckets(setup.total_steps)
+    lengths, padding = broadcast_from_main([chosen, padding])
+    data = dataclasses.replace(config.data, buckets=tuple(lengths))
+    inputs = inputs.with_buckets(data.buckets)
+    why = "as when the run began" if padding is None else f"padding {100 * padding:.0f} %"
+    say(f"buckets: {', '.join(map(str, inputs.spec.lengths))} ({why})")
+    return dataclasses.replace(setup, config=dataclasses.replace(config, data=data), inputs=inputs)
 
 
 def _describe_devices(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Whole runs of the program on a tiny checkpoint and a LLaVA JSON file of a dozen pictures."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from llava_jax.planning import cache
 from llava_jax.planning.usage import REST, Usage
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.console import Reporter
+from llava_jax.training.inputs import Inputs
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -80,6 +82,29 @@ def test_packing_changes_no_number(start, undisturbed: Path, workers: str):
     assert status == 0
     for one, other in zip(metrics(directory), metrics(undisturbed), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_run_chooses_its_buckets_and_keeps_them(
+    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    auto = ["--data.buckets", "auto"]
+    status, directory = start("auto", *auto)
+    assert status == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("buckets: ")]
+    (chosen,) = json.loads((directory / "config.json").read_text())["config"]["data"]["buckets"]
+    assert chosen < 96
+    assert re.fullmatch(rf"buckets: {chosen}, 96 \(padding \d+ %\)", line)
+    for one, other in zip(metrics(directory), metrics(undisturbed), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    before = metrics(directory)
+    adapter = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(directory / "checkpoints" / "4")
+    shutil.rmtree(directory / "adapter")
+    monkeypatch.setattr(Inputs, "choose_buckets", None)  # a resumed run must not choose again
+    assert start("auto", *auto)[0] == 0
+    assert f"buckets: {chosen}, 96 (as when the run began)" in capsys.readouterr().out
+    assert metrics(directory) == before
+    assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_peft_loads_the_adapter_and_computes_the_same(undisturbed: Path, base: Path):
