@@ -24,6 +24,7 @@ from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import (
     PLANNING_OPTIONS,
+    Options,
     bytes_of_too_large,
     compile_for_topology,
     compiler_options,
@@ -137,20 +138,36 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
 
 
 def compile_here(
-    config: TrainConfig, model: ModelConfig, images: int, capacity: int
+    config: TrainConfig,
+    model: ModelConfig,
+    images: int,
+    capacity: int,
+    devices: list[jax.Device] | None = None,
+    options: Options | None = None,
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
-    """Compiles a run's train step for the attached devices; see `measure_here` for the arguments.
+    """Compiles a run's train step for attached devices, and returns the compiled step too.
+
+    Args:
+        config: Config of the run; `memory` and `batch.micro_size` are the plan.
+        model: Sizes of the model.
+        images: Number of image slots per sample.
+        capacity: Memory of one device, in bytes.
+        devices: Devices to compile for; None takes all attached devices.
+        options: Options of XLA's compiler, which take precedence over the options of the run.
 
     Returns:
         The program, the compiled train step, and its memory use.
     """
-    config, program, batch = program_here(config, model, images)
-    compiled = program.trace_train_step(batch).lower().compile()
+    config, program, batch = program_here(config, model, images, devices)
+    compiled = program.trace_train_step(batch).lower().compile(options)
     return program, compiled, _usage_here(program, config, *_read(compiled), capacity)
 
 
 def program_here(
-    config: TrainConfig, model: ModelConfig, images: int
+    config: TrainConfig,
+    model: ModelConfig,
+    images: int,
+    devices: list[jax.Device] | None = None,
 ) -> tuple[TrainConfig, Program, Batch]:
     """Builds the program of a run for the attached devices; see `measure_here` for the arguments.
 
@@ -159,7 +176,8 @@ def program_here(
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
-    return config, *_program(config, model, jax.devices(), implementation, donate=False)
+    devices = jax.devices() if devices is None else devices
+    return config, *_program(config, model, devices, implementation, donate=False)
 
 
 def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
