@@ -250,9 +250,10 @@ def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
         chosen = begun_buckets(config) if is_resumed else None
         if chosen is None:
             chosen, padding = inputs.choose_buckets(setup.total_steps)
-    lengths, padding = broadcast_from_main([chosen, padding])
-    data = dataclasses.replace(config.data, buckets=tuple(lengths))
-    inputs = inputs.with_buckets(data.buckets)
+    buckets = tuple(broadcast_from_main(list(chosen or ())))
+    padding = broadcast_from_main(padding)
+    data = dataclasses.replace(config.data, buckets=buckets)
+    inputs = inputs.with_buckets(buckets)
     why = "as when the run began" if padding is None else f"padding {100 * padding:.0f} %"
     say(f"buckets: {', '.join(map(str, inputs.spec.lengths))} ({why})")
     return dataclasses.replace(setup, config=dataclasses.replace(config, data=data), inputs=inputs)
