@@ -95,10 +95,11 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.planning.check_devices import division_warnings
     from llava_jax.planning.estimate import make_estimator
     from llava_jax.planning.forecast import describe_forecast
+    from llava_jax.planning.model_sizes import sizes
     from llava_jax.planning.usage import reserve_of, usage_table
     from llava_jax.train_step.step import micro_size
 
-    model = measuring.sizes(config)
+    model = sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
     for_host = given.host_memory
     measure = lambda plan, count=given.count: dataclasses.replace(

@@ -10,13 +10,12 @@ import dataclasses
 import importlib.util
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from llava_jax.config import AttentionImplementation, ModelConfig, Parts, TrainConfig
+from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import images_in_row
 from llava_jax.distributed.host_memory import is_for_host, shard_bytes
@@ -38,8 +37,6 @@ from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.planning.gpu_compiler import target_config
 from llava_jax.planning.usage import REST, Usage
-from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.resolve import resolve
 from llava_jax.train_step.program import Program, build_program
 
 TOTAL_STEPS = 1000  # length of schedules if config.steps is None; it does not affect the memory
@@ -441,23 +438,3 @@ def images_per_row(config: TrainConfig, model: ModelConfig) -> int:
     """
     images = 1 if config.data.max_images is None else config.data.max_images
     return images_in_row(config.data, model, images)
-
-
-def sizes(config: TrainConfig) -> ModelConfig:
-    """Returns the sizes of a run's model.
-
-    The sizes come from the checkpoint `init_from`. If the checkpoint does not exist yet, the sizes
-    come from `config.model`.
-
-    Raises:
-        ConfigError: Neither `init_from` nor `model` is set.
-    """
-    source = config.init_from
-    base = source.llm if isinstance(source, Parts) else source
-    if source is not None and (config.model is None or Path(str(base)).exists()):
-        return read_config(resolve(source).base)
-    if config.model is None:
-        raise ConfigError(
-            "init_from and model are both None; set model, or set init_from to a checkpoint"
-        )
-    return config.model

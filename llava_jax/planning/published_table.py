@@ -10,6 +10,7 @@ from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
 from llava_jax.planning.devices import GPUS, Gpu
 from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.model_sizes import sizes
 from llava_jax.planning.usage import Usage
 
 
@@ -112,7 +113,7 @@ def _measure(
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
     target = measuring.find_device(device)
-    program, totals, text = measuring.compile_for(planned, measuring.sizes(config), device, count)
+    program, totals, text = measuring.compile_for(planned, sizes(config), device, count)
     usage = measuring.usage_of(
         program, planned, totals, text, target.memory, target.platform, device
     )

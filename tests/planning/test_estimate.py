@@ -11,6 +11,7 @@ from llava_jax.distributed.environment import GIB
 from llava_jax.planning import measure
 from llava_jax.planning.devices import GPUS
 from llava_jax.planning.estimate import make_estimator
+from llava_jax.planning.model_sizes import sizes
 from llava_jax.planning.published_table import ROWS, Row
 from llava_jax.planning.search import Plan
 
@@ -32,7 +33,7 @@ def figures() -> Iterator[tuple[Row, float, float]]:
 @pytest.mark.parametrize(("row", "total", "host"), list(figures()), ids=str)
 def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float):
     config = load_config(row.config)
-    model = measure.sizes(config)
+    model = sizes(config)
     build = lambda config: measure.program_for(config, model, row.device, row.count)
     estimate = make_estimator(config, model, row.count, GPUS[row.device].rates, build)
     found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
@@ -44,7 +45,7 @@ def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float
 
 def test_offloading_and_small_micro_batches_cost_time():
     config = load_config("7b_lora")
-    model = measure.sizes(config)
+    model = sizes(config)
     build = lambda config: measure.program_for(config, model, "rtx4060", 1)
     estimate = make_estimator(config, model, 1, GPUS["rtx4060"].rates, build)
     streamed = MemoryConfig(offload_optimizer=True, stream_weights=True)
