@@ -34,6 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, default=4, help=f"number of samples in a train step {shown}")
     add("--rounds", type=int, default=3, help=f"number of runs of each program {shown}")
     add("--steps", type=int, default=12, help=f"number of measured train steps in a run {shown}")
+    dtypes = ("float32", "bfloat16")
+    dtype = (
+        "dtype of transformers and PEFT. On a CPU without bfloat16 units, bfloat16 is many times "
+    )
+    add("--peer-dtype", choices=dtypes, default="float32", help=f"{dtype}slower for them {shown}")
     warmup = f"number of train steps in a run before the first measured step {shown}"
     add("--warmup", type=int, default=4, help=warmup)
     given, rest = parser.parse_known_args(argv)

@@ -109,6 +109,7 @@ def peak(model: str, recipe: TrainConfig, memory: MemoryConfig) -> Iterator[Figu
     available = available_memory()
     trainer = Trainer(sizes.case(getattr(sizes, model), recipe, memory))
     usage = trainer.usage
+    yield Figure("run", describe(trainer.case))
     yield Figure("compilation", trainer.compile_seconds, "s")
     yield Figure("planned peak", usage.total / GIB, "GiB")
     losses = [trainer.step() for _ in range(STEPS)]
@@ -119,6 +120,15 @@ def peak(model: str, recipe: TrainConfig, memory: MemoryConfig) -> Iterator[Figu
     yield Figure("measured peak", measured, "GiB", f"planned peak within {MAX_ERROR:.0%}", passed)
     yield Figure("planned host memory", usage.host_total / GIB, "GiB")
     yield Figure("decrease of MemAvailable", (available - available_memory()) / GIB, "GiB")
+
+
+def describe(case: Case) -> str:
+    """Returns the size of the decoder and of a step."""
+    llm, batch = case.model.llm, case.config.batch
+    return (
+        f"decoder of {llm.num_hidden_layers} layers of width {llm.hidden_size}; {case.samples} "
+        f"samples of {case.tokens} tokens, {batch.micro_size} in a micro-batch"
+    )
 
 
 def _losses(losses: list[float]) -> Figure:
@@ -174,6 +184,7 @@ def _time_steps(trainer: Trainer) -> tuple[list[float], float]:
 def _speeds(trainer: Trainer, seconds: float) -> Iterator[Figure]:
     """Yields the figures of a variant whose median step takes `seconds`."""
     case = trainer.case
+    yield Figure("run", describe(case))
     yield Figure("compilation", trainer.compile_seconds, "s")
     yield Figure("step", seconds, "s")
     yield Figure("tokens per second", case.samples * case.tokens / seconds, "tokens/s")

@@ -30,9 +30,8 @@ def check_accelerator(config: TrainConfig, model: ModelConfig) -> None:
         ConfigError: JAX has found no accelerator, the model has more than `MAX_CPU_PARAMETERS`
             parameters, and the environment variable JAX_PLATFORMS does not name the CPU.
     """
-    if jax.default_backend() != "cpu" or "cpu" in (
-        getattr(jax.config, "jax_platforms", None) or ""
-    ).split(","):
+    chosen = jax.config.values["jax_platforms"] or ""
+    if jax.default_backend() != "cpu" or "cpu" in chosen.split(","):
         return
     count = sum(map(math.prod, _shapes(config, model).values()))
     if count <= MAX_CPU_PARAMETERS:

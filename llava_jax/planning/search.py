@@ -22,12 +22,12 @@ EQUALLY_FAST = 1.05
 """Plans are regarded as equally fast if their estimated durations differ by less than about this
 factor, because estimates are not more precise."""
 
-CPU_TOKENS = 4096
+CPU_TOKENS = 512
 """Largest number of tokens in a micro-batch that is chosen for a CPU, if all its rows have
-`data.max_length` tokens; most rows are shorter. The fastest micro-batches have 500 to 2600 tokens:
-on 2 cores, micro-batches of 128, 512 and 2048 tokens took 0.141, 0.120 and 0.121 CPU seconds per
-step of the tiny model, and 640, 2560 and 5120 tokens took 4.75, 4.57 and 5.19 with 25M parameters
-(float32, remat "none", the same 16 and 8 samples per step)."""
+`data.max_length` tokens. The activations of larger micro-batches leave the caches, and allocating
+them anew in each step takes time too. A step of the demo (16 samples of about 110 tokens, remat
+"none", 2 cores) took 0.195, 0.119, 0.086 and 0.097 CPU seconds with micro-batches of 16, 8, 4 and 2
+samples. With 25M parameters and samples of 640 tokens, 1 to 16 samples differ by 5 %."""
 
 
 @dataclasses.dataclass(frozen=True)

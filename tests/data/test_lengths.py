@@ -75,7 +75,7 @@ def test_many_records_are_estimated_from_a_few(encoder):
     wanted = exact(records, encoder)
     good = wanted > 0
     np.testing.assert_allclose(found[good], wanted[good], rtol=0.1, atol=4)
-    assert found.max() == wanted.max() == 300
+    assert found.max() == pytest.approx(wanted.max(), rel=0.01)
 
 
 def test_texts_without_spaces_have_the_lengths_of_others(encoder):

@@ -31,7 +31,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_both_programs_have_the_same_samples(tool: ModuleType, tmp_path: Path):
     """Tokens, labels and, to less than two levels of 255, pixels."""
     peer_loop = importlib.import_module("speed.peer_loop")
-    tool.prepare(tmp_path, SMALL, (20, 60), 4)
+    tool.prepare(tmp_path, SMALL, (20, 60), 4, "float32")
     case = load_case(tmp_path)
     inputs = open_inputs(case.config, *find_model(case.config, tmp_path / BASE))
     batches = inputs.train_batches()
@@ -52,7 +52,7 @@ def test_both_programs_have_the_same_samples(tool: ModuleType, tmp_path: Path):
 
 @pytest.mark.slow
 def test_both_programs_train(tool: ModuleType):
-    given = argparse.Namespace(batch=2, rounds=1, warmup=1, steps=3)
+    given = argparse.Namespace(batch=2, rounds=1, warmup=1, steps=3, peer_dtype="float32")
     found = tool.compare(SMALL, (20, 60), given, ["--data.workers", "0"])
     assert found.ours > 0
     assert found.theirs > 0

@@ -76,7 +76,7 @@ def compare(
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        prepare(directory, model, words, given.batch)
+        prepare(directory, model, words, given.batch, given.peer_dtype)
         ours, theirs, buckets = [], [], ""
         for number in range(given.rounds):
             rows, buckets = run_ours(directory, number, given, options)
@@ -90,7 +90,9 @@ def median_speed(rows: list[dict[str, Any]]) -> float:
     return statistics.median(row["tokens"] / row["seconds"] for row in rows)
 
 
-def prepare(directory: Path, model: ModelConfig, words: tuple[int, int], batch: int) -> None:
+def prepare(
+    directory: Path, model: ModelConfig, words: tuple[int, int], batch: int, peer_dtype: Any
+) -> None:
     """Writes the model, the first adapter, the data and the config.
 
     The words and the tokens are those of the package's tiny LLaVA.
@@ -102,7 +104,8 @@ def prepare(directory: Path, model: ModelConfig, words: tuple[int, int], batch: 
     write_data(directory, words)
     model = dataclasses.replace(model, image_token_id=3, pad_token_id=4)
     loaded = load_config(config)  # transformers recomputes nothing by default
-    theirs = dataclasses.replace(loaded, memory=MemoryConfig(remat="none"))
+    memory = MemoryConfig(remat="none")
+    theirs = dataclasses.replace(loaded, memory=memory, dtype=peer_dtype)
     write_start(Case(theirs, model, 0), directory, with_adapter=True)
     save_processor(TINY, directory / BASE, model)
     side = model.vision.image_size
