@@ -49,6 +49,10 @@ copies from or to host memory that are in progress at a time; by default (2), mo
 wait. The compiler for TPUs needs no option for this."""
 
 
+NO_OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+"""Options that take back `OVERLAP_OPTIONS`, to measure their effect."""
+
+
 def compiler_options(
     platform: str, *, dtype: str = "bfloat16", uses_host: bool = False, devices: int = 1
 ) -> Options | None:

@@ -168,7 +168,7 @@ def save_memory() -> Iterator[Figure]:
     keys = jax.random.split(jax.random.key(0), SAVED_ARRAYS)
     arrays = {f"moment{i}": jax.device_put(draw(key), on_host) for i, key in enumerate(keys)}
     step = jax.device_put(jnp.ones((), jnp.int32), on_device)
-    state = jax.block_until_ready(TrainState(step, arrays, (), keys))
+    state = jax.block_until_ready(TrainState(step, arrays, (), jax.random.key_data(keys[0])))
     with (
         tempfile.TemporaryDirectory() as name,
         Checkpoints(Path(name) / "checkpoints", CheckpointConfig()) as saved,
