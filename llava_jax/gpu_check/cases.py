@@ -81,7 +81,6 @@ class Sizes:
         dtype: Dtype of the computation of `large` and `medium`.
         pool_block: Bytes of one array in the check of pinned memory.
         pool_blocks: Number of arrays in the check of pinned memory.
-        saved: Bytes of the train state in the check of a save.
     """
 
     compared: tuple[tuple[TrainConfig, str, MemoryConfig], ...]
@@ -96,7 +95,6 @@ class Sizes:
     dtype: str
     pool_block: int
     pool_blocks: int
-    saved: int
 
     def case(self, model: ModelConfig, recipe: TrainConfig, memory: MemoryConfig) -> Case:
         """Returns a run of `large` or `medium` with two micro-batches per step."""
@@ -131,7 +129,6 @@ ON_GPU = Sizes(
     dtype="bfloat16",
     pool_block=2**28,
     pool_blocks=18,
-    saved=2**31,
 )
 ON_CPU = Sizes(
     compared=((FULL, "float32", HOSTED),),
@@ -146,7 +143,6 @@ ON_CPU = Sizes(
     dtype="float32",
     pool_block=2**22,
     pool_blocks=18,
-    saved=2**26,
 )
 
 

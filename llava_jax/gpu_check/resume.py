@@ -26,7 +26,7 @@ from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.host_memory import PINNED_HOST
 from llava_jax.errors import RunError
-from llava_jax.gpu_check.cases import FULL, HOSTED, SMALL, sizes_here
+from llava_jax.gpu_check.cases import FULL, HOSTED, SMALL
 from llava_jax.gpu_check.machine import MemoryWatch
 from llava_jax.gpu_check.results import Figure
 from llava_jax.train_step.step import TrainState
@@ -37,7 +37,7 @@ SAMPLES, TOTAL_STEPS, EVERY, KILLED_AFTER = 16, 16, 4, 4
 which the run is killed."""
 
 POLL_SECONDS = 0.005
-SAVED_ARRAYS = 8
+SAVED_BYTES, SAVED_ARRAYS = 2**31, 8
 MAX_SAVE_SHARE = 0.25
 """Largest additional host memory that a save may take, relative to the saved state."""
 
@@ -160,7 +160,7 @@ def _weights(run_dir: Path) -> dict[str, bytes]:
 
 def save_memory() -> Iterator[Figure]:
     """Measures the host memory that a save of state in pinned host memory takes."""
-    size = sizes_here().saved
+    size = SAVED_BYTES
     on_device = SingleDeviceSharding(jax.devices()[0])
     on_host = SingleDeviceSharding(jax.devices()[0], memory_kind=PINNED_HOST)
     # Random values, because zeros would be compressed to nothing.
