@@ -13,12 +13,15 @@ JAX is imported inside the functions, because some of these names are needed bef
 imported.
 """
 
+import ctypes
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
 
 if TYPE_CHECKING:
     import jax
@@ -365,6 +368,45 @@ def is_out_of_memory(message: str) -> bool:
     XLA:GPU allocates memory while it compiles, because it executes kernels to compare their speed.
     """
     return message.startswith("RESOURCE_EXHAUSTED")
+
+
+COPYING_PLATFORMS = ("gpu",)
+"""Platforms on which `readable_in_place` has an effect. On CPUs, JAX copies nothing."""
+
+
+def readable_in_place(array: "jax.Array") -> "jax.Array":
+    """Returns an array with the same memory, which NumPy reads without copying it.
+
+    JAX copies an array in pinned memory of a GPU when it becomes a NumPy array, and keeps the copy
+    until the array is deleted (measured with JAX 0.11.2 on an H200). If the private attribute
+    `_npy_value` is set, JAX returns this instead. The given array is not changed. The result, and
+    NumPy arrays made from it, must not be used after the given array is deleted or donated.
+
+    Args:
+        array: Array in host memory. Arrays of other platforms than GPUs are returned as they are.
+    """
+    import jax
+
+    shards: list[Any] = [shard.data for shard in array.addressable_shards]
+    if shards[0].device.platform not in COPYING_PLATFORMS:
+        return array
+    same = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+    for shard in same.addressable_shards:
+        data: Any = shard.data
+        data._npy_value = memory_of(data)
+    return same
+
+
+def memory_of(shard: "jax.Array") -> np.ndarray:
+    """Returns the memory of an array in host memory as a NumPy array that cannot be written.
+
+    Args:
+        shard: Array that is on one device.
+    """
+    memory = (ctypes.c_uint8 * shard.nbytes).from_address(shard.unsafe_buffer_pointer())
+    values = np.frombuffer(memory, shard.dtype).reshape(shard.shape)
+    values.flags.writeable = False
+    return values
 
 
 # The text of compiled modules -------------------------------------------------------------------

@@ -13,8 +13,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from several_processes import free_port, several
 
 from llava_jax import jax_compat
@@ -361,3 +363,21 @@ def test_orbax_names_checkpoints_as_expected(tmp_path: Path):
         saver.wait_until_finished()
     assert any(name.startswith(f"5{jax_compat.ORBAX_UNFINISHED}") for name in seen), seen
     assert (tmp_path / "5" / jax_compat.ORBAX_METADATA).is_file()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_numpy_reads_pinned_arrays_in_place(devices: int, monkeypatch: pytest.MonkeyPatch):
+    """With bfloat16, because NumPy always reads float32 arrays of a CPU in place."""
+    monkeypatch.setattr(jax_compat, "COPYING_PLATFORMS", ("cpu",))
+    mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+    rows = NamedSharding(mesh, PartitionSpec("x"), memory_kind="pinned_host")
+    array = jax.device_put(jnp.arange(64.0).reshape(4, 16).astype(jnp.bfloat16), rows)
+    expected = np.asarray(array)
+    same = jax_compat.readable_in_place(array)
+    for shard, original in zip(same.addressable_shards, array.addressable_shards, strict=True):
+        found = np.asarray(shard.data)
+        assert found.ctypes.data == original.data.unsafe_buffer_pointer()
+        np.testing.assert_array_equal(found, expected[shard.index])
+        assert not found.flags.writeable
+        assert found is shard.data._npy_value
+        assert original.data._npy_value is None

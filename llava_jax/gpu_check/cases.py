@@ -115,11 +115,10 @@ ON_GPU = Sizes(
     compared=(
         *((recipe, "bfloat16", HOSTED) for recipe in RECIPES),
         (LORA, "bfloat16", INPUTS_HOSTED),
-        *((recipe, "float32", HOSTED) for recipe in RECIPES),
-        (LORA, "float32", INPUTS_HOSTED),
+        (FULL, "float32", HOSTED),
     ),
     evaluated=((LORA, "bfloat16", HOSTED), (QLORA, "bfloat16", HOSTED)),
-    kernels=("plain", "cudnn", "flash"),
+    kernels=("cudnn", "flash", "plain"),
     tokens=1024,
     large=SHAPES["7b"],
     medium=SHAPES["1b"],

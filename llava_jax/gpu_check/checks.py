@@ -14,7 +14,7 @@ _peak = lambda *run: partial(training.peak, *run)
 CHECKS = (
     Check("machine", "versions, device and host", 40, machine.describe_machine),
     Check("gradients", "gradients, streamed against resident", 135, correctness.gradients),
-    Check("attention", "attention kernels against attention written out", 45,
+    Check("attention", "attention kernels against attention written out", 60,
           correctness.attention),
     Check("evaluation", "evaluation step, streamed against resident", 45, correctness.evaluation),
     Check("pinned_pool", "pinned pool against asked bytes", 40, machine.pinned_pool),
@@ -27,7 +27,7 @@ CHECKS = (
           _peak("large", QLORA, OPTIMIZER_HOSTED)),
     Check("speed", "speed of LoRA, resident and streamed", 150, training.speed),
     Check("resume", "kill and resume, bit for bit", 90, resume.kill_and_resume),
-    Check("save", "host memory of a save", 40, resume.save_memory),
+    Check("save", "host memory of a save and a restore", 40, resume.save_memory),
 )  # fmt: skip
 """Checks in the order in which they run, with time limits in seconds. The limits are guesses,
 and their sum may exceed the time of the command: a check that ends early leaves its time to the

@@ -39,7 +39,7 @@ which the run is killed."""
 POLL_SECONDS = 0.005
 SAVED_BYTES, SAVED_ARRAYS = 2**31, 8
 MAX_SAVE_SHARE = 0.25
-"""Largest additional host memory that a save may take, relative to the saved state."""
+"""Largest additional host memory that a save or a restore may take, relative to the state."""
 
 
 def kill_and_resume() -> Iterator[Figure]:
@@ -159,16 +159,21 @@ def _weights(run_dir: Path) -> dict[str, bytes]:
 
 
 def save_memory() -> Iterator[Figure]:
-    """Measures the host memory that a save of state in pinned host memory takes."""
-    size = SAVED_BYTES
+    """Measures the host memory that a save and a restore of state in pinned host memory take."""
     on_device = SingleDeviceSharding(jax.devices()[0])
     on_host = SingleDeviceSharding(jax.devices()[0], memory_kind=PINNED_HOST)
     # Random values, because zeros would be compressed to nothing.
-    draw = jax.jit(lambda key: jax.random.normal(key, (size // SAVED_ARRAYS // 4096, 1024)))
+    draw = jax.jit(lambda key: jax.random.normal(key, (SAVED_BYTES // SAVED_ARRAYS // 4096, 1024)))
     keys = jax.random.split(jax.random.key(0), SAVED_ARRAYS)
     arrays = {f"moment{i}": jax.device_put(draw(key), on_host) for i, key in enumerate(keys)}
     step = jax.device_put(jnp.ones((), jnp.int32), on_device)
-    state = jax.block_until_ready(TrainState(step, arrays, (), jax.random.key_data(keys[0])))
+    state = TrainState(step, arrays, (), jax.random.key_data(keys[0]))
+    del arrays
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    expected = _checksums(jax.block_until_ready(state))
+    yield Figure("state", SAVED_BYTES / GIB, "GiB")
     with (
         tempfile.TemporaryDirectory() as name,
         Checkpoints(Path(name) / "checkpoints", CheckpointConfig()) as saved,
@@ -177,10 +182,29 @@ def save_memory() -> Iterator[Figure]:
         with MemoryWatch() as memory:
             saved.save(state, {})
             saved.wait()
-        seconds = time.perf_counter() - start
-    yield Figure("saved state", size / GIB, "GiB")
-    yield Figure("save", seconds, "s")
-    grown, expected = memory.resident / size, f"at most {MAX_SAVE_SHARE:g}"
-    what = "growth of the resident memory, relative to the state"
-    yield Figure(what, grown, "", expected, grown <= MAX_SAVE_SHARE)
-    yield Figure("decrease of MemAvailable, relative to the state", memory.taken / size)
+        yield from _taken("save", memory, time.perf_counter() - start)
+        start = time.perf_counter()
+        with MemoryWatch() as memory:
+            jax.tree.map(lambda x: x.delete(), state)  # the restored state takes its place
+            state, _ = saved.restore(abstract)
+            jax.block_until_ready(state)
+        yield from _taken("restore", memory, time.perf_counter() - start)
+    equal = _checksums(state) == expected
+    yield Figure("restored state", "equal" if equal else "differs", "", "bit for bit", equal)
+
+
+def _checksums(state: TrainState) -> list[int]:
+    """Returns a checksum of each array, which is computed on the device."""
+    add = jax.jit(lambda x: jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32)))
+    on_device = SingleDeviceSharding(jax.devices()[0])
+    return [int(add(jax.device_put(x, on_device))) for x in jax.tree.leaves(state)]
+
+
+def _taken(what: str, memory: MemoryWatch, seconds: float) -> Iterator[Figure]:
+    """Yields the duration of a save or a restore, and the memory that it takes."""
+    yield Figure(what, seconds, "s")
+    grown, expected = memory.resident / SAVED_BYTES, f"at most {MAX_SAVE_SHARE:g}"
+    name = f"{what}: growth of the resident memory, relative to the state"
+    yield Figure(name, grown, "", expected, grown <= MAX_SAVE_SHARE)
+    name = f"{what}: decrease of MemAvailable, relative to the state"
+    yield Figure(name, memory.taken / SAVED_BYTES)

@@ -77,28 +77,24 @@ def device_beside(
     }
 
 
-def host_beside(program: Program, batch: Batch, temporary: int) -> dict[str, int]:
+def host_beside(program: Program, batch: Batch) -> dict[str, int]:
     """Returns the host memory that a run needs beside its train step, in bytes by term.
 
-    To save a checkpoint, Orbax copies the state on the device to host memory. The copy is in the
-    same pool as the arrays in host memory, so it can use the memory of the step's temporaries. In
-    addition, Orbax compresses some arrays at the same time. To restore a checkpoint, Orbax has the
-    compressed and the decompressed bytes of these arrays, while there are no temporaries.
+    To save a checkpoint, Orbax copies the state on the device to host memory, and compresses some
+    arrays at the same time. To restore a checkpoint, Orbax has the compressed and the decompressed
+    bytes of these arrays. The copies of a checkpoint are not in the pool of pinned memory.
 
     Args:
         program: Program of the run.
         batch: Shapes of a train batch.
-        temporary: Bytes of the train step's temporaries in host memory, per device.
     """
     state = jax.tree.leaves(program.state)
     copied = sum(shard_bytes(leaf) for leaf in state if not is_for_host(leaf))
     buffer = checkpoint_buffer(state) // devices_of_process(program.mesh)
-    save = buffer + max(copied - temporary, 0)
-    restore = 2 * buffer - temporary
     return {
         NEXT_BATCH: _bytes(batch, on_host=True),
         EVALUATION: 0,
-        CHECKPOINT: max(save, restore),
+        CHECKPOINT: buffer + max(copied, buffer),
     }
 
 

@@ -150,9 +150,10 @@ class _Clock:
         if opcode in FREE:
             return
         moved = _moved(instruction, scope)
-        started = NAME.findall(instruction.operands)[:1] if opcode.endswith("-done") else []
-        if started and started[0] in self._copies:
-            self._wait(self._copies.pop(started[0]))
+        if opcode.endswith("-done"):
+            started = NAME.findall(instruction.operands)[0]
+            if started in self._copies:  # else it is computation, which is counted at its start
+                self._wait(self._copies.pop(started))
         elif moved and opcode.endswith("-start"):
             self._copies[instruction.name] = self._start(*moved)
         elif moved:
@@ -191,17 +192,23 @@ def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | No
         return BETWEEN, sum(map(nbytes, arrays))
     if opcode in ("while", "conditional", "call") or opcode.endswith("-done"):
         return None
-    result = instruction.shape
-    if instruction.opcode == "fusion-start":  # the shape is ((operands), result, state)
-        result = result.partition("), ")[2]
-    elif instruction.opcode == "copy-start":  # the shape is (result, operand, state)
-        result = result.partition("]")[0] + "]" + result.partition("]")[2].partition("}")[0]
+    result = _result(instruction)
     to_host = HOST_SPACE in result
     if not to_host and not any(HOST_SPACE in array for array in arrays):
         return None
     found = [array for shape in (*arrays, result) for array in ARRAY.finditer(shape)]
     sizes = [nbytes(array[0]) for array in found if array[2]]  # an index has no dimensions
     return (TO_HOST if to_host else FROM_HOST), min(sizes)
+
+
+def _result(instruction: Instruction) -> str:
+    """Returns the shape of an instruction's result, also if the instruction is asynchronous."""
+    shape = instruction.shape
+    if instruction.opcode == "fusion-start":  # the shape is ((operands), result, state)
+        return shape.partition("), ")[2]
+    if instruction.opcode == "copy-start":  # the shape is (result, operand, state)
+        return shape.partition("]")[0] + "]" + shape.partition("]")[2].partition("}")[0]
+    return shape
 
 
 def _seconds(
@@ -236,7 +243,7 @@ def _traffic(
         for x in body.values()
         if x.opcode == "dynamic-update-slice"
     ]
-    written = sum(updates) if updates else nbytes(instruction.shape)
+    written = sum(updates) if updates else nbytes(_result(instruction))
     return read + written
 
 

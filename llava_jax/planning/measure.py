@@ -380,7 +380,7 @@ def usage_of(
         capacity,
         flops,
         device_beside=device_beside(program, config, batch, device[REST]),
-        host_beside=host_beside(program, batch, host["gradients"] + host[REST]),
+        host_beside=host_beside(program, batch),
         outside=outside_pool(platform, name, program.mesh.size),
         pooled=devices_of_process(program.mesh) if platform == "gpu" else 0,
         forecast=guess,

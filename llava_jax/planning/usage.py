@@ -4,6 +4,7 @@ import dataclasses
 
 from llava_jax.distributed.environment import GIB, HOST_SHARE, RESERVE_SHARE
 from llava_jax.jax_compat import pinned_pool
+from llava_jax.planning.beside import CHECKPOINT
 from llava_jax.planning.forecast import Forecast
 
 REST = "activations and temporaries"  # the term of a `Usage` for all other memory
@@ -93,8 +94,11 @@ class Usage:
         """
         if not self.pooled:
             return 0
-        pool = pinned_pool(self.host_needed * self.pooled) // self.pooled
-        return max(min(pool, self.host_capacity or pool) - self.host_needed, 0)
+        checkpoint = self.host_beside.get(CHECKPOINT, 0)  # not in the pool
+        pinned = self.host_needed - checkpoint
+        pool = pinned_pool(pinned * self.pooled) // self.pooled
+        most = pool if self.host_capacity is None else self.host_capacity - checkpoint
+        return max(min(pool, most) - pinned, 0)
 
     @property
     def host_headroom(self) -> int:

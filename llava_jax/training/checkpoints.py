@@ -32,7 +32,12 @@ from llava_jax.config import CheckpointConfig
 from llava_jax.distributed.host_memory import MIN_CHECKPOINT_BUFFER, checkpoint_buffer, is_for_host
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
-from llava_jax.jax_compat import ORBAX_METADATA, ORBAX_UNFINISHED, is_late_callback
+from llava_jax.jax_compat import (
+    ORBAX_METADATA,
+    ORBAX_UNFINISHED,
+    is_late_callback,
+    readable_in_place,
+)
 from llava_jax.train_step.step import TrainState
 from llava_jax.training.repair_logs import copy_files
 
@@ -107,15 +112,17 @@ class Checkpoints:
         if step == self.latest:
             return
         files = copy_files(self._directory.parent) if is_main_process() else {}
+        hosted = any(map(is_for_host, jax.tree.leaves(state)))
+        readable = jax.tree.map(lambda x: readable_in_place(x) if is_for_host(x) else x, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state, jax.tree.map(lambda _: _PIECES, state)),
+            state=ocp.args.PyTreeSave(readable, jax.tree.map(lambda _: _PIECES, state)),
             data=ocp.args.JsonSave(data | {_FILES: files}),
         )
         with self._explained(step):
             self._bound_buffer(state)
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
-        if any(map(is_for_host, jax.tree.leaves(state))):
+        if hosted:
             self.wait()  # Orbax writes arrays in host memory without copying them first
 
     def clear(self) -> None:
@@ -163,7 +170,7 @@ class Checkpoints:
         checkpoint = self._directory / str(self._newest)
         # Compare the shapes before Orbax reads an array: if a restore fails, some of Orbax's reads
         # continue in the background and raise errors later, in unrelated code.
-        saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
+        saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
         there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
         here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
         if other := sorted(dict(there.items() ^ here.items())):
@@ -174,7 +181,8 @@ class Checkpoints:
                 f"{len(other)} parameters differ; for example, {path} has shape {there.get(path)} "
                 f"in the checkpoint and {here.get(path)} in this run"
             )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=places))
         self._bound_buffer(abstract)
         return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
@@ -204,12 +212,15 @@ class Checkpoints:
     def _open_orbax(self) -> ocp.AsyncCheckpointer:
         """Returns a checkpointer that writes or reads at most `_buffer` bytes at the same time."""
         gigabytes: Any = self._buffer / 10**9  # Orbax names the type int, and multiplies by 10^9
-        handler = ocp.StandardCheckpointHandler(
-            save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
+        handler = ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=gigabytes,
+            restore_concurrent_gb=gigabytes,
+            # XLA's pool of pinned memory would grow by more than the copies of device arrays.
+            enable_pinned_host_transfer=False,
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.StandardSave, handler)
-        handlers.add("state", ocp.args.StandardRestore, handler)
+        handlers.add("state", ocp.args.PyTreeSave, handler)
+        handlers.add("state", ocp.args.PyTreeRestore, handler)
         return ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(handler_registry=handlers),
             async_options=ocp.options.AsyncOptions(

@@ -249,9 +249,11 @@ def test_the_speed_is_measured():
 def test_the_memory_of_a_save_is_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(resume, "SAVED_BYTES", 2**26)
     found = by_name(named("save")())
-    share = found["growth of the resident memory, relative to the state"].value
-    assert isinstance(share, float)
-    assert 0 <= share < 3
+    for what in ("save", "restore"):
+        share = found[f"{what}: growth of the resident memory, relative to the state"].value
+        assert isinstance(share, float)
+        assert 0 <= share < 3
+    assert found["restored state"].passed
 
 
 RUN = """
