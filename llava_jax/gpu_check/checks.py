@@ -27,7 +27,7 @@ CHECKS = (
           _peak("large", QLORA, OPTIMIZER_HOSTED)),
     Check("speed", "speed of LoRA, resident and streamed", 150, training.speed),
     Check("resume", "kill and resume, bit for bit", 90, resume.kill_and_resume),
-    Check("save", "host memory of a save and a restore", 40, resume.save_memory),
+    Check("save", "host memory of a save and a restore", 60, resume.save_memory),
 )  # fmt: skip
 """Checks in the order in which they run, with time limits in seconds. The limits are guesses,
 and their sum may exceed the time of the command: a check that ends early leaves its time to the
