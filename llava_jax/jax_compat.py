@@ -14,6 +14,7 @@ imported.
 """
 
 import ctypes
+import importlib.metadata
 import logging
 import re
 import warnings
@@ -36,11 +37,20 @@ CPU_OPTIONS: Options = {"xla_disable_hlo_passes": "while-loop-invariant-code-mot
 float32 (always in JAX 0.10, only on some CPUs in JAX 0.12). The disabled pass would move the
 conversion out of the loop, so that all weights would be copied to float32 at once."""
 
-STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
-"""Options for GPU programs that use host memory. XLA:GPU may compute wrong gradients if a loop
-slices an array in host memory from its end to its start, because the disabled pass annotates such
-slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `llava-jax gpu-check` compares the
-gradients on a real GPU."""
+_RIGHT_SLICES = (0, 11, 2)  # first version of jaxlib in which the pass below is right
+
+STREAMING_OPTIONS: Options = (
+    {}
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:3])) >= _RIGHT_SLICES
+    else {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
+)
+"""Options for GPU programs that use host memory.
+
+The pass annotates slices of arrays in host memory, so that the GPU's copy engine copies them. In
+jaxlib 0.10.2, the pass is wrong for a loop that slices from the end of an array to its start, or
+one layer ahead; the gradients would be wrong without an error (openxla/xla #46231, #46308). Without
+the pass, a kernel copies the slices, and no other kernel runs beside it: on an H200, a streamed
+step took as long as its copies and its computation together."""
 
 OVERLAP_OPTIONS: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -410,6 +420,9 @@ def memory_of(shard: "jax.Array") -> np.ndarray:
 
 
 # The text of compiled modules -------------------------------------------------------------------
+
+COPY_ENGINE = "dynamic_slice_config"
+"""Part of the text of a slice that the GPU's copy engine copies; see `STREAMING_OPTIONS`."""
 
 HOST_SPACE = "S(5)"
 """Part of the shape of an array in host memory, in the text of a module for GPUs or TPUs."""

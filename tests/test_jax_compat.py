@@ -22,6 +22,7 @@ from several_processes import free_port, several
 from llava_jax import jax_compat
 from llava_jax.distributed import multihost
 from llava_jax.models.flash import segment_attention
+from llava_jax.planning.gpu_compiler import PLUGINS
 
 PACKAGE = Path(jax_compat.__file__).parent
 PRIVATE = re.compile(
@@ -61,10 +62,12 @@ def test_no_other_module_has_such_a_name():
     assert {name: names for name, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize("name", ["CPU", "STREAMING", "OVERLAP", "PLANNING"])
+@pytest.mark.parametrize("name", ["CPU", "STREAMING", "OVERLAP", "NO_OVERLAP", "PLANNING"])
 def test_xla_knows_the_options(name: str):
     """XLA refuses an option that it does not know, but no unknown value."""
     options = getattr(jax_compat, f"{name}_OPTIONS")
+    if not options:
+        pytest.skip("the installed version needs none")
     jax.jit(jnp.sin, compiler_options=options).lower(1.0).compile()
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(jnp.sin, compiler_options={f"{next(iter(options))}_x": True}).lower(1.0).compile()
@@ -133,11 +136,67 @@ def test_the_plugins_read_their_variables():
     assert holds(plugin, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
 
 
-def test_the_pass_that_streaming_switches_off_is_there():
-    """Whether it still computes wrong gradients is tested on a GPU, by tools/gpu_check.py."""
+def test_the_plugin_for_gpus_knows_its_names():
     file = gpu_library("xla_cuda_plugin.so")
-    assert holds(file, jax_compat.STREAMING_OPTIONS["xla_disable_hlo_passes"])
+    assert holds(file, "dynamic-slice-annotator")
+    assert holds(file, jax_compat.COPY_ENGINE)
     assert holds(file, jax_compat.PINNED_MEMORY_GB)
+
+
+LAYERS, BYTES = 8, 4 * 256 * 256
+SLICES = """
+import re, sys
+from llava_jax.distributed.environment import prepare_for_planning
+prepare_for_planning()
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from llava_jax import jax_compat
+from llava_jax.distributed.host_memory import fetch, layer_at, loop_with_prefetch
+from llava_jax.planning.devices import GPUS
+from llava_jax.planning.gpu_compiler import target_config
+
+def forwards(x, stack):
+    step = lambda x, index: (jnp.tanh(x @ fetch(layer_at(stack, index + 1))), None)
+    return jax.lax.scan(step, x, np.arange({layers}, dtype=np.int32))[0]
+
+def backwards(x, stack):
+    load = lambda index, _: fetch(layer_at(stack, {layers} - 1 - index))
+    return loop_with_prefetch({layers}, load, lambda _, here, ahead, x: jnp.tanh(x @ here), x)
+
+cpu = jax.devices()[0]
+on_host = SingleDeviceSharding(cpu, memory_kind="pinned_host")
+shapes = (
+    jax.ShapeDtypeStruct((256, 256), jnp.float32),
+    jax.ShapeDtypeStruct(({layers}, 256, 256), jnp.float32, sharding=on_host),
+)
+target = topologies.get_topology_desc(
+    platform="cuda", topology_name="target", target_config=target_config(GPUS["rtx3090"]),
+    topology="1x1x1",
+)
+options = jax_compat.PLANNING_OPTIONS | jax_compat.compiler_options("gpu", uses_host=True)
+for run in (forwards, backwards):
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    text = jax_compat.compile_for_topology(lowered, target.devices, options)[1]
+    lines = [line for line in text.splitlines() if " dynamic-slice(" in line]
+    found = [dict(re.findall(r'"(byte_[a-z]+)":"(-?[0-9]+)"', line)) for line in lines]
+    print(*(f"{{x.get('byte_offset')}},{{x.get('byte_stride')}}" for x in found if x))
+"""
+
+
+@pytest.mark.skipif(not any(find_spec(x.module) for x in PLUGINS), reason="needs cuda12 or cuda13")
+def test_slices_of_host_memory_that_the_copy_engine_copies_are_right():
+    """The next layer, towards the end and towards the start; see STREAMING_OPTIONS."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES.format(layers=LAYERS)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    forwards, backwards = (line.split() for line in done.stdout.splitlines())
+    if jax_compat.STREAMING_OPTIONS:
+        assert forwards == backwards == []
+    else:
+        assert f"{BYTES},{BYTES}" in forwards
+        assert f"{(LAYERS - 2) * BYTES},{-BYTES}" in backwards
 
 
 PLUGIN = """

@@ -7,6 +7,7 @@ stops with an error (openxla/xla #47362, #47380, #34565).
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -104,18 +105,21 @@ def fetch(tree: Tree) -> Tree:
 
 def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
     """Returns slice number `index` of length `size` along axis 0, in the memory of x."""
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, allow_negative_indices=False)
 
 
 def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
     """Returns x with slice number `index` along axis 0 replaced by `new`, in the memory of x."""
     new = move(new, jax.typeof(x).memory_space)
-    return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
+    start = (index * new.shape[0], *[0] * (x.ndim - 1))
+    return jax.lax.dynamic_update_slice(x, new, start, allow_negative_indices=False)
 
 
 def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
     """Returns layer number `index` of stacked arrays, in the memory of the stacks."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    take = partial(
+        jax.lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False
+    )
     return jax.tree.map(take, stacks)
 
 
@@ -148,7 +152,7 @@ def loop_with_prefetch(
 
     def step(index: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
         carry, here = both
-        ahead = load(jnp.minimum(index + 1, count - 1), carry)
+        ahead = load(index + 1, carry)
         return body(index, here, ahead, carry), ahead
 
     return jax.lax.fori_loop(0, count, step, (carry, load(jnp.zeros((), jnp.int32), carry)))[0]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -188,7 +189,7 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     ) -> tuple[jax.Array, PyTree]:
         first, others = _first_used(values, totals)
         indices = _indices(values)
-        load = lambda index: fetch(layer_at(first, jnp.minimum(index, len(indices) - 1)))
+        load = lambda index: fetch(layer_at(first, index))
 
         def body(
             carry: tuple[jax.Array, Leaves], layer: tuple[Leaves, jax.Array]
@@ -260,6 +261,10 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
     return first, {path: x for path, x in values.items() if path not in first}
 
 
-def _indices(values: Leaves) -> Int[Array, "L"]:
-    """Returns the layer indices of a stack."""
-    return jnp.arange(next(iter(values.values())).shape[0])
+def _indices(values: Leaves) -> Int[np.ndarray, "L"]:
+    """Returns the layer indices of a stack.
+
+    They are a constant, so that XLA knows which layers a loop slices; see `STREAMING_OPTIONS` in
+    `jax_compat.py`.
+    """
+    return np.arange(next(iter(values.values())).shape[0], dtype=np.int32)

@@ -5,8 +5,9 @@ GPU starts them. An asynchronous copy begins at a `-start` instruction, and the 
 its end at the `-done` instruction. So the forecast goes through the text with a clock: computation
 takes time, a copy occupies PCIe, and a `-done` instruction waits until its copy has ended.
 
-The forecast assumes that computation and copies reach fixed fractions of the peak rates. No
-forecast has been compared with a real GPU yet; use forecasts only to compare plans.
+The forecast assumes that computation and copies reach fixed fractions of the peak rates. On an H200
+(docs/gpu_results.md), a LoRA step of a 7B model took 4 % longer than its forecast, and a streamed
+step whose copies do not overlap took 3 % less.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from llava_jax.distributed.environment import GIB
-from llava_jax.jax_compat import HOST_SPACE
+from llava_jax.jax_compat import COPY_ENGINE, HOST_SPACE
 from llava_jax.planning.collectives import KINDS
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.flops import product_flops
@@ -154,7 +155,7 @@ class _Clock:
             started = NAME.findall(instruction.operands)[0]
             if started in self._copies:  # else it is computation, which is counted at its start
                 self._wait(self._copies.pop(started))
-        elif moved and opcode.endswith("-start"):
+        elif moved and opcode.endswith("-start") and not _by_kernel(instruction, self._module):
             self._copies[instruction.name] = self._start(*moved)
         elif moved:
             self._wait(self._start(*moved))
@@ -199,6 +200,13 @@ def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | No
     found = [array for shape in (*arrays, result) for array in ARRAY.finditer(shape)]
     sizes = [nbytes(array[0]) for array in found if array[2]]  # an index has no dimensions
     return (TO_HOST if to_host else FROM_HOST), min(sizes)
+
+
+def _by_kernel(instruction: Instruction, module: Mapping[str, Computation]) -> bool:
+    """Returns True if a kernel copies a slice, so that no other kernel runs beside the copy."""
+    inner = [x for name in called(instruction) for x in module[name].values()]
+    slices = [x for x in inner if x.opcode in ("dynamic-slice", "dynamic-update-slice")]
+    return not all(COPY_ENGINE in x.attributes for x in slices)
 
 
 def _result(instruction: Instruction) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_jax.planning.devices import GPUS, rates_of
-from llava_jax.planning.forecast import FROM_HOST, LINKS, PRODUCTS, TO_HOST, forecast
+from llava_jax.planning.forecast import FROM_HOST, LINKS, MEMORY, PRODUCTS, TO_HOST, forecast
 
 STACK, LAYER = "bf16[4,4096,4096]{2,1,0:S(5)}", "bf16[1,4096,4096]{2,1,0}"
 START = f"(({STACK}, s32[]), {LAYER}, u32[])"
@@ -47,8 +47,22 @@ COPY_SECONDS = SIZE / (LINKS * RATES.pcie)
 PRODUCT_SECONDS = 2 * 8192 * 4096**2 / (PRODUCTS * RATES.products)
 
 
-def of(*lines: str):
-    return forecast(MODULE.replace("BODY", "\n".join(lines)), RATES)
+# The computation of an asynchronous slice. The copy engine copies a slice that is annotated.
+SLICE = f"""%slice (stack: {STACK}, at: s32[]) -> {LAYER} {{
+  %stack = {STACK} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %sliced = {LAYER} dynamic-slice(%stack, %at, %at, %at), CONFIG
+}}
+
+%body"""
+ANNOTATED = 'backend_config={"dynamic_slice_config":{"byte_stride":"33554432"}}'
+
+
+def of(*lines: str, config: str = ""):
+    module = MODULE.replace("BODY", "\n".join(lines))
+    if config:
+        module = module.replace("%body", SLICE.replace("CONFIG", config), 1)
+    return forecast(module, RATES)
 
 
 def test_a_product_between_start_and_done_hides_a_copy():
@@ -58,6 +72,27 @@ def test_a_product_between_start_and_done_hides_a_copy():
     assert found.hidden == found.copied
     assert found.seconds == pytest.approx(4 * PRODUCT_SECONDS)
     assert found.serial_seconds == pytest.approx(4 * (PRODUCT_SECONDS + COPY_SECONDS))
+
+
+def test_no_product_hides_a_slice_that_a_kernel_copies():
+    sliced = f"{COPY}, calls=%slice"
+    assert of(sliced, PRODUCT, DONE, config=ANNOTATED) == of(COPY, PRODUCT, DONE)
+    found = of(sliced, PRODUCT, DONE, config='backend_config={"wait":[]}')
+    assert found.copied == {FROM_HOST: 4 * SIZE, TO_HOST: 0}
+    assert found.hidden == {FROM_HOST: 0, TO_HOST: 0}
+    assert found.seconds == pytest.approx(4 * (PRODUCT_SECONDS + COPY_SECONDS))
+
+
+def test_an_asynchronous_slice_on_the_device_counts_once_and_not_as_the_whole_array():
+    def seconds(*lines: str) -> float:
+        text = MODULE.replace("BODY", "\n".join(lines)).replace("{2,1,0:S(5)}", "{2,1,0}")
+        text = text.replace("%body", SLICE.replace("CONFIG", ANNOTATED), 1)
+        return forecast(text.replace("{2,1,0:S(5)}", "{2,1,0}"), RATES).seconds
+
+    at_once = f"  %done = {LAYER} fusion(%w, %i), kind=kLoop, calls=%slice"
+    found = seconds(f"{COPY}, calls=%slice", DONE)
+    assert found == pytest.approx(seconds(at_once))
+    assert found == pytest.approx(4 * 2 * SIZE / (MEMORY * RATES.memory))
 
 
 def test_a_copy_that_is_needed_at_once_hides_behind_nothing():

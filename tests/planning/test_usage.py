@@ -137,6 +137,6 @@ def test_a_checkpoint_needs_a_copy_of_what_is_on_the_device_and_a_buffer(
     on_device = sum(map(size, filter(lambda x: not host_memory.is_for_host(x), leaves)))
     assert on_device == state
     copied = host_beside(hosted, batch)[CHECKPOINT]
-    assert largest < copied < state
+    assert 3 * largest <= copied < state
     monkeypatch.setattr(host_memory, "MIN_CHECKPOINT_BUFFER", 10 * state)
-    assert host_beside(hosted, batch)[CHECKPOINT] == 20 * state  # to restore it
+    assert host_beside(hosted, batch)[CHECKPOINT] == 30 * state  # to restore it
