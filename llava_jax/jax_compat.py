@@ -356,7 +356,7 @@ def hide_triton_deprecation() -> None:
 
 
 TRITON_DEPRECATED = "The Pallas Triton backend is deprecated"
-"""Begin of the warning's text."""
+"""Beginning of the warning's text."""
 
 
 _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")
@@ -376,8 +376,9 @@ def is_out_of_memory(message: str) -> bool:
     """Returns True if an error message of XLA says that memory could not be allocated.
 
     XLA:GPU allocates memory while it compiles, because it executes kernels to compare their speed.
+    Its errors may contain the error of the allocation.
     """
-    return message.startswith("RESOURCE_EXHAUSTED")
+    return "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()
 
 
 COPYING_PLATFORMS = ("gpu",)
@@ -397,6 +398,8 @@ def readable_in_place(array: "jax.Array") -> "jax.Array":
     """
     import jax
 
+    # Orbax waits for an array only when it becomes a NumPy array, which it then is already.
+    jax.block_until_ready(array)
     shards: list[Any] = [shard.data for shard in array.addressable_shards]
     if shards[0].device.platform not in COPYING_PLATFORMS:
         return array

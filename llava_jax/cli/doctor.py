@@ -300,7 +300,7 @@ def _why_cpu() -> str:
     if not has_nvidia_gpu():
         return "JAX has found no accelerator"
     if not any(_version(name) for name in PLUGINS if "cuda" in name):
-        return "JAX for NVIDIA GPUs is not installed: pip install 'llava_jax[cuda12]'"
+        return "JAX for NVIDIA GPUs is not installed: pip install 'llava_jax[cuda13]'"
     if _driver() is None:
         return "this machine has a GPU but no NVIDIA driver"
     return "JAX's plugin for NVIDIA GPUs cannot start; the line `devices` shows the error"

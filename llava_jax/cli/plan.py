@@ -88,6 +88,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     """
     import jax
 
+    from llava_jax.config import MemoryConfig
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
@@ -113,7 +114,9 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     for line in division_warnings(config, model, mesh.shape):
         print(line, flush=True)
-    searches = given.fit or config.memory.is_searched
+    searches = given.fit or config.searches_plan
+    if given.fit:
+        config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
         estimate = make_estimator(config, model, given.count, target.rates, build)

@@ -135,8 +135,9 @@ class MemoryConfig:
 
     Attributes:
         plan: How the plan is chosen. Before weights are loaded, "auto" searches for the fastest
-            plan that fits into memory, unless one of the fields after limit_gib is set to another
-            value than its default. "manual" uses the values of these fields in any case.
+            plan that fits into memory. If one of the fields after limit_gib is set to another value
+            than its default, the search is only for batch.micro_size, unless this is set too.
+            "manual" uses the values of these fields in any case.
         limit_gib: Memory size of a device in GiB, for memory.plan "auto". None asks the device; a
             CPU has the memory of the machine that is available.
         remat: Activations that are kept for the backward pass; the others are recomputed. "full"
@@ -159,7 +160,7 @@ class MemoryConfig:
 
     @property
     def is_searched(self) -> bool:
-        """Whether a run searches for its plan; see `plan`."""
+        """Whether a run searches for the fields after limit_gib; see `plan`."""
         return self == MemoryConfig(plan="auto", limit_gib=self.limit_gib)
 
 
@@ -306,6 +307,12 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         _check_name(self.name)
+
+    @property
+    def searches_plan(self) -> bool:
+        """Whether a run searches for its plan, or at least for the size of its micro-batches."""
+        is_open = self.memory.is_searched or self.batch.micro_size is None
+        return self.memory.plan == "auto" and is_open
 
     @property
     def run_dir(self) -> Path:

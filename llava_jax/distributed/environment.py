@@ -73,10 +73,14 @@ def limit_pinned_memory(processes: int) -> None:
 def host_memory_share(processes: int) -> int:
     """Returns the host memory that one process may use, in bytes: whole GiB, at least one.
 
+    It is not more than the limit of pinned memory that the user has set.
+
     Args:
         processes: Number of processes of the run on this host, which share its memory.
     """
-    return max(int(HOST_SHARE * host_memory()) // processes // GIB, 1) * GIB
+    share = max(int(HOST_SHARE * host_memory()) // processes // GIB, 1) * GIB
+    asked = os.environ.get(PINNED_MEMORY_GB, "")
+    return min(share, int(asked) * GIB) if asked.isdigit() else share
 
 
 def print_any_text() -> None:

@@ -29,7 +29,6 @@ CHECKS = (
     Check("resume", "kill and resume, bit for bit", 90, resume.kill_and_resume),
     Check("save", "host memory of a save and a restore", 60, resume.save_memory),
 )  # fmt: skip
-"""Checks in the order in which they run, with time limits in seconds. The limits are guesses,
-and their sum may exceed the time of the command: a check that ends early leaves its time to the
-others. On a CPU, small models take the place of the 7B
-and 1B models."""
+"""Checks in the order in which they run, with time limits in seconds. The sum of the limits may
+exceed the time of the command: a check that ends early leaves its time to the others. On a CPU, all
+models are small."""

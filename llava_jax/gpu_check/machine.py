@@ -50,7 +50,7 @@ def describe_machine() -> Iterator[Figure]:
     yield Figure(
         "ulimit -l", "unlimited" if unlimited else locked / GIB, "" if unlimited else "GiB"
     )
-    yield Figure("limit of XLA's pinned pool", os.environ.get(PINNED_MEMORY_GB), "GB")
+    yield Figure("limit of XLA's pinned pool", os.environ.get(PINNED_MEMORY_GB), "GiB")
     yield Figure("free disk", shutil.disk_usage(Path.cwd()).free / GIB, "GiB")
     yield Figure("nvidia-smi", nvidia_smi())
 

@@ -13,16 +13,23 @@ from llava_jax.distributed.environment import (
     available_memory,
     host_memory_share,
 )
-from llava_jax.distributed.multihost import all_gather_values, is_main_process, processes_of_machine
+from llava_jax.distributed.multihost import (
+    all_gather_values,
+    is_main_process,
+    processes_of_machine,
+    say,
+)
 from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.beside import outside_pool
 from llava_jax.planning.cache import measure_once
-from llava_jax.planning.devices import rates_of
+from llava_jax.planning.devices import GPUS, rates_of
 from llava_jax.planning.estimate import make_estimator
 from llava_jax.planning.measure import program_here
 from llava_jax.planning.search import (
+    MAX_CPU_TRIALS,
     Capacity,
+    Plan,
     Trial,
     choose_plan,
     find_cpu_plan,
@@ -34,12 +41,17 @@ from llava_jax.planning.usage import reserve_of
 
 
 def plan_for_attached(
-    config: TrainConfig, model: ModelConfig, steps: int, mesh: Mesh, images: int
+    config: TrainConfig,
+    model: ModelConfig,
+    steps: int,
+    mesh: Mesh,
+    images: int,
+    begun: Plan | None = None,
 ) -> TrainConfig:
     """Returns the config of a run with the fastest plan that fits into the attached devices.
 
     The config is returned unchanged if the run does not search for a plan; see
-    `MemoryConfig.is_searched`. Otherwise, plan.json in the run's directory shows the chosen plan.
+    `TrainConfig.searches_plan`. Otherwise, plan.json in the run's directory shows the chosen plan.
     All processes of the run must call this function.
 
     On a CPU, a plan may use the available memory of the machine. If `memory.limit_gib` is set, the
@@ -51,6 +63,7 @@ def plan_for_attached(
         steps: Number of train steps of the run.
         mesh: Mesh of the run.
         images: Number of image slots per sample.
+        begun: Plan that a resumed run began with, which is kept if it fits.
 
     Raises:
         ConfigError: No plan fits; the message names the plan that is closest to fitting. Or an
@@ -58,7 +71,7 @@ def plan_for_attached(
     """
     if is_main_process():
         write_trial(config.run_dir, None)
-    if not config.memory.is_searched:
+    if not config.searches_plan:
         return config
     on_cpu = config.memory.limit_gib is None and jax.default_backend() == "cpu"
     processes = processes_of_machine()
@@ -67,17 +80,27 @@ def plan_for_attached(
     capacity = min(all_gather_values(own))
     known = Path(config.output_dir) / ".plans"
     for_host = min(all_gather_values(host_memory_share(processes) // jax.local_device_count()))
-    # Plans are compiled with the run's number of steps, so that the run later compiles the same
-    # step, which JAX then finds in its compilation cache.
+    # Plans are compiled with the run's number of steps. If the run pads to `data.max_length`, JAX
+    # later finds the step in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
         measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
     )
     size, device = data_parallel_size(mesh), jax.local_devices()[0]
+    if begun is not None and (kept := Trial(begun, measure(begun))).usage.fits:
+        say(f"plan: {begun} (as when the run began)")
+        if is_main_process():
+            write_trial(config.run_dir, kept)
+        return begun.apply(config)
+    if begun is not None:
+        say(
+            f"{begun}, the plan that the run began with, no longer fits. With another plan, the "
+            "losses are the same except for rounding, not bit for bit."
+        )
     if on_cpu:
-        chosen = choose_plan(find_cpu_plan(config, size, measure))
+        chosen = choose_plan(find_cpu_plan(config, size, measure), MAX_CPU_TRIALS)
     else:
-        rates = rates_of(device.device_kind)
+        rates = rates_of(device.device_kind) or GPUS["rtx3090"].rates  # used to rank plans
         build = lambda config: program_here(config, model, images)[1]
         estimate = make_estimator(config, model, mesh.size, rates, build)
         outside = outside_pool(device.platform, device.device_kind, mesh.size)

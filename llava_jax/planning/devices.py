@@ -257,15 +257,15 @@ def bfloat16_tflops(name: str) -> float | None:
     return next((device.tflops for device in devices if device.name == name), None)
 
 
-def rates_of(name: str) -> Rates:
-    """Returns the peak rates of a device; those of an RTX 3090 if the device is unknown.
+def rates_of(name: str) -> Rates | None:
+    """Returns the peak rates of a device; None if the device is unknown.
 
     Args:
         name: Name in `GPUS` or `TPUS`, or name that the device reports.
     """
     devices = {**GPUS, **TPUS}.items()
     known = (device.rates for key, device in devices if name in (key, device.name))
-    return next(known, GPUS["rtx3090"].rates)
+    return next(known, None)
 
 
 def without_bfloat16(name: str, capability: str, flops: int | None = None) -> str | None:

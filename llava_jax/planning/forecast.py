@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from llava_jax.distributed.environment import GIB
 from llava_jax.jax_compat import COPY_ENGINE, HOST_SPACE
-from llava_jax.planning.collectives import KINDS
+from llava_jax.planning.collectives import KINDS, moved_bytes
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.flops import product_flops
 from llava_jax.planning.hlo import (
@@ -190,7 +190,7 @@ def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | No
     opcode = instruction.opcode.removesuffix("-start")
     arrays = operands(instruction, scope)
     if opcode in KINDS:
-        return BETWEEN, sum(map(nbytes, arrays))
+        return BETWEEN, sum(moved_bytes(instruction, scope).values())
     if opcode in ("while", "conditional", "call") or opcode.endswith("-done"):
         return None
     result = _result(instruction)

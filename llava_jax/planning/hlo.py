@@ -136,6 +136,7 @@ def sizes(shape: str) -> list[int]:
 
 def nbytes(shape: str) -> int:
     """Returns the size in bytes of an array with the given shape, or of all arrays of a tuple."""
-    bits = lambda kind: int(re.findall(r"\d+", kind)[0]) if kind != "pred" else 8
+    known = {"pred": 8, "token": 0}
+    bits = lambda kind: known[kind] if kind in known else int(re.findall(r"\d+", kind)[0])
     count = lambda dims: math.prod(int(size) for size in dims.split(",") if size)
     return sum(bits(kind) * count(dims) for kind, dims in ARRAY.findall(shape)) // 8

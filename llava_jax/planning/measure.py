@@ -398,9 +398,9 @@ def _read_module(text: str, platform: str, name: str) -> tuple[int | None, Forec
     if not text:
         return None, None
     try:
-        flops = matmul_flops(text)
-        return flops, forecast(text, rates_of(name)) if platform == "gpu" else None
-    except ValueError as error:  # no plan depends on these figures
+        flops, rates = matmul_flops(text), rates_of(name)
+        return flops, forecast(text, rates) if platform == "gpu" and rates else None
+    except (ValueError, LookupError) as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
         return None, None
 

@@ -15,8 +15,8 @@ from llava_jax.planning.usage import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
 
-MAX_TRIALS = 4
-"""Largest number of plans that a search compiles."""
+MAX_TRIALS, MAX_CPU_TRIALS = 4, 3
+"""Largest number of plans that a search compiles, for accelerators and for CPUs."""
 
 EQUALLY_FAST = 1.05
 """Plans are regarded as equally fast if their estimated durations differ by less than about this
@@ -94,7 +94,10 @@ class Trial:
 
 
 def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow; other fields are copied from `memory`."""
+    """Yields memory plans from fast to slow, or only `memory` if the user has chosen a plan."""
+    if not memory.is_searched:
+        yield memory
+        return
     host: dict[str, bool] = dict.fromkeys(
         ("offload_optimizer", "stream_weights", "offload_activations"), False
     )
@@ -146,14 +149,17 @@ def find_plan(
         if not plans:
             return
         likely = [plan for plan in plans if capacity.holds(guesses[plan], factor)]
-        smallest = min(plans, key=lambda plan: guesses[plan].total)
+        on_host = lambda plan: capacity.host is None or guesses[plan].host_total <= capacity.host
+        possible = list(filter(on_host, plans)) or plans
+        smallest = min(possible, key=lambda plan: guesses[plan].total)
         plan = likely[0] if likely and left else smallest
         trial = Trial(plan, measure_plan(plan))
         yield trial
         usage, guess = trial.usage, guesses[plan]
         if usage.fits or plan is smallest:
             return
-        if usage.headroom >= 0:  # only host memory is too small
+        # The memory of a plan that ran out of memory is known to some processes only.
+        if usage.headroom >= 0 and not usage.out_of_memory:  # only host memory is too small
             plans = [other for other in plans if guesses[other].host_total < guess.host_total]
             continue
         plans = [other for other in plans if guesses[other].total < guess.total]
@@ -175,7 +181,8 @@ def find_cpu_plan(
     sizes = micro_sizes(config, data_parallel)
     is_quick = lambda size: size * config.data.max_length <= CPU_TOKENS
     largest = max(filter(is_quick, sizes), default=sizes[0])
-    none, *_, full = [x for x in levels(config.memory) if not x.offload_optimizer]
+    possible = list(levels(config.memory))
+    none, full = possible[0], possible[2 if config.memory.is_searched else 0]
     for plan in dict.fromkeys([Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]):
         trial = Trial(plan, measure_plan(plan))
         yield trial
@@ -183,15 +190,16 @@ def find_cpu_plan(
             return
 
 
-def choose_plan(found: Iterable[Trial]) -> Trial:
+def choose_plan(found: Iterable[Trial], most: int = MAX_TRIALS) -> Trial:
     """Prints a line for each trial, and returns the best trial; see `best`.
 
     Args:
         found: Trials of `find_plan` or `find_cpu_plan`.
+        most: Largest number of trials.
     """
     trials = []
     for number, trial in enumerate(found, 1):
-        say(f"plan {number} of at most {MAX_TRIALS}: {describe_trial(trial)}")
+        say(f"plan {number} of at most {most}: {describe_trial(trial)}")
         trials.append(trial)
     return best(trials)
 

@@ -90,7 +90,8 @@ class Usage:
     def pool_growth(self) -> int:
         """Returns the bytes that the pool of pinned memory has in addition, because it doubles.
 
-        The limit of the pool is `host_capacity`. Therefore the growth makes no plan too large.
+        The limit of the pool is `host_capacity`, so the growth makes no plan too large. If the pool
+        grows to its limit, a checkpoint takes memory of the host's reserve.
         """
         if not self.pooled:
             return 0

@@ -43,7 +43,13 @@ from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.loop import train
 from llava_jax.training.process_agreement import agree, not_shared, run_facts
 from llava_jax.training.repair_logs import repair_objects, repair_rows
-from llava_jax.training.resume import begun_buckets, check_begun, follow_adapter, refuse_to_replace
+from llava_jax.training.resume import (
+    begun_buckets,
+    begun_plan,
+    check_begun,
+    follow_adapter,
+    refuse_to_replace,
+)
 from llava_jax.training.run_config import describe, write_description
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import check_packages, open_trackers
@@ -139,7 +145,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             done = f"the run in {config.run_dir} is finished after {saved.latest} steps"
             say(f"{done}; its result is in {export_dir(config)}")
             return 0
-        setup = _plan(setup, mesh)
+        setup = _plan(setup, mesh, is_resumed=saved.latest is not None)
         setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
         say(setup.inputs.summary())
         trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
@@ -222,15 +228,23 @@ def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
     return broadcast_from_main(saved.latest == setup.total_steps and has_result)
 
 
-def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
-    """Tests some samples, and returns the setup with a plan for the attached devices."""
+def _plan(setup: _Setup, mesh: Mesh, *, is_resumed: bool) -> _Setup:
+    """Tests some samples, and returns the setup with a plan for the attached devices.
+
+    A resumed run keeps the plan that it began with if the plan fits, to continue bit for bit.
+    """
     inputs = setup.inputs
     check_accelerator(setup.config, setup.model_config)
     inputs.check_some()
     for line in _describe_devices(setup.config, setup.model_config, mesh):
         say(line)
     planned = plan_for_attached(
-        setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
+        setup.config,
+        setup.model_config,
+        setup.total_steps,
+        mesh,
+        inputs.spec.max_images,
+        begun_plan(setup.config) if is_resumed else None,
     )
     devices = data_parallel_size(mesh)
     rows = devices * micro_size(planned.batch, mesh)
