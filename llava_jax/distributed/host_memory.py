@@ -32,6 +32,9 @@ MAX_SLICES, MIN_SLICE = 64, 2**16
 """Largest number of slices in which an array in host memory is moved, and smallest number of
 elements in a slice."""
 
+PARTS = 4
+"""Number of pieces of a layer in the update of a parameter; see `piece_of`."""
+
 SUBLANES = 8
 """Smallest number of rows of a float32 matrix that a TPU can copy, because a tile has this many
 rows."""
@@ -103,16 +106,55 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: move(x, DEVICE), tree)
 
 
+def piece_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the pieces in which a parameter is updated in host memory.
+
+    A piece is a slice; see `slice_size`. On one device, a layer of a stack is divided into `PARTS`
+    pieces, because the loop of the update has two pieces of four arrays on the device. On several
+    devices, the next axis may be sharded, so it is not divided.
+
+    Args:
+        shape: Shape of the parameter.
+    """
+    size = slice_size(shape)
+    is_alone = jax.sharding.get_abstract_mesh().size <= 1
+    if is_alone and size == 1 and len(shape) > 2 and shape[1] % (PARTS * SUBLANES) == 0:
+        return 1, shape[1] // PARTS, *shape[2:]
+    return size, *shape[1:]
+
+
+def count_pieces(shape: tuple[int, ...], piece: tuple[int, ...]) -> int:
+    """Returns the number of pieces of a parameter."""
+    return math.prod(shape) // math.prod(piece)
+
+
+def piece_at(x: Array, index: Int[Array, ""], piece: tuple[int, ...]) -> Array:
+    """Returns piece number `index`, in the memory of x."""
+    start = _start(x.shape, index, piece)
+    return jax.lax.dynamic_slice(x, start, piece, allow_negative_indices=False)
+
+
+def write_piece(x: Array, new: Array, index: Int[Array, ""]) -> Array:
+    """Returns x with piece number `index` replaced by `new`, in the memory of x."""
+    new = move(new, jax.typeof(x).memory_space)
+    start = _start(x.shape, index, new.shape)
+    return jax.lax.dynamic_update_slice(x, new, start, allow_negative_indices=False)
+
+
+def _start(
+    shape: tuple[int, ...], index: Int[Array, ""], piece: tuple[int, ...]
+) -> tuple[Array | int, ...]:
+    """Returns the indices at which a piece begins."""
+    if len(shape) < 2:
+        return (index * piece[0],)
+    parts = jnp.int32(shape[1] // piece[1])
+    first, second = jax.lax.div(index, parts), jax.lax.rem(index, parts)
+    return first * piece[0], second * piece[1], *[0] * (len(shape) - 2)
+
+
 def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
     """Returns slice number `index` of length `size` along axis 0, in the memory of x."""
     return jax.lax.dynamic_slice_in_dim(x, index * size, size, allow_negative_indices=False)
-
-
-def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
-    """Returns x with slice number `index` along axis 0 replaced by `new`, in the memory of x."""
-    new = move(new, jax.typeof(x).memory_space)
-    start = (index * new.shape[0], *[0] * (x.ndim - 1))
-    return jax.lax.dynamic_update_slice(x, new, start, allow_negative_indices=False)
 
 
 def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
@@ -125,7 +167,7 @@ def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
 
 def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
     """Returns stacked arrays with layer number `index` replaced; each stays in its memory."""
-    return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
+    return jax.tree.map(lambda stack, x: write_piece(stack, x[None], index), stacks, layer)
 
 
 def loop_with_prefetch(

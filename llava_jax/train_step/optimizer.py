@@ -12,13 +12,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from llava_jax.config import OptimizerConfig
 from llava_jax.distributed.host_memory import (
+    count_pieces,
     fetch,
     is_hosted,
     loop_with_prefetch,
-    slice_at,
+    piece_at,
+    piece_of,
     slice_size,
     write_after,
-    write_slice,
+    write_piece,
 )
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
@@ -189,21 +191,21 @@ def _update_slices(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """Calls `update` for one parameter, slice by slice along axis 0; counters stay unchanged."""
+    """Calls `update` for one parameter, piece by piece; counters stay unchanged."""
     (param,) = params.values()
-    size = slice_size(param.shape)
+    piece = piece_of(param.shape)
     Carry = tuple[Params, optax.OptState]
 
     def load(index: Int[Array, ""], carry: Carry) -> tuple[Params, Params, optax.OptState]:
-        at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
+        at = lambda x: fetch(piece_at(x, index, piece)) if x.ndim else x
         return jax.tree.map(at, (grads, *carry))
 
     def body(index: Int[Array, ""], here: tuple, ahead: tuple, carry: Carry) -> Carry:
         grad, param, moments = here
         new = write_after(ahead, update(grad, moments, param))
-        return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
+        return jax.tree.map(lambda x, y: write_piece(x, y, index) if x.ndim else x, carry, new)
 
-    return loop_with_prefetch(param.shape[0] // size, load, body, (params, state))
+    return loop_with_prefetch(count_pieces(param.shape, piece), load, body, (params, state))
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
@@ -222,9 +224,9 @@ def global_norm(grads: Params) -> Float[Array, ""]:
     def squares(grad: Array) -> Array:
         if not is_hosted(grad):
             return jnp.sum(grad**2)
-        size = slice_size(grad.shape)
-        load = lambda index, _: fetch(slice_at(grad, index, size))
+        piece = slice_size(grad.shape), *grad.shape[1:]
+        load = lambda index, _: fetch(piece_at(grad, index, piece))
         add = lambda _index, here, _ahead, total: total + jnp.sum(here**2)
-        return loop_with_prefetch(grad.shape[0] // size, load, add, jnp.zeros(()))
+        return loop_with_prefetch(count_pieces(grad.shape, piece), load, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))
