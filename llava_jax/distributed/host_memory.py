@@ -39,6 +39,9 @@ SUBLANES = 8
 """Smallest number of rows of a float32 matrix that a TPU can copy, because a tile has this many
 rows."""
 
+CHECKPOINT_PIECE = 2**27
+"""Size in bytes of the pieces in which arrays are compressed and written to a checkpoint."""
+
 MIN_CHECKPOINT_BUFFER = 2**28
 """Smallest limit, in bytes, of the arrays that are written to a checkpoint, or read from one, at
 the same time. It is an eighth of 2 GiB of state, and enough for several arrays of a small state."""

@@ -11,6 +11,7 @@ attention is computed, so they need no second buffer.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -217,6 +218,8 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
         first, others = _first_used(values, totals)
         # The gradient sums that are needed first, those of the feed-forward layer.
         early = {p: x for p, x in totals.items() if is_hosted(x) and ATTENTION not in p}
+        if math.prod(inputs.shape[1:-1]) < EARLY_TOKENS:
+            early = {}
         load = lambda done, _: fetch(layer_at(first, depth - 1 - done))
 
         def body(
@@ -244,6 +247,10 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     run.defvjp(forward, backward)
     return run
 
+
+EARLY_TOKENS = 4096
+"""Smallest number of tokens of a micro-batch with which gradient sums are copied early. Recomputing
+a block of fewer tokens takes less time than these copies, which would only take memory."""
 
 ATTENTION = "self_attn"
 """Name of the attention layer in a block, the first layer that has large weights."""

@@ -29,7 +29,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.distributed.host_memory import MIN_CHECKPOINT_BUFFER, checkpoint_buffer, is_for_host
+from llava_jax.distributed.host_memory import (
+    CHECKPOINT_PIECE,
+    MIN_CHECKPOINT_BUFFER,
+    checkpoint_buffer,
+    is_for_host,
+)
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.jax_compat import (
@@ -48,7 +53,7 @@ DAMAGED = ".damaged"
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
 """Key of the copies of the run's own files, in the dict that contains the position in the data."""
-_PIECES = ocp.SaveArgs(chunk_byte_size=2**27)
+_PIECES = ocp.SaveArgs(chunk_byte_size=CHECKPOINT_PIECE)
 """An array is compressed in pieces, by several threads. Pieces of more than 32 MiB go back to the
 system as soon as they are written, because glibc maps each of them by itself."""
 _BLOCK = 2**22

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import MAY_DIFFER, Json, ModelConfig, Parts, TrainConfig, flatten, to_json
 from llava_jax.data.batching import Batches
+from llava_jax.distributed.check_slices import check_slices
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
     barrier,
@@ -284,7 +285,10 @@ def _describe_devices(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> It
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:
-    """Checks that all processes have the same plan and attention, and builds the program."""
+    """Checks that all processes have the same plan and attention, and builds the program.
+
+    If arrays are in host memory, this also checks that the device gets the right slices of them.
+    """
     config, model_config = setup.config, setup.model_config
     implementation = attention_here(config, model_config)
     agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
@@ -292,6 +296,8 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
     program = build_program(
         config, model_config, setup.total_steps, mesh, implementation=implementation
     )
+    if program.uses_host:
+        check_slices()
     if config.mesh.show:
         say(layout_table(program.abstract))
     return program

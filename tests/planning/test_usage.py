@@ -125,6 +125,7 @@ def test_a_checkpoint_needs_a_copy_of_what_is_on_the_device_and_a_buffer(
 ):
     monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
     monkeypatch.setattr(host_memory, "MIN_CHECKPOINT_BUFFER", 1)
+    monkeypatch.setattr(beside, "CHECKPOINT_PIECE", 0)
     resident, hosted = (
         program_of(change(CONFIG, memory={"offload_optimizer": offload}))
         for offload in (False, True)
@@ -137,6 +138,6 @@ def test_a_checkpoint_needs_a_copy_of_what_is_on_the_device_and_a_buffer(
     on_device = sum(map(size, filter(lambda x: not host_memory.is_for_host(x), leaves)))
     assert on_device == state
     copied = host_beside(hosted, batch)[CHECKPOINT]
-    assert 3 * largest <= copied < state
+    assert largest < copied < state
     monkeypatch.setattr(host_memory, "MIN_CHECKPOINT_BUFFER", 10 * state)
-    assert host_beside(hosted, batch)[CHECKPOINT] == 30 * state  # to restore it
+    assert host_beside(hosted, batch)[CHECKPOINT] == 20 * state  # to restore it
