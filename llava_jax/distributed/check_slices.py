@@ -1,7 +1,8 @@
 """Checks on the device that loops get the right slices of arrays in host memory.
 
-XLA:GPU had errors with which such loops silently compute with the wrong layers (openxla/xla #46231).
-The check compares a small program, which has the loops of this package, with known results.
+XLA:GPU had errors with which such loops compute with wrong layers, without an error message
+(openxla/xla #46231). The check runs a small program, which has the loops of this package, and
+compares its results with known results.
 """
 
 import jax
@@ -53,9 +54,9 @@ def check_slices() -> None:
     if all(np.array_equal(np.asarray(x).ravel(), np.ravel(y)) for x, y in expected):
         return
     raise RunError(
-        f"{device.device_kind} reads or writes wrong slices of arrays in host memory, so the results "
-        "would be wrong. This is an error of XLA (openxla/xla #46231). Install another version of "
-        "jax, or keep all arrays on the device: --memory.plan manual"
+        f"{device.device_kind} reads or writes wrong slices of arrays in host memory, so the "
+        "results would be wrong. This is an error of XLA, like openxla/xla #46231. Install another "
+        "version of jax, or keep all arrays on the device with --memory.plan manual"
     )
 
 

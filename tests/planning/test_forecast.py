@@ -118,7 +118,19 @@ def test_copies_of_one_direction_queue():
     assert found.seconds == pytest.approx(4 * 8 * COPY_SECONDS)
 
 
-def test_an_unknown_device_is_computed_with_known_rates():
-    assert rates_of("another GPU") == RATES
-    assert rates_of("NVIDIA H100 80GB HBM3").link == 450e9
+def test_the_rates_of_an_unknown_device_are_unknown():
+    assert rates_of("NVIDIA H100 PCIe") is None
+    known = rates_of("NVIDIA H100 80GB HBM3")
+    assert known is not None
+    assert known.link == 450e9
     assert GPUS["rtx4060"].rates.products == pytest.approx(30.2e12, rel=0.01)
+
+
+def test_a_gather_moves_what_the_other_devices_have():
+    gather = "  %gathered = bf16[8192,4096]{1,0} all-gather-start(%y), dimensions={0}"
+    done = "  %whole = bf16[8192,4096]{1,0} all-gather-done(%gathered)"
+    started = gather.replace(
+        "= bf16[8192,4096]{1,0}", "= (bf16[4096,4096]{1,0}, bf16[8192,4096]{1,0})"
+    )
+    found = of(started, done)
+    assert found.seconds == pytest.approx(4 * 2 * SIZE / (LINKS * RATES.link))

@@ -12,6 +12,7 @@ from llava_jax.distributed import host_memory
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.jax_compat import pinned_pool
+from llava_jax.planning import beside
 from llava_jax.planning.beside import (
     CHECKPOINT,
     EVALUATION,
