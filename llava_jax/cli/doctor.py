@@ -24,7 +24,12 @@ from llava_jax.distributed.environment import (
     print_any_text,
     versions,
 )
-from llava_jax.jax_compat import GPU_MEMORY_SHARES, PINNED_MEMORY_GB, PREALLOCATE
+from llava_jax.jax_compat import (
+    GPU_MEMORY_SHARES,
+    PINNED_MEMORY_GB,
+    PREALLOCATE,
+    STREAMING_OPTIONS,
+)
 
 PROG = "llava-jax doctor"
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -275,6 +280,11 @@ def find_slow(device: Device | None) -> Iterator[str]:
             f"compute capability {device.capability} has no units for bfloat16, so bfloat16 "
             "products are computed in float32"
         )
+    if device is not None and device.platform == "gpu" and STREAMING_OPTIONS:
+        yield (
+            "this version of jaxlib computes nothing while it copies weights from host memory; use "
+            "Python 3.12 or newer with jax 0.11.2 or newer"
+        )
     for name, why in SLOW_VARIABLES.items():
         if os.environ.get(name, "0").lower() not in ("0", "false", ""):
             yield f"{name}={os.environ[name]}: {why}"
@@ -300,7 +310,7 @@ def _why_cpu() -> str:
     if not has_nvidia_gpu():
         return "JAX has found no accelerator"
     if not any(_version(name) for name in PLUGINS if "cuda" in name):
-        return "JAX for NVIDIA GPUs is not installed: pip install 'llava_jax[cuda13]'"
+        return "JAX for NVIDIA GPUs is not installed: pip install -e '.[cuda13]'"
     if _driver() is None:
         return "this machine has a GPU but no NVIDIA driver"
     return "JAX's plugin for NVIDIA GPUs cannot start; the line `devices` shows the error"

@@ -129,7 +129,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
-    print(usage_table(chosen.usage))
+    print(usage_table(chosen.usage), flush=True)
     if chosen.usage.forecast:
         print(describe_forecast(chosen.usage.forecast, target.rates))
     print(compare_flops(chosen, config, model, given.count))
@@ -137,7 +137,11 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         flops = chosen.usage.flops
         if line := without_bfloat16(target.name, target.capability, flops):
             print(line)
-    if searches and not chosen.usage.fits:
+    if chosen.usage.host_headroom < 0 <= chosen.usage.headroom:
+        missing = -chosen.usage.host_headroom / HOST_SHARE / GIB * given.count
+        print(f"the plan would fit with {missing:.1f} GiB more host memory")
+    elif searches and not chosen.usage.fits:
+        print("looking for a number of devices on which the plan would fit", flush=True)
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
     figures["fits"] = chosen.usage.fits

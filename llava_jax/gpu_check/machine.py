@@ -34,6 +34,8 @@ def describe_machine() -> Iterator[Figure]:
     """Yields versions, the device with its memory, and the limits of the host."""
     device = jax.devices()[0]
     yield Figure(DEVICE, device.device_kind)
+    if device.platform == "cpu":
+        yield Figure("note", "no accelerator was found, so all checks use the CPU and small models")
     yield Figure("number of devices", float(jax.device_count()))
     yield Figure("versions", ", ".join(f"{name} {x}" for name, x in versions().items()))
     yield Figure("platform", device.client.platform_version)
@@ -48,7 +50,7 @@ def describe_machine() -> Iterator[Figure]:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     unlimited = locked == resource.RLIM_INFINITY
     yield Figure(
-        "ulimit -l", "unlimited" if unlimited else locked / GIB, "" if unlimited else "GiB"
+        "ulimit -l", "unlimited" if unlimited else locked / 2**20, "" if unlimited else "MiB"
     )
     yield Figure("limit of XLA's pinned pool", os.environ.get(PINNED_MEMORY_GB), "GiB")
     yield Figure("free disk", shutil.disk_usage(Path.cwd()).free / GIB, "GiB")

@@ -96,6 +96,7 @@ def run_checks(
             if results[check.name].status in ("not run", "running"):
                 results[check.name] = Result(check.name, limit=check.limit, message=NO_TIME)
                 keep()
+            print(f"{check.title}: not run, because it may take {check.limit} s", flush=True)
             continue
         before = results[check.name]
 

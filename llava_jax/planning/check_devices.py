@@ -39,8 +39,8 @@ def check_accelerator(config: TrainConfig, model: ModelConfig) -> None:
     raise ConfigError(
         "JAX has found no accelerator on this machine, and a CPU is too slow for a model of "
         f"{count / 1e9:.1f} billion parameters. `llava-jax doctor` shows what JAX has found. Is "
-        "JAX installed for your accelerator (pip install 'llava_jax[cuda13]' for NVIDIA GPUs, "
-        "'llava_jax[tpu]' for TPUs)? `llava-jax plan` computes the memory that this run needs on a "
+        "JAX installed for your accelerator (in the clone: pip install -e '.[cuda13]' for NVIDIA "
+        "GPUs, '.[tpu]' for TPUs)? `llava-jax plan` computes the memory that this run needs on a "
         "device that is not attached. To train on the CPU in spite of this, set JAX_PLATFORMS=cpu"
     )
 

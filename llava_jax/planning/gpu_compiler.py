@@ -76,14 +76,14 @@ def target_config(target: Gpu) -> str:
     plugin = next((plugin for plugin in PLUGINS if find_spec(plugin.module)), None)
     if plugin is None:
         raise ConfigError(
-            "planning for GPUs needs the GPU compiler: pip install 'llava_jax[cuda13]', or "
-            "'llava_jax[cuda12]' for drivers and GPUs that CUDA 13 does not support"
+            "planning for GPUs needs the GPU compiler: pip install -e '.[cuda13]', or "
+            "'.[cuda12]' for drivers and GPUs that CUDA 13 does not support"
         )
     if float(target.capability) < plugin.capability:
         raise ConfigError(
             f"{target.name} has compute capability {target.capability}, but the installed "
             f"compiler ({plugin.extra}) supports only {plugin.capability} and higher; in a new "
-            "environment: pip install 'llava_jax[cuda12]'"
+            "environment: pip install -e '.[cuda12]'"
         )
     return target.target_config(*plugin.versions)
 

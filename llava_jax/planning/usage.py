@@ -118,6 +118,8 @@ def usage_table(usage: Usage) -> str:
     for term in usage.device_beside:
         lines.append(row(term, usage.device_beside[term], usage.host_beside[term]))
     lines.append(row("growth of the pinned pool", 0, usage.pool_growth))
+    on_host = usage.host_needed + usage.pool_growth
+    lines.append(row("sum: a run", usage.device_needed, on_host))
     known = usage.host_capacity is not None
     rest = (usage.capacity, usage.reserve, usage.headroom)
     if usage.host_capacity is None:

@@ -102,6 +102,7 @@ def slow(device: Device | None) -> str:
 def test_variables_that_slow_training_down(
     name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(doctor, "STREAMING_OPTIONS", {})
     assert slow(GPU) == slow(None) == ""
     monkeypatch.setenv(name, value)
     assert expected in slow(GPU)
@@ -111,12 +112,14 @@ def test_devices_that_slow_training_down(monkeypatch: pytest.MonkeyPatch):
     old = Device("gpu", "Tesla T4", 1, 7.5, None, [])
     assert "compute capability 7.5 has no units for bfloat16" in slow(old)
     assert "set memory.limit_gib" in slow(old)
+    monkeypatch.setattr(doctor, "STREAMING_OPTIONS", {"xla_disable_hlo_passes": "x"})
+    assert "computes nothing while it copies weights" in slow(GPU)
     assert "because JAX_PLATFORMS=cpu" in slow(CPU)
     monkeypatch.delenv("JAX_PLATFORMS")
     assert "JAX has found no accelerator" in slow(CPU)
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(doctor, "_version", lambda _: None)
-    assert "pip install 'llava_jax[cuda12]'" in slow(CPU)
+    assert "pip install -e '.[cuda13]'" in slow(CPU)
     monkeypatch.setattr(doctor, "_version", lambda _: "0.10.2")
     monkeypatch.setattr(doctor, "_driver", lambda: None)
     assert "no NVIDIA driver" in slow(CPU)

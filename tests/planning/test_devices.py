@@ -57,7 +57,7 @@ def test_a_plan_is_for_the_installed_libraries(modules, wheels, cuda, cudnn, ins
 
 def test_without_a_compiler_both_extras_are_named(installed):
     installed()
-    with pytest.raises(ConfigError, match=r"llava_jax\[cuda13\].*llava_jax\[cuda12\]"):
+    with pytest.raises(ConfigError, match=r"cuda13\].*cuda12\]"):
         gpu_compiler.target_config(GPUS["rtx3090"])
 
 

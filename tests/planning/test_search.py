@@ -471,8 +471,8 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs the extra cu
 def test_without_the_compiler_the_message_says_how_to_install_it():
     result = run_tool()
     assert result.returncode == 1
-    assert "pip install 'llava_jax[cuda13]'" in result.stderr
-    assert "'llava_jax[cuda12]'" in result.stderr
+    assert "pip install -e '.[cuda13]'" in result.stderr
+    assert "'.[cuda12]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
