@@ -172,8 +172,36 @@ def test_a_cpu_tries_few_plans_and_moves_nothing(
     assert trials[-1].usage.fits == (base < 99)
 
 
+def test_the_smallest_plan_for_a_small_host_keeps_little_there():
+    """A plan with all weights in host memory would need the least device memory."""
+    measure = lambda plan: dataclasses.replace(used(6 * GIB), host_capacity=2 * GIB)
+
+    def estimate(plan: Plan) -> Estimate:
+        streamed = plan.memory.stream_weights
+        return Estimate((1 if streamed else 9) * GIB, (8 if streamed else 1) * GIB, 1.0)
+
+    (trial,) = find_plan(CONFIG, 1, measure, estimate, Capacity(8 * GIB, 2 * GIB))
+    assert not trial.plan.memory.stream_weights
+    assert trial.usage.fits
+
+
+def test_processes_agree_after_one_of_them_ran_out_of_memory():
+    """Only the others know the memory of the plan, and it might fit there."""
+    estimate = lambda plan: Estimate(plan.micro_size * GIB, GIB, 1 / plan.micro_size)
+    found = []
+    for total in (GIB, 20 * GIB):
+        measure = lambda plan, total=total: dataclasses.replace(used(total), out_of_memory=True)
+        trials = find_plan(CONFIG, 1, measure, estimate, Capacity(17 * GIB, None))
+        found.append([str(trial.plan) for trial in trials])
+    assert found[0] == found[1]
+    assert len(found[0]) > 1
+
+
 def choose_here(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, measured: Callable[[Plan], Usage]
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Callable[[Plan], Usage],
+    begun: Plan | None = None,
 ) -> TrainConfig:
     """As a run without a declared limit chooses; the host has 8 GiB available."""
     monkeypatch.setattr(plan_choice, "available_memory", lambda: 8 * 8 * GIB)  # for 8 devices
@@ -181,7 +209,8 @@ def choose_here(
         measured(Plan(config.batch.micro_size, config.memory)), capacity=rest[-1]
     )
     monkeypatch.setattr(plan_choice, "measure_once", measure)
-    return plan_for_attached(config, MODEL, 9, make_mesh(config.mesh, jax.devices()[:1]), 1)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    return plan_for_attached(config, MODEL, 9, mesh, 1, begun)
 
 
 def test_a_cpu_without_a_limit_has_the_memory_that_is_available(
@@ -214,7 +243,28 @@ def test_what_a_config_sets_is_not_searched_for(
     memory: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = change(dataclasses.replace(CONFIG, output_dir=str(tmp_path)), memory=memory)
-    assert choose_here(config, monkeypatch, never) == config
+    both = change(config, batch={"micro_size": 4})
+    assert choose_here(both, monkeypatch, never) == both
+    if config.memory.plan == "manual":
+        assert choose_here(config, monkeypatch, never) == config
+        return
+    # The size of the micro-batch is still open. All samples in one pass may not fit.
+    chosen = choose_here(config, monkeypatch, figures(1, 0.1))
+    assert dataclasses.replace(chosen.memory, plan="auto") == config.memory
+    assert chosen.batch.micro_size == 1  # a CPU; see CPU_TOKENS
+
+
+def test_a_resumed_run_keeps_its_plan_if_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    begun = Plan(2, MemoryConfig(plan="manual", remat="dots"))
+    kept = choose_here(config, monkeypatch, figures(1, 0.1), begun)
+    assert (kept.batch.micro_size, kept.memory.remat) == (2, "dots")
+    assert "micro-batch 2, remat dots (as when the run began)" in capsys.readouterr().out
+    other = choose_here(config, monkeypatch, figures(7, 1), begun)
+    assert (other.batch.micro_size, other.memory.remat) == (1, "full")
+    assert "no longer fits" in capsys.readouterr().out
 
 
 def test_a_plan_changes_nothing_but_how_a_run_fits():
