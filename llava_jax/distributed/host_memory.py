@@ -178,29 +178,36 @@ def loop_with_prefetch(
     load: Callable[[Int[Array, ""], Carry], Tree],
     body: Callable[[Int[Array, ""], Tree, Tree, Carry], Carry],
     carry: Carry,
+    parts: int = 1,
 ) -> Carry:
     """Runs `carry = body(index, here, ahead, carry)` for each index, with `here` loaded ahead.
 
-    An iteration starts to load the arrays of the next iteration before it computes, so that copies
-    from host memory run beside the computation. The loaded arrays are in device memory twice.
+    The arrays of the next index begin to load before the arrays of an index are used in a
+    computation, so that copies from host memory run beside the computation. The loaded arrays are
+    in device memory twice.
 
     Args:
-        count: Number of iterations.
-        load: Function of (index, carry) that copies the arrays of an iteration to the device. It
-            gets the carry before the previous iteration, so it must not read what that iteration
-            writes.
-        body: Function that computes one iteration from its arrays `here`; `ahead` are the arrays of
-            the next iteration. A body that writes to an array of which `load` reads slices must
-            use `write_after`.
-        carry: Arrays before the first iteration.
+        count: Number of indices, a multiple of `parts`.
+        load: Function of (index, carry) that copies the arrays of an index to the device. It gets
+            the carry before the previous index, so it must not read what `body` writes there.
+        body: Function that computes one index from its arrays `here`; `ahead` are the arrays of the
+            next index. A body that writes to an array of which `load` reads slices must use
+            `write_after`.
+        carry: Arrays before the first index.
+        parts: Number of indices in one iteration of the compiled loop. The offset of a slice must
+            increase by the same number of bytes in each iteration; see `STREAMING_OPTIONS`.
     """
 
-    def step(index: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
+    def step(iteration: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
         carry, here = both
-        ahead = load(index + 1, carry)
-        return body(index, here, ahead, carry), ahead
+        for part in range(parts):
+            index = iteration * parts + part
+            ahead = load(index + 1, carry)
+            carry, here = body(index, here, ahead, carry), ahead
+        return carry, here
 
-    return jax.lax.fori_loop(0, count, step, (carry, load(jnp.zeros((), jnp.int32), carry)))[0]
+    first = carry, load(jnp.zeros((), jnp.int32), carry)
+    return jax.lax.fori_loop(0, count // parts, step, first)[0]
 
 
 def write_after(ahead: PyTree, new: Tree) -> Tree:

@@ -205,7 +205,8 @@ def _update_slices(
         new = write_after(ahead, update(grad, moments, param))
         return jax.tree.map(lambda x, y: write_piece(x, y, index) if x.ndim else x, carry, new)
 
-    return loop_with_prefetch(count_pieces(param.shape, piece), load, body, (params, state))
+    count, parts = count_pieces(param.shape, piece), param.shape[1] // piece[1]
+    return loop_with_prefetch(count, load, body, (params, state), parts)
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
