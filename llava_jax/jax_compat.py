@@ -22,8 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import numpy as np
-
 if TYPE_CHECKING:
     import jax
 
@@ -37,20 +35,14 @@ CPU_OPTIONS: Options = {"xla_disable_hlo_passes": "while-loop-invariant-code-mot
 float32 (always in JAX 0.10, only on some CPUs in JAX 0.12). The disabled pass would move the
 conversion out of the loop, so that all weights would be copied to float32 at once."""
 
-_RIGHT_SLICES = (0, 11, 2)  # first version of jaxlib in which the pass below is right
-
-STREAMING_OPTIONS: Options = (
-    {}
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:3])) >= _RIGHT_SLICES
-    else {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
-)
-"""Options for GPU programs that use host memory.
-
-The pass annotates slices of arrays in host memory, so that the GPU's copy engine copies them. In
-jaxlib 0.10.2, the pass is wrong for a loop that slices from the end of an array to its start, or
-one layer ahead; the gradients would be wrong without an error (openxla/xla #46231, #46308). Without
-the pass, a kernel copies the slices, and no other kernel runs beside it: on an H200, a streamed
-step took as long as its copies and its computation together."""
+_JAXLIB = [int(x) for x in re.findall(r"\d+", importlib.metadata.version("jaxlib"))]
+STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
+if _JAXLIB >= [0, 11, 2]:
+    STREAMING_OPTIONS = {}
+"""Options for GPU programs that use host memory. The disabled pass makes the GPU's copy engine copy
+slices. Without it, kernels copy them, and no other kernel runs meanwhile (measured on an H200). In
+jaxlib 0.10.2, the pass is wrong for loops that slice backwards or one layer ahead; gradients would
+be wrong without an error (openxla/xla #46231, #46308)."""
 
 OVERLAP_OPTIONS: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -60,7 +52,6 @@ OVERLAP_OPTIONS: Options = {
 while it computes, which is off by default (JAX 0.10). The second option is the largest number of
 copies from or to host memory that are in progress at a time; by default (2), most copies have to
 wait. The compiler for TPUs needs no option for this."""
-
 
 NO_OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
 """Options that take back `OVERLAP_OPTIONS`, to measure their effect."""
@@ -106,20 +97,6 @@ uses (default 0.75)."""
 PINNED_MEMORY_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """Environment variable for the largest amount of host memory that a process pins with XLA:GPU, in
 GiB (default 64), in spite of its name. XLA reads the variable when it first uses the devices."""
-
-
-def pinned_pool(asked: int) -> int:
-    """Returns the size in bytes of XLA:GPU's pool of pinned memory, unless its limit is lower.
-
-    The pool consists of regions. The first region has 2 MiB, and each new region is twice as large
-    as the last one, so the whole pool has nearly a power of two bytes (`BFCAllocator::Extend` in
-    XLA). The pool never becomes smaller.
-
-    Args:
-        asked: Bytes of the arrays in the pool.
-    """
-    return 1 << max(asked - 1, 0).bit_length() if asked else 0
-
 
 COMPILE_ONLY_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
@@ -397,6 +374,7 @@ def readable_in_place(array: "jax.Array") -> "jax.Array":
         array: Array in host memory. Arrays of other platforms than GPUs are returned as they are.
     """
     import jax
+    import numpy as np
 
     # Orbax waits for an array only when it becomes a NumPy array, which it then is already.
     jax.block_until_ready(array)
@@ -406,20 +384,10 @@ def readable_in_place(array: "jax.Array") -> "jax.Array":
     same = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
     for shard in same.addressable_shards:
         data: Any = shard.data
-        data._npy_value = memory_of(data)
+        memory = (ctypes.c_uint8 * data.nbytes).from_address(data.unsafe_buffer_pointer())
+        data._npy_value = np.frombuffer(memory, data.dtype).reshape(data.shape)
+        data._npy_value.flags.writeable = False
     return same
-
-
-def memory_of(shard: "jax.Array") -> np.ndarray:
-    """Returns the memory of an array in host memory as a NumPy array that cannot be written.
-
-    Args:
-        shard: Array that is on one device.
-    """
-    memory = (ctypes.c_uint8 * shard.nbytes).from_address(shard.unsafe_buffer_pointer())
-    values = np.frombuffer(memory, shard.dtype).reshape(shard.shape)
-    values.flags.writeable = False
-    return values
 
 
 # The text of compiled modules -------------------------------------------------------------------

@@ -8,7 +8,7 @@ compares its results with known results.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, SingleDeviceSharding
 
 from llava_jax.distributed.host_memory import (
     PINNED_HOST,
@@ -45,7 +45,9 @@ def check_slices() -> None:
         compiler_options=compiler_options(device.platform, uses_host=True),
         out_shardings=(SingleDeviceSharding(device), SingleDeviceSharding(device), on_host),
     )
-    forwards, backwards, written = run(stack, written)
+    mesh = jax.make_mesh((1,), ("device",), (AxisType.Auto,), devices=[device])
+    with jax.set_mesh(mesh):  # a run's mesh may have other devices too
+        forwards, backwards, written = run(stack, written)
     expected = (
         (forwards, [[x, min(x + 1, LAYERS)] for x in layers] * ROUNDS),
         (backwards, [*reversed(layers)] * ROUNDS),

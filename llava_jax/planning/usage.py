@@ -3,11 +3,23 @@
 import dataclasses
 
 from llava_jax.distributed.environment import GIB, HOST_SHARE, RESERVE_SHARE
-from llava_jax.jax_compat import pinned_pool
 from llava_jax.planning.beside import CHECKPOINT
 from llava_jax.planning.forecast import Forecast
 
 REST = "activations and temporaries"  # the term of a `Usage` for all other memory
+
+
+def pinned_pool(asked: int) -> int:
+    """Returns the size in bytes of XLA:GPU's pool of pinned memory, unless its limit is lower.
+
+    The pool consists of regions. The first region has 2 MiB, and each new region is twice as large
+    as the last one, so the whole pool has nearly a power of two bytes (`BFCAllocator::Extend` in
+    XLA). The pool never becomes smaller.
+
+    Args:
+        asked: Bytes of the arrays in the pool.
+    """
+    return 1 << max(asked - 1, 0).bit_length() if asked else 0
 
 
 def reserve_of(capacity: int, outside: int) -> int:

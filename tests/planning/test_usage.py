@@ -11,7 +11,6 @@ from llava_jax.config import TrainConfig
 from llava_jax.distributed import host_memory
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
-from llava_jax.jax_compat import pinned_pool
 from llava_jax.planning import beside
 from llava_jax.planning.beside import (
     CHECKPOINT,
@@ -21,7 +20,7 @@ from llava_jax.planning.beside import (
     host_beside,
     outside_pool,
 )
-from llava_jax.planning.usage import REST, Usage, usage_table
+from llava_jax.planning.usage import REST, Usage, pinned_pool, usage_table
 from llava_jax.train_step.program import Program, build_program
 
 TERMS = {"frozen weights": 9 * GIB, REST: GIB}
