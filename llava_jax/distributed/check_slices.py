@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, SingleDeviceSharding
+from jaxtyping import PyTree
 
 from llava_jax.distributed.host_memory import (
     PINNED_HOST,
@@ -75,7 +76,7 @@ def _both_directions(
             here, ahead = fetch(layer_at(stack, index)), fetch(layer_at(stack, index + 1))
             return ahead, jnp.stack([corner(here), corner(ahead)])
 
-        indices = np.arange(LAYERS, dtype=np.int32)
+        indices: PyTree = np.arange(LAYERS, dtype=np.int32)
         first = fetch(layer_at(stack, jnp.zeros((), jnp.int32)))
         read = jax.lax.scan(forwards, first, indices)[1]
         load = lambda done, _: fetch(layer_at(stack, LAYERS - 1 - done))

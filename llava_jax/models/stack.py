@@ -268,10 +268,10 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
     return first, {path: x for path, x in values.items() if path not in first}
 
 
-def _indices(values: Leaves) -> Int[np.ndarray, "L"]:
-    """Returns the layer indices of a stack.
+def _indices(values: Leaves) -> PyTree:
+    """Returns the layer indices of a stack, int32 [L].
 
-    They are a constant, so that XLA knows which layers a loop slices; see `STREAMING_OPTIONS` in
+    They are a constant NumPy array, so that XLA knows which layers a loop slices; see `STREAMING_OPTIONS` in
     `jax_compat.py`.
     """
     return np.arange(next(iter(values.values())).shape[0], dtype=np.int32)

@@ -121,10 +121,8 @@ def begun_plan(config: TrainConfig) -> Plan | None:
     Returns:
         The plan; None if the size of its micro-batches is unknown.
     """
-    began = None
-    if is_main_process():
-        began = json.loads((config.run_dir / "config.json").read_text())["config"]
-    began = broadcast_from_main(began)
+    text = (config.run_dir / "config.json").read_text() if is_main_process() else ""
+    began = json.loads(broadcast_from_main(text))["config"]
     size = began["batch"]["micro_size"]
     return None if size is None else Plan(size, MemoryConfig(**began["memory"]))
 
