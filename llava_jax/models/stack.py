@@ -271,7 +271,7 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
 def _indices(values: Leaves) -> PyTree:
     """Returns the layer indices of a stack, int32 [L].
 
-    They are a constant NumPy array, so that XLA knows which layers a loop slices; see `STREAMING_OPTIONS` in
-    `jax_compat.py`.
+    They are a constant NumPy array, so that XLA knows which layers a loop slices; see
+    `STREAMING_OPTIONS` in `jax_compat.py`.
     """
     return np.arange(next(iter(values.values())).shape[0], dtype=np.int32)
