@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
+from llava_jax.distributed.host_memory import PARTS
 from llava_jax.jax_compat import STREAMING_OPTIONS
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
@@ -57,6 +58,9 @@ def make_estimator(
         # Several devices gather the parts of a matrix; up to three matrices exist at a time.
         matrix = model.llm.hidden_size * model.llm.intermediate_size
         gathered = 3 * matrix * jnp.dtype(config.dtype).itemsize if count > 1 else 0
+        # The update loads pieces of float32 weights ahead; see `host_memory.piece_of`.
+        hosted = memory.offload_optimizer and config.tune.llm == "full"
+        ahead = 2 * 4 * matrix // (PARTS if count == 1 else count) if hosted else 0
         share = config.batch.global_size / count
         micros = math.ceil(share / plan.micro_size)
         products = share * model_flops(planned, model, full_row(planned, images))
@@ -65,7 +69,14 @@ def make_estimator(
         computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
         copying = pcie_bytes(host, micros, offloaded) / (2 * LINKS * rates.pcie)
         return Estimate(
-            total=sum(device.values()) + kept - offloaded + working + layer + gathered + FIXED,
+            total=sum(device.values())
+            + kept
+            - offloaded
+            + working
+            + layer
+            + gathered
+            + ahead
+            + FIXED,
             host_total=sum(host.values()) + offloaded,
             # Without the pass that STREAMING_OPTIONS switches off, kernels copy slices.
             seconds=computing + copying if STREAMING_OPTIONS else max(computing, copying),
