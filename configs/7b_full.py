@@ -9,7 +9,6 @@ from llava_jax.config import (
     LLAVA_7B,
     BatchConfig,
     DataConfig,
-    MemoryConfig,
     OptimizerConfig,
     TrainConfig,
     TuneConfig,
@@ -38,5 +37,4 @@ config = TrainConfig(
         weight_decay=0.0,
         clip_norm=None,
     ),
-    memory=MemoryConfig(plan="auto"),
 )

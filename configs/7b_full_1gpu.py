@@ -1,4 +1,4 @@
-"""Same recipe as 7b_full.py, for one GPU with 24 GB in a machine with 128 GB of host memory.
+"""Same recipe as 7b_full.py, for one GPU with 24 GB in a machine with 128 GiB of host memory.
 
 The planner chooses a plan that keeps the weights, gradients and moments of the decoder in host
 memory. Only one checkpoint is kept, because a checkpoint takes 80 GB of disk space.

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llava_jax.distributed.environment import quiet_libraries
+
 if TYPE_CHECKING:
     from llava_jax.generation.engine import generate as generate
     from llava_jax.pretrained.model import LlavaModel as LlavaModel
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
 _HOMES = {"LlavaModel": "llava_jax.pretrained.model", "generate": "llava_jax.generation.engine"}
 
 __all__ = ["LlavaModel", "generate"]
+
+quiet_libraries()  # must run before any module imports JAX or transformers
 
 
 def __getattr__(name: str) -> Any:

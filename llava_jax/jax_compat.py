@@ -13,10 +13,14 @@ JAX is imported inside the functions, because some of these names are needed bef
 imported.
 """
 
+import ctypes
+import importlib.metadata
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     import jax
@@ -28,29 +32,56 @@ Options = dict[str, str | bool]
 
 CPU_OPTIONS: Options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """Options for loops over bfloat16 layers on a CPU. XLA's CPU backend slices bfloat16 arrays as
-float32. The disabled pass would move the conversion out of the loop, so that all weights would be
-copied to float32 at once."""
+float32 (always in JAX 0.10, only on some CPUs in JAX 0.12). The disabled pass would move the
+conversion out of the loop, so that all weights would be copied to float32 at once."""
 
+_JAXLIB = [int(x) for x in re.findall(r"\d+", importlib.metadata.version("jaxlib"))]
 STREAMING_OPTIONS: Options = {"xla_disable_hlo_passes": "dynamic-slice-annotator"}
-"""Options for GPU programs that use host memory. XLA:GPU may compute wrong gradients if a loop
-slices an array in host memory from its end to its start, because the disabled pass annotates such
-slices wrongly (openxla/xla #46231, seen with jaxlib 0.11.0). `llava-jax gpu-check` compares the
-gradients on a real GPU."""
+if _JAXLIB >= [0, 11, 2]:
+    STREAMING_OPTIONS = {}
+"""Options for GPU programs that use host memory. The disabled pass makes the GPU's copy engine copy
+slices. Without it, kernels copy them, and no other kernel runs meanwhile (measured on an H200). In
+jaxlib 0.10.2, the pass is wrong for loops that slice backwards or one layer ahead; gradients would
+be wrong without an error (openxla/xla #46231, #46308)."""
 
-OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
-"""Options for programs on several GPUs. XLA then communicates while it computes, which is off by
-default (JAX 0.10). The compiler for TPUs needs no option for this."""
+OVERLAP_OPTIONS: Options = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_async_compute_limit": "8",
+}
+"""Options for GPU programs that use several GPUs or host memory. XLA then communicates and copies
+while it computes, which is off by default (JAX 0.10). The second option is the largest number of
+copies from or to host memory that are in progress at a time; by default (2), most copies have to
+wait. The compiler for TPUs needs no option for this."""
 
-PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False, **STREAMING_OPTIONS}
-"""Options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no Triton tiling
-for some matrix products. Because a compile-only client ignores the options of `jax.jit`,
-STREAMING_OPTIONS are included here."""
+NO_OVERLAP_OPTIONS: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+"""Options that take back `OVERLAP_OPTIONS`, to measure their effect."""
 
 
-def as_flags(options: Mapping[str, str | bool]) -> list[str]:
-    """Returns options as flags for the environment variable XLA_FLAGS."""
-    text = lambda value: str(value).lower() if isinstance(value, bool) else value
-    return [f"--{name}={text(value)}" for name, value in options.items()]
+def compiler_options(
+    platform: str, *, dtype: str = "bfloat16", uses_host: bool = False, devices: int = 1
+) -> Options | None:
+    """Returns the argument `compiler_options` of `jax.jit` for a program of this package.
+
+    Args:
+        platform: Platform of the devices: "cpu", "gpu" or "tpu".
+        dtype: Dtype of the computation.
+        uses_host: Whether the program reads or writes arrays in host memory.
+        devices: Number of devices that the program runs on.
+
+    Returns:
+        The options; None if the program needs none.
+    """
+    if platform == "cpu":
+        return {**CPU_OPTIONS} if dtype == "bfloat16" else None
+    if platform != "gpu":
+        return None
+    streaming = STREAMING_OPTIONS if uses_host else {}
+    return {**streaming, **(OVERLAP_OPTIONS if uses_host or devices > 1 else {})} or None
+
+
+PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False}
+"""Additional options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no
+Triton tiling for some matrix products."""
 
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -64,8 +95,8 @@ GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 uses (default 0.75)."""
 
 PINNED_MEMORY_GB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-"""Environment variable for the largest amount of host memory that XLA:GPU pins, in 10^9 bytes
-(default 64)."""
+"""Environment variable for the largest amount of host memory that a process pins with XLA:GPU, in
+GiB (default 64), in spite of its name. XLA reads the variable when it first uses the devices."""
 
 COMPILE_ONLY_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
@@ -78,6 +109,34 @@ COMPILE_ONLY_VARIABLES = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no chip, so no chip has to be free
 }
 """Environment variables that let a process compile for devices that are absent."""
+
+
+# Starting JAX -----------------------------------------------------------------------------------
+
+PLUGIN_LOGGER = "jax._src.xla_bridge"
+"""Logger of the module in which JAX loads its plugins for GPUs and TPUs."""
+
+
+def shorten_plugin_errors(*, has_gpu: bool) -> None:
+    """Replaces the traceback that JAX logs if a plugin cannot start by one line, or by nothing.
+
+    JAX continues without the plugin. On a machine with the packages for CUDA but without a GPU, the
+    plugin always fails.
+
+    Args:
+        has_gpu: Whether the machine has a GPU. If it has one, the line says why JAX does not use
+            it; otherwise, nothing is logged.
+    """
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if record.exc_info is None or not str(record.msg).startswith("Jax plugin configuration"):
+            return True
+        error = record.exc_info[1]
+        record.msg = "JAX cannot use the GPU of this machine: %s. `llava-jax doctor` shows more"
+        record.args, record.exc_info, record.exc_text = (str(error).rstrip("."),), None, None
+        return has_gpu
+
+    logging.getLogger(PLUGIN_LOGGER).addFilter(shorten)
 
 
 # Several processes ------------------------------------------------------------------------------
@@ -202,7 +261,9 @@ def lost_peer(text: str) -> str:
 
 
 def compile_for_topology(
-    lowered: "jax.stages.Lowered", devices: "Sequence[jax.Device]"
+    lowered: "jax.stages.Lowered",
+    devices: "Sequence[jax.Device]",
+    options: Mapping[str, str | bool],
 ) -> tuple[Any, str]:
     """Compiles a lowered function for the devices of a topology.
 
@@ -211,6 +272,7 @@ def compile_for_topology(
     Args:
         lowered: Function that was lowered for other devices, for example CPUs.
         devices: Devices of the topology, which may be absent.
+        options: Compiler options; the options that the function was jitted with are not used.
 
     Returns:
         XLA's memory statistics, and the text of the compiled module.
@@ -220,15 +282,58 @@ def compile_for_topology(
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     client, count = devices[0].client, len(devices)
-    options = compiler.get_compile_options(
-        1, count, device_assignment=np.arange(count).reshape(1, count), backend=client
+    settings = compiler.get_compile_options(
+        1,
+        count,
+        device_assignment=np.arange(count).reshape(1, count),
+        env_options_overrides=cast("dict[str, str]", dict(options)),
+        backend=client,
     )
     executable = client.compile(
         lowered.compiler_ir("stablehlo"),
         executable_devices=xla_client.DeviceList(tuple(devices)),
-        compile_options=options,
+        compile_options=settings,
     )
     return executable.get_compiled_memory_stats(), executable.hlo_modules()[0].to_string()
+
+
+@contextmanager
+def lowering_for_gpu(capability: str) -> Iterator[None]:
+    """Returns a context in which kernels of Pallas are lowered for a GPU that is not attached.
+
+    Since JAX 0.11, Pallas asks for the type of the attached GPU when it lowers a Triton kernel, and
+    raises an error if there is no GPU. The public way to name an absent GPU, `AbstractDevice`,
+    accepts only types that JAX lists, which are few (JAX 0.12). JAX 0.10 needs no GPU here.
+
+    Args:
+        capability: Compute capability of the GPU, for example "8.6".
+    """
+    try:
+        from jax._src.pallas.triton import gpu_info  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:  # JAX 0.10
+        yield
+        return
+    info = gpu_info.GpuInfo(
+        gpu_version=None, arch_name=capability, compute_capability=int(capability.replace(".", ""))
+    )
+    of_attached, gpu_info.get_gpu_info = gpu_info.get_gpu_info, lambda: info
+    try:
+        yield
+    finally:
+        gpu_info.get_gpu_info = of_attached
+
+
+def hide_triton_deprecation() -> None:
+    """Hides the warning of JAX 0.11 and newer that Pallas will drop its kernels for Triton.
+
+    JAX warns each time it lowers a kernel, and a user can do nothing about it. The docstring of
+    `models/flash.py` describes the alternatives.
+    """
+    warnings.filterwarnings("ignore", TRITON_DEPRECATED, DeprecationWarning)
+
+
+TRITON_DEPRECATED = "The Pallas Triton backend is deprecated"
+"""Beginning of the warning's text."""
 
 
 _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")
@@ -244,7 +349,54 @@ def bytes_of_too_large(message: str) -> int | None:
     return found and int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
+def is_out_of_memory(message: str) -> bool:
+    """Returns True if an error message of XLA says that memory could not be allocated.
+
+    XLA:GPU allocates memory while it compiles, because it executes kernels to compare their speed.
+    Its errors may contain the error of the allocation.
+    """
+    return "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()
+
+
+COPYING_PLATFORMS = ("gpu",)
+"""Platforms on which `readable_in_place` has an effect. On CPUs, JAX copies nothing."""
+
+
+def readable_in_place(array: "jax.Array") -> "jax.Array":
+    """Returns an array with the same memory, which NumPy reads without copying it.
+
+    JAX copies an array in pinned memory of a GPU when it becomes a NumPy array, and keeps the copy
+    until the array is deleted (measured with JAX 0.11.2 on an H200). If the private attribute
+    `_npy_value` is set, JAX returns this instead. The given array is not changed. The result, and
+    NumPy arrays made from it, must not be used after the given array is deleted or donated.
+
+    Args:
+        array: Array in host memory. Arrays of other platforms than GPUs are returned as they are.
+    """
+    import jax
+    import numpy as np
+
+    # Orbax waits for an array only when it becomes a NumPy array, which it then is already.
+    jax.block_until_ready(array)
+    shards: list[Any] = [shard.data for shard in array.addressable_shards]
+    if shards[0].device.platform not in COPYING_PLATFORMS:
+        return array
+    same = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+    for shard in same.addressable_shards:
+        data: Any = shard.data
+        memory = (ctypes.c_uint8 * data.nbytes).from_address(data.unsafe_buffer_pointer())
+        data._npy_value = np.frombuffer(memory, data.dtype).reshape(data.shape)
+        data._npy_value.flags.writeable = False
+    return same
+
+
 # The text of compiled modules -------------------------------------------------------------------
+
+COPY_ENGINE = "dynamic_slice_config"
+"""Part of the text of a slice that the GPU's copy engine copies; see `STREAMING_OPTIONS`."""
+
+HOST_SPACE = "S(5)"
+"""Part of the shape of an array in host memory, in the text of a module for GPUs or TPUs."""
 
 
 def bounded_loop(iterations: int) -> "AbstractContextManager[object]":

@@ -18,7 +18,7 @@ config = TrainConfig(
                     buckets=(64,), workers=0, max_skipped=0.1),
     batch=BatchConfig(global_size=8),
     optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
-    checkpoint=CheckpointConfig(every=2),
+    checkpoint=CheckpointConfig(every=2), memory=MemoryConfig(plan="manual"),
 )
 """
 

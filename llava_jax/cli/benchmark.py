@@ -151,7 +151,7 @@ def make_case(given: argparse.Namespace, rest: list[str]) -> "Case":
             f"{' '.join(missing)}"
         )
     if given.config:
-        from llava_jax.planning.measure import sizes
+        from llava_jax.planning.model_sizes import sizes
 
         config = parse_config(["--config", given.config, *rest], prog=PROG)
         model = sizes(config)

@@ -108,7 +108,11 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
             workers=workers(given.workers, len(records)),
             advance=lambda count: bar.advance(task, count),
         )
-    padding = measure_padding(inputs.order, found.tokens, found.good, config.data.max_length)
+    if config.data.buckets == "auto":
+        inputs = inputs.with_buckets(
+            inputs.choose_buckets(config.total_steps(inputs.order.samples))[0]
+        )
+    padding = measure_padding(inputs.order, found.tokens, found.good)
     report = Report(found, padding, inputs.spec, records.where)
     report.show(given.shown)
     if to_write is not None:

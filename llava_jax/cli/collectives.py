@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     micro = "number of samples in a micro-batch on each GPU (default: %(default)s)"
     parser.add_argument("--micro-size", type=at_least_one, default=2, help=micro)
     given, rest = parser.parse_known_args(argv)
-    prepare_for_planning(max(given.counts))
+    prepare_for_planning()
 
     import jax  # must be imported after the environment is prepared
 
@@ -80,7 +80,8 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
         The bytes in the compiled step, and the bytes that `formula` computes.
     """
     from llava_jax.planning.collectives import collective_bytes
-    from llava_jax.planning.measure import compile_for, sizes
+    from llava_jax.planning.measure import compile_for
+    from llava_jax.planning.model_sizes import sizes
 
     batch = dataclasses.replace(
         config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1

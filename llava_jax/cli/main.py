@@ -20,7 +20,8 @@ COMMANDS = {
     "evaluate": "score a model on a benchmark",
     "report": "write report.html of a run again",
     "benchmark": "measure the speed and memory of training on this machine",
-    "gpu-check": "check the results and the planned memory on a GPU",
+    "doctor": "print what a bug report needs: versions, devices, memory, disks",
+    "gpu-check": "check results, memory and speed on a GPU within some minutes",
     "collectives": "count the bytes that the devices exchange in a train step",
 }
 """What each subcommand does. For example, `check-data` calls the function `main` of

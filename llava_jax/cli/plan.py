@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
-from llava_jax.distributed.environment import GIB, prepare_for_planning
-from llava_jax.planning.devices import GPUS, TPUS
+from llava_jax.distributed.environment import GIB, HOST_SHARE, prepare_for_planning
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, without_bfloat16
 
 if TYPE_CHECKING:
     from llava_jax.config import ModelConfig, TrainConfig
-    from llava_jax.planning.measure import Usage
     from llava_jax.planning.search import Plan, Trial
+    from llava_jax.planning.usage import Usage
 
 PROG = "llava-jax plan"
 MAX_DEVICES = 64  # largest number of devices to try if --count devices are not enough
@@ -48,10 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="memory of one device in GiB (default: the memory of the device type)",
     )
-    host = "host memory in GiB for all devices together (default: host memory is not checked)"
+    host = f"host memory in GiB for all devices together, of which plans use {HOST_SHARE:.0%} "
+    host = f"{host.replace('%', '%%')}(default: host memory is not checked)"
     parser.add_argument("--host-memory", type=float, help=host)
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
-    fit += "search only if memory.plan in the config is auto"
+    fit += "search only if memory.plan is auto and no other field of memory is set"
     parser.add_argument("--fit", action="store_true", help=fit)
     parser.add_argument(
         "--json", type=output_file, help="JSON file for the results (default: no file)"
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     given, rest = parser.parse_known_args(argv)
     if rest and given.table:
         parser.error(f"unknown arguments: {' '.join(rest)}; --table takes no fields of a config")
-    prepare_for_planning(given.count)
+    prepare_for_planning()
 
     import jax  # must be imported after the environment is prepared
 
@@ -87,31 +88,60 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     """
     import jax
 
+    from llava_jax.config import MemoryConfig
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning import measure as measuring
     from llava_jax.planning import search
+    from llava_jax.planning.beside import outside_pool
+    from llava_jax.planning.check_devices import division_warnings
+    from llava_jax.planning.estimate import make_estimator
+    from llava_jax.planning.forecast import describe_forecast
+    from llava_jax.planning.model_sizes import sizes
+    from llava_jax.planning.usage import reserve_of, usage_table
     from llava_jax.train_step.step import micro_size
 
-    model = measuring.sizes(config)
+    model = sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
     for_host = given.host_memory
     measure = lambda plan, count=given.count: dataclasses.replace(
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
-        host_capacity=None if for_host is None else int(for_host * GIB) // count,
+        host_capacity=None if for_host is None else int(HOST_SHARE * for_host * GIB) // count,
     )
-    kind = measuring.attention_for(config, model, measuring.find_device(given.device))
+    host_capacity = None if for_host is None else int(HOST_SHARE * for_host * GIB) // given.count
+    target = measuring.find_device(given.device)
+    kind = measuring.attention_for(config, model, target)
     print(f"attention: {kind}", flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
-    searches = given.fit or config.memory.plan == "auto"
+    for line in division_warnings(config, model, mesh.shape):
+        print(line, flush=True)
+    searches = given.fit or config.searches_plan
+    if given.fit:
+        config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
-        chosen = search.choose_plan(config, data_parallel_size(mesh), measure)
+        build = lambda config: measuring.program_for(config, model, given.device, given.count)
+        estimate = make_estimator(config, model, given.count, target.rates, build)
+        outside = outside_pool(target.platform, given.device, given.count)
+        size = capacity or target.memory
+        room = search.Capacity(size - reserve_of(size, outside), host_capacity)
+        found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
+        chosen = search.choose_plan(found)
     else:
         wanted = search.Plan(micro_size(config.batch, mesh), config.memory)
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
-    print(measuring.usage_table(chosen.usage))
+    print(usage_table(chosen.usage), flush=True)
+    if chosen.usage.forecast:
+        print(describe_forecast(chosen.usage.forecast, target.rates))
     print(compare_flops(chosen, config, model, given.count))
-    if searches and not chosen.usage.fits:
+    if config.dtype == "bfloat16" and isinstance(target, Gpu):
+        flops = chosen.usage.flops
+        if line := without_bfloat16(target.name, target.capability, flops):
+            print(line)
+    if chosen.usage.host_headroom < 0 <= chosen.usage.headroom:
+        missing = -chosen.usage.host_headroom / HOST_SHARE / GIB * given.count
+        print(f"the plan would fit with {missing:.1f} GiB more host memory")
+    elif searches and not chosen.usage.fits:
+        print("looking for a number of devices on which the plan would fit", flush=True)
         print(devices_that_would(chosen.plan, measure, given.count))
     figures = {"plan": dataclasses.asdict(chosen.plan), **dataclasses.asdict(chosen.usage)}
     figures["fits"] = chosen.usage.fits
@@ -143,9 +173,6 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
 def table(given: argparse.Namespace) -> int:
     """Prints the rows of the table in docs/memory.md whose number of devices is --count.
 
-    Rows with another number of devices need another process, because a process that is prepared for
-    several devices compiles differently from a process that is prepared for one device.
-
     Args:
         given: Arguments of the command.
 
@@ -168,9 +195,9 @@ def table(given: argparse.Namespace) -> int:
     print(HEADER)
     found = []
     for row in rows:
-        usage, flops = measure(row)
-        print(describe(row, usage, flops), flush=True)
-        found.append((row, usage))
+        measured = measure(row)
+        print(describe(row, measured), flush=True)
+        found.append((row, measured.usage))
     figures = [
         dataclasses.asdict(row) | {"usage": dataclasses.asdict(usage)} for row, usage in found
     ]

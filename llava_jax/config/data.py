@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llava_jax.config.fields import (
+    IGNORED_BY_PLAN,
     LOCATION,
     MACHINE,
     OBSERVED,
@@ -64,10 +65,12 @@ class DataConfig:
             longer sequences are truncated.
         max_text_length: Maximum number of tokens in a sequence if each image counts as one token,
             as in XTuner; longer sequences are truncated. None sets no such limit.
-        buckets: Sequence lengths for padding. Each batch is padded to the shortest length that fits
-            its samples, among these lengths and data.max_length.
-        packing: Put as many samples of a step as fit into each row of data.max_length tokens. This
-            needs less padding and does not change results. data.buckets is then not used.
+        buckets: Row lengths that a batch may have, besides data.max_length. Each batch has the
+            shortest length that fits its samples. "auto" chooses the lengths for the data when a
+            run begins. Without a value, all batches have rows of data.max_length tokens.
+        packing: Put as many samples of a step as fit into each row. This needs less padding and
+            does not change results. Each batch has the row length, of those in data.buckets and
+            data.max_length, that needs the fewest tokens.
         max_images: Maximum number of images in a sample; None takes the maximum in the data.
         shuffle: Read the records in a new random order in each epoch.
         group_by_modality_length: Put samples with and without images into separate batches, like
@@ -90,9 +93,15 @@ class DataConfig:
     max_length: Annotated[int, at_least(1, "it is a number of tokens")] = 2048
     max_text_length: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
     buckets: Annotated[
-        tuple[int, ...],
-        Bound(lambda lengths: min(lengths, default=1) >= 1, "positive", "they are lengths"),
-    ] = ()
+        tuple[int, ...] | Literal["auto"],
+        PLAN,
+        IGNORED_BY_PLAN,  # a plan is measured with rows of max_length tokens
+        Bound(
+            lambda lengths: lengths == "auto" or min(lengths, default=1) >= 1,
+            "positive",
+            "they are lengths",
+        ),
+    ] = "auto"
     packing: Annotated[bool, PLAN] = False
     max_images: Annotated[int | None, at_least(0, "it is a number of images")] = None
     shuffle: bool = True

@@ -14,8 +14,9 @@ show the code of the check instead of the allowed values and the reason.
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from beartype import BeartypeConf
 from beartype.door import is_bearable
@@ -187,6 +188,8 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 def _has_type(value: Any, hint: Any) -> bool:
     """Returns True if a value has a type. beartype checks a single item of a tuple, by chance."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_has_type(value, choice) for choice in get_args(hint))
     if isinstance(value, tuple) and get_args(hint)[1:] == (...,):
         return all(_has_type(item, get_args(hint)[0]) for item in value)
     return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))

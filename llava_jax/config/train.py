@@ -80,7 +80,8 @@ class BatchConfig:
     Attributes:
         global_size: Number of samples in an optimizer step, on all devices together.
         micro_size: Number of samples in a forward pass on each device. If None, memory.plan "auto"
-            chooses the number, and memory.plan "manual" puts a whole step into one forward pass.
+            chooses the number, and a plan that is not searched for puts a whole step into one
+            forward pass.
         loss_weighting: How the loss is averaged. With "token", all supervised tokens of a step have
             the same weight. With "sample_mean", as in LLaVA, the loss is averaged over the tokens
             of each group of consecutive samples, and then over the groups.
@@ -134,8 +135,11 @@ class MemoryConfig:
 
     Attributes:
         plan: How the plan is chosen. Before weights are loaded, "auto" searches for the fastest
-            plan that fits into memory; "manual" uses the values of the other memory fields.
-        limit_gib: Memory size of a device in GiB, for memory.plan "auto"; None asks the device.
+            plan that fits into memory. If one of the fields after limit_gib is set to another value
+            than its default, the search is only for batch.micro_size, unless this is set too.
+            "manual" uses the values of these fields in any case.
+        limit_gib: Memory size of a device in GiB, for memory.plan "auto". None asks the device; a
+            CPU has the memory of the machine that is available.
         remat: Activations that are kept for the backward pass; the others are recomputed. "full"
             keeps only the input of each block, "dots" also keeps the outputs of linear layers, and
             with "none", everything is kept except the outputs of norms and gated products.
@@ -147,12 +151,17 @@ class MemoryConfig:
             and the backward pass. Needs memory.remat "full".
     """
 
-    plan: Literal["auto", "manual"] = "manual"
+    plan: Literal["auto", "manual"] = "auto"
     limit_gib: Annotated[float | None, IGNORED_BY_PLAN, above(0, "it is a memory size")] = None
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
     offload_activations: bool = False
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a run searches for the fields after limit_gib; see `plan`."""
+        return self == MemoryConfig(plan="auto", limit_gib=self.limit_gib)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +307,12 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         _check_name(self.name)
+
+    @property
+    def searches_plan(self) -> bool:
+        """Whether a run searches for its plan, or at least for the size of its micro-batches."""
+        is_open = self.memory.is_searched or self.batch.micro_size is None
+        return self.memory.plan == "auto" and is_open
 
     @property
     def run_dir(self) -> Path:

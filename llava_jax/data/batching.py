@@ -21,7 +21,7 @@ from llava_jax.data.conversation import (
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform, Triple
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
-from llava_jax.data.packing import deal, first_fit
+from llava_jax.data.packing import deal, pack
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.data.templates import Template
@@ -42,10 +42,11 @@ class BatchSpec:
         pad_token_id: Id of the token that pads rows on the right.
         pixel_scale: Factors and offsets of the color channels; see `ImageTransform.scale`.
         buckets: Lengths in tokens that the rows of a batch may have, in addition to max_length.
-        packing: Whether several samples share a row. If True, all rows have max_length tokens, and
-            rows that are not needed stay empty.
+        packing: Whether several samples share a row; rows that are not needed stay empty.
         devices: Number of devices that the rows are divided among. Packed rows are assigned to the
             devices in turn.
+        micro_rows: Number of rows in a micro-batch on all devices together. A micro-batch without
+            samples is not computed.
 
     Raises:
         ConfigError: A bucket is smaller than 1 or larger than max_length.
@@ -60,6 +61,7 @@ class BatchSpec:
     buckets: tuple[int, ...] = ()
     packing: bool = False
     devices: int = 1
+    micro_rows: int = 1
 
     def __post_init__(self):
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
@@ -69,9 +71,14 @@ class BatchSpec:
                 "to use only data.max_length"
             )
 
+    @property
+    def lengths(self) -> list[int]:
+        """Returns all lengths that the rows of a batch may have, in ascending order."""
+        return sorted({*self.buckets, self.max_length})
+
     def bucket(self, length: int) -> int:
         """Returns the smallest bucket that holds `length` tokens."""
-        return min(b for b in (*self.buckets, self.max_length) if b >= length)
+        return next(bucket for bucket in self.lengths if bucket >= length)
 
     @property
     def is_fixed(self) -> bool:
@@ -81,7 +88,7 @@ class BatchSpec:
     @property
     def has_one_shape(self) -> bool:
         """Returns True if the rows of all batches have the same length."""
-        return self.packing or not self.buckets
+        return len(self.lengths) == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,9 +309,13 @@ class ReadBatch:
         texts = {position: text for position, text in read.items() if text}
         lengths = {position: len(text.encoded.input_ids) for position, text in texts.items()}
         layout = {position: [position] for position in lengths}
+        length = spec.bucket(max(lengths.values(), default=0))
         if spec.packing:
-            layout = deal(first_fit(lengths, spec.max_length), spec.size, spec.devices)
-        length = spec.max_length if spec.packing else spec.bucket(max(lengths.values(), default=0))
+            length, packed = pack(lengths, spec.lengths, spec.micro_rows)
+            layout = deal(packed, spec.size, spec.devices)
+            # Short rows have no room for as many images as the rows of max_length tokens.
+            images = min(spec.max_images, max(length // self.encode_fn.image_tokens, 1))
+            spec = dataclasses.replace(spec, max_images=images)
         # With a generator, the pixels of only one row are in memory in addition to the batch.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
         batch = fill(samples, len(own), spec, length)

@@ -13,12 +13,10 @@ from rich.table import Table
 
 from llava_jax.data.batching import BatchSpec
 from llava_jax.data.check import Findings
-from llava_jax.data.padding import Padding
+from llava_jax.data.padding import MAX_BUCKETS, Padding
 
 PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
                "most": 100}  # fmt: skip
-MAX_LENGTHS = 4
-"""Maximum number of buckets for which the best bucket lengths are computed."""
 BINS, BAR = 12, 40
 """Number of bars in the histogram of lengths, and width of the longest bar in characters."""
 
@@ -50,18 +48,21 @@ class Report:
 
     def padding_rows(self) -> list[dict[str, Any]]:
         """Returns the fraction of padding for each choice of bucket lengths and for packing."""
+        choices, waste = self.lengths(), self.padding.waste
         rows = [
-            {"lengths": list(lengths), "choice": name, "waste": self.padding.waste(lengths)}
-            for name, lengths in self.lengths().items()
+            {"lengths": list(lengths), "choice": name, "waste": waste(self.padding.padded(lengths))}
+            for name, lengths in choices.items()
         ]
-        packed = {"lengths": [self.spec.max_length], "choice": "packed"}
-        return [*rows, packed | {"waste": self.padding.packed_waste}]
+        rooms = self.spec.lengths if self.spec.packing else [self.spec.max_length]
+        packed = {"lengths": rooms, "choice": "packed"}
+        return [*rows, packed | {"waste": waste(self.padding.packed(rooms))}]
 
     def lengths(self) -> dict[str, tuple[int, ...]]:
         """Returns bucket lengths to compare: the config's lengths, and the best 1 to 4 lengths."""
-        own = tuple(sorted({*self.spec.buckets, self.spec.max_length}))
-        best = [self.padding.best_lengths(n) for n in range(1, MAX_LENGTHS + 1)]
-        return {"config": own} | {f"best {len(lengths)}": lengths for lengths in best}
+        best = [self.padding.best_lengths(n) for n in range(1, MAX_BUCKETS + 1)]
+        return {"config": tuple(self.spec.lengths)} | {
+            f"best {len(lengths)}": lengths for lengths in best
+        }
 
     def figures(self) -> dict[str, Any]:
         """Returns the statistics of the data set, without lists of individual samples."""

@@ -1,6 +1,6 @@
 """Packs several samples into one row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from llava_jax.config import DataConfig, ModelConfig
 
@@ -29,6 +29,26 @@ def first_fit(lengths: Mapping[int, int], room: int) -> list[list[int]]:
         rows[row].append(item)
         left[row] -= length
     return rows
+
+
+def pack(
+    lengths: Mapping[int, int], rooms: Collection[int], together: int = 1
+) -> tuple[int, list[list[int]]]:
+    """Packs items into rows of one length, which is chosen so that the fewest tokens are computed.
+
+    Args:
+        lengths: Length of each item. Items of length 0 are left out.
+        rooms: Row lengths to choose from; the largest one must be sufficient for every item.
+        together: Number of rows that are computed together, even if only one of them has items.
+
+    Returns:
+        The length of the rows, and one list of items per row. Among row lengths with the same
+        number of computed tokens, the largest one is chosen.
+    """
+    longest = max(lengths.values(), default=0)
+    fitting = sorted((room for room in rooms if room >= longest), reverse=True)
+    packed = [(room, first_fit(lengths, room)) for room in fitting]
+    return min(packed, key=lambda choice: choice[0] * -(-len(choice[1]) // together))
 
 
 def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[int]]:

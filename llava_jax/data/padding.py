@@ -1,31 +1,54 @@
 """Measures the cost of padding, and finds the bucket lengths that minimize it."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from llava_jax.data.batching import BatchSpec
 from llava_jax.data.order import NO_RECORD, EpochOrder
-from llava_jax.data.packing import first_fit
+from llava_jax.data.packing import pack
+
+MAX_BUCKETS = 4
+"""Maximum number of bucket lengths that are chosen for a run or compared for a data set."""
+
+COMPILATION_STEPS = 20
+"""Number of train steps that take about as long as the compilation of one more train step. This is
+an estimate: 5 steps of a large model on one GPU, and 40 steps on many GPUs, take as long."""
+
+LENGTH_UNIT = 8
+"""Chosen lengths are multiples of this number of tokens. Matrix units work on 8 rows or more at a
+time, and cuDNN's backward pass supports only even lengths."""
+
+_ROOMS = 8
+"""Number of row lengths that are tried for packed rows."""
+
+_PACKED_SHARE = 1.02
+"""Packed rows may have this many times the fewest tokens, if they are longer. Longer rows make
+larger micro-batches, because the size of a micro-batch in rows is planned for max_length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """The padding of the batches of an epoch.
+    """The padding of some batches of a run.
 
     Attributes:
-        longest: int64 [batches]. Length in tokens of the longest sample in each batch; 1 if the
-            batch has no samples.
+        batches: Lengths in tokens of the samples in each batch, as int64 arrays. Samples whose text
+            cannot be used are left out.
         size: Number of samples in a batch.
         tokens: Sum of the lengths in tokens of all samples that are used.
-        packed: Number of tokens in all rows if the samples are packed into rows of maximum length.
     """
 
-    longest: Int64[np.ndarray, " batches"]
+    batches: Sequence[Int64[np.ndarray, " _"]]
     size: int
     tokens: int
-    packed: int
+
+    @functools.cached_property
+    def longest(self) -> Int64[np.ndarray, " batches"]:
+        """Returns the length of the longest sample in each batch; 1 if a batch has no samples."""
+        return np.array([lengths.max(initial=1) for lengths in self.batches], np.int64)
 
     def padded(self, lengths: Sequence[int]) -> int:
         """Returns the number of tokens, including padding, in all batches.
@@ -37,14 +60,22 @@ class Padding:
         ordered = np.array(sorted(lengths), np.int64)
         return int(ordered[np.searchsorted(ordered, self.longest)].sum()) * self.size
 
-    def waste(self, lengths: Sequence[int]) -> float:
-        """Returns the fraction of the tokens counted by `padded` that are padding."""
-        return 1 - self.tokens / self.padded(lengths)
+    def packed(self, lengths: Sequence[int], together: int = 1) -> int:
+        """Returns the number of tokens that are computed if the samples of each batch are packed.
 
-    @property
-    def packed_waste(self) -> float:
-        """Returns the fraction of padding if samples are packed; 1 if no sample can be used."""
-        return 1 - self.tokens / max(self.packed, 1)
+        Args:
+            lengths: Row lengths in tokens; the largest one must be sufficient for every sample.
+            together: Number of rows that are computed together; see `packing.pack`.
+        """
+        total = 0
+        for batch in self.batches:
+            room, rows = pack(dict(enumerate(batch.tolist())), lengths, together)
+            total += room * together * -(-len(rows) // together)
+        return total
+
+    def waste(self, tokens: int) -> float:
+        """Returns the fraction of padding among `tokens` tokens; 1 if no sample can be used."""
+        return 1 - self.tokens / max(tokens, 1)
 
     def best_lengths(self, count: int) -> tuple[int, ...]:
         """Returns at most `count` bucket lengths, for which `padded` is smallest.
@@ -87,23 +118,75 @@ def _add_run(
 
 
 def measure_padding(
-    order: EpochOrder, tokens: Int[np.ndarray, " N"], good: Bool[np.ndarray, " N"], room: int
+    order: EpochOrder,
+    tokens: Int[np.ndarray, " N"],
+    good: Bool[np.ndarray, " N"],
+    numbers: Iterable[int] | None = None,
 ) -> Padding:
-    """Measures the padding of the first epoch.
+    """Measures the padding of some batches.
 
     Args:
         order: Order of the records in the run.
-        tokens: int [N]. Number of tokens in each sample. If the images of a sample are bad, its
-            tokens contribute to the length of its batch, as in a run, but are counted as padding.
+        tokens: int [N]. Number of tokens in each sample; 0 if its text cannot be used. If the
+            images of a sample are bad, its tokens contribute to the length of its batch, as in a
+            run, but are counted as padding.
         good: bool [N]. True if a sample is used for training.
-        room: Number of tokens in a packed row.
+        numbers: Numbers of the batches; None measures all batches of the first epoch.
     """
-    longest = np.ones(order.batches, np.int64)
-    learned = packed = 0
-    for number in range(order.batches):
+    batches, learned = [], 0
+    for number in range(order.batches) if numbers is None else numbers:
         rows = order.batch(number)
-        rows = rows[rows != NO_RECORD]
-        longest[number] = tokens[rows].max(initial=1)
+        rows = rows[(rows != NO_RECORD) & (tokens[rows] > 0)]
+        batches.append(tokens[rows].astype(np.int64))
         learned += int(tokens[rows[good[rows]]].sum())
-        packed += room * len(first_fit(dict(enumerate(tokens[rows].tolist())), room))
-    return Padding(longest, order.size, learned, packed)
+    return Padding(batches, order.size, learned)
+
+
+def choose_buckets(padding: Padding, spec: BatchSpec, steps: int) -> tuple[int, ...]:
+    """Chooses the bucket lengths of a run, which cost least in padding and compilations.
+
+    Without packing, the result has at most `MAX_BUCKETS` lengths. A longer list of lengths is
+    chosen only if it pays: each further length must save more tokens in the whole run than
+    `COMPILATION_STEPS` steps have, because the train step is compiled once for each length.
+
+    With packing, the result is one row length. The lengths that are tried are that of the longest
+    sample and `_ROOMS` equally spaced lengths up to max_length. The longest one is chosen with
+    which the rows have at most `_PACKED_SHARE` times the fewest tokens.
+
+    Args:
+        padding: Padding of typical batches of the run.
+        spec: Shapes of the batches. `spec.buckets` is not used.
+        steps: Number of train steps of the run.
+
+    Returns:
+        Lengths in tokens below `spec.max_length`, in ascending order. `spec.max_length` is always
+        an additional length, for samples that are longer than the measured ones. It is compiled
+        only if such a sample occurs.
+    """
+    limit = spec.max_length
+    if not padding.tokens:
+        return ()
+    if spec.packing:
+        return _choose_room(padding, spec)
+    rounded = dataclasses.replace(padding, batches=[_round(n, limit) for n in padding.batches])
+    choices = [rounded.best_lengths(count) for count in range(1, MAX_BUCKETS + 1)]
+    tokens = [rounded.padded(choice) for choice in choices]
+    compilation = COMPILATION_STEPS / steps * tokens[0]  # as a part of the measured batches
+    costs = [n + compilation * len(choice) for n, choice in zip(tokens, choices, strict=True)]
+    return tuple(length for length in choices[int(np.argmin(costs))] if length < limit)
+
+
+def _round(lengths: Int64[np.ndarray, " n"], limit: int) -> Int64[np.ndarray, " n"]:
+    """Rounds lengths up to multiples of `LENGTH_UNIT`, but not above `limit`."""
+    return np.minimum(-(-lengths // LENGTH_UNIT) * LENGTH_UNIT, limit)
+
+
+def _choose_room(padding: Padding, spec: BatchSpec) -> tuple[int, ...]:
+    """Returns the row length for packed rows; an empty tuple if it is `spec.max_length`."""
+    limit = spec.max_length
+    spaced = limit * np.arange(1, _ROOMS + 1) // _ROOMS
+    rooms = _round(np.append(spaced, padding.longest.max()), limit).tolist()
+    tokens = {room: padding.packed([room, limit], spec.micro_rows) for room in rooms}
+    least = min(tokens.values())
+    room = max(room for room in rooms if tokens[room] <= _PACKED_SHARE * least)
+    return () if room == limit else (room,)

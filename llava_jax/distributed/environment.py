@@ -12,27 +12,75 @@ from pathlib import Path
 from llava_jax.jax_compat import (
     COMPILE_ONLY_VARIABLES,
     GPU_MEMORY_SHARES,
-    OVERLAP_OPTIONS,
     PINNED_MEMORY_GB,
-    PLANNING_OPTIONS,
-    as_flags,
+    shorten_plugin_errors,
 )
 
 GIB = 2**30
 
-RESERVE_SHARE = 0.06
-"""Fraction of a device's memory that plans reserve for the driver, libraries and programs."""
+POOL_SHARE = 0.94
+"""Fraction of a GPU's memory that XLA's pool may use. The rest is for the driver, for libraries
+such as NCCL, and for a display."""
+
+RESERVE_SHARE = 0.07
+"""Fraction of a device's memory that plans reserve: what is not in the pool, and 0.01 for gaps
+between arrays in the pool."""
+
+HOST_SHARE = 0.9
+"""Fraction of host memory that plans use, and that all processes on a host may pin together. The
+rest is for the system, for Python, and for worker processes with the batches that they prepare."""
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from printing messages at their start that a user cannot act on.
+
+    Call this function before JAX or transformers is imported.
+    """
+    if find_spec("torch") is None:
+        # transformers would print that models need PyTorch, but only its tokenizers are used.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    shorten_plugin_errors(has_gpu=has_nvidia_gpu())
+
+
+def has_nvidia_gpu() -> bool:
+    """Returns True if this machine shows an NVIDIA GPU, even if its driver or JAX cannot use it."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")))
 
 
 def prepare_for_training() -> None:
     """Allows XLA:GPU to use all memory that plans assume to be available.
 
-    Environment variables that the user has set are not changed.
+    Environment variables that the user has set are not changed. In a run of several processes,
+    `multihost.join` sets the limit of pinned memory, because it counts the processes of a host.
     """
     if not os.environ.keys() & set(GPU_MEMORY_SHARES):
-        os.environ[GPU_MEMORY_SHARES[0]] = str(1 - RESERVE_SHARE)
-    # The value is a limit: XLA pins memory only when a program needs it.
-    os.environ.setdefault(PINNED_MEMORY_GB, str(host_memory() // 10**9))
+        os.environ[GPU_MEMORY_SHARES[0]] = str(POOL_SHARE)
+    if not is_multiprocess():
+        limit_pinned_memory(1)
+
+
+def limit_pinned_memory(processes: int) -> None:
+    """Sets the limit of the memory that XLA:GPU pins, unless the user has set it.
+
+    XLA pins memory only when a program needs it. Call this before the devices are used.
+
+    Args:
+        processes: Number of processes of the run on this host.
+    """
+    os.environ.setdefault(PINNED_MEMORY_GB, str(host_memory_share(processes) // GIB))
+
+
+def host_memory_share(processes: int) -> int:
+    """Returns the host memory that one process may use, in bytes: whole GiB, at least one.
+
+    It is not more than the limit of pinned memory that the user has set.
+
+    Args:
+        processes: Number of processes of the run on this host, which share its memory.
+    """
+    share = max(int(HOST_SHARE * host_memory()) // processes // GIB, 1) * GIB
+    asked = os.environ.get(PINNED_MEMORY_GB, "")
+    return min(share, int(asked) * GIB) if asked.isdigit() else share
 
 
 def print_any_text() -> None:
@@ -49,15 +97,21 @@ def host_memory() -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def prepare_for_planning(devices: int = 1) -> None:
-    """Prepares this process to compile for absent devices, and not to use attached devices.
+def available_memory() -> int:
+    """Returns the memory that new processes can use without swapping, in bytes.
 
-    Args:
-        devices: Number of devices to compile for.
+    The kernel's estimate includes caches that it can free. A container's limit is respected, but
+    not what other processes of the container use.
     """
+    file = Path("/proc/meminfo")  # Linux only
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([host_memory(), *(1024 * size for size in kib)])
+
+
+def prepare_for_planning() -> None:
+    """Prepares this process to compile for absent devices, and not to use attached devices."""
     os.environ.update(COMPILE_ONLY_VARIABLES)
-    options = PLANNING_OPTIONS | (OVERLAP_OPTIONS if devices > 1 else {})
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *as_flags(options)])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # XLA logs every program that does not fit; the planner reports these programs itself.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -6,15 +6,21 @@ stops with an error (openxla/xla #47362, #47380, #34565).
 """
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 Tree = TypeVar("Tree")
 """A tree of arrays."""
+
+Carry = TypeVar("Carry")
+"""A tree of arrays that a loop changes."""
 
 PINNED_HOST = "pinned_host"
 """Memory kind of arrays in host memory. The memory is pinned, so that devices can read and write it
@@ -26,9 +32,19 @@ MAX_SLICES, MIN_SLICE = 64, 2**16
 """Largest number of slices in which an array in host memory is moved, and smallest number of
 elements in a slice."""
 
+PARTS = 4
+"""Number of pieces of a layer in the update of a parameter; see `piece_of`."""
+
 SUBLANES = 8
 """Smallest number of rows of a float32 matrix that a TPU can copy, because a tile has this many
 rows."""
+
+CHECKPOINT_PIECE = 2**27
+"""Size in bytes of the pieces in which arrays are compressed and written to a checkpoint."""
+
+MIN_CHECKPOINT_BUFFER = 2**28
+"""Smallest limit, in bytes, of the arrays that are written to a checkpoint, or read from one, at
+the same time. It is an eighth of 2 GiB of state, and enough for several arrays of a small state."""
 
 
 def slice_size(shape: tuple[int, ...]) -> int:
@@ -62,6 +78,22 @@ def is_for_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return leaf.sharding.memory_kind == PINNED_HOST
 
 
+def shard_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Returns the size in bytes of the part of an array that is on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def checkpoint_buffer(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
+    """Returns how many bytes of a state are written to a checkpoint, or read, at the same time.
+
+    The result is larger than the largest shard, because a shard is not divided.
+
+    Args:
+        leaves: Arrays of the state, or their shapes.
+    """
+    return max(MIN_CHECKPOINT_BUFFER, 1 + max(map(shard_bytes, leaves)))
+
+
 def is_hosted(x: Array) -> bool:
     """Returns True if an array in a traced function is in host memory."""
     return jax.typeof(x).memory_space == HOST
@@ -77,26 +109,114 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: move(x, DEVICE), tree)
 
 
+def piece_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the pieces in which a parameter is updated in host memory.
+
+    A piece is a slice; see `slice_size`. On one device, a layer of a stack is divided into `PARTS`
+    pieces, because the loop of the update has two pieces of four arrays on the device. On several
+    devices, the next axis may be sharded, so it is not divided.
+
+    Args:
+        shape: Shape of the parameter.
+    """
+    size = slice_size(shape)
+    is_alone = jax.sharding.get_abstract_mesh().size <= 1
+    if is_alone and size == 1 and len(shape) > 2 and shape[1] % (PARTS * SUBLANES) == 0:
+        return 1, shape[1] // PARTS, *shape[2:]
+    return size, *shape[1:]
+
+
+def count_pieces(shape: tuple[int, ...], piece: tuple[int, ...]) -> int:
+    """Returns the number of pieces of a parameter."""
+    return math.prod(shape) // math.prod(piece)
+
+
+def piece_at(x: Array, index: Int[Array, ""], piece: tuple[int, ...]) -> Array:
+    """Returns piece number `index`, in the memory of x."""
+    start = _start(x.shape, index, piece)
+    return jax.lax.dynamic_slice(x, start, piece, allow_negative_indices=False)
+
+
+def write_piece(x: Array, new: Array, index: Int[Array, ""]) -> Array:
+    """Returns x with piece number `index` replaced by `new`, in the memory of x."""
+    new = move(new, jax.typeof(x).memory_space)
+    start = _start(x.shape, index, new.shape)
+    return jax.lax.dynamic_update_slice(x, new, start, allow_negative_indices=False)
+
+
+def _start(
+    shape: tuple[int, ...], index: Int[Array, ""], piece: tuple[int, ...]
+) -> tuple[Array | int, ...]:
+    """Returns the indices at which a piece begins."""
+    if len(shape) < 2:
+        return (index * piece[0],)
+    parts = jnp.int32(shape[1] // piece[1])
+    first, second = jax.lax.div(index, parts), jax.lax.rem(index, parts)
+    return first * piece[0], second * piece[1], *[0] * (len(shape) - 2)
+
+
 def slice_at(x: Array, index: Int[Array, ""], size: int) -> Array:
     """Returns slice number `index` of length `size` along axis 0, in the memory of x."""
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
-
-
-def write_slice(x: Array, new: Array, index: Int[Array, ""]) -> Array:
-    """Returns x with slice number `index` along axis 0 replaced by `new`, in the memory of x."""
-    new = move(new, jax.typeof(x).memory_space)
-    return jax.lax.dynamic_update_slice_in_dim(x, new, index * new.shape[0], 0)
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, allow_negative_indices=False)
 
 
 def layer_at(stacks: Tree, index: Int[Array, ""]) -> Tree:
     """Returns layer number `index` of stacked arrays, in the memory of the stacks."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    take = partial(
+        jax.lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False
+    )
     return jax.tree.map(take, stacks)
 
 
 def write_layer(stacks: Tree, layer: Tree, index: Int[Array, ""]) -> Tree:
     """Returns stacked arrays with layer number `index` replaced; each stays in its memory."""
-    return jax.tree.map(lambda stack, x: write_slice(stack, x[None], index), stacks, layer)
+    return jax.tree.map(lambda stack, x: write_piece(stack, x[None], index), stacks, layer)
+
+
+def loop_with_prefetch(
+    count: int,
+    load: Callable[[Int[Array, ""], Carry], Tree],
+    body: Callable[[Int[Array, ""], Tree, Tree, Carry], Carry],
+    carry: Carry,
+    parts: int = 1,
+) -> Carry:
+    """Runs `carry = body(index, here, ahead, carry)` for each index, with `here` loaded ahead.
+
+    The arrays of the next index begin to load before the arrays of an index are used in a
+    computation, so that copies from host memory run beside the computation. The loaded arrays are
+    in device memory twice.
+
+    Args:
+        count: Number of indices, a multiple of `parts`.
+        load: Function of (index, carry) that copies the arrays of an index to the device. It gets
+            the carry before the previous index, so it must not read what `body` writes there.
+        body: Function that computes one index from its arrays `here`; `ahead` are the arrays of the
+            next index. A body that writes to an array of which `load` reads slices must use
+            `write_after`.
+        carry: Arrays before the first index.
+        parts: Number of indices in one iteration of the compiled loop. The offset of a slice must
+            increase by the same number of bytes in each iteration; see `STREAMING_OPTIONS`.
+    """
+
+    def step(iteration: Int[Array, ""], both: tuple[Carry, Tree]) -> tuple[Carry, Tree]:
+        carry, here = both
+        for part in range(parts):
+            index = iteration * parts + part
+            ahead = load(index + 1, carry)
+            carry, here = body(index, here, ahead, carry), ahead
+        return carry, here
+
+    first = carry, load(jnp.zeros((), jnp.int32), carry)
+    return jax.lax.fori_loop(0, count // parts, step, first)[0]
+
+
+def write_after(ahead: PyTree, new: Tree) -> Tree:
+    """Returns `new`, but not before the arrays `ahead` have been loaded.
+
+    If an array could be read and written at the same time, XLA would copy the whole array in every
+    iteration.
+    """
+    return jax.lax.optimization_barrier((ahead, new))[1]
 
 
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:

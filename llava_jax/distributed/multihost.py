@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from llava_jax.distributed.environment import is_multiprocess
+from llava_jax.distributed.environment import is_multiprocess, limit_pinned_memory
 from llava_jax.distributed.rendezvous import WAIT_SECONDS, Lines, listed, meet_at
 from llava_jax.distributed.watchdog import LOST, exit_now
 from llava_jax.errors import ConfigError, RunError
@@ -97,6 +97,7 @@ def join() -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process, or "
             "JAX_NUM_PROCESSES=1 for a run of one process"
         ) from error
+    limit_pinned_memory(processes_of_machine())
 
 
 def _number(name: str) -> int | None:
@@ -288,9 +289,9 @@ def broadcast_from_main(value: Value) -> Value:
     return all_gather_values(value)[0]
 
 
-def devices_of_machine() -> int:
-    """Returns the number of the run's devices on this machine; all processes must call this."""
-    return all_gather_values(platform.node()).count(platform.node()) * jax.local_device_count()
+def processes_of_machine() -> int:
+    """Returns the number of the run's processes on this machine; all processes must call this."""
+    return all_gather_values(platform.node()).count(platform.node())
 
 
 def barrier() -> None:

@@ -138,6 +138,26 @@ def to_spec(
     return PartitionSpec(*map(dividing, mapped, shape))
 
 
+def undivided_share(
+    shapes: Mapping[str, tuple[int, ...]], mesh_shape: Mapping[str, int], axis: str
+) -> float:
+    """Returns the fraction of the parameters that a mesh axis should divide but cannot divide.
+
+    Args:
+        shapes: Shape of each parameter, by path.
+        mesh_shape: Size of each mesh axis.
+        axis: Name of the mesh axis.
+    """
+    undivided = 0
+    for path, shape in shapes.items():
+        axes = logical_axes(path)
+        spec = to_spec(axes, shape, mesh_shape)
+        divides = any(axis == names or axis in (names or ()) for names in spec)
+        if any(axis in MESH_AXES[name] for name in axes) and not divides:
+            undivided += math.prod(shape)
+    return undivided / sum(map(math.prod, shapes.values()))
+
+
 def with_shardings(
     shapes: Mapping[str, Any],
     mesh: Mesh,

@@ -1,6 +1,8 @@
 """Computes the scores of answers by comparing them with the expected answers."""
 
 import dataclasses
+import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -38,7 +40,7 @@ def vqa(given: str, expected: Sequence[str]) -> float:
     # If the person whose value is computed gave the same answer, one person less is counted. An
     # answer that nobody gave gets 0.
     worth = [min(1.0, (same - (answer == given)) / enough) for answer in normal]
-    return sum(worth) / len(worth)
+    return add(worth) / len(worth)
 
 
 def relaxed(given: str, expected: Sequence[str]) -> float:
@@ -114,7 +116,16 @@ def count_yes_no(answered: Iterable[Answered]) -> Confusion:
 def mean(values: Iterable[int | float]) -> float:
     """Returns the mean, or 0 if there are no values."""
     values = list(values)
-    return _share(sum(values), len(values))
+    return _share(add(values), len(values))
+
+
+def add(values: Iterable[int | float]) -> int | float:
+    """Returns the sum of values, which are added and rounded one after another.
+
+    The published scorers do the same, with `sum` of the Python that they were written for. Since
+    Python 3.12, `sum` of floats also adds the rounding errors, so that the last bit may differ.
+    """
+    return functools.reduce(operator.add, values, 0)
 
 
 def _share(part: int | float, whole: int | float) -> float:

@@ -29,7 +29,7 @@ from llava_jax.generation.decoder import (
 )
 from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
 from llava_jax.models.llava import Llava
-from llava_jax.models.stack import jit_loop
+from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import end_tokens
 
@@ -288,8 +288,8 @@ def _advance_fn(
     return choose(logits, seen, positions + 1, rows), caches, seen
 
 
-_start = jit_loop(_start_fn, static_argnums=0, donate_argnums=(2, 3))
-_advance = jit_loop(_advance_fn, static_argnums=0, donate_argnums=(2, 3))
+_start = jit_for_backend(_start_fn, static_argnums=0, donate_argnums=(2, 3))
+_advance = jit_for_backend(_advance_fn, static_argnums=0, donate_argnums=(2, 3))
 
 
 def generate(

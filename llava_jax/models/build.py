@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import numpy as np
@@ -85,17 +86,38 @@ def initialise(abstract: Abstract, seed: int) -> Params:
     return {path: make(path, leaf) for path, leaf in abstract.items()}
 
 
-def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+def initial_distribution(
+    path: str, shape: tuple[int, ...]
+) -> tuple[Literal["constant", "normal", "uniform"], float]:
+    """Returns the distribution of the initial values of a parameter; see `initialise`.
+
+    Args:
+        path: Path of the parameter.
+        shape: Shape of the parameter.
+
+    Returns:
+        The kind of the distribution, and its number: the constant, the standard deviation of normal
+        values with mean 0, or the limit b of uniform values between -b and b.
+    """
     module, name = path.rsplit(".", 2)[-2:]
     if name.endswith("bias") or name == "lora_b":
-        return np.zeros(shape, np.float32)
+        return "constant", 0.0
     if "norm" in module:
-        return np.ones(shape, np.float32)
+        return "constant", 1.0
     if module == "embed_tokens":
-        return EMBEDDING_STDDEV * rng.standard_normal(shape, np.float32)
+        return "normal", EMBEDDING_STDDEV
     inputs = math.prod(shape[2 if is_stacked(path) else 1 :] or shape)
     if name == "lora_a" or path.startswith("projector."):
         # PEFT and LLaVA use PyTorch's default for linear layers: Kaiming uniform with a = sqrt(5).
-        return rng.uniform(-(inputs**-0.5), inputs**-0.5, shape).astype(np.float32)
-    return np.float32(inputs**-0.5) * rng.standard_normal(shape, np.float32)
+        return "uniform", inputs**-0.5
+    return "normal", inputs**-0.5
+
+
+def _initial_value(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    kind, number = initial_distribution(path, shape)
+    if kind == "constant":
+        return np.full(shape, number, np.float32)
+    if kind == "uniform":
+        return rng.uniform(-number, number, shape).astype(np.float32)
+    return np.float32(number) * rng.standard_normal(shape, np.float32)

@@ -10,6 +10,19 @@ cuDNN supports only one segment per row. The algorithm is FlashAttention-2 (Dao,
   segment of its first token, and a block of keys needs no queries after the segment of its last
   token. Blocks that are not needed are skipped.
 
+Pallas' Triton backend is deprecated since JAX 0.11, and is still part of JAX 0.12. Nevertheless,
+these kernels serve all GPUs of compute capability 8.0 to 12.1, because no alternative does so with
+JAX 0.10.2, the newest version for Python 3.11, and with JAX 0.12:
+
+- Pallas' backend Mosaic GPU has matrix products only for 9.0 and 10.0 in JAX 0.10.2. Products for
+  the other GPUs (`mosaic_gpu.mma`) came later; they are part of JAX 0.12.
+- cuDNN's packed layout is private in JAX, needs 9.0 or higher, and asks for the attached GPU.
+- jax-triton 0.4 needs Python 3.12, JAX 0.11 and the package triton.
+
+JAX's warning about the deprecation is hidden here, and `jax_compat.lowering_for_gpu` makes plans
+for absent GPUs possible. When JAX drops the backend, pyproject.toml must exclude that version until
+these kernels are ported.
+
 Queries have the shape [B, T, K, G, H], where T is a multiple of `BLOCK`. Triton runs a kernel as
 many programs; each program computes one block of one head of one row.
 """
@@ -24,7 +37,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from llava_jax.jax_compat import hide_triton_deprecation
 from llava_jax.models.layers import segment_ends, segment_starts
+
+hide_triton_deprecation()
 
 BLOCK, STAGES = 64, 2
 """Number of queries or keys in a block, and number of blocks that are loaded ahead. These are the

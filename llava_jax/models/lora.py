@@ -12,7 +12,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Linear, parameter
 from llava_jax.models.paths import LLM, VISION
 from llava_jax.models.quant import Quantised
-from llava_jax.models.stack import jit_loop
+from llava_jax.models.stack import jit_for_backend
 
 
 def adapter_configs(
@@ -90,7 +90,7 @@ def merge_layer(
     return (jnp.asarray(weight, jnp.float32) + scale * low_rank).astype(weight.dtype)
 
 
-@partial(jit_loop, static_argnums=3)
+@partial(jit_for_backend, static_argnums=3)
 def _merge(
     weight: Float[Array, "L F D"], a: Float[Array, "L R D"], b: Float[Array, "L F R"], scale: float
 ) -> Float[Array, "L F D"]:

@@ -4,39 +4,58 @@ The backward loop is written by hand to save memory in ways that automatic diffe
 cannot. The loop copies one layer at a time to the device, recomputes that block from its input, and
 adds the gradients in place to the sums of earlier micro-batches. The weights of a stack, the inputs
 of its blocks and the gradient sums may all be in host memory.
+
+A block begins with attention. In loops over frozen weights in host memory, the attention weights of
+the next layer are copied while a layer computes. The other weights of a layer are copied while its
+attention is computed, so they need no second buffer.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from llava_jax.distributed.host_memory import DEVICE, HOST, fetch, layer_at, move, write_layer
-from llava_jax.jax_compat import CPU_OPTIONS
+from llava_jax.distributed.host_memory import (
+    DEVICE,
+    HOST,
+    fetch,
+    is_hosted,
+    layer_at,
+    loop_with_prefetch,
+    move,
+    write_layer,
+)
+from llava_jax.jax_compat import compiler_options
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
+from llava_jax.models.quant import Quantised
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[Any, ...], jax.Array]
-"""Arrays of a block or a stack, by path."""
+Leaves = dict[tuple[Any, ...], jax.Array | Quantised]
+"""Arrays and quantized weights of a block or a stack, by path."""
 
 
-class jit_loop:
-    """Applies `jax.jit` to a function that loops over stacked layers, with `CPU_OPTIONS` on CPUs.
+class jit_for_backend:
+    """Applies `jax.jit` to a function, with the compiler options for the default backend.
+
+    The backend is found when the function is called, because importing a module must not start JAX.
 
     Args:
-        f: Function to compile.
+        f: Function to compile, for example one that loops over stacked layers.
+        uses_host: Whether the function reads arrays in host memory.
         options: Keyword arguments of `jax.jit`.
     """
 
-    def __init__(self, f: Callable[..., Any], **options: Any):
+    def __init__(self, f: Callable[..., Any], *, uses_host: bool = False, **options: Any):
         self._jitted = functools.cache(
             lambda platform: jax.jit(
-                f, compiler_options=CPU_OPTIONS if platform == "cpu" else None, **options
+                f, compiler_options=compiler_options(platform, uses_host=uses_host), **options
             )
         )
 
@@ -166,40 +185,62 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     its input.
     """
 
-    def scan(values: Leaves, x: jax.Array, rest: tuple, keep: bool) -> tuple[jax.Array, PyTree]:
-        def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, PyTree]:
-            block, index = layer
-            kept = move(x, HOST if offload else DEVICE) if keep else None
-            return step(fetch(block), x, index, rest), kept
+    def scan(
+        values: Leaves, totals: Leaves, x: jax.Array, rest: tuple, keep: bool
+    ) -> tuple[jax.Array, PyTree]:
+        first, others = _first_used(values, totals)
+        indices = _indices(values)
+        load = lambda index: fetch(layer_at(first, index))
 
-        return jax.lax.scan(body, x, (values, _indices(values)))
+        def body(
+            carry: tuple[jax.Array, Leaves], layer: tuple[Leaves, jax.Array]
+        ) -> tuple[tuple[jax.Array, Leaves], PyTree]:
+            (x, here), (block, index) = carry, layer
+            ahead = load(index + 1)
+            kept = move(x, HOST if offload else DEVICE) if keep else None
+            return (step(here | fetch(block), x, index, rest), ahead), kept
+
+        carry = x, load(jnp.zeros((), jnp.int32))
+        (x, _), inputs = jax.lax.scan(body, carry, (others, indices))
+        return x, inputs
 
     @jax.custom_vjp
     def run(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> jax.Array:
-        return scan(values, x, rest, keep=False)[0]
+        return scan(values, totals, x, rest, keep=False)[0]
 
     def forward(values: Leaves, totals: Leaves, x: jax.Array, rest: tuple) -> tuple:
-        y, inputs = scan(values, x, rest, keep=True)
+        y, inputs = scan(values, totals, x, rest, keep=True)
         return y, (values, totals, inputs, rest)
 
     def backward(residuals: tuple, grad: jax.Array) -> tuple:
         values, totals, inputs, rest = residuals
         depth = inputs.shape[0]
+        first, others = _first_used(values, totals)
+        # The gradient sums that are needed first, those of the feed-forward layer.
+        early = {p: x for p, x in totals.items() if is_hosted(x) and ATTENTION not in p}
+        if math.prod(inputs.shape[1:-1]) < EARLY_TOKENS:
+            early = {}
+        load = lambda done, _: fetch(layer_at(first, depth - 1 - done))
 
-        def body(done: jax.Array, carry: tuple[jax.Array, Leaves]) -> tuple[jax.Array, Leaves]:
+        def body(
+            done: jax.Array, here: Leaves, _ahead: Leaves, carry: tuple[jax.Array, Leaves]
+        ) -> tuple[jax.Array, Leaves]:
             grad, totals = carry
             index = depth - 1 - done
-            block, x = fetch(layer_at((values, inputs), index))  # the only layer on the device
+            block, x = fetch(layer_at((others, inputs), index))
+            block |= here
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
+            sums = layer_at(totals, index)
+            # The barrier makes XLA copy these sums while the block is recomputed. Otherwise, their
+            # copies begin when the gradients are ready, and the GPU waits for them.
+            grad, ready = jax.lax.optimization_barrier((grad, fetch({p: sums[p] for p in early})))
             grads, grad = pull(grad)
-            # The new sum is written back before the next layer is fetched, so that a second set of
-            # gradients never exists.
-            here = jax.tree.map(jnp.add, fetch(layer_at(totals, index)), grads)
-            return grad, write_layer(totals, here, index)
+            sums = jax.tree.map(jnp.add, fetch(sums) | ready, grads)
+            return grad, write_layer(totals, sums, index)
 
-        grad, totals = jax.lax.fori_loop(0, depth, body, (grad, totals))
+        grad, totals = loop_with_prefetch(depth, load, body, (grad, totals))
         # `totals` now holds the gradients that `Accumulated` defines; `values` get no gradients.
         return None, totals, grad, None
 
@@ -207,6 +248,30 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
     return run
 
 
-def _indices(values: Leaves) -> Int[Array, "L"]:
-    """Returns the layer indices of a stack."""
-    return jnp.arange(next(iter(values.values())).shape[0])
+EARLY_TOKENS = 4096
+"""Smallest number of tokens of a micro-batch with which gradient sums are copied early. Recomputing
+a block of fewer tokens takes less time than these copies, which would only take memory."""
+
+ATTENTION = "self_attn"
+"""Name of the attention layer in a block, the first layer that has large weights."""
+
+
+def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
+    """Divides the parameters of a stack into those that are copied ahead, and all others.
+
+    The attention weights are copied ahead if they are frozen and in host memory. Float32 weights
+    that are trained would take twice the memory, and their computation takes longer.
+    """
+    is_ahead = lambda path: ATTENTION in path and path not in totals
+    on_host = lambda x: any(map(is_hosted, jax.tree.leaves(x)))  # a quantized weight is a tree
+    first = {path: x for path, x in values.items() if is_ahead(path) and on_host(x)}
+    return first, {path: x for path, x in values.items() if path not in first}
+
+
+def _indices(values: Leaves) -> PyTree:
+    """Returns the layer indices of a stack, int32 [L].
+
+    They are a constant NumPy array, so that XLA knows which layers a loop slices; see
+    `STREAMING_OPTIONS` in `jax_compat.py`.
+    """
+    return np.arange(next(iter(values.values())).shape[0], dtype=np.int32)

@@ -5,16 +5,24 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 import jax
 
 from llava_jax.config import IGNORED_BY_PLANS, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.disk import replace_text
 from llava_jax.distributed.environment import hash_code, versions
-from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
+from llava_jax.distributed.multihost import (
+    all_gather_values,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+)
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import COMPILER_VARIABLES
-from llava_jax.planning.measure import Usage, measure_here
+from llava_jax.planning.forecast import Forecast
+from llava_jax.planning.measure import measure_here
+from llava_jax.planning.usage import Usage
 
 
 def measure_once(
@@ -39,6 +47,9 @@ def measure_once(
     # because a network file system may hide a new file from a process that looked for it earlier.
     if not broadcast_from_main(is_main_process() and _read(file) is not None):
         usage = measure_here(config, model, images, capacity)
+        if any(all_gather_values(usage.out_of_memory)):
+            # This is not cached, because another program may have used the memory.
+            return dataclasses.replace(usage, out_of_memory=True)
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(dataclasses.asdict(usage), indent=2) + "\n")
@@ -52,7 +63,9 @@ def measure_once(
 def _read(file: Path) -> Usage | None:
     """Returns the cached memory use, or None if the file is missing or damaged."""
     try:
-        return Usage(**json.loads(file.read_bytes()))
+        usage = Usage(**json.loads(file.read_bytes()))
+        found = cast("dict | None", usage.forecast)
+        return dataclasses.replace(usage, forecast=None if found is None else Forecast(**found))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
@@ -64,6 +77,8 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
     decisive = {
         "config": flatten(fields, IGNORED_BY_PLANS),
         "images": images,
+        # A plan also counts what an evaluation needs beside a step.
+        "evaluation": (config.data.eval_path is not None, config.eval.batch_size),
         "code": hash_code(),
         "versions": versions(),
         "flags": [os.environ.get(name) for name in COMPILER_VARIABLES],

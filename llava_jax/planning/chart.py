@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llava_jax.distributed.environment import GIB
-from llava_jax.planning.measure import Usage
+from llava_jax.planning.usage import Usage
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b3b3b3")
 

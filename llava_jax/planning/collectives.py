@@ -25,10 +25,10 @@ def collective_bytes(text: str) -> Counter[str]:
     # whole collective.
     if "async_collective_fusion" in text:
         raise ValueError("cannot count collectives that are fused with matrix products, as on TPUs")
-    return total(text, _moved)
+    return total(text, moved_bytes)
 
 
-def _moved(instruction: Instruction, scope: Computation) -> dict[str, int]:
+def moved_bytes(instruction: Instruction, scope: Computation) -> dict[str, int]:
     """Returns the bytes of one instruction by its kind; empty if it is not a collective."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:

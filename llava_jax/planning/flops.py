@@ -40,11 +40,11 @@ def matmul_flops(text: str) -> int:
         ValueError: A loop with products has an unknown length, a library call is unknown, or the
             text does not describe a compiled module.
     """
-    return total(text, lambda *call: {"": _products(*call)})[""]
+    return total(text, lambda *call: {"": product_flops(*call)})[""]
 
 
-def _products(instruction: Instruction, scope: Computation) -> int:
-    """Returns the FLOPs of one instruction, without the computations that it calls."""
+def product_flops(instruction: Instruction, scope: Computation) -> int:
+    """Returns the matrix-product FLOPs of one instruction, without the computations it calls."""
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "dot":
         return _dot(instruction, scope)

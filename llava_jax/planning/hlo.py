@@ -53,7 +53,7 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int
         ValueError: An instruction with a cost is in a loop of unknown length, or the text does not
             describe a compiled module.
     """
-    module, entry = _parse(text)
+    module, entry = parse(text)
 
     @functools.cache
     def of(name: str) -> Counter[str]:
@@ -63,20 +63,19 @@ def total(text: str, cost: Callable[[Instruction, Computation], Mapping[str, int
         return found
 
     def of_instruction(instruction: Instruction, scope: Computation) -> Counter[str]:
-        called = CALLED.findall(instruction.attributes)
-        inner = [of(name) for names in called for name in NAME.findall(names)]
+        inner = [of(name) for name in called(instruction)]
         if instruction.opcode == "conditional":
             return max(inner, key=Counter.total)
         found = sum(inner, Counter(cost(instruction, scope)))
         if instruction.opcode == "while" and found:
-            iterations = _iterations(instruction, module)
-            return Counter({kind: iterations * count for kind, count in found.items()})
+            times = iterations(instruction, module)
+            return Counter({kind: times * count for kind, count in found.items()})
         return found
 
     return of(entry)
 
 
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
+def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Returns the computations of a module by name, and the name of the entry computation."""
     module: dict[str, Computation] = {}
     entry = name = ""
@@ -92,7 +91,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
     return module, entry
 
 
-def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
+def iterations(loop: Instruction, module: Mapping[str, Computation]) -> int:
     """Returns the number of iterations of a while loop, or an upper bound of this number.
 
     Raises:
@@ -114,6 +113,13 @@ def _iterations(loop: Instruction, module: dict[str, Computation]) -> int:
     raise ValueError(f"cannot count a loop of unknown length: {loop.attributes[:300]}")
 
 
+def called(instruction: Instruction) -> list[str]:
+    """Returns the names of the computations that an instruction calls, without loop conditions."""
+    return [
+        name for names in CALLED.findall(instruction.attributes) for name in NAME.findall(names)
+    ]
+
+
 def operands(instruction: Instruction, scope: Computation) -> list[str]:
     """Returns the shapes of an instruction's operands, as text."""
     return [scope[name].shape for name in NAME.findall(instruction.operands)]
@@ -130,6 +136,7 @@ def sizes(shape: str) -> list[int]:
 
 def nbytes(shape: str) -> int:
     """Returns the size in bytes of an array with the given shape, or of all arrays of a tuple."""
-    bits = lambda kind: int(re.findall(r"\d+", kind)[0]) if kind != "pred" else 8
+    known = {"pred": 8, "token": 0}
+    bits = lambda kind: known[kind] if kind in known else int(re.findall(r"\d+", kind)[0])
     count = lambda dims: math.prod(int(size) for size in dims.split(",") if size)
     return sum(bits(kind) * count(dims) for kind, dims in ARRAY.findall(shape)) // 8

@@ -9,80 +9,37 @@ device does not have to be attached. For an absent GPU, the compiler gets a desc
 import dataclasses
 import importlib.util
 import logging
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
-from llava_jax.config import AttentionImplementation, ModelConfig, Parts, TrainConfig
+from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import images_in_row
-from llava_jax.distributed.environment import GIB, RESERVE_SHARE
-from llava_jax.distributed.host_memory import is_for_host
+from llava_jax.distributed.host_memory import is_for_host, shard_bytes
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
-from llava_jax.jax_compat import bytes_of_too_large, compile_for_topology
+from llava_jax.jax_compat import (
+    PLANNING_OPTIONS,
+    Options,
+    bytes_of_too_large,
+    compile_for_topology,
+    compiler_options,
+    is_out_of_memory,
+    lowering_for_gpu,
+)
 from llava_jax.models.attention import attention_implementation
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu
+from llava_jax.planning.beside import device_beside, devices_of_process, host_beside, outside_pool
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu, rates_of
 from llava_jax.planning.flops import matmul_flops
-from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.resolve import resolve
+from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.gpu_compiler import target_config
+from llava_jax.planning.usage import REST, Usage
 from llava_jax.train_step.program import Program, build_program
 
 TOTAL_STEPS = 1000  # length of schedules if config.steps is None; it does not affect the memory
-
-
-REST = "activations and temporaries"  # the term of a `Usage` for all other memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Memory, transfers and FLOPs of a plan, per device. All values are in bytes except `flops`.
-
-    Attributes:
-        device: Device memory by term, for example "gradients"; the terms add up to `total`.
-        host: Pinned host memory by term.
-        total: Peak of the device memory, from the compiler: arguments, results and temporaries.
-        host_total: Peak of the pinned host memory, from the compiler.
-        pcie: Bytes that cross PCIe in one optimizer step, in both directions together.
-        capacity: Size of the device's memory.
-        flops: FLOPs of the matrix products of one optimizer step, as compiled; None if they could
-            not be counted.
-        host_capacity: Host memory that may be pinned for this device; None if it is unknown.
-    """
-
-    device: dict[str, int]
-    host: dict[str, int]
-    total: int
-    host_total: int
-    pcie: int
-    capacity: int
-    flops: int | None
-    host_capacity: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Returns True if the plan fits into device memory and into host memory (if known)."""
-        return self.headroom >= 0 and self.host_headroom >= 0
-
-    @property
-    def reserve(self) -> int:
-        """Returns the bytes of device memory that are reserved for the runtime."""
-        return int(RESERVE_SHARE * self.capacity)
-
-    @property
-    def headroom(self) -> int:
-        """Returns the unused bytes of device memory; negative if the plan does not fit."""
-        return self.capacity - self.reserve - self.total
-
-    @property
-    def host_headroom(self) -> int:
-        """Returns the unused bytes of host memory; 0 if the size of host memory is unknown."""
-        return 0 if self.host_capacity is None else self.host_capacity - self.host_total
 
 
 def find_device(name: str) -> Gpu | Tpu:
@@ -113,9 +70,10 @@ def measure(
         ConfigError: The device is unknown, its compiler is not installed, or the config cannot be
             used with this number of devices.
     """
-    capacity = find_device(device).memory if capacity is None else capacity
+    target = find_device(device)
+    capacity = target.memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
-    return _usage(program, config, totals, text, capacity)
+    return usage_of(program, config, totals, text, capacity, target.platform, device)
 
 
 def compile_for(
@@ -144,9 +102,13 @@ def attention_for(
 
 def attention_here(config: TrainConfig, model: ModelConfig) -> AttentionImplementation:
     """Returns the implementation of attention that a run uses on the attached devices."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    return attention_implementation(config, model, device.platform, capability)
+    platform = jax.devices()[0].platform
+    return attention_implementation(config, model, platform, capability_here())
+
+
+def capability_here() -> str:
+    """Returns the compute capability of the attached GPUs, such as "8.6"; "" without a GPU."""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
 def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
@@ -158,30 +120,76 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
         images: Number of image slots per sample.
         capacity: Memory of one device, in bytes.
     """
-    config, program, batch = _program_here(config, model, images)
-    return _usage(program, config, *_compiled(program, batch), capacity)
+    config, program, batch = program_here(config, model, images)
+    try:
+        totals, text = _compiled(program, batch)
+    except jax.errors.JaxRuntimeError as error:
+        # Compilers for GPUs execute kernels to choose the fastest ones, which needs memory.
+        if not is_out_of_memory(str(error)):
+            raise
+        least = max(_named(program, on_host=False), capacity)
+        totals = least, _named(program, on_host=True)
+        usage = _usage_here(program, config, totals, "", capacity)
+        return dataclasses.replace(usage, out_of_memory=True)
+    return _usage_here(program, config, totals, text, capacity)
 
 
 def compile_here(
-    config: TrainConfig, model: ModelConfig, images: int, capacity: int
+    config: TrainConfig,
+    model: ModelConfig,
+    images: int,
+    capacity: int,
+    devices: list[jax.Device] | None = None,
+    options: Options | None = None,
 ) -> tuple[Program, jax.stages.Compiled, Usage]:
-    """Compiles a run's train step for the attached devices; see `measure_here` for the arguments.
+    """Compiles a run's train step for attached devices, and returns the compiled step too.
+
+    Args:
+        config: Config of the run; `memory` and `batch.micro_size` are the plan.
+        model: Sizes of the model.
+        images: Number of image slots per sample.
+        capacity: Memory of one device, in bytes.
+        devices: Devices to compile for; None takes all attached devices.
+        options: Options of XLA's compiler, which take precedence over the options of the run.
 
     Returns:
         The program, the compiled train step, and its memory use.
     """
-    config, program, batch = _program_here(config, model, images)
-    compiled = program.trace_train_step(batch).lower().compile()
-    return program, compiled, _usage(program, config, *_read(compiled), capacity)
+    config, program, batch = program_here(config, model, images, devices)
+    compiled = program.trace_train_step(batch).lower().compile(options)
+    return program, compiled, _usage_here(program, config, *_read(compiled), capacity)
 
 
-def _program_here(
-    config: TrainConfig, model: ModelConfig, images: int
+def program_here(
+    config: TrainConfig,
+    model: ModelConfig,
+    images: int,
+    devices: list[jax.Device] | None = None,
 ) -> tuple[TrainConfig, Program, Batch]:
-    """Returns the config with `max_images` set, the program, and the shapes of a batch."""
+    """Builds the program of a run for the attached devices; see `measure_here` for the arguments.
+
+    Returns:
+        The config with `max_images` set, the program, and the shapes of a batch.
+    """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
-    return config, *_program(config, model, jax.devices(), implementation, donate=False)
+    devices = jax.devices() if devices is None else devices
+    return config, *_program(config, model, devices, implementation, donate=False)
+
+
+def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
+    """Builds the program of a run for absent devices, without compiling it.
+
+    The devices of the program's mesh are CPU devices.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+        device: Name of a device in `planning/devices.py`.
+        count: Number of devices.
+    """
+    implementation = attention_for(config, model, find_device(device))
+    return _program(config, model, jax.devices("cpu")[:count], implementation, donate=True)[0]
 
 
 def _program(
@@ -202,9 +210,13 @@ def _program(
         implementation=implementation,
         donate=donate,
     )
-    images = images_per_row(config, model)
-    batch = program.abstract_batch(config.batch.global_size, config.data.max_length, images)
-    return program, batch
+    return program, _abstract_batch(program, config)
+
+
+def _abstract_batch(program: Program, config: TrainConfig) -> Batch:
+    """Returns the shapes of a train batch."""
+    images = images_per_row(config, program.model_config)
+    return program.abstract_batch(config.batch.global_size, config.data.max_length, images)
 
 
 def _compile_for_gpus(
@@ -215,10 +227,7 @@ def _compile_for_gpus(
     implementation: AttentionImplementation,
 ) -> tuple[Program, tuple[int, int], str]:
     """Compiles for absent GPUs, after lowering for CPU devices, which also have memory kinds."""
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ConfigError(
-            "planning for GPUs needs the GPU compiler: pip install 'llava_jax[cuda12]'"
-        )
+    described = target_config(target)
     if len(jax.devices("cpu")) < count:
         raise ConfigError(
             f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
@@ -227,14 +236,18 @@ def _compile_for_gpus(
     program, batch = _program(
         config, model, jax.devices("cpu")[:count], implementation, donate=True
     )
-    lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
+    with lowering_for_gpu(target.capability):
+        lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="target",
-        target_config=target.target_config,
+        target_config=described,
         topology=f"1x1x{count}",
     )
-    stats, text = compile_for_topology(lowered, topology.devices)
+    options = compiler_options(target.platform, uses_host=program.uses_host, devices=count)
+    stats, text = compile_for_topology(
+        lowered, topology.devices, PLANNING_OPTIONS | (options or {})
+    )
     return program, _totals(stats), text
 
 
@@ -271,9 +284,13 @@ def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
         needed = bytes_of_too_large(str(error))
         if needed is None:
             raise
-        hosted = (_bytes(tree, on_host=True) for tree in _terms(program).values())
-        return (needed, sum(hosted)), ""
+        return (needed, _named(program, on_host=True)), ""
     return _read(compiled)
+
+
+def _named(program: Program, *, on_host: bool) -> int:
+    """Returns the bytes of all terms except `REST`, in host memory or in device memory."""
+    return sum(_bytes(tree, on_host=on_host) for tree in _terms(program).values())
 
 
 def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
@@ -298,6 +315,13 @@ def _totals(stats: Any) -> tuple[int, int]:
     return total, host_total
 
 
+def argument_bytes(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the bytes per device of each term except `REST`: in device memory, in host memory."""
+    terms = _terms(program)
+    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
+    return device, {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+
+
 def _terms(program: Program) -> dict[str, object]:
     """Returns the shapes of the arrays that belong to each term of a `Usage`, except `REST`."""
     abstract = program.abstract
@@ -309,56 +333,100 @@ def _terms(program: Program) -> dict[str, object]:
     }
 
 
-def _usage(
+def _usage_here(
     program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
 ) -> Usage:
-    """Divides the compiler's totals into terms; `text` is the compiled module as text, or ""."""
+    """Returns the memory use of a step for the attached devices; see `usage_of`."""
+    device = program.mesh.devices.flat[0]
+    return usage_of(program, config, totals, text, capacity, device.platform, device.device_kind)
+
+
+def usage_of(
+    program: Program,
+    config: TrainConfig,
+    totals: tuple[int, int],
+    text: str,
+    capacity: int,
+    platform: str,
+    name: str,
+) -> Usage:
+    """Divides the compiler's totals into terms, and adds what a run needs beside a step.
+
+    Args:
+        program: Program of the run.
+        config: Config of the run.
+        totals: Bytes of the step in device memory and in host memory.
+        text: Text of the compiled module, or "".
+        capacity: Memory of one device, in bytes.
+        platform: "gpu", "tpu" or "cpu".
+        name: Name of the device.
+    """
     total, host_total = totals
-    terms = _terms(program)
-    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
-    host = {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+    device, host = argument_bytes(program)
     if host_total == 0:  # XLA's CPU backend counts host memory as device memory
         host_total = sum(host.values())
         total -= host_total
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
-    pcie = _pcie_bytes(program, host, config)
-    flops = _flops(text) if text else None
-    return Usage(device, host, total, host_total, pcie, capacity, flops)
+    activations = host[REST] if config.memory.offload_activations else 0
+    batch = _abstract_batch(program, config)
+    flops, guess = _read_module(text, platform, name)
+    return Usage(
+        device,
+        host,
+        total,
+        host_total,
+        pcie_bytes(host, program.accumulation, activations),
+        capacity,
+        flops,
+        device_beside=device_beside(program, config, batch, device[REST]),
+        host_beside=host_beside(program, batch),
+        outside=outside_pool(platform, name, program.mesh.size),
+        pooled=devices_of_process(program.mesh) if platform == "gpu" else 0,
+        forecast=guess,
+    )
 
 
-def _flops(text: str) -> int | None:
-    """Returns the matrix-product FLOPs of a module; logs a warning if they cannot be counted."""
+def _read_module(text: str, platform: str, name: str) -> tuple[int | None, Forecast | None]:
+    """Returns the FLOPs and the forecast of a compiled step, or None if they cannot be read.
+
+    Args:
+        text: Text of the compiled module, or "".
+        platform: Platform of the device. Only steps for GPUs are forecast.
+        name: Name of the device.
+    """
+    if not text:
+        return None, None
     try:
-        return matmul_flops(text)
-    except ValueError as error:  # no plan depends on the FLOPs
+        flops, rates = matmul_flops(text), rates_of(name)
+        return flops, forecast(text, rates) if platform == "gpu" and rates else None
+    except (ValueError, LookupError) as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
-        return None
+        return None, None
 
 
 def _bytes(tree: object, *, on_host: bool) -> int:
     """Returns the bytes per device of the arrays in host memory (`on_host`) or in device memory."""
-    leaves = [x for x in jax.tree.leaves(tree) if is_for_host(x) == on_host]
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-    return sum(map(size, leaves))
+    return sum(shard_bytes(x) for x in jax.tree.leaves(tree) if is_for_host(x) == on_host)
 
 
-def _pcie_bytes(program: Program, host: Mapping[str, int], config: TrainConfig) -> int:
+def pcie_bytes(host: Mapping[str, int], micros: int, activations: int) -> int:
     """Returns the bytes that cross PCIe in one optimizer step, in both directions together.
 
     In every micro-batch, weights go to the device twice (forward and backward pass), gradients go
     to the device and back, and offloaded activations go to the host and back. The gradient norm
     and the update each read the gradients; the update also reads and writes the trained weights and
     the optimizer's state.
+
+    Args:
+        host: Bytes of each term in host memory, from `argument_bytes`.
+        micros: Number of micro-batches in the step.
+        activations: Bytes of the activations of a micro-batch in host memory.
     """
-    micros = program.accumulation
     weights = host["frozen weights"] + host["trainables"]
     gradients = host["gradients"]
-    moved = micros * (2 * weights + 2 * gradients) + 2 * gradients
-    moved += 2 * (host["trainables"] + host["optimizer"])
-    if config.memory.offload_activations:
-        moved += 2 * micros * host[REST]
-    return moved
+    moved = micros * 2 * (weights + gradients + activations) + 2 * gradients
+    return moved + 2 * (host["trainables"] + host["optimizer"])
 
 
 def images_per_row(config: TrainConfig, model: ModelConfig) -> int:
@@ -370,45 +438,3 @@ def images_per_row(config: TrainConfig, model: ModelConfig) -> int:
     """
     images = 1 if config.data.max_images is None else config.data.max_images
     return images_in_row(config.data, model, images)
-
-
-def sizes(config: TrainConfig) -> ModelConfig:
-    """Returns the sizes of a run's model.
-
-    The sizes come from the checkpoint `init_from`. If the checkpoint does not exist yet, the sizes
-    come from `config.model`.
-
-    Raises:
-        ConfigError: Neither `init_from` nor `model` is set.
-    """
-    source = config.init_from
-    base = source.llm if isinstance(source, Parts) else source
-    if source is not None and (config.model is None or Path(str(base)).exists()):
-        return read_config(resolve(source).base)
-    if config.model is None:
-        raise ConfigError(
-            "init_from and model are both None; set model, or set init_from to a checkpoint"
-        )
-    return config.model
-
-
-def usage_table(usage: Usage) -> str:
-    """Returns a table, as text, of the memory by term, the totals, and the cost of a step."""
-    lines = [f"{'':32}{'device GiB':>11}{'host GiB':>11}"]
-    for term in usage.device:
-        device, host = usage.device[term] / GIB, usage.host[term] / GIB
-        lines.append(f"{term:32}{device:11.2f}{host:11.2f}")
-    lines.append(f"{'sum':32}{usage.total / GIB:11.2f}{usage.host_total / GIB:11.2f}")
-    known = usage.host_capacity is not None
-    host = f"{(usage.host_capacity or 0) / GIB:11.2f}" if known else f"{'not given':>11}"
-    left = f"{usage.host_headroom / GIB:11.2f}" if known else ""
-    lines.append(f"{'memory':32}{usage.capacity / GIB:11.2f}{host}")
-    lines.append(f"{'reserve for the runtime':32}{usage.reserve / GIB:11.2f}")
-    lines.append(f"{'headroom':32}{usage.headroom / GIB:11.2f}{left}")
-    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB per optimizer step, in both directions")
-    flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
-    lines.append(f"FLOPs: {flops} per device and optimizer step, in matrix products")
-    verdict = "fits" if usage.fits else "does not fit"
-    return "\n".join(
-        [*lines, verdict if known else f"{verdict}; the size of host memory is not given"]
-    )

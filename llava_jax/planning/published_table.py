@@ -8,7 +8,10 @@ from llava_jax.config import TrainConfig, load_config
 from llava_jax.distributed.environment import GIB
 from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
-from llava_jax.planning.measure import Usage
+from llava_jax.planning.devices import GPUS, Gpu
+from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.model_sizes import sizes
+from llava_jax.planning.usage import Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,38 +69,63 @@ ROWS = (
     Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
 )  # fmt: skip
 
+FORECAST = ("rtx3090", "rtx4090", "h100")
+"""Devices for which the table has forecasts. They use the step that was compiled for the row."""
+
 HEADER = """\
-| run | devices | micro-batch | device GiB (at most) | host GiB per device (at most) | FLOPs |
-|---|---|---|---|---|---|"""
+| run | devices | micro-batch | device GiB (at most) | host GiB per device (at most) | FLOPs | \
+seconds per step on RTX 3090, RTX 4090, H100 (without overlap) |
+|---|---|---|---|---|---|---|"""
 
 
-def measure(row: Row) -> tuple[Usage, float]:
-    """Compiles the train step of a row.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Figures of a row.
 
-    Returns:
-        The memory use, and the FLOPs divided by the FLOPs of the plan that offloads nothing; NaN if
-        the FLOPs could not be counted.
+    Attributes:
+        usage: Memory use.
+        flops: FLOPs divided by the FLOPs of the plan that offloads nothing; NaN if the FLOPs could
+            not be counted.
+        forecasts: Forecast for each device in `FORECAST`; empty for TPUs.
     """
+
+    usage: Usage
+    flops: float
+    forecasts: dict[str, Forecast]
+
+
+def measure(row: Row) -> Measured:
+    """Compiles the train step of a row, and of the same row without offloading."""
     config = load_config(row.config)
-    usage = _measure(config, row.plan, row.micro_size, row.device, row.count)
-    resident = _measure(config, (), row.micro_size, row.device, row.count)
-    if usage.flops is None or resident.flops is None:
-        return usage, math.nan
-    return usage, usage.flops / resident.flops
+    usage, forecasts = _measure(config, row.plan, row.micro_size, row.device, row.count)
+    resident, _ = _measure(config, (), row.micro_size, row.device, row.count)
+    ratio = math.nan
+    if usage.flops is not None and resident.flops is not None:
+        ratio = usage.flops / resident.flops
+    return Measured(usage, ratio, forecasts)
 
 
 @functools.cache
 def _measure(
     config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
-) -> Usage:
+) -> tuple[Usage, dict[str, Forecast]]:
     """Compiles the train step of a config with a plan; cached, because rows share some plans."""
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
-    return measuring.measure(planned, measuring.sizes(config), device, count)
+    target = measuring.find_device(device)
+    program, totals, text = measuring.compile_for(planned, sizes(config), device, count)
+    usage = measuring.usage_of(
+        program, planned, totals, text, target.memory, target.platform, device
+    )
+    on_gpu = isinstance(target, Gpu)
+    return usage, {name: forecast(text, GPUS[name].rates) for name in FORECAST if on_gpu}
 
 
-def describe(row: Row, usage: Usage, flops: float) -> str:
+def describe(row: Row, measured: Measured) -> str:
     """Returns a line of the Markdown table, marked SHORT if the memory exceeds the limits."""
+    usage, flops, forecasts = measured.usage, measured.flops, measured.forecasts.values()
+    seconds = ", ".join(f"{x.seconds:.1f}" for x in forecasts)
+    serial = ", ".join(f"{x.serial_seconds:.1f}" for x in forecasts)
     cells = (
         row.run,
         f"{row.count} x {row.device}",
@@ -105,5 +133,6 @@ def describe(row: Row, usage: Usage, flops: float) -> str:
         f"{usage.total / GIB:.2f} ({row.device_gib})",
         f"{usage.host_total / GIB:.2f} ({row.host_gib})",
         "–" if math.isnan(flops) else f"{flops:.2f} x",
+        f"{seconds} ({serial})" if forecasts else "–",
     )
     return f"| {' | '.join(cells)} |" + ("" if row.holds(usage) else " SHORT")

@@ -27,7 +27,7 @@ from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import is_adapter
-from llava_jax.models.stack import jit_loop
+from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import read_config, write_model_config
@@ -70,7 +70,7 @@ def load_weights(
     return params | initialise(fresh, seed)
 
 
-@partial(jit_loop, static_argnums=0)
+@partial(jit_for_backend, static_argnums=0)
 def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
     """Merges a graph definition with its parameters, and calls the resulting `Llava` model.
 

@@ -4,6 +4,7 @@ A parameter is an array on any devices, or a `Stored` parameter whose values are
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from llava_jax.distributed.host_memory import fetch, layer_at
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
+from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.load import Stored
@@ -124,6 +126,6 @@ def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> n
     return np.asarray(param)
 
 
-@jax.jit
+@partial(jit_for_backend, uses_host=True)
 def _take(stack: Float[Array, "L *rest"], index: Array) -> Float[Array, "*rest"]:
     return fetch(layer_at(stack, index))

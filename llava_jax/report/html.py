@@ -278,14 +278,9 @@ def _bar(name: str, parts: list[tuple[str, int]], total: int, scale: int) -> Row
 def _manual_plan(config: Row) -> str:
     """Describes the memory settings of a run that has no plan.json."""
     given = config["memory"]
-    if given["plan"] == "auto":
-        return (
-            "No plan was made, because the device does not report its memory size; set "
-            "memory.limit_gib to this size."
-        )
     on = [name.replace("_", " ") for name, value in given.items() if value is True]
     parts = [f"micro-batch {config['batch']['micro_size']}", f"remat {given['remat']}", *on]
-    return f"The config sets the plan (memory.plan is manual): {', '.join(parts)}."
+    return f"The config sets the plan: {', '.join(parts)}."
 
 
 def _recipe(config: Row) -> Row:

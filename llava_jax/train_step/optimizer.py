@@ -11,7 +11,17 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from llava_jax.config import OptimizerConfig
-from llava_jax.distributed.host_memory import fetch, is_hosted, slice_at, slice_size, write_slice
+from llava_jax.distributed.host_memory import (
+    count_pieces,
+    fetch,
+    is_hosted,
+    loop_with_prefetch,
+    piece_at,
+    piece_of,
+    slice_size,
+    write_after,
+    write_piece,
+)
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter
 
@@ -133,7 +143,9 @@ def apply_gradients(
         scale: Factor for the gradients, float32 []; None does not scale the gradients.
         state: Optimizer state.
         params: Trainable parameters by path.
-        apply: bool []. If False, parameters and state are returned unchanged.
+        apply: bool []. If False, parameters and moments are returned unchanged, and only the
+            counters of the schedules increase. So the learning rate depends on the number of the
+            step, and the bias correction of the moments on the number of applied updates.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
@@ -160,13 +172,17 @@ def _update(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """Returns the updated parameters and state, or the old ones if `apply` is False."""
+    """Returns the updated parameters and state; see `apply_gradients` for `apply`."""
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with floats
         updates, new_state = tx.update(grads, state, params)
     new = cast("Params", optax.apply_updates(params, updates)), new_state
-    return jax.tree.map(partial(jnp.where, apply), new, (params, state))
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    # Without this exception, a skipped step would delay the schedule, and the learning rate would
+    # not be the rate that the train step reports for the number of the step.
+    choose = lambda new, old: new if is_schedule(new) else jnp.where(apply, new, old)
+    return jax.tree.map(choose, new, (params, state), is_leaf=is_schedule)
 
 
 def _update_slices(
@@ -175,19 +191,22 @@ def _update_slices(
     state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """Calls `update` for one parameter, slice by slice along axis 0; counters stay unchanged."""
+    """Calls `update` for one parameter, piece by piece; counters stay unchanged."""
     (param,) = params.values()
-    size = slice_size(param.shape)
+    piece = piece_of(param.shape)
+    Carry = tuple[Params, optax.OptState]
 
-    def body(
-        index: Int[Array, ""], carry: tuple[Params, optax.OptState]
-    ) -> tuple[Params, optax.OptState]:
-        at = lambda x: fetch(slice_at(x, index, size)) if x.ndim else x
-        here = jax.tree.map(at, (grads, *carry))
-        new = update(here[0], here[2], here[1])
-        return jax.tree.map(lambda x, y: write_slice(x, y, index) if x.ndim else x, carry, new)
+    def load(index: Int[Array, ""], carry: Carry) -> tuple[Params, Params, optax.OptState]:
+        at = lambda x: fetch(piece_at(x, index, piece)) if x.ndim else x
+        return jax.tree.map(at, (grads, *carry))
 
-    return jax.lax.fori_loop(0, param.shape[0] // size, body, (params, state))
+    def body(index: Int[Array, ""], here: tuple, ahead: tuple, carry: Carry) -> Carry:
+        grad, param, moments = here
+        new = write_after(ahead, update(grad, moments, param))
+        return jax.tree.map(lambda x, y: write_piece(x, y, index) if x.ndim else x, carry, new)
+
+    count, parts = count_pieces(param.shape, piece), param.shape[1] // piece[1]
+    return loop_with_prefetch(count, load, body, (params, state), parts)
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:
@@ -206,8 +225,9 @@ def global_norm(grads: Params) -> Float[Array, ""]:
     def squares(grad: Array) -> Array:
         if not is_hosted(grad):
             return jnp.sum(grad**2)
-        size = slice_size(grad.shape)
-        add = lambda i, total: total + jnp.sum(fetch(slice_at(grad, i, size)) ** 2)
-        return jax.lax.fori_loop(0, grad.shape[0] // size, add, jnp.zeros(()))
+        piece = slice_size(grad.shape), *grad.shape[1:]
+        load = lambda index, _: fetch(piece_at(grad, index, piece))
+        add = lambda _index, here, _ahead, total: total + jnp.sum(here**2)
+        return loop_with_prefetch(count_pieces(grad.shape, piece), load, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))

@@ -22,7 +22,7 @@ from llava_jax.distributed.sharding import (
     with_shardings,
 )
 from llava_jax.errors import ConfigError
-from llava_jax.jax_compat import CPU_OPTIONS, OVERLAP_OPTIONS, STREAMING_OPTIONS
+from llava_jax.jax_compat import compiler_options
 from llava_jax.models import lora
 from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
@@ -57,6 +57,7 @@ class Program:
         abstract: Shape, dtype and sharding of every parameter; trainable parameters are float32.
         state: Shapes, dtypes and shardings of the train state.
         gradients: Shapes, dtypes and shardings of the gradients, summed over micro-batches.
+        uses_host: Whether the steps read or write arrays in host memory.
         pixels_on_host: Whether the pixels of a train batch stay in host memory until the train step
             computes their micro-batch.
         accumulation: Number of micro-batches in a step.
@@ -73,6 +74,7 @@ class Program:
     abstract: Abstract
     state: TrainState
     gradients: Abstract
+    uses_host: bool
     pixels_on_host: bool
     accumulation: int
     eval_size: int
@@ -200,7 +202,9 @@ def build_program(
     )
     state_on_host = any(map(is_for_host, jax.tree.leaves((state, placement.parameters))))
     uses_host = state_on_host or pixels_on_host or config.memory.offload_activations
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    # The eval step reads the same frozen weights in host memory as the train step.
+    options = compiler_options(platform, dtype=config.dtype, uses_host=uses_host, devices=mesh.size)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
         model_config=model_config,
@@ -210,20 +214,21 @@ def build_program(
         abstract=placement.parameters,
         state=state,
         gradients=placement.gradients,
+        uses_host=uses_host,
         pixels_on_host=pixels_on_host,
         accumulation=accumulation,
         eval_size=eval_size,
         train_step=jax.jit(
             train_step,
             # XLA's CPU backend cannot donate arrays in pinned host memory (JAX 0.10).
-            donate_argnums=0 if donate or not (state_on_host and is_cpu) else (),
+            donate_argnums=0 if donate or not (state_on_host and platform == "cpu") else (),
             out_shardings=(shardings(state), replicated),
-            compiler_options=_train_options(config, mesh, uses_host=uses_host),
+            compiler_options=options,
         ),
         eval_step=jax.jit(
             make_eval_step(graphdef),
             out_shardings=replicated,
-            compiler_options=_cpu_options(config, mesh),
+            compiler_options=options,
         ),
     )
 
@@ -307,22 +312,6 @@ def _eval_size(config: TrainConfig, accumulation: int, mesh: Mesh) -> int:
             "of data-parallel devices; change eval.batch_size"
         )
     return size
-
-
-def _train_options(
-    config: TrainConfig, mesh: Mesh, *, uses_host: bool
-) -> dict[str, str | bool] | None:
-    """Returns the compiler options of the train step; None if it needs no options."""
-    if mesh.devices.flat[0].platform != "gpu":
-        return _cpu_options(config, mesh)
-    streaming = STREAMING_OPTIONS if uses_host else {}
-    return {**streaming, **(OVERLAP_OPTIONS if mesh.size > 1 else {})}
-
-
-def _cpu_options(config: TrainConfig, mesh: Mesh) -> dict[str, str | bool] | None:
-    """Returns the compiler options of a step that a CPU runs; None if it needs no options."""
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {**CPU_OPTIONS} if is_cpu and config.dtype == "bfloat16" else None
 
 
 def _reported_rate(config: TrainConfig, total_steps: int, trainable: Iterable[str]) -> Schedule:

@@ -6,6 +6,10 @@ checkpoint has a temporary name; only a complete checkpoint is renamed to `{dire
 Each checkpoint has a manifest with the checksums of its files. If a checkpoint is damaged, the
 checksums show this, and an older checkpoint is used. A checkpoint also contains copies of the run's
 own files, such as config.json; `repair_logs.py` restores damaged files from these copies.
+
+Orbax compresses an array before it writes the array, and reads an array before it moves the array
+to its place. It would do this with all arrays at once, which needs the memory of the state a second
+time. Therefore only a few arrays are written or read at the same time; see `checkpoint_buffer`.
 """
 
 import functools
@@ -25,10 +29,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.distributed.host_memory import is_for_host
+from llava_jax.distributed.host_memory import (
+    CHECKPOINT_PIECE,
+    MIN_CHECKPOINT_BUFFER,
+    checkpoint_buffer,
+    is_for_host,
+)
 from llava_jax.distributed.multihost import barrier, broadcast_from_main, is_main_process
 from llava_jax.errors import CheckpointError
-from llava_jax.jax_compat import ORBAX_METADATA, ORBAX_UNFINISHED, is_late_callback
+from llava_jax.jax_compat import (
+    ORBAX_METADATA,
+    ORBAX_UNFINISHED,
+    is_late_callback,
+    readable_in_place,
+)
 from llava_jax.train_step.step import TrainState
 from llava_jax.training.repair_logs import copy_files
 
@@ -39,6 +53,9 @@ DAMAGED = ".damaged"
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _FILES = "files"
 """Key of the copies of the run's own files, in the dict that contains the position in the data."""
+_PIECES = ocp.SaveArgs(chunk_byte_size=CHECKPOINT_PIECE)
+"""An array is compressed in pieces, by several threads. Pieces of more than 32 MiB go back to the
+system as soon as they are written, because glibc maps each of them by itself."""
 _BLOCK = 2**22
 _THREADS = 8
 
@@ -74,14 +91,8 @@ class Checkpoints:
             newest = self._newest_whole()
         self._newest = broadcast_from_main(-1 if newest is None else newest)
         self._saving: int | None = None
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._complete,
-                # With asynchronous creation, Orbax waits forever if a directory cannot be created.
-                create_directories_asynchronously=False,
-            ),
-        )
+        self._buffer = MIN_CHECKPOINT_BUFFER
+        self._orbax = self._open_orbax()
 
     @property
     def latest(self) -> int | None:
@@ -106,13 +117,17 @@ class Checkpoints:
         if step == self.latest:
             return
         files = copy_files(self._directory.parent) if is_main_process() else {}
+        hosted = any(map(is_for_host, jax.tree.leaves(state)))
+        readable = jax.tree.map(lambda x: readable_in_place(x) if is_for_host(x) else x, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data | {_FILES: files})
+            state=ocp.args.PyTreeSave(readable, jax.tree.map(lambda _: _PIECES, state)),
+            data=ocp.args.JsonSave(data | {_FILES: files}),
         )
         with self._explained(step):
+            self._bound_buffer(state)
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
-        if any(map(is_for_host, jax.tree.leaves(state))):
+        if hosted:
             self.wait()  # Orbax writes arrays in host memory without copying them first
 
     def clear(self) -> None:
@@ -160,7 +175,7 @@ class Checkpoints:
         checkpoint = self._directory / str(self._newest)
         # Compare the shapes before Orbax reads an array: if a restore fails, some of Orbax's reads
         # continue in the background and raise errors later, in unrelated code.
-        saved: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
+        saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
         there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
         here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
         if other := sorted(dict(there.items() ^ here.items())):
@@ -171,7 +186,9 @@ class Checkpoints:
                 f"{len(other)} parameters differ; for example, {path} has shape {there.get(path)} "
                 f"in the checkpoint and {here.get(path)} in this run"
             )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=places))
+        self._bound_buffer(abstract)
         return self._orbax.restore(checkpoint, args=args)["state"], self.position()
 
     def position(self) -> dict[str, Any]:
@@ -188,6 +205,35 @@ class Checkpoints:
         return self._orbax.restore(place, args=ocp.args.Composite(data=ocp.args.JsonRestore()))[
             "data"
         ]
+
+    def _bound_buffer(self, state: TrainState) -> None:
+        """Opens Orbax again if its buffer does not have the size that this state needs."""
+        buffer = checkpoint_buffer(jax.tree.leaves(state))
+        if buffer != self._buffer:
+            self._orbax.close()
+            self._buffer = buffer
+            self._orbax = self._open_orbax()
+
+    def _open_orbax(self) -> ocp.AsyncCheckpointer:
+        """Returns a checkpointer that writes or reads at most `_buffer` bytes at the same time."""
+        gigabytes: Any = self._buffer / 10**9  # Orbax names the type int, and multiplies by 10^9
+        handler = ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=gigabytes,
+            restore_concurrent_gb=gigabytes,
+            # XLA's pool of pinned memory would grow by more than the copies of device arrays.
+            enable_pinned_host_transfer=False,
+        )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.PyTreeSave, handler)
+        handlers.add("state", ocp.args.PyTreeRestore, handler)
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=handlers),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._complete,
+                # With asynchronous creation, Orbax waits forever if a directory cannot be created.
+                create_directories_asynchronously=False,
+            ),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -13,8 +13,10 @@ from llava_jax.config import DataConfig, DataSet, ModelConfig, Parts, TrainConfi
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
 from llava_jax.data.digest import data_digest
+from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
+from llava_jax.data.padding import choose_buckets, measure_padding
 from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
@@ -45,9 +47,49 @@ class Inputs:
     order: EpochOrder
     eval_records: Records
 
-    def divided(self, devices: int) -> "Inputs":
-        """Returns the same inputs for batches whose rows are divided among `devices` devices."""
-        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, devices=devices))
+    def planned(self, devices: int, micro_rows: int) -> "Inputs":
+        """Returns the same inputs for the plan of a run.
+
+        Args:
+            devices: Number of devices that the rows of a batch are divided among.
+            micro_rows: Number of rows in a micro-batch on all devices together.
+        """
+        return self._with_spec(devices=devices, micro_rows=micro_rows)
+
+    def with_buckets(self, buckets: tuple[int, ...]) -> "Inputs":
+        """Returns the same inputs for batches whose rows have one of these lengths in tokens."""
+        return self._with_spec(buckets=buckets)
+
+    def _with_spec(self, **fields: Any) -> "Inputs":
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **fields))
+
+    def choose_buckets(self, steps: int) -> tuple[tuple[int, ...], float]:
+        """Chooses the bucket lengths for the training data; see `padding.choose_buckets`.
+
+        The choice takes seconds at most. It depends only on the config and on the data.
+
+        Args:
+            steps: Number of train steps of the run.
+
+        Returns:
+            The bucket lengths, and the expected fraction of padding among the tokens.
+
+        Raises:
+            ConfigError: A data file changed after it was opened.
+        """
+        tokens = estimate_lengths(self.records, self.encoder)
+        # Each further epoch costs a new order of all records; the batches of one are enough.
+        last = min(steps, max(self.order.batches, _MEASURED)) - 1
+        numbers = np.unique(np.linspace(0, last, min(last + 1, _MEASURED)).astype(int)).tolist()
+        padding = measure_padding(self.order, tokens, tokens > 0, numbers)
+        buckets = choose_buckets(padding, self.spec, steps)
+        spec = dataclasses.replace(self.spec, buckets=buckets)
+        computed = (
+            padding.packed(spec.lengths, spec.micro_rows)
+            if spec.packing
+            else padding.padded(spec.lengths)
+        )
+        return buckets, padding.waste(computed)
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
         """Returns an endless iterator over training batches, starting with the first epoch.
@@ -92,9 +134,9 @@ class Inputs:
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
             text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
+        lengths = ", ".join(map(str, self.spec.lengths))
         if self.spec.packing:
-            return f"{text}; packed into rows of {self.spec.max_length} tokens"
-        lengths = ", ".join(map(str, sorted({*self.spec.buckets, self.spec.max_length})))
+            return f"{text}; packed into rows of {lengths} tokens"
         return f"{text}; padded to {lengths} tokens"
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
@@ -149,6 +191,9 @@ class Inputs:
                 f"raise data.max_skipped, which is {self.config.data.max_skipped:g}"
             )
 
+
+_MEASURED = 128
+"""Number of batches whose padding is measured to choose the bucket lengths."""
 
 _TRIED, _BY_CHANCE = 64, 6
 """Number of records to test, and number of bad records among them that may be due to chance.
@@ -280,7 +325,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
         pixel_scale=transform.scale,
-        buckets=data.buckets,
+        buckets=() if data.buckets == "auto" else data.buckets,  # a run chooses them later
         packing=data.packing,
     )
     return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_jax.config import MAY_CHANGE, Json, TrainConfig, flatten
+from llava_jax.config import MAY_CHANGE, Json, MemoryConfig, TrainConfig, flatten
 from llava_jax.data.digest import data_changes
-from llava_jax.distributed.multihost import broadcast_from_main, say
+from llava_jax.distributed.multihost import broadcast_from_main, is_main_process, say
 from llava_jax.errors import ConfigError
+from llava_jax.planning.search import Plan
 from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.export import export_dir
@@ -109,6 +110,36 @@ def check_begun(
         ]
         raise ConfigError("\n".join(lines))
     say("\n".join([*lines, "These changes are accepted."]))
+
+
+def begun_plan(config: TrainConfig) -> Plan | None:
+    """Returns the plan that a resumed run began with; all processes must call this function.
+
+    Args:
+        config: Config of the run, whose run directory has the config.json of the earlier start.
+
+    Returns:
+        The plan; None if the size of its micro-batches is unknown.
+    """
+    text = (config.run_dir / "config.json").read_text() if is_main_process() else ""
+    began = json.loads(broadcast_from_main(text))["config"]
+    size = began["batch"]["micro_size"]
+    return None if size is None else Plan(size, MemoryConfig(**began["memory"]))
+
+
+def begun_buckets(config: TrainConfig) -> tuple[int, ...] | None:
+    """Returns the bucket lengths that a resumed run began with.
+
+    Args:
+        config: Config of the run, whose run directory has the config.json of the earlier start.
+
+    Returns:
+        The lengths in tokens; None if the run began with another `data.packing` or another
+        `data.max_length`, for which the lengths were not chosen.
+    """
+    began = json.loads((config.run_dir / "config.json").read_text())["config"]["data"]
+    now = {"packing": config.data.packing, "max_length": config.data.max_length}
+    return tuple(began["buckets"]) if now.items() <= began.items() else None
 
 
 def _cannot_change(

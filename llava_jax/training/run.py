@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import MAY_DIFFER, Json, ModelConfig, Parts, TrainConfig, flatten, to_json
 from llava_jax.data.batching import Batches
+from llava_jax.distributed.check_slices import check_slices
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
     barrier,
@@ -27,8 +28,10 @@ from llava_jax.distributed.multihost import (
 from llava_jax.distributed.sharding import data_parallel_size, layout_table, make_mesh
 from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
+from llava_jax.planning.check_devices import check_accelerator, division_warnings
 from llava_jax.planning.choose import plan_for_attached
-from llava_jax.planning.measure import attention_here
+from llava_jax.planning.devices import without_bfloat16
+from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
@@ -41,7 +44,13 @@ from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.loop import train
 from llava_jax.training.process_agreement import agree, not_shared, run_facts
 from llava_jax.training.repair_logs import repair_objects, repair_rows
-from llava_jax.training.resume import check_begun, follow_adapter, refuse_to_replace
+from llava_jax.training.resume import (
+    begun_buckets,
+    begun_plan,
+    check_begun,
+    follow_adapter,
+    refuse_to_replace,
+)
 from llava_jax.training.run_config import describe, write_description
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import check_packages, open_trackers
@@ -131,25 +140,25 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     setup = _open(config)
     _agree_on(setup)
     mesh = make_mesh(setup.config.mesh)
-    inputs = setup.inputs.divided(data_parallel_size(mesh))
-    setup = dataclasses.replace(setup, inputs=inputs)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         _check_run_dir(setup, saved)
         if _is_finished(setup, saved):
             done = f"the run in {config.run_dir} is finished after {saved.latest} steps"
             say(f"{done}; its result is in {export_dir(config)}")
             return 0
-        setup = _plan(setup, mesh)
+        setup = _plan(setup, mesh, is_resumed=saved.latest is not None)
+        setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
+        say(setup.inputs.summary())
         trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
             program = _build_program(setup, mesh)
-            batches = inputs.train_batches(program.rows(config.batch.global_size))
+            batches = setup.inputs.train_batches(program.rows(config.batch.global_size))
             begin = _start if saved.latest is None else _resume
             state, frozen = begin(setup, program, saved, batches)
             state = train(
                 setup.config,
                 program,
-                inputs,
+                setup.inputs,
                 batches,
                 saved,
                 state,
@@ -170,6 +179,8 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
 def _open(config: TrainConfig) -> _Setup:
     """Finds the checkpoint and the sizes of the model, and opens the data."""
     check_packages(config.log)
+    if config.model is not None and is_alone():  # several processes first agree; see `_run`
+        check_accelerator(config, config.model)  # before a checkpoint is downloaded
     config, found = follow_adapter(config)
     source = None if found is None else found.base
     base = None if source is None else fingerprint(source)
@@ -218,20 +229,66 @@ def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
     return broadcast_from_main(saved.latest == setup.total_steps and has_result)
 
 
-def _plan(setup: _Setup, mesh: Mesh) -> _Setup:
-    """Tests some samples, and returns the setup with a plan for the attached devices."""
+def _plan(setup: _Setup, mesh: Mesh, *, is_resumed: bool) -> _Setup:
+    """Tests some samples, and returns the setup with a plan for the attached devices.
+
+    A resumed run keeps the plan that it began with if the plan fits, to continue bit for bit.
+    """
     inputs = setup.inputs
+    check_accelerator(setup.config, setup.model_config)
     inputs.check_some()
-    say(inputs.summary())
-    say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    for line in _describe_devices(setup.config, setup.model_config, mesh):
+        say(line)
     planned = plan_for_attached(
-        setup.config, setup.model_config, setup.total_steps, mesh, inputs.spec.max_images
+        setup.config,
+        setup.model_config,
+        setup.total_steps,
+        mesh,
+        inputs.spec.max_images,
+        begun_plan(setup.config) if is_resumed else None,
     )
-    return dataclasses.replace(setup, config=planned)
+    devices = data_parallel_size(mesh)
+    rows = devices * micro_size(planned.batch, mesh)
+    return dataclasses.replace(setup, config=planned, inputs=inputs.planned(devices, rows))
+
+
+def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
+    """Returns the setup with bucket lengths; the main process chooses them, and all others agree.
+
+    A resumed run keeps the lengths that it began with, so that it continues bit for bit.
+    """
+    config, inputs = setup.config, setup.inputs
+    if config.data.buckets != "auto":
+        return setup
+    chosen, padding = None, None
+    if is_main_process():
+        chosen = begun_buckets(config) if is_resumed else None
+        if chosen is None:
+            chosen, padding = inputs.choose_buckets(setup.total_steps)
+    buckets = tuple(broadcast_from_main(list(chosen or ())))
+    padding = broadcast_from_main(padding)
+    data = dataclasses.replace(config.data, buckets=buckets)
+    inputs = inputs.with_buckets(buckets)
+    why = "as when the run began" if padding is None else f"padding {100 * padding:.0f} %"
+    say(f"buckets: {', '.join(map(str, inputs.spec.lengths))} ({why})")
+    return dataclasses.replace(setup, config=dataclasses.replace(config, data=data), inputs=inputs)
+
+
+def _describe_devices(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Iterator[str]:
+    """Yields a line about the devices of a run, and lines if they do not suit the run."""
+    name = mesh.devices.flat[0].device_kind
+    yield f"devices: {mesh.size} x {name}"
+    slow = without_bfloat16(name, capability_here()) if config.dtype == "bfloat16" else None
+    if slow is not None:
+        yield slow
+    yield from division_warnings(config, model, mesh.shape)
 
 
 def _build_program(setup: _Setup, mesh: Mesh) -> Program:
-    """Checks that all processes have the same plan and attention, and builds the program."""
+    """Checks that all processes have the same plan and attention, and builds the program.
+
+    If arrays are in host memory, this also checks that the device gets the right slices of them.
+    """
     config, model_config = setup.config, setup.model_config
     implementation = attention_here(config, model_config)
     agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
@@ -239,6 +296,8 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
     program = build_program(
         config, model_config, setup.total_steps, mesh, implementation=implementation
     )
+    if program.uses_host:
+        check_slices()
     if config.mesh.show:
         say(layout_table(program.abstract))
     return program

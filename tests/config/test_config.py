@@ -43,6 +43,9 @@ def test_every_field_can_be_overridden(file: Path):
     assert config.optimizer.learning_rate == 1e-4
     assert config.optimizer.clip_norm == 1.0
     assert config.data.buckets == (64, 128)
+    for given, found in ((["auto"], "auto"), ([], ())):
+        arguments = ["--config", str(file), "--data.buckets", *given]
+        assert parse_config(arguments).data.buckets == found
     assert config.lora.targets == ("q_proj", "v_proj")
     assert config.name == "mine"
 
@@ -99,7 +102,7 @@ def test_a_file_without_a_config_is_refused(tmp_path: Path, text: str | None, me
 def test_a_config_is_plain_json(file: Path):
     values = to_json(load_config(file))
     assert values["optimizer"]["learning_rate"] == 1e-3
-    assert values["data"]["buckets"] == []
+    assert values["data"]["buckets"] == "auto"
 
 
 def test_steps_come_from_epochs_and_round_up(file: Path):
@@ -114,6 +117,8 @@ def test_steps_come_from_epochs_and_round_up(file: Path):
         ("data.image_aspect", "padding", "data.image_aspect = 'padding'.*'pad'"),
         ("batch.loss_weighting", "tokens", "batch.loss_weighting = 'tokens'"),
         ("batch.micro_size", 0, "batch.micro_size = 0.*at least 1"),
+        ("data.buckets", "none", "data.buckets = 'none': it must be .*'auto'"),
+        ("data.buckets", (64, "x"), r"data.buckets = \(64, 'x'\): it must be .*int"),
         ("lora.rank", 0, "lora.rank = 0.*at least 1"),
         ("lora.dropout", 1.0, "lora.dropout = 1.0.*less than 1"),
         ("steps", "7", "steps = '7'.*int"),

@@ -240,7 +240,13 @@ def test_a_bad_sample_is_a_row_of_padding(make):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "count"), [({}, 1), ({"buckets": (4, 8)}, 2), ({"packing": True, "devices": 2}, 1)]
+    ("shapes", "count"),
+    [
+        ({}, 1),
+        ({"buckets": (4, 8)}, 2),
+        ({"packing": True, "devices": 2}, 1),
+        ({"packing": True, "buckets": (9,), "micro_rows": 4}, 2),
+    ],
 )
 def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, count):
     """Of like shapes, also where the longest sample is another process' and has a bad image."""
@@ -291,6 +297,23 @@ def test_packed_rows_have_the_samples_whole(make, picture):
     values = np.zeros((5, 5))
     values[1, :2] = 0.2, 0.4
     np.testing.assert_allclose(normalised(batch)[:, :, 0, 0, 0], values, rtol=1e-6)
+
+
+def test_packed_rows_have_the_length_that_needs_the_fewest_tokens(make, picture):
+    """A longer sample than the bucket still trains. Short rows have room for fewer images."""
+    words = [2, 2, 2, 2, 7, 7, 7, 9]
+    records = [record(n, (picture(9 * n),) * (n < 4), count) for n, count in enumerate(words)]
+    shapes = {"size": 4, "packing": True, "buckets": (7,), "shuffle": False, "max_images": 5}
+    tokens = lambda batch: (batch.segment_ids > 0).sum(1).tolist()
+    short, long = take(make(records, **shapes), 2)
+    assert short.input_ids.shape == (4, 7)
+    assert short.pixel_values.shape[:2] == (4, 2)
+    assert tokens(short) == [7, 7, 7, 7]
+    assert long.input_ids.shape == (4, 16)
+    assert long.pixel_values.shape[:2] == (4, 5)
+    assert sum(tokens(long)) == sum(words[4:]) + 2 * 4
+    together = take(make(records, **shapes, micro_rows=4), 1)[0]
+    assert together.input_ids.shape == (4, 7)  # else four rows of 16 tokens would be computed
 
 
 @pytest.mark.parametrize("workers", [0, 2])

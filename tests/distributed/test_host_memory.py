@@ -5,7 +5,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig
-from llava_jax.distributed.host_memory import slice_size
+from llava_jax.distributed.host_memory import (
+    layer_at,
+    loop_with_prefetch,
+    slice_size,
+    write_after,
+    write_layer,
+)
 from llava_jax.distributed.sharding import make_mesh, with_shardings
 
 
@@ -32,3 +38,21 @@ def test_matrices_of_a_stack_are_streamed_and_vectors_are_not():
     placed = with_shardings(shapes, mesh, streams=lambda path: True)
     kinds = [leaf.sharding.memory_kind for leaf in placed.values()]
     assert kinds == ["pinned_host", NamedSharding(mesh, PartitionSpec()).memory_kind]
+
+
+def test_a_loop_that_loads_ahead_computes_the_same():
+    """Iteration i reads what it writes, row i, and a row that no iteration writes."""
+    rows = jax.numpy.arange(15.0).reshape(5, 3)
+    given = []
+
+    def load(index, carry):
+        given.append(index)
+        return layer_at(carry, index), layer_at(rows, 4 - index)
+
+    def body(index, here, ahead, carry):
+        own, other = here
+        return write_layer(carry, write_after(ahead, 2 * own + other), index)
+
+    found = jax.jit(lambda carry: loop_with_prefetch(5, load, body, carry))(rows)
+    assert found.tolist() == (2 * rows + rows[::-1]).tolist()
+    assert len(given) == 2  # before the loop, and in its body for the next iteration

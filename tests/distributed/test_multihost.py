@@ -95,7 +95,7 @@ def test_a_process_that_is_alone_agrees_with_itself():
     assert multihost.all_gather_values(2**40 + 5) == [2**40 + 5]
     assert multihost.broadcast_from_main(3) == 3
     assert multihost.all_reduce_max(lambda: (3, -4))() == [3, -4]
-    assert multihost.devices_of_machine() == jax.device_count()
+    assert multihost.processes_of_machine() == 1
     assert multihost.differences({"a": 1}) == []
     assert multihost.is_alone()
     assert multihost.is_main_process()

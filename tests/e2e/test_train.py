@@ -1,6 +1,7 @@
 """Whole runs of the program on a tiny checkpoint and a LLaVA JSON file of a dozen pictures."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -21,9 +22,10 @@ from llava_jax.distributed import host_memory
 from llava_jax.distributed.environment import GIB
 from llava_jax.errors import CheckpointError
 from llava_jax.planning import cache
-from llava_jax.planning.measure import REST, Usage
+from llava_jax.planning.usage import REST, Usage
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.console import Reporter
+from llava_jax.training.inputs import Inputs
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-llava"
 
@@ -80,6 +82,29 @@ def test_packing_changes_no_number(start, undisturbed: Path, workers: str):
     assert status == 0
     for one, other in zip(metrics(directory), metrics(undisturbed), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_run_chooses_its_buckets_and_keeps_them(
+    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    auto = ["--data.buckets", "auto"]
+    status, directory = start("auto", *auto)
+    assert status == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("buckets: ")]
+    (chosen,) = json.loads((directory / "config.json").read_text())["config"]["data"]["buckets"]
+    assert chosen < 96
+    assert re.fullmatch(rf"buckets: {chosen}, 96 \(padding \d+ %\)", line)
+    for one, other in zip(metrics(directory), metrics(undisturbed), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    before = metrics(directory)
+    adapter = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(directory / "checkpoints" / "4")
+    shutil.rmtree(directory / "adapter")
+    monkeypatch.setattr(Inputs, "choose_buckets", None)  # a resumed run must not choose again
+    assert start("auto", *auto)[0] == 0
+    assert f"buckets: {chosen}, 96 (as when the run began)" in capsys.readouterr().out
+    assert metrics(directory) == before
+    assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_peft_loads_the_adapter_and_computes_the_same(undisturbed: Path, base: Path):
@@ -207,20 +232,21 @@ def test_a_run_by_another_plan_learns_the_same(
 def test_a_planned_run_learns_the_same_and_need_not_be_planned_twice(
     start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    auto = ["--memory.plan", "auto", "--memory.limit-gib", "1"]
+    auto, limit = ["--memory.plan", "auto"], ["--memory.limit-gib", "1"]
     runs = []
-    for name in ("planned", "planned-again"):
-        status, directory = start(name, *auto)
+    for name, arguments in (("planned", limit), ("again", limit), ("for-this-cpu", [])):
+        status, directory = start(name, *auto, *arguments)
         assert status == 0
         assert "micro-batch 1, remat none: " in capsys.readouterr().out
         runs.append(directory)
         monkeypatch.setattr(cache, "measure_here", None)  # the figures are known by now
-    assert_same_run(*runs)
+    for run in runs[1:]:
+        assert_same_run(runs[0], run)
     for run in runs:
         assert json.loads((run / "plan.json").read_text())["usage"]["total"] > 0
         assert "Device, planned" in (run / "report.html").read_text()
     losses = [[row["loss"] for row in metrics(directory)] for directory in (*runs, undisturbed)]
-    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-6)
+    np.testing.assert_allclose(losses[2], losses[3], rtol=1e-6)
     assert len(list((runs[0].parent / ".plans").glob("*.json"))) == 1
 
 
@@ -237,7 +263,7 @@ def test_what_fits_no_device_stops_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert "no plan fits into 2.0 GiB per device" in error
     assert "the closest plan is micro-batch 1, " in error
-    assert "use at least 82 such devices, or a smaller model" in error
+    assert "use at least 84 such devices, or a smaller model" in error
     assert not (directory / "config.json").exists()
 
 

@@ -143,11 +143,40 @@ def test_an_update_may_be_left_out(on_host: bool):
     update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply))
     bad = jax.tree.map(lambda x: x * jnp.nan, values)
     kept, kept_state = update(bad, state, values, jnp.array(False))
-    jax.tree.map(np.testing.assert_array_equal, (kept, kept_state), (values, state))
+    jax.tree.map(np.testing.assert_array_equal, (kept, kept_state), (values, one_step_on(state)))
     new, new_state = update(values, kept_state, kept, jnp.array(True))
-    first, first_state = update(values, state, values, jnp.array(True))
+    first, first_state = update(values, one_step_on(state), values, jnp.array(True))
     jax.tree.map(np.testing.assert_array_equal, (new, new_state), (first, first_state))
     assert (new["llm.layers.mlp.up_proj.weight"] != 1).all()
+
+
+def one_step_on(state: optax.OptState) -> optax.OptState:
+    """The state with its schedules one step further, and with no other change."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    on = lambda x: type(x)(x.count + 1) if is_schedule(x) else x
+    return jax.tree.map(on, state, is_leaf=is_schedule)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_steps_that_are_left_out_do_not_stretch_the_schedule(on_host: bool):
+    """With equal gradients, Adam's update is the rate itself if its moments count updates only."""
+    path = "llm.layers.mlp.up_proj.weight"
+    config = OptimizerConfig(learning_rate=0.5, schedule="linear", warmup_ratio=0.2)
+    rate = learning_rates(config, 10)["llm"]
+    tx = make_optimizer(config, 10)
+    params = {path: jnp.ones((4, 8, 4))}
+    grads, state = params, tx.init(params)
+    if on_host:
+        host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
+    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply))
+    for step in range(10):
+        applies = step not in (2, 3, 6)
+        given = jax.tree.map(lambda x, ok=applies: x if ok else x * jnp.nan, grads)
+        new, state = update(given, state, params, jnp.array(applies))
+        used = params[path] - new[path]
+        np.testing.assert_allclose(used, float(rate(step)) if applies else 0.0, rtol=1e-4)
+        params = new
 
 
 def test_the_state_begins_with_zeros():

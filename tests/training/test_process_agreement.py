@@ -23,7 +23,7 @@ from llava_jax.config import (
 from llava_jax.data.order import NO_RECORD
 from llava_jax.distributed import multihost
 from llava_jax.errors import ConfigError, RunError, SampleError
-from llava_jax.training import process_agreement
+from llava_jax.training import process_agreement, run
 from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.process_agreement import agree, refuse_texts, run_facts
 
@@ -166,6 +166,17 @@ def test_a_batch_of_different_texts_names_the_records(
         tokens = r"'\d+ tokens with check.*'"
         assert re.match(rf"{place} 2: {tokens} in process 0, 'no tokens .*' in process 1", first)
         assert re.match(rf"{place} 1: {tokens} in process 0, {tokens} in process 2", second)
+
+
+def test_process_0_chooses_the_buckets_of_all(
+    together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, model, inputs = open_run(tmp_path, "--data.buckets", "auto")
+    choose = lambda self, steps: ((8 + multihost.process_state().process_id,), 0.5)
+    monkeypatch.setattr(Inputs, "choose_buckets", choose)
+    setup = run._Setup(config, None, None, model, TINY, inputs, {}, 3)
+    for found in together(lambda number: run._choose_buckets(setup, is_resumed=False)):
+        assert found.config.data.buckets == found.inputs.spec.buckets == (8,)
 
 
 def test_facts_have_every_field_of_a_config(tmp_path: Path):

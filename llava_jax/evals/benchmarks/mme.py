@@ -17,7 +17,7 @@ from llava_jax.evals.questions import (
     open_text,
     text_lines,
 )
-from llava_jax.evals.scoring import mean
+from llava_jax.evals.scoring import add, mean
 
 GROUPS = {
     "perception": (
@@ -111,7 +111,7 @@ def score(answered: Sequence[Answered]) -> Json:
         if name in right
     }
     totals = {
-        group: sum(categories.get(name, 0.0) for name in names) for group, names in GROUPS.items()
+        group: add(categories.get(name, 0.0) for name in names) for group, names in GROUPS.items()
     }
     return totals | {"categories": categories}
 

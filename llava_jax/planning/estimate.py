@@ -1,0 +1,126 @@
+"""Estimates the memory and the duration of a plan from shapes, without compiling it.
+
+The search for a plan compiles only plans that are estimated to fit, the fastest first. Weights,
+optimizer state and gradients are counted exactly. The memory of activations is an approximation,
+which tests/planning/test_estimate.py compares with compiled steps.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
+from llava_jax.distributed.host_memory import PARTS
+from llava_jax.jax_compat import STREAMING_OPTIONS
+from llava_jax.planning.devices import Rates
+from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
+from llava_jax.planning.measure import argument_bytes, images_per_row, pcie_bytes
+from llava_jax.planning.model_flops import full_row, model_flops
+from llava_jax.planning.search import Estimate, Plan
+from llava_jax.train_step.loss import CHUNK_TOKENS as LOSS_TOKENS
+from llava_jax.train_step.program import Program
+
+FIXED = 2**28
+"""Bytes of temporaries that do not depend on the batch, from compiled steps of 7B and 13B."""
+
+
+def make_estimator(
+    config: TrainConfig,
+    model: ModelConfig,
+    count: int,
+    rates: Rates,
+    build: Callable[[TrainConfig], Program],
+) -> Callable[[Plan], Estimate]:
+    """Returns a function that estimates plans of a run.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+        count: Number of devices.
+        rates: Peak rates of a device.
+        build: Function that builds the program of a config for these devices.
+    """
+    images = images_per_row(config, model)
+
+    @functools.cache
+    def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int]]:
+        smallest = Plan(1, memory).apply(config)  # the bytes do not depend on the micro-batch
+        return argument_bytes(build(smallest))
+
+    def estimate(plan: Plan) -> Estimate:
+        planned, memory = plan.apply(config), plan.memory
+        device, host = arguments(memory)
+        kept, working = activation_bytes(planned, model, images)
+        offloaded = kept if memory.offload_activations else 0
+        layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
+        # Several devices gather the parts of a matrix; up to three matrices exist at a time.
+        matrix = model.llm.hidden_size * model.llm.intermediate_size
+        gathered = 3 * matrix * jnp.dtype(config.dtype).itemsize if count > 1 else 0
+        # The update loads pieces of float32 weights ahead; see `host_memory.piece_of`.
+        hosted = memory.offload_optimizer and config.tune.llm == "full"
+        ahead = 2 * 4 * matrix // (PARTS if count == 1 else count) if hosted else 0
+        share = config.batch.global_size / count
+        micros = math.ceil(share / plan.micro_size)
+        products = share * model_flops(planned, model, full_row(planned, images))
+        # Each micro-batch reads all weights in the forward pass and in the backward pass.
+        read = 2 * micros * (sum(device.values()) + sum(host.values()))
+        computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
+        copying = pcie_bytes(host, micros, offloaded) / (2 * LINKS * rates.pcie)
+        return Estimate(
+            total=sum(device.values())
+            + kept
+            - offloaded
+            + working
+            + layer
+            + gathered
+            + ahead
+            + FIXED,
+            host_total=sum(host.values()) + offloaded,
+            # Without the pass that STREAMING_OPTIONS switches off, kernels copy slices.
+            seconds=computing + copying if STREAMING_OPTIONS else max(computing, copying),
+        )
+
+    return estimate
+
+
+def activation_bytes(config: TrainConfig, model: ModelConfig, images: int) -> tuple[int, int]:
+    """Estimates the activations of a micro-batch on one device, in bytes.
+
+    Args:
+        config: Config of the run, with a plan.
+        model: Sizes of the model.
+        images: Number of image slots per row.
+
+    Returns:
+        The activations that the forward pass keeps for the backward pass, and the largest memory
+        of other activations at a time.
+    """
+    llm, vision, remat = model.llm, model.vision, config.memory.remat
+    width, wide = llm.hidden_size, llm.intermediate_size
+    queries, keys = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads))
+    rows = config.batch.micro_size or 1
+    tokens = rows * config.data.max_length
+    # Elements per token and layer: the input of the block; the outputs of the linear layers; and
+    # the rotated queries and keys, the output of attention and the sums of the residual stream.
+    elements = width
+    if remat != "full":
+        elements += queries + 2 * keys + 2 * width + 2 * wide
+    if remat == "none":
+        elements += 2 * queries + keys + 2 * width
+    kept = tokens * llm.num_hidden_layers * elements
+    if config.tune.vision != "frozen":
+        inside = {"full": 1, "dots": 10, "none": 15}[remat]
+        kept += (
+            rows
+            * images
+            * model.used_vision_layers
+            * vision.num_positions
+            * (vision.hidden_size * inside)
+        )
+    # With remat "full", the feed-forward layer computes a part of the tokens at a time.
+    working = tokens * (8 * width + (3 if remat == "full" else 7) * wide)
+    size = jnp.dtype(config.dtype).itemsize
+    logits = 3 * 4 * rows * LOSS_TOKENS * llm.vocab_size
+    return kept * size, working * size + logits

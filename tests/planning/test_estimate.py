@@ -1,0 +1,56 @@
+"""Estimates from shapes beside what compilers said: the table in docs/memory.md, for GPUs."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llava_jax.config import MemoryConfig, load_config
+from llava_jax.distributed.environment import GIB
+from llava_jax.planning import measure
+from llava_jax.planning.devices import GPUS
+from llava_jax.planning.estimate import make_estimator
+from llava_jax.planning.model_sizes import sizes
+from llava_jax.planning.published_table import ROWS, Row
+from llava_jax.planning.search import Plan
+
+TABLE = Path(__file__).parents[2] / "docs" / "memory.md"
+LINE = re.compile(r"\| (.+) \| (\d+) x (\w+) \| (\d+) \| ([\d.]+) \([\d.]+\) \| ([\d.]+) \(")
+
+
+def figures() -> Iterator[tuple[Row, float, float]]:
+    """Rows with the device memory and the host memory in the docs, in GiB."""
+    found = {
+        (run, int(count), device, int(size)): (float(total), float(host))
+        for run, count, device, size, total, host in LINE.findall(TABLE.read_text())
+    }
+    for row in ROWS:
+        if row.device in GPUS:
+            yield row, *found[row.run, row.count, row.device, row.micro_size]
+
+
+@pytest.mark.parametrize(("row", "total", "host"), list(figures()), ids=str)
+def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float):
+    config = load_config(row.config)
+    model = sizes(config)
+    build = lambda config: measure.program_for(config, model, row.device, row.count)
+    estimate = make_estimator(config, model, row.count, GPUS[row.device].rates, build)
+    found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
+    lowest = 0.93 if row.count == 1 else 0.88
+    highest = 1.08 if row.count == 1 else 1.1
+    assert lowest * total < found.total / GIB < highest * total
+    assert found.host_total / GIB == pytest.approx(host, abs=0.06)
+
+
+def test_offloading_and_small_micro_batches_cost_time():
+    config = load_config("7b_lora")
+    model = sizes(config)
+    build = lambda config: measure.program_for(config, model, "rtx4060", 1)
+    estimate = make_estimator(config, model, 1, GPUS["rtx4060"].rates, build)
+    streamed = MemoryConfig(offload_optimizer=True, stream_weights=True)
+    seconds = [estimate(Plan(size, streamed)).seconds for size in (8, 2, 1)]
+    assert seconds == sorted(seconds)
+    kept, full = (estimate(Plan(1, MemoryConfig(remat=x))) for x in ("none", "full"))
+    assert 1.2 < full.seconds / kept.seconds < 1.5  # a fourth of the products is computed again
+    assert kept.total > full.total
