@@ -30,6 +30,7 @@ from llava_jax.jax_compat import (
     PREALLOCATE,
     STREAMING_OPTIONS,
 )
+from llava_jax.planning.devices import BFLOAT16_CAPABILITY
 
 PROG = "llava-jax doctor"
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -57,7 +58,6 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 CACHE = Path("runs/.compilation_cache")  # of runs with the default output_dir
 MIN_FREE_GIB = 20  # of disk; a checkpoint of 7B LoRA takes 4 GB, and three of them may exist
 MIN_HOST_GIB = 16  # 7B LoRA with streamed weights keeps 15.2 GiB in host memory
-MIN_CAPABILITY = 8.0  # first compute capability with units for bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def find_slow(device: Device | None) -> Iterator[str]:
         yield f"training on the CPU, because {_why_cpu()}"
     if device is not None and device.platform != "cpu" and device.limit is None:
         yield "the device does not report its memory; set memory.limit_gib, so that plans can fit"
-    if device is not None and (device.capability or MIN_CAPABILITY) < MIN_CAPABILITY:
+    if device is not None and (device.capability or BFLOAT16_CAPABILITY) < BFLOAT16_CAPABILITY:
         yield (
             f"compute capability {device.capability} has no units for bfloat16, so bfloat16 "
             "products are computed in float32"

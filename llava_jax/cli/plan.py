@@ -102,12 +102,12 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
 
     model = sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
-    for_host = given.host_memory
+    for_host = None if given.host_memory is None else int(HOST_SHARE * given.host_memory * GIB)
+    host_share = lambda count: None if for_host is None else for_host // count
     measure = lambda plan, count=given.count: dataclasses.replace(
         measuring.measure(plan.apply(config), model, given.device, count, capacity),
-        host_capacity=None if for_host is None else int(HOST_SHARE * for_host * GIB) // count,
+        host_capacity=host_share(count),
     )
-    host_capacity = None if for_host is None else int(HOST_SHARE * for_host * GIB) // given.count
     target = measuring.find_device(given.device)
     kind = measuring.attention_for(config, model, target)
     print(f"attention: {kind}", flush=True)
@@ -122,7 +122,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         estimate = make_estimator(config, model, given.count, target.rates, build)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
-        room = search.Capacity(size - reserve_of(size, outside), host_capacity)
+        room = search.Capacity(size - reserve_of(size, outside), host_share(given.count))
         found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
         chosen = search.choose_plan(found)
     else:

@@ -83,6 +83,11 @@ def shard_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
+def tree_bytes(tree: PyTree, *, on_host: bool) -> int:
+    """Returns the bytes per device of the arrays in host memory (`on_host`) or in device memory."""
+    return sum(shard_bytes(x) for x in jax.tree.leaves(tree) if is_for_host(x) == on_host)
+
+
 def checkpoint_buffer(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
     """Returns how many bytes of a state are written to a checkpoint, or read, at the same time.
 
@@ -150,6 +155,8 @@ def _start(
     """Returns the indices at which a piece begins."""
     if len(shape) < 2:
         return (index * piece[0],)
+    if shape[1] == piece[1]:  # XLA knows constant indices, but not that a remainder is 0
+        return index * piece[0], *[0] * (len(shape) - 1)
     parts = jnp.int32(shape[1] // piece[1])
     first, second = jax.lax.div(index, parts), jax.lax.rem(index, parts)
     return first * piece[0], second * piece[1], *[0] * (len(shape) - 2)

@@ -20,6 +20,7 @@ from llava_jax.gpu_check.cases import sizes_here
 from llava_jax.gpu_check.results import Figure
 from llava_jax.gpu_check.runner import DEVICE
 from llava_jax.jax_compat import PINNED_MEMORY_GB
+from llava_jax.planning import usage
 
 SMI = ("name", "driver_version", "memory.total", "memory.used", "pcie.link.gen.current",
        "pcie.link.gen.max", "pcie.link.width.current", "clocks.max.sm")  # fmt: skip
@@ -81,7 +82,7 @@ def pinned_pool() -> Iterator[Figure]:
         arrays.append(jax.block_until_ready(jax.device_put(block, on_host)))
     asked = sizes.pool_block * sizes.pool_blocks
     is_pool = device.platform != "cpu"  # on a CPU, each array has its own memory
-    predicted = doubled_pool(asked) if is_pool else asked
+    predicted = usage.pinned_pool(asked) if is_pool else asked
     taken = resident_bytes() - resident
     yield Figure("asked", asked / GIB, "GiB")
     # The driver may not count its pinned pages as resident memory of the process.
@@ -108,15 +109,6 @@ def copy_speed(name: str, array: jax.Array, sharding: SingleDeviceSharding) -> F
         jax.block_until_ready(jax.device_put(array, sharding, may_alias=False))
         seconds.append(time.perf_counter() - start)
     return Figure(name, array.nbytes / statistics.median(seconds) / 1e9, "GB/s")
-
-
-def doubled_pool(asked: int) -> int:
-    """Returns the bytes that XLA's pool allocates for arrays of `asked` bytes in total.
-
-    The pool (`tsl::BFCAllocator`) grows by regions, each of which doubles the size of the pool. The
-    size of each array must be the same power of two.
-    """
-    return 1 << (asked - 1).bit_length()
 
 
 def resident_bytes() -> int:

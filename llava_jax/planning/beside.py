@@ -8,8 +8,7 @@ from llava_jax.data.batch import Batch
 from llava_jax.distributed.host_memory import (
     CHECKPOINT_PIECE,
     checkpoint_buffer,
-    is_for_host,
-    shard_bytes,
+    tree_bytes,
 )
 from llava_jax.train_step.program import Program
 
@@ -76,7 +75,7 @@ def device_beside(
     rows = config.batch.global_size // program.accumulation
     larger = max(program.eval_size / rows - 1, 0) if config.data.eval_path else 0
     return {
-        NEXT_BATCH: _bytes(batch, on_host=False),
+        NEXT_BATCH: tree_bytes(batch, on_host=False),
         EVALUATION: int(larger * activations),
         CHECKPOINT: 0,
     }
@@ -96,10 +95,10 @@ def host_beside(program: Program, batch: Batch) -> dict[str, int]:
         batch: Shapes of a train batch.
     """
     state = jax.tree.leaves(program.state)
-    copied = sum(shard_bytes(leaf) for leaf in state if not is_for_host(leaf))
+    copied = tree_bytes(state, on_host=False)
     buffer = checkpoint_buffer(state) // devices_of_process(program.mesh)
     return {
-        NEXT_BATCH: _bytes(batch, on_host=True),
+        NEXT_BATCH: tree_bytes(batch, on_host=True),
         EVALUATION: 0,
         CHECKPOINT: max(buffer + copied, 2 * (buffer + CHECKPOINT_PIECE)),
     }
@@ -109,8 +108,3 @@ def devices_of_process(mesh: Mesh) -> int:
     """Returns how many devices of a mesh belong to the process of its first device."""
     first, *others = mesh.devices.flat
     return 1 + sum(device.process_index == first.process_index for device in others)
-
-
-def _bytes(batch: Batch, *, on_host: bool) -> int:
-    """Returns the bytes per device of a batch's arrays in host memory or in device memory."""
-    return sum(shard_bytes(x) for x in jax.tree.leaves(batch) if is_for_host(x) == on_host)

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import images_in_row
-from llava_jax.distributed.host_memory import is_for_host, shard_bytes
+from llava_jax.distributed.host_memory import tree_bytes
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import (
@@ -290,7 +290,7 @@ def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
 
 def _named(program: Program, *, on_host: bool) -> int:
     """Returns the bytes of all terms except `REST`, in host memory or in device memory."""
-    return sum(_bytes(tree, on_host=on_host) for tree in _terms(program).values())
+    return sum(tree_bytes(tree, on_host=on_host) for tree in _terms(program).values())
 
 
 def _read(compiled: jax.stages.Compiled) -> tuple[tuple[int, int], str]:
@@ -318,8 +318,8 @@ def _totals(stats: Any) -> tuple[int, int]:
 def argument_bytes(program: Program) -> tuple[dict[str, int], dict[str, int]]:
     """Returns the bytes per device of each term except `REST`: in device memory, in host memory."""
     terms = _terms(program)
-    device = {name: _bytes(tree, on_host=False) for name, tree in terms.items()}
-    return device, {name: _bytes(tree, on_host=True) for name, tree in terms.items()}
+    device = {name: tree_bytes(tree, on_host=False) for name, tree in terms.items()}
+    return device, {name: tree_bytes(tree, on_host=True) for name, tree in terms.items()}
 
 
 def _terms(program: Program) -> dict[str, object]:
@@ -403,11 +403,6 @@ def _read_module(text: str, platform: str, name: str) -> tuple[int | None, Forec
     except (ValueError, LookupError) as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
         return None, None
-
-
-def _bytes(tree: object, *, on_host: bool) -> int:
-    """Returns the bytes per device of the arrays in host memory (`on_host`) or in device memory."""
-    return sum(shard_bytes(x) for x in jax.tree.leaves(tree) if is_for_host(x) == on_host)
 
 
 def pcie_bytes(host: Mapping[str, int], micros: int, activations: int) -> int:

@@ -135,7 +135,7 @@ def test_values_that_are_not_finite_differ(values: list[float]):
 )
 def test_the_pool_doubles(asked: float, pool: float):
     """The first array makes the first region; each later region is as large as all before."""
-    assert machine.doubled_pool(int(asked * 2**30)) == int(pool * 2**30)
+    assert machine.usage.pinned_pool(int(asked * 2**30)) == int(pool * 2**30)
 
 
 def test_random_weights_have_the_size_of_initial_weights():
