@@ -155,8 +155,6 @@ def _start(
     """Returns the indices at which a piece begins."""
     if len(shape) < 2:
         return (index * piece[0],)
-    if shape[1] == piece[1]:  # XLA knows constant indices, but not that a remainder is 0
-        return index * piece[0], *[0] * (len(shape) - 1)
     parts = jnp.int32(shape[1] // piece[1])
     first, second = jax.lax.div(index, parts), jax.lax.rem(index, parts)
     return first * piece[0], second * piece[1], *[0] * (len(shape) - 2)
