@@ -358,7 +358,7 @@ def test_terms_are_the_arguments_of_the_compiled_step(config: TrainConfig):
     program, compiled, usage = compile_here(config, model, 1, GIB)
     batch = program.abstract_batch(config.batch.global_size, config.data.max_length, 1)
     named = usage.total - usage.device[REST] - usage.device["gradients"]
-    arguments = named + measure._bytes(batch, on_host=False)
+    arguments = named + host_memory.tree_bytes(batch, on_host=False)
     stats = compiled.memory_analysis()
     assert stats is not None
     assert arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.02)
