@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
 from llava_jax.distributed.environment import GIB, HOST_SHARE, prepare_for_planning
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, without_bfloat16
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, shares_host, without_bfloat16
 
 if TYPE_CHECKING:
     from llava_jax.config import ModelConfig, TrainConfig
@@ -122,7 +122,8 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         estimate = make_estimator(config, model, given.count, target.rates, build)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
-        room = search.Capacity(size - reserve_of(size, outside), host_share(given.count))
+        free = size - reserve_of(size, outside)
+        room = search.Capacity(free, host_share(given.count), shares_host(given.device))
         found = search.find_plan(config, data_parallel_size(mesh), measure, estimate, room)
         chosen = search.choose_plan(found)
     else:

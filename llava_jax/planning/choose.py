@@ -23,7 +23,7 @@ from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.beside import outside_pool
 from llava_jax.planning.cache import measure_once
-from llava_jax.planning.devices import GPUS, rates_of
+from llava_jax.planning.devices import GPUS, rates_of, shares_host
 from llava_jax.planning.estimate import make_estimator
 from llava_jax.planning.measure import program_here
 from llava_jax.planning.search import (
@@ -104,7 +104,8 @@ def plan_for_attached(
         build = lambda config: program_here(config, model, images)[1]
         estimate = make_estimator(config, model, mesh.size, rates, build)
         outside = outside_pool(device.platform, device.device_kind, mesh.size)
-        room = Capacity(capacity - reserve_of(capacity, outside), for_host)
+        free = capacity - reserve_of(capacity, outside)
+        room = Capacity(free, for_host, shares_host(device.device_kind))
         chosen = choose_plan(find_plan(config, size, measure, estimate, room))
     if not chosen.usage.fits:
         raise ConfigError(_describe_misfit(chosen, mesh.size, for_host, on_cpu=on_cpu))

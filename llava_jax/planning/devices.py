@@ -52,6 +52,7 @@ class Gpu:
             per second; None if the GPU has no bfloat16 units, or if no figure is published.
         lanes: Number of PCIe lanes.
         nvlink: Bandwidth of NVLink in one direction, in 10^9 bytes per second; 0 without NVLink.
+        shares_host: Whether the GPU has no memory of its own, but shares the memory of its host.
     """
 
     platform: ClassVar = "gpu"
@@ -68,6 +69,7 @@ class Gpu:
     tflops: float | None
     lanes: int = 16
     nvlink: int = 0
+    shares_host: bool = False
 
     @property
     def memory(self) -> int:
@@ -219,8 +221,8 @@ GPUS = {
                 nvlink=900),
     "gb200": Gpu("NVIDIA GB200", "10.0", 184.0, 8000, 2.062, 152, 128, 2048, 228, 126, 2500.0,
                  nvlink=900),
-    # DGX Spark: GPU and host share one memory, so arrays in host memory also count here.
-    "gb10": Gpu("NVIDIA GB10", "12.1", 119.7, 273, 2.418, 48, 128, 1536, 100, 24, None),
+    "gb10": Gpu("NVIDIA GB10", "12.1", 119.7, 273, 2.418, 48, 128, 1536, 100, 24, None,
+                shares_host=True),
 }  # fmt: skip
 
 V5E_SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
@@ -266,6 +268,15 @@ def rates_of(name: str) -> Rates | None:
     devices = {**GPUS, **TPUS}.items()
     known = (device.rates for key, device in devices if name in (key, device.name))
     return next(known, None)
+
+
+def shares_host(name: str) -> bool:
+    """Returns True if a device has no memory of its own, but shares the memory of its host.
+
+    Args:
+        name: Name in `GPUS`, or name that the device reports.
+    """
+    return any(gpu.shares_host and name in (key, gpu.name) for key, gpu in GPUS.items())
 
 
 def without_bfloat16(name: str, capability: str, flops: int | None = None) -> str | None:

@@ -32,7 +32,7 @@ from llava_jax.jax_compat import (
 )
 from llava_jax.models.attention import attention_implementation
 from llava_jax.planning.beside import device_beside, devices_of_process, host_beside, outside_pool
-from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu, rates_of
+from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu, rates_of, shares_host
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.planning.gpu_compiler import target_config
@@ -384,6 +384,7 @@ def usage_of(
         outside=outside_pool(platform, name, program.mesh.size),
         pooled=devices_of_process(program.mesh) if platform == "gpu" else 0,
         forecast=guess,
+        shares_host=shares_host(name),
     )
 
 

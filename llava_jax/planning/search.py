@@ -74,15 +74,21 @@ class Capacity:
     Attributes:
         device: Bytes of device memory without the reserve.
         host: Bytes of host memory; None if they are unknown.
+        is_shared: Whether device and host share one memory, whose size is `device`.
     """
 
     device: int
     host: int | None
+    is_shared: bool = False
+
+    def needed(self, estimate: Estimate, factor: float = 1) -> float:
+        """Returns the bytes that a plan takes of `device`, with `factor` times its own memory."""
+        return factor * estimate.total + (estimate.host_total if self.is_shared else 0)
 
     def holds(self, estimate: Estimate, factor: float) -> bool:
         """Returns True if a plan is estimated to fit, with `factor` times the device memory."""
         fits_host = self.host is None or estimate.host_total <= self.host
-        return fits_host and factor * estimate.total <= self.device
+        return fits_host and self.needed(estimate, factor) <= self.device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,7 @@ def find_plan(
         likely = [plan for plan in plans if capacity.holds(guesses[plan], factor)]
         on_host = lambda plan: capacity.host is None or guesses[plan].host_total <= capacity.host
         possible = list(filter(on_host, plans)) or plans
-        smallest = min(possible, key=lambda plan: guesses[plan].total)
+        smallest = min(possible, key=lambda plan: capacity.needed(guesses[plan]))
         plan = likely[0] if likely and left else smallest
         trial = Trial(plan, measure_plan(plan))
         yield trial
@@ -162,7 +168,8 @@ def find_plan(
         if usage.headroom >= 0 and not usage.out_of_memory:  # only host memory is too small
             plans = [other for other in plans if guesses[other].host_total < guess.host_total]
             continue
-        plans = [other for other in plans if guesses[other].total < guess.total]
+        needed = capacity.needed(guess)
+        plans = [other for other in plans if capacity.needed(guesses[other]) < needed]
         if not usage.out_of_memory:  # otherwise, the memory of the plan is unknown
             factor = max(factor, usage.device_needed / guess.total)
 

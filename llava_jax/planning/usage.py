@@ -55,6 +55,7 @@ class Usage:
             if the platform has no such pool.
         forecast: Forecast of the step's duration; None for devices other than GPUs, or if the
             compiled step could not be read.
+        shares_host: Whether device and host share one memory, whose size is `capacity`.
         out_of_memory: Whether the compiler ran out of memory, so that `total` is only a bound.
     """
 
@@ -71,6 +72,7 @@ class Usage:
     outside: int = 0
     pooled: int = 0
     forecast: Forecast | None = None
+    shares_host: bool = False
     out_of_memory: bool = False
 
     @property
@@ -96,7 +98,8 @@ class Usage:
     @property
     def headroom(self) -> int:
         """Returns the unused bytes of device memory; negative if the plan does not fit."""
-        return self.capacity - self.reserve - self.device_needed
+        shared = self.host_needed + self.pool_growth if self.shares_host else 0
+        return self.capacity - self.reserve - self.device_needed - shared
 
     @property
     def pool_growth(self) -> int:

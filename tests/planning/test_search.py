@@ -22,7 +22,7 @@ from llava_jax.distributed import environment, host_memory
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
-from llava_jax.planning import cache, measure, search
+from llava_jax.planning import cache, search
 from llava_jax.planning import choose as plan_choice
 from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.gpu_compiler import PLUGINS
@@ -183,6 +183,19 @@ def test_the_smallest_plan_for_a_small_host_keeps_little_there():
     (trial,) = find_plan(CONFIG, 1, measure, estimate, Capacity(8 * GIB, 2 * GIB))
     assert not trial.plan.memory.stream_weights
     assert trial.usage.fits
+
+
+def test_of_a_memory_that_device_and_host_share_both_parts_count():
+    """As on a GB10: weights in host memory take the memory that they leave on the device."""
+    usage = dataclasses.replace(used(6 * GIB), host_total=4 * GIB, host_capacity=8 * GIB)
+    assert usage.fits
+    assert not dataclasses.replace(usage, shares_host=True).fits
+    # Streaming is estimated to be faster here, so that only memory can exclude it.
+    estimate = lambda plan: (
+        Estimate(GIB, 8 * GIB, 1.0) if plan.memory.stream_weights else Estimate(7 * GIB, 0, 2.0)
+    )
+    (trial,) = find_plan(CONFIG, 1, lambda _: used(GIB), estimate, Capacity(8 * GIB, None, True))
+    assert not trial.plan.memory.stream_weights
 
 
 def test_processes_agree_after_one_of_them_ran_out_of_memory():
