@@ -64,7 +64,7 @@ def compiler_options(
 
     Args:
         platform: Platform of the devices: "cpu", "gpu" or "tpu".
-        dtype: Dtype of the computation.
+        dtype: Dtype of the weights that are not trained.
         uses_host: Whether the program reads or writes arrays in host memory.
         devices: Number of devices that the program runs on.
 

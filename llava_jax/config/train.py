@@ -268,7 +268,8 @@ class TrainConfig:
         memory: Memory plan: where arrays are kept, and what is recomputed. Results do not change.
         mesh: Number of devices along each axis of the device mesh.
         dtype: Dtype of the computation and of frozen weights. Trained weights, optimizer moments,
-            norms, softmax and the loss are always float32.
+            norms, softmax and the loss are always float32. A CPU always computes in float32,
+            because it is slow in bfloat16.
         nonfinite_limit: The run stops after this number of consecutive steps with an infinite or
             NaN loss or gradient. The updates of such steps are not applied.
         quantize: Quantization of the decoder's frozen linear layers, as in bitsandbytes: "nf4" (4.5

@@ -174,7 +174,7 @@ def program_here(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     devices = jax.devices() if devices is None else devices
-    return config, *_program(config, model, devices, implementation, donate=False)
+    return config, *_program(config, model, devices, implementation)
 
 
 def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
@@ -188,8 +188,9 @@ def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int
         device: Name of a device in `planning/devices.py`.
         count: Number of devices.
     """
-    implementation = attention_for(config, model, find_device(device))
-    return _program(config, model, jax.devices("cpu")[:count], implementation, donate=True)[0]
+    target = find_device(device)
+    implementation = attention_for(config, model, target)
+    return _program(config, model, jax.devices("cpu")[:count], implementation, target.platform)[0]
 
 
 def _program(
@@ -197,10 +198,9 @@ def _program(
     model: ModelConfig,
     devices: list[jax.Device],
     implementation: AttentionImplementation,
-    *,
-    donate: bool,
+    platform: str | None = None,
 ) -> tuple[Program, Batch]:
-    """Returns a program and the shapes of its batch; see `build_program` for `donate`."""
+    """Returns a program and the shapes of its batch; see `build_program` for `platform`."""
     mesh = make_mesh(config.mesh, devices)
     program = build_program(
         config,
@@ -208,7 +208,7 @@ def _program(
         config.steps or TOTAL_STEPS,
         mesh,
         implementation=implementation,
-        donate=donate,
+        platform=platform,
     )
     return program, _abstract_batch(program, config)
 
@@ -234,7 +234,7 @@ def _compile_for_gpus(
             "set jax_num_cpu_devices before JAX starts"
         )
     program, batch = _program(
-        config, model, jax.devices("cpu")[:count], implementation, donate=True
+        config, model, jax.devices("cpu")[:count], implementation, target.platform
     )
     with lowering_for_gpu(target.capability):
         lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
@@ -267,7 +267,7 @@ def _compile_for_tpus(
             f"there is no {target.topology} slice of {count} chips; choose from {known} chips"
         )
     topology = topologies.get_topology_desc(**target.slice_of(count))
-    program, batch = _program(config, model, list(topology.devices), implementation, donate=True)
+    program, batch = _program(config, model, list(topology.devices), implementation)
     return program, *_compiled(program, batch)
 
 

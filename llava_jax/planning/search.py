@@ -81,7 +81,7 @@ class Capacity:
     host: int | None
     is_shared: bool = False
 
-    def needed(self, estimate: Estimate, factor: float = 1) -> float:
+    def needed(self, estimate: Estimate, factor: float = 1.0) -> float:
         """Returns the bytes that a plan takes of `device`, with `factor` times its own memory."""
         return factor * estimate.total + (estimate.host_total if self.is_shared else 0)
 
