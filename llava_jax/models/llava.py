@@ -121,7 +121,7 @@ class Llava(nnx.Module):
         is_image = input_ids == self.config.image_token_id
         so_far = jnp.cumsum(is_image, axis=1)
         starts = 1 + self.config.image_tokens * jnp.arange(images)
-        firsts = jax.vmap(partial(jnp.searchsorted, v=starts))(so_far)
+        firsts = jax.vmap(partial(jnp.searchsorted, v=starts, method="compare_all"))(so_far)
         firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # for images without image tokens
         return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
 
