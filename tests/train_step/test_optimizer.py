@@ -9,7 +9,7 @@ import optax
 import pytest
 import torch
 import transformers
-from xla_flags import FUSION_EMITTERS
+from xla_flags import EXACT
 
 from llava_jax.config import OptimizerConfig
 from llava_jax.train_step.optimizer import (
@@ -112,7 +112,7 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
     with jax.numpy_dtype_promotion("standard"):
         their_state = tx.init(params)
     state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
-    jit = partial(jax.jit, compiler_options={FUSION_EMITTERS: True})
+    jit = partial(jax.jit, compiler_options=EXACT)
     update = jit(lambda g, s, p: apply_gradients(tx, g, None, s, p, jnp.array(True)))
 
     @jit
