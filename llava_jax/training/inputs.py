@@ -13,6 +13,7 @@ from llava_jax.config import DataConfig, DataSet, ModelConfig, Parts, TrainConfi
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
 from llava_jax.data.digest import data_digest
+from llava_jax.data.holdout import hold_out
 from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
@@ -121,16 +122,22 @@ class Inputs:
         """Returns the digests of the training data and the eval data, as a JSON object.
 
         A resumed run compares these digests with the digests in data.json. Some images are read for
-        them, so a run calls this once.
+        them, so a run calls this once. Eval records that were held out are in the training data.
         """
+        is_apart = self.eval_records and self.config.data.eval_path
         return {
             "train": data_digest(self.records),
-            "eval": data_digest(self.eval_records) if self.eval_records else [],
+            "eval": data_digest(self.eval_records) if is_apart else [],
         }
 
     def summary(self) -> str:
-        """Returns a line of text that describes the batches of the training data."""
+        """Returns lines of text that describe the batches and the records of the training data."""
+        return "\n".join([self._describe_batches(), *self.records.sizes.describe_notes()])
+
+    def _describe_batches(self) -> str:
         text = f"{len(self.records):,} samples, batches of {self.spec.size}"
+        if self.config.data.eval_fraction:
+            text += f", {len(self.eval_records):,} other samples for evaluation"
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
             text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
@@ -202,25 +209,59 @@ If 1 % of the data is bad, 64 random records have 7 or more bad ones with a prob
 """
 
 
-def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[float, ...]]:
-    """Opens the training data of a run.
+@dataclasses.dataclass(frozen=True)
+class OpenedData:
+    """The opened data of a run.
 
-    Returns:
-        All records, the number of records in each data set, and the weight of each data set.
+    Attributes:
+        records: All training records.
+        counts: Number of training records in each data set.
+        weights: Weight of each data set.
+        eval_records: All eval records; empty if the run has no eval data.
+    """
+
+    records: Records
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+    eval_records: Records
+
+
+def open_data(data: DataConfig, seed: int) -> OpenedData:
+    """Opens the training data and the eval data of a run.
+
+    Args:
+        data: Config of the data.
+        seed: Seed of the choice of the records that are held out for evaluation.
 
     Raises:
-        ConfigError: A data set is missing or malformed, or both `path` and `mixture` are set.
+        ConfigError: A data set is missing or malformed, both `path` and `mixture` or both
+            `eval_path` and `eval_fraction` are set, or the records cannot be divided.
     """
     mixture = data.mixture or (DataSet(data.path, data.image_root),)
     if data.mixture and data.path:
         raise ConfigError(
             f"data.path {data.path} and data.mixture are both set; set only one of them"
         )
-    parts = [
-        load_records(part.path, part.image_root, follow_links=data.follow_links) for part in mixture
-    ]
+    if data.eval_path is not None and data.eval_fraction:
+        raise ConfigError(
+            f"data.eval_path {data.eval_path} and data.eval_fraction {data.eval_fraction:g} are "
+            "both set; to hold out training records, set data.eval_path to None"
+        )
+    open_set = lambda path, root: load_records(path, root, follow_links=data.follow_links)
+    parts = [open_set(part.path, part.image_root) for part in mixture]
     records = parts[0] if len(parts) == 1 else JoinedRecords(parts)
-    return records, tuple(map(len, parts)), tuple(part.weight for part in mixture)
+    learned, eval_records = np.arange(len(records)), ListRecords()
+    if data.eval_path:
+        root = data.image_root if data.eval_image_root is None else data.eval_image_root
+        eval_records = open_set(data.eval_path, root)
+    elif data.eval_fraction:
+        held = hold_out(records.sizes.images, records.image_keys, data.eval_fraction, seed)
+        learned, eval_records = np.flatnonzero(~held), records.select(np.flatnonzero(held))
+        records = records.select(learned)
+    starts = np.cumsum([0, *map(len, parts)])
+    counts = tuple(np.diff(np.searchsorted(learned, starts)).tolist())
+    weights = tuple(part.weight for part in mixture)
+    return OpenedData(records, counts, weights, eval_records[: data.eval_samples])
 
 
 def make_order(
@@ -239,8 +280,8 @@ def make_order(
     """
     grouping = None
     if config.data.group_by_modality_length:
-        images, words = records.sizes
-        grouping = Grouping(images > 0, words, config.batch.loss_group)
+        sizes = records.sizes
+        grouping = Grouping(sizes.images > 0, sizes.words, config.batch.loss_group)
     return EpochOrder(
         counts,
         config.batch.global_size,
@@ -297,12 +338,9 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         raise ConfigError(
             f"data.template {data.template!r} does not exist; choose one of {', '.join(TEMPLATES)}"
         )
-    records, counts, weights = open_records(data)
-    order = make_order(config, records, counts, weights)
-    eval_records: Records = ListRecords()
-    if data.eval_path:
-        eval_records = load_records(data.eval_path, data.image_root, follow_links=data.follow_links)
-    eval_records = eval_records[: data.eval_samples]
+    opened = open_data(data, config.seed)
+    records, eval_records = opened.records, opened.eval_records
+    order = make_order(config, records, opened.counts, opened.weights)
     images = data.max_images
     if images is None:
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
@@ -317,6 +355,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         max_length=data.max_length,
         max_images=images,
         max_text_length=data.max_text_length,
+        train_on=data.train_on,
     )
     spec = BatchSpec(
         size=config.batch.global_size,
