@@ -181,6 +181,8 @@ def join_system_turns(turns: Sequence[Turn]) -> list[Turn]:
         SampleError: A system turn follows a human turn, where the templates have no place for it.
     """
     systems = [turn.text for turn in turns if turn.role == "system"]
+    if not systems or (len(systems) == 1 and turns[0].role == "system"):
+        return [*turns]
     others = [turn for turn in turns if turn.role != "system"]
     first = next((index for index, turn in enumerate(turns) if turn.role == "human"), len(turns))
     for index, turn in enumerate(turns):
@@ -191,7 +193,7 @@ def join_system_turns(turns: Sequence[Turn]) -> list[Turn]:
                 "it",
                 "order of turns",
             )
-    return [Turn("system", "\n\n".join(filter(None, systems))), *others] if systems else others
+    return [Turn("system", "\n\n".join(filter(None, systems))), *others]
 
 
 def select_turns(turns: Sequence[Turn], *, keep_question: bool = False) -> list[Turn]:

@@ -37,6 +37,8 @@ ANSWERS = ("completion", "output", "response", "answer", "assistant", "gpt")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _ALWAYS_READ = ("id", "image", "images", "category", "system", "tools", *_OTHER_MEDIA)
 _ONLY_IN_ROUNDS = ("input", "user", "human")
+_CONVERSES, _ASKS, _ANSWERS = map(frozenset, (CONVERSATIONS, QUESTIONS, ANSWERS))
+_ASKS_IN_LIST = _ASKS.difference(_ONLY_IN_ROUNDS)
 
 # These limits prevent a single record from delaying a run for long or filling its memory.
 MAX_IMAGES = 256
@@ -104,10 +106,8 @@ def is_record(names: Iterable[str], *, in_list: bool = False) -> bool:
         in_list: Whether the object is in a list, and may therefore also be a round of another
             record. Fields of such rounds are then not sufficient.
     """
-    found = set(names)
-    ignored = _ONLY_IN_ROUNDS if in_list else ()
-    asks = not found.isdisjoint(set(QUESTIONS).difference(ignored))
-    return not found.isdisjoint(CONVERSATIONS) or (asks and not found.isdisjoint(ANSWERS))
+    asks = not (_ASKS_IN_LIST if in_list else _ASKS).isdisjoint(names)
+    return not _CONVERSES.isdisjoint(names) or (asks and not _ANSWERS.isdisjoint(names))
 
 
 def no_conversation(where: str, names: Collection[str]) -> str:
@@ -152,14 +152,17 @@ def parse(raw: object) -> Parsed:
 
 def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
     """Adds missing placeholders, and leaves out turns that cannot be used, with their images."""
-    notes = 0
-    placeholders = count_placeholders(turns)
-    asked = next((i for i, turn in enumerate(turns) if turn.role == "human"), None)
-    if images and not placeholders and asked is not None:
+    notes, placeholders = 0, count_placeholders(turns)
+    asked = None
+    if images and not placeholders:
+        asked = next((i for i, turn in enumerate(turns) if turn.role == "human"), None)
+    if asked is not None:
         text = _put_first(len(images), turns[asked].text)
         turns[asked] = turns[asked]._replace(text=text)
         placeholders, notes = len(images), NO_PLACEHOLDER
     used = select_turns(turns)
+    if len(used) == len(turns):
+        return Parsed(images, used, notes)
     if not any(turn.role == "gpt" for turn in used):
         return Parsed(images, join_system_turns(turns), notes)  # a bad sample
     spoken = [turn.role for turn in turns if turn.role != "system"]
@@ -170,6 +173,8 @@ def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
 
 
 def _refuse_unsupported(raw: Json) -> None:
+    if raw.keys().isdisjoint(("tools", *_OTHER_MEDIA)):
+        return
     for name in _OTHER_MEDIA:
         if raw.get(name):
             raise SampleError(
@@ -290,7 +295,7 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
     if not isinstance(said, str):
         _limit("parts in one turn", len(said), MAX_TURNS)
         said, images = _join_parts(said, role, index)
-    if role == "human" and (found := re.search("<(video|audio)>", said)):
+    if role == "human" and "o>" in said and (found := re.search("<(video|audio)>", said)):
         raise SampleError(
             f"turn {index} contains {found[0]}, but LLaVA-1.5 reads only text and images; remove "
             "the record, or replace the video by images of some frames"
@@ -300,6 +305,8 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
 
 def _is_learned(message: Json, role: str, index: int) -> bool:
     """Returns whether an answer is learned, which a field of its turn may say."""
+    if message.keys().isdisjoint(LOSS_FIELDS):
+        return True
     given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     values = list(given.values())
     if not all(isinstance(value, bool | int | float) and value in (0, 1) for value in values):

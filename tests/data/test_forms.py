@@ -15,6 +15,8 @@ from llava_jax.data.conversation import encode
 from llava_jax.data.sources import FileRecords, load_records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
+from llava_jax.evals.benchmarks import custom
+from llava_jax.evals.questions import Files, read_lines
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 Raw = dict[str, Any]
@@ -431,3 +433,23 @@ def test_categories_and_ids_that_are_no_texts(tmp_path):
     rows = load_records(as_rows(tmp_path / "x.parquet", *raws[:1]), "r")
     assert rows[0].category == "3"
     assert np.array_equal(rows.sizes.images, [1])
+
+
+def test_questions_of_an_evaluation(tmp_path):
+    """One for each answer that is learned, after the turns that training shows before it."""
+    first = LONG["conversations"][1]
+    raw = {**LONG, "conversations": [
+        {"from": "gpt", "value": "Hello!"}, first, {"from": "gpt", "value": SAID, "weight": 0},
+        *LONG["conversations"][3:], {"from": "human", "value": "And?"}]}  # fmt: skip
+    path = Path(write(tmp_path / "x.json", raw, LONG))
+    skipped, one, two = custom.read_json(Files(data=path))
+    assert (skipped.prompt, one.prompt, two.prompt) == (WHY, ASKED, WHY)
+    assert [turn.role for turn in skipped.turns] == ["human", "gpt", "human"]
+    assert skipped.images == two.images == (str(tmp_path / "a.png"),)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_encodings_of_questions(encoding, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(ENCODINGS[encoding]('{"a": 1}\n{"a": 2}\n'))
+    assert read_lines(path, a=int) == [{"a": 1}, {"a": 2}]
