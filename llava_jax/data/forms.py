@@ -12,7 +12,7 @@ Therefore the same conversation gives the same turns in every form:
 import itertools
 import re
 from collections.abc import Collection, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard, TypeVar
 
 from llava_jax.data.conversation import (
     IMAGE_PLACEHOLDER,
@@ -75,6 +75,9 @@ NOTES = {
     NO_PLACEHOLDER: "have images, but no <image> in a question; these images come first",
 }
 """Texts for the flags in `Parsed.notes`."""
+
+
+_Item = TypeVar("_Item")
 
 
 class Parsed(NamedTuple):
@@ -408,11 +411,12 @@ def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
             f"found {parts!r:.80}"
         )
     if of_record:
-        if not all(isinstance(index, int) and 0 <= index < len(beside) for index in indices):
+        known = [i for i in indices if isinstance(i, int) and 0 <= i < len(beside)]
+        if len(known) < len(indices):
             raise SampleError(
                 f"image parts have indices {indices!r:.80}, but the record has {len(beside)} images"
             )
-        return [beside[index] for index in indices]
+        return [beside[index] for index in known]
     if not all(map(_is_image, images)):
         raise SampleError(
             'an image part must have a path or an object with "bytes" or "path", found '
@@ -426,5 +430,5 @@ def _is_image(value: object) -> bool:
     return known or isinstance(value, str | bytes)
 
 
-def _is_list_of(value: object, kind: type) -> bool:
+def _is_list_of(value: object, kind: type[_Item]) -> TypeGuard[list[_Item]]:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)

@@ -139,7 +139,7 @@ def _load(source: str) -> "Dataset":
     chosen = split or ("train" if len(found) > 1 else next(iter(found)))
     if chosen not in found:
         raise ConfigError(
-            f"{source}: there is no split {chosen!r}; the splits are {', '.join(found)}; write, "
-            f"for example, {PREFIX}{name}:{next(iter(found))}"
+            f"{source}: there is no split {chosen!r}; the splits are {', '.join(map(str, found))}; "
+            f"write, for example, {PREFIX}{name}:{next(iter(found))}"
         )
     return cast("Dataset", found[chosen])
