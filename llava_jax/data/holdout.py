@@ -49,9 +49,12 @@ def hold_out(
         ConfigError: No split leaves records in both parts.
     """
     group = _groups(np.maximum(images, 0), keys)
-    sizes = np.bincount(group[images >= 0], minlength=group.max(initial=-1) + 1)
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes)).tolist()
-    held, count = np.zeros(len(sizes), bool), 0
+    sizes = np.bincount(group[images >= 0], minlength=len(images))
+    # The order depends only on the number of records. If a record is corrected later, nearly the
+    # same records are therefore held out.
+    order = np.random.default_rng(seed).permutation(len(images))
+    order = order[sizes[order] > 0].tolist()
+    held, count = np.zeros(len(images), bool), 0
     most = min(fraction * sizes.sum() + 0.5, sizes.sum() - 1)
     for number in order:
         if count + sizes[number] <= most:
@@ -68,7 +71,7 @@ def hold_out(
 
 
 def _groups(images: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Returns the group of each record, int64 [N]; groups are numbered by their first records."""
+    """Returns the index of the first record in the group of each record, int64 [N]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -79,4 +82,4 @@ def _groups(images: np.ndarray, keys: np.ndarray) -> np.ndarray:
     edges = coo_array((np.ones(len(record), bool), (record, count + image)), shape=(nodes, nodes))
     _, labels = connected_components(edges, directed=False)
     _, first, group = np.unique(labels[:count], return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[group]
+    return first[group]

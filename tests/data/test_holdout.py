@@ -10,7 +10,7 @@ from llava_jax.config import DataConfig, DataSet
 from llava_jax.config.fields import check_fields
 from llava_jax.data.holdout import hold_out, image_key
 from llava_jax.errors import ConfigError
-from llava_jax.training.inputs import OpenedData, open_data
+from llava_jax.training.data_sets import OpenedData, open_data
 
 
 def raw(number: int, *images: str) -> dict:
@@ -98,6 +98,14 @@ def test_records_of_an_unknown_format_stay_in_the_training_data():
     held = hold_out(sizes, keys, 0.9, 0)
     assert not held[[1, 3]].any()
     assert held.sum() == 2
+
+
+def test_a_corrected_record_changes_the_choice_little():
+    sizes, keys = np.ones(200, np.int32), np.arange(1, 201)
+    whole = hold_out(sizes, keys, 0.2, 3)
+    sizes[50] = -1
+    damaged = hold_out(sizes, np.delete(keys, 50), 0.2, 3)
+    assert (whole != damaged).sum() <= 2
 
 
 def test_images_of_unknown_content_are_not_grouped():
