@@ -11,6 +11,8 @@ from llava_jax.errors import SampleError
 
 MAX_PATH = 4096
 """Maximum number of characters in the path of an image."""
+_LONG = 1000
+"""Number of characters from which on a path without a dot is treated as an image in base64."""
 _MAX_NAME = 255
 """Maximum number of bytes in the name of a file or directory."""
 
@@ -75,11 +77,12 @@ def _decode(image: str) -> bytes:
 
 def _check_name(image: str) -> None:
     """Raises SampleError if a text cannot be the path of a file."""
+    begins = f"begins with {image[:60]!r}"
+    hint = "if it is an image in base64, write it as a data URL: data:image/png;base64,..."
     if len(image) > MAX_PATH:
         raise SampleError(
-            f"an image path has {len(image):,} characters; at most {MAX_PATH:,} are allowed; it "
-            f"begins with {image[:60]!r}. If it is an image in base64, write it as a data URL: "
-            "data:image/png;base64,...",
+            f"an image path has {len(image):,} characters and {begins}; at most {MAX_PATH:,} are "
+            f"allowed; {hint}",
             "image path",
         )
     try:
@@ -88,10 +91,10 @@ def _check_name(image: str) -> None:
         raise SampleError(
             f"image path {image!r:.200} is not a valid file name: {error}", "image path"
         ) from None
-    if longest > _MAX_NAME:
+    if longest > _MAX_NAME or (len(image) > _LONG and _IS_BASE64.fullmatch(image)):
         raise SampleError(
-            f"image path {image!r:.60}... contains a name of {longest:,} bytes; a file name has at "
-            f"most {_MAX_NAME} bytes",
+            f"an image path has a name of {longest:,} bytes and {begins}, so there is no such "
+            f"file; {hint}",
             "image",
         )
 

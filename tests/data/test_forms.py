@@ -394,9 +394,10 @@ def test_images_in_base64(tmp_path):
     records = load_records(write(tmp_path / "x.json", *raws), "r")
     assert [records[n].images for n in range(len(raws))] == [(data,)] * len(raws)
     assert records.files[0].images == []
-    for image in ("data:image/png;base64,%%%" + plain, "x" * 400_000, "A" * 3000):
+    for image in ("data:image/png;base64,%%%" + plain, "x" * 400_000, "A/a" * 1000):
         message = bad({**SHORT, "image": image}, tmp_path)
-        assert "base64" in message or "name of 3,000 bytes" in message
+        assert "base64" in message
+    assert "a name of 900 bytes" in bad({**SHORT, "image": "x." * 450}, tmp_path)
 
 
 def test_absolute_paths_inside_of_the_folder(tmp_path):
