@@ -298,12 +298,24 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
     if not isinstance(said, str):
         _limit("parts in one turn", len(said), MAX_TURNS)
         said, images = _join_parts(said, role, index)
-    if role == "human" and "o>" in said and (found := re.search("<(video|audio)>", said)):
-        raise SampleError(
-            f"turn {index} contains {found[0]}, but LLaVA-1.5 reads only text and images; remove "
-            "the record, or replace the video by images of some frames"
-        )
+    if role == "human":
+        _refuse_marks(said, index)
     return Turn(role, said, _is_learned(message, role, index)), images
+
+
+def _refuse_marks(text: str, index: int) -> None:
+    """Raises SampleError if a question has marks of media that would be learned as plain text."""
+    for mark in ("<video>", "<audio>"):
+        if mark in text:
+            raise SampleError(
+                f"turn {index} contains {mark}, but LLaVA-1.5 reads only text and images; remove "
+                "the record, or replace the video by images of some frames"
+            )
+    if "<img>" in text and (found := re.search("<img>[^<]+</img>", text)):
+        raise SampleError(
+            f"turn {index} contains {found[0]!r:.80}, as in Qwen-VL's data; write <image> there, "
+            'and write the path into the field "images"'
+        )
 
 
 def _is_learned(message: Json, role: str, index: int) -> bool:

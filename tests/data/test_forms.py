@@ -272,6 +272,7 @@ def bad(raw: object, tmp_path: Path) -> str:
         ({**SHORT, "video": "a.mp4"}, 'the record has "video", but LLaVA-1.5'),
         ({"videos": ["a.mp4"], **short(ASKED)}, 'the record has "videos"'),
         (short(f"<video>\n{ASKED}"), "turn 0 contains <video>, but LLaVA-1.5"),
+        (short(f"Picture 1: <img>a.png</img>\n{ASKED}"), "turn 0 contains '<img>a.png</img>'"),
         (short([{"type": "video", "video": "a.mp4"}]), "LLaVA-1.5 reads only text and images"),
         ({**SHORT, "tools": '[{"name": "x"}]'}, 'the record has "tools"'),
         ({"messages": say(("user", "a"), ("assistant", "b"), ("system", "c"))},
