@@ -12,15 +12,17 @@ Therefore the same conversation gives the same turns in every form:
 import itertools
 import re
 from collections.abc import Collection, Iterable
-from typing import Literal, NamedTuple, TypeGuard, TypeVar
+from typing import Literal, NamedTuple
 
-from llava_jax.data.conversation import (
-    IMAGE_PLACEHOLDER,
-    Turn,
-    count_placeholders,
-    join_system_turns,
-    select_turns,
+from llava_jax.data.content_parts import (
+    images_beside,
+    images_of_parts,
+    is_list_of,
+    join_parts,
+    limit,
+    put_images_first,
 )
+from llava_jax.data.conversation import Turn, count_placeholders, join_system_turns, select_turns
 from llava_jax.disk import Json
 from llava_jax.errors import SampleError
 
@@ -44,7 +46,7 @@ _ASKS_IN_LIST = _ASKS.difference(_ONLY_IN_ROUNDS)
 MAX_IMAGES = 256
 """Maximum number of images in a record."""
 MAX_TURNS = 2000
-"""Maximum number of turns in a record, and of content parts in a turn."""
+"""Maximum number of turns in a record."""
 MAX_CHARACTERS = 2**20
 """Maximum number of characters in all turns of a record together."""
 
@@ -75,9 +77,6 @@ NOTES = {
     NO_PLACEHOLDER: "have images, but no <image> in a question; these images come first",
 }
 """Texts for the flags in `Parsed.notes`."""
-
-
-_Item = TypeVar("_Item")
 
 
 class Parsed(NamedTuple):
@@ -140,16 +139,16 @@ def parse(raw: object) -> Parsed:
         raise SampleError(f"expected an object, found {raw!r:.60}")
     _refuse_unsupported(raw)
     messages = _messages(raw)
-    _limit("turns", len(messages), MAX_TURNS)
+    limit("turns", len(messages), MAX_TURNS)
     turns: list[Turn] = []
     parts: list[Json] = []
     for index, message in enumerate(messages):
         turn, images = _read_message(message, index)
         turns.append(turn)
         parts += images
-    _limit("characters", sum(len(turn.text) for turn in turns), MAX_CHARACTERS)
-    images = _images_of_parts(parts, _images_beside(raw))
-    _limit("images", len(images), MAX_IMAGES, "number of images")
+    limit("characters", sum(len(turn.text) for turn in turns), MAX_CHARACTERS)
+    images = images_of_parts(parts, images_beside(raw))
+    limit("images", len(images), MAX_IMAGES, "number of images")
     return _arrange(images, turns)
 
 
@@ -160,7 +159,7 @@ def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
     if images and not placeholders:
         asked = next((i for i, turn in enumerate(turns) if turn.role == "human"), None)
     if asked is not None:
-        text = _put_first(len(images), turns[asked].text)
+        text = put_images_first(len(images), turns[asked].text)
         turns[asked] = turns[asked]._replace(text=text)
         placeholders, notes = len(images), NO_PLACEHOLDER
     used = select_turns(turns)
@@ -201,7 +200,7 @@ def _messages(raw: Json) -> list[Json]:
         # `datasets` stores a list of turns as one list for each of their fields.
         values = itertools.zip_longest(*found.values())
         found = [dict(zip(found, turn, strict=True)) for turn in values]
-    if not found or not _is_list_of(found, dict):
+    if not found or not is_list_of(found, dict):
         raise SampleError(
             f'"conversations" or "messages" must be a list of turns, found {raw[name]!r:.60}'
         )
@@ -251,7 +250,7 @@ def _system(raw: Json) -> list[Json]:
 def _history(raw: Json) -> list[Json]:
     """Returns the earlier rounds of a record, which are pairs of a question and an answer."""
     history = raw.get("history") or []
-    pairs = [pair for pair in history if _is_list_of(pair, str) and len(pair) == 2]
+    pairs = [pair for pair in history if is_list_of(pair, str) and len(pair) == 2]
     if not isinstance(history, list) or len(pairs) != len(history):
         raise SampleError(
             f'"history" must be a list of pairs of a question and an answer, found {history!r:.60}'
@@ -278,7 +277,7 @@ def _check_text(raw: Json, name: str) -> str:
 
 
 def _check_list(raw: Json, name: str) -> list[Json]:
-    if not _is_list_of(raw[name], dict):
+    if not is_list_of(raw[name], dict):
         raise SampleError(f'"{name}" must be a text or a list of messages, found {raw[name]!r:.60}')
     return raw[name]
 
@@ -289,15 +288,14 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
     if said is None:  # in Parquet, a missing field is None
         said = message.get("content")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None or not (isinstance(said, str) or _is_list_of(said, dict)):
+    if role is None or not (isinstance(said, str) or is_list_of(said, dict)):
         raise SampleError(
             f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
             f'{{"role": "user" or "assistant", "content": text or parts}}, found {message!r:.80}'
         )
     images: list[Json] = []
     if not isinstance(said, str):
-        _limit("parts in one turn", len(said), MAX_TURNS)
-        said, images = _join_parts(said, role, index)
+        said, images = join_parts(said, role, index)
     if role == "human":
         _refuse_marks(said, index)
     return Turn(role, said, _is_learned(message, role, index)), images
@@ -337,110 +335,3 @@ def _is_learned(message: Json, role: str, index: int) -> bool:
             "learned; set the field to false or remove it"
         )
     return role != "gpt" or all(values)
-
-
-def _limit(what: str, found: int, most: int, kind: str = "record size") -> None:
-    if found > most:
-        raise SampleError(f"the record has {found:,} {what}; at most {most:,} are allowed", kind)
-
-
-def _join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
-    """Joins the parts of a turn's content; returns their text and the image parts."""
-    texts: list[str] = []
-    images: list[Json] = []
-    first = 0  # number of images before all texts
-    for part in content:
-        kind = part.get("type") or next((k for k in ("text", *_SOURCES) if part.get(k)), None)
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in ("image", "image_url", *_SOURCES) and role == "human":
-            images.append(part)
-            if texts:
-                texts.append(IMAGE_PLACEHOLDER)
-            else:
-                first += 1
-        else:
-            raise SampleError(
-                f'turn {turn}: expected parts {{"type": "text", "text": text}} or, in a user '
-                f'turn, {{"type": "image"}}, found {part!r:.80}; LLaVA-1.5 reads only text and '
-                "images"
-            )
-    return _put_first(first, "".join(texts)), images
-
-
-def _put_first(images: int, text: str) -> str:
-    """Returns a text after placeholders of images, each on a line of its own as in LLaVA's data."""
-    lines = [IMAGE_PLACEHOLDER] * images
-    return "\n".join([*lines, text.removeprefix("\n")] if text else lines) if images else text
-
-
-def _images_beside(raw: Json) -> list[object]:
-    """Returns the images in the field "image" or "images" of a record."""
-    named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
-    if len(named) > 1:
-        raise SampleError('the record has both "image" and "images"; remove one of these fields')
-    for name, value in named.items():
-        images = value if isinstance(value, list) else [value]
-        if not all(map(_is_image, images)):
-            raise SampleError(
-                f'"{name}" must be a path, an object with "bytes" or "path", or a list of such '
-                f"values, found {value!r:.60}"
-            )
-        return images
-    return []
-
-
-_SOURCES = ("image", "path", "url", "base64", "image_url")
-"""Fields of an image part that may contain the image."""
-
-
-def _image_in(part: Json) -> object:
-    """Returns the image that an image part contains; None if there is none."""
-    for name in _SOURCES:
-        value = part.get(name)
-        if name == "image_url" and isinstance(value, dict):
-            value = value.get("url")
-        if value is not None:
-            is_base64 = name == "base64" and isinstance(value, str)
-            return f"data:;base64,{value}" if is_base64 else value
-    return None
-
-
-def _images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
-    """Returns the images that the image parts contain or refer to; `beside` if there are none."""
-    images = [_image_in(part) for part in parts]
-    indices = [
-        part.get("index") if image is None else None
-        for part, image in zip(parts, images, strict=True)
-    ]
-    if not any(value is not None for value in (*images, *indices)):
-        return beside
-    of_record = None not in indices
-    if not of_record and (None in images or beside):
-        raise SampleError(
-            "all image parts must have the same form: either all contain an image, and the record "
-            'has no "image" or "images"; or all contain the "index" of an image of the record; '
-            f"found {parts!r:.80}"
-        )
-    if of_record:
-        known = [i for i in indices if isinstance(i, int) and 0 <= i < len(beside)]
-        if len(known) < len(indices):
-            raise SampleError(
-                f"image parts have indices {indices!r:.80}, but the record has {len(beside)} images"
-            )
-        return [beside[index] for index in known]
-    if not all(map(_is_image, images)):
-        raise SampleError(
-            'an image part must have a path or an object with "bytes" or "path", found '
-            f"{images!r:.80}"
-        )
-    return images
-
-
-def _is_image(value: object) -> bool:
-    known = isinstance(value, dict) and not value.keys().isdisjoint({"bytes", "path"})
-    return known or isinstance(value, str | bytes)
-
-
-def _is_list_of(value: object, kind: type[_Item]) -> TypeGuard[list[_Item]]:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
