@@ -1,12 +1,15 @@
 """Holds out a fraction of the records for evaluation, so that no image is in both parts."""
 
 import hashlib
+import logging
 import posixpath
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from llava_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN = 0
 """Key of an image that is known only after its file is read."""
@@ -48,6 +51,12 @@ def hold_out(
     Raises:
         ConfigError: No split leaves records in both parts.
     """
+    if unknown := int((keys == UNKNOWN).sum()):
+        logger.warning(
+            "data.eval_fraction: %d images have no path, for example because they are inside a "
+            "Parquet file; if the same image is in several records, it may be in both parts",
+            unknown,
+        )
     group = _groups(np.maximum(images, 0), keys)
     sizes = np.bincount(group[images >= 0], minlength=len(images))
     # The order depends only on the number of records. If a record is corrected later, nearly the

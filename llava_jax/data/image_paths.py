@@ -117,8 +117,9 @@ def _relative_path(image: str, root: str) -> str:
     is_address = "://" in path or ("://" in root and "::" in path)  # fsspec chains URLs with ::
     if is_address or os.path.isabs(path) or has_parent or "\0" in path:
         raise SampleError(
-            f"image path {image!r:.200} is outside data.image_root, which is {root!r:.200}, or is "
-            'not valid; write a path inside that directory, without ".."',
+            f"image path {image!r:.200} is outside data.image_root, which is "
+            f"{root or 'the working directory'!s:.200}, or is not valid; write a path inside that "
+            'directory, without "..", or change data.image_root',
             "image path",
         )
     return path

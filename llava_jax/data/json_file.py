@@ -90,7 +90,7 @@ class JsonFile:
         if stop - start > MAX_RECORD_BYTES:
             raise SampleError(
                 f"this {self._unit} has {stop - start:,} bytes; at most {MAX_RECORD_BYTES:,} are "
-                "allowed",
+                "allowed, including images in base64",
                 "record size",
             )
         with open_file(self.path) as file:

@@ -108,11 +108,12 @@ def test_a_corrected_record_changes_the_choice_little():
     assert (whole != damaged).sum() <= 2
 
 
-def test_images_of_unknown_content_are_not_grouped():
+def test_images_of_unknown_content_are_not_grouped(caplog):
     assert image_key({"path": None}) == image_key({"bytes": None, "path": None}) == 0
     assert image_key({"bytes": b"x", "path": "a"}) == image_key(b"x") != image_key("x.png")
     held = hold_out(np.ones(10, np.int32), np.zeros(10, np.int64), 0.3, 0)
     assert held.sum() == 3
+    assert "10 images have no path" in caplog.text
 
 
 def test_another_folder_for_the_images_of_the_eval_data(tmp_path):
