@@ -43,7 +43,11 @@ GOOD: tuple[Raw, ...] = (
     {"conversations": talk("what?", LONG)},  # cut, but learned from
     say(("system", "Be brief."), ("human", "what?"), ("gpt", "that")),
     say(("gpt", "Hello!"), ("human", "what?"), ("gpt", "that <image>")),
+    say(("gpt", "Hi!"), ("gpt", "Hello!"), ("human", "what?"), ("gpt", "that"), ("human", "why?")),
     show("good.png"),
+    show("good.png", marks=0),
+    {"image": ["good.png", "nothing.png"], "conversations": talk("<image>", "that", "<image>")},
+    {"prompt": "what?", "completion": "that", "images": ["good.jpg"], "category": 3},
     show("good.jpg", "sub/good.png"),
     show("inside.png"),
     show("palette.gif") | {"category": "drawn", "other": {"is": [1.5, None]}},
@@ -81,7 +85,15 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
         "a list of roles": say((["human"], "what?")),  # pyright: ignore[reportArgumentType]
         "an answer that is a number": say(("human", "what?"), ("gpt", 3)),
         "no value": {"conversations": [{"from": "human"}]},
-        "category": {**WHOLE, "category": 3},
+        "category": {**WHOLE, "category": ["drawn"]},
+        "video": {**WHOLE, "video": "good.mp4"},
+        "video in the text": {"conversations": talk("<video>\nwhat?", "that")},
+        "tools": {**WHOLE, "tools": [{"name": "search"}]},
+        "half a weight": {"messages": [
+            {"role": "user", "content": "what?"},
+            {"role": "assistant", "content": "that", "weight": 0.5}]},
+        "a question without an answer": {"prompt": "what?"},
+        "two questions of two forms": {"prompt": "what?", "query": "who?", "response": "that"},
         "an image that is a number": {**show("good.png"), "image": 3},
         "an image that is no path": show({"file": "good.png"}),
         "an image without a path": show({"bytes": None, "path": None}),
@@ -96,7 +108,6 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
         "two answers": say(("human", "what?"), ("gpt", "this"), ("gpt", "that")),
         "two questions": say(("human", "what?"), ("human", "who?"), ("gpt", "that")),
         "system in the middle": say(("human", "what?"), ("system", "Hm."), ("gpt", "that")),
-        "two greetings": say(("gpt", "Hi!"), ("gpt", "Hello!"), ("human", "what?")),
     },
     "empty answer": {
         "the only one": {"conversations": talk("what?", "")},
@@ -107,13 +118,15 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
         "a question": say(("human", "what?")),
         "only system": say(("system", "Be brief.")),
         "only a greeting": say(("gpt", "Hello!")),
+        "two greetings": say(("gpt", "Hi!"), ("gpt", "Hello!"), ("human", "what?")),
+        "an answer that is not learned": {"conversations": [
+            {"from": "human", "value": "what?"}, {"from": "gpt", "value": "that", "loss": False}]},
     },
     "no answer after the cut": {
         "a long question": {"conversations": talk(LONG, "that")},
         "images take it all": show(*["good.png"] * 4),
     },
     "number of images": {
-        "no mark": show("good.png", marks=0),
         "no image": show(marks=1),
         "one too few": show("good.png", marks=2),
         "one too many": show("good.png", "good.png", marks=1),
@@ -135,6 +148,8 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
     },
     "image": {
         "a long name": show("x" * 3000),
+        "damaged base64": show("data:image/png;base64,iVBORw0KGgo!"),
+        "base64 of a text": show("data:image/png;base64,dGV4dA=="),
         "a folder": show("sub"),
         "a file as a folder": show("good.png/x.png"),
         "a circle of links": show("circle.png"),

@@ -83,6 +83,8 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     Raises:
         ConfigError: The data cannot be read, or the file for the good samples exists already.
     """
+    import dataclasses
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -93,6 +95,8 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from llava_jax.pretrained.resolve import resolve_start
     from llava_jax.training.inputs import find_model, open_inputs
 
+    # Records that the run holds out for evaluation are checked too.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_fraction=0.0))
     source = None if config.init_from is None else resolve_start(config.init_from).base
     inputs = open_inputs(config, *find_model(config, source))
     records = inputs.records
@@ -113,7 +117,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
             inputs.choose_buckets(config.total_steps(inputs.order.samples))[0]
         )
     padding = measure_padding(inputs.order, found.tokens, found.good)
-    report = Report(found, padding, inputs.spec, records.where)
+    report = Report(found, padding, inputs.spec, records.where, records.sizes.describe_notes())
     report.show(given.shown)
     if to_write is not None:
         write_clean(to_write, found, given.write_clean)

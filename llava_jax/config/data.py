@@ -15,10 +15,12 @@ from llava_jax.config.fields import (
     above,
     at_least,
     check_fields,
+    fraction,
 )
 
 Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
+TrainOn = Literal["answers", "last_answer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,16 @@ class DataConfig:
 
     Attributes:
         path: Data file, directory of data files, or glob pattern such as "data/train-*.parquet".
-            Files contain a JSON list, JSON lines or Parquet; records have LLaVA's format or a field
-            "messages". fsspec URLs (gs://, s3://) also work. The value "easy_vqa:train[:FORM...]"
-            selects the data set easy-VQA from its PyPI package.
+            Files contain a JSON list, JSON lines or Parquet; docs/data.md lists the forms of the
+            records. fsspec URLs (gs://, s3://) also work. "hf:USER/NAME[:SPLIT]" is a data set of
+            the Hugging Face hub, or of a directory that Hugging Face's `datasets` can read. The
+            value "easy_vqa:train[:FORM...]" selects the data set easy-VQA from its PyPI package.
         image_root: Directory or fsspec URL to which image paths in the records are relative.
         mixture: Data sets to mix for training, instead of `path` and `image_root`.
         follow_links: Allow symbolic links in data.image_root to images outside of that directory.
+        train_on: Answers that are learned. "answers" learns all answers of a conversation, and
+            "last_answer" only the last one. An answer that its record excludes, for example with
+            "loss": false, is never learned.
         template: Name of the chat template, as defined in llava_jax/data/templates.py.
         image_aspect: How an image is made square: "pad" adds borders of the mean color, "crop"
             keeps the center, and "squash" scales width and height separately, as SigLIP does.
@@ -78,8 +84,13 @@ class DataConfig:
         max_skipped: Maximum fraction of the samples that may be skipped because they cannot be
             used. The run stops if more samples are skipped.
         workers: Number of processes that decode images; 0 uses the main process.
-        eval_path: Evaluation data, in any form that data.path accepts. Its image paths are also
-            relative to data.image_root. None turns evaluation off.
+        eval_path: Evaluation data, in any form that data.path accepts. None turns evaluation off,
+            unless data.eval_fraction is set.
+        eval_image_root: Directory or fsspec URL to which image paths in the evaluation data are
+            relative; None takes data.image_root.
+        eval_fraction: Fraction of the training records to hold out as evaluation data, instead of
+            data.eval_path. These records are not learned. Records that share an image are kept
+            together. The choice depends only on the records and on the seed.
         eval_samples: Number of samples to evaluate, starting with the first; None evaluates all.
     """
 
@@ -87,6 +98,7 @@ class DataConfig:
     image_root: Annotated[str, LOCATION] = ""
     mixture: Annotated[tyro.conf.Suppress[tuple[DataSet, ...]], LOCATION] = ()
     follow_links: bool = False
+    train_on: TrainOn = "answers"
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     image_decode: Decode = "exact"
@@ -109,6 +121,15 @@ class DataConfig:
     max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a fraction of the samples")] = 0.01
     workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
     eval_path: Annotated[str | None, LOCATION] = None
+    eval_image_root: Annotated[str | None, LOCATION] = None
+    eval_fraction: Annotated[
+        float, IGNORED_BY_PLAN, fraction("the other records are learned; 0 holds out nothing")
+    ] = 0.0
     eval_samples: Annotated[
         int | None, OBSERVED, at_least(1, "to turn evaluation off, leave data.eval_path out")
     ] = None
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.eval_path is not None or self.eval_fraction > 0

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from transformers import PreTrainedTokenizerBase
 
+from llava_jax.config.data import TrainOn
 from llava_jax.data.batch import Batch
 from llava_jax.data.conversation import (
     Encoded,
@@ -120,6 +121,7 @@ class SampleEncoder:
         max_images: Maximum number of images in a sample.
         max_text_length: Maximum number of tokens in a sample, counting each image as one token;
             longer samples are truncated. None sets no such limit.
+        train_on: Which answers are learned; see `DataConfig.train_on`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -130,6 +132,7 @@ class SampleEncoder:
     max_length: int
     max_images: int
     max_text_length: int | None = None
+    train_on: TrainOn = "answers"
 
     def __call__(self, record: Record) -> Sample:
         """Encodes the text and the images of a record.
@@ -148,7 +151,13 @@ class SampleEncoder:
             ConfigError: The tokenizer lacks a control token of the template.
         """
         self._check_images(record)
-        encoded = encode(record.turns, self.template, self.tokenizer, self.image_token_id)
+        encoded = encode(
+            record.turns,
+            self.template,
+            self.tokenizer,
+            self.image_token_id,
+            last_answer_only=self.train_on == "last_answer",
+        )
         return expand_images(
             encoded, self.image_token_id, self.image_tokens, self.max_length, self.max_text_length
         )

@@ -30,12 +30,14 @@ class Report:
         padding: Padding of the batches of the first epoch.
         spec: Shapes of the batches of the run.
         where: Function that returns the location of a sample, given its index.
+        notes: Lines of text about records that were changed; see `records.Sizes.describe_notes`.
     """
 
     found: Findings
     padding: Padding
     spec: BatchSpec
     where: Callable[[int], str]
+    notes: Sequence[str] = ()
 
     @property
     def shares(self) -> np.ndarray:
@@ -72,6 +74,7 @@ class Report:
             "samples": len(self.found.tokens),
             "bad": len(self.found.problems),
             "cut": int((self.of_good("cut") > 0).sum()),
+            "notes": list(self.notes),
             "text only": int((images == 0).sum()),
             "one image": int((images == 1).sum()),
             "several images": int((images > 1).sum()),
@@ -97,6 +100,8 @@ class Report:
             lines = [f"{problem.where}: {problem.reason}" for problem in group]
             show_some(console, f"bad, {name}", lines, shown)
         cut = [f"{self.where(n)}: {self.found.cut[n]} tokens" for n in self._cut()]
+        for line in self.notes:
+            console.print(line)
         show_some(console, "truncated to data.max_length, but used for training", cut, shown)
         if self.found.good.any():
             self._show_tables(console, figures)

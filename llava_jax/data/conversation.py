@@ -44,15 +44,22 @@ def tokenizing() -> Iterator[None]:
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation. Only the first turn may have the role `system`.
+    """One turn of a conversation.
 
     Attributes:
         role: Speaker of the turn.
         text: Text that the speaker says.
+        learned: Whether the text is learned if it is an answer.
     """
 
     role: Literal["system", "human", "gpt"]
     text: str
+    learned: bool = True
+
+    def __repr__(self) -> str:
+        # Digests of data and of questions contain this text, so that it must not change.
+        learned = "" if self.learned else ", learned=False"
+        return f"Turn(role={self.role!r}, text={self.text!r}{learned})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +91,32 @@ def encode(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
+    *,
+    last_answer_only: bool = False,
 ) -> Encoded:
     """Encodes a conversation for training, with one token for each image.
 
-    Each `<image>` in a human turn is the placeholder of an image. The images of a turn move to its
-    start, in their order, and the template's `image_suffix` follows each image. A gpt turn at the
-    start is dropped. All other text in the turns is encoded as plain text, even if it looks like a
+    Each `<image>` in a human turn is the placeholder of an image; `split_at_images` says where the
+    images are. All other text in the turns is encoded as plain text, even if it looks like a
     control token.
 
     Args:
-        turns: Conversation in which human and gpt turns alternate. A system turn at the start
-            replaces the system text of the template.
+        turns: Conversation in which human and gpt turns alternate. System turns before the first
+            human turn replace the system text of the template. Turns without a question or
+            without an answer are left out; see `select_turns`.
         template: Conversation template: the text around the turns.
         tokenizer: Fast tokenizer of transformers.
         image_token_id: Id of the token that represents an image.
+        last_answer_only: Whether only the last answer is learned, and not the earlier ones.
 
     Raises:
-        SampleError: The turns do not alternate, an answer is empty, or there is no answer.
+        SampleError: The turns do not alternate, a system turn follows a human turn, an answer is
+            empty, or there is no answer to learn.
         ConfigError: The tokenizer lacks a control token of the template.
     """
+    turns = select_turns(turns)
+    if last_answer_only:
+        turns = [turn._replace(learned=turn.learned and turn is turns[-1]) for turn in turns]
     pieces = _render(turns, template, tokenizer, image_token_id)
     encoded = _tokenize(pieces, tokenizer, image_token_id)
     if not encoded.loss_mask.any():
@@ -133,6 +147,7 @@ def encode_prompt(
     """
     if not turns or turns[-1].role != "human":
         raise SampleError("a prompt must be a conversation that ends with a human turn")
+    turns = select_turns(turns, keep_question=True)
     pieces = _render(turns, template, tokenizer, image_token_id)
     pieces += _parse(template.answer_prefix.rstrip(" "), tokenizer)
     return _tokenize(pieces, tokenizer, image_token_id)
@@ -152,6 +167,70 @@ def end_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | N
     """
     pieces = _parse(template.answer_suffix, tokenizer)
     return next((piece.token for piece in pieces if piece.token is not None), None)
+
+
+def join_system_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Joins all system turns into one turn, which comes first.
+
+    Training and serving use the same rule. The texts are separated by blank lines.
+
+    Args:
+        turns: Turns of a conversation.
+
+    Raises:
+        SampleError: A system turn follows a human turn, where the templates have no place for it.
+    """
+    systems = [turn.text for turn in turns if turn.role == "system"]
+    if not systems or (len(systems) == 1 and turns[0].role == "system"):
+        return [*turns]
+    others = [turn for turn in turns if turn.role != "system"]
+    first = next((index for index, turn in enumerate(turns) if turn.role == "human"), len(turns))
+    for index, turn in enumerate(turns):
+        if turn.role == "system" and index > first:
+            raise SampleError(
+                f"turn {index} is a system message after the first question: {turn.text[:40]!r}; "
+                "only system messages before the first question are supported, so move or remove "
+                "it",
+                "order of turns",
+            )
+    return [Turn("system", "\n\n".join(filter(None, systems))), *others]
+
+
+def select_turns(turns: Sequence[Turn], *, keep_question: bool = False) -> list[Turn]:
+    """Returns the turns of a conversation that are used, with one system turn at most.
+
+    Answers at the start, which have no question, are left out, as in LLaVA's own code. Questions at
+    the end, which have no answer, are left out too.
+
+    Args:
+        turns: Turns of a conversation.
+        keep_question: Whether to keep questions at the end, which is right for a prompt.
+
+    Raises:
+        SampleError: A system turn follows a human turn.
+    """
+    turns = join_system_turns(turns)
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    spoken = turns[len(system) :]
+    while spoken and spoken[0].role == "gpt":
+        spoken.pop(0)
+    while spoken and spoken[-1].role == "human" and not keep_question:
+        spoken.pop()
+    return system + spoken
+
+
+def split_at_images(text: str) -> list[str]:
+    """Splits the text of a human turn at its images: the texts before, between and after them.
+
+    A single image comes first, whatever its place in the text, as in LLaVA-1.5. Several images stay
+    in their places, as in LLaVA-NeXT.
+
+    Args:
+        text: Text with one `<image>` for each image.
+    """
+    if text.count(IMAGE_PLACEHOLDER) == 1:
+        return ["", text.replace(IMAGE_PLACEHOLDER, "").strip()]
+    return text.split(IMAGE_PLACEHOLDER)
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:
@@ -174,8 +253,8 @@ def _render(
             prefix = template.answer_prefix.rstrip(" ")
             space = template.answer_prefix[len(prefix) :]
             pieces += _parse(prefix, tokenizer)
-            pieces.append(_Piece(space + turn.text, None, learned=True))
-            pieces += _parse(template.answer_suffix, tokenizer, learned=True)
+            pieces.append(_Piece(space + turn.text, None, learned=turn.learned))
+            pieces += _parse(template.answer_suffix, tokenizer, learned=turn.learned)
             pieces += _parse(template.separator, tokenizer)
     return pieces
 
@@ -195,14 +274,15 @@ def _render_human_prefix(
 def _render_question(
     text: str, template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
 ) -> list[_Piece]:
-    images = text.count(IMAGE_PLACEHOLDER)
-    if images:
-        text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    image, texts = _Piece("", image_id, learned=False), split_at_images(text)
     if not template.keeps_questions:
-        text = ""
-    suffix = _parse(template.image_suffix, tokenizer) if text else []
-    image = [_Piece("", image_id, learned=False), *suffix]
-    return image * images + [_Piece(text, None, learned=False)]
+        return [image] * (len(texts) - 1)
+    pieces = [_Piece(texts[0], None, learned=False)]
+    for text in texts[1:]:
+        pieces += [image, _Piece(text, None, learned=False)]
+    if len(texts) == 2 and texts[1]:
+        pieces[2:2] = _parse(template.image_suffix, tokenizer)
+    return pieces
 
 
 def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Sequence[Turn]]:
@@ -210,8 +290,6 @@ def _split_system(turns: Sequence[Turn], template: Template) -> tuple[str, Seque
     system = template.system
     if turns and turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
-    if turns and turns[0].role == "gpt":
-        turns = turns[1:]
     for index, turn in enumerate(turns):
         expected = ("human", "gpt")[index % 2]
         if turn.role != expected:

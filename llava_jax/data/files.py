@@ -1,8 +1,9 @@
 """Opens and lists local data files, and remote data files (gs://, s3://, https://) with fsspec."""
 
+import codecs
 import glob
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_jax.disk import open_regular
 from llava_jax.errors import ConfigError
@@ -23,6 +24,47 @@ def open_file(path: str) -> Any:
     if not is_remote(path):
         return open_regular(path)
     return _file_system(path).open(path, "rb")
+
+
+class Encoding(NamedTuple):
+    """Encoding of a text file.
+
+    Attributes:
+        name: Name of the encoding for Python.
+        unit: Size of a code unit in bytes.
+        start: Offset in bytes of the text, after a byte order mark.
+    """
+
+    name: str
+    unit: int
+    start: int
+
+
+def detect_encoding(start: bytes) -> Encoding:
+    """Returns the encoding of a text file, which is UTF-8 or UTF-16, with a byte order mark or not.
+
+    Args:
+        start: First bytes of the file. The first character is assumed to be ASCII.
+    """
+    if start.startswith(codecs.BOM_UTF8):
+        return Encoding("utf-8", 1, len(codecs.BOM_UTF8))
+    for mark, name in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if start.startswith(mark) and len(start) > len(mark):
+            return Encoding(name, 2, len(mark))
+    if len(start) >= 2 and (start[0] == 0) != (start[1] == 0):
+        return Encoding("utf-16-be" if start[0] == 0 else "utf-16-le", 2, 0)
+    return Encoding("utf-8", 1, 0)
+
+
+def check_size(path: str, size: int) -> None:
+    """Raises ConfigError if a data file no longer has the size that it had when it was opened.
+
+    Args:
+        path: Path of the file.
+        size: Size in bytes of the file when it was opened.
+    """
+    if file_size(path) != size:
+        raise ConfigError(f"data file {path} changed while it was in use; start the command again")
 
 
 def file_size(path: str) -> int:

@@ -7,18 +7,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from llava_jax.data.files import file_size, open_file
-from llava_jax.data.records import (
-    CONVERSATIONS,
-    MAX_DEPTH,
-    MAX_RECORD_BYTES,
-    SAMPLED_IMAGES,
-    survey,
-)
+from llava_jax.data.files import Encoding, check_size, detect_encoding, file_size, open_file
+from llava_jax.data.forms import ANSWERS, CONVERSATIONS, QUESTIONS, is_record
+from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, SAMPLED_IMAGES, survey
 from llava_jax.disk import is_deeper
 from llava_jax.errors import ConfigError, SampleError
 
@@ -39,14 +34,16 @@ class JsonFile:
         sizes: Sizes of the records; see `records.Survey`.
         digest: Digest of the records; see `records.Survey`.
         images: Paths of some image files; see `records.Survey`.
+        image_keys: Keys of all images; see `records.Survey`.
     """
 
     def __init__(self, path: str, *, lines: bool, sampled_images: int = SAMPLED_IMAGES):
         """Reads the whole file once to find its records.
 
         Args:
-            path: Path of a file in UTF-8.
-            lines: Whether each line is a record; otherwise the file is a list of records.
+            path: Path of a file in UTF-8 or UTF-16.
+            lines: Whether each line is a record; otherwise the file is a list of records, or an
+                object that contains such a list.
             sampled_images: Minimum number of image paths to keep; all paths are kept if there are
                 fewer.
 
@@ -57,14 +54,18 @@ class JsonFile:
         self.path = path
         self.size = file_size(path)
         self._unit = "line" if lines else "record"
+        with open_file(path) as file:
+            self._encoding = detect_encoding(file.read(4))
         spans = array.array("q")
 
         def scan() -> Iterator[object]:
-            for number, start, stop, raw in (_scan_lines if lines else _scan_list)(path):
+            scanned = (_scan_lines if lines else _scan_list)(path, self._encoding)
+            for number, start, stop, raw in scanned:
                 spans.extend((number, start, stop))
                 yield raw
 
-        self.sizes, self.digest, self.images = survey(scan(), path, sampled_images)
+        found = survey(scan(), path, sampled_images)
+        self.sizes, self.digest, self.images, self.image_keys = found
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -82,21 +83,25 @@ class JsonFile:
 
         Raises:
             SampleError: The record is not valid JSON, is too large or is nested too deeply.
+            ConfigError: The file changed after it was opened.
         """
+        check_size(self.path, self.size)
         _, start, stop = self._spans[number].tolist()
         if stop - start > MAX_RECORD_BYTES:
             raise SampleError(
                 f"this {self._unit} has {stop - start:,} bytes; at most {MAX_RECORD_BYTES:,} are "
-                "allowed",
+                "allowed, including images in base64",
                 "record size",
             )
         with open_file(self.path) as file:
             file.seek(start)
-            text = file.read(stop - start)
+            data = file.read(stop - start)
         try:
-            raw = json.loads(text.decode("utf-8"))
+            text = data.decode(self._encoding.name)
+            raw = _loads(text)
         except UnicodeDecodeError as error:
-            message = f"the text is not valid UTF-8 at byte {start + error.start} of the file"
+            name = self._encoding.name[:6].rstrip("-").upper()
+            message = f"the text is not valid {name} at byte {start + error.start} of the file"
             raise SampleError(message, "not JSON") from None
         except (ValueError, RecursionError) as error:
             whole = "; each line must be a complete record" if self._unit == "line" else ""
@@ -104,9 +109,14 @@ class JsonFile:
             raise SampleError(message, "not JSON") from None
         if is_deeper(raw, MAX_DEPTH):
             raise SampleError(f"lists and objects are nested more than {MAX_DEPTH} levels deep")
-        if b"\\ud" in text.lower():
+        if "\\ud" in text or "\\uD" in text:
             _check_text(raw)
         return raw
+
+
+def _loads(text: str) -> Any:
+    """Parses JSON; a byte order mark may come first, for example where files were joined."""
+    return json.loads(text.removeprefix("\ufeff"))
 
 
 def _check_text(raw: object) -> None:
@@ -125,35 +135,63 @@ Scanned = tuple[int, int, int, object]
 and its value, which is None for a damaged record."""
 
 
-def _scan_lines(path: str) -> Iterator[Scanned]:
-    """Yields the lines that are not blank."""
-    stop = 0
+def _scan_lines(path: str, encoding: Encoding) -> Iterator[Scanned]:
+    """Yields the lines that are not blank.
+
+    Raises:
+        ConfigError: The file ends in the middle of a code unit of UTF-16.
+    """
+    stop = encoding.start
+    # Bytes that are not text become surrogates, so that each line can be measured in bytes.
+    errors = "surrogateescape" if encoding.unit == 1 else "surrogatepass"
     with open_file(path) as opened:
-        file = io.BufferedReader(opened)  # readline of fsspec's files has no size limit
-        for number in itertools.count(1):
-            start, line = stop, file.readline(MAX_RECORD_BYTES)
-            if not line:
-                return
-            stop, rest = stop + len(line), line
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(_CHUNK_BYTES)
-                stop += len(rest)
-            if line.strip():
-                raw = None
-                with contextlib.suppress(ValueError, RecursionError):
-                    raw = json.loads(line.decode("utf-8"))
-                yield number, start, stop, raw
+        opened.seek(stop)
+        buffered = io.BufferedReader(opened)  # readline of fsspec's files has no size limit
+        file = io.TextIOWrapper(buffered, encoding.name, errors, newline="\n")
+        try:
+            for number in itertools.count(1):
+                start, line = stop, file.readline(MAX_RECORD_BYTES)
+                if not line:
+                    return
+                stop, rest = stop + len(line.encode(encoding.name, errors)), line
+                while rest and not rest.endswith("\n"):
+                    rest = file.readline(_CHUNK_BYTES)
+                    stop += len(rest.encode(encoding.name, errors))
+                if line.strip(" \t\r\n\v\f"):
+                    raw = None
+                    with contextlib.suppress(ValueError, RecursionError):
+                        line.encode(encoding.name)  # raises an error if the line is not valid text
+                        raw = _loads(line)
+                    yield number, start, stop, raw
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data file {path} is not valid UTF-16: {error.reason}; write the file again"
+            ) from None
 
 
-def _scan_list(path: str) -> Iterator[Scanned]:
-    """Yields the elements of a list.
+def has_list(path: str) -> bool:
+    """Returns True if a JSON file contains an object with a list of records, for example in "data".
+
+    Args:
+        path: Path of the file.
+    """
+    with open_file(path) as opened:
+        file = io.BufferedReader(opened)
+        text = _Window(file, detect_encoding(file.read(4)))
+        return text.skip("{") and text.go_to_list()
+
+
+def _scan_list(path: str, encoding: Encoding) -> Iterator[Scanned]:
+    """Yields the elements of a list, which may be in an object.
 
     Text that is not valid JSON counts as one damaged element, which ends before the next complete
     record.
     """
-    with open_file(path) as file:
-        text = _Window(file)
-        text.skip("[")
+    with open_file(path) as opened:
+        text = _Window(io.BufferedReader(opened), encoding)
+        is_inside = text.skip("{") and text.go_to_list()
+        if not is_inside:
+            text.skip("[")
         number = 0
         while not text.skip("]"):
             if text.at_end:
@@ -171,7 +209,12 @@ def _scan_list(path: str) -> Iterator[Scanned]:
             yield number, start, stop, raw
             text.skip(",")
             number += 1
-        if not text.at_end:
+        if is_inside and text.skip(",") and text.go_to_list():
+            raise ConfigError(
+                f"data file {path}: the object has several lists of records, the second one at "
+                f"byte {text.offset}; write each list to a file of its own"
+            )
+        if (is_inside and not text.skip("}")) or not text.at_end:
             raise ConfigError(
                 f"data file {path}: there is more text after the end of the list, at byte "
                 f"{text.offset}; the file must contain a single list"
@@ -181,16 +224,17 @@ def _scan_list(path: str) -> Iterator[Scanned]:
 class _Window:
     """Reads JSON values from a file, and keeps only a part of the file in memory.
 
-    The bytes are decoded as Latin-1, with one character per byte, so that positions in the text are
-    byte offsets.
+    Each code unit of the encoding, which is a byte of UTF-8, is decoded as one character, so that
+    positions in the text are offsets in the file.
 
     Attributes:
         is_lost: True if the search for the next complete record was stopped because it took too
             long.
     """
 
-    def __init__(self, file: IO[bytes]):
-        self._file = file
+    def __init__(self, file: io.BufferedReader, encoding: Encoding):
+        self._file, self._encoding = file, encoding
+        file.seek(encoding.start)
         self._text = ""
         self._position = 0  # index in the text of the next character to read
         self._start = 0  # offset of the text in the file
@@ -200,7 +244,7 @@ class _Window:
     @property
     def offset(self) -> int:
         """Returns the offset of the next byte in the file."""
-        return self._start + self._position
+        return self._encoding.start + self._encoding.unit * (self._start + self._position)
 
     @property
     def at_end(self) -> bool:
@@ -232,7 +276,7 @@ class _Window:
     def _has(self, size: int) -> bool:
         """Returns True if at least `size` characters are left, after reading more if needed."""
         while len(self._text) - self._position < size:
-            more = self._file.read(_CHUNK_BYTES).decode("latin-1")
+            more = _code_units(self._file.read(_CHUNK_BYTES * self._encoding.unit), self._encoding)
             if not more:
                 return False
             self._start += self._position
@@ -273,7 +317,7 @@ class _Window:
                     self._tried -= len(text)
                     span = text[:length]
                     if not span.isascii():
-                        raw = json.loads(span.encode("latin-1").decode("utf-8"))
+                        raw = json.loads(_join_units(span, self._encoding))
                     return raw, length
             except json.JSONDecodeError as error:
                 is_cut = error.pos > size - _NEAR or error.msg.startswith("Unterminated")
@@ -282,6 +326,30 @@ class _Window:
             except (ValueError, RecursionError):
                 return None, 0
         return None, 0
+
+    def go_to_list(self) -> bool:
+        """Moves into the next member of an object that is a list of records.
+
+        Returns:
+            False if there is no such member. The position is then after the last member that could
+            be read.
+        """
+        while True:
+            name, length = self._decode(0, _SIZES[1:])
+            if not isinstance(name, str) or name in (*CONVERSATIONS, *QUESTIONS, *ANSWERS):
+                return False  # the object itself is a record
+            self._position += length
+            if not self.skip(":"):
+                return False
+            self._has(_SIZES[0])
+            bracket = _OPENING.match(self._text, self._position)
+            if bracket is not None and self._is_record(len(bracket[0])):
+                self._position = bracket.end()
+                return True
+            _, length = self._decode(0, _SIZES)
+            self._position += length
+            if not length or not self.skip(","):
+                return False
 
     def _go_to_next(self) -> None:
         """Moves from a damaged record to the next complete record, or to the end of the list."""
@@ -309,11 +377,27 @@ class _Window:
     def _is_record(self, ahead: int) -> bool:
         """Returns True if a record begins `ahead` characters after the current position."""
         raw, _ = self._decode(ahead, _SIZES)
-        return isinstance(raw, dict) and not raw.keys().isdisjoint(CONVERSATIONS)
+        return isinstance(raw, dict) and is_record(raw, in_list=True)
+
+
+def _code_units(data: bytes, encoding: Encoding) -> str:
+    """Returns a text with one character for each code unit."""
+    if encoding.unit == 1:
+        return data.decode("latin-1")
+    units = np.frombuffer(data, ">u2" if encoding.name == "utf-16-be" else "<u2", len(data) // 2)
+    return units.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+
+def _join_units(text: str, encoding: Encoding) -> str:
+    """Returns the text whose code units are the characters of `text`."""
+    if encoding.unit == 1:
+        return text.encode("latin-1").decode("utf-8")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
 
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
+_OPENING = re.compile(r"\[\s*(?=\{)")
 _BETWEEN = re.compile(r",\s*(?=\{)")
 _MOST_SPACE = 2**16
 """Maximum number of white space characters between a comma and the next record, after a damaged

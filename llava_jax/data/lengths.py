@@ -36,7 +36,7 @@ def estimate_lengths(records: Records, encoder: SampleEncoder) -> Int64[np.ndarr
         ConfigError: A data file changed after it was opened, or the tokenizer lacks a control token
             of the template.
     """
-    images, words = (np.maximum(column, 0).astype(np.int64) for column in records.sizes)
+    images, words = (np.maximum(column, 0).astype(np.int64) for column in records.sizes[:2])
     order = np.argsort(images * encoder.image_tokens + words, kind="stable")
     ranks = np.unique(np.linspace(0, len(order) - 1, min(len(order), SAMPLED)).astype(int))
     encoded = np.zeros(len(ranks), np.int64)

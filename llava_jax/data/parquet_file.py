@@ -11,14 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.data.files import file_size, open_file
-from llava_jax.data.records import (
-    CONVERSATIONS,
-    FIELDS,
-    MAX_RECORD_BYTES,
-    SAMPLED_IMAGES,
-    survey,
-)
+from llava_jax.data import forms
+from llava_jax.data.files import check_size, file_size, open_file
+from llava_jax.data.records import MAX_RECORD_BYTES, SAMPLED_IMAGES, survey
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, SampleError
 
@@ -59,6 +54,7 @@ class ParquetFile:
         size: Size of the file in bytes when it was opened.
         sizes: Sizes of the records; see `records.Survey`.
         images: Paths of some image files; see `records.Survey`.
+        image_keys: Keys of all images; see `records.Survey`.
         digest: Digest of the records and of the sizes in bytes of all columns.
     """
 
@@ -79,21 +75,19 @@ class ParquetFile:
         self.size = file_size(path)
         with _open(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-            self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in FIELDS]
-            known = {leaf.split(".")[0] for leaf in self._columns}
-            if known.isdisjoint(CONVERSATIONS):
-                names = ", ".join(file.schema_arrow.names)
-                raise ConfigError(
-                    f'data file {path} has no column "conversations" or "messages"; its columns '
-                    f"are {names:.500}"
-                )
+            names = file.schema_arrow.names
+            if not forms.is_record(names):
+                raise ConfigError(forms.no_conversation(f"data file {path}", names))
+            read = forms.columns(names)
+            self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in read]
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             columns = [group.column(i) for group in groups for i in range(group.num_columns)]
             taken = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
             self._metadata = file.metadata
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
-        self.sizes, records, self.images = survey(self._scan(), path, sampled_images)
+        found = survey(self._scan(), path, sampled_images)
+        self.sizes, records, self.images, self.image_keys = found
         # Images are not read here, but a replaced image changes the number of bytes in its column.
         self.digest = hashlib.sha256(repr((records, taken)).encode()).hexdigest()
 
@@ -108,7 +102,9 @@ class ParquetFile:
 
         Raises:
             SampleError: The row group cannot be read, or the record is too large.
+            ConfigError: The file changed after it was opened.
         """
+        check_size(self.path, self.size)
         group = int(np.searchsorted(self._ends, number, side="right"))
         row = number - (int(self._ends[group - 1]) if group else 0)
         with _lock:
@@ -125,7 +121,7 @@ class ParquetFile:
             _cursors[self] = cursor
             if len(_cursors) > _MAX_CURSORS:
                 _cursors.popitem(last=False)
-        return _row(batch, row)
+        return read_row(batch, row)
 
     def where(self, number: int) -> str:
         """Returns the location of a record for messages: the file and the row."""
@@ -227,7 +223,12 @@ def _measure_groups(
     return ends, largest
 
 
-def _row(table: Table, number: int) -> Json:
+def read_row(table: Table, number: int) -> Json:
+    """Returns a row of a pyarrow batch as a dict.
+
+    Raises:
+        SampleError: The row is too large, or a text is not valid UTF-8.
+    """
     row = table.slice(number, 1)
     weight = _weight(row)
     if weight > MAX_RECORD_BYTES:
@@ -243,7 +244,7 @@ def _row(table: Table, number: int) -> Json:
 
 def _row_or_none(table: Table, number: int) -> Json | None:
     try:
-        return _row(table, number)
+        return read_row(table, number)
     except SampleError:
         return None
 
@@ -256,6 +257,8 @@ def _weight(data: Table) -> int:
     if isinstance(data, arrow.DictionaryArray):
         lengths = arrow.compute.binary_length(data.dictionary).take(data.indices)
         return arrow.compute.sum(lengths).as_py() or 0
+    if arrow.types.is_string(data.type) or arrow.types.is_large_string(data.type):
+        return 8 * len(data) + (arrow.compute.sum(arrow.compute.binary_length(data)).as_py() or 0)
     if isinstance(data, arrow.StructArray):
         return sum(map(_weight, data.flatten()))
     if isinstance(data, arrow.ListArray | arrow.LargeListArray):

@@ -1,4 +1,4 @@
-"""Opens data files, whose format is detected from their content, and the easy-VQA data set."""
+"""Opens data files, whose format is detected from their content, and data sets of libraries."""
 
 import copy
 import functools
@@ -6,15 +6,26 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
 import numpy as np
+from jaxtyping import Int64
 
 from llava_jax.data import easy_vqa
-from llava_jax.data.files import file_size, find_files, is_folder, is_remote, list_folder, open_file
-from llava_jax.data.json_file import JsonFile
+from llava_jax.data.files import (
+    detect_encoding,
+    find_files,
+    is_folder,
+    is_remote,
+    list_folder,
+    open_file,
+)
+from llava_jax.data.holdout import image_key
+from llava_jax.data.hub_dataset import PREFIX, SAVED_TO_DISK, HubDataset
+from llava_jax.data.image_paths import locate_image
+from llava_jax.data.json_file import JsonFile, has_list
 from llava_jax.data.parquet_file import ParquetFile
-from llava_jax.data.records import SAMPLED_IMAGES, Record, Sizes, locate_image, read_record
+from llava_jax.data.records import SAMPLED_IMAGES, Record, Sizes, read_record
 from llava_jax.errors import ConfigError, SampleError
 
 SHARDS = (".parquet", ".jsonl")
@@ -30,7 +41,8 @@ def load_records(
         path: Data file, directory of data files, or pattern such as "data/train-*.parquet". A file
             is a JSON list, JSON lines or Parquet, with records in a format that
             `records.read_record` accepts. "easy_vqa:SPLIT[:OPTION...]" is the easy-VQA data set;
-            see `easy_vqa.parse_source`.
+            see `easy_vqa.parse_source`. "hf:NAME[:SPLIT]" is a data set that Hugging Face's library
+            `datasets` reads; see `hub_dataset.HubDataset`.
         image_root: Directory that relative image paths start from; not used for easy-VQA.
         follow_links: Whether symbolic links may point to images outside of image_root.
 
@@ -43,8 +55,11 @@ def load_records(
     """
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
-    paths = _find_files(path)
-    files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
+    if path.startswith(PREFIX) and not is_remote(path):
+        files: list[DataFile] = [HubDataset(path)]
+    else:
+        paths = _find_files(path)
+        files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
         raise ConfigError(f"{path} has no records; check data.path, data.mixture or data.eval_path")
@@ -59,15 +74,25 @@ def load_records(
     return records
 
 
+DataFile = JsonFile | ParquetFile | HubDataset
+"""A sequence of records as they are in a file, with the results of `records.survey`."""
+
+
 class ListRecords(list[Record]):
     """Records that are already in memory."""
+
+    @property
+    def image_keys(self) -> Int64[np.ndarray, " K"]:
+        """Returns the keys of all images; see `holdout.image_key`."""
+        keys = [image_key(image) for record in self for image in record.images]
+        return np.array(keys, np.int64)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Returns the numbers of images and words in each record."""
         words = lambda record: sum(len(turn.text.split()) for turn in record.turns)
-        pairs = [(len(record.images), words(record)) for record in self]
-        return Sizes(*np.array(pairs, np.int32).reshape(-1, 2).T)
+        rows = [(len(record.images), words(record), 0) for record in self]
+        return Sizes(*np.array(rows, np.int32).reshape(-1, 3).T)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Record: ...
@@ -79,24 +104,73 @@ class ListRecords(list[Record]):
             return ListRecords(super().__getitem__(index))
         return super().__getitem__(index)
 
+    def select(self, numbers: Int64[np.ndarray, " M"]) -> "ListRecords":
+        """Returns the records with these indices."""
+        return ListRecords(self[number] for number in numbers.tolist())
+
     def where(self, index: int) -> str:
         """Returns the location of a record as text, for messages."""
         return f"sample {index}"
 
 
+_Kind = TypeVar("_Kind", bound="_Selectable")
+
+
 # The base class is not Sequence[Record], because a runtime type checker would then read records,
 # and reading a bad record raises an error.
-class FileRecords(Sequence[object]):
+class _Selectable(Sequence[object]):
+    """Records that are read when they are accessed, and a selection of them. Can be pickled.
+
+    Attributes:
+        sizes: Sizes of the selected records.
+    """
+
+    sizes: Sizes
+    _numbers: np.ndarray | range
+    """Indices of the selected records among all records."""
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _read(self, number: int) -> Record:
+        """Reads one of all records."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self: _Kind, index: slice) -> _Kind: ...
+    def __getitem__(self: _Kind, index: int | slice) -> Record | _Kind:
+        """Reads the record at an index, or selects the records in a slice without reading them.
+
+        Raises:
+            SampleError: The record cannot be read, has an unknown format, or contains an image path
+                outside of image_root.
+            ConfigError: The file changed after it was opened.
+        """
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        return self._read(int(self._numbers[index]))
+
+    def select(self: _Kind, numbers: Int64[np.ndarray, " M"]) -> _Kind:
+        """Returns the records with these indices, without reading them."""
+        part = copy.copy(self)
+        part._numbers = np.asarray(self._numbers)[numbers]
+        part.sizes = Sizes(*(column[numbers] for column in self.sizes))
+        return part
+
+
+class FileRecords(_Selectable):
     """The records of several data files, one file after the other. Can be pickled.
 
     Attributes:
-        sizes: Numbers of images and words in the records.
+        sizes: Sizes of the records.
         files: Data files, in order.
     """
 
     def __init__(
         self,
-        files: Sequence[JsonFile | ParquetFile],
+        files: Sequence[DataFile],
         image_root: str,
         *,
         follow_links: bool = False,
@@ -115,28 +189,16 @@ class FileRecords(Sequence[object]):
         self._ends = np.cumsum([len(file) for file in files])
         self._numbers = range(int(self._ends[-1]))
 
-    def __len__(self) -> int:
-        return len(self._numbers)
+    @property
+    def image_keys(self) -> Int64[np.ndarray, " K"]:
+        """Returns the keys of the images of all records, not only of the selected records."""
+        return np.concatenate([file.image_keys for file in self.files])
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> "FileRecords": ...
-    def __getitem__(self, index: int | slice) -> "Record | FileRecords":
-        """Reads the record at an index, or selects the records in a slice without reading them.
-
-        Raises:
-            SampleError: The record cannot be read, has an unknown format, or contains an image path
-                outside of image_root.
-            ConfigError: The file changed after it was opened.
-        """
-        if isinstance(index, slice):
-            part = copy.copy(self)
-            part._numbers = self._numbers[index]
-            part.sizes = Sizes(*(column[index] for column in self.sizes))
-            return part
-        raw, number = self.read_raw(index), self._numbers[index]
-        return read_record(raw, number, self._image_root, follow_links=self._follow_links)
+    def _read(self, number: int) -> Record:
+        file, within = self._find(number)
+        return read_record(
+            file.read(within), number, self._image_root, follow_links=self._follow_links
+        )
 
     def read_raw(self, index: int) -> Any:
         """Returns a record as it is in its file.
@@ -148,11 +210,7 @@ class FileRecords(Sequence[object]):
             SampleError: The record cannot be read.
             ConfigError: The file changed after it was opened.
         """
-        file, within = self._find(index)
-        if file_size(file.path) != file.size:
-            raise ConfigError(
-                f"data file {file.path} changed while it was in use; start the command again"
-            )
+        file, within = self._find(int(self._numbers[index]))
         return file.read(within)
 
     def locate_image(self, path: str) -> str:
@@ -170,22 +228,21 @@ class FileRecords(Sequence[object]):
 
     def where(self, index: int) -> str:
         """Returns the location of a record for messages: the file, and the line, record or row."""
-        file, within = self._find(index)
+        file, within = self._find(int(self._numbers[index]))
         return file.where(within)
 
-    def _find(self, index: int) -> tuple[JsonFile | ParquetFile, int]:
+    def _find(self, number: int) -> tuple[DataFile, int]:
         """Returns the file of a record, and the index of the record in the file."""
-        number = self._numbers[index]
         position = int(np.searchsorted(self._ends, number, side="right"))
         file = self.files[position]
         return file, number - int(self._ends[position]) + len(file)
 
 
-class JoinedRecords(Sequence[object]):
+class JoinedRecords(_Selectable):
     """The records of several sources, one source after the other. Can be pickled.
 
     Attributes:
-        sizes: Numbers of images and words in the records.
+        sizes: Sizes of the records.
         parts: Sources, in order.
     """
 
@@ -198,35 +255,24 @@ class JoinedRecords(Sequence[object]):
         self.sizes = _join([part.sizes for part in parts])
         self.parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
+        self._numbers = range(int(self._starts[-1]))
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+    @property
+    def image_keys(self) -> Int64[np.ndarray, " K"]:
+        """Returns the keys of the images of all records, not only of the selected records."""
+        return np.concatenate([part.image_keys for part in self.parts])
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> ListRecords: ...
-    def __getitem__(self, index: int | slice) -> Record | ListRecords:
-        """Reads the record at an index, or all records in a slice.
-
-        Raises:
-            SampleError: The record cannot be read, has an unknown format, or contains an image path
-                outside of image_root.
-            ConfigError: The file changed after it was opened.
-        """
-        if isinstance(index, slice):
-            return ListRecords(self[number] for number in range(*index.indices(len(self))))
-        part, within = self._find(index)
+    def _read(self, number: int) -> Record:
+        part, within = self._find(number)
         return part[within]
 
     def where(self, index: int) -> str:
         """Returns the location of a record as text, for messages."""
-        part, within = self._find(index)
+        part, within = self._find(int(self._numbers[index]))
         return part.where(within)
 
-    def _find(self, index: int) -> tuple[ListRecords | FileRecords, int]:
+    def _find(self, number: int) -> tuple[ListRecords | FileRecords, int]:
         """Returns the source of a record, and the index of the record in the source."""
-        number = range(len(self))[index]
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.parts[part], number - int(self._starts[part])
 
@@ -243,7 +289,7 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
     """Opens a data file after detecting its format from its first bytes."""
     try:
         with open_file(path) as file:
-            start = file.read(4096).lstrip(b" \t\r\n")
+            start = file.read(4096)
     except OSError as error:
         raise ConfigError(
             f"data file {path}: {error.strerror or error}; check data.path, data.mixture or "
@@ -252,13 +298,17 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
     if start.startswith(b"PAR1"):
         return ParquetFile(path, sampled_images=sampled_images)
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        raise ConfigError(_saved_to_disk(path))
-    if not start.startswith((b"[", b"{")):
+        raise ConfigError(_saved_to_disk(os.path.dirname(path) or "."))
+    encoding = detect_encoding(start)
+    text = start[encoding.start :].decode(encoding.name, "replace").lstrip()
+    if not text.startswith(("[", "{")):
         raise ConfigError(
             f"data file {path} is not a JSON list, JSON lines or Parquet: the file starts with "
-            f"{start[:20]!r}; convert the file to one of these formats"
+            f"{start[:20]!r}; convert the file to one of these formats, or, for example for CSV, "
+            f"give its directory as {PREFIX}DIRECTORY"
         )
-    return JsonFile(path, lines=start.startswith(b"{"), sampled_images=sampled_images)
+    lines = text.startswith("{") and not has_list(path)
+    return JsonFile(path, lines=lines, sampled_images=sampled_images)
 
 
 def _find_files(path: str) -> list[str]:
@@ -279,7 +329,7 @@ def _find_files(path: str) -> list[str]:
 def _find_shards(folder: str) -> list[str]:
     """Returns the paths of the data files in a directory; the files must belong to one split."""
     names = {PurePosixPath(path).name: path for path in list_folder(folder)}
-    if not names.keys().isdisjoint(("dataset_dict.json", "state.json")):
+    if not names.keys().isdisjoint(SAVED_TO_DISK):
         raise ConfigError(_saved_to_disk(folder))
     shards = sorted(name for name in names if PurePosixPath(name).suffix in SHARDS)
     if not shards:
@@ -298,11 +348,9 @@ def _find_shards(folder: str) -> list[str]:
     return [names[name] for name in shards]
 
 
-def _saved_to_disk(path: str) -> str:
+def _saved_to_disk(folder: str) -> str:
     """Returns the error message for a data set that was saved in Arrow's format."""
     return (
-        f"{path} belongs to a dataset written by save_to_disk in Arrow's format, which is not "
-        "supported; convert it to Parquet in Python: "
-        "datasets.load_from_disk(FOLDER).to_parquet(FILE), or, if it has several splits, "
-        "datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(FILE) for each split"
+        f"{folder} is a data set that save_to_disk wrote in Arrow's format; to read it, write "
+        f"{PREFIX}{folder}, or, if it has several splits, {PREFIX}{folder}:SPLIT"
     )

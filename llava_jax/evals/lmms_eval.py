@@ -25,7 +25,7 @@ from rich.progress import track
 
 from llava_jax.config import Quantisation, parse_source
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_jax.data.records import ROLES
+from llava_jax.data.forms import ROLES
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.generation.assistant import Assistant

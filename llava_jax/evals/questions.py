@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, locate_image
+from llava_jax.data.files import detect_encoding
+from llava_jax.data.image_paths import locate_image
+from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES
 from llava_jax.disk import Json, is_deeper, open_regular
 from llava_jax.errors import ConfigError, SampleError
 
@@ -226,7 +228,7 @@ def read_json(path: Path) -> Any:
 
 
 def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
-    """Opens a text file in UTF-8 for reading.
+    """Opens a text file in UTF-8 or UTF-16 for reading.
 
     Args:
         path: Path of the file.
@@ -236,9 +238,12 @@ def open_text(path: Path, **options: Any) -> io.TextIOWrapper:
         ConfigError: The file cannot be opened, or it is a directory, a pipe or a device.
     """
     try:
-        return io.TextIOWrapper(open_regular(path), encoding="utf-8", **options)
+        file = open_regular(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    encoding = detect_encoding(file.peek(4)[:4])
+    file.seek(encoding.start)
+    return io.TextIOWrapper(file, encoding.name, **options)
 
 
 def read_lines(path: Path, **fields: type | tuple[type, ...]) -> list[Json]:
@@ -285,7 +290,7 @@ def text_lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
                 )
             yield line
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}") from None
+        raise ConfigError(f"{path} is not {error.encoding.upper()}: {error}") from None
 
 
 def check_fields(row: object, where: str, **fields: type | tuple[type, ...]) -> Json:

@@ -73,7 +73,7 @@ def device_beside(
         activations: Bytes of the activations and temporaries of the train step.
     """
     rows = config.batch.global_size // program.accumulation
-    larger = max(program.eval_size / rows - 1, 0) if config.data.eval_path else 0
+    larger = max(program.eval_size / rows - 1, 0) if config.data.has_eval else 0
     return {
         NEXT_BATCH: tree_bytes(batch, on_host=False),
         EVALUATION: int(larger * activations),

@@ -78,7 +78,7 @@ def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
         "config": flatten(fields, IGNORED_BY_PLANS),
         "images": images,
         # A plan also counts what an evaluation needs beside a step.
-        "evaluation": (config.data.eval_path is not None, config.eval.batch_size),
+        "evaluation": (config.data.has_eval, config.eval.batch_size),
         "code": hash_code(),
         "versions": versions(),
         "flags": [os.environ.get(name) for name in COMPILER_VARIABLES],

@@ -111,7 +111,7 @@ def _charts(run: RunFiles) -> list[Row]:
     columns, steps, rows = run.columns, run.columns["step"], run.evaluations
     eval_steps = np.array([row["step"] for row in rows], float)
     evaluated = lambda name: np.array([row[name] for row in rows], float)  # None becomes NaN
-    has_eval = bool(rows or run.config["data"]["eval_path"])
+    has_eval = bool(rows) or _eval_data(run.config["data"]) != "none"
     missing = "" if has_eval else "This run has no eval data."
     return [
         _chart(run, "Loss", "nats per token", steps, columns["loss"]),
@@ -168,7 +168,7 @@ def _chart(
 def _answers(run: RunFiles) -> Row:
     """Returns accuracies and examples of the first and the last evaluation, for comparison."""
     if not run.evaluations:
-        has_data = run.config["data"]["eval_path"]
+        has_data = _eval_data(run.config["data"]) != "none"
         return {"why": "Nothing was measured yet." if has_data else "This run has no eval data."}
     first, last = run.evaluations[0], run.evaluations[-1]
     rows = [first] if first is last else [first, last]
@@ -298,12 +298,19 @@ def _recipe(config: Row) -> Row:
         "Initial weights": formatting.config_value(config["init_from"] or "new weights"),
         "Trained parts": "; ".join(trains),
         "Data": ", ".join(mixture) or config["data"]["path"],
-        "Eval data": config["data"]["eval_path"] or "none",
+        "Eval data": _eval_data(config["data"]),
         "Batch": f"{batch['global_size']:,} samples, {config['steps']:,} steps",
         "Learning rate": f"{number(rates['learning_rate'])}, {rates['schedule']}",
         "Compute dtype": config["dtype"] + quantized,
         "Seed": config["seed"],
     }
+
+
+def _eval_data(data: Row) -> str:
+    """Returns the path of the eval data, or the fraction of the training data; or "none"."""
+    fraction = data.get("eval_fraction")
+    held_out = f"{fraction:.3g} of the training records, held out" if fraction else "none"
+    return data["eval_path"] or held_out
 
 
 def _software(described: Row) -> dict[str, str]:

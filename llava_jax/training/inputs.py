@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import DataConfig, DataSet, ModelConfig, Parts, TrainConfig
+from llava_jax.config import ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
 from llava_jax.data.digest import data_digest
@@ -17,12 +17,13 @@ from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
 from llava_jax.data.padding import choose_buckets, measure_padding
-from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_records
+from llava_jax.data.sources import Records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.processor import load_fitting_transform
 from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.training.data_sets import open_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +122,22 @@ class Inputs:
         """Returns the digests of the training data and the eval data, as a JSON object.
 
         A resumed run compares these digests with the digests in data.json. Some images are read for
-        them, so a run calls this once.
+        them, so a run calls this once. Eval records that were held out are in the training data.
         """
+        is_apart = self.eval_records and self.config.data.eval_path
         return {
             "train": data_digest(self.records),
-            "eval": data_digest(self.eval_records) if self.eval_records else [],
+            "eval": data_digest(self.eval_records) if is_apart else [],
         }
 
     def summary(self) -> str:
-        """Returns a line of text that describes the batches of the training data."""
+        """Returns lines of text that describe the batches and the records of the training data."""
+        return "\n".join([self._describe_batches(), *self.records.sizes.describe_notes()])
+
+    def _describe_batches(self) -> str:
         text = f"{len(self.records):,} samples, batches of {self.spec.size}"
+        if self.config.data.eval_fraction:
+            text += f", {len(self.eval_records):,} other samples for evaluation"
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
             text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
@@ -202,27 +209,6 @@ If 1 % of the data is bad, 64 random records have 7 or more bad ones with a prob
 """
 
 
-def open_records(data: DataConfig) -> tuple[Records, tuple[int, ...], tuple[float, ...]]:
-    """Opens the training data of a run.
-
-    Returns:
-        All records, the number of records in each data set, and the weight of each data set.
-
-    Raises:
-        ConfigError: A data set is missing or malformed, or both `path` and `mixture` are set.
-    """
-    mixture = data.mixture or (DataSet(data.path, data.image_root),)
-    if data.mixture and data.path:
-        raise ConfigError(
-            f"data.path {data.path} and data.mixture are both set; set only one of them"
-        )
-    parts = [
-        load_records(part.path, part.image_root, follow_links=data.follow_links) for part in mixture
-    ]
-    records = parts[0] if len(parts) == 1 else JoinedRecords(parts)
-    return records, tuple(map(len, parts)), tuple(part.weight for part in mixture)
-
-
 def make_order(
     config: TrainConfig,
     records: Records,
@@ -239,8 +225,8 @@ def make_order(
     """
     grouping = None
     if config.data.group_by_modality_length:
-        images, words = records.sizes
-        grouping = Grouping(images > 0, words, config.batch.loss_group)
+        sizes = records.sizes
+        grouping = Grouping(sizes.images > 0, sizes.words, config.batch.loss_group)
     return EpochOrder(
         counts,
         config.batch.global_size,
@@ -297,12 +283,9 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         raise ConfigError(
             f"data.template {data.template!r} does not exist; choose one of {', '.join(TEMPLATES)}"
         )
-    records, counts, weights = open_records(data)
-    order = make_order(config, records, counts, weights)
-    eval_records: Records = ListRecords()
-    if data.eval_path:
-        eval_records = load_records(data.eval_path, data.image_root, follow_links=data.follow_links)
-    eval_records = eval_records[: data.eval_samples]
+    opened = open_data(data, config.seed)
+    records, eval_records = opened.records, opened.eval_records
+    order = make_order(config, records, opened.counts, opened.weights)
     images = data.max_images
     if images is None:
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
@@ -317,6 +300,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         max_length=data.max_length,
         max_images=images,
         max_text_length=data.max_text_length,
+        train_on=data.train_on,
     )
     spec = BatchSpec(
         size=config.batch.global_size,

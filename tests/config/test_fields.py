@@ -29,7 +29,7 @@ from llava_jax.errors import ConfigError
 
 PATHS = {
     *("output_dir", "init_from", "init_adapter"),
-    *("data.path", "data.mixture", "data.image_root", "data.eval_path"),
+    *("data.path", "data.mixture", "data.image_root", "data.eval_path", "data.eval_image_root"),
 }
 
 
@@ -55,7 +55,7 @@ def test_a_plan_ignores_what_decides_nothing_about_memory():
         | {
             *("name", "seed", "steps", "epochs", "processor", "checkpoint", "eval", "log"),
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
-            *("memory.limit_gib", "mesh.show", "data.buckets"),
+            *("data.eval_fraction", "memory.limit_gib", "mesh.show", "data.buckets"),
         }
         == IGNORED_BY_PLANS
     )
@@ -64,6 +64,7 @@ def test_a_plan_ignores_what_decides_nothing_about_memory():
 def test_the_recipe_is_what_is_left():
     recipe = flatten(to_json(TrainConfig(name="x")), MAY_CHANGE).keys()
     assert {"seed", "steps", "lora.rank", "optimizer.b1", "data.template", "dtype"} <= recipe
+    assert {"data.train_on", "data.eval_fraction"} <= recipe
     assert {"model", "tune.llm", "batch.global_size", "quantize", "processor"} <= recipe
     assert not [name for name in recipe if name.startswith(("memory.", "mesh.", "log."))]
 

@@ -102,6 +102,36 @@ def test_an_epoch_skips_the_bad_and_has_each_good_one_once(folder, form, count, 
     assert learned == Counter(dict.fromkeys(good, 1))
 
 
+def test_held_out_records_are_not_trained_on(folder, capsys):
+    written = bad_data.write_data(folder, "list.json", 40)
+    inputs = open_data(written, "--data.eval-fraction", "0.25", "--steps", "None")
+    count = len(written.places)
+    held = len(inputs.eval_records)
+    assert 0.15 * count < held < 0.3 * count
+    assert inputs.order.samples == len(inputs.records) == count - held
+    steps = inputs.config.total_steps(inputs.order.samples)
+    assert steps == -(-inputs.order.samples // inputs.config.batch.global_size)
+    assert f"{count - held} samples" in inputs.summary()
+    assert f"{held} other samples for evaluation" in inputs.summary()
+    assert inputs.digest()["eval"] == []
+    assert inputs.digest()["train"] == open_data(written).digest()["train"]
+    read = [inputs.eval_records.where(number) for number in range(held)]
+    assert len({*read, *(inputs.records.where(n) for n in range(count - held))}) == count
+    main(options(written.path, written.root, "--data.eval-fraction", "0.25"))
+    assert f"{count} samples: 40 bad" in capsys.readouterr().out
+
+
+def test_only_the_last_answer_is_learned(folder):
+    written = bad_data.write_data(folder, "list.json", 10)
+    whole, last = (
+        open_data(written, "--data.train-on", form) for form in ("answers", "last_answer")
+    )
+    found, fewer = (check(inputs.records, inputs.encoder) for inputs in (whole, last))
+    assert (found.tokens == fewer.tokens).all()
+    assert (found.learned >= fewer.learned).all()
+    assert (found.learned > fewer.learned).any()
+
+
 def test_the_chart(folder, tmp_path):
     pytest.importorskip("matplotlib")
     written = bad_data.write_data(folder, "list.json", 10)
@@ -116,6 +146,7 @@ def test_the_command(folder, capsys, tmp_path):
     assert main(options(written.path, written.root, *files, "--shown", "1")) == 1
     output = capsys.readouterr().out
     assert f"{len(written.places)} samples: 80 bad" in output
+    assert "records begin with an answer without a question; these turns are left out" in output
     assert "bad, image missing: 4\n" in output
     assert "and 3 more; --json FILE writes all of them" in output
     assert f"wrote {len(written.places) - 80} samples to {clean}\n" in output

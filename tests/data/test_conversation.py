@@ -127,12 +127,12 @@ def test_byte_level_text_and_mask(byte_level):
     assert learned(encoded, byte_level) == " a red circle<|end|> é🐱, a triangle<|end|>"
 
 
-def test_images_of_a_turn_move_to_its_front(byte_level):
+def test_one_image_moves_to_the_front_and_several_stay(byte_level):
     image = byte_level.convert_tokens_to_ids("<image>")
     turns = talk("compare <image> with <image>, please", "same", "and <image>", "no")
     assert count_placeholders(turns) == 3
     text = byte_level.decode(encode(turns, VICUNA, byte_level, image).input_ids)
-    assert "USER: <image>\n<image>\ncompare  with , please ASSISTANT: same" in text
+    assert "USER: compare <image> with <image>, please ASSISTANT: same" in text
     assert "USER: <image>\nand ASSISTANT: no" in text
     plain = encode(turns, PLAIN, byte_level, image)
     assert byte_level.decode(plain.input_ids) == "<image><image>same\n<image>no\n"
@@ -270,8 +270,11 @@ def test_what_ends_a_turn_is_learned_once_a_round(controlled):
 
 
 def test_a_system_turn_speaks_first_or_not_at_all(llama):
-    with pytest.raises(SampleError, match="expected human, found system"):
+    with pytest.raises(SampleError, match="system message after the first question"):
         encode([*talk("hi", "ho"), Turn("system", "Be brief.")], VICUNA, llama, IMAGE)
+    several = [Turn("system", "A."), Turn("gpt", "Hi!"), Turn("system", ""), Turn("system", "B.")]
+    joined = encode([*several, *talk("hi", "ho"), Turn("human", "?")], VICUNA, llama, IMAGE)
+    assert llama.decode(joined.input_ids) == "<s> A.\n\nB. USER: hi ASSISTANT: ho</s>"
     silent = encode([Turn("system", ""), *talk("hi", "ho")], VICUNA, llama, IMAGE)
     assert llama.decode(silent.input_ids) == "<s> USER: hi ASSISTANT: ho</s>"
 

@@ -88,7 +88,7 @@ def test_messages_with_lists_of_images(tmp_path):
     records = load_records(write(tmp_path / "data", pa.table(columns)), "root")
     assert records.sizes.most_images == 2
     assert [level(image) for image in records[0].images] == [20, 10]
-    assert records[0].turns == (Turn("human", "<image><image>which?"), Turn("gpt", "this"))
+    assert records[0].turns == (Turn("human", "<image>\n<image>\nwhich?"), Turn("gpt", "this"))
     assert (records[1].id, records[1].images) == ("1", ())
 
 

@@ -157,13 +157,13 @@ def test_a_folder_of_several_splits_is_refused(tmp_path):
 @pytest.mark.parametrize("marker", ["state.json", "dataset_dict.json"])
 def test_a_folder_saved_to_disk_is_refused(tmp_path, marker):
     write(tmp_path, "{}", marker)
-    with pytest.raises(ConfigError, match=r"save_to_disk.*load_from_disk\(FOLDER\)\.to_parquet"):
+    with pytest.raises(ConfigError, match=r"save_to_disk.*; to read it, write hf:"):
         load_records(str(tmp_path), "")
 
 
 def test_a_file_of_arrow_is_refused(tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff\x00\x00")
-    with pytest.raises(ConfigError, match=r"arrow belongs to a dataset written by save_to_disk"):
+    with pytest.raises(ConfigError, match=r"is a data set that save_to_disk wrote"):
         load_records(str(tmp_path / "data-00000-of-00001.arrow"), "")
 
 
@@ -210,7 +210,7 @@ BAD = [
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0: expected"),
     ({**RAW[0], "image": 3}, '"image" must be'),
     ({**RAW[0], "image": [3]}, '"image" must be'),
-    ({**RAW[0], "category": 3}, '"category" must be'),
+    ({**RAW[0], "category": [3]}, '"category" must be'),
     ({**RAW[0], "images": ["x"]}, 'the record has both "image" and "images"'),
     ({**RAW[0], "image": {"file": "x"}}, '"image" must be'),
     (message([{"type": "video"}]), "turn 0: expected parts"),

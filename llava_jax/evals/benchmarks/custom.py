@@ -65,8 +65,8 @@ def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
     `people` contains the answers of several people. If it is not empty and the conversation has
     only one answer, `people` replaces this answer.
     """
-    turns = record.turns[1:] if record.turns[0].role == "gpt" else record.turns  # as in training
-    indices = [index for index, turn in enumerate(turns) if turn.role == "gpt" and index]
+    turns = record.turns
+    indices = [i for i, turn in enumerate(turns) if turn.role == "gpt" and turn.learned and i]
     for number, index in enumerate(indices):
         before = turns[:index]
         shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in before if turn.role == "human")
@@ -74,7 +74,7 @@ def _of_record(record: Record, people: tuple[str, ...]) -> Iterator[Question]:
             record.id if len(indices) == 1 else f"{record.id}#{number + 1}",
             before[-1].text.replace(IMAGE_PLACEHOLDER, "").strip(),
             before,
-            record.images[:shown] if index != indices[-1] else record.images,
+            record.images[:shown] if index < len(turns) - 1 else record.images,
             people if people and len(indices) == 1 else (turns[index].text,),
             record.category,
         )

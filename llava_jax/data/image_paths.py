@@ -1,0 +1,137 @@
+"""Finds the image files that records name, and decodes images that records contain as base64."""
+
+import base64
+import binascii
+import os
+import re
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from llava_jax.errors import SampleError
+
+MAX_PATH = 4096
+"""Maximum number of characters in the path of an image."""
+_LONG = 1000
+"""Number of characters from which on a path without a dot is treated as an image in base64."""
+_MAX_NAME = 255
+"""Maximum number of bytes in the name of a file or directory."""
+
+_BASE64 = re.compile(r"(?:data:[^,]{0,100};base64,\s*|(?=iVBORw0KGgo|/9j/|R0lGOD|UklGR))")
+"""Start of an image in base64: the start of a data URL, or of a PNG, JPEG, GIF or WebP file."""
+_IS_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+
+
+def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
+    """Returns the full path of an image file, or the content of an embedded image.
+
+    Args:
+        image: Path, bytes, or a dict with the keys "bytes" and "path", one of which may be None. A
+            path may also be a data URL or the content of an image file in base64.
+        root: Directory that relative paths start from. An absolute path must be inside of it.
+        follow_links: Whether symbolic links may point to images outside of the directory.
+
+    Raises:
+        SampleError: The image is neither embedded nor a path, its path is not valid or is outside
+            of the directory, or its base64 is damaged.
+    """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
+    if is_embedded(image):
+        return _decode(image)
+    _check_name(image)
+    path = _relative_path(image, root)
+    located = os.path.join(root, path)
+    if not follow_links and "://" not in root and not _is_inside(located, root):
+        raise SampleError(
+            f"image {image!r:.200} is outside data.image_root because of a symbolic link; set "
+            "data.follow_links to true to allow this",
+            "image path",
+        )
+    return located
+
+
+def is_embedded(image: str) -> bool:
+    """Returns True if a text is the content of an image in base64, and not a path."""
+    start = _BASE64.match(image)
+    if start is None:
+        return False
+    # "/9j/x.jpg" may be a path, but no path is as long as an image file.
+    return start.end() > 0 or (len(image) > 100 and bool(_IS_BASE64.fullmatch(image)))
+
+
+def _decode(image: str) -> bytes:
+    """Returns the content of an image file from a data URL or from base64."""
+    start = _BASE64.match(image)
+    text = re.sub(r"\s", "", image[start.end() :] if start else image).rstrip("=")
+    # Some programs leave the padding out, or write the alphabet for URLs.
+    text = text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError(f"image {image!r:.60} is not valid base64: {error}", "image") from None
+
+
+def _check_name(image: str) -> None:
+    """Raises SampleError if a text cannot be the path of a file."""
+    begins = f"begins with {image[:60]!r}"
+    hint = "if it is an image in base64, write it as a data URL: data:image/png;base64,..."
+    if len(image) > MAX_PATH:
+        raise SampleError(
+            f"an image path has {len(image):,} characters and {begins}; at most {MAX_PATH:,} are "
+            f"allowed; {hint}",
+            "image path",
+        )
+    try:
+        longest = max(len(os.fsencode(part)) for part in image.split("/"))
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            f"image path {image!r:.200} is not a valid file name: {error}", "image path"
+        ) from None
+    if longest > _MAX_NAME or (len(image) > _LONG and _IS_BASE64.fullmatch(image)):
+        raise SampleError(
+            f"an image path has a name of {longest:,} bytes and {begins}, so there is no such "
+            f"file; {hint}",
+            "image",
+        )
+
+
+def _relative_path(image: str, root: str) -> str:
+    """Returns the path of an image relative to the directory of the images.
+
+    Raises:
+        SampleError: The path is outside of the directory.
+    """
+    path = image
+    if image.startswith("file://") and not urlsplit(image).netloc:
+        path = unquote(urlsplit(image).path)
+    has_parent = ".." in PurePosixPath(path).parts
+    if "://" in root:
+        path = path.removeprefix(root.rstrip("/") + "/")
+    elif os.path.isabs(path) and "\0" not in path:
+        inside = _inside(os.path.abspath(root), path)
+        path = inside or _inside(os.path.realpath(root), os.path.realpath(path)) or path
+    is_address = "://" in path or ("://" in root and "::" in path)  # fsspec chains URLs with ::
+    if is_address or os.path.isabs(path) or has_parent or "\0" in path:
+        raise SampleError(
+            f"image path {image!r:.200} is outside data.image_root, which is "
+            f"{root or 'the working directory'!s:.200}, or is not valid; write a path inside that "
+            'directory, without "..", or change data.image_root',
+            "image path",
+        )
+    return path
+
+
+def _inside(folder: str, path: str) -> str | None:
+    """Returns the path relative to a folder; None if it is outside of the folder."""
+    relative = os.path.relpath(path, folder)
+    return None if relative.split("/")[0] == ".." else relative
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Returns True if a path is in the directory `root` after resolving symbolic links."""
+    root = os.path.realpath(root)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
