@@ -178,7 +178,7 @@ def brute_force(longest: np.ndarray, count: int) -> int:
 def test_the_best_lengths_are_the_best(seed, count):
     rng = np.random.default_rng(seed)
     longest = rng.integers(1, rng.integers(2, 60), rng.integers(1, 40))
-    padding = Padding([np.array([one]) for one in longest], 8, 10)
+    padding = Padding([np.array([one]) for one in longest], 8, 10, [])
     lengths = padding.best_lengths(count)
     assert len(lengths) <= count
     assert padding.padded(lengths) == 8 * brute_force(longest, count)
@@ -189,7 +189,7 @@ def test_padding_is_what_the_run_pads(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.buckets", "60", "150", "--batch.global-size", "4")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
     made = an_epoch(inputs)
     assert padding.padded([60, 150, 256]) == sum(batch.input_ids.size for batch in made)
     assert padding.tokens == sum(int((batch.segment_ids > 0).sum()) for batch in made)
@@ -206,7 +206,7 @@ def test_packed_rows_are_those_of_a_packed_run(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.packing", "--batch.global-size", "8")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
     rows = sum(int((batch.segment_ids > 0).any(axis=1).sum()) for batch in an_epoch(inputs))
     packed = padding.packed([256])
     assert rows <= packed // 256 <= rows + len(written.bad)  # rows of bad images alone
@@ -217,7 +217,7 @@ def test_padding_of_an_order_with_gaps():
     lengths = np.array([5, 7, 9])
     grouping = Grouping(np.array([True, False, True]), lengths, 1)
     order = EpochOrder((3,), 2, seed=0, grouping=grouping)
-    padding = measure_padding(order, lengths, np.array([True, False, True]))
+    padding = measure_padding(order, lengths, np.array([True, False, True]), lengths)
     assert sorted(padding.longest.tolist()) == [7, 9]
     assert padding.tokens == 14
     assert padding.waste(padding.padded([9])) == pytest.approx(1 - 14 / 36)
@@ -225,5 +225,5 @@ def test_padding_of_an_order_with_gaps():
 
 def test_a_data_set_without_a_good_text_is_all_padding():
     none = np.zeros(3, int)
-    padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0)
+    padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0, none)
     assert padding.waste(padding.packed([64])) == padding.waste(padding.padded([64])) == 1
