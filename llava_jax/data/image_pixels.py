@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image, *, exif_orientation: bool = True) -> Image.Image:
     orientation = find_orientation(image) if exif_orientation else 1
     if _is_deep_gray(image):
         image = _scale(image).convert("RGB")
-    elif not image.has_transparency_data:
+    elif not _is_transparent(image):
         image = image if image.mode == "RGB" else image.convert("RGB")
     else:
         image = _blend(image, is_deep_color)
@@ -81,6 +81,11 @@ def is_deep(image: Image.Image) -> bool:
 
 def _is_deep_gray(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    has_alpha = not {"A", "a"}.isdisjoint(image.getbands())
+    return has_alpha or image.info.get("transparency") is not None
 
 
 def find_orientation(image: Image.Image) -> int:

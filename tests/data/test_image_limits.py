@@ -128,7 +128,7 @@ def decode(data: bytes) -> tuple[tuple[int, int], bytes]:
         return rgb.size, rgb.tobytes()
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", [name for name in ORDINARY if name != "tiff F"])  # it is scaled
 def test_an_ordinary_image_has_the_pixels_that_it_had(name, monkeypatch):
     monkeypatch.setattr("llava_jax.data.image_pixels._STRIP_PIXELS", 150 * 7)
     form, mode, options = ORDINARY[name]
