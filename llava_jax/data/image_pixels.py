@@ -150,10 +150,12 @@ def _scale(image: Image.Image) -> Image.Image:
 
 def _find_range(values: np.ndarray) -> tuple[float, float]:
     """Returns the pixel values that become black and white."""
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    if not finite.size:
+    if values.dtype.kind != "f":
+        low, high = values.min().item(), values.max().item()
+        white = 2 ** max(8, high.bit_length()) - 1
+        return (0.0, float(white)) if low >= 0 else (float(low), float(high))
+    finite = np.isfinite(values)
+    if not finite.any():
         raise SampleError("all pixels of the image are infinite or not a number", "image")
-    low, high = finite.min().item(), finite.max().item()
-    if low >= 0 and isinstance(high, int):
-        return 0.0, 2.0 ** max(8, high.bit_length()) - 1
+    low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
     return float(low), float(high)

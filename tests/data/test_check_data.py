@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from odd_images import ODD
 
 from llava_jax.cli.check_data import main
 from llava_jax.config import parse_config
@@ -137,6 +138,18 @@ def test_the_command(folder, capsys, tmp_path):
     assert "clean.jsonl: the file exists; give another path" in capsys.readouterr().err
     assert main(options("nothing.json", "")) == 2
     assert "nothing.json" in capsys.readouterr().err
+
+
+def test_images_that_are_changed_are_counted(folder, capsys):
+    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png")
+    for number, name in enumerate(names):
+        (folder / f"odd{number}").write_bytes(ODD[name].data)
+    records = [bad_data.show(f"odd{number}") for number in range(len(names))]
+    (folder / "odd.json").write_text(json.dumps(records))
+    assert main(options(folder / "odd.json", folder)) == 0
+    output = capsys.readouterr().out
+    assert "\nimages of more than 8 bits per channel: 3\n" in output
+    assert "\nimages turned by their Exif orientation: 2\n" in output
 
 
 def test_only_json_can_be_written_clean(folder):
