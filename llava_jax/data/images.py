@@ -145,13 +145,13 @@ class ImageTransform:
         """
         stored = size = file.size
         if is_turned := self.exif_orientation and is_sideways(file):
-            size = size[::-1]
+            size = (stored[1], stored[0])
         (left, top, right, bottom), new = self._box_and_size(*size)
         needed = (
             max(1, int(MIN_REDUCED * new[0] * size[0] / (right - left))),
             max(1, int(MIN_REDUCED * new[1] * size[1] / (bottom - top))),
         )
-        drafted = file.draft(None, needed[::-1] if is_turned else needed)
+        drafted = file.draft(None, (needed[1], needed[0]) if is_turned else needed)
         return 1 if drafted is None else round(stored[0] / drafted[1][2]), size
 
     def _box_and_size(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:

@@ -270,12 +270,11 @@ def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
             chosen, padding = inputs.choose_buckets(setup.total_steps)
     lengths, images = map(tuple, broadcast_from_main(list(chosen or ((), ()))))
     padding = broadcast_from_main(padding)
-    data = dataclasses.replace(
-        config.data,
-        buckets=lengths if config.data.buckets == "auto" else config.data.buckets,
-        image_buckets=images if config.data.image_buckets == "auto" else config.data.image_buckets,
-    )
-    inputs = inputs.with_buckets(Buckets(data.buckets, data.image_buckets))
+    data = config.data
+    lengths = lengths if data.buckets == "auto" else data.buckets
+    images = images if data.image_buckets == "auto" else data.image_buckets
+    data = dataclasses.replace(data, buckets=lengths, image_buckets=images)
+    inputs = inputs.with_buckets(Buckets(lengths, images))
     why = "as when the run began" if padding is None else f"padding {100 * padding:.0f} %"
     say(f"buckets: {', '.join(map(str, inputs.spec.lengths))} ({why})")
     return dataclasses.replace(setup, config=dataclasses.replace(config, data=data), inputs=inputs)
