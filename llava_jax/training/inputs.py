@@ -163,7 +163,7 @@ class Inputs:
             text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
         lengths, slots = (", ".join(map(str, n)) for n in (self.spec.lengths, self.spec.slots))
         how = "packed into rows of" if self.spec.packing else "padded to"
-        return f"{text}; {how} {lengths} tokens and {slots} images"
+        return f"{text}; {how} {lengths} tokens; image slots per row: {slots}"
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
         """Reads a skipped record again, and returns the reason why it was skipped.

@@ -102,7 +102,7 @@ def shapes(inputs: Inputs) -> list[int]:
 
 def test_one_record_with_many_images_changes_only_its_own_batch(tmp_path: Path):
     inputs = open_counts(tmp_path, [1] * 40 + [5], [1, 1, 5], "--data.max-length", "400")
-    assert inputs.summary().endswith("padded to 400 tokens and 1, 5 images")
+    assert inputs.summary().endswith("padded to 400 tokens; image slots per row: 1, 5")
     assert inputs.outlier is not None
     assert inputs.outlier.startswith(f"images: {tmp_path}/train.json, record 40 has 5 images; 99 %")
     assert Counter(shapes(inputs)) == {1: 10, 5: 1}
