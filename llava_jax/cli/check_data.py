@@ -112,13 +112,12 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
             workers=workers(given.workers, len(records)),
             advance=lambda count: bar.advance(task, count),
         )
-    if config.data.buckets == "auto":
-        inputs = inputs.with_buckets(
-            inputs.choose_buckets(config.total_steps(inputs.order.samples))[0]
-        )
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    inputs = inputs.with_buckets(inputs.choose_buckets(config.total_steps(inputs.order.samples))[0])
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
     report = Report(found, padding, inputs.spec, records.where, records.sizes.describe_notes())
     report.show(given.shown)
+    if inputs.outlier:
+        print(inputs.outlier)
     if to_write is not None:
         write_clean(to_write, found, given.write_clean)
         print(f"wrote {found.good.sum():,} samples to {given.write_clean}")

@@ -67,6 +67,8 @@ class DataConfig:
         image_decode: Size at which training images are decoded. "exact" uses the full size. "draft"
             decodes JPEGs that are much larger than needed at 1/2, 1/4 or 1/8 of their size, which
             is twice as fast and changes pixels by 0.5 to 2.5 of 255 levels on average.
+        exif_orientation: Turn images upright as their Exif orientation says, like image viewers do;
+            the exported model does the same. False uses the pixels as they are stored.
         max_length: Maximum number of tokens in a sequence, including the tokens of its images;
             longer sequences are truncated.
         max_text_length: Maximum number of tokens in a sequence if each image counts as one token,
@@ -74,6 +76,10 @@ class DataConfig:
         buckets: Row lengths that a batch may have, besides data.max_length. Each batch has the
             shortest length that fits its samples. "auto" chooses the lengths for the data when a
             run begins. Without a value, all batches have rows of data.max_length tokens.
+        image_buckets: Numbers of image slots that the rows of a batch may have, besides the largest
+            number of images in a row. Each batch has the smallest number that fits its samples.
+            "auto" chooses the numbers for the data when a run begins. Without a value, all batches
+            have the largest number.
         packing: Put as many samples of a step as fit into each row. This needs less padding and
             does not change results. Each batch has the row length, of those in data.buckets and
             data.max_length, that needs the fewest tokens.
@@ -102,6 +108,7 @@ class DataConfig:
     template: str = "vicuna_v1"
     image_aspect: Aspect = "pad"
     image_decode: Decode = "exact"
+    exif_orientation: bool = True
     max_length: Annotated[int, at_least(1, "it is a number of tokens")] = 2048
     max_text_length: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
     buckets: Annotated[
@@ -112,6 +119,16 @@ class DataConfig:
             lambda lengths: lengths == "auto" or min(lengths, default=1) >= 1,
             "positive",
             "they are lengths",
+        ),
+    ] = "auto"
+    image_buckets: Annotated[
+        tuple[int, ...] | Literal["auto"],
+        PLAN,
+        IGNORED_BY_PLAN,  # a plan is measured with the largest number of images
+        Bound(
+            lambda slots: slots == "auto" or min(slots, default=0) >= 0,
+            "not negative",
+            "they are numbers of images",
         ),
     ] = "auto"
     packing: Annotated[bool, PLAN] = False

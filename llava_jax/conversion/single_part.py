@@ -16,6 +16,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models.build import build_model
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
+from llava_jax.pretrained.image_processor import write_json
 from llava_jax.pretrained.load import Stored, find_tensors, stored
 from llava_jax.pretrained.model_config import (
     read_json_config,
@@ -23,7 +24,6 @@ from llava_jax.pretrained.model_config import (
     read_vision_config,
     tower_settings,
 )
-from llava_jax.pretrained.processor import write_json
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.save import save_params
 

@@ -19,9 +19,9 @@ from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.paths import is_adapter
+from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.load import VOCABULARY, assemble, common_dtype, stored
 from llava_jax.pretrained.model import logits
-from llava_jax.pretrained.processor import load_image_transform
 from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 

@@ -13,11 +13,12 @@ from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.models.paths import LLM, is_adapter
 from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.image_processor import write_image_processor, write_json
 from llava_jax.pretrained.llava_directory import official_settings
 from llava_jax.pretrained.load import VOCABULARY, Stored
 from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings
 from llava_jax.pretrained.peft import CONFIG, WEIGHTS, lora_settings, peft_name
-from llava_jax.pretrained.processor import generation_settings, write_image_processor, write_json
+from llava_jax.pretrained.processor import generation_settings
 from llava_jax.pretrained.safetensors import write_tensors
 from llava_jax.pretrained.save import save_params, save_tensors
 from llava_jax.pretrained.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer

@@ -20,7 +20,7 @@ from llava_jax.data.conversation import (
     encode,
 )
 from llava_jax.data.image_tokens import expand_images
-from llava_jax.data.images import ImageTransform, Triple
+from llava_jax.data.images import ImageKind, ImageTransform, Triple
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.packing import deal, pack
 from llava_jax.data.records import Record
@@ -37,12 +37,14 @@ class BatchSpec:
 
     Attributes:
         size: Number of samples in a batch, B, which is also the number of rows.
-        max_images: Number of images in each row, M, including blank images that pad the row.
+        max_images: Maximum number of image slots in a row, M. Slots without an image are blank.
         image_size: Height and width of an image in pixels.
         max_length: Maximum number of tokens in a sample.
         pad_token_id: Id of the token that pads rows on the right.
         pixel_scale: Factors and offsets of the color channels; see `ImageTransform.scale`.
         buckets: Lengths in tokens that the rows of a batch may have, in addition to max_length.
+        image_buckets: Numbers of image slots that the rows of a batch may have, in addition to
+            max_images. Larger numbers than max_images are not used.
         packing: Whether several samples share a row; rows that are not needed stay empty.
         devices: Number of devices that the rows are divided among. Packed rows are assigned to the
             devices in turn.
@@ -60,6 +62,7 @@ class BatchSpec:
     pad_token_id: int
     pixel_scale: tuple[Triple, Triple] = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     buckets: tuple[int, ...] = ()
+    image_buckets: tuple[int, ...] = ()
     packing: bool = False
     devices: int = 1
     micro_rows: int = 1
@@ -77,19 +80,28 @@ class BatchSpec:
         """Returns all lengths that the rows of a batch may have, in ascending order."""
         return sorted({*self.buckets, self.max_length})
 
+    @property
+    def slots(self) -> list[int]:
+        """Returns all numbers of image slots that rows may have, in ascending order."""
+        return sorted({*(n for n in self.image_buckets if n < self.max_images), self.max_images})
+
     def bucket(self, length: int) -> int:
         """Returns the smallest bucket that holds `length` tokens."""
         return next(bucket for bucket in self.lengths if bucket >= length)
 
+    def image_bucket(self, images: int) -> int:
+        """Returns the smallest number of image slots that holds the images of a row."""
+        return next(slots for slots in self.slots if slots >= images)
+
     @property
     def is_fixed(self) -> bool:
-        """Returns True if the length and the content of a row do not depend on other samples."""
-        return not self.packing and not self.buckets
+        """Returns True if the shape and the content of a row do not depend on other samples."""
+        return not self.packing and self.has_one_shape
 
     @property
     def has_one_shape(self) -> bool:
-        """Returns True if the rows of all batches have the same length."""
-        return len(self.lengths) == 1
+        """Returns True if the rows of all batches have the same length and number of images."""
+        return len(self.lengths) == len(self.slots) == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +112,13 @@ class Sample:
         input_ids: int32 [T]. Token ids.
         loss_mask: bool [T]. True for tokens that are training targets.
         pixel_values: uint8 [I, 3, H, W]. Pixels of the images, not normalized.
+        kinds: What was changed in each image file before it was resized.
     """
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
     pixel_values: UInt8[np.ndarray, "I 3 H W"]
+    kinds: tuple[ImageKind, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +182,14 @@ class SampleEncoder:
         Raises:
             SampleError: An image cannot be read.
         """
-        # Truncation may have removed the last images.
-        kept = int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
-        pixels = np.empty((kept, 3, self.transform.height, self.transform.width), np.uint8)
-        for image, levels in zip(record.images[:kept], pixels, strict=True):
-            self.transform.read(image, levels)
-        return Sample(encoded.input_ids, encoded.loss_mask, pixels)
+        images = record.images[: self.count_images(encoded)]
+        pixels = np.empty((len(images), 3, self.transform.height, self.transform.width), np.uint8)
+        kinds = [self.transform.read(*pair) for pair in zip(images, pixels, strict=True)]
+        return Sample(encoded.input_ids, encoded.loss_mask, pixels, tuple(kinds))
+
+    def count_images(self, encoded: Encoded) -> int:
+        """Returns the number of images in an encoded text; truncation may have removed some."""
+        return int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
 
     def _check_images(self, record: Record) -> None:
         count = len(record.images)
@@ -313,7 +329,7 @@ class ReadBatch:
         own = every if self.rows is None else self.rows
         read = {
             position: self._read_text(numbers[position])
-            for position in (own if spec.is_fixed else every)
+            for position in (own if self.spec.is_fixed else every)
         }
         texts = {position: text for position, text in read.items() if text}
         lengths = {position: len(text.encoded.input_ids) for position, text in texts.items()}
@@ -322,13 +338,15 @@ class ReadBatch:
         if spec.packing:
             length, packed = pack(lengths, spec.lengths, spec.micro_rows)
             layout = deal(packed, spec.size, spec.devices)
-            # Short rows have no room for as many images as the rows of max_length tokens.
-            images = min(spec.max_images, max(length // self.encode_fn.image_tokens, 1))
-            spec = dataclasses.replace(spec, max_images=images)
+        images = {at: self.encode_fn.count_images(text.encoded) for at, text in texts.items()}
+        needed = max((sum(images[at] for at in row) for row in layout.values()), default=0)
+        # Short rows have no room for as many images as the rows of max_length tokens.
+        room = max(length // self.encode_fn.image_tokens, 1)
+        spec = dataclasses.replace(spec, max_images=min(spec.image_bucket(needed), room))
         # With a generator, the pixels of only one row are in memory in addition to the batch.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
         batch = fill(samples, len(own), spec, length)
-        checksum = 0 if spec.is_fixed else _checksum(read)
+        checksum = 0 if self.spec.is_fixed else _checksum(read)
         return dataclasses.replace(batch, text_checksum=checksum)
 
     def from_batch(self, start: int, workers: int, *, stop: int = WITHOUT_END) -> Generator[Batch]:
@@ -351,7 +369,7 @@ class ReadBatch:
 
     @property
     def most_bytes(self) -> int:
-        """Returns the size in bytes of the largest batch, whose rows have max_length tokens."""
+        """Returns the size in bytes of the largest batch, in tokens and in image slots."""
         pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
         rows = self.spec.size if self.rows is None else len(self.rows)
         return rows * (pixels + 4 * 6 + 9 * self.spec.max_length)

@@ -46,6 +46,9 @@ class Findings:
         learned: int32 [N]. Number of tokens in each sample that are training targets.
         images: int32 [N]. Number of images in each sample.
         cut: int32 [N]. Number of tokens that truncation removed from each sample.
+        deep: int32 [N]. Number of images in each sample with more than 8 bits per channel.
+        turned: int32 [N]. Number of images in each sample that are turned upright because of their
+            Exif orientation.
         problems: One problem for each bad sample.
     """
 
@@ -53,6 +56,8 @@ class Findings:
     learned: Int32[np.ndarray, " N"]
     images: Int32[np.ndarray, " N"]
     cut: Int32[np.ndarray, " N"]
+    deep: Int32[np.ndarray, " N"]
+    turned: Int32[np.ndarray, " N"]
     problems: list[Problem]
 
     @property
@@ -100,8 +105,7 @@ def check(
         raise worker_died(error, records) from error
     finally:
         chunks.close()
-    tokens, learned, images, cut = np.concatenate(parts).T
-    return Findings(tokens, learned, images, cut, problems)
+    return Findings(*np.concatenate(parts).T, problems=problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ class _Check:
 
     def __call__(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.records)))
-        rows = np.zeros((len(numbers), 4), np.int32)
+        rows = np.zeros((len(numbers), 6), np.int32)
         problems = []
         for row, number in zip(rows, numbers, strict=True):
             write_progress(number)
@@ -121,8 +125,8 @@ class _Check:
                 record = self.records[number]
                 encoded = self.encoder.encode_text(record)
                 length, learned = len(encoded.input_ids), int(encoded.loss_mask.sum())
-                row[:] = length, learned, len(record.images), encoded.cut
-                self.encoder.add_images(record, encoded)
+                row[:4] = length, learned, len(record.images), encoded.cut
+                row[4:] = np.sum(self.encoder.add_images(record, encoded).kinds, axis=0)
             except SampleError as error:
                 problems.append((number, error.kind, str(error)))
         return rows, np.frombuffer(json.dumps(problems).encode(), np.uint8)

@@ -19,6 +19,11 @@ PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %
                "most": 100}  # fmt: skip
 BINS, BAR = 12, 40
 """Number of bars in the histogram of lengths, and width of the longest bar in characters."""
+CHANGED = {
+    "images of more than 8 bits per channel": "deep",
+    "images turned by their Exif orientation": "turned",
+}
+"""Names of numbers of images that are not used as they are stored, with fields of `Findings`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Report:
             "text only": int((images == 0).sum()),
             "one image": int((images == 1).sum()),
             "several images": int((images > 1).sum()),
+            **{name: int(self.of_good(column).sum()) for name, column in CHANGED.items()},
             "distributions": {
                 name: percentiles(values)
                 for name, values in (columns | {"learned share": self.shares}).items()
@@ -122,6 +128,9 @@ class Report:
     def _show_tables(self, console: Console, figures: dict[str, Any]) -> None:
         kinds = ("text only", "one image", "several images")
         console.print("good samples: " + ", ".join(share(name, figures) for name in kinds))
+        for name in CHANGED:
+            if figures[name]:
+                console.print(f"{name}: {figures[name]:,}")
         table = make_table("", *PERCENTILES, "mean")
         for name, values in figures["distributions"].items():
             table.add_row(

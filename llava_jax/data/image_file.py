@@ -1,4 +1,4 @@
-"""Decodes untrusted image files to RGB with Pillow, after checking the cost of decoding them.
+"""Opens untrusted image files with Pillow, after checking the cost of decoding them.
 
 This module does not import JAX, so that a process that only decodes images
 starts quickly.
@@ -16,9 +16,6 @@ from llava_jax.errors import SampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Supported formats. For each of them, the cost of decoding can be computed in advance."""
-
-_STRIP_PIXELS = 2**22
-"""Number of pixels that are blended with white at a time."""
 
 
 @contextlib.contextmanager
@@ -61,21 +58,3 @@ def open_checked(data: bytes, max_side: int | None = None) -> Iterator[Image.Ima
     # Pillow's decoders raise errors of many types for broken files.
     except Exception as error:
         raise SampleError(str(error) or type(error).__name__, "image") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB and blends transparent parts with white.
-
-    Hugging Face's processor does the same; the original LLaVA drops the transparency.
-    """
-    image.load()  # some formats report their transparency only after loading
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    rgb = Image.new("RGB", image.size)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    # Blending the whole image at once would take five times the memory of the image.
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
-        white = Image.new("RGBA", strip.size, "white")
-        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
-    return rgb

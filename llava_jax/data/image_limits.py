@@ -276,7 +276,7 @@ _POINTERS = (34665, 34853, 40965)
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR = 256, 257, 258, 259, 277, 284
 _STRIPS, _STRIP_ROWS, _STRIP_BYTES = 273, 278, 279
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 322, 323, 324, 325
-_IN_JPEG = 7
+_ORIENTATION, _IN_JPEG = 274, 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _IN_JPEG, 8, 32773, 32946, 50000}
 """Allowed compressions: none, CCITT's, LZW, JPEG, Deflate, PackBits, Zstandard."""
 
@@ -339,14 +339,27 @@ _USED = {
 
 def _check_tags(data: bytes) -> None:
     """Checks the first tag directory of a JPEG's Exif data, as far as it can be read."""
-    for _ in range(4):  # Pillow removes any number of these headers
-        data = data.removeprefix(_EXIF_MAGIC)
+    data = _without_headers(data)
     if data.startswith(_EXIF_MAGIC):
         raise _refusal("the Exif data has too many headers")
     if data[:2] in (b"II", b"MM"):
         with contextlib.suppress(struct.error):
             tags = _Tags(data)
             _check_values(data, tags.read(tags.first))
+
+
+def read_orientation(exif: bytes) -> int:
+    """Returns the orientation in Exif data, usually 1 to 8; 0 if it is missing or damaged."""
+    exif = _without_headers(exif)
+    if exif[:2] in (b"II", b"MM"):
+        with contextlib.suppress(IndexError, struct.error, SampleError):
+            tags = _Tags(exif)
+            return _first(tags, tags.read(tags.first), _ORIENTATION, 0)
+    return 0
+
+
+def _without_headers(exif: bytes) -> bytes:
+    return re.sub(rb"\A(?:Exif\0\0){1,4}", b"", exif)  # Pillow removes any number of headers
 
 
 def _check_values(data: bytes, *directories: dict[int, Entry]) -> None:

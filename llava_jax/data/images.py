@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -11,8 +12,9 @@ from PIL import Image
 
 from llava_jax.config import Aspect, Decode
 from llava_jax.data.files import open_file
-from llava_jax.data.image_file import open_checked, to_rgb
+from llava_jax.data.image_file import open_checked
 from llava_jax.data.image_limits import MAX_FILE_BYTES
+from llava_jax.data.image_pixels import find_orientation, is_deep, is_sideways, to_rgb
 from llava_jax.errors import SampleError
 
 # Means and standard deviations of the RGB channels in the training data of OpenAI's CLIP.
@@ -43,9 +45,21 @@ Box = tuple[float | int, float | int, float | int, float | int]
 """Rectangle in pixels: left, top, right, bottom."""
 
 
+class ImageKind(NamedTuple):
+    """What was changed in an image file before its pixels were resized.
+
+    Attributes:
+        is_deep: Whether the file has more than 8 bits per channel, which were reduced to 8 bits.
+        is_turned: Whether the image was turned upright because of its Exif orientation.
+    """
+
+    is_deep: bool
+    is_turned: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Resizes, crops and normalizes an image.
+    """Converts an image to RGB, turns it upright, and resizes, crops and normalizes it.
 
     Attributes:
         shortest_edge: Length in pixels of the shorter side after resizing; not used by "squash".
@@ -61,6 +75,7 @@ class ImageTransform:
         decode: How `read` decodes a JPEG. "exact" decodes at full size, like Hugging Face's
             processors. "draft" decodes at 1/2, 1/4 or 1/8 of the size if the decoded image is still
             about as large as needed; its pixels differ by 0.5 to 2.5 levels (of 255) on average.
+        exif_orientation: Whether to turn an image upright as its Exif orientation says.
     """
 
     shortest_edge: int = 336
@@ -71,20 +86,22 @@ class ImageTransform:
     rescale: float = 1 / 255
     aspect: Aspect = "pad"
     decode: Decode = "exact"
+    exif_orientation: bool = True
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
         """Returns the normalized pixels of an image, float32 [3, height, width].
 
         Raises:
             SampleError: The image has too many pixels after padding or resizing, because it is too
-                narrow.
+                narrow, or it has no finite pixels.
         """
         # Each of the 256 pixel levels is normalized once. As in Hugging Face's processor, the
         # product is computed in float64 and then rounded to float32.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
-        pixels = np.asarray(self._fit(to_rgb(image), image.size, 1))
+        rgb = to_rgb(image, exif_orientation=self.exif_orientation)
+        pixels = np.asarray(self._fit(rgb, rgb.size, 1))
         return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
     @property
@@ -94,39 +111,48 @@ class ImageTransform:
         factors = self.rescale / red, self.rescale / green, self.rescale / blue
         return factors, (-self.mean[0] / red, -self.mean[1] / green, -self.mean[2] / blue)
 
-    def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> None:
+    def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> ImageKind:
         """Decodes and resizes an image file, and writes the pixels, not normalized, to an array.
 
         Args:
             image: Path or content of the file.
             levels: uint8 [3, height, width]. Array that the pixels are written to.
 
+        Returns:
+            What was changed in the image before it was resized.
+
         Raises:
             SampleError: The file cannot be read, or the image has too many pixels after padding or
                 resizing, because it is too narrow.
         """
         with _opened(image) as file:
-            size = file.size
-            scale = self._reduce(file) if self.decode == "draft" else 1
-            rgb = to_rgb(file)
-        fitted = self._fit(rgb, size, scale)
+            was_deep = is_deep(file)
+            scale, size = self._reduce(file) if self.decode == "draft" else (1, file.size)
+            rgb = to_rgb(file, exif_orientation=self.exif_orientation)
+            kind = ImageKind(was_deep, self.exif_orientation and find_orientation(file) != 1)
+        fitted = self._fit(rgb, rgb.size if scale == 1 else size, scale)
         # Copying one channel at a time is faster than transposing an array.
         for channel, name in zip(levels, "RGB", strict=True):
             flat = np.frombuffer(fitted.tobytes("raw", name), np.uint8)
             channel[...] = flat.reshape(channel.shape)
+        return kind
 
-    def _reduce(self, file: Image.Image) -> int:
-        """Lets Pillow decode a JPEG at 1 / scale of its size, if possible; returns the scale."""
-        width, height = file.size
-        (left, top, right, bottom), size = self._box_and_size(width, height)
-        drafted = file.draft(
-            None,
-            (
-                max(1, int(MIN_REDUCED * size[0] * width / (right - left))),
-                max(1, int(MIN_REDUCED * size[1] * height / (bottom - top))),
-            ),
+    def _reduce(self, file: Image.Image) -> tuple[int, tuple[int, int]]:
+        """Lets Pillow decode a JPEG at 1 / scale of its size, if possible.
+
+        Returns:
+            The scale, and the full width and height of the upright image.
+        """
+        stored = size = file.size
+        if is_turned := self.exif_orientation and is_sideways(file):
+            size = (stored[1], stored[0])
+        (left, top, right, bottom), new = self._box_and_size(*size)
+        needed = (
+            max(1, int(MIN_REDUCED * new[0] * size[0] / (right - left))),
+            max(1, int(MIN_REDUCED * new[1] * size[1] / (bottom - top))),
         )
-        return 1 if drafted is None else round(width / drafted[1][2])
+        drafted = file.draft(None, (needed[1], needed[0]) if is_turned else needed)
+        return 1 if drafted is None else round(stored[0] / drafted[1][2]), size
 
     def _box_and_size(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
         """Returns the rectangle to resize, which may be larger than the image, and its new size."""
@@ -204,18 +230,19 @@ def read_pixels(
         return transform(image)
 
 
-def open_image(image: str | bytes) -> Image.Image:
+def open_image(image: str | bytes, *, exif_orientation: bool = True) -> Image.Image:
     """Decodes an image file and returns the image as RGB.
 
     Args:
         image: Path or content of the file.
+        exif_orientation: Whether to turn the image upright as its Exif orientation says.
 
     Raises:
         SampleError: The file does not exist, is not an image in one of `image_file.FORMATS`, or
             costs too much to decode.
     """
     with _opened(image) as file:
-        return to_rgb(file)
+        return to_rgb(file, exif_orientation=exif_orientation)
 
 
 @contextlib.contextmanager

@@ -70,14 +70,13 @@ def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[i
 def images_in_row(data: DataConfig, model: ModelConfig, most: int) -> int:
     """Returns the maximum number of images in a row.
 
-    With packing, this is the number of images whose tokens fit into data.max_length, but at least
-    1. If the samples have no images, it is 0.
+    It is at most the number of images whose tokens fit into data.max_length, but at least 1. With
+    packing, it is that number. If the samples have no images, it is 0.
 
     Args:
         data: Config of the data.
         model: Config of the model.
         most: Maximum number of images in a sample.
     """
-    if not data.packing or not most:
-        return most
-    return max(data.max_length // model.image_tokens, 1)
+    room = max(data.max_length // model.image_tokens, 1)
+    return room if data.packing and most else min(most, room)

@@ -1,8 +1,9 @@
-"""Measures the cost of padding, and finds the bucket lengths that minimize it."""
+"""Measures the cost of padding, and finds the row lengths and image slots that minimize it."""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int64
@@ -12,7 +13,8 @@ from llava_jax.data.order import NO_RECORD, EpochOrder
 from llava_jax.data.packing import pack
 
 MAX_BUCKETS = 4
-"""Maximum number of bucket lengths that are chosen for a run or compared for a data set."""
+"""Maximum number of bucket lengths that are chosen for a run or compared for a data set, and of
+numbers of image slots that are chosen for a run."""
 
 COMPILATION_STEPS = 20
 """Number of train steps that take about as long as the compilation of one more train step. This is
@@ -30,6 +32,18 @@ _PACKED_SHARE = 1.02
 larger micro-batches, because the size of a micro-batch in rows is planned for max_length."""
 
 
+class Buckets(NamedTuple):
+    """The shapes that the rows of a run's batches may have, besides the largest shape.
+
+    Attributes:
+        lengths: Lengths in tokens.
+        images: Numbers of image slots.
+    """
+
+    lengths: tuple[int, ...]
+    images: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Padding:
     """The padding of some batches of a run.
@@ -39,11 +53,13 @@ class Padding:
             cannot be used are left out.
         size: Number of samples in a batch.
         tokens: Sum of the lengths in tokens of all samples that are used.
+        images: Numbers of images of the same samples, as int64 arrays.
     """
 
     batches: Sequence[Int64[np.ndarray, " _"]]
     size: int
     tokens: int
+    images: Sequence[Int64[np.ndarray, " _"]]
 
     @functools.cached_property
     def longest(self) -> Int64[np.ndarray, " batches"]:
@@ -80,24 +96,50 @@ class Padding:
     def best_lengths(self, count: int) -> tuple[int, ...]:
         """Returns at most `count` bucket lengths, for which `padded` is smallest.
 
-        The result is optimal. In an optimal solution, each bucket length equals the length of a
-        batch. If the batches are sorted by length, each bucket therefore contains a range of
-        consecutive batches. Dynamic programming finds the best division into ranges: the best k
-        ranges for the first n lengths are the best k - 1 ranges for the first i lengths and one
-        more range, for some i.
+        The result is optimal; see `best_bounds`.
         """
-        values, counts = np.unique(self.longest, return_counts=True)
-        before = np.concatenate([[0], np.cumsum(counts)])
-        cost = np.where(before == 0, 0.0, np.inf)
-        cuts = []
-        for _ in range(min(count, len(values))):
-            cost, cut = _add_run(cost, values, before)
-            cuts.append(cut)
-        end, lengths = len(values), []
-        for cut in reversed(cuts):
-            lengths.append(int(values[end - 1]))
-            end = cut[end]
-        return tuple(reversed(lengths))
+        return best_bounds(self.longest, count)
+
+    def shapes(self, spec: BatchSpec) -> Iterator[tuple[int, int]]:
+        """Yields the row length of each batch, and the largest number of images in one of its rows.
+
+        Args:
+            spec: Shapes of the batches. `spec.image_buckets` is not used.
+        """
+        for lengths, images in zip(self.batches, self.images, strict=True):
+            if spec.packing:
+                samples = dict(enumerate(lengths.tolist()))
+                room, rows = pack(samples, spec.lengths, spec.micro_rows)
+                yield room, max((int(images[row].sum()) for row in rows), default=0)
+            else:
+                yield spec.bucket(int(lengths.max(initial=1))), int(images.max(initial=0))
+
+
+def best_bounds(needed: Int64[np.ndarray, " batches"], count: int) -> tuple[int, ...]:
+    """Returns at most `count` sizes, so that batches of these sizes are as small as possible.
+
+    The sum over all batches of the smallest size that is sufficient is minimal. In an optimal
+    solution, each size equals the need of a batch. If the batches are sorted by their needs, each
+    size is therefore used for a range of consecutive batches. Dynamic programming finds the best
+    division into ranges: the best k ranges for the first n needs are the best k - 1 ranges for the
+    first i needs and one more range, for some i.
+
+    Args:
+        needed: Size that each batch needs at least, for example in tokens.
+        count: Maximum number of sizes.
+    """
+    values, counts = np.unique(needed, return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    cost = np.where(before == 0, 0.0, np.inf)
+    cuts = []
+    for _ in range(min(count, len(values))):
+        cost, cut = _add_run(cost, values, before)
+        cuts.append(cut)
+    end, sizes = len(values), []
+    for cut in reversed(cuts):
+        sizes.append(int(values[end - 1]))
+        end = cut[end]
+    return tuple(reversed(sizes))
 
 
 def _add_run(
@@ -121,6 +163,7 @@ def measure_padding(
     order: EpochOrder,
     tokens: Int[np.ndarray, " N"],
     good: Bool[np.ndarray, " N"],
+    images: Int[np.ndarray, " N"],
     numbers: Iterable[int] | None = None,
 ) -> Padding:
     """Measures the padding of some batches.
@@ -131,15 +174,17 @@ def measure_padding(
             images of a sample are bad, its tokens contribute to the length of its batch, as in a
             run, but are counted as padding.
         good: bool [N]. True if a sample is used for training.
+        images: int [N]. Number of images in each sample.
         numbers: Numbers of the batches; None measures all batches of the first epoch.
     """
-    batches, learned = [], 0
+    batches, shown, learned = [], [], 0
     for number in range(order.batches) if numbers is None else numbers:
         rows = order.batch(number)
         rows = rows[(rows != NO_RECORD) & (tokens[rows] > 0)]
         batches.append(tokens[rows].astype(np.int64))
+        shown.append(images[rows].astype(np.int64))
         learned += int(tokens[rows[good[rows]]].sum())
-    return Padding(batches, order.size, learned)
+    return Padding(batches, order.size, learned, shown)
 
 
 def choose_buckets(padding: Padding, spec: BatchSpec, steps: int) -> tuple[int, ...]:
@@ -174,6 +219,35 @@ def choose_buckets(padding: Padding, spec: BatchSpec, steps: int) -> tuple[int, 
     compilation = COMPILATION_STEPS / steps * tokens[0]  # as a part of the measured batches
     costs = [n + compilation * len(choice) for n, choice in zip(tokens, choices, strict=True)]
     return tuple(length for length in choices[int(np.argmin(costs))] if length < limit)
+
+
+def choose_image_buckets(
+    padding: Padding, spec: BatchSpec, steps: int, slot_tokens: float
+) -> tuple[int, ...]:
+    """Chooses the numbers of image slots of a run, like `choose_buckets` chooses the row lengths.
+
+    The train step is compiled once for each pair of a row length and a number of slots that occurs.
+
+    Args:
+        padding: Padding of typical batches of the run.
+        spec: Shapes of the batches, with the chosen row lengths. `spec.image_buckets` is not used.
+        steps: Number of train steps of the run.
+        slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
+
+    Returns:
+        Numbers of slots below `spec.max_images`, in ascending order. `spec.max_images` is always an
+        additional number; it is compiled only if a batch needs it.
+    """
+    if not (padding.tokens and spec.max_images):
+        return ()
+    lengths, needed = np.array(list(padding.shapes(spec)), np.int64).T
+    choices = [best_bounds(needed, count) for count in range(1, MAX_BUCKETS + 1)]
+    slots = [np.array(choice)[np.searchsorted(choice, needed)] for choice in choices]
+    tokens = [float(np.sum(lengths + slot_tokens * chosen)) for chosen in slots]
+    compiled = [len(np.unique(np.stack([lengths, chosen]), axis=1).T) for chosen in slots]
+    compilation = COMPILATION_STEPS / steps * tokens[0]  # as a part of the measured batches
+    costs = [n + compilation * count for n, count in zip(tokens, compiled, strict=True)]
+    return tuple(n for n in choices[int(np.argmin(costs))] if n < spec.max_images)
 
 
 def _round(lengths: Int64[np.ndarray, " n"], limit: int) -> Int64[np.ndarray, " n"]:

@@ -23,8 +23,9 @@ from llava_jax.data.conversation import (
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform, open_image
 from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
-from llava_jax.pretrained.processor import end_tokens, load_fitting_transform, read_chat_template
+from llava_jax.pretrained.processor import end_tokens, read_chat_template
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -138,7 +139,7 @@ class PromptReader:
         pixels = np.zeros((asked, 3, size, size), np.float32)
         for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
             if isinstance(picture, str | bytes):
-                picture = open_image(picture)
+                picture = open_image(picture, exif_orientation=self.transform.exif_orientation)
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 

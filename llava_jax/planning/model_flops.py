@@ -91,6 +91,17 @@ def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
     return 2 * (text + row.images * image)
 
 
+def slot_tokens(config: TrainConfig, model: ModelConfig) -> float:
+    """Returns the number of tokens that need as many operations as one image slot.
+
+    Args:
+        config: Config of the run.
+        model: Sizes of the model.
+    """
+    without, one = (model_flops(config, model, full_row(config, images)) for images in (0, 1))
+    return (one - without) / without * config.data.max_length
+
+
 def _block(
     linears: Linears,
     logits: float,

@@ -17,18 +17,21 @@ MAX_IMAGES = 4
 """Largest number of images of one record that are copied."""
 
 
-def keep_thumbnails(directory: Path, index: int, images: Sequence[str | bytes]) -> None:
+def keep_thumbnails(
+    directory: Path, index: int, images: Sequence[str | bytes], *, exif_orientation: bool = True
+) -> None:
     """Writes small copies of a record's images as JPEG files.
 
     Args:
         directory: Directory for the copies, which is created when needed.
         index: Index of the record.
         images: Paths or contents of the image files. An image that cannot be read is not copied.
+        exif_orientation: Whether images are turned upright as their Exif orientation says.
     """
     for number, image in enumerate(images[:MAX_IMAGES]):
         file = directory / f"{index}-{number}.jpg"
         try:
-            copy = open_image(image)
+            copy = open_image(image, exif_orientation=exif_orientation)
         except SampleError:
             file.unlink(missing_ok=True)  # an older copy may show another image
             continue

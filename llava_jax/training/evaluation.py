@@ -240,7 +240,12 @@ class Evaluator:
     def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
         """Writes the thumbnails that are missing, and returns the files of each example."""
         for index in {example.index for example in examples} - self._copied:
-            keep_thumbnails(self._thumbnails, index, self._inputs.eval_records[index].images)
+            keep_thumbnails(
+                self._thumbnails,
+                index,
+                self._inputs.eval_records[index].images,
+                exif_orientation=self._inputs.encoder.transform.exif_orientation,
+            )
             self._copied.add(index)
         return [find_thumbnails(self._thumbnails, example.index) for example in examples]
 

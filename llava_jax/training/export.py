@@ -79,6 +79,7 @@ def export(
                 program.model_config,
                 template=TEMPLATES[config.data.template],
                 aspect=config.data.image_aspect,
+                exif_orientation=config.data.exif_orientation,
             )
     return unfinished
 

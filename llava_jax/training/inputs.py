@@ -13,15 +13,22 @@ from llava_jax.config import ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
 from llava_jax.data.digest import data_digest
+from llava_jax.data.image_slots import describe_outlier, find_most_images
 from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
 from llava_jax.data.packing import images_in_row
-from llava_jax.data.padding import choose_buckets, measure_padding
+from llava_jax.data.padding import (
+    Buckets,
+    choose_buckets,
+    choose_image_buckets,
+    measure_padding,
+)
 from llava_jax.data.sources import Records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
+from llava_jax.planning.model_flops import slot_tokens
+from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.processor import load_fitting_transform
 from llava_jax.pretrained.tokenizer import load_tokenizer
 from llava_jax.training.data_sets import open_data
 
@@ -38,6 +45,10 @@ class Inputs:
         records: Training data.
         order: Order of the samples; gives the indices of the records in each training batch.
         eval_records: Eval data; empty if the run has no eval data.
+        eval_images: Maximum number of images in a sample of the eval data.
+        slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
+        outlier: Line of text that names a training sample with far too many images; None if there
+            is no such sample.
     """
 
     config: TrainConfig
@@ -47,6 +58,9 @@ class Inputs:
     records: Records
     order: EpochOrder
     eval_records: Records
+    eval_images: int
+    slot_tokens: float
+    outlier: str | None
 
     def planned(self, devices: int, micro_rows: int) -> "Inputs":
         """Returns the same inputs for the plan of a run.
@@ -57,40 +71,48 @@ class Inputs:
         """
         return self._with_spec(devices=devices, micro_rows=micro_rows)
 
-    def with_buckets(self, buckets: tuple[int, ...]) -> "Inputs":
-        """Returns the same inputs for batches whose rows have one of these lengths in tokens."""
-        return self._with_spec(buckets=buckets)
+    def with_buckets(self, buckets: Buckets) -> "Inputs":
+        """Returns the same inputs for batches whose rows have these lengths and image slots."""
+        return self._with_spec(buckets=buckets.lengths, image_buckets=buckets.images)
 
     def _with_spec(self, **fields: Any) -> "Inputs":
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **fields))
 
-    def choose_buckets(self, steps: int) -> tuple[tuple[int, ...], float]:
-        """Chooses the bucket lengths for the training data; see `padding.choose_buckets`.
+    def choose_buckets(self, steps: int) -> tuple[Buckets, float]:
+        """Chooses row lengths and numbers of image slots for the training data.
 
-        The choice takes seconds at most. It depends only on the config and on the data.
+        The choice takes seconds at most. It depends only on the config and on the data. Only values
+        that are "auto" in the config are chosen; see `padding.choose_buckets` and
+        `padding.choose_image_buckets`.
 
         Args:
             steps: Number of train steps of the run.
 
         Returns:
-            The bucket lengths, and the expected fraction of padding among the tokens.
+            The buckets, and the expected fraction of padding among the tokens.
 
         Raises:
             ConfigError: A data file changed after it was opened.
         """
+        data = self.config.data
         tokens = estimate_lengths(self.records, self.encoder)
+        images = np.minimum(self.records.sizes.images, tokens // self.encoder.image_tokens)
         # Each further epoch costs a new order of all records; the batches of one are enough.
         last = min(steps, max(self.order.batches, _MEASURED)) - 1
         numbers = np.unique(np.linspace(0, last, min(last + 1, _MEASURED)).astype(int)).tolist()
-        padding = measure_padding(self.order, tokens, tokens > 0, numbers)
-        buckets = choose_buckets(padding, self.spec, steps)
-        spec = dataclasses.replace(self.spec, buckets=buckets)
+        padding = measure_padding(self.order, tokens, tokens > 0, images, numbers)
+        spec = self.spec
+        if data.buckets == "auto":
+            spec = dataclasses.replace(spec, buckets=choose_buckets(padding, spec, steps))
+        images = spec.image_buckets
+        if data.image_buckets == "auto":
+            images = choose_image_buckets(padding, spec, steps, self.slot_tokens)
         computed = (
             padding.packed(spec.lengths, spec.micro_rows)
             if spec.packing
             else padding.padded(spec.lengths)
         )
-        return buckets, padding.waste(computed)
+        return Buckets(spec.buckets, images), padding.waste(computed)
 
     def train_batches(self, rows: Sequence[int] | None = None) -> Batches:
         """Returns an endless iterator over training batches, starting with the first epoch.
@@ -113,8 +135,13 @@ class Inputs:
             size: Number of samples in a batch.
             rows: Indices of the rows of each batch that this process reads; None reads all rows.
         """
-        images = self.encoder.max_images
-        spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
+        spec = dataclasses.replace(
+            self.spec,
+            size=size,
+            max_images=self.eval_images,
+            image_buckets=tuple(self.spec.slots),
+            packing=False,
+        )
         workers = self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
 
@@ -141,10 +168,9 @@ class Inputs:
         if self.config.data.group_by_modality_length:
             alike = self.order.batches_alike()
             text += " (per epoch: {:,} with images, {:,} without, {:,} mixed)".format(*alike)
-        lengths = ", ".join(map(str, self.spec.lengths))
-        if self.spec.packing:
-            return f"{text}; packed into rows of {lengths} tokens"
-        return f"{text}; padded to {lengths} tokens"
+        lengths, slots = (", ".join(map(str, n)) for n in (self.spec.lengths, self.spec.slots))
+        how = "packed into rows of" if self.spec.packing else "padded to"
+        return f"{text}; {how} {lengths} tokens; image slots per row: {slots}"
 
     def why_skipped(self, number: int, records: Records | None = None) -> str:
         """Reads a skipped record again, and returns the reason why it was skipped.
@@ -294,7 +320,9 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         template=TEMPLATES[data.template],
-        transform=dataclasses.replace(transform, decode=data.image_decode),
+        transform=dataclasses.replace(
+            transform, decode=data.image_decode, exif_orientation=data.exif_orientation
+        ),
         image_token_id=model.image_token_id,
         image_tokens=model.image_tokens,
         max_length=data.max_length,
@@ -302,14 +330,27 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         max_text_length=data.max_text_length,
         train_on=data.train_on,
     )
+    most, number = find_most_images(records, encoder)
     spec = BatchSpec(
         size=config.batch.global_size,
-        max_images=images_in_row(data, model, images),
+        max_images=images_in_row(data, model, most),
         image_size=(transform.height, transform.width),
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
         pixel_scale=transform.scale,
         buckets=() if data.buckets == "auto" else data.buckets,  # a run chooses them later
+        image_buckets=() if data.image_buckets == "auto" else data.image_buckets,
         packing=data.packing,
     )
-    return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)
+    return Inputs(
+        config=config,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        spec=spec,
+        records=records,
+        order=order,
+        eval_records=eval_records,
+        eval_images=find_most_images(eval_records, encoder)[0],
+        slot_tokens=slot_tokens(config, model),
+        outlier=None if data.packing else describe_outlier(records, most, number),
+    )

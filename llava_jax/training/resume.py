@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llava_jax.config import MAY_CHANGE, Json, MemoryConfig, TrainConfig, flatten
 from llava_jax.data.digest import data_changes
+from llava_jax.data.padding import Buckets
 from llava_jax.distributed.multihost import broadcast_from_main, is_main_process, say
 from llava_jax.errors import ConfigError
 from llava_jax.planning.search import Plan
@@ -127,19 +128,21 @@ def begun_plan(config: TrainConfig) -> Plan | None:
     return None if size is None else Plan(size, MemoryConfig(**began["memory"]))
 
 
-def begun_buckets(config: TrainConfig) -> tuple[int, ...] | None:
-    """Returns the bucket lengths that a resumed run began with.
+def begun_buckets(config: TrainConfig) -> Buckets | None:
+    """Returns the row lengths and the numbers of image slots that a resumed run began with.
 
     Args:
         config: Config of the run, whose run directory has the config.json of the earlier start.
 
     Returns:
-        The lengths in tokens; None if the run began with another `data.packing` or another
-        `data.max_length`, for which the lengths were not chosen.
+        The buckets; None if the run began with another `data.packing` or another `data.max_length`,
+        for which the buckets were not chosen. Older versions had only one number of image slots.
     """
     began = json.loads((config.run_dir / "config.json").read_text())["config"]["data"]
     now = {"packing": config.data.packing, "max_length": config.data.max_length}
-    return tuple(began["buckets"]) if now.items() <= began.items() else None
+    if not now.items() <= began.items():
+        return None
+    return Buckets(tuple(began["buckets"]), tuple(began.get("image_buckets", ())))
 
 
 def _cannot_change(
@@ -198,6 +201,10 @@ class Changes(NamedTuple):
     sources: str
 
 
+_EARLIER: Json = {"data.exif_orientation": False}
+"""What runs of older versions did whose config.json lacks a field."""
+
+
 def changes(run_dir: Path, description: Json) -> Changes:
     """Compares the recipe, the base model and the data of this start with the earlier start.
 
@@ -211,7 +218,7 @@ def changes(run_dir: Path, description: Json) -> Changes:
     file = run_dir / "config.json"
     try:
         began = json.loads(file.read_text())
-        before = flatten(began["config"], MAY_CHANGE)
+        before = _EARLIER | flatten(began["config"], MAY_CHANGE)
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
         sources = data_sources(began["config"]["data"])

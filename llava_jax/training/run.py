@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import MAY_DIFFER, Json, ModelConfig, Parts, TrainConfig, flatten, to_json
 from llava_jax.data.batching import Batches
+from llava_jax.data.padding import Buckets
 from llava_jax.distributed.check_slices import check_slices
 from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
@@ -149,6 +150,8 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         setup = _plan(setup, mesh, is_resumed=saved.latest is not None)
         setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
         say(setup.inputs.summary())
+        if setup.inputs.outlier:
+            say(setup.inputs.outlier)
         trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
         with jax.set_mesh(mesh), trackers as trackers:
             program = _build_program(setup, mesh)
@@ -253,22 +256,25 @@ def _plan(setup: _Setup, mesh: Mesh, *, is_resumed: bool) -> _Setup:
 
 
 def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
-    """Returns the setup with bucket lengths; the main process chooses them, and all others agree.
+    """Returns the setup with buckets; the main process chooses them, and all others agree.
 
-    A resumed run keeps the lengths that it began with, so that it continues bit for bit.
+    A resumed run keeps the buckets that it began with, so that it continues bit for bit.
     """
     config, inputs = setup.config, setup.inputs
-    if config.data.buckets != "auto":
+    if "auto" not in (config.data.buckets, config.data.image_buckets):
         return setup
     chosen, padding = None, None
     if is_main_process():
         chosen = begun_buckets(config) if is_resumed else None
         if chosen is None:
             chosen, padding = inputs.choose_buckets(setup.total_steps)
-    buckets = tuple(broadcast_from_main(list(chosen or ())))
+    lengths, images = map(tuple, broadcast_from_main(list(chosen or ((), ()))))
     padding = broadcast_from_main(padding)
-    data = dataclasses.replace(config.data, buckets=buckets)
-    inputs = inputs.with_buckets(buckets)
+    data = config.data
+    lengths = lengths if data.buckets == "auto" else data.buckets
+    images = images if data.image_buckets == "auto" else data.image_buckets
+    data = dataclasses.replace(data, buckets=lengths, image_buckets=images)
+    inputs = inputs.with_buckets(Buckets(lengths, images))
     why = "as when the run began" if padding is None else f"padding {100 * padding:.0f} %"
     say(f"buckets: {', '.join(map(str, inputs.spec.lengths))} ({why})")
     return dataclasses.replace(setup, config=dataclasses.replace(config, data=data), inputs=inputs)

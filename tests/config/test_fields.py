@@ -40,6 +40,7 @@ def test_what_may_change_when_a_run_resumes_is_everything_but_the_recipe():
             *("name", "epochs", "checkpoint", "eval", "log"),
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
             *("memory", "mesh", "batch.micro_size", "data.packing", "data.buckets"),
+            "data.image_buckets",
         }
         == MAY_CHANGE
     )
@@ -55,7 +56,8 @@ def test_a_plan_ignores_what_decides_nothing_about_memory():
         | {
             *("name", "seed", "steps", "epochs", "processor", "checkpoint", "eval", "log"),
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
-            *("data.eval_fraction", "memory.limit_gib", "mesh.show", "data.buckets"),
+            *("data.eval_fraction", "memory.limit_gib", "mesh.show"),
+            *("data.buckets", "data.image_buckets"),
         }
         == IGNORED_BY_PLANS
     )

@@ -229,6 +229,20 @@ def test_buckets(make):
         spec(buckets=(8, 32))
 
 
+def test_image_slots(make, picture):
+    """The fewest that hold the images of the batch; a sample without a text needs none."""
+    show = lambda number, count: record(number, (picture(10),) * count)
+    records = [record(0), show(1, 1), show(2, 2), show(3, 0), show(4, 3), show(5, 1)]
+    shapes = {"size": 2, "max_images": 3, "shuffle": False}
+    made = take(make(records, image_buckets=(0, 1, 9), **shapes), 6)
+    whole = take(make(records, **shapes), 6)
+    for few, all_slots, count in zip(made, whole, [1, 3, 1, 1, 3, 1], strict=True):
+        assert few.pixel_values.shape[1] == count
+        cut = dataclasses.replace(few, pixel_values=all_slots.pixel_values[:, :count])
+        assert_equal([few], [cut])
+        np.testing.assert_array_equal(few.input_ids, all_slots.input_ids)
+
+
 def test_a_bad_sample_is_a_row_of_padding(make):
     records = [record(0), record(1, ("nothing.png",)), record(2)]
     batch = take(make(records, size=3, shuffle=False), 3)[-1]
@@ -246,6 +260,8 @@ def test_a_bad_sample_is_a_row_of_padding(make):
         ({"buckets": (4, 8)}, 2),
         ({"packing": True, "devices": 2}, 1),
         ({"packing": True, "buckets": (9,), "micro_rows": 4}, 2),
+        ({"image_buckets": (0, 1), "max_images": 2}, 1),
+        ({"image_buckets": (2,), "max_images": 5, "packing": True}, 1),
     ],
 )
 def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, count):
@@ -259,7 +275,9 @@ def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, co
         assert_equal(part, [jax.tree.map(lambda x, rows=rows: x[rows], one) for one in whole])
 
 
-@pytest.mark.parametrize("shapes", [{"buckets": (8,)}, {"packing": True}], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [{"buckets": (8,)}, {"image_buckets": (1,)}, {"packing": True}], ids=str
+)
 def test_a_batch_knows_the_texts_of_all_its_rows(make, shapes):
     """Also of those of another process: a text of another length, or content, or none."""
     whole = {"records": [record(n, words=2) for n in range(4)], "shuffle": False, "rows": [0]}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from odd_images import ODD
 
 from llava_jax.cli.check_data import main
 from llava_jax.config import parse_config
@@ -170,6 +171,18 @@ def test_the_command(folder, capsys, tmp_path):
     assert "nothing.json" in capsys.readouterr().err
 
 
+def test_images_that_are_changed_are_counted(folder, capsys):
+    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png")
+    for number, name in enumerate(names):
+        (folder / f"odd{number}").write_bytes(ODD[name].data)
+    records = [bad_data.show(f"odd{number}") for number in range(len(names))]
+    (folder / "odd.json").write_text(json.dumps(records))
+    assert main(options(folder / "odd.json", folder)) == 0
+    output = capsys.readouterr().out
+    assert "\nimages of more than 8 bits per channel: 3\n" in output
+    assert "\nimages turned by their Exif orientation: 2\n" in output
+
+
 def test_only_json_can_be_written_clean(folder):
     records = open_data(bad_data.write_data(folder, "lines.jsonl", 10)).records
     assert only_json(records) is records
@@ -209,7 +222,7 @@ def brute_force(longest: np.ndarray, count: int) -> int:
 def test_the_best_lengths_are_the_best(seed, count):
     rng = np.random.default_rng(seed)
     longest = rng.integers(1, rng.integers(2, 60), rng.integers(1, 40))
-    padding = Padding([np.array([one]) for one in longest], 8, 10)
+    padding = Padding([np.array([one]) for one in longest], 8, 10, [])
     lengths = padding.best_lengths(count)
     assert len(lengths) <= count
     assert padding.padded(lengths) == 8 * brute_force(longest, count)
@@ -220,7 +233,7 @@ def test_padding_is_what_the_run_pads(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.buckets", "60", "150", "--batch.global-size", "4")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
     made = an_epoch(inputs)
     assert padding.padded([60, 150, 256]) == sum(batch.input_ids.size for batch in made)
     assert padding.tokens == sum(int((batch.segment_ids > 0).sum()) for batch in made)
@@ -237,7 +250,7 @@ def test_packed_rows_are_those_of_a_packed_run(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.packing", "--batch.global-size", "8")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
     rows = sum(int((batch.segment_ids > 0).any(axis=1).sum()) for batch in an_epoch(inputs))
     packed = padding.packed([256])
     assert rows <= packed // 256 <= rows + len(written.bad)  # rows of bad images alone
@@ -248,7 +261,7 @@ def test_padding_of_an_order_with_gaps():
     lengths = np.array([5, 7, 9])
     grouping = Grouping(np.array([True, False, True]), lengths, 1)
     order = EpochOrder((3,), 2, seed=0, grouping=grouping)
-    padding = measure_padding(order, lengths, np.array([True, False, True]))
+    padding = measure_padding(order, lengths, np.array([True, False, True]), lengths)
     assert sorted(padding.longest.tolist()) == [7, 9]
     assert padding.tokens == 14
     assert padding.waste(padding.padded([9])) == pytest.approx(1 - 14 / 36)
@@ -256,5 +269,5 @@ def test_padding_of_an_order_with_gaps():
 
 def test_a_data_set_without_a_good_text_is_all_padding():
     none = np.zeros(3, int)
-    padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0)
+    padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0, none)
     assert padding.waste(padding.packed([64])) == padding.waste(padding.padded([64])) == 1

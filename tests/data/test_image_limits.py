@@ -17,8 +17,9 @@ from hostile_images import HOSTILE
 from PIL import Image, features
 
 from llava_jax.data import image_limits
-from llava_jax.data.image_file import open_checked, to_rgb
+from llava_jax.data.image_file import open_checked
 from llava_jax.data.image_limits import check_cost
+from llava_jax.data.image_pixels import to_rgb
 from llava_jax.data.images import ImageTransform, open_image
 from llava_jax.errors import SampleError
 
@@ -127,9 +128,9 @@ def decode(data: bytes) -> tuple[tuple[int, int], bytes]:
         return rgb.size, rgb.tobytes()
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", [name for name in ORDINARY if name != "tiff F"])  # it is scaled
 def test_an_ordinary_image_has_the_pixels_that_it_had(name, monkeypatch):
-    monkeypatch.setattr("llava_jax.data.image_file._STRIP_PIXELS", 150 * 7)
+    monkeypatch.setattr("llava_jax.data.image_pixels._STRIP_PIXELS", 150 * 7)
     form, mode, options = ORDINARY[name]
     if form == "TIFF" and options.get("compression") and not features.check("libtiff"):
         pytest.skip("Pillow is without libtiff")

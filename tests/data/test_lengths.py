@@ -93,8 +93,9 @@ def test_records_of_which_none_can_be_read_have_no_length(encoder):
 def test_the_inputs_choose_what_fits_their_data(inputs):
     """All texts of easy-VQA's conversations have about the same length, far below max_length."""
     buckets, padding = inputs.choose_buckets(1000)
-    assert 1 <= len(buckets) <= 4
-    assert buckets[-1] <= 128
+    assert 1 <= len(buckets.lengths) <= 4
+    assert buckets.lengths[-1] <= 128
+    assert buckets.images == ()
     assert 0 < padding < 0.2
     assert inputs.choose_buckets(1000) == (buckets, padding)
     again = inputs.with_buckets(buckets)

@@ -45,8 +45,9 @@ def test_devices_take_rows_in_turn():
 def test_images_of_a_row_are_as_many_as_its_tokens_allow():
     data = DataConfig(max_length=2048)
     assert images_in_row(data, ModelConfig(), 1) == 1
+    assert images_in_row(data, ModelConfig(), 24) == 3  # of 576 tokens each
     data = dataclasses.replace(data, packing=True)
-    assert images_in_row(data, ModelConfig(), 1) == 3  # of 576 tokens each
+    assert images_in_row(data, ModelConfig(), 1) == 3
     assert images_in_row(data, ModelConfig(), 0) == 0
 
 

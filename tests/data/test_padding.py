@@ -1,15 +1,24 @@
 """Which bucket lengths a run chooses for its data."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from llava_jax.data.batching import BatchSpec
-from llava_jax.data.padding import COMPILATION_STEPS, LENGTH_UNIT, Padding, choose_buckets
+from llava_jax.data.padding import (
+    COMPILATION_STEPS,
+    LENGTH_UNIT,
+    Padding,
+    choose_buckets,
+    choose_image_buckets,
+)
 
 
-def padding(*batches: list[int]) -> Padding:
+def padding(*batches: list[int], images: list[list[int]] | None = None) -> Padding:
     lengths = [np.array(batch, np.int64) for batch in batches]
-    return Padding(lengths, max(map(len, batches)), sum(map(sum, batches)))
+    shown = [np.array(batch, np.int64) for batch in images or [[0] * len(b) for b in batches]]
+    return Padding(lengths, max(map(len, batches)), sum(map(sum, batches)), shown)
 
 
 def spec(max_length: int = 512, **fields) -> BatchSpec:
@@ -63,3 +72,43 @@ def test_packed_tokens_are_those_that_are_computed():
     assert padding([60, 50, 40]).packed([100, 160]) == 160
     assert padding([60, 50, 40]).packed([100], together=4) == 400
     assert padding([60], []).packed([100]) == 100
+
+
+def with_images(*images: list[int]) -> Padding:
+    """Samples of 100 tokens with so many images, one list per batch."""
+    return padding(*[[100] * len(batch) for batch in images], images=list(images))
+
+
+def slots(padding: Padding, steps: int, *, slot_tokens: float = 50.0, **fields) -> tuple[int, ...]:
+    shapes = dataclasses.replace(spec(100), max_images=24, **fields)
+    return choose_image_buckets(padding, shapes, steps, slot_tokens)
+
+
+def test_image_slots_follow_what_most_batches_need():
+    """A slot costs half of a row: the outlier's 24 slots would make all other steps 9 times slower
+    (12.5 to 1.5), and as many as pay for a compilation do not wait for it."""
+    outlier = with_images(*[[1, 1]] * 9, [1, 24])
+    assert slots(outlier, 10**4) == (1,)
+    assert slots(outlier, 20) == ()  # a second compilation takes longer than the run
+    assert slots(with_images(*[[1, 1]] * 9), 1) == (1,)  # no measured batch needs more
+    assert slots(with_images([0, 0], [0, 1], [2, 0], [3, 5]), 10**6) == (0, 1, 2, 5)
+    assert slots(with_images([0, 0], [0, 0]), 10) == (0,)
+
+
+def test_a_further_number_of_slots_must_pay_for_its_compilation():
+    """Half of the batches save a slot of 50 tokens, of 200 tokens with two slots."""
+    half = with_images(*[[1, 1]] * 50, *[[2, 1]] * 50)
+    pays = COMPILATION_STEPS / (0.5 * 50 / 200)
+    assert slots(half, int(0.95 * pays)) == (2,)
+    assert slots(half, int(1.05 * pays)) == (1, 2)
+    assert slots(half, int(1.05 * pays), slot_tokens=5.0) == (2,)  # a small vision tower
+
+
+def test_slots_of_packed_rows_are_those_of_their_samples():
+    packed = with_images(*[[1] * 6] * 10)
+    assert slots(packed, 10**4, packing=True, max_length=300) == (3,)
+
+
+def test_text_without_images_has_no_slots():
+    shapes = dataclasses.replace(spec(100), max_images=0)
+    assert choose_image_buckets(with_images([0], [0]), shapes, 10, 5.0) == ()

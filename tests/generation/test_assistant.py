@@ -23,8 +23,9 @@ from llava_jax.generation.chat import Chat
 from llava_jax.generation.engine import Request
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
+from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.processor import chat_template, load_image_transform
+from llava_jax.pretrained.processor import chat_template
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.tokenizer import load_tokenizer
 

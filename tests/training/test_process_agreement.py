@@ -21,6 +21,7 @@ from llava_jax.config import (
     to_json,
 )
 from llava_jax.data.order import NO_RECORD
+from llava_jax.data.padding import Buckets
 from llava_jax.distributed import multihost
 from llava_jax.errors import ConfigError, RunError, SampleError
 from llava_jax.training import process_agreement, run
@@ -172,11 +173,13 @@ def test_process_0_chooses_the_buckets_of_all(
     together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config, model, inputs = open_run(tmp_path, "--data.buckets", "auto")
-    choose = lambda self, steps: ((8 + multihost.process_state().process_id,), 0.5)
+    own = lambda: multihost.process_state().process_id
+    choose = lambda self, steps: (Buckets((8 + own(),), (own(),)), 0.5)
     monkeypatch.setattr(Inputs, "choose_buckets", choose)
     setup = run._Setup(config, None, None, model, TINY, inputs, {}, 3)
     for found in together(lambda number: run._choose_buckets(setup, is_resumed=False)):
         assert found.config.data.buckets == found.inputs.spec.buckets == (8,)
+        assert found.config.data.image_buckets == found.inputs.spec.image_buckets == (0,)
 
 
 def test_facts_have_every_field_of_a_config(tmp_path: Path):
