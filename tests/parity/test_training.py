@@ -181,7 +181,8 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, model_config, STEPS, mesh)
-    params = load_weights(base, model_config, program.abstract, seed=3)
+    adapters = {"adapters": program.adapters}
+    params = load_weights(base, model_config, program.abstract, seed=3, **adapters)
     save(program, params, start)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=3)
