@@ -45,6 +45,7 @@ from llava_jax.pretrained.load import Reader, assemble, find_tensors
 from llava_jax.pretrained.peft import BASE, plain_name
 from llava_jax.pretrained.peft_config import CONFIG, read_settings
 from llava_jax.pretrained.safetensors import Tensor, commonest, open_tensors, read_json
+from llava_jax.pretrained.unsupported import refuse_pointers
 
 _LAYOUTS = (
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
@@ -216,6 +217,7 @@ def open_adapter(
 
 
 def _open_piece(path: Path, read: Reader) -> Piece:
+    refuse_pointers(path)
     settings = read_settings(path / CONFIG) if (path / CONFIG).is_file() else None
     own = None if settings is None else _file_beside(path, "adapter_model")
     file = own or path

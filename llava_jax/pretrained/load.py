@@ -30,6 +30,7 @@ from llava_jax.models.quant import QuantisationError, Quantised, quantise
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.safetensors import Tensor, open_tensors
+from llava_jax.pretrained.unsupported import refuse_quantized
 
 Source = tuple[dict[str, Tensor], Layout]
 """Tensors of a file or directory by name, and the layout of these names."""
@@ -101,6 +102,7 @@ def open_sources(source: str | Path | Parts, read: Reader = open_tensors) -> lis
 
 def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
     tensors = read(Path(path))
+    refuse_quantized(Path(path), tensors)
     try:
         return tensors, layouts.recognise(tensors, known)
     except layouts.LayoutError as error:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ModelConfig, Parts, format_source
+from llava_jax.config import Aspect, ModelConfig, Parts
 from llava_jax.data.conversation import adds_bos, end_token
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
@@ -15,7 +15,7 @@ from llava_jax.disk import Json, copy_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model_config import read_vision_config
 from llava_jax.pretrained.safetensors import read_json
-from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
+from llava_jax.pretrained.tokenizer import has_tokenizer, image_token_of, load_tokenizer
 
 _BICUBIC = 3  # Pillow's number for bicubic resampling
 _MAX_LEVEL = 1000  # larger than any mean or standard deviation
@@ -186,14 +186,7 @@ def save_processor(
     directory = Path(directory)
     tokenizer = load_tokenizer(source)
     transform = load_image_transform(source, aspect)
-    image_token = cast("str | None", tokenizer.convert_ids_to_tokens(config.image_token_id))
-    if not image_token or tokenizer.encode(image_token, add_special_tokens=False) != [
-        config.image_token_id
-    ]:
-        raise CheckpointError(
-            f"{format_source(source)}: the tokenizer has no token with the id "
-            f"{config.image_token_id}, the image token of the model; use the model's own tokenizer"
-        )
+    image_token = image_token_of(tokenizer, config, source)
     try:
         tokenizer.save_pretrained(directory)
     except OSError:
