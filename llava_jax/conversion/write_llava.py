@@ -12,7 +12,7 @@ from llava_jax.data.templates import Template
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.models.lora import Adapter, Adapters
-from llava_jax.models.paths import LLM, VOCABULARY, is_adapter
+from llava_jax.models.paths import LLM, VOCABULARY, is_adapter, is_projector
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.llava_directory import official_settings
 from llava_jax.pretrained.load import Stored
@@ -107,8 +107,7 @@ def save_official_adapter(
             ranks, or PyTorch is not installed.
     """
     lora = {path: x for path, x in params.items() if path.startswith(LLM) and is_adapter(path)}
-    whole = {path: x for path, x in params.items() if not is_adapter(path)}
-    projector = {path: x for path, x in whole.items() if path.startswith("projector.")}
+    projector = {path: x for path, x in params.items() if is_projector(path)}
     if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
         raise ConfigError(
             f"LLaVA's LoRA directories cannot store {len(foreign)} of the trained parameters, for "

@@ -80,6 +80,11 @@ def is_adapter(path: str) -> bool:
     return path.endswith((".lora_a", ".lora_b", TRAINABLE_TOKENS))
 
 
+def is_projector(path: str) -> bool:
+    """Returns True if the parameter at `path` belongs to the projector and not to its adapters."""
+    return path.startswith(PROJECTOR) and not is_adapter(path)
+
+
 def is_trainable(path: str, tune: TuneConfig, modules_to_save: Collection[str] = ()) -> bool:
     """Returns True if a parameter is trained.
 

@@ -121,6 +121,12 @@ def find_adapters(
     }
     for path in sorted(p for _, p in piece.parameters() if p.endswith(TRAINABLE_TOKENS)):
         module = path.removesuffix(TRAINABLE_TOKENS)
+        if f"{module}.weight" == HEAD and config.llm.tie_word_embeddings:
+            raise CheckpointError(
+                f"{piece.path / CONFIG}: trainable_token_indices has other tokens for lm_head than "
+                "for embed_tokens, but the base uses its embedding as its output matrix; this is "
+                "not supported"
+            )
         where, settings = piece.path / CONFIG, piece.settings or {}
         size = config.llm.vocab_size
         indices = read_tokens(where, settings, module.rsplit(".", 1)[-1], size)

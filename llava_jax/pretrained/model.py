@@ -27,7 +27,7 @@ from llava_jax.models.build import initialise, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
-from llava_jax.models.paths import TRAINABLE_TOKENS, is_adapter
+from llava_jax.models.paths import TRAINABLE_TOKENS, is_adapter, is_projector
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.load import fingerprint, load_params
@@ -68,7 +68,7 @@ def load_weights(
     base = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
-    if say and source is not None and any(path.startswith("projector.") for path in fresh):
+    if say and source is not None and any(map(is_projector, fresh)):
         say(f"{format_source(source)} has no projector; a new one is initialized with seed {seed}")
     params |= initialise(fresh, seed, adapters)
     for path, rows in (adapters or {}).items():
@@ -170,7 +170,7 @@ class LlavaModel(Llava):
         lacks: list[str] = []
         model = cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
         brought = () if adapter is None else model._add_adapter(adapter)
-        if lacks and not any(path.startswith("projector.") for path in brought):
+        if lacks and not any(map(is_projector, brought)):
             name = format_source(base)
             what = f"neither {adapter} nor {name} has a" if adapter else f"{name} has no"
             raise CheckpointError(

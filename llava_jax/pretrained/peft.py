@@ -31,6 +31,7 @@ from llava_jax.models.paths import (
     TRAINABLE_TOKENS,
     VISION,
     is_adapter,
+    is_projector,
 )
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
@@ -131,7 +132,7 @@ def not_storable(params: Collection[str]) -> list[str]:
         params: Paths of trained parameters.
     """
     whole = [path for path in params if not is_adapter(path)]
-    projector = [path for path in whole if path.startswith(PROJECTOR)]
+    projector = [*filter(is_projector, whole)]
     foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
     return foreign + (projector if len(projector) not in (0, _PROJECTOR_SIZE) else [])
 

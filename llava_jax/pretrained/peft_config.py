@@ -6,6 +6,7 @@ loaded. A setting is therefore either applied here, or known to mean nothing for
 or refused by name.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -211,12 +212,13 @@ def read_tokens(file: Path, settings: Json, module: str, size: int) -> tuple[int
 
 
 def common_adapter(adapters: Mapping[str, Adapter]) -> Adapter:
-    """Returns an adapter with the first rank and alpha that are not 0, for r and lora_alpha.
+    """Returns an adapter with the most frequent rank and alpha, for r and lora_alpha.
 
     Args:
         adapters: Adapters by the path of the linear layer. If there is none, the result has PEFT's
             default values.
     """
-    first = next(iter(adapters.values()), Adapter((8,), (8.0,)))
-    rank, alpha = next(pair for pair in first.meaning if pair[0])
-    return Adapter((rank,), (alpha,), first.dropout)
+    found = [*adapters.values()] or [Adapter((8,), (8.0,))]
+    counts = Counter(pair for adapter in found for pair in adapter.meaning if pair[0])
+    ((rank, alpha), _) = counts.most_common(1)[0]
+    return Adapter((rank,), (alpha,), found[0].dropout)
