@@ -141,7 +141,7 @@ def expand(configs: Mapping[str, LoraConfig], model: ModelConfig) -> dict[str, A
             module or the id of a token does not exist.
     """
     found: dict[str, Adapter | TokenRows] = {}
-    used: set[tuple[str, str]] = set()
+    used: set[tuple[str, str | None]] = set()
     for part, config in configs.items():
         linears = {p: n for p, n in linear_layers(model).items() if p.startswith(part)}
         if part != PROJECTOR:  # the projector has no blocks, and all its layers are targets

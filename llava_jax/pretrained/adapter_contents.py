@@ -6,7 +6,7 @@ because a model without some of its trained parameters would give wrong answers 
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +154,7 @@ def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
 
 
 def _chosen(
-    piece: Piece, layers: Mapping[str, list[str]], names: Mapping[str, str], own: Collection[str]
+    piece: Piece, layers: Mapping[str, list[str]], names: Mapping[str, str], own: set[str]
 ) -> set[str]:
     """Returns the paths of the layers that have adapters, by the settings or else by the tensors.
 
@@ -173,8 +173,7 @@ def _values(
     """Returns the rank and the alpha of each layer, by its path."""
     if piece.settings is not None:
         found = read_values(piece.path / CONFIG, piece.settings, [*names.values()])
-        ranks, values = (dict(zip(names, x, strict=True)) for x in found)
-        return ranks, values
+        return dict(zip(names, found[0], strict=True)), dict(zip(names, found[1], strict=True))
     ranks, values = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
     for part in (LLM, VISION, PROJECTOR):
         own = [layer for layer in names if layer.startswith(part)]

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from llava_jax import LlavaModel
+from llava_jax import LlavaModel, generate
 from llava_jax.conversion.convert import convert, open_source
 from llava_jax.errors import CheckpointError
 
@@ -140,6 +140,30 @@ def test_logits_of_every_kind(
     convert(opened, tmp_path / "merged", "hf", merge=True)
     merged = type(make_hf("gqa")).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert_close(hf_logits(merged.eval(), batch), expected, batch)
+
+
+def test_answers_with_adapters_are_those_after_merging(make, saved, batches):
+    """Generation has its own loop over the layers, whose scales differ here."""
+    kinds = EQUAL["both patterns, rslora"] | EQUAL["tokens of embedding and head"]
+    _, directory = make(kinds | {"target_modules": ["q_proj", "up_proj", "linear_1"]})
+    model = LlavaModel.from_pretrained(saved("gqa"))
+    batch = batches["two_images"]
+    answer = lambda: np.asarray(
+        generate(model, batch["input_ids"], batch["pixel_values"], max_new_tokens=5)
+    )
+    base = answer()
+    model.load_adapter(directory)
+    adapted = answer()
+    model.merge_adapter()
+    np.testing.assert_array_equal(adapted, answer())
+    assert not np.array_equal(adapted, base)
+
+
+def test_other_tokens_of_a_tied_head_are_refused(make, saved):
+    tokens = {"embed_tokens": [5, 6], "lm_head": [8, 9]}
+    _, directory = make({"trainable_token_indices": tokens}, "tied")
+    with pytest.raises(CheckpointError, match="other tokens for lm_head"):
+        open_source(str(directory), str(saved("tied")), say=lambda _: None)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
