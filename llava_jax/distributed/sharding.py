@@ -50,7 +50,6 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"{BLOCKS}{FROM}\.weight", ("layers", "outputs", "split_inputs")),
     (rf"{BLOCKS}{FROM}\.lora_a", ("layers", "rank", "split_inputs")),
     (rf"{BLOCKS}{FROM}\.lora_b", ("layers", "outputs", "whole")),
-    (rf"{BLOCKS}({INTO}|{FROM})\.lora_scales", ("layers",)),
     (rf"{BLOCKS}norm\d?\.(weight|bias)", ("layers", "model")),
     (rf"{BLOCKS}(_proj|fc1|fc2)\.bias", ("layers", "model")),
     (r"llm\.(embed_tokens|lm_head)\.weight", ("vocab", "model")),

@@ -270,7 +270,13 @@ class Llama(nnx.Module):
 
             run = partial(in_chunks, feed) if self.compute.remat == "full" else feed
             if self.compute.gather_weights:
-                axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
+                # The scale of an adapter is a number, which every device has.
+                axes = {
+                    path: ()
+                    if path.endswith(".lora_scales")
+                    else logical_axes(f"llm.layers.{path}")[1:]
+                    for path in own
+                }
                 run = partial(shard_map_rows, run, axes)
             x += run(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")
