@@ -15,6 +15,7 @@ from llava_jax.config.model import (
 )
 from llava_jax.config.source import Parts, Source, absolute_source, format_source, parse_source
 from llava_jax.config.train import (
+    ALL_LINEAR,
     IGNORED_BY_PLANS,
     MAY_CHANGE,
     MAY_DIFFER,

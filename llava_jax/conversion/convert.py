@@ -6,7 +6,7 @@ merged and written layer by layer. The destination gets its final name only when
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from llava_jax.config import Aspect, LoraConfig, ModelConfig, Parts, absolute_source, format_source
+from llava_jax.config import Aspect, ModelConfig, Parts, absolute_source, format_source
 from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.conversion.write_llava import save_official, save_official_adapter
 from llava_jax.data.templates import TEMPLATES, Template
 from llava_jax.errors import ConfigError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Abstract
-from llava_jax.models.lora import merge_layer
-from llava_jax.models.paths import is_adapter
+from llava_jax.models.lora import Adapter, Adapters, TokenRows, describe, merge_layer
+from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import AdapterCheckpoint, check_base, open_adapter
@@ -35,7 +35,7 @@ from llava_jax.pretrained.load import (
     stored,
 )
 from llava_jax.pretrained.model_config import read_config, read_json_config, write_model_config
-from llava_jax.pretrained.peft import save_adapter
+from llava_jax.pretrained.peft import not_storable, save_adapter
 from llava_jax.pretrained.processor import choose_template, has_processor, save_processor
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.safetensors import Tensor
@@ -74,8 +74,8 @@ class Opened:
     adapter: Path | None = None
 
     @property
-    def adapters(self) -> dict[str, LoraConfig]:
-        """Returns the LoRA settings of every stack of layers that has adapters."""
+    def adapters(self) -> Adapters:
+        """Returns the adapters by the path of their module."""
         return self.trained.adapters if self.trained else {}
 
     @property
@@ -152,47 +152,64 @@ def open_source(
 
 def _summary(trained: AdapterCheckpoint) -> str:
     """Returns a text that lists the adapters by stack and the parts that were trained in full."""
-    parts = [
-        f"adapters with rank {lora.rank} and alpha {lora.alpha:g} in {stack}*"
-        for stack, lora in trained.adapters.items()
-    ]
-    whole = sorted({path.split(".")[0] for path in trained.abstract if not is_adapter(path)})
-    return "; ".join([*parts, *(f"{part} trained in full" for part in whole)])
+    whole = sorted({_part(path) for path in trained.abstract if not is_adapter(path)})
+    return "; ".join([*describe(trained.adapters), *(f"{part} trained in full" for part in whole)])
+
+
+def _part(path: str) -> str:
+    """Returns the part of a parameter, or the module if it is a matrix of the vocabulary."""
+    return path.removesuffix(".weight") if path in VOCABULARY else path.split(".")[0]
 
 
 def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, float]) -> None:
     """Raises ConfigError if a given alpha contradicts the alpha in the checkpoint."""
-    for stack, lora in trained.adapters.items():
-        if (given := alphas.get(stack, lora.alpha)) != lora.alpha:
+    for part, given in alphas.items():
+        found = [x for at, x in trained.adapters.items() if at.startswith(part)]
+        known = {pair[1] for x in found if isinstance(x, Adapter) for pair in x.meaning if pair[0]}
+        if known - {given}:
             raise ConfigError(
-                f"{path} has alpha {lora.alpha:g} in {stack}*, but alpha {given:g} was given; "
-                "remove the option with this alpha"
+                f"{path} has alpha {max(known - {given}):g} in {part}*, but alpha {given:g} was "
+                "given; remove the option with this alpha"
             )
 
 
 def merged(opened: Opened) -> dict[str, Stored]:
-    """Returns the parameters of the whole model; adapters are merged when a weight is read."""
+    """Returns the parameters of the whole model; adapters are merged when a weight is read.
+
+    A merged weight is float32 when it is read, so it is rounded only once, when it is written.
+    """
     params = {
         path: stored(path, opened.tensors[path], spec) for path, spec in opened.abstract.items()
     }
-    for stack, lora in opened.adapters.items():
+    for path, adapter in opened.adapters.items():
         assert opened.trained is not None
-        for path in opened.trained.tensors:
-            if path.startswith(stack) and path.endswith(".lora_a"):
-                weight = path.removesuffix("lora_a") + "weight"
-                params[weight] = _merge(params[weight], opened.trained.tensors, path, lora)
+        weight, tensors = params[f"{path}.weight"], opened.trained.tensors
+        if isinstance(adapter, TokenRows):
+            (rows,) = tensors[path + TRAINABLE_TOKENS]
+            params[f"{path}.weight"] = _with_rows(weight, rows, adapter)
+        else:
+            a, b = (tensors[f"{path}.lora_{x}"] for x in "ab")
+            params[f"{path}.weight"] = _merge(weight, a, b, adapter.scales)
     return params
 
 
-def _merge(
-    weight: Stored, tensors: Mapping[str, list[Tensor]], path: str, lora: LoraConfig
-) -> Stored:
-    """Returns a weight that reads a layer of W + (alpha / rank) B A, in the dtype of W."""
-    a, b = tensors[path], tensors[path.removesuffix("a") + "b"]
+def _merge(weight: Stored, a: list[Tensor], b: list[Tensor], scales: Sequence[float]) -> Stored:
+    """Returns a weight that reads a layer of W + scale B A."""
 
     def read(index: int) -> np.ndarray:
         low_rank = (x[index].read().astype(np.float32) for x in (a, b))
-        return np.asarray(merge_layer(weight.read(index), *low_rank, lora.alpha / lora.rank))
+        return np.asarray(merge_layer(weight.read(index), *low_rank, scales[index], np.float32))
+
+    return dataclasses.replace(weight, read=read)
+
+
+def _with_rows(weight: Stored, rows: Tensor, adapter: TokenRows) -> Stored:
+    """Returns a matrix of the vocabulary that has trained rows."""
+
+    def read(index: int) -> np.ndarray:
+        values = weight.read(index).astype(np.float32)
+        values[list(adapter.indices)] = rows.read()
+        return values
 
     return dataclasses.replace(weight, read=read)
 
@@ -316,9 +333,10 @@ def _trained_params(opened: Opened) -> dict[str, Stored]:
 def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     """Writes the adapters, and the parts that were trained in full, as one PEFT directory."""
     params = _trained_params(opened)
-    if any(path.startswith("llm.") and not is_adapter(path) for path in params):
+    if foreign := not_storable(params):
         raise ConfigError(
-            "a PEFT adapter cannot store a decoder that was trained in full; add --merge"
+            f"a PEFT adapter cannot store {len(foreign)} of the parameters that were trained in "
+            f"full, for example {foreign[0]}; add --merge"
         )
     save_adapter(
         directory,

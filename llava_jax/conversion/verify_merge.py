@@ -18,9 +18,10 @@ from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
-from llava_jax.models.paths import is_adapter
+from llava_jax.models.lora import Adapter, TokenRows
+from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
 from llava_jax.pretrained.image_processor import load_image_transform
-from llava_jax.pretrained.load import VOCABULARY, assemble, common_dtype, stored
+from llava_jax.pretrained.load import Stored, assemble, common_dtype, stored
 from llava_jax.pretrained.model import logits
 from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
@@ -49,10 +50,8 @@ def check_merged(opened: Opened, destination: Path, say: Callable[[str], None] =
             differs by more than rounding the weights can explain.
     """
     merged = open_source(str(destination), say=lambda _: None)
-    # Weights are merged in the dtype of the base and then cast to the dtype of the merged model.
-    # The less precise of the two limits what can be compared.
-    kinds = [str(common_dtype(model.tensors[_WEIGHT])) for model in (opened, merged)]
-    kind = max(kinds, key=LIMITS.__getitem__)
+    # Weights are merged in float32, and rounded to the dtype of the merged model.
+    kind = str(common_dtype(merged.tensors[_WEIGHT]))
     apart, largest = _compare_logits(opened, merged, kind, say)
     tensors, values, changed = _check_weights(opened, merged)
     say(
@@ -110,12 +109,13 @@ def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
     """
     count = values = changed = 0
     for path, spec in opened.abstract.items():
-        base, (factors, scale) = stored(path, opened.tensors[path], spec), _adapter_of(opened, path)
+        base, (factors, scales) = _base_of(opened, path, spec), _adapter_of(opened, path)
         for index, tensor in enumerate(merged.tensors[path]):
             written, weight = tensor.read(), base.read(index)
             if path in VOCABULARY:  # LLaVA's own format has no row for the image token
                 weight = weight[: len(written)]
             low_rank = [x[index].read().astype(np.float64) for x in factors]
+            scale = scales[index] if low_rank else 0.0
             if wrong := _count_wrong(written, weight, low_rank, scale):
                 raise CheckpointError(
                     f"{tensor.file}: {wrong} of the {written.size} values of {tensor.name} differ "
@@ -128,17 +128,32 @@ def _check_weights(opened: Opened, merged: Opened) -> tuple[int, int, int]:
     return count, values, changed
 
 
-def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], float]:
-    """Returns the tensors [A, B] of a weight's adapter by layer, and the adapter's scale.
+def _base_of(opened: Opened, path: str, spec: jax.ShapeDtypeStruct) -> Stored:
+    """Returns a parameter of the base, with the rows of trained tokens."""
+    base, module = stored(path, opened.tensors[path], spec), path.removesuffix(".weight")
+    rows = opened.adapters.get(module)
+    if not isinstance(rows, TokenRows) or opened.trained is None:
+        return base
+    (trained,) = opened.trained.tensors[module + TRAINABLE_TOKENS]
 
-    The result is [] and 0 if the weight has no adapter.
+    def read(index: int) -> np.ndarray:
+        values = base.read(index).astype(np.float32)
+        values[list(rows.indices)] = trained.read()
+        return values
+
+    return dataclasses.replace(base, read=read)
+
+
+def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], tuple[float, ...]]:
+    """Returns the tensors [A, B] of a weight's adapter by layer, and the scale of each layer.
+
+    The result is [] and () if the weight has no adapter.
     """
-    tensors = opened.trained.tensors if opened.trained else {}
-    for stack, lora in opened.adapters.items():
-        names = [path.removesuffix("weight") + name for name in ("lora_a", "lora_b")]
-        if path.startswith(stack) and names[0] in tensors:
-            return [tensors[name] for name in names], lora.alpha / lora.rank
-    return [], 0.0
+    adapter = opened.adapters.get(path.removesuffix(".weight"))
+    if not isinstance(adapter, Adapter) or opened.trained is None or not path.endswith(".weight"):
+        return [], ()
+    names = [path.removesuffix("weight") + name for name in ("lora_a", "lora_b")]
+    return [opened.trained.tensors[name] for name in names], adapter.scales
 
 
 def _count_wrong(
@@ -146,12 +161,12 @@ def _count_wrong(
 ) -> int:
     """Counts the values of `written` that are not W + scale B A, computed in float32 and rounded.
 
-    W is `weight`. Results are rounded to the dtype of `weight` and then to the dtype of `written`.
+    W is `weight`. Results are rounded to the dtype of `written`.
     A float32 result depends on the order of additions, but it is between two bounds. Rounding keeps
     the order of numbers, so the written value must be between the two rounded bounds. The rounded
     bounds are usually equal; otherwise they are neighboring numbers.
     """
-    rounded = lambda x: x.astype(weight.dtype).astype(written.dtype)
+    rounded = lambda x: x.astype(written.dtype)
     if not low_rank:
         return int((written != rounded(weight)).sum())
     (a, b), limits = low_rank, np.finfo(np.float32)

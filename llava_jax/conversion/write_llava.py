@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.config import Aspect, LlmConfig, LoraConfig, ModelConfig, Parts
+from llava_jax.config import Aspect, LlmConfig, ModelConfig, Parts
 from llava_jax.data.templates import Template
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
-from llava_jax.models.paths import LLM, is_adapter
+from llava_jax.models.lora import Adapter, Adapters
+from llava_jax.models.paths import LLM, VOCABULARY, is_adapter, is_projector
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.image_processor import write_image_processor, write_json
 from llava_jax.pretrained.llava_directory import official_settings
-from llava_jax.pretrained.load import VOCABULARY, Stored
+from llava_jax.pretrained.load import Stored
 from llava_jax.pretrained.model_config import read_llm_config, text_settings, tower_settings
-from llava_jax.pretrained.peft import CONFIG, WEIGHTS, lora_settings, peft_name
+from llava_jax.pretrained.peft import WEIGHTS, lora_settings, peft_name
+from llava_jax.pretrained.peft_config import CONFIG, common_adapter
 from llava_jax.pretrained.processor import generation_settings
 from llava_jax.pretrained.safetensors import write_tensors
 from llava_jax.pretrained.save import save_params, save_tensors
@@ -80,7 +82,7 @@ def save_official(
 def save_official_adapter(
     directory: Path,
     params: Mapping[str, Stored],
-    adapters: Mapping[str, LoraConfig],
+    adapters: Adapters,
     config: ModelConfig,
     base: str | None,
     tower: str | None,
@@ -92,7 +94,7 @@ def save_official_adapter(
     Args:
         directory: Existing directory to write to.
         params: Parameters that were trained.
-        adapters: LoRA settings by stack.
+        adapters: Adapters by the path of their module.
         config: Sizes of the model.
         base: Path or hub id of the decoder that the adapters were trained on; None if the decoder
             has no directory of its own.
@@ -102,22 +104,29 @@ def save_official_adapter(
 
     Raises:
         ConfigError: `params` has more than the decoder's adapters and the projector, LLaVA's own
-            code does not support the vision tower or the projector, or PyTorch is not installed.
+            code does not support the vision tower or the projector, the adapters have different
+            ranks, or PyTorch is not installed.
     """
     lora = {path: x for path, x in params.items() if path.startswith(LLM) and is_adapter(path)}
-    projector = {path: x for path, x in params.items() if path.startswith("projector.")}
+    projector = {path: x for path, x in params.items() if is_projector(path)}
     if foreign := sorted(params.keys() - lora.keys() - projector.keys()):
         raise ConfigError(
             f"LLaVA's LoRA directories cannot store {len(foreign)} of the trained parameters, for "
             f"example {foreign[0]}; add --merge"
         )
+    linears = {path: x for path, x in adapters.items() if isinstance(x, Adapter)}
+    if len({pair for x in linears.values() for pair in x.meaning}) > 1:
+        raise ConfigError(
+            "LLaVA's LoRA directories cannot store adapters with different ranks or alphas, or "
+            "adapters of only some layers; add --merge"
+        )
     naming = partial(peft_name, layouts.LLAVA)
     save_tensors(lora, config, naming, partial(write_tensors, directory / WEIGHTS))
     _save_pickle({naming(p): x for p, x in projector.items()}, directory)
-    written = lora_settings(adapters[LLM]) | {
+    written = lora_settings(common_adapter(linears)) | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "target_modules": list(adapters[LLM].targets),
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in linears}),
         "modules_to_save": None,
     }
     write_json(directory / CONFIG, written)

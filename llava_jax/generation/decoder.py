@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from llava_jax.config import LlmConfig
-from llava_jax.models.layers import Params, merge, split
+from llava_jax.models.layers import Params, merge, split, with_layer_scales
 from llava_jax.models.llama import Block, Rope
 from llava_jax.models.llava import Llava, head_logits
 from llava_jax.models.stack import Leaves
@@ -61,7 +61,7 @@ def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, We
     """
     # Without `donate`, a second module is split, which shares its arrays with the model.
     model = model if donate else cast("Llava", merge(*split(model)))
-    block, state = nnx.split(model.llm.layers)
+    block, state = nnx.split(with_layer_scales(model.llm.layers))
     stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
     # `state` refers to the stacks, and each stack must be freed as soon as it is unstacked.
     del state

@@ -26,7 +26,7 @@ from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
 from llava_jax.pretrained.processor import end_tokens, read_chat_template
-from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.pretrained.tokenizer import image_token_of, load_tokenizer
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -69,7 +69,8 @@ class PromptReader:
         self._config = config
         self._chat_template, self._process = chat_template, LimitedProcess()
         words = special_tokens(tokenizer).values()
-        special = sorted({*words, image_token_of(tokenizer, config)}, key=len, reverse=True)
+        image_token = cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))
+        special = sorted({*words, image_token}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
 
     @classmethod
@@ -86,7 +87,8 @@ class PromptReader:
         """
         tokenizer = load_tokenizer(source)
         transform = load_fitting_transform(source, config)
-        text, template = read_chat_template(source, tokenizer, image_token_of(tokenizer, config))
+        image_token = image_token_of(tokenizer, config, source)
+        text, template = read_chat_template(source, tokenizer, image_token)
         ends = end_tokens(source)
         end = None if template is None else end_token(template, tokenizer)
         reader = cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
@@ -181,8 +183,3 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     added = tokenizer.added_tokens_decoder.items()
     return dict(named) | {number: str(token) for number, token in added if token.special}
-
-
-def image_token_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:
-    """Returns the text of the token that stands for an image."""
-    return cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))

@@ -2,7 +2,6 @@
 
 import math
 import zlib
-from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from llava_jax.config import LoraConfig, ModelConfig, Quantisation
+from llava_jax.config import ModelConfig, Quantisation
 from llava_jax.errors import ConfigError
 from llava_jax.models import lora, quant
 from llava_jax.models.compute import FLOAT32, ComputeConfig
@@ -24,21 +23,18 @@ EMBEDDING_STDDEV = 0.02  # `initializer_range` of LlamaConfig
 
 def build_model(
     config: ModelConfig,
-    adapters: Mapping[str, LoraConfig],
+    adapters: lora.Adapters,
     compute: ComputeConfig = FLOAT32,
 ) -> tuple[nnx.GraphDef, Abstract]:
     """Returns the structure of a model and the shapes of its parameters, without arrays.
 
     Args:
         config: Sizes of the model.
-        adapters: LoRA config of each stack that has adapters, by the path prefix of the stack.
+        adapters: Adapters by the path of their module, as `lora.expand` returns them.
         compute: Settings of the computation.
-
-    Raises:
-        ConfigError: A target of LoRA is not the name of a linear layer of its stack.
     """
     model = Llava(config, compute)
-    lora.add_adapters(model, dict(adapters))
+    lora.add_adapters(model, adapters)
     return split(model)
 
 
@@ -61,7 +57,7 @@ def quantised_shapes(shapes: Abstract, kind: Quantisation) -> Abstract:
     return found
 
 
-def initialise(abstract: Abstract, seed: int) -> Params:
+def initialise(abstract: Abstract, seed: int, adapters: lora.Adapters | None = None) -> Params:
     """Returns new parameters, whose values depend on the seed and on their paths, not on devices.
 
     Weights of linear layers have a variance of 1 / inputs (LeCun normal). Adapters are initialized
@@ -70,10 +66,12 @@ def initialise(abstract: Abstract, seed: int) -> Params:
     Args:
         abstract: Shape, dtype and sharding of each parameter, by path.
         seed: Seed of the random values.
+        adapters: Adapters of the model, if the layers of a stack may have different ranks.
     """
 
     def make(path: str, leaf: PyTree) -> PyTree:
         value: PyTree = _initial_value(path, leaf.shape, seed)
+        value = lora.without_padding(value, path, adapters or {})
         if isinstance(leaf, Quantised):
             layers = [quantise(layer, leaf.kind) for layer in value]
             value = jax.tree.map(lambda *parts: np.stack(parts), *layers)

@@ -14,10 +14,11 @@ Blocks are stacked on axis 0 and run in a scan.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Shaped
@@ -72,7 +73,9 @@ class Linear(nnx.Module):
     """Linear layer with an optional bias and LoRA adapter; the weight may be `Quantised`.
 
     The output is x W^T + b, plus scale * dropout(x) A^T B^T if there is an adapter, which
-    `models.lora.add_adapters` adds. A is [R, in] and B is [out, R].
+    `models.lora.add_adapters` adds. A is [R, in] and B is [out, R]. The scale is `lora_scale`. Only
+    if the layers of a stack have different scales, it is an element of `lora_scales`, [L], which
+    `with_layer_scales` makes from `lora_layer_scales`.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
@@ -81,6 +84,8 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
+        self.lora_layer_scales: tuple[float, ...] = ()
+        self.lora_scales: nnx.Param | None = nnx.data(None)
         self.lora_dropout = 0.0
         self.lora_index = 0  # gives each linear layer of a block its own dropout mask
 
@@ -96,9 +101,33 @@ class Linear(nnx.Module):
             y += self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
             keys = None if keys is None else fold_in(keys, self.lora_index)
+            scale = self.lora_scale
+            if self.lora_scales is not None:
+                scale = self.lora_scales[...].astype(x.dtype)
             arrays = x, self.lora_a[...], self.lora_b[...], keys
-            y += _low_rank_product(*arrays, self.lora_scale, self.lora_dropout)
+            y += _low_rank_product(*arrays, scale, self.lora_dropout)
         return checkpoint_name(y, LINEAR)
+
+
+Stack = TypeVar("Stack", bound=nnx.Module)
+
+
+def with_layer_scales(stack: Stack) -> Stack:
+    """Returns a stack whose adapters have their scales as arrays, if they differ between layers.
+
+    A loop over the layers then slices the scales like the weights.
+
+    Args:
+        stack: Module with stacked blocks; it is not changed.
+    """
+    if not any(getattr(m, "lora_layer_scales", ()) for _, m in nnx.iter_modules(stack)):
+        return stack
+    copy = cast("Stack", merge(*split(stack)))
+    for _, module in nnx.iter_modules(copy):
+        if isinstance(module, Linear) and module.lora_layer_scales:
+            scales = jnp.array(module.lora_layer_scales, jnp.float32)
+            module.lora_scales = nnx.Param(scales)
+    return copy
 
 
 def _low_rank_product(
@@ -106,7 +135,7 @@ def _low_rank_product(
     a: Float[Array, "R in"],
     b: Float[Array, "out R"],
     keys: TokenKeys,
-    scale: float,
+    scale: float | Float[Array, ""],
     rate: float,
 ) -> Float[Array, "B T out"]:
     """Computes the contribution of an adapter: scale * dropout(x) A^T B^T."""
@@ -184,13 +213,38 @@ _quantised_product.defvjp(lambda x, w: (_quantised_product(x, w), w), _dequantis
 
 
 class Embedding(nnx.Module):
-    """Table of embedding vectors, [entries, D], looked up by id."""
+    """Table of embedding vectors, [entries, D], looked up by id.
+
+    If `models.lora.add_adapters` has added `trainable_tokens`, [indices, D], these vectors replace
+    the rows `token_indices` of the weight, as PEFT's trainable_token_indices do.
+    """
 
     def __init__(self, entries: int, width: int):
         self.weight = parameter(entries, width)
+        self.trainable_tokens: nnx.Param | None = nnx.data(None)
+        self.token_indices: tuple[int, ...] = ()
 
     def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        return self.weight[...][ids].astype(dtype)
+        weight = self.weight[...]
+        vectors = weight[ids].astype(dtype)
+        if self.trainable_tokens is None:
+            return vectors
+        # Only the vectors of the batch are replaced. A copy of the whole table would take memory,
+        # and so would its gradient.
+        rows = np.full(weight.shape[0], -1, np.int32)
+        rows[list(self.token_indices)] = np.arange(len(self.token_indices))
+        row = jnp.asarray(rows)[ids]
+        trained = self.trainable_tokens[...][jnp.maximum(row, 0)].astype(dtype)
+        return jnp.where(row[:, :, None] >= 0, trained, vectors)
+
+    @property
+    def matrix(self) -> Any:
+        """Returns the whole table, [entries, D], with the vectors of `trainable_tokens`."""
+        weight = self.weight.get_value()
+        if self.trainable_tokens is None:
+            return weight
+        rows = self.trainable_tokens[...].astype(weight.dtype)
+        return weight.at[np.array(self.token_indices)].set(rows)
 
 
 class RmsNorm(nnx.Module):
@@ -262,6 +316,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def fold_in(keys: Key[Array, "B T"], data: int | Int[Array, ""]) -> Key[Array, "B T"]:
     """Applies `jax.random.fold_in` with the same `data` to every key, [batch, tokens]."""
     return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, data)))(keys)
+
+
+def position_keys(keys: Key[Array, "I"], count: int) -> Key[Array, "I Q"]:
+    """Derives the dropout key of each of `count` positions from the key of each image."""
+    at = jnp.arange(count)
+    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(at))(keys)
 
 
 def dropout(

@@ -29,7 +29,6 @@ from llava_jax.models.layers import (
     Weight,
     from_chunks,
     merge,
-    parameter,
     segment_starts,
     split,
     to_chunks,
@@ -194,13 +193,6 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
 
-class LmHead(nnx.Module):
-    """Output matrix of a decoder whose embeddings are not tied to this matrix."""
-
-    def __init__(self, config: LlmConfig):
-        self.weight = parameter(config.vocab_size, config.hidden_size)
-
-
 class Llama(nnx.Module):
     """Decoder that maps embeddings to final hidden states; the loss multiplies these by `head`.
 
@@ -213,15 +205,16 @@ class Llama(nnx.Module):
         self.config = config
         self.compute = compute
         self.attend = ATTENTION[compute.implementation]
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        sizes = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(*sizes)
         self.layers = stack_blocks(Block(config), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nnx.data(None) if config.tie_word_embeddings else LmHead(config)
+        self.lm_head = nnx.data(None) if config.tie_word_embeddings else Embedding(*sizes)
 
     @property
     def head(self) -> Any:
         """Returns the output matrix [V, D], which is the embedding matrix if both are tied."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).matrix
 
     def rope(self, positions: Int[Array, "B T"]) -> Rope:
         """Returns the cosines and sines of the rotation angles of tokens.
@@ -277,7 +270,13 @@ class Llama(nnx.Module):
 
             run = partial(in_chunks, feed) if self.compute.remat == "full" else feed
             if self.compute.gather_weights:
-                axes = {path: logical_axes(f"llm.layers.{path}")[1:] for path in own}
+                # The scale of an adapter is a number, which every device has.
+                axes = {
+                    path: ()
+                    if path.endswith(".lora_scales")
+                    else logical_axes(f"llm.layers.{path}")[1:]
+                    for path in own
+                }
                 run = partial(shard_map_rows, run, axes)
             x += run(own, x, keys)
             return constrain(x, "batch", "tokens", "activations")

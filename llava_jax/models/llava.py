@@ -9,13 +9,14 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from llava_jax.config import ModelConfig
 from llava_jax.models.compute import FLOAT32, ComputeConfig
-from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in
+from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in, position_keys
 from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
 
-VISION_DROPOUT = 2**31 - 1
-"""Number that is folded into the dropout key of an image's first token to get the key of the image.
-No decoder layer has this index, so the keys of images and layers differ."""
+VISION_DROPOUT, PROJECTOR_DROPOUT = 2**31 - 1, 2**31 - 2
+"""Numbers that are folded into dropout keys: into the key of an image's first token to get the key
+of the image, and into the keys of an image's positions to get the projector's keys. No layer has
+these indices, so the keys of images, projector and layers differ."""
 
 
 class Projector(nnx.Module):
@@ -27,8 +28,20 @@ class Projector(nnx.Module):
         self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
         self.linear_2 = Linear(width, width, bias=True)
 
-    def __call__(self, x: Float[Array, "I Q Dv"]) -> Float[Array, "I Q D"]:
-        project = lambda x: self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
+    def __call__(
+        self, x: Float[Array, "I Q Dv"], keys: Key[Array, "I"] | None = None
+    ) -> Float[Array, "I Q D"]:
+        """Returns the projected features, [images, positions, hidden].
+
+        Args:
+            x: Image features, [images, positions, hidden of the vision tower].
+            keys: Dropout keys of the adapters, one per image; None turns dropout off.
+        """
+        own = None
+        if keys is not None and self.linear_1.lora_a is not None:
+            own = fold_in(position_keys(keys, x.shape[1]), PROJECTOR_DROPOUT)
+        act = ACTIVATIONS[self.act]
+        project = lambda x: self.linear_2(act(self.linear_1(x, own)), own)
         return jax.checkpoint(project)(x)  # the products are cheap to recompute
 
 
@@ -54,13 +67,13 @@ class Llava(nnx.Module):
 
         Args:
             pixel_values: Normalized pixels, [images, channels, height, width].
-            keys: Dropout keys of the vision adapters, one per image; None turns dropout off.
+            keys: Dropout keys of the adapters, one per image; None turns dropout off.
         """
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
             # As in Hugging Face's model, this drops CLIP's class token, but SigLIP's first patch.
             features = features[:, 1:]
-        return self.projector(features)
+        return self.projector(features, keys)
 
     def hidden_states(
         self,

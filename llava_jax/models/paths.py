@@ -1,6 +1,7 @@
 """Classifies parameters by path, and converts paths between stacked parameters and layers."""
 
 import re
+from collections.abc import Collection
 
 from llava_jax.config import ModelConfig, TuneConfig
 
@@ -47,8 +48,22 @@ def stacked(parameter: str, config: ModelConfig) -> str:
     return parameter.replace(match[0], ".tail." if is_tail else ".layers.", 1)
 
 
-VISION, LLM = "vision.encoder.layers.", "llm.layers."
-"""Path prefixes of the two stacks of layers to which adapters can be added."""
+VISION, LLM, PROJECTOR = "vision.encoder.layers.", "llm.layers.", "projector."
+"""Path prefixes of the linear layers to which adapters can be added."""
+
+MODULE_PREFIXES = {
+    "llm.": "model.language_model.",
+    "llm.lm_head.": "lm_head.",
+    "vision.": "model.vision_tower.",
+    "projector.": "model.multi_modal_projector.",
+}
+"""Prefixes of the module names in transformers 5, by the prefix of the path."""
+
+
+def module_name(path: str) -> str:
+    """Returns the name that a module has in transformers 5, for a path with a layer index."""
+    ours = max((prefix for prefix in MODULE_PREFIXES if path.startswith(prefix)), key=len)
+    return MODULE_PREFIXES[ours] + path.removeprefix(ours)
 
 
 BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head.")
@@ -56,19 +71,37 @@ BEHIND_FEATURE = ("vision.encoder.tail.", "vision.post_layernorm.", "vision.head
 trained, because the output of the model does not depend on them."""
 
 
+TRAINABLE_TOKENS = ".trainable_tokens"
+"""End of the paths of trained rows of the embedding or of the output matrix."""
+
+
 def is_adapter(path: str) -> bool:
-    """Returns True if the parameter at `path` belongs to a LoRA adapter."""
-    return path.endswith((".lora_a", ".lora_b"))
+    """Returns True if the parameter at `path` belongs to an adapter and not to the base model."""
+    return path.endswith((".lora_a", ".lora_b", TRAINABLE_TOKENS))
 
 
-def is_trainable(path: str, tune: TuneConfig) -> bool:
-    """Returns True if the parameter at `path` is trained with the settings `tune`."""
+def is_projector(path: str) -> bool:
+    """Returns True if the parameter at `path` belongs to the projector and not to its adapters."""
+    return path.startswith(PROJECTOR) and not is_adapter(path)
+
+
+def is_trainable(path: str, tune: TuneConfig, modules_to_save: Collection[str] = ()) -> bool:
+    """Returns True if a parameter is trained.
+
+    Args:
+        path: Path of the parameter.
+        tune: How each part of the model is trained.
+        modules_to_save: Parts of the decoder that are trained in full beside adapters, as in
+            `LoraConfig`.
+    """
     if is_adapter(path):
         return True
     if path.startswith(BEHIND_FEATURE):
         return False
-    return getattr(tune, path.split(".", 1)[0]) == "full"
+    part, module = path.split(".")[:2]
+    return getattr(tune, part) == "full" or (part == "llm" and module in modules_to_save)
 
 
-HEAD = "llm.lm_head.weight"
-"""Path of the decoder's output matrix; a decoder with tied embeddings has no such parameter."""
+EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
+"""Paths of the decoder's embedding and of its output matrix; a decoder with tied embeddings has no
+output matrix."""

@@ -33,7 +33,13 @@ from llava_jax.distributed.host_memory import (
 )
 from llava_jax.jax_compat import compiler_options
 from llava_jax.models.compute import ComputeConfig
-from llava_jax.models.layers import KEEP_PRODUCTS, TokenKeys, fold_in, gradients_together
+from llava_jax.models.layers import (
+    KEEP_PRODUCTS,
+    TokenKeys,
+    fold_in,
+    gradients_together,
+    with_layer_scales,
+)
 from llava_jax.models.quant import Quantised
 
 Block = TypeVar("Block", bound=nnx.Module)
@@ -146,7 +152,7 @@ def scan_blocks(
     Returns:
         Output of the last block, [batch, tokens, hidden].
     """
-    graphdef, state = nnx.split(stacked)
+    graphdef, state = nnx.split(with_layer_scales(stacked))
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
 
     def step(block: Leaves, x: jax.Array, index: Int[Array, ""], rest: tuple) -> jax.Array:

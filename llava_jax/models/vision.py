@@ -4,9 +4,6 @@ SigLIP's transformer (Zhai et al., 2023) has no class token and no norm before t
 has a bias in the patch embedding and a pooling head after the blocks.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -23,6 +20,7 @@ from llava_jax.models.layers import (
     Linear,
     TokenKeys,
     parameter,
+    position_keys,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
 
@@ -183,6 +181,5 @@ class VisionTower(nnx.Module):
             x = self.pre_layrnorm(x)
         x = constrain(x, "batch", "patches", "activations")
         if keys is not None:
-            at = jnp.arange(x.shape[1])
-            keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(at))(keys)
+            keys = position_keys(keys, x.shape[1])
         return scan_blocks(self.encoder.layers, x, Block.__call__, None, keys, self.compute)

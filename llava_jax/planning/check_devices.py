@@ -83,5 +83,6 @@ def division_warnings(
 
 def _shapes(config: TrainConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter of a run by path, without quantization."""
-    adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    return {path: leaf.shape for path, leaf in build_model(model, adapters)[1].items()}
+    configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
+    _, shapes = build_model(model, lora.expand(configs, model))
+    return {path: leaf.shape for path, leaf in shapes.items()}

@@ -121,7 +121,7 @@ def _block(
         again: Whether the backward pass computes the forward products again.
         backwards: Whether the block has a backward pass.
     """
-    ranks = {name: lora.rank * (tuning == "lora" and name in lora.targets) for name in linears}
+    ranks = {name: lora.rank * (tuning == "lora" and lora.has_target(name)) for name in linears}
     weights = sum(inputs * outputs for inputs, outputs in linears.values())
     adapters = sum(ranks[name] * sum(linears[name]) for name in linears)
     count = weights + adapters + 2 * logits

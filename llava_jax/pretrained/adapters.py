@@ -20,26 +20,41 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_jax.config import LoraConfig, ModelConfig, Parts, format_source
-from llava_jax.disk import Json
+from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.errors import CheckpointError
-from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
-from llava_jax.models.paths import BEHIND_FEATURE, LLM, VISION, is_adapter
+from llava_jax.models.lora import Adapter, Adapters, TokenRows
+from llava_jax.models.paths import (
+    BEHIND_FEATURE,
+    LLM,
+    PROJECTOR,
+    TRAINABLE_TOKENS,
+    VISION,
+    is_adapter,
+)
 from llava_jax.pretrained import checkpoint_layouts as layouts
+from llava_jax.pretrained.adapter_contents import (
+    Piece,
+    find_adapters,
+    find_whole,
+    padded,
+    used_tensors,
+)
 from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.load import Reader, assemble, find_tensors
-from llava_jax.pretrained.peft import BASE, CONFIG, plain_name, read_settings, stack_settings
+from llava_jax.pretrained.peft import BASE, plain_name
+from llava_jax.pretrained.peft_config import CONFIG, read_settings
 from llava_jax.pretrained.safetensors import Tensor, commonest, open_tensors, read_json
+from llava_jax.pretrained.unsupported import refuse_pointers
 
 _LAYOUTS = (
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
     *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
-_STACKS = (LLM, VISION)
 _SETTINGS = {
     LLM: "tune.llm and --lora.rank, --lora.alpha, --lora.targets",
+    PROJECTOR: "tune.projector and --lora.rank, --lora.alpha",
     VISION: "tune.vision and --vision-lora.rank, --vision-lora.alpha, --vision-lora.targets",
 }
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
@@ -48,22 +63,12 @@ BESIDE = ("non_lora_trainables", "mm_projector")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A file or directory of an adapter checkpoint; `settings` is its adapter_config.json."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    layout: Layout
-    settings: Json | None
-
-
-@dataclasses.dataclass(frozen=True)
 class AdapterCheckpoint:
     """An opened adapter checkpoint that fits a model. The values are not read yet.
 
     Attributes:
         layouts: Layout of the tensor names in each file or directory of the checkpoint.
-        adapters: LoRA settings by stack, `models.paths.LLM` or `models.paths.VISION`.
+        adapters: Adapters by the path of their module.
         abstract: Shape and dtype of every parameter by its path: `lora_a` [layers, rank, inputs]
             and `lora_b` [layers, outputs, rank] of each target, and the parameters that were
             trained in full.
@@ -75,7 +80,7 @@ class AdapterCheckpoint:
     """
 
     layouts: list[Layout]
-    adapters: dict[str, LoraConfig]
+    adapters: Adapters
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
     base_name: str | None
@@ -191,28 +196,28 @@ def open_adapter(
             wrong shape.
     """
     path = Path(path)
-    pieces = [_without_unused(_open_piece(p, read), config) for p in _parts_in(path) or [path]]
-    adapters: dict[str, LoraConfig] = {}
-    paths: set[str] = set()
+    pieces = [_open_piece(piece, read) for piece in _parts_in(path) or [path]]
+    adapters: dict[str, Adapter | TokenRows] = {}
+    whole: set[str] = set()
     for piece in pieces:
-        named = {name: _path(piece, name, config) for name in piece.tensors}
-        paths |= set(named.values())
-        for stack in _STACKS:
-            names = [name for name, path in named.items() if _is_adapter_of(path, stack)]
-            if names:
-                adapters[stack] = _settings(piece, stack, names, alphas or {})
-    specs = _expected(adapters, paths, abstract)
+        adapters |= find_adapters(piece, config, alphas or {})
+        whole |= find_whole(piece, config, abstract)
+    specs = _adapter_specs(adapters, abstract)
+    specs |= {path: abstract[path].shape for path in sorted(whole)}
     if not specs:
         raise CheckpointError(f"{path} has no tensor that belongs to this model")
-    sources = [(dict(piece.tensors), piece.layout) for piece in pieces]
-    found = find_tensors(str(path), sources, config, specs, may_grow=True)
+    specs = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in specs.items()}
+    sources = [(used_tensors(piece, config), piece.layout) for piece in pieces]
+    found = find_tensors(str(path), sources, config, specs, may_grow=True, adapters=adapters)
+    found = {path: padded(path, x, specs[path].shape, adapters) for path, x in found.items()}
     base = read_json(path / BASE) if (path / BASE).is_file() else {}
     fingerprint = base.get("fingerprint")
     named = [piece.layout for piece in pieces]
     return AdapterCheckpoint(named, adapters, specs, found, named_base(path), fingerprint)
 
 
-def _open_piece(path: Path, read: Reader) -> _Piece:
+def _open_piece(path: Path, read: Reader) -> Piece:
+    refuse_pointers(path)
     settings = read_settings(path / CONFIG) if (path / CONFIG).is_file() else None
     own = None if settings is None else _file_beside(path, "adapter_model")
     file = own or path
@@ -226,65 +231,21 @@ def _open_piece(path: Path, read: Reader) -> _Piece:
         layout = layouts.recognise(tensors, _LAYOUTS)
     except layouts.LayoutError as error:
         raise CheckpointError(f"{path} has no tensors of a LLaVA model: {error}") from error
-    return _Piece(path, tensors, layout, settings)
+    return Piece(path, tensors, layout, settings)
 
 
-def _path(piece: _Piece, name: str, config: ModelConfig) -> str:
-    return paths.stacked(piece.layout.parameter(name) or "", config)
-
-
-def _without_unused(piece: _Piece, config: ModelConfig) -> _Piece:
-    unused = lambda path: ".tail." in path and is_adapter(path)
-    kept = {n: t for n, t in piece.tensors.items() if not unused(_path(piece, n, config))}
-    return dataclasses.replace(piece, tensors=kept)
-
-
-def _is_adapter_of(path: str, stack: str) -> bool:
-    return path.startswith(stack) and is_adapter(path)
-
-
-def _settings(
-    piece: _Piece, stack: str, names: list[str], alphas: Mapping[str, float]
-) -> LoraConfig:
-    if piece.settings is not None:
-        return stack_settings(piece.path, piece.settings, stack, names)
-    if stack not in alphas:
-        raise CheckpointError(
-            f"{piece.path} has adapters in {stack}*, but does not contain their alpha; find "
-            "lora_alpha in the XTuner config (.py) of the training, and give its value as --alpha "
-            "(decoder) or --vision-alpha (vision tower)"
-        )
-    shapes = [piece.tensors[name].shape for name in names if name.endswith(".lora_a")]
-    if not shapes or not shapes[0]:
-        raise CheckpointError(
-            f"{piece.path} has adapters in {stack}*, but no lora_A tensor with their rank (found: "
-            f"{names[0]})"
-        )
-    rank = shapes[0][0]
-    return stack_settings(piece.path, {"r": rank, "lora_alpha": alphas[stack]}, stack, names)
-
-
-def _expected(adapters: Mapping[str, LoraConfig], paths: set[str], abstract: Abstract) -> Abstract:
-    """Returns the shape and dtype of every parameter that the adapter checkpoint must have.
-
-    Each adapter must have both `lora_a` and `lora_b`, and each part that was trained in full must
-    have all its tensors.
-    """
+def _adapter_specs(adapters: Adapters, abstract: Abstract) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of the adapters, by path."""
     shapes = {}
-    for stack, lora in adapters.items():
-        linears = {path.rsplit(".", 1)[0] for path in paths if _is_adapter_of(path, stack)}
-        for linear in sorted(linears):
-            weight = abstract.get(f"{linear}.weight")
-            # Only linear layers may have adapters, so `find_tensors` reports all other adapters.
-            if weight is not None and len(weight.shape) == 3:
-                layers, outputs, inputs = weight.shape
-                shapes[f"{linear}.lora_a"] = layers, lora.rank, inputs
-                shapes[f"{linear}.lora_b"] = layers, outputs, lora.rank
-    whole = {path.split(".", 1)[0] for path in paths if path in abstract and not is_adapter(path)}
-    for part in sorted(whole):
-        needed = [p for p in abstract if p.startswith(f"{part}.") and not is_adapter(p)]
-        shapes |= {path: abstract[path].shape for path in needed}
-    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    for path, adapter in adapters.items():
+        *layers, outputs, inputs = abstract[f"{path}.weight"].shape
+        if isinstance(adapter, TokenRows):
+            shapes[path + TRAINABLE_TOKENS] = len(adapter.indices), inputs
+        else:
+            rank = max(adapter.ranks)
+            shapes[f"{path}.lora_a"] = *layers, rank, inputs
+            shapes[f"{path}.lora_b"] = *layers, outputs, rank
+    return shapes
 
 
 def check_base(
@@ -312,7 +273,7 @@ def check_base(
 
 def load_adapter(
     path: str | Path,
-    adapters: Mapping[str, LoraConfig],
+    adapters: Adapters,
     config: ModelConfig,
     abstract: Abstract,
     trainable: Collection[str],
@@ -322,8 +283,7 @@ def load_adapter(
 
     Args:
         path: Directory or file, as in `open_adapter`.
-        adapters: LoRA settings of the run by stack; the checkpoint must have the same rank, alpha
-            and targets.
+        adapters: Adapters of the run; the checkpoint must have the same modules, ranks and alphas.
         config: Sizes of the base model.
         abstract: Shapes, dtypes and shardings of the run's parameters.
         trainable: Paths of the parameters that the run trains.
@@ -338,7 +298,12 @@ def load_adapter(
             checkpoint has parameters that the run does not train, or the checkpoint was trained on
             another base.
     """
-    alphas = {stack: lora.alpha for stack, lora in adapters.items()}
+    alphas = {
+        part: adapter.alphas[0]
+        for part in _SETTINGS
+        for path, adapter in adapters.items()
+        if path.startswith(part) and isinstance(adapter, Adapter)
+    }
     trained = open_adapter(path, config, abstract, alphas=alphas)
     problems = [*_other_settings(trained, adapters)]
     kept = [path for path in trained.abstract if not path.startswith(BEHIND_FEATURE)]
@@ -356,14 +321,41 @@ def load_adapter(
     return trained.load({path: abstract[path] for path in kept})
 
 
-def _other_settings(
-    trained: AdapterCheckpoint, adapters: Mapping[str, LoraConfig]
-) -> Iterable[str]:
-    meaning = lambda lora: lora and (lora.rank, lora.alpha, sorted(lora.targets))
-    for stack in _STACKS:
-        has, wants = meaning(trained.adapters.get(stack)), meaning(adapters.get(stack))
-        if has != wants:
-            yield (
-                f"for {stack}*, the adapter has (rank, alpha, targets) = {has}, but the run has "
-                f"{wants}; give the run the same values with {_SETTINGS[stack]}"
-            )
+def _other_settings(trained: AdapterCheckpoint, adapters: Adapters) -> Iterable[str]:
+    """Yields a text for each part whose adapters differ from those of the run."""
+    for part, fields in _SETTINGS.items():
+        has, wants = _meaning(trained.adapters, part), _meaning(adapters, part)
+        if has == wants:
+            continue
+        texts = [_summary(found) for found in (has, wants)]
+        if texts[0] == texts[1]:  # only some modules differ
+            path = next(path for path in {**has, **wants} if has.get(path) != wants.get(path))
+            texts = [f"{found.get(path)} in {path}" for found in (has, wants)]
+        yield (
+            f"for {part}*, the adapter has (rank, alpha, targets) = {texts[0]}, but the run has "
+            f"{texts[1]}; give the run the same values with {fields}"
+        )
+    rows = [
+        {path: x.indices for path, x in found.items() if isinstance(x, TokenRows)}
+        for found in (trained.adapters, adapters)
+    ]
+    if rows[0] != rows[1]:
+        yield (
+            f"the adapter has trained the tokens {rows[0] or 'None'}, but the run trains "
+            f"{rows[1] or 'None'}; give the run the same ids with --lora.trainable-token-indices"
+        )
+
+
+def _meaning(adapters: Adapters, part: str) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Returns the ranks and the alphas of a part's adapters, by path."""
+    found = {path: x for path, x in adapters.items() if path.startswith(part)}
+    return {path: x.meaning for path, x in found.items() if isinstance(x, Adapter)}
+
+
+def _summary(meaning: Mapping[str, tuple[tuple[int, float], ...]]) -> str:
+    if not meaning:
+        return "None"
+    pairs = sorted({pair for layers in meaning.values() for pair in layers if pair[0]})
+    targets = sorted({path.rsplit(".", 1)[-1] for path in meaning})
+    values = pairs[0] if len(pairs) == 1 else tuple([*x] for x in zip(*pairs, strict=True))
+    return str((*values, targets))

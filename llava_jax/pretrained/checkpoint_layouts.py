@@ -10,6 +10,8 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable
 
+from llava_jax.models.paths import MODULE_PREFIXES
+
 
 class LayoutError(Exception):
     """Raised if the tensor names of a checkpoint match no known layout."""
@@ -100,13 +102,7 @@ HF_4_52 = _llava(
     "model.vision_tower.vision_model.",
     "model.multi_modal_projector.",
 )
-HF_5_MEMORY = _llava(
-    "Hugging Face LLaVA in memory, names of transformers 5",
-    "model.language_model.",
-    "lm_head.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
+HF_5_MEMORY = Layout("Hugging Face LLaVA in memory, names of transformers 5", MODULE_PREFIXES)
 HF_5 = _llava(
     "Hugging Face LLaVA, names of transformers 5",
     "language_model.model.",

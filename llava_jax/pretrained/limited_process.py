@@ -29,7 +29,10 @@ class ProgramError(Exception):
 
 
 class LimitedProcess:
-    """Runs `render` and `match` in a process with limits. Several threads may share an object."""
+    """Runs the functions `render`, `match` and `targets` in a process with limits.
+
+    Several threads may share an object.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,7 +43,7 @@ class LimitedProcess:
         """Runs a task and returns its result.
 
         Args:
-            task: Name of a function in this module, "render" or "match".
+            task: Name of a function in this module: "render", "match" or "targets".
             arguments: Keyword arguments of the function; they are sent as JSON.
 
         Raises:
@@ -102,7 +105,7 @@ def _serve() -> None:
             most = int(file.read().split()[0]) * resource.getpagesize() + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tasks = {"render": render, "match": match}
+    tasks = {"render": render, "match": match, "targets": targets}
     for line in sys.stdin.buffer:
         task, arguments = json.loads(line)
         # After this time a signal ends the process, even in the middle of a single step.
@@ -124,6 +127,51 @@ def match(patterns: list[str], names: list[str]) -> list[int | None]:
     compiled = [re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns]
     found = lambda name: (index for index, known in enumerate(compiled) if known.match(name))
     return [next(found(name), None) for name in names]
+
+
+def targets(
+    modules: list[str],
+    target_modules: str | list[str],
+    exclude_modules: str | list[str] | None,
+    modules_to_save: list[str] | None,
+    layers_to_transform: int | list[int] | None,
+    layers_pattern: str | list[str] | None,
+) -> list[bool]:
+    """Returns, for each module, whether PEFT adds an adapter to it.
+
+    Args:
+        modules: Names of linear layers.
+        target_modules: Regular expression for the whole name, or ends of names.
+        exclude_modules: Modules that get no adapter, in the same form.
+        modules_to_save: Names of modules that were trained in full, and get no adapter.
+        layers_to_transform: Indices of the layers that get adapters, if `target_modules` is a list.
+        layers_pattern: Names before the index of a layer; none means any name.
+    """
+
+    def is_named(name: str, rule: str | list[str]) -> bool:
+        if isinstance(rule, str):
+            return re.fullmatch(rule, name) is not None
+        return name in rule or name.endswith(tuple(f".{end}" for end in rule))
+
+    chosen = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    before = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
+    ahead = r"(?:^|.*?\.)" if layers_pattern else r".*?\."
+
+    def is_in_layer(name: str) -> bool:
+        if not chosen or isinstance(target_modules, str):
+            return True
+        found = (re.match(rf"{ahead}{pattern}\.(\d+)\.", name) for pattern in before)
+        match = next((match for match in found if match), None)
+        return match is not None and int(match[match.lastindex or 1]) in chosen
+
+    def is_excluded(name: str) -> bool:
+        saved = (re.match(rf"(^|.*\.){m}($|\..*)", name) for m in modules_to_save or ())
+        return (bool(exclude_modules) and is_named(name, exclude_modules)) or any(saved)
+
+    return [
+        is_named(name, target_modules) and is_in_layer(name) and not is_excluded(name)
+        for name in modules
+    ]
 
 
 def render(

@@ -24,18 +24,19 @@ from llava_jax.distributed.host_memory import PINNED_HOST
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
 from llava_jax.models.layers import Abstract, Params
+from llava_jax.models.lora import Adapters, stored_layers
+from llava_jax.models.paths import EMBEDDING, HEAD, VOCABULARY
 from llava_jax.models.quant import QuantisationError, Quantised, quantise
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
 from llava_jax.pretrained.safetensors import Tensor, open_tensors
+from llava_jax.pretrained.unsupported import refuse_quantized
 
 Source = tuple[dict[str, Tensor], Layout]
 """Tensors of a file or directory by name, and the layout of these names."""
 
 Reader = Callable[[Path], dict[str, Tensor]]
 """Function that opens a file or directory and returns its tensors by name, without values."""
-
-EMBEDDING, HEAD = VOCABULARY = ("llm.embed_tokens.weight", "llm.lm_head.weight")
 
 
 def load_params(
@@ -101,6 +102,7 @@ def open_sources(source: str | Path | Parts, read: Reader = open_tensors) -> lis
 
 def _open(path: str | Path, known: tuple[Layout, ...], read: Reader) -> Source:
     tensors = read(Path(path))
+    refuse_quantized(Path(path), tensors)
     try:
         return tensors, layouts.recognise(tensors, known)
     except layouts.LayoutError as error:
@@ -124,6 +126,7 @@ def find_tensors(
     abstract: Abstract,
     *,
     may_grow: bool = False,
+    adapters: Adapters | None = None,
 ) -> dict[str, list[Tensor]]:
     """Returns each parameter's tensors by path; a stacked parameter has one tensor per layer.
 
@@ -134,6 +137,7 @@ def find_tensors(
         config: Sizes of the model that `abstract` belongs to.
         abstract: Shapes of the wanted parameters. Every tensor must belong to one parameter.
         may_grow: Whether a vocabulary may have fewer rows than in `abstract`.
+        adapters: Adapters in `abstract`. Layers of a stack that have no adapter have no tensor.
 
     Raises:
         CheckpointError: Tensors are missing, do not belong to the model, or have the wrong shape;
@@ -144,7 +148,7 @@ def find_tensors(
     missing, misshapen, known = [], [], set()
     for path, spec in abstract.items():
         tensors, layout = next((s for s in sources if s[1].holds(path)), ({}, None))
-        for parameter, shape in paths.layers(path, spec.shape, config):
+        for _, parameter, shape in stored_layers(path, spec.shape, config, adapters or {}):
             known.add(parameter)
             name = layout.file_name(parameter) if layout else parameter
             tensor = tensors.get(name)
@@ -323,7 +327,8 @@ class Stored:
 
     Attributes:
         shape: Shape of the whole parameter, with the layer axis of a stacked parameter.
-        dtype: Dtype of the arrays that `read` returns.
+        dtype: Dtype in which the parameter is written, unless another one is asked for. Arrays of
+            `read` may have more precision.
         read: Function that reads the layer with a given index; index 0 reads the whole parameter if
             it is not stacked.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -26,7 +27,7 @@ from llava_jax.models.build import initialise, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
 from llava_jax.models.llava import Llava
-from llava_jax.models.paths import is_adapter
+from llava_jax.models.paths import TRAINABLE_TOKENS, is_adapter, is_projector
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.load import fingerprint, load_params
@@ -44,6 +45,7 @@ def load_weights(
     *,
     seed: int,
     wanted: Collection[str] | None = None,
+    adapters: lora.Adapters | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Params:
     """Loads parameters from a checkpoint, and initializes parameters that the checkpoint lacks.
@@ -56,6 +58,7 @@ def load_weights(
         seed: Seed of new parameters: adapters, and a projector that `source` lacks.
         wanted: Paths of the parameters to return; None returns all. The checkpoint is always
             checked for all parameters.
+        adapters: Adapters of the model, by the path of their module.
         say: Function that is called with a message if `source` has no projector.
 
     Raises:
@@ -65,9 +68,17 @@ def load_weights(
     base = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
     params = {} if source is None else load_params(source, config, base, wanted=wanted)
     fresh = {path: abstract[path] for path in wanted if path not in params}
-    if say and source is not None and any(path.startswith("projector.") for path in fresh):
+    if say and source is not None and any(map(is_projector, fresh)):
         say(f"{format_source(source)} has no projector; a new one is initialized with seed {seed}")
-    return params | initialise(fresh, seed)
+    params |= initialise(fresh, seed, adapters)
+    for path, rows in (adapters or {}).items():
+        own = path + TRAINABLE_TOKENS
+        if own in fresh and isinstance(rows, lora.TokenRows):
+            # The vectors start as those of the base. `wanted` contains the base's vectors too,
+            # because new vectors are needed only at the start of a run, which loads everything.
+            start = params[f"{path}.weight"][np.array(rows.indices)].astype(fresh[own].dtype)
+            params[own] = jax.device_put(start, fresh[own].sharding)
+    return params
 
 
 @partial(jit_for_backend, static_argnums=0)
@@ -159,7 +170,7 @@ class LlavaModel(Llava):
         lacks: list[str] = []
         model = cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
         brought = () if adapter is None else model._add_adapter(adapter)
-        if lacks and not any(path.startswith("projector.") for path in brought):
+        if lacks and not any(map(is_projector, brought)):
             name = format_source(base)
             what = f"neither {adapter} nor {name} has a" if adapter else f"{name} has no"
             raise CheckpointError(

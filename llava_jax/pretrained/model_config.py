@@ -19,6 +19,7 @@ from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from llava_jax.pretrained.unsupported import supported_config
 
 # Defaults of transformers, the same in versions 4.36 (4.37 for Qwen2 and SigLIP) and 5.23.
 LLAMA_DEFAULTS: Json = {
@@ -238,10 +239,10 @@ def read_json_config(directory: str | Path) -> tuple[Path, Json]:
     """Returns the path and the content of a directory's config.json.
 
     Raises:
-        CheckpointError: There is no config.json, or it cannot be read.
+        CheckpointError: There is no config.json, it cannot be read, or the model is not supported.
     """
     file = Path(directory) / "config.json"
-    return file, read_json(file)
+    return file, supported_config(file, read_json(file))
 
 
 def _given(raw: Json | None) -> Json:

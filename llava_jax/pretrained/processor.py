@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import Aspect, ModelConfig, Parts, format_source
+from llava_jax.config import Aspect, ModelConfig, Parts
 from llava_jax.data.conversation import adds_bos, end_token
 from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
 from llava_jax.disk import Json, copy_regular
@@ -21,7 +21,7 @@ from llava_jax.pretrained.image_processor import (
     write_json,
 )
 from llava_jax.pretrained.safetensors import read_json
-from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
+from llava_jax.pretrained.tokenizer import has_tokenizer, image_token_of, load_tokenizer
 
 
 def has_processor(directory: Path) -> bool:
@@ -59,14 +59,7 @@ def save_processor(
     directory = Path(directory)
     tokenizer = load_tokenizer(source)
     transform = load_image_transform(source, aspect)
-    image_token = cast("str | None", tokenizer.convert_ids_to_tokens(config.image_token_id))
-    if not image_token or tokenizer.encode(image_token, add_special_tokens=False) != [
-        config.image_token_id
-    ]:
-        raise CheckpointError(
-            f"{format_source(source)}: the tokenizer has no token with the id "
-            f"{config.image_token_id}, the image token of the model; use the model's own tokenizer"
-        )
+    image_token = image_token_of(tokenizer, config, source)
     try:
         tokenizer.save_pretrained(directory)
     except OSError:

@@ -16,6 +16,7 @@ from llava_jax.pretrained.adapters import BESIDE, check_readable, is_adapter_che
 from llava_jax.pretrained.load import Reader
 from llava_jax.pretrained.model_config import read_json_config
 from llava_jax.pretrained.safetensors import MAX_JSON_BYTES, open_tensors
+from llava_jax.pretrained.unsupported import refuse_pointers
 
 
 class Checkpoint(NamedTuple):
@@ -79,7 +80,9 @@ def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False)
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source, read))
     is_here = Path(source).exists()
-    path = _in_run(Path(source) if is_here else _local(str(source), read))
+    path = Path(source) if is_here else _local(str(source), read)
+    refuse_pointers(path)
+    path = _in_run(path)
     if is_adapter_checkpoint(path):
         if is_base:
             raise ConfigError(
@@ -169,6 +172,7 @@ def _resolve_parts(parts: Parts, read: Reader) -> Parts:
 
 def _find_part(name: str, read: Reader) -> Path:
     directory = _local(name, read)
+    refuse_pointers(directory)
     _refuse_pickles(name, directory, read)
     return directory
 

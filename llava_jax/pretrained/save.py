@@ -19,6 +19,7 @@ from llava_jax.distributed.host_memory import fetch, layer_at
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
+from llava_jax.models.lora import Adapters, stored_layers
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
@@ -53,7 +54,7 @@ def save_params(
         ValueError: There are adapters among the parameters.
         CheckpointError: A value is too large for `dtype`, or a `Stored` parameter cannot be read.
     """
-    adapters = [path for path in params if path.endswith((".lora_a", ".lora_b"))]
+    adapters = [path for path in params if paths.is_adapter(path)]
     if adapters:
         raise ValueError(f"merge the adapters before you save the model: {', '.join(adapters)}")
     write = lambda specs, fetch: write_sharded(Path(directory), specs, fetch, shard_bytes)
@@ -66,6 +67,7 @@ def save_tensors(
     naming: Callable[[str], str],
     write: Callable[[Specs, Callable[[str], np.ndarray]], None],
     dtype: str | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Gathers parameters layer by layer on all processes, and writes them on the first process.
 
@@ -80,19 +82,25 @@ def save_tensors(
             function that returns a tensor by its name. `write` must call this function once for
             each tensor, in the order of the shapes.
         dtype: Dtype of all tensors, as in `save_params`.
+        adapters: Adapters among the parameters; each layer is written with its own rank.
 
     Raises:
         CheckpointError: A value is too large for `dtype`, or a `Stored` parameter cannot be read.
     """
     origins, specs = {}, {}
     for path, param in params.items():
-        for index, (parameter, shape) in enumerate(paths.layers(path, param.shape, config)):
+        for index, parameter, shape in stored_layers(path, param.shape, config, adapters or {}):
             name = naming(parameter)
             origins[name] = path, index
             specs[name] = shape, jnp.dtype(dtype or param.dtype)
     # Wide dtypes come first, so that every tensor in a file is aligned to its item size.
     specs = dict(sorted(specs.items(), key=lambda item: (-item[1][1].itemsize, natural(item[0]))))
-    fetch = lambda name: _convert(name, _fetch(params, *origins[name]), specs[name][1])
+
+    def fetch(name: str) -> np.ndarray:
+        shape, dtype = specs[name]
+        own = _fetch(params, *origins[name])[tuple(map(slice, shape))]
+        return _convert(name, np.ascontiguousarray(own), dtype)
+
     if is_main_process():
         write(specs, fetch)
     else:

@@ -9,13 +9,13 @@ generic fast tokenizer uses the file unchanged.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from llava_jax.config import Parts
+from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.data.conversation import tokenizing
 from llava_jax.disk import copy_regular, read_regular
 from llava_jax.errors import CheckpointError
@@ -71,12 +71,69 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def image_token_of(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: str | Path | Parts
+) -> str:
+    """Returns the text of the token that stands for an image.
+
+    Args:
+        tokenizer: Tokenizer of a model.
+        config: Sizes and token ids of the model.
+        source: Checkpoint that the tokenizer was loaded from, for messages.
+
+    Raises:
+        CheckpointError: The tokenizer and the model have different image tokens.
+    """
+    index, own = config.image_token_id, tokenizer.get_vocab().get(IMAGE_TOKEN)
+    text = tokenizer.convert_ids_to_tokens(index)
+    is_one = isinstance(text, str) and tokenizer.encode(text, add_special_tokens=False) == [index]
+    if not is_one or own not in (None, index):
+        raise CheckpointError(
+            f"{format_source(source)}: the image token of the model has the id {index}, but the "
+            f"tokenizer has {'no token' if own is None else f'the id {own} for'} {IMAGE_TOKEN}; "
+            "use the model's own tokenizer"
+        )
+    return cast("str", text)
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: str | Path | Parts
+) -> None:
+    """Checks that the model has an embedding for each token of the tokenizer.
+
+    Args:
+        tokenizer: Tokenizer of a model.
+        config: Sizes of the model.
+        source: Checkpoint that the tokenizer was loaded from, for messages.
+
+    Raises:
+        CheckpointError: The tokenizer has more tokens than the model.
+    """
+    size = config.llm.vocab_size
+    ids = tokenizer.get_vocab()
+    if new := sorted((name for name in ids if ids[name] >= size), key=ids.__getitem__):
+        raise CheckpointError(
+            f"{format_source(source)}: the tokenizer has {max(ids.values()) + 1} tokens, but the "
+            f"model has {size}, so it has no embedding of, for example, {new[0]!r:.80}; add rows "
+            f"to the model with transformers: model.resize_token_embeddings({len(ids)}), then "
+            "model.save_pretrained, and start from that directory"
+        )
+
+
 def _load(directory: Path) -> PreTrainedTokenizerBase:
     if (directory / _FAST).exists():
         _check_fast(directory / _FAST)
         return PreTrainedTokenizerFast.from_pretrained(directory)
     backend = _from_sentencepiece(directory / _SENTENCEPIECE)
-    return PreTrainedTokenizerFast.from_pretrained(directory, tokenizer_object=backend)
+    loaded = PreTrainedTokenizerFast.from_pretrained(directory, tokenizer_object=backend)
+    if (file := directory / "added_tokens.json").is_file():
+        # Slow tokenizers find these tokens in the text as it is. transformers marks the tokens as
+        # normalized, and then a fast tokenizer would match a token only with the space before it.
+        added = [token for token in loaded.added_tokens_decoder.values() if token.normalized]
+        names = read_json(file).keys() & {token.content for token in added}
+        own = [AddedToken(name, normalized=False) for name in sorted(names)]
+        loaded.backend_tokenizer.add_tokens(own)
+    return loaded
 
 
 _MAX_FILE_BYTES = 2**26

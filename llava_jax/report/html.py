@@ -286,7 +286,7 @@ def _manual_plan(config: Row) -> str:
 def _recipe(config: Row) -> Row:
     """Returns the most important fields of the config."""
     tune, batch, rates = config["tune"], config["batch"], config["optimizer"]
-    ranks = {"llm": "lora", "vision": "vision_lora"}
+    ranks = {"llm": "lora", "vision": "vision_lora", "projector": "lora"}
     lora = lambda name: f", rank {config[name]['rank']}, alpha {config[name]['alpha']:g}"
     trains = [
         f"{part}: {mode}{lora(ranks[part]) if mode == 'lora' else ''}"

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from llava_jax.config import AttentionImplementation, LoraConfig, ModelConfig, TrainConfig
+from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
 from llava_jax.distributed.multihost import rows_here
@@ -51,7 +51,7 @@ class Program:
 
     Attributes:
         model_config: Sizes and token ids of the model.
-        adapters: LoRA settings by stack, for each stack of blocks that has adapters.
+        adapters: Adapters by the path of their module.
         mesh: Device mesh.
         graphdef: Structure of the model.
         abstract: Shape, dtype and sharding of every parameter; trainable parameters are float32.
@@ -68,7 +68,7 @@ class Program:
     """
 
     model_config: ModelConfig
-    adapters: dict[str, LoraConfig]
+    adapters: lora.Adapters
     mesh: Mesh
     graphdef: nnx.GraphDef
     abstract: Abstract
@@ -177,7 +177,8 @@ def build_program(
         ConfigError: Fields of the config contradict each other or do not fit the devices.
     """
     _check_memory(config)
-    adapters = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
+    configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
+    adapters = lora.expand(configs, model_config)
     platform = platform or mesh.devices.flat[0].platform
     compute = _compute_config(config, implementation, platform)
     graphdef, shapes = build_model(model_config, adapters, compute)
@@ -277,7 +278,7 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     Raises:
         ConfigError: No parameter is trainable, or `quantize` does not fit `tune`.
     """
-    trains = lambda path: is_trainable(path, config.tune)
+    trains = lambda path: is_trainable(path, config.tune, config.lora.modules_to_save)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
         for path, leaf in shapes.items()
@@ -302,7 +303,7 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
 
 def _check_quantised(config: TrainConfig) -> None:
     """Raises ConfigError unless the decoder's weights are frozen and the run trains adapters."""
-    if config.tune.llm == "full" or "lora" not in (config.tune.llm, config.tune.vision):
+    if config.tune.llm == "full" or not config.tune.has_adapters:
         raise ConfigError(
             f"quantize {config.quantize!r} needs frozen decoder weights and LoRA adapters, because "
             "a run without adapters exports the whole model; set tune.llm to 'lora', or set "

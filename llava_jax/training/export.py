@@ -19,8 +19,7 @@ from llava_jax.train_step.program import Program
 
 def export_dir(config: TrainConfig) -> Path:
     """Returns the directory of a run's export: `adapter/` if the run trains LoRA, else `model/`."""
-    has_adapters = "lora" in (config.tune.llm, config.tune.vision)
-    return config.run_dir / ("adapter" if has_adapters else "model")
+    return config.run_dir / ("adapter" if config.tune.has_adapters else "model")
 
 
 def export(

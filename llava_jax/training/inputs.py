@@ -29,7 +29,7 @@ from llava_jax.errors import ConfigError, SampleError
 from llava_jax.planning.model_flops import slot_tokens
 from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.tokenizer import load_tokenizer
+from llava_jax.pretrained.tokenizer import check_vocabulary, image_token_of, load_tokenizer
 from llava_jax.training.data_sets import open_data
 
 
@@ -317,6 +317,8 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
     transform = load_fitting_transform(processor, model, data.image_aspect)
     tokenizer = load_tokenizer(processor)
+    image_token_of(tokenizer, model, processor)
+    check_vocabulary(tokenizer, model, processor)
     encoder = SampleEncoder(
         tokenizer=tokenizer,
         template=TEMPLATES[data.template],

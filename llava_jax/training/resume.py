@@ -38,7 +38,7 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
         CheckpointError: The checkpoint cannot be used.
     """
     if (source := config.init_from) is None:
-        if "lora" in (config.tune.llm, config.tune.vision):
+        if config.tune.has_adapters:
             raise ConfigError("tune 'lora' needs a base model; set init_from to a checkpoint")
         return config, None
     if config.init_adapter is not None:
@@ -53,7 +53,7 @@ def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]
             f"init_adapter {config.init_adapter} cannot be added; leave init_adapter out, or set "
             f"init_from to the base model {found.name}"
         )
-    if "lora" not in (config.tune.llm, config.tune.vision):
+    if not config.tune.has_adapters:
         raise ConfigError(
             f"init_from {config.init_from} contains the adapter {found.adapter}, but this run does "
             "not train adapters; merge the adapter first (LlavaModel.merge_adapter and "

@@ -408,5 +408,6 @@ def _load(setup: _Setup, program: Program, wanted: Collection[str]) -> Params:
         program.abstract,
         seed=setup.config.seed,
         wanted=wanted,
+        adapters=program.adapters,
         say=say,
     )

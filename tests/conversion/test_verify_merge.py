@@ -110,8 +110,8 @@ def test_merging_twice_fails(dtype, make, tmp_path):
 def test_another_alpha_fails(dtype, make, tmp_path):
     opened = make(dtype, 1e-2)
     doubled = {
-        stack: dataclasses.replace(lora, alpha=2 * lora.alpha)
-        for stack, lora in opened.adapters.items()
+        path: dataclasses.replace(adapter, alphas=tuple(2 * x for x in adapter.alphas))
+        for path, adapter in opened.adapters.items()
     }
     other = dataclasses.replace(opened.trained, adapters=doubled)
     merge(dataclasses.replace(opened, trained=other), tmp_path / "out")

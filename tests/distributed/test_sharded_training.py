@@ -67,6 +67,15 @@ def test_sharded_accumulation_equals_the_larger_batch(one_device: list[dict[str,
     np.testing.assert_allclose(losses(rows)[:1], losses(one_device)[:1], rtol=1e-6)
 
 
+@pytest.mark.slow  # short: the parity test of these adapters on one device
+def test_adapters_of_different_scales_are_the_same_on_several_devices():
+    patterns = {"rank_pattern": {"linear_1": 4}, "alpha_pattern": {r"layers\.1\..*": 5.0}}
+    config = change(CONFIG, lora=patterns, tune={"projector": "lora", "vision": "frozen"})
+    one, _, _ = run(config, devices=1, steps=2)
+    several, _, _ = run(change(config, mesh={"fsdp": 8}), devices=8, steps=2)
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-5)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     config = change(CONFIG, batch={"micro_size": 3})
     with pytest.raises(ConfigError, match=r"global_size 16 is not a multiple .* 3 x 8"):

@@ -17,9 +17,10 @@ from llava_jax.models.layers import Linear, dropout, fold_in, merge, parameter, 
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 
 
-def adapters(**targets: tuple[str, ...]) -> dict[str, LoraConfig]:
-    stacks = {"llm": LLM, "vision": VISION}
-    return {stacks[part]: LoraConfig(rank=2, targets=names) for part, names in targets.items()}
+def adapters(**targets: tuple[str, ...]) -> lora.Adapters:
+    parts = {"llm": LLM, "vision": VISION}
+    configs = {parts[part]: LoraConfig(rank=2, targets=names) for part, names in targets.items()}
+    return lora.expand(configs, MODEL)
 
 
 def test_only_targets_get_adapters():
@@ -88,7 +89,7 @@ def test_the_linears_of_a_block_drop_different_elements():
 
 def test_merging_computes_the_same_and_leaves_no_adapter():
     settings = lora.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
-    graphdef, abstract = build_model(MODEL, settings)
+    graphdef, abstract = build_model(MODEL, lora.expand(settings, MODEL))
     key = jax.random.key(0)
     params = {
         path: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)

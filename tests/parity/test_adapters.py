@@ -18,6 +18,7 @@ from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
+from llava_jax.models.lora import expand
 from llava_jax.models.paths import LLM, VISION
 from llava_jax.pretrained.adapters import load_adapter, open_adapter
 from llava_jax.pretrained.peft import save_adapter
@@ -51,7 +52,7 @@ def trained(load: Callable, saved: Callable) -> Callable:
 
     def make(name: str) -> tuple[nnx.GraphDef, Params, Params, ModelConfig]:
         _, params, config = load(saved("gqa"))
-        graphdef, abstract = build_model(config, SETTINGS[name])
+        graphdef, abstract = build_model(config, expand(SETTINGS[name], config))
         trains = lambda path: "lora" in path or path.startswith("projector.")
         trainable = random_like({path: spec for path, spec in abstract.items() if trains(path)})
         return graphdef, params, trainable, config
@@ -64,7 +65,7 @@ def test_peft_loads_what_we_wrote(
     name, trained, make_hf, our_logits, hf_logits, batches, assert_close, assert_same, tmp_path
 ):
     graphdef, params, trainable, config = trained(name)
-    save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
+    save_adapter(tmp_path, trainable, expand(SETTINGS[name], config), config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     # Every module of PEFT's has a tensor, and the reverse.
@@ -78,13 +79,10 @@ def test_peft_loads_what_we_wrote(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_we_load_what_we_wrote(name, trained, abstract_params, tmp_path):
     _, _, trainable, config = trained(name)
-    save_adapter(tmp_path, trainable, SETTINGS[name], config, **BASE)
+    save_adapter(tmp_path, trainable, expand(SETTINGS[name], config), config, **BASE)
     adapter = open_adapter(tmp_path, config, abstract_params(config))
-    assert set(adapter.adapters) == set(SETTINGS[name])
-    for stack, expected in SETTINGS[name].items():
-        got = adapter.adapters[stack]
-        assert (got.rank, got.alpha) == (expected.rank, expected.alpha)
-        assert set(got.targets) == set(expected.targets)
+    meaning = lambda adapters: {path: found.meaning for path, found in adapters.items()}
+    assert meaning(adapter.adapters) == meaning(expand(SETTINGS[name], config))
     assert (adapter.base_name, adapter.fingerprint) == ("org/tiny", "0123")
     params = adapter.load()
     assert params.keys() == trainable.keys() == adapter.abstract.keys()
@@ -119,8 +117,9 @@ def test_we_load_what_peft_wrote(
     model, directory = peft_made
     _, params, config = load(saved("gqa"))
     adapter = open_adapter(directory, config, abstract_params(config))
-    assert adapter.adapters[VISION] == LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
-    assert adapter.adapters[LLM] == LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
+    vision = LoraConfig(2, 10.0, 0.0, ("q_proj", "v_proj", "fc2"))
+    decoder = LoraConfig(4, 10.0, 0.0, ("q_proj", "v_proj"))
+    assert adapter.adapters == expand({LLM: decoder, VISION: vision}, config)
     graphdef, _ = build_model(config, adapter.adapters)
     batch = batches["padded"]
     ours = our_logits(graphdef, params | adapter.load(), batch)
@@ -197,7 +196,7 @@ def test_an_adapter_of_another_model_is_refused(peft_made, load, saved, abstract
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"rank_pattern": {"v_proj": 7}}, r"ranks \[4, 7\]"),
+        ({"rank_pattern": {"v_proj": 7}}, r"has shape \[4, 32\], expected \[7, 32\]"),
     ],
 )
 def test_unsupported_settings_are_refused(
@@ -215,11 +214,12 @@ def test_unsupported_settings_are_refused(
 def ours(trained: Callable, tmp_path: Path) -> tuple:
     """An adapter directory of ours, and the arguments that a run of its kind reads it with."""
     _, _, trainable, config = trained("both")
-    save_adapter(tmp_path, trainable, SETTINGS["both"], config, **BASE)
+    adapters = expand(SETTINGS["both"], config)
+    save_adapter(tmp_path, trainable, adapters, config, **BASE)
     run = {
-        "adapters": SETTINGS["both"],
+        "adapters": adapters,
         "config": config,
-        "abstract": build_model(config, SETTINGS["both"])[1],
+        "abstract": build_model(config, adapters)[1],
         "trainable": set(trainable),
         "fingerprint": "0123",
     }
@@ -235,7 +235,7 @@ def test_a_run_goes_on_with_an_adapter_of_its_kind(ours):
 
 def test_a_run_refuses_an_adapter_of_another_kind(ours):
     directory, run, trainable = ours
-    other = {LLM: LoraConfig(8, 8.0, 0.05, ("q_proj", "v_proj"))}
+    other = expand({LLM: LoraConfig(8, 8.0, 0.05, ("q_proj", "v_proj"))}, run["config"])
     only_lora = {path for path in trainable if "lora" in path}
     changed = {"adapters": other, "trainable": only_lora, "fingerprint": "4567"}
     with pytest.raises(CheckpointError) as error:
@@ -251,26 +251,28 @@ def test_a_run_refuses_an_adapter_of_another_kind(ours):
 
 def test_what_an_adapter_cannot_hold_is_refused(trained, tmp_path):
     _, params, trainable, config = trained("llm")
+    adapters = expand(SETTINGS["llm"], config)
     norm = {"llm.norm.weight": params["llm.norm.weight"]}
     with pytest.raises(ValueError, match=r"cannot store .*: llm\.norm\.weight"):
-        save_adapter(tmp_path, trainable | norm, SETTINGS["llm"], config, **BASE)
+        save_adapter(tmp_path, trainable | norm, adapters, config, **BASE)
 
 
 def test_a_vision_tower_tuned_in_full_goes_with_the_adapter(
     trained, make_hf, our_logits, hf_logits, batches, assert_close, tmp_path
 ):
     graphdef, params, trainable, config = trained("llm")
+    adapters = expand(SETTINGS["llm"], config)
     tower = {path: x + 0.1 for path, x in params.items() if path.startswith("vision.")}
     unused = {p for p in tower if p.startswith(("vision.encoder.tail.", "vision.post_layernorm."))}
     trained_tower = {path: x for path, x in tower.items() if path not in unused}
     with pytest.raises(ValueError, match="complete vision tower"):
-        save_adapter(tmp_path, trainable | trained_tower, SETTINGS["llm"], config, **BASE)
-    save_adapter(tmp_path, trainable | tower, SETTINGS["llm"], config, **BASE)
+        save_adapter(tmp_path, trainable | trained_tower, adapters, config, **BASE)
+    save_adapter(tmp_path, trainable | tower, adapters, config, **BASE)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(make_hf("gqa")), tmp_path).eval()
     batch = batches["one_image"]
     ours = our_logits(graphdef, params | trainable | tower, batch)
     assert_close(ours, hf_logits(model, batch), batch)
     trainable |= trained_tower
-    abstract = build_model(config, SETTINGS["llm"])[1]
-    loaded = load_adapter(tmp_path, SETTINGS["llm"], config, abstract, set(trainable), "0123")
+    abstract = build_model(config, adapters)[1]
+    loaded = load_adapter(tmp_path, adapters, config, abstract, set(trainable), "0123")
     assert loaded.keys() == trainable.keys()

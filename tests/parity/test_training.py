@@ -82,7 +82,37 @@ CASES = {  # a recipe, and the model it starts from
         "qwen2_siglip",
     ),
 }
+PATTERNS = {
+    "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "linear_1": 3},
+    "alpha_pattern": {"down_proj": 5.0, r"layers\.0\.mlp\.up_proj": 2.0},
+}
+CASES |= {
+    "LoRA with patterns, in the projector too": (
+        change(
+            CONFIG,
+            tune={"projector": "lora"},
+            lora=PATTERNS | {"targets": ("q_proj", "up_proj", "down_proj")},
+            batch={"micro_size": GROUP},
+        ),
+        "gqa",
+    ),
+    "rsLoRA of some layers, embedding and head in full": (
+        change(
+            CONFIG,
+            lora={
+                "use_rslora": True,
+                "layers_to_transform": (0, 2),
+                "modules_to_save": ("embed_tokens", "lm_head"),
+            },
+        ),
+        "gqa",
+    ),
+    "LoRA and tokens": (change(CONFIG, lora={"trainable_token_indices": (5, 9, 33)}), "gqa"),
+    "LoRA and tokens, tied": (change(CONFIG, lora={"trainable_token_indices": (5, 9)}), "tied"),
+}
 SHORT = (
+    "LoRA with patterns, in the projector too",
+    "LoRA and tokens",
     *("LoRA, sample mean, clipped", "projector only", "full, tied embeddings"),
     "LoRA in Qwen2 and SigLIP",
 )
@@ -132,7 +162,7 @@ def save(program: Program, params: Params, directory: Path) -> None:
 
 def opened(config: TrainConfig, base: torch.nn.Module, directory: Path) -> torch.nn.Module:
     """What `save` wrote, in torch; what the recipe trains requires gradients."""
-    if "lora" in (config.tune.llm, config.tune.vision):
+    if config.tune.has_adapters:
         base = copy.deepcopy(base)
         return peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
     model = type(base).from_pretrained(directory, dtype=torch.float32)
@@ -151,7 +181,8 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, model_config, STEPS, mesh)
-    params = load_weights(base, model_config, program.abstract, seed=3)
+    adapters = {"adapters": program.adapters}
+    params = load_weights(base, model_config, program.abstract, seed=3, **adapters)
     save(program, params, start)
     trainable = {path: params.pop(path) for path in program.trainable}
     state = init_state(program.state, trainable, seed=3)

@@ -1,0 +1,305 @@
+"""Finds out what the tensors of an adapter checkpoint are: adapters, token rows, whole modules.
+
+A checkpoint is refused by name if it contains trained parameters of a kind that is not supported,
+because a model without some of its trained parameters would give wrong answers without a message.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.config import ModelConfig
+from llava_jax.disk import Json
+from llava_jax.errors import CheckpointError
+from llava_jax.models import paths
+from llava_jax.models.layers import Abstract
+from llava_jax.models.lora import Adapter, Adapters, TokenRows, layers_of, linear_layers
+from llava_jax.models.paths import (
+    BEHIND_FEATURE,
+    EMBEDDING,
+    HEAD,
+    LLM,
+    PROJECTOR,
+    TRAINABLE_TOKENS,
+    VISION,
+    VOCABULARY,
+    is_adapter,
+)
+from llava_jax.pretrained.checkpoint_layouts import Layout
+from llava_jax.pretrained.peft_config import (
+    CONFIG,
+    find_targets,
+    read_dropout,
+    read_tokens,
+    read_values,
+)
+from llava_jax.pretrained.safetensors import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A file or directory of an adapter checkpoint.
+
+    Attributes:
+        path: The file or directory.
+        tensors: Tensors by name, without the parts that PEFT adds to the names.
+        layout: Layout of the names.
+        settings: Content of its adapter_config.json; None if there is no such file.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    settings: Json | None
+
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """Yields the name and the path of each tensor that belongs to a LLaVA.
+
+        The path is the path of the parameter, with the layer index.
+        """
+        for name in self.tensors:
+            if parameter := self.layout.parameter(name):
+                yield name, parameter
+
+
+def used_tensors(piece: Piece, config: ModelConfig) -> dict[str, Tensor]:
+    """Returns the tensors without the adapters of vision layers after the feature layer."""
+    unused = {
+        name
+        for name, parameter in piece.parameters()
+        if is_adapter(parameter) and paths.stacked(parameter, config).startswith(BEHIND_FEATURE)
+    }
+    return {name: tensor for name, tensor in piece.tensors.items() if name not in unused}
+
+
+def find_adapters(
+    piece: Piece, config: ModelConfig, alphas: Mapping[str, float]
+) -> dict[str, Adapter | TokenRows]:
+    """Returns the adapters that a file or directory has, by the path of their module.
+
+    Args:
+        piece: File or directory of an adapter checkpoint.
+        config: Sizes of the base model.
+        alphas: LoRA's alpha by the path prefix of the part, for files that do not contain it.
+
+    Raises:
+        CheckpointError: There are adapters of a kind that is not supported, the settings are
+            invalid, or they do not select the modules that have adapters in the file.
+    """
+    _refuse_unknown(piece, config)
+    own = {p.rpartition(".")[0] for _, p in piece.parameters() if is_adapter(p)}
+    layers = {  # paths with layer index, by path, of the parts that the file contains
+        path: layers_of(path, count, config)
+        for path, count in linear_layers(config).items()
+        if piece.layout.holds(f"{path}.")
+    }
+    names = {
+        layer: piece.layout.file_name(f"{layer}.").removesuffix(".")
+        for found in layers.values()
+        for layer in found
+    }
+    chosen = _chosen(piece, layers, names, own)
+    if unused := sorted(own & names.keys() - chosen):
+        raise CheckpointError(
+            f"{piece.path} has an adapter of {names[unused[0]]}, which PEFT would ignore, because "
+            f"target_modules and the other settings in {CONFIG} do not select this module; correct "
+            "these settings"
+        )
+    ranks, values = _values(piece, names, alphas) if chosen else ({}, {})
+    dropout = read_dropout(piece.path / CONFIG, piece.settings or {})
+    adapters: dict[str, Adapter | TokenRows] = {
+        path: Adapter(
+            tuple(ranks[layer] * (layer in chosen) for layer in found),
+            tuple(values[layer] for layer in found),
+            dropout,
+        )
+        for path, found in layers.items()
+        if chosen.intersection(found)
+    }
+    for path in sorted(p for _, p in piece.parameters() if p.endswith(TRAINABLE_TOKENS)):
+        module = path.removesuffix(TRAINABLE_TOKENS)
+        if f"{module}.weight" == HEAD and config.llm.tie_word_embeddings:
+            raise CheckpointError(
+                f"{piece.path / CONFIG}: trainable_token_indices has other tokens for lm_head than "
+                "for embed_tokens, but the base uses its embedding as its output matrix; this is "
+                "not supported"
+            )
+        where, settings = piece.path / CONFIG, piece.settings or {}
+        size = config.llm.vocab_size
+        indices = read_tokens(where, settings, module.rsplit(".", 1)[-1], size)
+        adapters[module] = TokenRows(indices)
+    return adapters
+
+
+def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
+    """Raises CheckpointError if there are adapters of a kind that is not supported."""
+    linears, odd = linear_layers(config), {}
+    for name, parameter in piece.parameters():
+        found = re.match(r"(.*?)\.(lora_\w+)", parameter)
+        if found is None:
+            continue
+        module = paths.stacked(f"{found[1]}.", config).removesuffix(".")
+        is_known = is_adapter(parameter) and module in linears
+        if not is_known and not f"{module}.".startswith(BEHIND_FEATURE):
+            odd[re.sub(r"\.layers\.\d+\.", ".layers.*.", name)] = None
+    if odd:
+        raise CheckpointError(
+            f"{piece.path} has adapters that are not supported: {', '.join([*odd][:5])}; only the "
+            "plain adapters lora_A and lora_B of the linear layers in decoder, vision tower and "
+            "projector are supported"
+        )
+
+
+def _chosen(
+    piece: Piece, layers: Mapping[str, list[str]], names: Mapping[str, str], own: set[str]
+) -> set[str]:
+    """Returns the paths of the layers that have adapters, by the settings or else by the tensors.
+
+    Without settings, all layers of a linear layer must have adapters if one of them has.
+    """
+    file, modules = piece.path / CONFIG, [*names.values()]
+    found = find_targets(file, piece.settings, modules) if piece.settings else None
+    if found is not None:
+        return {layer for layer, is_target in zip(names, found, strict=True) if is_target}
+    return {layer for some in layers.values() if not own.isdisjoint(some) for layer in some}
+
+
+def _values(
+    piece: Piece, names: Mapping[str, str], alphas: Mapping[str, float]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Returns the rank and the alpha of each layer, by its path."""
+    if piece.settings is not None:
+        found = read_values(piece.path / CONFIG, piece.settings, [*names.values()])
+        return dict(zip(names, found[0], strict=True)), dict(zip(names, found[1], strict=True))
+    ranks, values = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+    for part in (LLM, VISION, PROJECTOR):
+        own = [layer for layer in names if layer.startswith(part)]
+        a = [n for n, p in piece.parameters() if p.startswith(part) and p.endswith(".lora_a")]
+        b = [n for n, p in piece.parameters() if p.startswith(part) and p.endswith(".lora_b")]
+        if not a and not b:
+            continue
+        if part not in alphas:
+            raise CheckpointError(
+                f"{piece.path} has adapters in {part}*, but does not contain their alpha; find "
+                "lora_alpha in the XTuner config (.py) of the training, and give its value as "
+                "--alpha (decoder) or --vision-alpha (vision tower)"
+            )
+        shape = piece.tensors[a[0]].shape if a else ()
+        if not shape or not shape[0]:
+            raise CheckpointError(
+                f"{piece.path} has adapters in {part}*, but no lora_A tensor with their rank "
+                f"(found: {(a or b)[0]})"
+            )
+        settings = {"r": shape[0], "lora_alpha": alphas[part]}
+        part_ranks, part_alphas = read_values(piece.path, settings, own)
+        ranks |= dict(zip(own, part_ranks, strict=True))
+        values |= dict(zip(own, part_alphas, strict=True))
+    return ranks, values
+
+
+def find_whole(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str]:
+    """Returns the paths of the parameters that were trained in full, and that a file must have.
+
+    Embedding and output matrix may be there alone, and so may the modules that PEFT's
+    `modules_to_save` names. Of any other part, all parameters must be there.
+
+    Args:
+        piece: File or directory of an adapter checkpoint.
+        config: Sizes of the base model.
+        abstract: Shapes of the model's parameters.
+
+    Raises:
+        CheckpointError: `modules_to_save` names only some layers of a stack, or the embedding of a
+            model that uses the embedding as its output matrix.
+    """
+    found = {paths.stacked(p, config) for _, p in piece.parameters() if not is_adapter(p)}
+    found &= abstract.keys()
+    saved = (piece.settings or {}).get("modules_to_save") or []
+    for part in {path.split(".")[0] for path in found}:
+        own = [p for p in abstract if p.startswith(f"{part}.") and not is_adapter(p)]
+        if found.intersection(own) <= {*VOCABULARY}:
+            continue
+        is_saved = lambda path: _is_saved(piece, path, abstract[path].shape, config, saved)
+        found |= {path for path in own if not saved or is_saved(path)}
+    _check_tied(piece, config, found, saved)
+    return found
+
+
+def _is_saved(
+    piece: Piece, path: str, shape: tuple[int, ...], config: ModelConfig, saved: list[str]
+) -> bool:
+    """Returns True if `modules_to_save` contains a parameter, by PEFT's rule for names."""
+    names = [piece.layout.file_name(layer) for layer, _ in paths.layers(path, shape, config)]
+    ends = tuple(map(str, saved))
+    is_in = lambda name: any(name[: dot.start()].endswith(ends) for dot in re.finditer(r"\.", name))
+    inside = [*map(is_in, names)]
+    if any(inside) and not all(inside):
+        raise CheckpointError(
+            f"{piece.path / CONFIG}: modules_to_save is {saved}, which contains {path} of only "
+            "some layers; this is not supported"
+        )
+    return all(inside)
+
+
+def _check_tied(piece: Piece, config: ModelConfig, found: set[str], saved: list[str]) -> None:
+    """Raises CheckpointError if PEFT trained only one of two tied matrices."""
+    has_head = any(parameter == HEAD for _, parameter in piece.parameters())
+    is_tied = config.llm.tie_word_embeddings
+    keeps_tie = (piece.settings or {}).get("ensure_weight_tying")
+    if is_tied and saved and (EMBEDDING in found) != has_head and not keeps_tie:
+        name = "lm_head" if has_head else "embed_tokens"
+        raise CheckpointError(
+            f"{piece.path / CONFIG}: modules_to_save contains {name}, but the base uses its "
+            "embedding as its output matrix, so PEFT has trained a separate copy of it; this is "
+            "supported only with ensure_weight_tying"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded(Tensor):
+    """Tensor of an adapter in a stack with larger ranks, filled up with zeros.
+
+    Attributes:
+        inner: Tensor in the file; None if the layer has no adapter.
+    """
+
+    inner: Tensor | None = None
+
+    def read(self, rows: int | None = None) -> np.ndarray:
+        """Returns the values of the file, and zeros beyond them."""
+        values = np.zeros(self.shape, self.numpy_dtype)
+        if self.inner is not None:
+            own = self.inner.read()
+            values[tuple(map(slice, own.shape))] = own
+        return values
+
+
+def padded(
+    path: str, tensors: list[Tensor], shape: tuple[int, ...], adapters: Adapters
+) -> list[Tensor]:
+    """Returns the tensors of an adapter's parameter, one for each layer, all of the same shape.
+
+    Args:
+        path: Path of the parameter; the tensors of other parameters are returned unchanged.
+        tensors: Tensors of the layers that have an adapter.
+        shape: Shape of the parameter.
+        adapters: Adapters of the checkpoint.
+    """
+    adapter = adapters.get(path.rpartition(".")[0])
+    if not isinstance(adapter, Adapter) or not is_adapter(path):
+        return tensors
+    own = shape[-2:]
+    rest = iter(tensors)
+    inner = [next(rest) if rank else None for rank in adapter.ranks]
+    return [
+        tensor if tensor is not None and tensor.shape == own else _pad(tensors[0], tensor, own)
+        for tensor in inner
+    ]
+
+
+def _pad(like: Tensor, inner: Tensor | None, shape: tuple[int, ...]) -> Padded:
+    known = inner or like
+    return Padded(known.name, known.file, known.dtype, shape, 0, 0, inner)
