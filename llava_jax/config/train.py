@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 from llava_jax.config.data import DataConfig
 from llava_jax.config.fields import (
-    FINITE,
     IGNORED_BY_PLAN,
     LOCATION,
     OBSERVED,
@@ -26,6 +25,7 @@ from llava_jax.config.fields import (
     check_fields,
     field_paths,
     fraction,
+    within,
 )
 from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
@@ -68,7 +68,7 @@ class LoraConfig:
     """
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
-    alpha: Annotated[float, FINITE] = 256.0
+    alpha: Annotated[float, above(0, "with 0, an adapter adds nothing")] = 256.0
     dropout: Annotated[float, fraction("it is a probability")] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
 
@@ -121,11 +121,13 @@ class OptimizerConfig:
         float | None, at_least(0, "a negative rate would increase the loss")
     ] = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, at_least(0, "it is a fraction of the steps")] = 0.03
+    warmup_ratio: Annotated[float, within(0, 1, "it is a fraction of the steps")] = 0.03
     weight_decay: Annotated[float, at_least(0, "a negative value would let weights grow")] = 0.0
     b1: Annotated[float, fraction("it is a decay rate")] = 0.9
     b2: Annotated[float, fraction("it is a decay rate")] = 0.999
-    eps: Annotated[float, above(0, "it prevents a division by zero")] = 1e-8
+    eps: Annotated[
+        float, within(1e-30, 1, "it prevents a division by zero; a large value prevents learning")
+    ] = 1e-8
     clip_norm: Annotated[float | None, above(0, "to turn clipping off, leave it out")] = None
 
 
@@ -164,6 +166,13 @@ class MemoryConfig:
         return self == MemoryConfig(plan="auto", limit_gib=self.limit_gib)
 
 
+AXIS_SIZE = Bound(
+    lambda size: size == -1 or size >= 1,
+    "-1 or at least 1",
+    "it is a number of devices; -1 uses the remaining devices",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis of the device mesh.
@@ -178,9 +187,9 @@ class MeshConfig:
         show: Print how each parameter is sharded.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Annotated[int, AXIS_SIZE] = 1
+    fsdp: Annotated[int, AXIS_SIZE] = -1
+    tensor: Annotated[int, AXIS_SIZE] = 1
     show: Annotated[bool, OBSERVED] = False
 
 
@@ -284,7 +293,9 @@ class TrainConfig:
     steps: Annotated[
         int | None, IGNORED_BY_PLAN, at_least(1, "a run trains for at least one step")
     ] = None
-    epochs: Annotated[float, RESOLVED, at_least(0, "it is a number of passes")] = 1.0
+    epochs: Annotated[
+        float, RESOLVED, within(1e-6, 1e6, "it is a number of passes through the data")
+    ] = 1.0
     init_from: Annotated[Source, LOCATION] = None
     init_adapter: Annotated[str | None, LOCATION] = None
     model: ModelConfig | None = None
