@@ -91,8 +91,10 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from llava_jax.data.padding import measure_padding
     from llava_jax.errors import ConfigError
     from llava_jax.pretrained.resolve import resolve_start
+    from llava_jax.training.check_sources import check_sources
     from llava_jax.training.inputs import find_model, open_inputs
 
+    check_sources(config)
     source = None if config.init_from is None else resolve_start(config.init_from).base
     inputs = open_inputs(config, *find_model(config, source))
     records = inputs.records

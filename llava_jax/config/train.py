@@ -200,12 +200,14 @@ class CheckpointConfig:
     Attributes:
         every: Number of optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
+        keep_best: Also keep the checkpoint with the lowest eval loss, however old it is.
         accept_changes: Resume a run even if its recipe or its data has changed since the run began.
             The changes are shown and recorded. The number of training records must not change.
     """
 
     every: Annotated[int, at_least(1, "it is a number of steps")] = 500
     keep: Annotated[int, at_least(1, "a run resumes from the newest checkpoint")] = 2
+    keep_best: bool = False
     accept_changes: bool = False
 
 
@@ -215,6 +217,8 @@ class EvalConfig:
 
     Attributes:
         every: Number of steps between evaluations; None evaluates only before and after training.
+        patience: Number of consecutive evaluations without a new lowest eval loss after which the
+            run stops early. None trains for all steps.
         batch_size: Number of samples in an evaluation batch, on all devices together; None takes
             the size of a micro-batch.
         examples: Number of evaluation questions to show with the model's answers, in report.html
@@ -222,6 +226,7 @@ class EvalConfig:
     """
 
     every: Annotated[int | None, at_least(1, "it is a number of steps")] = None
+    patience: Annotated[int | None, at_least(1, "it is a number of evaluations")] = None
     batch_size: Annotated[int | None, at_least(1, "a batch needs at least one sample")] = None
     examples: Annotated[int, at_least(0, "it is a number of questions")] = 12
 
@@ -285,6 +290,8 @@ class TrainConfig:
         checkpoint: When to save a checkpoint, and how to resume.
         eval: Evaluation during training.
         log: Where the run is logged, in addition to the files in its directory.
+        push_to_hub: Repository on the Hugging Face Hub, USER/NAME, to which the result is uploaded
+            when the run is finished. A new repository is private. None uploads nothing.
     """
 
     name: Annotated[str, OBSERVED]
@@ -314,6 +321,7 @@ class TrainConfig:
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
     eval: Annotated[EvalConfig, OBSERVED] = EvalConfig()
     log: Annotated[LogConfig, OBSERVED] = LogConfig()
+    push_to_hub: Annotated[str | None, OBSERVED] = None
 
     def __post_init__(self):
         check_fields(self)

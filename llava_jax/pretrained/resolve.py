@@ -147,12 +147,31 @@ def _local(name: str, read: Reader) -> Path:
         return path
     if name == TINY_LLAVA.name:
         return TINY_LLAVA
-    if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
+    if path.exists() or is_local(name):
         raise ConfigError(
             f"{name!r}: no such directory; give the directory of a checkpoint or of a run, a hub "
             f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
     return _download(name, pickles=_reads_pickles(read))
+
+
+_LOCAL = ("runs", "checkpoints", "data")
+"""Directories in which the presets look for weights and data. They are not names of hub users."""
+
+_FILES = (".safetensors", ".bin", ".pth", ".pt", ".json")
+
+
+def is_local(name: str) -> bool:
+    """Returns True if a name cannot be a hub id, which has the form USER/MODEL.
+
+    Args:
+        name: Path or hub id; it does not have to exist.
+    """
+    parts = Path(name).parts
+    if name == TINY_LLAVA.name:
+        return False
+    is_path = name.startswith((".", "/", "~")) or name.endswith(_FILES)
+    return is_path or len(parts) != 2 or parts[0] in _LOCAL
 
 
 def _reads_pickles(read: Reader) -> bool:
