@@ -84,9 +84,9 @@ class Bound:
     reason: str
 
 
-def at_least(minimum: float, reason: str) -> Bound:
+def at_least(minimum: int, reason: str) -> Bound:
     """Returns the condition that a number must be finite and at least `minimum`."""
-    return Bound(lambda value: minimum <= value < math.inf, f"at least {minimum:g}", reason)
+    return Bound(lambda value: minimum <= value < math.inf, f"at least {minimum}", reason)
 
 
 def above(minimum: int, reason: str) -> Bound:
@@ -99,7 +99,7 @@ def fraction(reason: str) -> Bound:
     return Bound(lambda value: 0 <= value < 1, "at least 0 and less than 1", reason)
 
 
-def within(minimum: float, maximum: float, reason: str) -> Bound:
+def within(minimum: int | float, maximum: int | float, reason: str) -> Bound:
     """Returns the condition that a number must be from `minimum` to `maximum`."""
     text = f"from {minimum:g} to {maximum:g}"
     return Bound(lambda value: minimum <= value <= maximum, text, reason)

@@ -1,10 +1,11 @@
 """Writes the model card of a run's result: a README.md for people and for the Hugging Face Hub."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax.config import TrainConfig, flatten, to_json
-from llava_jax.pretrained.resolve import is_local
+from llava_jax.config import TrainConfig, flatten, parse_source, to_json
+from llava_jax.pretrained.resolve import is_local, model_name
 from llava_jax.report.rows import Row
 from llava_jax.training.early_stopping import best_row
 
@@ -36,7 +37,7 @@ def model_card(
     """
     has_adapter = "lora" in (config.tune.llm, config.tune.vision)
     on_hub = base is not None and not is_local(base) and not Path(base).exists()
-    named = base if on_hub else None if base is None else Path(base).name
+    named = None if base is None else model_name(parse_source(base))
     title = f"{'LoRA adapter' if has_adapter else 'model'} that was trained with llava_jax"
     origin = f", starting from {named}" if named else ""
     text = [
@@ -71,12 +72,17 @@ def _scores(rows: Sequence[Row], samples: int) -> str:
     best = best_row(rows)
     chosen = {row["step"]: row for row in (rows[0], best or rows[-1], rows[-1])}
     lines = [
-        f"| {step:,} | {row['loss'] or float('nan'):.4f} | {100 * row['accuracy']:.1f} % |"
+        f"| {step:,} | {_loss(row):.4f} | {100 * row['accuracy']:.1f} % |"
         for step, row in sorted(chosen.items())
     ]
     head = ["| step | eval loss | exact answers |", "|---:|---:|---:|"]
     text = f"On {samples:,} samples that were not used for training:\n"
     return "\n".join(["## Scores\n", text, *head, *lines, ""])
+
+
+def _loss(row: Row) -> float:
+    """Returns the eval loss of a row; NaN if it is not finite."""
+    return math.nan if row["loss"] is None else row["loss"]
 
 
 def _usage(config: TrainConfig, base: str | None, *, has_adapter: bool) -> str:
@@ -110,9 +116,11 @@ processor = AutoProcessor.from_pretrained("{here}")
 
 def _recipe(config: TrainConfig) -> str:
     """Returns the section with the table of the recipe."""
+    has_adapter = {"lora": config.tune.llm == "lora", "vision_lora": config.tune.vision == "lora"}
+    shown = [field for field in _RECIPE if has_adapter.get(field, True)]
     lines = [
         f"| `{name}` | {', '.join(value) if isinstance(value, list) else value} |"
         for name, value in flatten(to_json(config)).items()
-        if any(f"{name}.".startswith(f"{field}.") for field in _RECIPE) and value is not None
+        if any(f"{name}.".startswith(f"{field}.") for field in shown) and value is not None
     ]
     return "\n".join(["## Recipe\n", "| field | value |", "|---|---|", *lines, ""])
