@@ -43,7 +43,13 @@ def load_records(
     """
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
-    paths = _find_files(path)
+    try:
+        paths = _find_files(path)
+    except OSError as error:
+        raise ConfigError(
+            f"data file {path}: {error}; check data.path, data.mixture or data.eval_path, and the "
+            "network"
+        ) from error
     files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:

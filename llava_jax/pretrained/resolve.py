@@ -102,6 +102,8 @@ def model_name(source: str | Path | Parts) -> str:
     if not path.exists():
         return str(source)
     path = path.resolve()
+    if path.name == "adapter" and path.parent.parent.name == "checkpoints":
+        return f"{path.parents[2].name}-{path.parent.name}"  # the adapter of a run's checkpoint
     is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
     return path.parent.name if is_made else path.name
 
@@ -290,12 +292,12 @@ def quantisation_of(source: Path | Parts) -> Quantisation | None:
     """Returns the quantization that a run used for its base; None if the base was not quantized.
 
     Args:
-        source: Run directory, or the directory `adapter` or `model` in a run directory. For any
-            other source, the result is None.
+        source: Run directory, the directory `adapter` or `model` in a run directory, or the adapter
+            of a checkpoint of a run. For any other source, the result is None.
     """
     if isinstance(source, Parts):
         return None
-    for run_dir in (source, source.parent):
+    for run_dir in (source, *source.absolute().parents[:3]):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(read_regular(run_dir / "config.json", MAX_JSON_BYTES))
             if "base_fingerprint" in found:

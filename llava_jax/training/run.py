@@ -37,7 +37,7 @@ from llava_jax.report.rows import read_rows
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
 from llava_jax.training.check_learning import why_nothing_changed
-from llava_jax.training.checkpoints import Checkpoints
+from llava_jax.training.checkpoints import ADAPTER, Checkpoints
 from llava_jax.training.early_stopping import is_stalled
 from llava_jax.training.export import discard, export, export_dir, publish, unfinished_dir
 from llava_jax.training.hub import push
@@ -154,7 +154,8 @@ def _say_end(setup: Setup, saved: Checkpoints) -> None:
         say(warning)
     say(f"wrote {export_dir(config)}")
     if (best := saved.best_step()) is not None:
-        say(f"the checkpoint with the lowest eval loss is {config.run_dir}/checkpoints/{best}")
+        made = f"/{ADAPTER}" if saved.export is not None else ""
+        say(f"lowest eval loss: {config.run_dir}/checkpoints/{best}{made} (after {best} steps)")
     say(f"{config.run_dir}/report.html shows the run; to chat with the trained model:")
     say(f"llava-jax chat {config.run_dir}")
 

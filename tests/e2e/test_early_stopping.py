@@ -55,7 +55,7 @@ def test_a_run_stops_early_and_its_best_checkpoint_can_be_used(
     assert status == 0
     said = capsys.readouterr().out
     assert "the run stops early, after step 4: no new lowest eval loss in the last 2" in said
-    assert f"the checkpoint with the lowest eval loss is {whole}/checkpoints/2" in said
+    assert f"lowest eval loss: {whole}/checkpoints/2/adapter (after 2 steps)" in said
     assert re.search(r"trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: \d", said)
     assert [row["step"] for row in metrics(whole)] == [1, 2, 3, 4]
     assert checkpoints(whole) == ["2", "4"]
