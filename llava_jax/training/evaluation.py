@@ -267,8 +267,18 @@ class Evaluator:
         patience = self._inputs.config.eval.patience
         return patience is not None and broadcast_from_main(is_stalled(self._rows, patience))
 
-    def say_tables(self) -> None:
-        """Prints tables that compare the first evaluation with the last evaluation."""
+    def say_tables(self, total_steps: int) -> None:
+        """Prints tables that compare the first evaluation with the last evaluation.
+
+        Args:
+            total_steps: Number of steps of the whole run. If the last evaluation was earlier, the
+                run has stopped early, and this is printed too.
+        """
+        if self._rows and (last := self._rows[-1]["step"]) < total_steps:
+            self._reporter.say(
+                f"the run stops early, after step {last}: no new lowest eval loss in the last "
+                f"{self._inputs.config.eval.patience} evaluations (eval.patience)"
+            )
         if self._rows:
             before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
             self._reporter.say(comparison_table(before, after))

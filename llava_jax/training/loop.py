@@ -85,9 +85,8 @@ def train(
             if not inputs.spec.has_one_shape:
                 stops()  # different texts may have different shapes, so that the step would hang
             profiler.before(step, state)
-            placed = program.device_put(batch, size)
-            with reporter.compiling("train", placed):
-                state, metrics = program.train_step(state, frozen, placed)
+            with reporter.compiling("train", batch):
+                state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
                 step_log.log(*earlier)
             stops()  # raises an error if texts differ, before this step is recorded
@@ -103,14 +102,8 @@ def train(
         for earlier in waiting:
             step_log.log(*earlier)
         saved.save(state, batches.state())
-        is_stalled, last = evaluator.is_stalled(), int(state.step)
-        if is_stalled and last < total:
-            reporter.say(
-                f"the run stops early, after step {last}: no new lowest eval loss in the last "
-                f"{config.eval.patience} evaluations (eval.patience)"
-            )
-        if is_stalled or last == total:
-            evaluator.say_tables()
+        if evaluator.is_stalled() or int(state.step) == total:
+            evaluator.say_tables(total)
         stop.signal = ask()() or None  # a signal that any process has received
     return state
 
@@ -160,7 +153,7 @@ def _evaluator(
 
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
         placed = program.device_put(batch, program.eval_size, to_train=False)
-        with reporter.compiling("eval", placed):
+        with reporter.compiling("eval", batch):
             return program.eval_step(trainable, frozen, placed)
 
     size = program.eval_size
