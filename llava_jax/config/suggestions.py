@@ -61,8 +61,10 @@ def suggest_field(message: str) -> str:
         return message
     name, owners = found[2], {prefix: group for group, prefix in _GROUPS}
     if (path := _known_as(name)) is not None:
-        prefix, near = re.fullmatch(r"(.*\.)?(\w+)", path).groups(default="")
-        return f"there is no field '{name}'; did you mean '{near}' of {owners[prefix].__name__}?"
+        prefix, dot, near = path.rpartition(".")
+        return (
+            f"there is no field '{name}'; did you mean '{near}' of {owners[prefix + dot].__name__}?"
+        )
     classes = {*owners.values(), DataSet, Parts}
     meant = [group for group in classes if group.__name__ == found[1]] or classes
     fields = {field.name: group.__name__ for group in meant for field in dataclasses.fields(group)}

@@ -1,5 +1,6 @@
 """Finds the weights and the data of a run that do not exist, before anything is downloaded."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def _missing_weights(config: TrainConfig) -> Iterator[str]:
     for field, name in (*named, ("init_adapter", config.init_adapter)):
         # A run of this output_dir is no hub id, even if its path looks like one.
         is_run = name is not None and Path(name).parent == Path(config.output_dir)
-        if name is not None and (is_run or is_local(name)) and not Path(name).exists():
+        if name is not None and (is_run or is_local(name)) and not os.path.exists(name):
             yield f"{field} {name!r}: no such directory"
 
 
@@ -54,17 +55,17 @@ def _missing_data(config: TrainConfig) -> Iterator[str]:
         if not part.path:
             yield f"{field}.path is not set; set it to a data file"
         elif not _exists(part.path):
-            yield f"data file {part.path} does not exist; check {field}.path"
+            yield f"data file {part.path}: No such file or directory; check {field}.path"
         if part.image_root and not _exists(part.image_root):
             yield f"directory {part.image_root} does not exist; check {field}.image_root"
     if data.eval_path and not _exists(data.eval_path):
-        yield f"data file {data.eval_path} does not exist; check data.eval_path"
+        yield f"data file {data.eval_path}: No such file or directory; check data.eval_path"
 
 
 def _exists(path: str) -> bool:
     """Returns True if a path exists, or is no plain path: a URL, a named data set or a pattern."""
     is_plain = not re.match(r"\w+:", path) and not re.search(r"[*?\[]", path)
-    return not is_plain or Path(path).exists()
+    return not is_plain or os.path.exists(path)
 
 
 def _ways_on(config: TrainConfig) -> Iterator[str]:

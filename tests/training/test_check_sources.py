@@ -27,7 +27,7 @@ def test_a_new_clone_says_what_a_preset_needs_and_how_to_go_on():
     assert refused(load_config("7b_lora")) == [
         "this run needs files that do not exist:",
         "  init_from 'runs/7b_pretrain': no such directory",
-        "  data file data/llava_v1_5_mix665k.json does not exist; check data.path",
+        "  data file data/llava_v1_5_mix665k.json: No such file or directory; check data.path",
         "  directory data does not exist; check data.image_root",
         "To continue without these weights:",
         "  --init-from llava-hf/llava-1.5-7b-hf starts from the published model",
