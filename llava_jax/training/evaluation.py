@@ -271,15 +271,15 @@ class Evaluator:
         """Prints tables that compare the first evaluation with the last evaluation.
 
         Args:
-            total_steps: Number of steps of the whole run. If the last evaluation was earlier, the
-                run has stopped early, and this is printed too.
+            total_steps: Number of steps of the whole run, to say whether the run stops early.
         """
-        if self._rows and (last := self._rows[-1]["step"]) < total_steps:
-            self._reporter.say(
-                f"the run stops early, after step {last}: no new lowest eval loss in the last "
-                f"{self._inputs.config.eval.patience} evaluations (eval.patience)"
-            )
         if self._rows:
+            last, patience = self._rows[-1]["step"], self._inputs.config.eval.patience
+            if last < total_steps and is_stalled(self._rows, patience):
+                self._reporter.say(
+                    f"the run stops early, after step {last}: no new lowest eval loss in the last "
+                    f"{patience} evaluations (eval.patience)"
+                )
             before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
             self._reporter.say(comparison_table(before, after))
             self._reporter.say(examples_table(before, after))
