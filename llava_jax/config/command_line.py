@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import runpy
 import sys
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def _replace_steps(config: TrainConfig, default: TrainConfig, options: set[str])
     return dataclasses.replace(config, steps=None)
 
 
+@functools.cache  # the annotations are changed once
 def _hide_none(config_class: type) -> None:
     """Lets --help not show `(default: None)`; the help of a field says what None means."""
     hint = tyro.conf.arg(help_behavior_hint=lambda x: "" if x == "None" else f"(default: {x})")

@@ -91,7 +91,7 @@ def suggest_option(option: str) -> str:
     return f"there is no option {option}; did you mean --{meant.replace('_', '-')}?"
 
 
-_GROUPS = [*field_groups(TrainConfig)]
+_GROUPS = [found for found in field_groups(TrainConfig) if found[0] is not DataSet]  # no options
 _PATHS = [prefix + field.name for group, prefix in _GROUPS for field in read_fields(group)]
 _LEAVES = {path.rpartition(".")[2]: path for path in reversed(_PATHS)}  # the first path wins
 

@@ -37,7 +37,9 @@ CHECKED_LATER = {"temperature", "top_k", "top_p", "repetition_penalty", "seed"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_number_of_a_command_has_limits(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_option_is_described_and_every_number_has_limits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
     def stop(self: argparse.ArgumentParser, *_: object) -> None:
         raise Parsed(self)
 
@@ -46,12 +48,12 @@ def test_every_number_of_a_command_has_limits(name: str, monkeypatch: pytest.Mon
     command = importlib.import_module(f"llava_jax.cli.{name.replace('-', '_')}")
     with pytest.raises(Parsed) as parsed:
         command.main([])
-    unlimited = {
-        action.dest
-        for action in parsed.value.args[0]._actions
-        if action.type in (int, float) and not action.choices
-    }
+    parser = parsed.value.args[0]
+    is_number = lambda action: action.type in (int, float) and not action.choices
+    unlimited = {action.dest for action in parser._actions if is_number(action)}
     assert name == "serve" or unlimited <= CHECKED_LATER
+    assert all(action.help for action in parser._actions)
+    assert "default: None" not in parser.format_help()
 
 
 SERVED = ["port", "slots", "max-new-tokens", "max-images", "max-image-mib", "max-image-side"]
