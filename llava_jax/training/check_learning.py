@@ -30,9 +30,10 @@ def learning_warnings(config: TrainConfig, samples: int, steps: int) -> Iterator
     elif steps <= warmup:
         reasons.append(f"all {steps} steps are warm-up, so the learning rate stays below its peak")
     if reasons:
+        learns = "learns nothing" if steps == 1 == warmup else "may learn little"
         yield (
-            f"warning: this run learns {'nothing' if steps == 1 == warmup else 'little'}, because "
-            f"{', and '.join(reasons)}. What helps: {_what_helps(config, samples, steps)}"
+            f"warning: this run {learns}, because {', and '.join(reasons)}. What helps: "
+            f"{_what_helps(config, samples, steps)}"
         )
 
 
