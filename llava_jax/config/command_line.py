@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,8 +26,8 @@ def load_config(path: str | Path) -> TrainConfig:
         path: Path of the file, or the name of a preset.
 
     Raises:
-        ConfigError: The file or preset does not exist, the file does not set `config` to a
-            `TrainConfig`, or the file sets a field that does not exist.
+        ConfigError: The file or preset does not exist, the file raises an exception, or the file
+            does not set `config` to a `TrainConfig`.
     """
     if not Path(path).is_file():
         preset = find_preset(str(path))
@@ -35,11 +36,24 @@ def load_config(path: str | Path) -> TrainConfig:
         path = preset
     try:
         config = runpy.run_path(str(path)).get("config")
-    except TypeError as error:
-        raise ConfigError(f"{path}: {suggest_field(str(error))}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the file does
+        what = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"{path}{_line(error, str(path))}: {what}{suggest_field(str(error))}"
+        ) from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path} must set `config` to a llava_jax.config.TrainConfig")
     return config
+
+
+def _line(error: Exception, path: str) -> str:
+    """Returns the line of a file that raised an exception as ", line 5", or "" if it is unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    number = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    return "" if number is None else f", line {number}"
 
 
 def parse_config(

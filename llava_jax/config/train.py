@@ -301,7 +301,13 @@ class TrainConfig:
         int | None, IGNORED_BY_PLAN, at_least(1, "a run trains for at least one step")
     ] = None
     epochs: Annotated[
-        float, RESOLVED, within(1e-6, 1e6, "it is a number of passes through the data")
+        float,
+        RESOLVED,
+        Bound(
+            lambda passes: 0 < passes <= 1e6,
+            "above 0 and at most 1,000,000",
+            "it is a number of passes through the data",
+        ),
     ] = 1.0
     init_from: Annotated[Source, LOCATION] = None
     init_adapter: Annotated[str | None, LOCATION] = None

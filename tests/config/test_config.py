@@ -81,6 +81,22 @@ def test_a_misspelt_field_in_the_file_names_the_nearest(tmp_path: Path):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nconfig = (", r"line 2: SyntaxError: '\(' was never closed"),
+        ("import nothing_there", "line 1: ModuleNotFoundError: No module named 'nothing_there'"),
+        ("\n\nconfig = TrainConfig('x')", "line 3: NameError: name 'TrainConfig' is not defined"),
+        ("raise ValueError('no data')", "line 1: ValueError: no data"),
+    ],
+)
+def test_an_error_in_the_file_is_one_line(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"wrong\.py, {message}"):
+        load_config(path)
+
+
 def test_a_misspelt_override_names_the_nearest(file: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--config", str(file), "--optimizer.lerning-rate", "1e-3"])

@@ -124,7 +124,7 @@ def test_the_weight_of_a_data_set_is_above_zero(weight: float):
 
 
 def test_a_rate_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match="epochs = nan: it must be from 1e-06 to 1e"):
+    with pytest.raises(ConfigError, match="epochs = nan: it must be above 0 and at most 1,000,000"):
         TrainConfig(name="x", epochs=float("nan"))
 
 
