@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +12,44 @@ from llava_jax.distributed.environment import print_any_text
 from llava_jax.errors import CheckpointError, ConfigError, RunError, SampleError
 
 
-def at_least_one(text: str) -> int:
-    """Parses an integer that must be at least 1; used as the `type` of an argument.
+def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """Returns a function that parses an integer within limits; used as the `type` of an argument.
+
+    Args:
+        minimum: Smallest value that is allowed.
+        maximum: Largest value that is allowed.
+    """
+    wanted = f"an integer of at least {minimum}"
+    if maximum != 2**31 - 1:
+        wanted = f"an integer from {minimum} to {maximum}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,10}", text) or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text:.80}: the value must be {wanted}")
+        return int(text)
+
+    return parse
+
+
+at_least_one = integer(1)
+"""Parses an integer that must be at least 1; used as the `type` of an argument."""
+
+
+def positive(text: str) -> float:
+    """Parses a finite number that must be above 0; used as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: The text is not such an integer.
+        ArgumentTypeError: The text is not such a number.
     """
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text}: the value must be an integer of at least 1")
-    return int(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1e-30 <= value <= 1e30:
+        raise argparse.ArgumentTypeError(
+            f"{text:.80}: the value must be a number above 0 (from 1e-30 to 1e30)"
+        )
+    return value
 
 
 def output_file(text: str) -> Path:

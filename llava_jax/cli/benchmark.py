@@ -9,7 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli.arguments import chart_file, output_file, report_errors
+from llava_jax.cli.arguments import (
+    at_least_one,
+    chart_file,
+    integer,
+    output_file,
+    report_errors,
+)
 from llava_jax.errors import ConfigError
 from llava_jax.speed.case import SHAPES
 
@@ -91,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     how = "how the decoder is trained. lora: LoRA adapters; qlora: LoRA adapters on nf4 weights; "
     how += f"full: all weights {shown}"
     add("--tune", choices=tune, default="lora", help=how)
-    add("--rank", type=int, default=16, help=f"rank of the LoRA adapters {shown}")
+    add("--rank", type=at_least_one, default=16, help=f"rank of the LoRA adapters {shown}")
     plans = ("resident", "streamed")
     where = "resident: keep the weights and the optimizer state in device memory; streamed: keep "
     where += f"them in host memory, and copy them to the device when they are needed {shown}"
@@ -99,11 +105,11 @@ def make_parser() -> argparse.ArgumentParser:
     remat = ("none", "dots", "full")
     what = "what the backward pass recomputes; takes the same values as memory.remat in a config "
     add("--remat", choices=remat, default="full", help=what + shown)
-    add("--batch", type=int, default=4, help=f"number of samples in a train step {shown}")
+    add("--batch", type=at_least_one, default=4, help=f"number of samples in a train step {shown}")
     micro = "number of samples in a micro-batch (default: all samples of a train step)"
-    add("--micro-size", type=int, help=micro)
+    add("--micro-size", type=at_least_one, help=micro)
     text = "number of text tokens in a sample; the loss is computed on the second half of these "
-    add("--text-tokens", type=int, default=64, help=f"{text}tokens {shown}")
+    add("--text-tokens", type=integer(2), default=64, help=f"{text}tokens {shown}")
     dtypes = ("float32", "bfloat16")
     product = f"dtype of the matrix products {shown}"
     add("--dtype", choices=dtypes, default="bfloat16", help=product)
@@ -114,10 +120,11 @@ def make_parser() -> argparse.ArgumentParser:
         "PEFT (default: no comparison)",
     )
     rounds = f"number of rounds; llava_jax and the --peer software run once in each round {shown}"
-    add("--rounds", type=int, default=5, help=rounds)
-    add("--steps", type=int, default=3, help=f"number of train steps in each round {shown}")
+    add("--rounds", type=at_least_one, default=5, help=rounds)
+    steps = f"number of train steps in each round {shown}"
+    add("--steps", type=at_least_one, default=3, help=steps)
     warmup = f"number of train steps that run, without measurement, before the first round {shown}"
-    add("--warmup", type=int, default=2, help=warmup)
+    add("--warmup", type=integer(0), default=2, help=warmup)
     add("--json", type=output_file, help="JSON file for all measurements (default: no file)")
     add(
         "--chart",

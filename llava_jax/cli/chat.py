@@ -37,11 +37,12 @@ def chat(given: argparse.Namespace) -> int:
     from llava_jax.config import format_source
     from llava_jax.generation.chat import Chat
 
+    sampling = read_sampling(given)  # a wrong value is reported before the model is loaded
     checkpoint = find_checkpoint(given)
     quantize = chosen_quantisation(given, checkpoint)
     conversation = Chat(
         load_assistant(given, checkpoint, slots=1, quantize=quantize),
-        read_sampling(given),
+        sampling,
         max_new_tokens=given.max_new_tokens,
         stop=given.stop,
         system=given.system,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli.arguments import chart_file, output_file, report_errors
+from llava_jax.cli.arguments import chart_file, integer, output_file, report_errors
 
 PROG = "llava-jax check-data"
 SHOWN = 5  # maximum number of samples with the same problem that are printed
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=integer(0, 1024),
         help="number of processes that read the data (default: one for each core, or fewer if "
         "there are few samples)",
     )
     parser.add_argument(
         "--shown",
-        type=int,
+        type=integer(0),
         default=SHOWN,
         help="maximum number of bad samples to print for each kind of problem (default: "
         "%(default)s)",
@@ -93,8 +93,10 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     from llava_jax.data.padding import measure_padding
     from llava_jax.errors import ConfigError
     from llava_jax.pretrained.resolve import resolve_start
+    from llava_jax.training.check_sources import check_sources
     from llava_jax.training.inputs import find_model, open_inputs
 
+    check_sources(config)
     # Records that the run holds out for evaluation are checked too.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_fraction=0.0))
     source = None if config.init_from is None else resolve_start(config.init_from).base

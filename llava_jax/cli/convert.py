@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_jax.cli.arguments import report_errors
+from llava_jax.cli.arguments import positive, report_errors
 from llava_jax.cli.model_options import source
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError
@@ -54,8 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--era", type=int, choices=(4, 5), default=5, help=f"{era} (default: 5)")
     alpha = "alpha of the {}'s LoRA adapters (default: the alpha in the source; required for .pth "
     alpha += "files, which do not contain the alpha)"
-    parser.add_argument("--alpha", type=float, help=alpha.format("decoder"))
-    parser.add_argument("--vision-alpha", type=float, help=alpha.format("vision tower"))
+    parser.add_argument("--alpha", type=positive, help=alpha.format("decoder"))
+    parser.add_argument("--vision-alpha", type=positive, help=alpha.format("vision tower"))
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli.arguments import report_errors
+from llava_jax.cli.arguments import at_least_one, integer, report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
@@ -83,12 +83,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--limit",
-        type=int,
+        type=at_least_one,
         help="number of questions to ask, starting with the first (default: all)",
     )
     add(
         "--slots",
-        type=int,
+        type=integer(1, 4096),
         default=8,
         help="number of questions that are answered at the same time (default: 8)",
     )
@@ -203,10 +203,6 @@ def check(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"--metric can only be used with --task json; the metric of {given.task} is fixed"
         )
-    for name in ("limit", "slots", "max_length"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: the value must be 1 or more")
     needs = TASKS[given.task].needs
     if needs and find_spec(needs) is None:
         raise ConfigError(

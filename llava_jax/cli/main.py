@@ -29,7 +29,7 @@ cli/check_data.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status.
+    """Runs a subcommand and returns its exit status, which is 130 after Ctrl-C.
 
     Args:
         argv: The subcommand and its arguments; None takes the arguments of the process.
@@ -47,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
         parser.error(f"there is no command {name!r}; {hint}")
-    module = importlib.import_module(f"llava_jax.cli.{name.replace('-', '_')}")
-    return module.main(arguments[1:])
+    try:
+        module = importlib.import_module(f"llava_jax.cli.{name.replace('-', '_')}")
+        return module.main(arguments[1:])
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:

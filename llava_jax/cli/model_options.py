@@ -56,7 +56,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-length",
-        type=int,
+        type=at_least_one,
         help="maximum number of tokens of a conversation, including its images and the answer "
         "(default: the limit of the model, but at most 2048)",
     )

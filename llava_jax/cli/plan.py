@@ -7,7 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llava_jax.cli.arguments import at_least_one, chart_file, output_file, report_errors
+from llava_jax.cli.arguments import (
+    at_least_one,
+    chart_file,
+    output_file,
+    positive,
+    report_errors,
+)
 from llava_jax.distributed.environment import GIB, HOST_SHARE, prepare_for_planning
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, shares_host, without_bfloat16
 
@@ -45,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--memory",
-        type=float,
+        type=positive,
         help="memory of one device in GiB (default: the memory of the device type)",
     )
     host = f"host memory in GiB for all devices together, of which plans use {HOST_SHARE:.0%} "
     host = f"{host.replace('%', '%%')}(default: host memory is not checked)"
-    parser.add_argument("--host-memory", type=float, help=host)
+    parser.add_argument("--host-memory", type=positive, help=host)
     fit = "search for the fastest memory plan that fits into the memory; without --fit, there is a "
     fit += "search only if memory.plan is auto and no other field of memory is set"
     parser.add_argument("--fit", action="store_true", help=fit)

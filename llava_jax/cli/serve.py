@@ -21,6 +21,8 @@ INSTALL = "serving needs packages that are not installed: pip install 'llava_jax
 ORIGIN = re.compile(r"(http(?!\S*:80$)|https(?!\S*:443$))://[a-z0-9._-]+(:\d+)?")
 """Matches an origin as browsers send it: in lower case, and without the default port."""
 KEY_VARIABLE = "LLAVA_JAX_API_KEY"
+MAX_OPTION = 2**31
+"""Limit of all numeric options."""
 GRACE = 10
 """Number of seconds that unfinished answers may still take after a signal to stop."""
 
@@ -205,8 +207,12 @@ def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if given.name is not None and not (given.name and given.name.isprintable()):
         parser.error(f"--name {given.name!a}: the name must be printable and not empty")
     for name, value in vars(given).items():
-        if isinstance(value, int | float) and value is not False and value <= 0 and name != "port":
-            parser.error(f"--{name.replace('_', '-')} {value}: the value must be above 0")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and name != "port" and not 0 < value < MAX_OPTION:
+            text = f"the value must be above 0 and below {MAX_OPTION}"
+            parser.error(f"--{name.replace('_', '-')} {value}: {text}")
+    if not 0 <= given.port < 2**16:
+        parser.error(f"--port {given.port}: a port is a number from 0 to 65535")
     if given.api_key is not None:
         given.api_key = given.api_key.strip()
         if not given.api_key.isprintable() or not given.api_key:

@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments of the command; None takes the arguments of the process.
     """
     run = partial(train, argv)
-    status = guarded(run) if is_multiprocess() else run()
+    try:
+        status = guarded(run) if is_multiprocess() else run()
+    except KeyboardInterrupt:  # later, the run handles Ctrl-C and saves its state
+        print("stopped by Ctrl-C before the run began", file=sys.stderr)
+        return 130
     if status == 1:
         exit_now(status)
     return status

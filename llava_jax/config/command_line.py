@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
-import difflib
-import re
+import functools
 import runpy
+import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from llava_jax.config import model, source, train
+from llava_jax.config.fields import field_groups
 from llava_jax.config.presets import find_preset, preset_names, suggest_preset
+from llava_jax.config.suggestions import suggest_field, suggest_option
 from llava_jax.config.train import TrainConfig
 from llava_jax.errors import ConfigError
 
@@ -23,8 +26,8 @@ def load_config(path: str | Path) -> TrainConfig:
         path: Path of the file, or the name of a preset.
 
     Raises:
-        ConfigError: The file or preset does not exist, the file does not set `config` to a
-            `TrainConfig`, or the file sets a field that does not exist.
+        ConfigError: The file or preset does not exist, the file raises an exception, or the file
+            does not set `config` to a `TrainConfig`.
     """
     if not Path(path).is_file():
         preset = find_preset(str(path))
@@ -33,29 +36,24 @@ def load_config(path: str | Path) -> TrainConfig:
         path = preset
     try:
         config = runpy.run_path(str(path)).get("config")
-    except TypeError as error:
-        raise ConfigError(f"{path}: {_suggest_field(str(error))}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the file does
+        what = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"{path}{_line(error, str(path))}: {what}{suggest_field(str(error))}"
+        ) from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path} must set `config` to a llava_jax.config.TrainConfig")
     return config
 
 
-def _suggest_field(message: str) -> str:
-    """Returns an error message for an unknown field, with the name of the most similar field.
-
-    If `message` is not Python's error about an unknown field, it is returned unchanged.
-    """
-    found = re.search(
-        r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
-    )
-    if not found:
-        return message
-    known = [c for module in (model, source, train) for c in vars(module).values()]
-    classes = [c for c in known if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    meant = [c for c in classes if c.__name__ == found[1]] or classes
-    fields = {field.name: c.__name__ for c in meant for field in dataclasses.fields(c)}
-    near = difflib.get_close_matches(found[2], fields, n=1, cutoff=0.0)[0]
-    return f"there is no field '{found[2]}'; did you mean '{near}' of {fields[near]}?"
+def _line(error: Exception, path: str) -> str:
+    """Returns the line of a file that raised an exception as ", line 5", or "" if it is unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    number = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    return "" if number is None else f", line {number}"
 
 
 def parse_config(
@@ -91,10 +89,48 @@ def parse_config(
     if found.config is None:
         first.print_help()
         raise SystemExit(0 if {"-h", "--help"} & set(rest) else 2)
-    return tyro.cli(
+    default = load_config(found.config)
+    _hide_none(TrainConfig)
+    config, unknown = tyro.cli(
         TrainConfig,
-        default=load_config(found.config),
+        default=default,
         args=rest,
         prog=f"{prog} --config {found.config}",
         config=(tyro.conf.AvoidSubcommands,),
+        return_unknown_args=True,
     )
+    if unknown:
+        first.error(suggest_option(unknown[0]))
+    return _replace_steps(config, default, {word.partition("=")[0] for word in rest})
+
+
+def _replace_steps(config: TrainConfig, default: TrainConfig, options: set[str]) -> TrainConfig:
+    """Lets the option --epochs replace the number of steps that a config file sets.
+
+    Args:
+        config: Config with the values of all options.
+        default: Config of the file.
+        options: Names of the options that were given.
+
+    Raises:
+        ConfigError: Both --steps and --epochs are given.
+    """
+    if "--epochs" not in options or config.steps is None:
+        return config
+    if "--steps" in options:
+        raise ConfigError(
+            f"--steps {config.steps} and --epochs {config.epochs:g} are both given; leave out one "
+            "of them"
+        )
+    text = f"--epochs {config.epochs:g} replaces steps = {default.steps} of the config"
+    print(text, file=sys.stderr)
+    return dataclasses.replace(config, steps=None)
+
+
+@functools.cache  # the annotations are changed once
+def _hide_none(config_class: type) -> None:
+    """Lets --help not show `(default: None)`; the help of a field says what None means."""
+    hint = tyro.conf.arg(help_behavior_hint=lambda x: "" if x == "None" else f"(default: {x})")
+    for group, _ in field_groups(config_class):
+        for name, kind in group.__annotations__.items():
+            group.__annotations__[name] = Annotated[kind, hint]

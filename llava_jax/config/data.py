@@ -16,6 +16,7 @@ from llava_jax.config.fields import (
     at_least,
     check_fields,
     fraction,
+    within,
 )
 
 Aspect = Literal["pad", "crop", "squash"]
@@ -135,7 +136,7 @@ class DataConfig:
     max_images: Annotated[int | None, at_least(0, "it is a number of images")] = None
     shuffle: bool = True
     group_by_modality_length: bool = False
-    max_skipped: Annotated[float, OBSERVED, at_least(0, "it is a fraction of the samples")] = 0.01
+    max_skipped: Annotated[float, OBSERVED, within(0, 1, "it is a fraction of the samples")] = 0.01
     workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
     eval_path: Annotated[str | None, LOCATION] = None
     eval_image_root: Annotated[str | None, LOCATION] = None

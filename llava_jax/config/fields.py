@@ -99,7 +99,17 @@ def fraction(reason: str) -> Bound:
     return Bound(lambda value: 0 <= value < 1, "at least 0 and less than 1", reason)
 
 
-FINITE = Bound(math.isfinite, "a finite number", "the model is multiplied by it")
+def within(minimum: int | float, maximum: int | float, reason: str) -> Bound:
+    """Returns the condition that a number must be from `minimum` to `maximum`."""
+    text = f"from {minimum:g} to {maximum:g}"
+    return Bound(lambda value: minimum <= value <= maximum, text, reason)
+
+
+MAX_INTEGER = 2**32 - 1
+"""Largest absolute value of an integer in a config."""
+
+MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+"""Smallest and largest positive number of the type float32, without subnormal numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +172,21 @@ def field_paths(config_class: type, is_wanted: Callable[[Field], bool]) -> froze
     return frozenset(walk(config_class, RECIPE, ""))
 
 
+def field_groups(config_class: type, prefix: str = "") -> Iterator[tuple[type, str]]:
+    """Yields a config class and all classes of its fields, also of optional fields.
+
+    Args:
+        config_class: Dataclass to start with.
+        prefix: Text in front of the names of its fields, for example "model.llm.". Each class is
+            yielded with its own prefix.
+    """
+    yield config_class, prefix
+    for field in read_fields(config_class):
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from field_groups(kind, f"{prefix}{field.name}.")
+
+
 def check_fields(config: Any, prefix: str = "") -> None:
     """Checks the value of each field, also in nested dataclasses, against its type and bounds.
 
@@ -177,11 +202,13 @@ def check_fields(config: Any, prefix: str = "") -> None:
         # Dataclasses do not check the types of their fields, and a config file may pass any value.
         if not _has_type(value, field.type):
             raise ConfigError(f"{path} = {value!r}: it must be {_describe_type(field.type)}")
-        for text in value if isinstance(value, tuple | dict) else (value,):
-            check_text(text, path)
         for bound in field.bounds:
             if value is not None and not bound.allows(value):
                 raise ConfigError(f"{path} = {value!r}: it must be {bound.text} ({bound.reason})")
+        items = value if isinstance(value, tuple) else (value,)
+        for item in (*value, *value.values()) if isinstance(value, dict) else items:
+            check_text(item, path)
+            _check_size(item, path)
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{path}.")
 
@@ -218,6 +245,17 @@ def check_text(value: Any, path: str) -> None:
         raise ConfigError(f"{path} = {value!a}: {bad} is not a complete character") from None
     if "\0" in value:
         raise ConfigError(f"{path} = {value!a}: it contains a NUL character")
+
+
+def _check_size(value: object, path: str) -> None:
+    """Raises ConfigError if a device cannot hold a number: it has 32-bit integers and float32."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ConfigError(f"{path} = {value}: an integer must be from -2^32 + 1 to 2^32 - 1")
+    if isinstance(value, float) and value != 0 and not MIN_FLOAT <= abs(value) <= MAX_FLOAT:
+        raise ConfigError(
+            f"{path} = {value}: it must be 0 or a number of the type float32, whose absolute value "
+            "is from 1.2e-38 to 3.4e38"
+        )
 
 
 def _describe_type(hint: Any) -> str:

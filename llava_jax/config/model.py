@@ -1,14 +1,20 @@
 """Defines the sizes of a model, with the same field names as Hugging Face's configs."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from llava_jax.config.fields import Bound, above, at_least
 from llava_jax.errors import ConfigError
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+_Size = Annotated[int, at_least(1, "it is a size of the model")]
+_TokenId = Annotated[int, at_least(0, "token ids are counted from 0")]
+_Epsilon = Annotated[float, above(0, "it prevents a division by zero")]
+_Factor = Annotated[float, above(0, "it scales or divides frequencies")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +37,14 @@ class VisionConfig:
             the pooling head, but keeps its weights in saved checkpoints.
     """
 
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
+    image_size: _Size = 336
+    patch_size: _Size = 14
+    hidden_size: _Size = 1024
+    intermediate_size: _Size = 4096
+    num_hidden_layers: _Size = 24
+    num_attention_heads: _Size = 16
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: _Epsilon = 1e-5
     model_type: Literal["clip_vision_model", "siglip_vision_model"] = "clip_vision_model"
     vision_use_head: bool = False
 
@@ -73,10 +79,10 @@ class RopeScaling:
         original_max_position_embeddings: Original context length in tokens.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: _Factor
+    low_freq_factor: _Factor
+    high_freq_factor: _Factor
+    original_max_position_embeddings: _Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,20 +109,20 @@ class LlmConfig:
             the token itself. Longer sequences are refused. None sets no limit.
     """
 
-    vocab_size: int = 32064
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    vocab_size: _Size = 32064
+    hidden_size: _Size = 4096
+    intermediate_size: _Size = 11008
+    num_hidden_layers: _Size = 32
+    num_attention_heads: _Size = 32
+    num_key_value_heads: _Size = 32
+    head_dim: _Size = 128
+    max_position_embeddings: _Size = 4096
+    rms_norm_eps: _Epsilon = 1e-5
+    rope_theta: _Factor = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     model_type: Literal["llama", "mistral", "qwen2"] = "llama"
-    sliding_window: int | None = None
+    sliding_window: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -143,9 +149,11 @@ class ModelConfig:
 
     vision: VisionConfig = VisionConfig()
     llm: LlmConfig = LlmConfig()
-    image_token_id: int = 32000
-    pad_token_id: int = 32001
-    vision_feature_layer: int = -2
+    image_token_id: _TokenId = 32000
+    pad_token_id: _TokenId = 32001
+    vision_feature_layer: Annotated[
+        int, Bound(lambda index: index != 0, "not 0", "hidden state 0 is the input of the tower")
+    ] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_hidden_act: str = "gelu"
 

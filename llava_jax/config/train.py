@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 from llava_jax.config.data import DataConfig
 from llava_jax.config.fields import (
-    FINITE,
     IGNORED_BY_PLAN,
     LOCATION,
     OBSERVED,
@@ -26,6 +25,7 @@ from llava_jax.config.fields import (
     check_fields,
     field_paths,
     fraction,
+    within,
 )
 from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
@@ -95,16 +95,16 @@ class LoraConfig:
     """
 
     rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
-    alpha: Annotated[float, FINITE] = 256.0
+    alpha: Annotated[float, above(0, "with 0, an adapter adds nothing")] = 256.0
     dropout: Annotated[float, fraction("it is a probability")] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
     use_rslora: bool = False
     rank_pattern: Annotated[
         dict[str, int], _every(at_least(1, "an adapter of rank 0 has no weights"))
     ] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Annotated[dict[str, float], _every(FINITE)] = dataclasses.field(
-        default_factory=dict
-    )
+    alpha_pattern: Annotated[
+        dict[str, float], _every(above(0, "with 0, an adapter adds nothing"))
+    ] = dataclasses.field(default_factory=dict)
     layers_to_transform: Annotated[
         tuple[int, ...] | None, _every(at_least(0, "it is the index of a block"))
     ] = None
@@ -166,11 +166,13 @@ class OptimizerConfig:
         float | None, at_least(0, "a negative rate would increase the loss")
     ] = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, at_least(0, "it is a fraction of the steps")] = 0.03
+    warmup_ratio: Annotated[float, within(0, 1, "it is a fraction of the steps")] = 0.03
     weight_decay: Annotated[float, at_least(0, "a negative value would let weights grow")] = 0.0
     b1: Annotated[float, fraction("it is a decay rate")] = 0.9
     b2: Annotated[float, fraction("it is a decay rate")] = 0.999
-    eps: Annotated[float, above(0, "it prevents a division by zero")] = 1e-8
+    eps: Annotated[
+        float, within(1e-30, 1, "it prevents a division by zero; a large value prevents learning")
+    ] = 1e-8
     clip_norm: Annotated[float | None, above(0, "to turn clipping off, leave it out")] = None
 
 
@@ -209,6 +211,13 @@ class MemoryConfig:
         return self == MemoryConfig(plan="auto", limit_gib=self.limit_gib)
 
 
+AXIS_SIZE = Bound(
+    lambda size: size == -1 or size >= 1,
+    "-1 or at least 1",
+    "it is a number of devices; -1 uses the remaining devices",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis of the device mesh.
@@ -223,9 +232,9 @@ class MeshConfig:
         show: Print how each parameter is sharded.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Annotated[int, AXIS_SIZE] = 1
+    fsdp: Annotated[int, AXIS_SIZE] = -1
+    tensor: Annotated[int, AXIS_SIZE] = 1
     show: Annotated[bool, OBSERVED] = False
 
 
@@ -236,12 +245,14 @@ class CheckpointConfig:
     Attributes:
         every: Number of optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
+        keep_best: Also keep the checkpoint with the lowest eval loss, however old it is.
         accept_changes: Resume a run even if its recipe or its data has changed since the run began.
             The changes are shown and recorded. The number of training records must not change.
     """
 
     every: Annotated[int, at_least(1, "it is a number of steps")] = 500
     keep: Annotated[int, at_least(1, "a run resumes from the newest checkpoint")] = 2
+    keep_best: bool = False
     accept_changes: bool = False
 
 
@@ -251,6 +262,8 @@ class EvalConfig:
 
     Attributes:
         every: Number of steps between evaluations; None evaluates only before and after training.
+        patience: Number of consecutive evaluations without a new lowest eval loss after which the
+            run stops early. None trains for all steps.
         batch_size: Number of samples in an evaluation batch, on all devices together; None takes
             the size of a micro-batch.
         examples: Number of evaluation questions to show with the model's answers, in report.html
@@ -258,6 +271,7 @@ class EvalConfig:
     """
 
     every: Annotated[int | None, at_least(1, "it is a number of steps")] = None
+    patience: Annotated[int | None, at_least(1, "it is a number of evaluations")] = None
     batch_size: Annotated[int | None, at_least(1, "a batch needs at least one sample")] = None
     examples: Annotated[int, at_least(0, "it is a number of questions")] = 12
 
@@ -322,6 +336,8 @@ class TrainConfig:
         checkpoint: When to save a checkpoint, and how to resume.
         eval: Evaluation during training.
         log: Where the run is logged, in addition to the files in its directory.
+        push_to_hub: Repository on the Hugging Face Hub, USER/NAME, to which the result is uploaded
+            when the run is finished. A new repository is private. None uploads nothing.
     """
 
     name: Annotated[str, OBSERVED]
@@ -330,7 +346,15 @@ class TrainConfig:
     steps: Annotated[
         int | None, IGNORED_BY_PLAN, at_least(1, "a run trains for at least one step")
     ] = None
-    epochs: Annotated[float, RESOLVED, at_least(0, "it is a number of passes")] = 1.0
+    epochs: Annotated[
+        float,
+        RESOLVED,
+        Bound(
+            lambda passes: 0 < passes <= 1e6,
+            "above 0 and at most 1,000,000",
+            "it is a number of passes through the data",
+        ),
+    ] = 1.0
     init_from: Annotated[Source, LOCATION] = None
     init_adapter: Annotated[str | None, LOCATION] = None
     model: ModelConfig | None = None
@@ -349,6 +373,7 @@ class TrainConfig:
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
     eval: Annotated[EvalConfig, OBSERVED] = EvalConfig()
     log: Annotated[LogConfig, OBSERVED] = LogConfig()
+    push_to_hub: Annotated[str | None, OBSERVED] = None
 
     def __post_init__(self):
         check_fields(self)

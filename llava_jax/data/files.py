@@ -3,6 +3,8 @@
 import codecs
 import glob
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from llava_jax.disk import open_regular
@@ -23,7 +25,8 @@ def open_file(path: str) -> Any:
     """
     if not is_remote(path):
         return open_regular(path)
-    return _file_system(path).open(path, "rb")
+    with _file_system(path) as system:
+        return system.open(path, "rb")
 
 
 class Encoding(NamedTuple):
@@ -69,37 +72,53 @@ def check_size(path: str, size: int) -> None:
 
 def file_size(path: str) -> int:
     """Returns the size of a file in bytes."""
-    return _file_system(path).size(path) if is_remote(path) else os.path.getsize(path)
+    if not is_remote(path):
+        return os.path.getsize(path)
+    with _file_system(path) as system:
+        return system.size(path)
 
 
 def is_folder(path: str) -> bool:
     """Returns True if the path is a directory."""
-    return _file_system(path).isdir(path) if is_remote(path) else os.path.isdir(path)
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with _file_system(path) as system:
+        return system.isdir(path)
 
 
 def list_folder(path: str) -> list[str]:
     """Returns the paths of all files and directories in a directory."""
-    if is_remote(path):
-        system = _file_system(path)
+    if not is_remote(path):
+        return [os.path.join(path, name) for name in os.listdir(path)]
+    with _file_system(path) as system:
         return [system.unstrip_protocol(name) for name in system.ls(path, detail=False)]
-    return [os.path.join(path, name) for name in os.listdir(path)]
 
 
 def find_files(pattern: str) -> list[str]:
     """Returns the sorted paths that match a pattern such as "data/train-*.parquet"."""
-    if is_remote(pattern):
-        system = _file_system(pattern)
+    if not is_remote(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    with _file_system(pattern) as system:
         return sorted(system.unstrip_protocol(name) for name in system.glob(pattern))
-    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
-def _file_system(path: str) -> Any:
-    """Returns the fsspec file system of a URL."""
+@contextmanager
+def _file_system(path: str) -> Iterator[Any]:
+    """Provides the fsspec file system of a URL, whose errors become OSError in the context.
+
+    Without a network, for example, each file system raises an error of another type.
+    """
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)[0]
+        system = fsspec.core.url_to_fs(path)[0]
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"fsspec cannot open {path}: {error}; check the address, or install the package for it"
         ) from error
+    try:
+        yield system
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path} cannot be reached ({type(error).__name__}: {error})") from error

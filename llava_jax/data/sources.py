@@ -58,7 +58,13 @@ def load_records(
     if path.startswith(PREFIX) and not is_remote(path):
         files: list[DataFile] = [HubDataset(path)]
     else:
-        paths = _find_files(path)
+        try:
+            paths = _find_files(path)
+        except OSError as error:
+            raise ConfigError(
+                f"data file {path}: {error}; check data.path, data.mixture or data.eval_path, and "
+                "the network"
+            ) from error
         files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:

@@ -105,6 +105,8 @@ def model_name(source: str | Path | Parts) -> str:
     if not path.exists():
         return str(source)
     path = path.resolve()
+    if path.name == "adapter" and path.parent.parent.name == "checkpoints":
+        return f"{path.parents[2].name}-{path.parent.name}"  # the adapter of a run's checkpoint
     is_made = path.name in ("adapter", "model") and (path.parent / "config.json").is_file()
     return path.parent.name if is_made else path.name
 
@@ -150,12 +152,31 @@ def _local(name: str, read: Reader) -> Path:
         return path
     if name == TINY_LLAVA.name:
         return TINY_LLAVA
-    if path.exists() or len(path.parts) != 2 or name.startswith((".", "/")):
+    if path.exists() or is_local(name):
         raise ConfigError(
             f"{name!r}: no such directory; give the directory of a checkpoint or of a run, a hub "
             f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
     return _download(name, pickles=_reads_pickles(read))
+
+
+_LOCAL = ("runs", "checkpoints", "data")
+"""Directories in which the presets look for weights and data. They are not names of hub users."""
+
+_FILES = (".safetensors", ".bin", ".pth", ".pt", ".json")
+
+
+def is_local(name: str) -> bool:
+    """Returns True if a name cannot be a hub id, which has the form USER/MODEL.
+
+    Args:
+        name: Path or hub id; it does not have to exist.
+    """
+    parts = Path(name).parts
+    if name == TINY_LLAVA.name:
+        return False
+    is_path = name.startswith((".", "/", "~")) or name.endswith(_FILES)
+    return is_path or len(parts) != 2 or parts[0] in _LOCAL
 
 
 def _reads_pickles(read: Reader) -> bool:
@@ -275,12 +296,12 @@ def quantisation_of(source: Path | Parts) -> Quantisation | None:
     """Returns the quantization that a run used for its base; None if the base was not quantized.
 
     Args:
-        source: Run directory, or the directory `adapter` or `model` in a run directory. For any
-            other source, the result is None.
+        source: Run directory, the directory `adapter` or `model` in a run directory, or the adapter
+            of a checkpoint of a run. For any other source, the result is None.
     """
     if isinstance(source, Parts):
         return None
-    for run_dir in (source, source.parent):
+    for run_dir in (source, *source.absolute().parents[:3]):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(read_regular(run_dir / "config.json", MAX_JSON_BYTES))
             if "base_fingerprint" in found:

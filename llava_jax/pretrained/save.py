@@ -4,7 +4,7 @@ A parameter is an array on any devices, or a `Stored` parameter whose values are
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -129,9 +129,14 @@ def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> n
         param = _take(param, np.int32(index))
     if not param.is_fully_addressable:
         mesh = cast(NamedSharding, param.sharding).mesh  # arrays across processes have a mesh
-        replicated = NamedSharding(mesh, PartitionSpec())
-        param = jax.jit(lambda x: x, out_shardings=replicated)(param).addressable_data(0)
+        param = _gather(NamedSharding(mesh, PartitionSpec()))(param).addressable_data(0)
     return np.asarray(param)
+
+
+@cache  # a new function for each tensor of each checkpoint would be traced again
+def _gather(replicated: NamedSharding) -> jax.stages.Wrapped:
+    """Returns the function that copies an array to all processes."""
+    return jax.jit(lambda x: x, out_shardings=replicated)
 
 
 @partial(jit_for_backend, uses_host=True)

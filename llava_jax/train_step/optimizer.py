@@ -58,13 +58,23 @@ def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Sched
     return {group: _schedule(config, peak, total_steps) for group, peak in peaks.items()}
 
 
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """Returns the number of steps in which the learning rate rises: ceil(ratio * total_steps).
+
+    Args:
+        config: Optimizer settings.
+        total_steps: Number of optimizer steps of the whole run.
+    """
+    return math.ceil(config.warmup_ratio * total_steps)
+
+
 def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> Schedule:
     """Returns a schedule: linear warm-up from 0, then `config.schedule` until `total_steps`.
 
-    The warm-up takes ceil(warmup_ratio * total_steps) steps, and its first step has rate 0, as in
-    Hugging Face's `get_cosine_schedule_with_warmup`, which LLaVA was trained with.
+    The first step of a warm-up has rate 0, as in Hugging Face's `get_cosine_schedule_with_warmup`,
+    which LLaVA was trained with.
     """
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(config, total_steps)
     shapes = {
         "cosine": lambda progress: 0.5 * (1 + jnp.cos(math.pi * progress)),
         "linear": lambda progress: 1 - progress,

@@ -1,6 +1,7 @@
 """Builds a run's model structure, shapes, shardings and jitted steps from its config."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -90,6 +91,13 @@ class Program:
     def frozen(self) -> list[str]:
         """Paths of the frozen parameters."""
         return [path for path in self.abstract if path not in self.state.trainable]
+
+    def describe_parameters(self) -> str:
+        """Returns the numbers of trainable and of all parameters, in the words that PEFT prints."""
+        count = lambda paths: sum(math.prod(self.abstract[path].shape) for path in paths)
+        trainable, total = count(self.trainable), count(self.abstract)
+        share = f"trainable%: {100 * trainable / total:.4f}"
+        return f"trainable params: {trainable:,} || all params: {total:,} || {share}"
 
     def rows(self, size: int) -> list[int]:
         """Returns the indices of the rows that this process reads in a batch of `size` rows."""

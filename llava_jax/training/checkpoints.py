@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,7 +46,7 @@ from llava_jax.jax_compat import (
 from llava_jax.train_step.step import TrainState
 from llava_jax.training.repair_logs import copy_files
 
-MANIFEST = "manifest.json"
+MANIFEST, ADAPTER = "manifest.json", "adapter"
 DAMAGED = ".damaged"
 """Suffix of the name of a damaged checkpoint that is not used."""
 
@@ -73,6 +73,10 @@ class Checkpoints:
 
     Attributes:
         passed_over: One line of text for each damaged checkpoint that was renamed, with the damage.
+        export: Function that writes the adapter of a train state to a directory. Each checkpoint
+            then contains the adapter, in its directory `adapter`. None writes no adapters.
+        best: Number of steps of a checkpoint that is not removed, or None. If there is no such
+            checkpoint, the newest checkpoint before it is kept.
 
     Raises:
         CheckpointError: The directory contains checkpoints, but all checkpoints are damaged.
@@ -83,6 +87,8 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep = config.keep
         self.passed_over: list[str] = []
+        self.export: Callable[[Path, TrainState], None] | None = None
+        self.best: int | None = None
         newest = None
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,8 @@ class Checkpoints:
             data=ocp.args.JsonSave(data | {_FILES: files}),
         )
         with self._explained(step):
+            if self.export is not None:
+                self.export(self._unfinished_adapter(step), state)
             self._bound_buffer(state)
             self._saving = step
             self._orbax.save(self._directory / str(step), args=args)
@@ -262,7 +270,10 @@ class Checkpoints:
             ) from error
 
     def _complete(self) -> None:
-        """Writes the manifest, before Orbax gives the checkpoint its final name."""
+        """Adds the manifest and the adapter, before Orbax gives the checkpoint its final name.
+
+        The manifest does not list the adapter, which is for users and not for resuming.
+        """
         (unfinished,) = self._directory.glob(f"{self._saving}{ORBAX_UNFINISHED}*")
         files = [
             path for path in unfinished.rglob("*") if path.is_file() and path.name != ORBAX_METADATA
@@ -274,6 +285,12 @@ class Checkpoints:
                 for path, value in zip(files, sums, strict=True)
             }
         (unfinished / MANIFEST).write_text(write_manifest(listed))
+        if self._saving is not None and (made := self._unfinished_adapter(self._saving)).is_dir():
+            made.rename(unfinished / ADAPTER)
+
+    def _unfinished_adapter(self, step: int) -> Path:
+        """Returns the directory of an adapter until the checkpoint of `step` is complete."""
+        return self._directory / f"{ADAPTER}-{step}{ORBAX_UNFINISHED}"
 
     def _newest_whole(self) -> int | None:
         """Returns the step of the newest intact checkpoint, and renames newer, damaged ones."""
@@ -305,11 +322,19 @@ class Checkpoints:
         return [int(name) for name in names if _STEP.fullmatch(name)]
 
     def _remove_old(self) -> None:
-        """Removes the oldest checkpoints, so that the configured number remains."""
+        """Removes the oldest checkpoints, so that the best and the configured number remain."""
         if is_main_process():
+            best = self.best_step()
             for step in sorted(self._steps())[: -self._keep]:
-                with suppress(OSError):  # the next start of the run removes remaining files
-                    self._remove(step)
+                if step != best:
+                    with suppress(OSError):  # the next start of the run removes remaining files
+                        self._remove(step)
+
+    def best_step(self) -> int | None:
+        """Returns the number of steps of the checkpoint that `best` protects, or None."""
+        if self.best is None:
+            return None
+        return max((step for step in self._steps() if step <= self.best), default=None)
 
     def _remove(self, step: int) -> None:
         """Renames a checkpoint and then removes it, so that a partly removed one is never used."""

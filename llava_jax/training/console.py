@@ -2,16 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from llava_jax.data.batch import Batch
 from llava_jax.disk import append_rows
 from llava_jax.report.rows import Row
 from llava_jax.training.trackers import Tracker
+
+Item = TypeVar("Item")
 
 PLAIN_SECONDS = 10.0
 """Minimum number of seconds between two progress lines if the output is not a terminal."""
@@ -50,20 +56,21 @@ class Reporter:
         self._trackers = [*trackers]
         self._last_plain = -math.inf
         self._last_time = time.monotonic()
-        self._started = (self._last_time, first_step)
+        self._clock = _Clock(first_step, total_steps)
         self._path = path
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[what]} {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
                 TaskProgressColumn(),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
                 console=self.console,
                 expand=True,
             )
-            self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
+            self._task = self._bar.add_task(
+                "compiling", total=total_steps, completed=first_step, what="step"
+            )
 
     def __enter__(self) -> "Reporter":
         if self._bar:
@@ -94,11 +101,12 @@ class Reporter:
         memory = f"  {device_bytes / 2**30:.1f} GiB" if device_bytes else ""
         loss = math.nan if row["loss"] is None else row["loss"]
         text = f"loss {loss:.4f}  lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+        text = f"{text}  {self._clock.left(row['step'])} left"
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=text)
         elif now - self._last_plain > PLAIN_SECONDS or row["step"] == self._total:
             self._last_plain = now
-            self.console.print(f"step {row['step']}/{self._total}  {text}  {self._left(row, now)}")
+            self.console.print(f"step {row['step']}/{self._total}  {text}")
 
     def log_eval(self, row: Row, images: Sequence[Sequence[Path]], text: str) -> None:
         """Shows an evaluation and passes it to the trackers.
@@ -121,17 +129,84 @@ class Reporter:
                 name = type(tracker).__name__
                 self.say(f"{name} failed and is now turned off: {type(error).__name__}: {error}")
 
+    def track(self, items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
+        """Yields items, and shows how many of them were taken.
+
+        Args:
+            items: Items to yield, for example the batches of an evaluation.
+            count: Number of items.
+            what: Text in front of the numbers, for example "eval, step 0:".
+        """
+        task = self._bar.add_task("", total=count, what=what) if self._bar else None
+        last = time.monotonic()
+        try:
+            for done, item in enumerate(items):
+                now = time.monotonic()
+                if task is None and now - last > PLAIN_SECONDS:
+                    last = now
+                    self.say(f"{what} {done}/{count} batches")
+                yield item
+                if self._bar and task is not None:
+                    self._bar.advance(task)
+        finally:
+            if self._bar and task is not None:
+                self._bar.remove_task(task)
+
+    @contextmanager
+    def compiling(self, name: str, batch: Batch) -> Iterator[None]:
+        """Excludes the time of a context from the time left, if a step is compiled in the context.
+
+        JAX compiles a step when it is called with arrays of new shapes.
+
+        Args:
+            name: Name of the step that is called in the context.
+            batch: Batch that the step is called with.
+        """
+        with self._clock.excluding_first((name, *(x.shape for x in jax.tree.leaves(batch)))):
+            yield
+
     def skip_time(self) -> None:
-        """Excludes the time since the last row from the seconds of the next row."""
+        """Excludes the time since the last row from the seconds of the next row.
+
+        The first call starts the clock of the time left, so that it counts from the first step on.
+        """
         self._last_time = time.monotonic()
+        self._clock.start()
 
     def say(self, text: str | Table) -> None:
         """Prints a line of text or a table, above the progress bar if there is one."""
         self.console.print(text, markup=False)
 
-    def _left(self, row: Row, now: float) -> str:
-        """Returns the estimated time until the end of the run, for example "1:02:03 left"."""
-        started, first_step = self._started
-        per_step = (now - started) / max(row["step"] - first_step, 1)
-        seconds = round(per_step * (self._total - row["step"]))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+class _Clock:
+    """Estimates the time until the end of a run, from the time since its first step.
+
+    Args:
+        first_step: Number of steps done before this start of the run.
+        total_steps: Number of steps of the whole run.
+    """
+
+    def __init__(self, first_step: int, total_steps: int):
+        self._first_step, self._total = first_step, total_steps
+        self._started, self._excluded, self._is_running = time.monotonic(), 0.0, False
+        self._seen: set[tuple[object, ...]] = set()
+
+    def start(self) -> None:
+        """Starts the clock, unless it runs already."""
+        if not self._is_running:
+            self._started, self._excluded, self._is_running = time.monotonic(), 0.0, True
+
+    @contextmanager
+    def excluding_first(self, key: tuple[object, ...]) -> Iterator[None]:
+        """Does not count the time of a context whose key is new."""
+        started = time.monotonic()
+        yield
+        if key not in self._seen:
+            self._seen.add(key)
+            self._excluded += time.monotonic() - started
+
+    def left(self, step: int) -> str:
+        """Returns the estimated time after a step, for example "1:02:03"."""
+        counted = time.monotonic() - self._started - self._excluded
+        seconds = round(counted / max(step - self._first_step, 1) * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

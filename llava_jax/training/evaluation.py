@@ -25,6 +25,7 @@ from llava_jax.report.rows import read_rows
 from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
 from llava_jax.training.console import Reporter
+from llava_jax.training.early_stopping import best_row, is_stalled
 from llava_jax.training.inputs import Inputs
 
 UNNAMED = "all"
@@ -210,7 +211,11 @@ class Evaluator:
             step in [row["step"] for row in self._rows]
         ):
             return
-        batches = inputs.eval_batches(self._batch_size, self._batch_rows)
+        batches = self._reporter.track(
+            inputs.eval_batches(self._batch_size, self._batch_rows),
+            -(-len(inputs.eval_records) // self._batch_size),
+            f"eval, step {step}:",
+        )
         batches = itertools.takewhile(
             lambda made: not halted(made[0].text_checksum, made[1]), batches
         )
@@ -257,9 +262,29 @@ class Evaluator:
         reason = self._inputs.why_skipped(first, records)
         return f"; skipped samples: {len(skipped)}, the first is {records.where(first)}: {reason}"
 
-    def say_tables(self) -> None:
-        """Prints tables that compare the first evaluation with the last evaluation."""
+    def best_step(self) -> int | None:
+        """Returns the number of steps at the evaluation with the lowest loss; None if none."""
+        best = best_row(self._rows)
+        return None if best is None else best["step"]
+
+    def is_stalled(self) -> bool:
+        """Returns True if the run must stop early; all processes must call this."""
+        patience = self._inputs.config.eval.patience
+        return patience is not None and broadcast_from_main(is_stalled(self._rows, patience))
+
+    def say_tables(self, total_steps: int) -> None:
+        """Prints tables that compare the first evaluation with the last evaluation.
+
+        Args:
+            total_steps: Number of steps of the whole run, to say whether the run stops early.
+        """
         if self._rows:
+            last, patience = self._rows[-1]["step"], self._inputs.config.eval.patience
+            if last < total_steps and is_stalled(self._rows, patience):
+                self._reporter.say(
+                    f"the run stops early, after step {last}: no new lowest eval loss in the last "
+                    f"{patience} evaluations (eval.patience)"
+                )
             before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
             self._reporter.say(comparison_table(before, after))
             self._reporter.say(examples_table(before, after))

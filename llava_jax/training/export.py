@@ -22,7 +22,14 @@ def export_dir(config: TrainConfig) -> Path:
     return config.run_dir / ("adapter" if config.tune.has_adapters else "model")
 
 
+def unfinished_dir(config: TrainConfig) -> Path:
+    """Returns the directory of a run's export until `publish` gives it its final name."""
+    final = export_dir(config)
+    return final.with_name(final.name + ".unfinished")
+
+
 def export(
+    directory: Path,
     config: TrainConfig,
     program: Program,
     processor: Path | Parts,
@@ -30,13 +37,11 @@ def export(
     fingerprint: str | None,
     trainable: Params,
     frozen: Params,
-) -> Path:
-    """Writes a run's trained parameters to a directory with a temporary name.
-
-    `publish` then gives the directory its final name. All processes must call this function; only
-    the main process writes.
+) -> None:
+    """Writes a run's trained parameters. All processes call this; only the main process writes.
 
     Args:
+        directory: Directory to write, which is replaced if it exists.
         config: Config of the run.
         program: Program of the run.
         processor: Source of the tokenizer and the image processor.
@@ -45,22 +50,17 @@ def export(
         trainable: Trainable parameters by path.
         frozen: Frozen parameters by path.
 
-    Returns:
-        Path of the directory with the temporary name.
-
     Raises:
         OSError: The directory cannot be written.
     """
-    final = export_dir(config)
-    unfinished = final.with_name(final.name + ".unfinished")
-    with _removed_on_failure(unfinished):
+    with _removed_on_failure(directory):
         if program.adapters:
             # PEFT saves and loads a fully trained module as a whole, so the export of a trained
             # vision tower also needs the layers of the tower that are frozen.
             whole = ("vision.",) if config.tune.vision == "full" else ()
             trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(whole)}
             save_adapter(
-                unfinished,
+                directory,
                 trained,
                 program.adapters,
                 program.model_config,
@@ -68,19 +68,18 @@ def export(
                 fingerprint=fingerprint,
             )
         else:
-            save_params(trainable | frozen, unfinished, program.model_config, dtype=config.dtype)
+            save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
         if is_main_process():
             if not program.adapters:
-                write_model_config(program.model_config, unfinished, config.dtype)
+                write_model_config(program.model_config, directory, config.dtype)
             save_processor(
                 processor,
-                unfinished,
+                directory,
                 program.model_config,
                 template=TEMPLATES[config.data.template],
                 aspect=config.data.image_aspect,
                 exif_orientation=config.data.exif_orientation,
             )
-    return unfinished
 
 
 @contextmanager
@@ -97,23 +96,27 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
         raise
 
 
-def discard(written: Path) -> None:
+def discard(config: TrainConfig) -> None:
     """Removes an export that was only written to test whether exporting works.
 
     Args:
-        written: Directory that `export` returned.
+        config: Config of the run, which has written an export to `unfinished_dir`.
     """
     if is_main_process():
-        shutil.rmtree(written)
+        shutil.rmtree(unfinished_dir(config))
 
 
-def publish(written: Path, final: Path) -> None:
-    """Renames a complete export to its final name, and removes an older export with this name.
+def publish(config: TrainConfig, card: str) -> None:
+    """Adds the model card to a complete export, and renames the export to its final name.
+
+    An older export with this name is removed.
 
     Args:
-        written: Directory that `export` returned.
-        final: Directory that `export_dir` returned.
+        config: Config of the run, which has written an export to `unfinished_dir`.
+        card: Text of the README.md.
     """
     if is_main_process():
+        written, final = unfinished_dir(config), export_dir(config)
+        (written / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

@@ -1,6 +1,7 @@
 """Opens the inputs of a run, except the weights: tokenizer, image transform and data."""
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from llava_jax.config import ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
 from llava_jax.data.digest import data_digest
+from llava_jax.data.files import is_remote
 from llava_jax.data.image_slots import describe_outlier, find_most_images
 from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
@@ -180,14 +182,14 @@ class Inputs:
             records: Records that the index refers to; None is the training data.
         """
         found = self._what_is_wrong(self.records if records is None else records, number)
-        return found or "it could not be read before, but it can be read now"
+        return str(found or "it could not be read before, but it can be read now")
 
-    def _what_is_wrong(self, records: Records, number: int) -> str | None:
-        """Returns the reason why a record cannot be used; None if it can be used."""
+    def _what_is_wrong(self, records: Records, number: int) -> SampleError | None:
+        """Returns the error because of which a record cannot be used; None if it can be used."""
         try:
             self.encoder(records[number])
         except SampleError as error:
-            return str(error)
+            return error
         return None
 
     def describe_text(self, number: int, records: Records) -> str:
@@ -213,16 +215,34 @@ class Inputs:
         count = len(self.records)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
         found = {number: self._what_is_wrong(self.records, number) for number in tried}
-        bad = {number: reason for number, reason in found.items() if reason}
+        bad = {number: error for number, error in found.items() if error is not None}
         by_chance = _BY_CHANCE if len(tried) < count else 0
-        if len(bad) > self.config.data.max_skipped * len(tried) + by_chance:
-            number, reason = next(iter(bad.items()))
-            raise ConfigError(
-                f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
-                f"{self.records.where(number)}: {reason}. Run `llava-jax check-data` to list all "
-                "bad samples; with --write-clean, it writes the good samples to a new file. Or "
-                f"raise data.max_skipped, which is {self.config.data.max_skipped:g}"
-            )
+        if len(bad) <= self.config.data.max_skipped * len(tried) + by_chance:
+            return
+        number, error = next(iter(bad.items()))
+        good = [number for number in tried if number not in bad]
+        mend = (
+            "Run `llava-jax check-data` to list all bad samples; with --write-clean, it writes the "
+            "good samples to a new file. Or raise data.max_skipped, which is "
+            f"{self.config.data.max_skipped:g}"
+        )
+        # If there is no image at all, the samples are good and the directory is wrong.
+        is_missing = all(error.kind == "image missing" for error in bad.values())
+        if is_missing and not (self.records.sizes.images[good] > 0).any():
+            mend = f"Set data.image_root to the directory of the images{self._nearby(number)}"
+        raise ConfigError(
+            f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
+            f"{self.records.where(number)}: {error}. {mend}"
+        )
+
+    def _nearby(self, number: int) -> str:
+        """Says where the first image of a record is, if that is in the directory of the data."""
+        data, image = self.config.data, self.records[number].images[0]
+        if data.mixture or is_remote(data.path) or not isinstance(image, str):
+            return ""
+        folder, path = Path(data.path).parent, os.path.relpath(image, data.image_root or ".")
+        found = [root for root in (folder, *folder.glob("*/")) if (root / path).is_file()]
+        return f"; {path} is in {found[0]}" if found else f", which is {data.image_root!r} now"
 
 
 _MEASURED = 128

@@ -69,6 +69,7 @@ def train(
         def evaluate_and_report(step: int) -> None:
             if due(step):
                 evaluator.measure(step, state.trainable, halted)
+            saved.best = evaluator.best_step() if config.checkpoint.keep_best else None
             report.update()
             reporter.skip_time()
 
@@ -76,7 +77,7 @@ def train(
         waiting: list[tuple[Metrics, int]] = []
         for step in range(first + 1, total + 1):
             # A signal may have ended the evaluation. Stop now, so that a resumed run repeats it.
-            if due(step - 1) and ask()():
+            if due(step - 1) and (ask()() or evaluator.is_stalled()):
                 break
             batch = next(batches)
             numbers = functools.partial(inputs.order.batch, step - 1)
@@ -84,7 +85,8 @@ def train(
             if not inputs.spec.has_one_shape:
                 stops()  # different texts may have different shapes, so that the step would hang
             profiler.before(step, state)
-            state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
+            with reporter.compiling("train", batch):
+                state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
                 step_log.log(*earlier)
             stops()  # raises an error if texts differ, before this step is recorded
@@ -100,8 +102,8 @@ def train(
         for earlier in waiting:
             step_log.log(*earlier)
         saved.save(state, batches.state())
-        if int(state.step) == total:
-            evaluator.say_tables()
+        if evaluator.is_stalled() or int(state.step) == total:
+            evaluator.say_tables(total)
         stop.signal = ask()() or None  # a signal that any process has received
     return state
 
@@ -151,7 +153,8 @@ def _evaluator(
 
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
         placed = program.device_put(batch, program.eval_size, to_train=False)
-        return program.eval_step(trainable, frozen, placed)
+        with reporter.compiling("eval", batch):
+            return program.eval_step(trainable, frozen, placed)
 
     size = program.eval_size
     return Evaluator(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)

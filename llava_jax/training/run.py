@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from llava_jax.config import MAY_DIFFER, Json, ModelConfig, Parts, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.batching import Batches
 from llava_jax.data.padding import Buckets
 from llava_jax.distributed.check_slices import check_slices
@@ -17,12 +18,10 @@ from llava_jax.distributed.lock import hold_for_run
 from llava_jax.distributed.multihost import (
     barrier,
     broadcast_from_main,
-    is_alone,
     is_lost,
     is_main_process,
     join,
     leave_others,
-    local_devices,
     report_and_exit,
     say,
 )
@@ -34,27 +33,29 @@ from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.devices import without_bfloat16
 from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
-from llava_jax.pretrained.load import fingerprint
 from llava_jax.pretrained.model import load_weights
-from llava_jax.pretrained.resolve import Checkpoint
+from llava_jax.report.rows import read_rows
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
-from llava_jax.training.checkpoints import Checkpoints
-from llava_jax.training.export import discard, export, export_dir, publish
-from llava_jax.training.inputs import Inputs, find_model, open_inputs
+from llava_jax.training.check_learning import why_nothing_changed
+from llava_jax.training.checkpoints import ADAPTER, Checkpoints
+from llava_jax.training.early_stopping import is_stalled
+from llava_jax.training.export import discard, export, export_dir, publish, unfinished_dir
+from llava_jax.training.hub import push
 from llava_jax.training.loop import train
-from llava_jax.training.process_agreement import agree, not_shared, run_facts
+from llava_jax.training.model_card import model_card
+from llava_jax.training.process_agreement import agree
 from llava_jax.training.repair_logs import repair_objects, repair_rows
 from llava_jax.training.resume import (
     begun_buckets,
     begun_plan,
     check_begun,
-    follow_adapter,
     refuse_to_replace,
 )
-from llava_jax.training.run_config import describe, write_description
+from llava_jax.training.run_config import write_description
+from llava_jax.training.setup import Setup, agree_on, open_setup, remarks
 from llava_jax.training.signals import Stopped, StopRequest
-from llava_jax.training.trackers import check_packages, open_trackers
+from llava_jax.training.trackers import open_trackers
 
 
 def run(config: TrainConfig) -> int:
@@ -88,41 +89,6 @@ def run(config: TrainConfig) -> int:
         return report_and_exit(traceback.format_exc())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """The checkpoint, the model sizes and the data of a run, found before a device is used.
-
-    Attributes:
-        config: Config of the run. Its `init_adapter` is the path of an adapter or None. `_plan`
-            replaces the config by a config that contains the chosen plan.
-        found: Checkpoint to start from; None if the model is trained from scratch.
-        fingerprint: Fingerprint of the base model; None if there is no base model.
-        model_config: Sizes and token ids of the model.
-        processor: Source of the tokenizer and the image processor.
-        inputs: Inputs of the run.
-        digest: Digests of the data, from `Inputs.digest`.
-        total_steps: Number of optimizer steps of the whole run.
-    """
-
-    config: TrainConfig
-    found: Checkpoint | None
-    fingerprint: str | None
-    model_config: ModelConfig
-    processor: Path | Parts
-    inputs: Inputs
-    digest: Json
-    total_steps: int
-
-    @property
-    def source(self) -> Path | Parts | None:
-        """Location of the base model's weights; None if the model is trained from scratch."""
-        return None if self.found is None else self.found.base
-
-    def describe(self, config: TrainConfig) -> Json:
-        """Returns the content of config.json and data.json for this config."""
-        return describe(config, self.model_config, self.total_steps, self.fingerprint, self.digest)
-
-
 def _run(config: TrainConfig, stop: StopRequest) -> int:
     """Executes a run from the config to the export. A run that was stopped is resumed.
 
@@ -138,15 +104,18 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
         Stopped: A signal stopped the run.
     """
     _keep_compiled(Path(config.output_dir).absolute() / ".compilation_cache")
-    setup = _open(config)
-    _agree_on(setup)
+    setup = open_setup(config)
+    agree_on(setup)
     mesh = make_mesh(setup.config.mesh)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         _check_run_dir(setup, saved)
         if _is_finished(setup, saved):
             done = f"the run in {config.run_dir} is finished after {saved.latest} steps"
             say(f"{done}; its result is in {export_dir(config)}")
+            push(config)
             return 0
+        for line in remarks(setup):
+            say(line)
         setup = _plan(setup, mesh, is_resumed=saved.latest is not None)
         setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
         say(setup.inputs.summary())
@@ -172,44 +141,29 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
             )
             saved.wait()
             stop.raise_if_asked(f"after step {int(state.step)}")
-            publish(_export(setup, program, state, frozen), export_dir(config))
-            say(f"wrote {export_dir(config)}")
-            say(f"{config.run_dir}/report.html shows the run; to chat with the trained model:")
-            say(f"llava-jax chat {config.run_dir}")
+            _export(setup, program, frozen, unfinished_dir(config), state)
+            publish(config, _card(setup, int(state.step)))
+            _say_end(setup, saved)
+            push(config)
     return 0
 
 
-def _open(config: TrainConfig) -> _Setup:
-    """Finds the checkpoint and the sizes of the model, and opens the data."""
-    check_packages(config.log)
-    if config.model is not None and is_alone():  # several processes first agree; see `_run`
-        check_accelerator(config, config.model)  # before a checkpoint is downloaded
-    config, found = follow_adapter(config)
-    source = None if found is None else found.base
-    base = None if source is None else fingerprint(source)
-    model_config, processor = find_model(config, source)
-    inputs = open_inputs(config, model_config, processor)
-    total = config.total_steps(inputs.order.samples)
-    return _Setup(config, found, base, model_config, processor, inputs, inputs.digest(), total)
+def _say_end(setup: Setup, saved: Checkpoints) -> None:
+    """Prints where the result of a finished run is, and whether the run has changed anything."""
+    config = setup.config
+    if is_main_process() and (
+        warning := why_nothing_changed(config, config.run_dir / "metrics.jsonl", setup.total_steps)
+    ):
+        say(warning)
+    say(f"wrote {export_dir(config)}")
+    if (best := saved.best_step()) is not None:
+        made = f"/{ADAPTER}" if saved.export is not None else ""
+        say(f"lowest eval loss: {config.run_dir}/checkpoints/{best}{made} (after {best} steps)")
+    say(f"{config.run_dir}/report.html shows the run; to chat with the trained model:")
+    say(f"llava-jax chat {config.run_dir}")
 
 
-def _agree_on(setup: _Setup) -> None:
-    """Raises ConfigError unless all processes have the same setup, output_dir and device count."""
-    if is_alone():
-        return
-    facts = run_facts(
-        setup.config,
-        setup.model_config,
-        setup.total_steps,
-        setup.fingerprint,
-        setup.inputs,
-        setup.digest,
-    )
-    agree(facts, *not_shared(Path(setup.config.output_dir)))
-    agree({"the number of devices": local_devices()})
-
-
-def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
+def _check_run_dir(setup: Setup, saved: Checkpoints) -> None:
     """Repairs the run's files, and raises ConfigError if the recipe or the data differs."""
     run_dir = setup.config.run_dir
     for line in saved.passed_over:
@@ -226,13 +180,16 @@ def _check_run_dir(setup: _Setup, saved: Checkpoints) -> None:
     _repair(repair_rows(run_dir, saved.files(), saved.latest or 0))
 
 
-def _is_finished(setup: _Setup, saved: Checkpoints) -> bool:
+def _is_finished(setup: Setup, saved: Checkpoints) -> bool:
     """Returns True if the main process finds a checkpoint of the last step, and the export."""
-    has_result = export_dir(setup.config).is_dir()
-    return broadcast_from_main(saved.latest == setup.total_steps and has_result)
+    config = setup.config
+    rows = read_rows(config.run_dir / "evaluations.jsonl").rows
+    is_early = is_stalled(rows, config.eval.patience) and rows[-1]["step"] == saved.latest
+    is_last = saved.latest == setup.total_steps or is_early
+    return broadcast_from_main(is_last and export_dir(config).is_dir())
 
 
-def _plan(setup: _Setup, mesh: Mesh, *, is_resumed: bool) -> _Setup:
+def _plan(setup: Setup, mesh: Mesh, *, is_resumed: bool) -> Setup:
     """Tests some samples, and returns the setup with a plan for the attached devices.
 
     A resumed run keeps the plan that it began with if the plan fits, to continue bit for bit.
@@ -255,7 +212,7 @@ def _plan(setup: _Setup, mesh: Mesh, *, is_resumed: bool) -> _Setup:
     return dataclasses.replace(setup, config=planned, inputs=inputs.planned(devices, rows))
 
 
-def _choose_buckets(setup: _Setup, *, is_resumed: bool) -> _Setup:
+def _choose_buckets(setup: Setup, *, is_resumed: bool) -> Setup:
     """Returns the setup with buckets; the main process chooses them, and all others agree.
 
     A resumed run keeps the buckets that it began with, so that it continues bit for bit.
@@ -290,7 +247,7 @@ def _describe_devices(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> It
     yield from division_warnings(config, model, mesh.shape)
 
 
-def _build_program(setup: _Setup, mesh: Mesh) -> Program:
+def _build_program(setup: Setup, mesh: Mesh) -> Program:
     """Checks that all processes have the same plan and attention, and builds the program.
 
     If arrays are in host memory, this also checks that the device gets the right slices of them.
@@ -298,10 +255,11 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
     config, model_config = setup.config, setup.model_config
     implementation = attention_here(config, model_config)
     agree(flatten(to_json(config), MAY_DIFFER) | {"attention": implementation})
-    say(f"attention: {implementation}")
     program = build_program(
         config, model_config, setup.total_steps, mesh, implementation=implementation
     )
+    say(f"attention: {implementation}")
+    say(program.describe_parameters())
     if program.uses_host:
         check_slices()
     if config.mesh.show:
@@ -310,26 +268,31 @@ def _build_program(setup: _Setup, mesh: Mesh) -> Program:
 
 
 def _start(
-    setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
+    setup: Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
     """Starts a run: saves the initial state, and returns this state and the frozen parameters."""
     config = setup.config
     refuse_to_replace(config)
     state, frozen = _initial_state(setup, program)
     write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
-    # This export is a test: if exporting fails, it fails now and not after hours of training.
-    discard(_export(setup, program, state, frozen))
+    # This export is a test: if exporting fails, it fails now and not after hours of training. The
+    # first checkpoint already has an adapter, so that only the export of a whole model is tested.
+    saved.export = _adapter_export(setup, program, frozen)
+    if saved.export is None:
+        _export(setup, program, frozen, unfinished_dir(config), state)
+        discard(config)
     saved.save(state, batches.state())
     saved.wait()
     return state, frozen
 
 
 def _resume(
-    setup: _Setup, program: Program, saved: Checkpoints, batches: Batches
+    setup: Setup, program: Program, saved: Checkpoints, batches: Batches
 ) -> tuple[TrainState, Params]:
     """Resumes a run: returns the state of the newest checkpoint, and the frozen parameters."""
     config = setup.config
     frozen = _load(setup, program, program.frozen)
+    saved.export = _adapter_export(setup, program, frozen)
     state, position = saved.restore(program.state)
     batches.restore(position)
     if config.checkpoint.accept_changes:
@@ -337,10 +300,13 @@ def _resume(
     return state, frozen
 
 
-def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) -> Path:
-    """Writes the export to a directory with a temporary name, and returns the directory."""
+def _export(
+    setup: Setup, program: Program, frozen: Params, directory: Path, state: TrainState
+) -> None:
+    """Writes the adapter or the model of a train state to a directory."""
     name = setup.found.name if setup.found else None
-    return export(
+    export(
+        directory,
         setup.config,
         program,
         setup.processor,
@@ -349,6 +315,21 @@ def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) 
         state.trainable,
         frozen,
     )
+
+
+def _adapter_export(
+    setup: Setup, program: Program, frozen: Params
+) -> Callable[[Path, TrainState], None] | None:
+    """Returns the function that writes the adapter of a checkpoint; None without adapters."""
+    return partial(_export, setup, program, frozen) if program.adapters else None
+
+
+def _card(setup: Setup, steps: int) -> str:
+    """Returns the model card of the run's export."""
+    name = setup.found.name if setup.found else None
+    counts = len(setup.inputs.records), len(setup.inputs.eval_records)
+    rows = read_rows(setup.config.run_dir / "evaluations.jsonl").rows
+    return model_card(setup.config, name, steps, counts, rows)
 
 
 def _keep_compiled(directory: Path) -> None:
@@ -381,7 +362,7 @@ def _with_micro_size(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     return dataclasses.replace(config, batch=batch)
 
 
-def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]:
+def _initial_state(setup: Setup, program: Program) -> tuple[TrainState, Params]:
     """Returns the state before the first step, and the frozen parameters."""
     config = setup.config
     brought = {}
@@ -400,7 +381,7 @@ def _initial_state(setup: _Setup, program: Program) -> tuple[TrainState, Params]
     return init_state(program.state, trainable, config.seed), params
 
 
-def _load(setup: _Setup, program: Program, wanted: Collection[str]) -> Params:
+def _load(setup: Setup, program: Program, wanted: Collection[str]) -> Params:
     """Loads parameters from the base model; initializes parameters that the base model lacks."""
     return load_weights(
         setup.source,

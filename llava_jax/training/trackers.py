@@ -21,6 +21,7 @@ from PIL import Image
 
 from llava_jax.config import LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
+from llava_jax.distributed.multihost import say
 from llava_jax.errors import ConfigError
 from llava_jax.report.rows import Row, parse_object
 
@@ -197,8 +198,17 @@ def open_wandb(config: TrainConfig) -> Iterator["Wandb"]:
         raise ConfigError(
             f"log.wandb {config.log.wandb}: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    with run:  # at the end of this context, wandb reports whether the run succeeded
+    # The run is not used as a context manager, because it would print a traceback for every
+    # exception, also for a mistake of the user and for Ctrl-C.
+    status = 1
+    try:
         yield Wandb(wandb, run)
+        status = 0
+    finally:
+        try:
+            run.finish(exit_code=status)
+        except Exception as error:
+            say(f"Weights & Biases could not finish the run: {type(error).__name__}: {error}")
 
 
 class Wandb:

@@ -43,6 +43,18 @@ def test_arguments_reach_the_command(monkeypatch: pytest.MonkeyPatch):
     assert given == [["--config", "x", "-h"]]
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_jax.cli.plan.main", interrupted)
+    monkeypatch.setattr("llava_jax.cli.train.train", interrupted)
+    assert main.main(["plan"]) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+    assert main.main(["train"]) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C before the run began\n"
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert main.main([]) == 2
     shown = capsys.readouterr().out

@@ -18,6 +18,7 @@ from llava_jax.config import (
     parse_config,
     to_json,
 )
+from llava_jax.config.fields import field_groups, read_fields
 from llava_jax.errors import ConfigError
 
 FILE = """
@@ -80,11 +81,96 @@ def test_a_misspelt_field_in_the_file_names_the_nearest(tmp_path: Path):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nconfig = (", r"line 2: SyntaxError: '\(' was never closed"),
+        ("import nothing_there", "line 1: ModuleNotFoundError: No module named 'nothing_there'"),
+        ("\n\nconfig = TrainConfig('x')", "line 3: NameError: name 'TrainConfig' is not defined"),
+        ("raise ValueError('no data')", "line 1: ValueError: no data"),
+    ],
+)
+def test_an_error_in_the_file_is_one_line(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"wrong\.py, {message}"):
+        load_config(path)
+
+
 def test_a_misspelt_override_names_the_nearest(file: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--config", str(file), "--optimizer.lerning-rate", "1e-3"])
     assert stopped.value.code == 2
     assert "--optimizer.learning-rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--optimizer.lr", "--optimizer.learning-rate"),
+        ("--learning_rate", "--optimizer.learning-rate"),
+        ("--lr=1", "--optimizer.learning-rate"),
+        ("--batch-size", "--batch.global-size"),
+        ("--batch.size", "--batch.global-size"),
+        ("--epoch", "--epochs"),
+        ("--num_train_epochs", "--epochs"),
+        ("--lora_r", "--lora.rank"),
+        ("--warmup-ratio", "--optimizer.warmup-ratio"),
+        ("--data_path", "--data.path"),
+        ("--image_folder", "--data.image-root"),
+        ("--max_steps", "--steps"),
+        ("--checkpoint.keep-bst", "--checkpoint.keep-best"),
+    ],
+)
+def test_an_option_of_other_trainers_names_the_one_that_is_meant(
+    given: str, meant: str, file: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--config", str(file), given, "1"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [("lr", "learning_rate"), ("clip_nrm", "clip_norm"), ("batch_size", "global_size")],
+)
+def test_a_field_of_other_trainers_names_the_one_that_is_meant(
+    field: str, near: str, tmp_path: Path
+):
+    path = tmp_path / "other.py"
+    path.write_text(FILE.format(f"{field}=1"))
+    with pytest.raises(ConfigError, match=f"no field '{field}'; did you mean '{near}'"):
+        load_config(path)
+
+
+def test_epochs_replace_the_steps_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "steps.py"
+    path.write_text("from llava_jax.config import *\nconfig = TrainConfig(name='x', steps=1000)")
+    config = parse_config(["--config", str(path), "--epochs", "1", "--batch.global-size", "8"])
+    assert config.total_steps(100) == 13
+    assert "--epochs 1 replaces steps = 1000" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--steps 5 and --epochs 2 are both given"):
+        parse_config(["--config", str(path), "--epochs", "2", "--steps", "5"])
+    assert parse_config(["--config", str(path), "--epochs=2", "--steps", "None"]).epochs == 2
+    assert parse_config(["--config", str(path)]).steps == 1000
+
+
+def test_help_describes_every_option_and_shows_no_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "model.py"
+    text = "config = TrainConfig(name='x', model=LLAVA_7B, steps=5)"
+    path.write_text(f"from llava_jax.config import *\n{text}")
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(path), "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "default: None" not in shown
+    assert "(default: 5)" in shown
+    for group, prefix in field_groups(TrainConfig):
+        for field in read_fields(group):
+            line = rf"\n +{field.name}: \S+ \S+ \S+"
+            assert re.search(line, group.__doc__ or ""), prefix + field.name
 
 
 @pytest.mark.parametrize(

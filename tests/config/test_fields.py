@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 
@@ -22,6 +22,7 @@ from llava_jax.config.fields import (
     PLAN,
     at_least,
     check_fields,
+    field_groups,
     field_paths,
     read_fields,
 )
@@ -37,7 +38,7 @@ def test_what_may_change_when_a_run_resumes_is_everything_but_the_recipe():
     assert (
         PATHS
         | {
-            *("name", "epochs", "checkpoint", "eval", "log"),
+            *("name", "epochs", "checkpoint", "eval", "log", "push_to_hub"),
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
             *("memory", "mesh", "batch.micro_size", "data.packing", "data.buckets"),
             "data.image_buckets",
@@ -55,6 +56,7 @@ def test_a_plan_ignores_what_decides_nothing_about_memory():
         PATHS
         | {
             *("name", "seed", "steps", "epochs", "processor", "checkpoint", "eval", "log"),
+            "push_to_hub",
             *("data.eval_samples", "data.workers", "data.max_skipped", "nonfinite_limit"),
             *("data.eval_fraction", "memory.limit_gib", "mesh.show"),
             *("data.buckets", "data.image_buckets"),
@@ -125,17 +127,47 @@ def test_the_weight_of_a_data_set_is_above_zero(weight: float):
 
 
 def test_a_rate_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match="epochs = nan: it must be at least 0"):
+    with pytest.raises(ConfigError, match="epochs = nan: it must be above 0 and at most 1,000,000"):
         TrainConfig(name="x", epochs=float("nan"))
+
+
+def numbers(kind: Any) -> set[type]:
+    """The types of numbers that a value of this type may be or contain."""
+    inner = {found for part in get_args(kind) for found in numbers(part)}
+    return inner | ({kind} & {int, float} if isinstance(kind, type) else set())
+
+
+NUMERIC = {
+    prefix + field.name: field
+    for group, prefix in [*field_groups(TrainConfig), (DataSet, "data.mixture.")]
+    for field in read_fields(group)
+    if numbers(field.type)
+}
+
+
+def test_every_number_has_bounds():
+    assert len(NUMERIC) > 50
+    assert [name for name, field in NUMERIC.items() if not field.bounds] == []
+    one_float = {name: field for name, field in NUMERIC.items() if float in numbers(field.type)}
+    for name, field in one_float.items():
+        for value in (math.nan, math.inf, -math.inf):
+            assert not all(bound.allows(value) for bound in field.bounds), name
+    for field in NUMERIC.values():
+        assert all(bound.reason for bound in field.bounds)
 
 
 @pytest.mark.parametrize(
     ("group", "field", "value"),
     [
         *(("optimizer", name, value) for name in ("b1", "b2") for value in (-0.1, 1.0, math.nan)),
-        *(("optimizer", "eps", value) for value in (0.0, math.nan, math.inf)),
-        *(("optimizer", "clip_norm", value) for value in (0.0, -1.0, math.nan)),
-        *(("lora", "alpha", value) for value in (math.nan, math.inf)),
+        *(("optimizer", "eps", value) for value in (0.0, 1e-40, 2.0, math.nan, math.inf)),
+        *(("optimizer", "warmup_ratio", value) for value in (-0.1, 1.1, 100.0, math.nan)),
+        *(("optimizer", "learning_rate", value) for value in (-1.0, 1e39, math.nan, math.inf)),
+        *(("data", "max_skipped", value) for value in (-0.1, 1.1, math.nan)),
+        *(("mesh", axis, value) for axis in ("data", "fsdp", "tensor") for value in (0, -2)),
+        *(("eval", "patience", 0), ("batch", "global_size", 2**32)),
+        *(("optimizer", "clip_norm", value) for value in (0.0, -1.0, 1e-40, math.nan)),
+        *(("lora", "alpha", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *(("data", "buckets", value) for value in ((0,), (64, -5))),
         *(("memory", "limit_gib", value) for value in (0.0, -1.0)),
         *(("data", "max_images", -1), ("eval", "examples", -2)),

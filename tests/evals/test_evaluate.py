@@ -255,7 +255,6 @@ def test_a_damaged_line_is_named(run, fake, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--limit", 0), "--limit 0"),
         (("--task", "pope", "--metric", "exact"), "--metric"),
         (("--temperature", -1), "temperature"),
         (("--task", "pope", "--data", "nowhere"), "nowhere is not a directory"),

@@ -15,7 +15,7 @@ from llava_jax.config import Parts
 from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.pretrained.resolve import adapter_in, resolve
+from llava_jax.pretrained.resolve import adapter_in, model_name, quantisation_of, resolve
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 CLIP, VICUNA = "openai/clip", "lmsys/vicuna"
@@ -185,3 +185,13 @@ def test_a_runs_directory_stands_for_what_the_run_made(made: str, tmp_path: Path
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     assert resolve(str(run)) == (str(FIXTURES / "hf_4_48"), FIXTURES / "hf_4_48", adapter)
     assert adapter_in(run) == adapter
+
+
+def test_the_adapter_of_a_checkpoint_has_the_name_and_the_quantization_of_its_run(tmp_path: Path):
+    adapter = tmp_path / "mine" / "checkpoints" / "40" / "adapter"
+    adapter.mkdir(parents=True)
+    assert quantisation_of(adapter) is None
+    described = {"config": {"quantize": "nf4"}, "base_fingerprint": None}
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(described))
+    assert quantisation_of(adapter) == quantisation_of(tmp_path / "mine") == "nf4"
+    assert model_name(adapter) == "mine-40"

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_jax.config import LogConfig, TrainConfig
 from llava_jax.errors import ConfigError
 from llava_jax.training.profiler import Profiler
+from llava_jax.training.signals import Stopped
 from llava_jax.training.trackers import check_packages, open_trackers
 
 
@@ -79,6 +81,39 @@ def test_wandb_goes_on_with_the_same_run(
     logs = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {log.stem for log in logs} == {f"run-{known}"}
     assert len(list((tmp_path / "run" / "wandb").rglob("media/images/eval/*.jpg"))) == 2
+
+
+class FakeRun:
+    """Weights & Biases' run, whose service has ended, for example because of Ctrl-C."""
+
+    summary: ClassVar[dict[str, float]] = {}
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def finish(self, exit_code: int) -> None:
+        raise BrokenPipeError(f"the service has ended, with status {exit_code}")
+
+
+@pytest.mark.parametrize("error", [None, Stopped(2, "after step 5"), ConfigError("wrong")])
+def test_wandb_prints_no_traceback_when_a_run_stops(
+    error: BaseException | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("wandb.init", lambda **_: FakeRun())
+    expected = nullcontext() if error is None else pytest.raises(type(error))
+    with expected, open_trackers(config(tmp_path, wandb="project"), 0, write=True):
+        if error is not None:
+            raise error
+    status = 0 if error is None else 1
+    said = capsys.readouterr()
+    assert said.out == (
+        "Weights & Biases could not finish the run: BrokenPipeError: the service has ended, with "
+        f"status {status}\n"
+    )
+    assert said.err == ""
 
 
 def test_only_the_first_process_tells(tmp_path: Path):

@@ -1,0 +1,71 @@
+"""Uploads the result of a run to the Hugging Face Hub."""
+
+from llava_jax.config import TrainConfig
+from llava_jax.distributed.multihost import barrier, is_main_process, say
+from llava_jax.errors import ConfigError, RunError
+from llava_jax.training.export import export_dir
+
+
+def check_push(config: TrainConfig) -> None:
+    """Checks, before a run begins, that its result can be uploaded.
+
+    Args:
+        config: Config of the run.
+
+    Raises:
+        ConfigError: `push_to_hub` is not the name of a repository, the user is not logged in, or
+            the environment forbids the use of the hub.
+    """
+    repo = config.push_to_hub
+    if repo is None:
+        return
+    # The package is imported only if it is needed, because its import is slow.
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"push_to_hub {repo!r} is not a name USER/NAME: {error}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(
+            f"push_to_hub {repo} needs the network, but HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE"
+        )
+    if get_token() is None:
+        raise ConfigError(
+            f"push_to_hub {repo} needs a login at the Hugging Face Hub; run `hf auth login`, or "
+            "set HF_TOKEN to a token that may write"
+        )
+
+
+def push(config: TrainConfig) -> None:
+    """Uploads the result of a finished run if `push_to_hub` is set. All processes must call this.
+
+    A repository that does not exist is created, and is private. The upload can be repeated.
+
+    Args:
+        config: Config of the run.
+
+    Raises:
+        RunError: The result cannot be uploaded. The result itself is complete.
+    """
+    repo = config.push_to_hub
+    if repo is None:
+        return
+    if is_main_process():
+        from huggingface_hub import HfApi
+
+        directory = export_dir(config)
+        say(f"uploading {directory} to {repo}")
+        try:
+            api = HfApi()
+            url = api.create_repo(repo, private=True, exist_ok=True)
+            message = f"Upload {config.name}, trained with llava_jax"
+            api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message)
+        except Exception as error:  # the client's errors have no common class
+            raise RunError(
+                f"{directory} is complete, but it cannot be uploaded to {repo}: {error}; the same "
+                "command tries to upload it again"
+            ) from error
+        say(f"uploaded {directory} to {url}")
+    barrier()
