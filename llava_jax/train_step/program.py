@@ -1,6 +1,7 @@
 """Builds a run's model structure, shapes, shardings and jitted steps from its config."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -90,6 +91,12 @@ class Program:
     def frozen(self) -> list[str]:
         """Paths of the frozen parameters."""
         return [path for path in self.abstract if path not in self.state.trainable]
+
+    def count_parameters(self) -> dict[str, int]:
+        """Returns the number of trainable parameters, and the total number of parameters."""
+        sizes = {path: math.prod(leaf.shape) for path, leaf in self.abstract.items()}
+        trainable = sum(sizes[path] for path in self.trainable)
+        return {"trainable": trainable, "total": sum(sizes.values())}
 
     def rows(self, size: int) -> list[int]:
         """Returns the indices of the rows that this process reads in a batch of `size` rows."""

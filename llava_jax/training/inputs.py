@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import DataConfig, DataSet, ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
+from llava_jax.data.conversation import end_token
 from llava_jax.data.digest import data_digest
 from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.order import EpochOrder, Grouping
@@ -21,7 +22,7 @@ from llava_jax.data.sources import JoinedRecords, ListRecords, Records, load_rec
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.processor import load_fitting_transform
+from llava_jax.pretrained.processor import end_tokens, load_fitting_transform
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 
@@ -37,6 +38,7 @@ class Inputs:
         records: Training data.
         order: Order of the samples; gives the indices of the records in each training batch.
         eval_records: Eval data; empty if the run has no eval data.
+        ends: Ids of the tokens that end an answer, as the export of the run names them.
     """
 
     config: TrainConfig
@@ -46,6 +48,7 @@ class Inputs:
     records: Records
     order: EpochOrder
     eval_records: Records
+    ends: frozenset[int] = frozenset()
 
     def planned(self, devices: int, micro_rows: int) -> "Inputs":
         """Returns the same inputs for the plan of a run.
@@ -112,10 +115,13 @@ class Inputs:
             size: Number of samples in a batch.
             rows: Indices of the rows of each batch that this process reads; None reads all rows.
         """
-        images = self.encoder.max_images
-        spec = dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
-        workers = self.config.data.workers
+        spec, workers = self.eval_spec(size), self.config.data.workers
         return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
+
+    def eval_spec(self, size: int) -> BatchSpec:
+        """Returns the shapes of eval batches of `size` samples, which have one sample per row."""
+        images = self.encoder.max_images
+        return dataclasses.replace(self.spec, size=size, max_images=images, packing=False)
 
     def digest(self) -> dict[str, list[dict[str, Any]]]:
         """Returns the digests of the training data and the eval data, as a JSON object.
@@ -308,9 +314,10 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
     transform = load_fitting_transform(processor, model, data.image_aspect)
     tokenizer = load_tokenizer(processor)
+    template = TEMPLATES[data.template]
     encoder = SampleEncoder(
         tokenizer=tokenizer,
-        template=TEMPLATES[data.template],
+        template=template,
         transform=dataclasses.replace(transform, decode=data.image_decode),
         image_token_id=model.image_token_id,
         image_tokens=model.image_tokens,
@@ -328,4 +335,6 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         buckets=() if data.buckets == "auto" else data.buckets,  # a run chooses them later
         packing=data.packing,
     )
-    return Inputs(config, tokenizer, encoder, spec, records, order, eval_records)
+    end = end_token(template, tokenizer)
+    ends = end_tokens(processor) | (frozenset() if end is None else {end})
+    return Inputs(config, tokenizer, encoder, spec, records, order, eval_records, ends)

@@ -1,6 +1,7 @@
 """Executes a run: opens its inputs, plans it, starts or resumes it, trains and exports."""
 
 import dataclasses
+import json
 import os
 import traceback
 from collections.abc import Collection, Iterator
@@ -51,7 +52,7 @@ from llava_jax.training.resume import (
     follow_adapter,
     refuse_to_replace,
 )
-from llava_jax.training.run_config import describe, write_description
+from llava_jax.training.run_config import describe, origin, write_description
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import check_packages, open_trackers
 
@@ -310,7 +311,7 @@ def _start(
     config = setup.config
     refuse_to_replace(config)
     state, frozen = _initial_state(setup, program)
-    write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+    _write_description(setup, program)
     # This export is a test: if exporting fails, it fails now and not after hours of training.
     discard(_export(setup, program, state, frozen))
     saved.save(state, batches.state())
@@ -327,8 +328,15 @@ def _resume(
     state, position = saved.restore(program.state)
     batches.restore(position)
     if config.checkpoint.accept_changes:
-        write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+        _write_description(setup, program, json.loads((config.run_dir / "config.json").read_text()))
     return state, frozen
+
+
+def _write_description(setup: _Setup, program: Program, began: Json | None = None) -> None:
+    """Writes config.json and data.json; `began` is the config.json of the first start, if any."""
+    config = setup.config
+    description = setup.describe(_with_micro_size(config, program.mesh))
+    write_description(config.run_dir, description | origin(program.count_parameters(), began))
 
 
 def _export(setup: _Setup, program: Program, state: TrainState, frozen: Params) -> Path:
