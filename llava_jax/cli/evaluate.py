@@ -1,4 +1,4 @@
-"""Implements `llava-jax evaluate`, which scores a checkpoint on a benchmark."""
+"""Implements `llava-jax evaluate`, which scores a checkpoint on a benchmark or asks questions."""
 
 import argparse
 import json
@@ -60,11 +60,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llava-jax evaluate",
         description="Asks a model the questions of a benchmark, and scores the answers in the same "
-        "way as LLaVA's evaluation scripts. Writes answers.jsonl, scores.json and, for some "
-        "benchmarks, a file to submit to the benchmark's server or scoring script. If the command "
-        "was stopped, run the same command again to continue. The exit status is 0 if all "
-        "questions were asked, 1 if some questions could not be asked (they count as wrong), and 2 "
-        "if there is a mistake in the arguments.",
+        "way as LLaVA's evaluation scripts; or asks your own questions (--task json). Writes "
+        "answers.jsonl, scores.json and, for some benchmarks, a file to submit to the benchmark's "
+        "server or scoring script. If the command was stopped, run the same command again to "
+        "continue. The exit status is 0 if all questions were asked, 1 if some questions could not "
+        "be asked (they count as wrong), and 2 if there is a mistake in the arguments.",
     )
     add = parser.add_argument
     add_model_options(parser)

@@ -141,13 +141,12 @@ def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
 
     Answers may be masked, so the n-th answer that is learned need not belong to the n-th question.
     """
-    texts, turns = {}, record.turns[record.turns[0].role == "gpt" :]
-    for number, turn in enumerate(turns, 1):
+    texts, image = {}, encoder.image_token_id
+    for number, turn in enumerate(record.turns, 1):
         if turn.role == "human":
-            prompt = encode_prompt(
-                turns[:number], encoder.template, encoder.tokenizer, encoder.image_token_id
-            )
-            prompt = expand_images(prompt, encoder.image_token_id, encoder.image_tokens)
+            asked = record.turns[:number]
+            prompt = encode_prompt(asked, encoder.template, encoder.tokenizer, image)
+            prompt = expand_images(prompt, image, encoder.image_tokens)
             texts[len(prompt.input_ids)] = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
     return texts
 

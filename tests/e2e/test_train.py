@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import assert_same_run, metrics, write_config
+from tiny_run import assert_same_run, metrics, rows, write_config
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax import LlavaModel
@@ -226,8 +226,13 @@ def test_a_run_by_another_plan_learns_the_same(
             assert status == 0
             left = directory / ("model" if name == "full" else "adapter")
             (file,) = left.glob("*.safetensors")
-            results.append(([row["loss"] for row in metrics(directory)], load_file(file)))
-        (losses, tensors), (planned_losses, planned) = results
+            examples = [
+                e["given"] for r in rows(directory / "evaluations.jsonl") for e in r["examples"]
+            ]
+            losses = [row["loss"] for row in metrics(directory)]
+            results.append((losses, examples, load_file(file)))
+        (losses, examples, tensors), (planned_losses, planned_examples, planned) = results
+        assert planned_examples == examples
         np.testing.assert_allclose(planned_losses, losses, rtol=1e-6)
         assert planned.keys() == tensors.keys()
         for tensor, value in tensors.items():
