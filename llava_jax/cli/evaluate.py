@@ -247,10 +247,11 @@ def answer_options(given: argparse.Namespace) -> dict[str, object]:
     from llava_jax.config import format_source
     from llava_jax.generation.assistant import default_dtype
 
-    options = {name: value for name, value in vars(given).items() if name not in ASIDE}
+    options: dict[str, object] = {n: v for n, v in vars(given).items() if n not in ASIDE}
     options["base"] = None if given.base is None else format_source(given.base)
     # The default is resolved, because another machine may have another default.
-    return options | {"dtype": given.dtype or default_dtype()}
+    options["dtype"] = given.dtype or default_dtype()
+    return options
 
 
 def ask(

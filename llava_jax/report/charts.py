@@ -170,14 +170,13 @@ def line_chart(
     return f"{head}{''.join(parts)}</svg>"
 
 
-def _share(
-    value: np.ndarray | float, levels: list[float], *, log: bool
-) -> np.ndarray | np.floating:
+def _share(value: np.ndarray | float, levels: list[float], *, log: bool) -> np.ndarray:
     """Returns the height of a value in the chart, from 0 to 1."""
     lowest, *_, highest = levels
-    if not log:
-        return np.clip((value - lowest) / (highest - lowest), 0, 1)
-    return np.clip(np.log(np.maximum(value, lowest) / lowest) / np.log(highest / lowest), 0, 1)
+    height = (value - lowest) / (highest - lowest)
+    if log:
+        height = np.log(np.maximum(value, lowest) / lowest) / np.log(highest / lowest)
+    return np.asarray(np.clip(height, 0, 1))
 
 
 def _value_labels(
