@@ -21,7 +21,7 @@ from llava_jax.evals.questions import Question
 from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.pretrained.resolve import Checkpoint, model_name
 
-_WEIGHTS = (".safetensors",)
+_WEIGHTS = ".safetensors"
 _READ = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files in a checkpoint: configs, tokenizer, processor and templates."""
 _SHOWN = 300  # maximum number of characters of a difference that an error shows
@@ -108,17 +108,16 @@ def _identify_files(checkpoint: Checkpoint) -> dict[str, str]:
 def _files_of(place: Path) -> list[Path]:
     """Returns the files that belong to a checkpoint: a file, or files in a directory.
 
-    Templates, and the parts of XTuner's exports, are in folders inside of the directory.
+    The parts of XTuner's exports are in folders with weights, and named templates are in a folder
+    too. Other folders, such as results and the checkpoints of a trainer, do not belong to it.
     """
     if place.is_file():
         return [place]
-    inner = (*place.glob("*"), *place.glob("*/*"))
-    skipped = {folder for folder in place.glob("checkpoint*") if folder.is_dir()}
-    return sorted(
-        file
-        for file in inner
-        if file.suffix in _WEIGHTS + _READ and file.is_file() and file.parent not in skipped
-    )
+    parts = {file.parent for file in place.glob(f"*/*{_WEIGHTS}")}
+    folders = [place, place / "additional_chat_templates"]
+    folders += [part for part in parts if not part.name.startswith("checkpoint")]
+    inner = (file for folder in folders for file in folder.glob("*") if file.is_file())
+    return sorted(file for file in inner if file.suffix in (_WEIGHTS, *_READ))
 
 
 def _identify(file: Path) -> str:

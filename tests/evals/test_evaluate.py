@@ -219,7 +219,7 @@ BASE_FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("processor_config.json", "preprocessor_config.json", "generation_config.json"),
-    "additional_chat_templates/default.jinja",
+    *("additional_chat_templates/default.jinja", "projector/model.safetensors"),
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
 
@@ -240,6 +240,10 @@ def test_answers_of_changed_files_are_refused(run, fake, adapter, tmp_path, caps
         file.write_text("{}")
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "base" / "README.md").write_text("not read")
+    (tmp_path / "base" / "checkpoint-1").mkdir()
+    (tmp_path / "base" / "checkpoint-1" / "model.safetensors").write_text("not read")
+    (tmp_path / "base" / "results").mkdir()
+    (tmp_path / "base" / "results" / "scores.json").write_text("not read")
     assert run() == 0
     (tmp_path / "adapter" / "tokenizer.json").write_text("{}")
     assert run() == 2
