@@ -19,6 +19,7 @@ config = TrainConfig(
     batch=BatchConfig(global_size=8),
     optimizer=OptimizerConfig(learning_rate=1e-2, projector_learning_rate=1e-3),
     checkpoint=CheckpointConfig(every=2), memory=MemoryConfig(plan="manual"),
+    eval=EvalConfig(examples=3),  # a random model never ends its answers, so each takes 17 passes
 )
 """
 

@@ -1,11 +1,11 @@
-"""Implements `llava-jax evaluate`, which scores a checkpoint on a benchmark."""
+"""Implements `llava-jax evaluate`, which scores a checkpoint on a benchmark or asks questions."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.arguments import at_least_one, integer, report_errors
 from llava_jax.cli.model_options import (
@@ -19,11 +19,23 @@ from llava_jax.cli.model_options import (
 from llava_jax.distributed.environment import prepare_for_training
 from llava_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from llava_jax.evals.questions import Question
+    from llava_jax.evals.run import Answers
+    from llava_jax.evals.settings import How
+    from llava_jax.generation.assistant import Assistant
+
 # These names repeat those of `evals.benchmarks.registry`, which is slow to import; a test compares
 # them.
 TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa", "mmbench", "json")
-METRIC_NAMES = ("exact", "vqa", "relaxed", "yes_no")
+METRIC_NAMES = ("exact", "vqa", "relaxed", "f1", "yes_no")
 SHOWN = 5  # maximum number of questions that could not be asked and are printed
+
+ASIDE = (
+    *("checkpoint", "task", "data", "image_root", "questions", "annotations", "prompt"),
+    *("metric", "output", "limit", "slots", "stop", "max_new_tokens"),
+)
+"""Options that are in settings.json in another form, or on which the answers do not depend."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,11 +60,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llava-jax evaluate",
         description="Asks a model the questions of a benchmark, and scores the answers in the same "
-        "way as LLaVA's evaluation scripts. Writes answers.jsonl, scores.json and, for some "
-        "benchmarks, a file to submit to the benchmark's server or scoring script. If the command "
-        "was stopped, run the same command again to continue. The exit status is 0 if all "
-        "questions were asked, 1 if some questions could not be asked (they count as wrong), and 2 "
-        "if there is a mistake in the arguments.",
+        "way as LLaVA's evaluation scripts; or asks your own questions (--task json). Writes "
+        "answers.jsonl, scores.json and, for some benchmarks, a file to submit to the benchmark's "
+        "server or scoring script. If the command was stopped, run the same command again to "
+        "continue. The exit status is 0 if all questions were asked, 1 if some questions could not "
+        "be asked (they count as wrong), and 2 if there is a mistake in the arguments.",
     )
     add = parser.add_argument
     add_model_options(parser)
@@ -60,14 +72,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--task",
         required=True,
         choices=TASK_NAMES,
-        help="name of the benchmark; json reads the questions from your own data file (--data)",
+        help="name of the benchmark; json asks your own questions (--data)",
     )
     add(
         "--data",
         type=Path,
         help="directory of the benchmark, with the layout that LLaVA's evaluation scripts expect; "
-        "for --task json, your data file; not needed for easy_vqa",
+        "for --task json, your data file, a question file of LLaVA (JSON lines with question_id, "
+        "image and text), or a directory of images with --prompt; not needed for easy_vqa",
     )
+    add("--prompt", help="question about each image, if --data is a directory of images")
     place = "(default: found in the --data directory)"
     images = "directory of the images (default: found in the --data directory; for --task json, "
     images += "the directory of the data file)"
@@ -110,30 +124,35 @@ def evaluate(given: argparse.Namespace) -> int:
         CheckpointError: The checkpoint cannot be used.
         OSError: A file cannot be read or written.
     """
-    from llava_jax.config import format_source
     from llava_jax.distributed.lock import hold
     from llava_jax.evals.benchmarks.registry import find_task
     from llava_jax.evals.questions import Files
-    from llava_jax.evals.run import Answers, How, describe
-    from llava_jax.generation.assistant import default_dtype
+    from llava_jax.evals.run import Answers
+    from llava_jax.evals.settings import How, describe
 
     check(given)
     task = find_task(given.task, given.metric)
-    files = Files(given.data, given.image_root, given.questions, given.annotations)
+    files = Files(given.data, given.image_root, given.questions, given.annotations, given.prompt)
     questions = task.read(files)
+    if given.metric and not any(question.answers for question in questions):
+        raise ConfigError(
+            f"--metric {given.metric}: no question has an expected answer, so there is nothing to "
+            "compare; leave --metric out"
+        )
     count = min(given.limit or len(questions), len(questions))
     how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
-    loaded = {name: getattr(given, name) for name in ("dtype", "quantize", "max_length")}
-    loaded["base"] = None if given.base is None else format_source(given.base)
-    loaded["dtype"] = loaded["dtype"] or default_dtype()  # another machine may have another default
-    settings = describe(given.task, questions, how, given.checkpoint, **loaded)
+    checkpoint = find_checkpoint(given)
+    quantize = chosen_quantisation(given, checkpoint)
+    options = answer_options(given) | {"quantize": quantize}
+    settings = describe(given.task, questions, how, given.checkpoint, checkpoint, **options)
     # The name of a model may be a path with ".." that leads out of this directory.
     parts = [part for part in settings["model"].split("/") if part not in ("", ".", "..")]
     folder = given.output or Path("evaluations", *parts, given.task)
     with hold(folder):
         answers = Answers(folder, settings, questions)
         if numbers := answers.missing(count):
-            ask(given, answers, questions, numbers, how)
+            assistant = load_assistant(given, checkpoint, slots=given.slots, quantize=quantize)
+            ask(assistant, answers, questions, numbers, how)
         answers.sort()
         answered, refused = answers.answered(count), answers.refused(count)
         scores = task.score(answered)
@@ -144,10 +163,8 @@ def evaluate(given: argparse.Namespace) -> int:
             text = f"question {questions[number].id} could not be asked: {reason}"
             print(text, file=sys.stderr)
         if refused:
-            print(
-                f"{len(refused)} of {count} questions could not be asked; they count as wrong",
-                file=sys.stderr,
-            )
+            text = "" if scores is None else "; they count as wrong"
+            print(f"{len(refused)} of {count} questions could not be asked{text}", file=sys.stderr)
         if task.submit is not None and count == len(questions):
             print(f"wrote {task.submit(folder, answered, files)}")
         elif task.submit is not None:
@@ -169,10 +186,13 @@ def write_scores(folder: Path, report: dict[str, Any]) -> None:
 
     replace_text(folder / "scores.json", json.dumps(report, indent=2) + "\n")
     title = f"{report['task']}: {report['questions']:,} of {report['of']:,} questions"
-    table = Table("score", "value", title=title)
-    for name, value in flat(report["scores"] or {}):
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    if report["scores"] is None:
+        print(f"{title}, without scores, because the expected answers are not known")
+    else:
+        table = Table("score", "value", title=title)
+        for name, value in flat(report["scores"]):
+            table.add_row(name, f"{value:.4f}")
+        Console().print(table)
     print(f"wrote answers.jsonl and scores.json to {folder}")
 
 
@@ -203,6 +223,10 @@ def check(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"--metric can only be used with --task json; the metric of {given.task} is fixed"
         )
+    if given.prompt and given.task != "json":
+        raise ConfigError(
+            f"--prompt can only be used with --task json; {given.task} has its own questions"
+        )
     needs = TASKS[given.task].needs
     if needs and find_spec(needs) is None:
         raise ConfigError(
@@ -210,13 +234,33 @@ def check(given: argparse.Namespace) -> None:
         )
 
 
-def ask(
-    given: argparse.Namespace, answers: Any, questions: Any, numbers: list[int], how: Any
-) -> None:
-    """Loads the model, asks the model questions and shows a progress bar.
+def answer_options(given: argparse.Namespace) -> dict[str, object]:
+    """Returns all options that the answers may depend on; an option counts unless it is in `ASIDE`.
 
     Args:
         given: Arguments of the command.
+    """
+    from llava_jax.config import format_source
+    from llava_jax.generation.assistant import default_dtype
+
+    options: dict[str, object] = {n: v for n, v in vars(given).items() if n not in ASIDE}
+    options["base"] = None if given.base is None else format_source(given.base)
+    # The default is resolved, because another machine may have another default.
+    options["dtype"] = given.dtype or default_dtype()
+    return options
+
+
+def ask(
+    assistant: "Assistant",
+    answers: "Answers",
+    questions: "Sequence[Question]",
+    numbers: list[int],
+    how: "How",
+) -> None:
+    """Asks the model questions and shows a progress bar.
+
+    Args:
+        assistant: Assistant that answers the questions.
         answers: Store that keeps the answers.
         questions: All questions of the benchmark.
         numbers: Indices of the questions to ask.
@@ -227,15 +271,11 @@ def ask(
 
     from llava_jax.evals.run import ask_all
 
-    checkpoint = find_checkpoint(given)
-    quantize = chosen_quantisation(given, checkpoint)
-    assistant = load_assistant(given, checkpoint, slots=given.slots, quantize=quantize)
     errors = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(given.task, total=len(numbers))
-        advance = lambda: bar.advance(task)
-        ask_all(assistant, answers, questions, numbers, how, advance)
+        task = bar.add_task("questions", total=len(numbers))
+        ask_all(assistant, answers, questions, numbers, how, lambda: bar.advance(task))
 
 
 if __name__ == "__main__":

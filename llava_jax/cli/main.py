@@ -17,7 +17,7 @@ COMMANDS = {
     "check-data": "read all samples of a data set and list the bad samples",
     "chat": "chat with a model in the terminal",
     "serve": "serve a model with an OpenAI-compatible API and a web page",
-    "evaluate": "score a model on a benchmark",
+    "evaluate": "score a model on a benchmark, or answer your own questions",
     "report": "write report.html of a run again",
     "benchmark": "measure the speed and memory of training on this machine",
     "doctor": "print what a bug report needs: versions, devices, memory, disks",

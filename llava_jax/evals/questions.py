@@ -63,7 +63,7 @@ class Answered(NamedTuple):
 def ask(
     id: str | int,
     prompt: str,
-    image: str | bytes | None,
+    image: str | bytes | list[str] | None,
     answers: Sequence[str] = (),
     *,
     root: Path | None = None,
@@ -77,19 +77,19 @@ def ask(
         id: Id of the question.
         prompt: Text of the question; each `<image>` in it is removed from the turn.
         image: Image that the question is about: a path relative to `root`, or the contents of the
-            image file; None for a question without an image.
+            image file; None for a question without an image. A list of paths gives several images.
         answers: Expected answers.
         root: Directory that contains the images.
         more: Further attributes of the `Question`.
     """
     images: tuple[str | bytes, ...] = ()
+    given = image if isinstance(image, list) else [] if image is None else [image]
     try:
-        if image is not None:
-            images = (locate_image(image, str(root), follow_links=True),)
+        images = tuple(locate_image(path, str(root), follow_links=True) for path in given)
     except SampleError as error:
         more["problem"] = str(error)
     text = prompt.replace(IMAGE_PLACEHOLDER, "").strip()
-    lead = "" if image is None else f"{IMAGE_PLACEHOLDER}\n"
+    lead = f"{IMAGE_PLACEHOLDER}\n" * len(given)
     turns = (Turn("human", lead + text),)
     return Question(id, prompt, turns, images, tuple(answers), **more)
 
@@ -113,13 +113,13 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
             row["image"],
             answers(row),
             root=root,
-            category=_category(row),
+            category=category_of(row),
         )
         for row in rows
     ]
 
 
-def _category(row: Json) -> str | None:
+def category_of(row: Json) -> str | None:
     """Returns the category of a line; LLaVA's files have "default" if there is no category."""
     category = row.get("category")
     return category if isinstance(category, str) and category != "default" else None
@@ -154,12 +154,14 @@ class Files(NamedTuple):
         image_root: Directory of the images.
         questions: File of the questions.
         annotations: File or directory of the expected answers.
+        prompt: Question about each image, if `data` is a directory of images; a text, not a path.
     """
 
     data: Path | None = None
     image_root: Path | None = None
     questions: Path | None = None
     annotations: Path | None = None
+    prompt: str | None = None
 
     def look(self, source: Source) -> list[Path]:
         """Returns the paths that match a source, sorted; the list is empty if no path matches.

@@ -1,97 +1,26 @@
 """Asks a model each question of a benchmark once, even if the command is restarted."""
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from llava_jax.config import Parts, format_source
 from llava_jax.disk import Json, append_rows, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import Answered, Question
+from llava_jax.evals.settings import How, check_settings, identify_images
 from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.prompts import Prompt
-from llava_jax.generation.sampling import GREEDY, Sampling
-from llava_jax.pretrained.resolve import model_name
-
-WEIGHTS = ("*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
-"""Patterns of the weight files that identify a checkpoint."""
-
-
-class How(NamedTuple):
-    """Settings for generating the answers, which are arguments of `Assistant.answer_all`.
-
-    Attributes:
-        max_new_tokens: Maximum number of tokens of an answer.
-        sampling: Sampling settings.
-        stop: Texts that end an answer.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    stop: tuple[str, ...] = ()
-
-
-def describe(
-    task: str,
-    questions: Sequence[Question],
-    how: How,
-    checkpoint: str | Path | Parts,
-    **loaded: str | None,
-) -> Json:
-    """Returns the content of settings.json, which lists all settings that the answers depend on.
-
-    Args:
-        task: Name of the benchmark.
-        questions: All questions of the benchmark.
-        how: Settings of the generation.
-        checkpoint: Source of the model's weights.
-        loaded: Further settings for loading the checkpoint, such as the dtype.
-    """
-    digest = hashlib.sha256()
-    for question in questions:
-        # repr() distinguishes numbers from texts in ids, and paths from contents in images.
-        digest.update(repr((question.id, question.turns, question.images)).encode())
-    if isinstance(checkpoint, Parts):
-        given = {name: value for name, value in vars(checkpoint).items() if value}
-        known = format_source(Parts(**{name: _full_path(value) for name, value in given.items()}))
-        weights = [[name, *row] for name, value in given.items() for row in _weights(Path(value))]
-    else:
-        known, weights = _full_path(checkpoint), _weights(Path(checkpoint))
-    return {
-        "task": task,
-        "model": model_name(checkpoint),
-        "checkpoint": known,
-        "weights": weights,
-        **loaded,
-        "max_new_tokens": how.max_new_tokens,
-        **dataclasses.asdict(how.sampling),
-        "stop": [*how.stop],
-        "questions": digest.hexdigest(),
-    }
-
-
-def _full_path(source: str | Path) -> str:
-    """Returns the absolute path of a source that exists on this machine; keeps a hub id."""
-    return str(Path(source).resolve()) if Path(source).exists() else str(source)
-
-
-def _weights(place: Path) -> list[list[str | int]]:
-    """Returns the name, size and modification time of each weight file in a directory."""
-    files = sorted(file for pattern in WEIGHTS for file in place.glob(pattern))
-    files = [place] if place.is_file() else files
-    stats = [(str(file.relative_to(place)), file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 class Answers:
     """Stores a model's answers to a benchmark in the files answers.jsonl and settings.json.
 
+    An answer about an image file that has changed since then is not used; its question is asked
+    again.
+
     Args:
         folder: Directory of the files. Answers of an earlier command are read from this directory.
-        settings: Settings that the answers depend on, from `describe`.
+        settings: Settings that all answers depend on, from `settings.describe`.
         questions: All questions of the benchmark.
 
     Raises:
@@ -103,7 +32,7 @@ class Answers:
         self._questions = questions
         self._model = settings["model"]
         folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder / "settings.json", settings, self.path)
+        check_settings(folder / "settings.json", settings, self.path)
         self._rows = self._read()
 
     def missing(self, count: int) -> list[int]:
@@ -146,6 +75,7 @@ class Answers:
             "ending": reply.ending if reply else None,
             "prompt_tokens": reply.prompt_tokens if reply else 0,
             "new_tokens": reply.new_tokens if reply else 0,
+            "images": identify_images(question),
             "error": error,
         }
         append_rows(self.path, [row])
@@ -171,7 +101,8 @@ class Answers:
                     f"{self.path}, line {line} is not an answer to a question of this benchmark; "
                     "delete the line or give another --output"
                 )
-            rows[number] = row
+            if row.get("images") == identify_images(self._questions[number]):
+                rows[number] = row
         if last:  # the process was killed while it wrote this line
             replace_text(self.path, "".join(text + "\n" for text in whole))
         return rows
@@ -184,26 +115,6 @@ def _parse(text: str) -> Json:
     except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _check_settings(path: Path, settings: Json, answers: Path) -> None:
-    """Checks that settings.json has the same settings; writes it if there are no answers yet."""
-    if not answers.exists():
-        replace_text(path, json.dumps(settings, indent=2) + "\n")
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differs = [name for name in there | settings if there.get(name) != settings.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give another --output") from None
-    if differs:
-        lines = [
-            f"  {name}: {there.get(name)} before, {settings.get(name)} now" for name in differs
-        ]
-        raise ConfigError(
-            f"{answers} contains answers with other settings; delete this file or give another "
-            "--output. These settings differ:\n" + "\n".join(line[:300] for line in lines)
-        )
 
 
 def ask_all(

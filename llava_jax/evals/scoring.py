@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from llava_jax.evals.parse_answers import normalise, says_yes, to_number
 from llava_jax.evals.questions import Answered
+from llava_jax.generation.overlap import token_f1
 
 RELAXED = 0.05
 """Largest relative error of a number that the metric "relaxed" accepts, as in ChartQA."""
@@ -60,10 +61,16 @@ def _is_close(given: str, expected: str) -> bool:
     return given.lower() == expected.lower()
 
 
+def f1(given: str, expected: Sequence[str]) -> float:
+    """Returns the token F1 of an answer with the most similar expected answer, from 0 to 1."""
+    return max(token_f1(given, answer) for answer in expected)
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "vqa": vqa,
     "relaxed": relaxed,
+    "f1": f1,
 }
 """Maps the name of each metric to a function that scores one answer from 0 to 1."""
 

@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from llava_jax.report import formatting
 from llava_jax.report.formatting import power_of_ten
 
 MAX_POINTS = 300
@@ -27,8 +28,15 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 20, 26
 MAX_DOTS = 40
 """If a line has at most this number of points, each point is drawn as a dot."""
+FEW = 2
+"""If a line has at most this number of points, each point is also labeled with its value."""
 MAX_MARKS = 200
 """Largest number of marks for steps whose value is not finite."""
+WINDOW = 0.08
+"""Share of the points of a line over which the smoothed line is averaged."""
+MAX_LOG_LEVELS = 6
+_LOG_DIGITS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
+"""Leading digits of the levels of a logarithmic axis, from close to wide distances."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +88,33 @@ def ticks(low: float | int, high: float | int, count: int) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
-def line_chart(series: Series, name: str, *, last_step: int, percent: bool = False) -> str:
+def smooth(series: Series) -> np.ndarray | None:
+    """Returns the moving average of a series, over `WINDOW` of its points around each point.
+
+    The result is NaN where the value is NaN. It is None if the series has too few points.
+
+    Args:
+        series: Values to smooth, with P points.
+    """
+    width = int(len(series.mean) * WINDOW) // 2 * 2 + 1
+    if width < 3:
+        return None
+    finite = np.isfinite(series.mean)
+    total = lambda x: np.convolve(np.pad(x, width // 2), np.ones(width), "valid")
+    count = total(finite.astype(float))
+    sums = total(np.where(finite, series.mean, 0.0))
+    return np.where(finite, sums / np.maximum(count, 1), np.nan)
+
+
+def line_chart(
+    series: Series,
+    name: str,
+    *,
+    last_step: int,
+    percent: bool = False,
+    log: bool = False,
+    trend: np.ndarray | None = None,
+) -> str:
     """Draws values over the steps of a run and returns an SVG element.
 
     Args:
@@ -89,15 +123,17 @@ def line_chart(series: Series, name: str, *, last_step: int, percent: bool = Fal
         last_step: End of the horizontal axis, which begins at 0.
         percent: Whether the values are shares between 0 and 1. If True, the vertical axis shows 0
             to 100 %.
+        log: Whether the vertical axis is logarithmic. Some values must be above 0; the others are
+            drawn at the bottom.
+        trend: Smoothed value of each point, which is drawn as a second line; None draws no line.
     """
-    levels = [0.0, 0.25, 0.5, 0.75, 1.0] if percent else _levels(series)
+    levels = _levels(series, percent=percent, log=log)
     across = ticks(0, max(last_step, 1), 5)
     steps = [step for step in across if step <= max(last_step, 1) and step == int(step)]
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x = lambda step: LEFT + (right - LEFT) * step / max(last_step, 1)
-    share = lambda value: (value - levels[0]) / (levels[-1] - levels[0])
-    y = lambda value: bottom - (bottom - TOP) * np.clip(share(value), 0, 1)
-    labels, unit = _level_labels(levels, percent=percent)
+    y = lambda value: bottom - (bottom - TOP) * _share(value, levels, log=log)
+    labels, unit = _level_labels(levels, percent=percent, log=log)
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{label}</text>'
@@ -113,19 +149,77 @@ def line_chart(series: Series, name: str, *, last_step: int, percent: bool = Fal
     runs = _unbroken(means)
     if not np.array_equal(series.low, series.high, equal_nan=True):
         parts += [f'<path class="band" d="{_band(xs[r], lows[r], highs[r])}"/>' for r in runs]
-    parts += [f'<path class="line" d="{_line(xs[r], means[r])}"/>' for r in runs]
-    if len(xs) <= MAX_DOTS:
+    line = "line" if trend is None else "line raw"
+    parts += [f'<path class="{line}" d="{_line(xs[r], means[r])}"/>' for r in runs]
+    if trend is not None:
+        smoothed = y(trend)
+        parts += [
+            f'<path class="line" d="{_line(xs[r], smoothed[r])}"/>' for r in _unbroken(smoothed)
+        ]
+    elif len(xs) <= MAX_DOTS:
+        radius = 4 if len(xs) <= FEW else 2.4
         dots = zip(xs, means, strict=True)
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in dots if b == b]
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>' for a, b in dots if b == b]
+    if len(xs) <= FEW:
+        parts += _value_labels(xs, means, series.mean, percent=percent)
     thinned = series.marked[:: -(-len(series.marked) // MAX_MARKS) or 1]
     parts += [f'<path class="mark" d="M{x(s):.1f} {bottom}l-3.5 6h7z"/>' for s in thinned]
-    label = html.escape(f"{name} over steps")
+    scale = ", logarithmic" if log else ""
+    label = html.escape(f"{name} over steps{scale}")
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return f"{head}{''.join(parts)}</svg>"
 
 
-def _levels(series: Series) -> list[float]:
-    """Returns the ticks of the vertical axis.
+def _share(value: np.ndarray | float, levels: list[float], *, log: bool) -> np.ndarray:
+    """Returns the height of a value in the chart, from 0 to 1."""
+    lowest, *_, highest = levels
+    height = (value - lowest) / (highest - lowest)
+    if log:
+        height = np.log(np.maximum(value, lowest) / lowest) / np.log(highest / lowest)
+    return np.asarray(np.clip(height, 0, 1))
+
+
+def _value_labels(
+    xs: np.ndarray, ys: np.ndarray, values: np.ndarray, *, percent: bool
+) -> list[str]:
+    """Returns a text for each point with its value, which does not leave the chart."""
+    show = formatting.percent if percent else formatting.number
+    anchor = lambda at: "start" if at < (LEFT + WIDTH) / 2 else "end"
+    above = lambda at: at - 9 if at > TOP + 16 else at + 19
+    return [
+        f'<text class="value" x="{a:.1f}" y="{above(b):.1f}" text-anchor="{anchor(a)}">'
+        f"{show(value)}</text>"
+        for a, b, value in zip(xs, ys, values, strict=True)
+        if b == b
+    ]
+
+
+def _levels(series: Series, *, percent: bool, log: bool) -> list[float]:
+    """Returns the ticks of the vertical axis."""
+    if percent:
+        return [0.0, 0.25, 0.5, 0.75, 1.0]
+    return _log_levels(series) if log else _linear_levels(series)
+
+
+def _log_levels(series: Series) -> list[float]:
+    """Returns round numbers at about equal ratios, which cover the values above 0."""
+    values = np.r_[series.low, series.high]
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = float(values.min()), float(values.max())
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    levels: list[float] = []
+    for digits in _LOG_DIGITS:
+        every = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        first = max((n for n, level in enumerate(every) if level <= low), default=0)
+        last = min((n for n, level in enumerate(every) if level >= high), default=len(every) - 1)
+        levels = every[first : max(last, first + 1) + 1]
+        if len(levels) <= MAX_LOG_LEVELS:
+            return levels
+    return [*levels[:: -(-len(levels) // MAX_LOG_LEVELS)], levels[-1]]
+
+
+def _linear_levels(series: Series) -> list[float]:
+    """Returns ticks at equal distances.
 
     A few values far above all other values are cut off at the top. Otherwise a single loss of 1,000
     would make the rest of the line look flat.
@@ -151,10 +245,12 @@ def _round_up(value: float) -> float:
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
 
 
-def _level_labels(levels: list[float], *, percent: bool) -> tuple[list[str], str]:
+def _level_labels(levels: list[float], *, percent: bool, log: bool) -> tuple[list[str], str]:
     """Returns a label for each level, and the common factor of the labels, such as "thousands"."""
     if percent:
         return [f"{100 * level:.0f} %" for level in levels], ""
+    if log:
+        return [formatting.number(level) for level in levels], ""
     most = max(map(abs, levels))
     exponent = math.floor(math.log10(most))
     if 0.01 <= most < 10_000:

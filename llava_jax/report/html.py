@@ -6,7 +6,7 @@ values that contain markup are the charts, which consist of numbers and fixed ti
 """
 
 import base64
-import datetime
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +16,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from llava_jax.disk import read_if_there
 from llava_jax.report import formatting
-from llava_jax.report.charts import line_chart, thin
+from llava_jax.report.charts import line_chart, smooth, thin
 from llava_jax.report.formatting import NBSP, number, percent, times, width
-from llava_jax.report.rows import Row
+from llava_jax.report.measures import has_long_answers, mean_f1, perplexity
+from llava_jax.report.rows import Row, parse_object
 from llava_jax.report.run_files import RunFiles
 from llava_jax.report.thumbnails import MAX_IMAGES, find_thumbnails
 
@@ -27,6 +29,8 @@ MAX_EXAMPLES = 48
 """Largest number of questions that are shown with their answers."""
 MAX_ROWS = 50
 """Largest number of rows in a table of samples; the run's files have all rows."""
+LONG_TEXT = 4
+"""Number of words from which on an expected answer counts as long."""
 RECENT = 10
 """Number of steps over which the training loss at the top of the report is averaged."""
 
@@ -57,20 +61,21 @@ def render(run: RunFiles) -> str:
         tiles=_tiles(run),
         charts=_charts(run),
         answers=_answers(run),
+        result=_result(run),
         memory=_memory(run),
-        recipe=_recipe(run.config),
+        command=run.described.get("command"),
+        recipe=_recipe(run.config, run.described.get("parameters")),
         software=_software(run.described),
     )
 
 
 def _header(run: RunFiles) -> Row:
     total = run.config["steps"]
-    now = datetime.datetime.now(datetime.UTC)
     return {
         "name": run.config["name"],
         "done": f"{run.step:,} of {total:,} steps",
         "state": "all steps done" if run.step >= total else "not finished yet",
-        "written": f"{now:%-d %B %Y, %H:%M} UTC",
+        "started": f"started {run.started:%-d %B %Y, %H:%M} UTC",
         "width": width(run.step / max(total, 1)),
     }
 
@@ -79,12 +84,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     """Returns the most important numbers of the run, each as a name, a value and a note."""
     columns, tiles = run.columns, []
     if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
-        note = lambda text: f"{text} {_when(first)}" if last is not first else _when(first)
-        tiles += [
-            ("Eval accuracy", percent(last["accuracy"]), note(percent(first["accuracy"]))),
-            ("Eval loss", number(last["loss"]), note(number(first["loss"]))),
-        ]
+        tiles += _eval_tiles(run.evaluations[0], run.evaluations[-1])
     if recent := np.isfinite(columns["loss"][-RECENT:]).sum():
         loss = number(float(np.nanmean(columns["loss"][-RECENT:])))
         tiles.append(("Training loss", loss, f"mean of the last {recent} steps"))
@@ -100,6 +100,29 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def _eval_tiles(first: Row, last: Row) -> list[tuple[str, str, str]]:
+    """Returns the measures that say most about the model: accuracy, or F1 for long answers."""
+    note = lambda text: f"{text} {_when(first)}" if last is not first else _when(first)
+    tile = lambda name, measure: (name, measure(last), note(measure(first)))
+    loss = tile("Eval loss", lambda row: number(row["loss"]))
+    if not has_long_answers(last):
+        return [tile("Eval accuracy", lambda row: percent(row["accuracy"])), loss]
+    tiles = [tile("Eval perplexity", lambda row: number(perplexity(row["loss"])))]
+    if _f1(last) is not None:
+        count = times(len(last["examples"]), "example")
+        tiles.append(tile(f"Token F1, {count}", lambda row: _percent_or_dash(_f1(row))))
+    return [*tiles, loss]
+
+
+def _f1(row: Row) -> float | None:
+    """Returns the mean token F1 of an evaluation's examples; None if it is not known."""
+    return mean_f1([example.get("f1") for example in row["examples"]])
+
+
+def _percent_or_dash(share: float | None) -> str:
+    return "–" if share is None else percent(share)
+
+
 def _speed(run: RunFiles) -> np.ndarray:
     """Returns the tokens per second of each step [steps]; NaN where the time is not known."""
     seconds = run.columns["seconds"]
@@ -113,18 +136,17 @@ def _charts(run: RunFiles) -> list[Row]:
     evaluated = lambda name: np.array([row[name] for row in rows], float)  # None becomes NaN
     has_eval = bool(rows) or _eval_data(run.config["data"]) != "none"
     missing = "" if has_eval else "This run has no eval data."
+    at_eval = lambda *args, **options: _chart(run, *args, missing=missing, **options)
+    if rows and has_long_answers(rows[-1]):
+        values = np.array([perplexity(row["loss"]) for row in rows])
+        quality = at_eval("Eval perplexity", "per token", eval_steps, values)
+    else:
+        values = evaluated("accuracy")
+        quality = at_eval("Eval accuracy", "exact match", eval_steps, values, in_percent=True)
     return [
-        _chart(run, "Loss", "nats per token", steps, columns["loss"]),
-        _chart(run, "Eval loss", "nats per token", eval_steps, evaluated("loss"), missing=missing),
-        _chart(
-            run,
-            "Eval accuracy",
-            "exact match",
-            eval_steps,
-            evaluated("accuracy"),
-            missing=missing,
-            in_percent=True,
-        ),
+        _chart(run, "Loss", "nats per token", steps, columns["loss"], can_be_log=True),
+        at_eval("Eval loss", "nats per token", eval_steps, evaluated("loss")),
+        quality,
         _chart(run, "Learning rate", "", steps, columns["learning_rate"]),
         _chart(run, "Gradient norm", "before clipping", steps, columns["grad_norm"]),
         _chart(run, "Tokens per second", "all devices", steps, _speed(run)),
@@ -140,12 +162,17 @@ def _chart(
     *,
     missing: str = "",
     in_percent: bool = False,
+    can_be_log: bool = False,
 ) -> Row:
-    """Returns a chart and its caption; the caption of an empty chart says why it is empty."""
+    """Returns a chart and its caption; the caption of an empty chart says why it is empty.
+
+    With `can_be_log`, the values are also smoothed, and drawn a second time with a logarithmic
+    axis; the page shows one of the two charts.
+    """
     finite = np.isfinite(values)
     if not finite.any():
         why = "No value was finite." if len(values) else missing or "Nothing was measured."
-        return {"title": title, "unit": unit, "svg": None, "caption": why}
+        return {"title": title, "unit": unit, "svgs": [], "caption": why}
     series = thin(steps, values)
     show = percent if in_percent else number
     only_finite = np.where(finite, values, np.nan)
@@ -160,9 +187,17 @@ def _chart(
     facts = [fact.replace(" ", NBSP) for fact in facts]
     if len(steps) > len(series.steps):
         facts.append(f"mean and range of {len(steps) // len(series.steps):,} steps per point")
+    trend = smooth(series) if can_be_log else None
+    if trend is not None:
+        facts.append("thick line smoothed")
     last_step = max(run.step, int(steps[-1]))
-    svg = line_chart(series, title, last_step=last_step, percent=in_percent)
-    return {"title": title, "unit": unit, "svg": Markup(svg), "caption": " · ".join(facts)}
+    logs = (False, True) if can_be_log and (values[finite] > 0).any() else (False,)
+    svgs = [
+        line_chart(series, title, last_step=last_step, percent=in_percent, log=log, trend=trend)
+        for log in logs
+    ]
+    caption = " · ".join(facts)
+    return {"title": title, "unit": unit, "svgs": [*map(Markup, svgs)], "caption": caption}
 
 
 def _answers(run: RunFiles) -> Row:
@@ -182,7 +217,8 @@ def _answers(run: RunFiles) -> Row:
     ]
     return {
         "why": None,
-        "heads": ["Category", "Samples", *names],
+        "heads": ["Category", "Answers", *names],
+        "measures": _measures(rows),
         "categories": _categories(rows),
         "samples": sum(last["samples"].values()),
         "rows": rows,
@@ -197,7 +233,19 @@ def _key(example: Row) -> Any:
 
     The texts are part of the key, because the data may have changed while the run was stopped.
     """
-    return example.get("index"), example["question"], example["expected"]
+    place = example.get("index"), example.get("turn")
+    return *place, example["question"], example["expected"]
+
+
+def _measures(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
+    """Returns the name of each measure of an evaluation, its count and its value per evaluation."""
+    f1s, found = [_f1(row) for row in rows], []
+    if any(f1 is not None for f1 in f1s):
+        count = f"{len(rows[-1]['examples']):,}"
+        found.append(("token F1 of the examples", count, [*map(_percent_or_dash, f1s)]))
+    losses = [row["loss"] for row in rows]
+    found.append(("perplexity", "", [number(perplexity(loss)) for loss in losses]))
+    return [*found, ("loss, nats per token", "", [*map(number, losses)])]
 
 
 def _when(row: Row) -> str:
@@ -229,14 +277,49 @@ def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
         "more": max((images or 0) - MAX_IMAGES, 0),
         "question": example["question"],
         "expected": example["expected"],
-        "answers": [(when, _is_right(answer), answer["given"]) for when, answer in answers],
+        "answers": [
+            (when, *_judge(answer), answer["given"], bool(answer.get("is_cut")))
+            for when, answer in answers
+        ],
     }
 
 
-def _is_right(answer: Row) -> bool:
-    """Returns True if an answer is right; rows of older versions contain only texts to compare."""
-    right = answer.get("right")
-    return answer["given"] == answer["expected"] if right is None else right
+def _judge(answer: Row) -> tuple[str, str]:
+    """Returns a style and a text that say how good an answer is.
+
+    An answer that shares words with a long expected answer is neither right nor wrong; it gets its
+    F1. Rows of older versions contain only texts to compare.
+    """
+    right, f1 = answer.get("right"), answer.get("f1")
+    if answer["given"] == answer["expected"] if right is None else right:
+        return "right", "✓ right"
+    if f1 and len(answer["expected"].split()) >= LONG_TEXT:
+        return "near", f"F1 {percent(f1)}"
+    return "wrong", "✗ wrong"
+
+
+def _result(run: RunFiles) -> Row | None:
+    """Returns how to use the adapter or the model that the run left; None if it left nothing."""
+    directory = str(run.directory)
+    shell = shlex.quote(directory)
+    if (run.directory / "model").is_dir():
+        load = f"model = LlavaForConditionalGeneration.from_pretrained({f'{directory}/model'!r})"
+    elif (run.directory / "adapter").is_dir():
+        load = _load_adapter(run, directory)
+    else:
+        return None
+    return {"chat": f"llava-jax chat {shell}", "serve": f"llava-jax serve {shell}", "load": load}
+
+
+def _load_adapter(run: RunFiles, directory: str) -> str:
+    """Returns Python code that loads the adapter with PEFT, or a command that merges it first."""
+    settings = read_if_there(run.directory / "adapter" / "adapter_config.json") or b""
+    base = (parse_object(settings) or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or base.startswith("llm="):  # PEFT cannot load separate parts
+        merged = shlex.quote(f"{directory}-merged")
+        return f"llava-jax convert {shlex.quote(directory)} {merged} --to hf --merge"
+    model = f"LlavaForConditionalGeneration.from_pretrained({base!r})"
+    return f"model = PeftModel.from_pretrained({model}, {f'{directory}/adapter'!r})"
 
 
 def _memory(run: RunFiles) -> Row:
@@ -283,8 +366,8 @@ def _manual_plan(config: Row) -> str:
     return f"The config sets the plan: {', '.join(parts)}."
 
 
-def _recipe(config: Row) -> Row:
-    """Returns the most important fields of the config."""
+def _recipe(config: Row, parameters: Row | None) -> Row:
+    """Returns the most important fields of the config, and the number of trainable parameters."""
     tune, batch, rates = config["tune"], config["batch"], config["optimizer"]
     ranks = {"llm": "lora", "vision": "vision_lora", "projector": "lora"}
     lora = lambda name: f", rank {config[name]['rank']}, alpha {config[name]['alpha']:g}"
@@ -297,6 +380,7 @@ def _recipe(config: Row) -> Row:
     return {
         "Initial weights": formatting.config_value(config["init_from"] or "new weights"),
         "Trained parts": "; ".join(trains),
+        **({} if parameters is None else {"Trainable parameters": _of_all(**parameters)}),
         "Data": ", ".join(mixture) or config["data"]["path"],
         "Eval data": _eval_data(config["data"]),
         "Batch": f"{batch['global_size']:,} samples, {config['steps']:,} steps",
@@ -311,6 +395,10 @@ def _eval_data(data: Row) -> str:
     fraction = data.get("eval_fraction")
     held_out = f"{fraction:.3g} of the training records, held out" if fraction else "none"
     return data["eval_path"] or held_out
+
+
+def _of_all(trainable: int, total: int) -> str:
+    return f"{trainable:,} of {total:,} ({100 * trainable / max(total, 1):.2f} %)"
 
 
 def _software(described: Row) -> dict[str, str]:

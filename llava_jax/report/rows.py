@@ -52,7 +52,8 @@ def fits(value: Any, form: dict[str, Check]) -> bool:
 
 _TEXTS = {"question": _is_text, "expected": _is_text, "given": _is_text}
 # Evaluations that older versions wrote do not have these fields.
-_EXAMPLE = _TEXTS | {name: _or_none(_is_count) for name in ("index", "images")}
+_EXAMPLE = _TEXTS | {name: _or_none(_is_count) for name in ("index", "turn", "images")}
+_EXAMPLE |= {"f1": _or_none(_is_number)}
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds")
 """Fields of metrics.jsonl that are read as columns, in addition to the step."""
@@ -78,6 +79,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "samples": _counts_of_names,
         "examples": _list_of(lambda value: fits(value, _EXAMPLE)),
         "skipped": _or_none(_list_of(_is_count)),
+        "tokens": _or_none(_is_count),
     },
 }
 """Checks of the fields of each row, by file name."""

@@ -1,6 +1,7 @@
 """Reads the files in a run's directory, even while the run writes these files."""
 
 import dataclasses
+import datetime
 from array import array
 from pathlib import Path
 
@@ -46,6 +47,19 @@ class RunFiles:
     def config(self) -> Row:
         """Config of the run, with all fields."""
         return self.described["config"]
+
+    @property
+    def started(self) -> datetime.datetime:
+        """Time at which the run started, in UTC. Older versions did not write this time.
+
+        The time of the last change of config.json replaces it then.
+        """
+        try:
+            found = datetime.datetime.fromisoformat(self.described["started"])
+        except (KeyError, TypeError, ValueError):
+            changed = (self.directory / "config.json").stat().st_mtime
+            return datetime.datetime.fromtimestamp(changed, datetime.UTC)
+        return found.astimezone(datetime.UTC)
 
     @property
     def step(self) -> int:

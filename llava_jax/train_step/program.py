@@ -92,10 +92,15 @@ class Program:
         """Paths of the frozen parameters."""
         return [path for path in self.abstract if path not in self.state.trainable]
 
+    def count_parameters(self) -> dict[str, int]:
+        """Returns the number of trainable parameters, and the total number of parameters."""
+        sizes = {path: math.prod(leaf.shape) for path, leaf in self.abstract.items()}
+        trainable = sum(sizes[path] for path in self.trainable)
+        return {"trainable": trainable, "total": sum(sizes.values())}
+
     def describe_parameters(self) -> str:
         """Returns the numbers of trainable and of all parameters, in the words that PEFT prints."""
-        count = lambda paths: sum(math.prod(self.abstract[path].shape) for path in paths)
-        trainable, total = count(self.trainable), count(self.abstract)
+        trainable, total = self.count_parameters().values()
         share = f"trainable%: {100 * trainable / total:.4f}"
         return f"trainable params: {trainable:,} || all params: {total:,} || {share}"
 

@@ -330,18 +330,21 @@ def make_train_step(
 class EvalResult:
     """Losses and greedy predictions of an eval batch, computed without dropout.
 
+    The answers of a row are the sequences of consecutive positions at which `learned` is True.
+
     Attributes:
         nll: float32 [B]. Negative log-likelihood in nats, summed over a row's supervised tokens.
-        tokens: int32 [B]. Number of supervised tokens in a row.
-        exact: bool [B]. True if greedy decoding gives exactly the expected answer. This is the case
-            if each supervised token is the most likely token after the expected tokens before it.
+        learned: bool [B, T]. True if the token after the position is supervised.
+        right: bool [B, T]. True if the token after the position is also the most likely token.
+            Greedy decoding gives exactly an expected answer if this is True for all its tokens,
+            because each of them is then the most likely token after the expected tokens before it.
         predicted: int32 [B, T]. Most likely token after the token at each position; 0 if the next
             token is not supervised.
     """
 
     nll: Leaf
-    tokens: Leaf
-    exact: Leaf
+    learned: Leaf
+    right: Leaf
     predicted: Leaf
 
 
@@ -355,14 +358,12 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Params, Params, Batch], 
     """
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
-        targets, supervised = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-        losses = token_losses(
-            *forward(graphdef, frozen | trainable, batch, None), targets, supervised
-        )
+        targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+        losses = token_losses(*forward(graphdef, frozen | trainable, batch, None), targets, learned)
         return EvalResult(
             nll=jnp.sum(losses.nll, axis=1),
-            tokens=jnp.sum(supervised, axis=1),
-            exact=jnp.all((losses.predicted == targets) | ~supervised, axis=1),
+            learned=learned,
+            right=(losses.predicted == targets) & learned,
             predicted=losses.predicted,
         )
 

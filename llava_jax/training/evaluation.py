@@ -13,19 +13,20 @@ import numpy as np
 from rich.table import Table
 
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.order import NO_RECORD
-from llava_jax.data.records import Record
 from llava_jax.data.sources import Records
 from llava_jax.disk import append_rows
 from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Params
+from llava_jax.report.formatting import times
+from llava_jax.report.measures import mean_f1, perplexity
 from llava_jax.report.rows import read_rows
 from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
 from llava_jax.training.console import Reporter
 from llava_jax.training.early_stopping import best_row, is_stalled
+from llava_jax.training.examples import AnswerGenerator, Example, answers_of, questions_of
 from llava_jax.training.inputs import Inputs
 
 UNNAMED = "all"
@@ -33,36 +34,16 @@ UNNAMED = "all"
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """An eval question and the model's answer.
-
-    Attributes:
-        question: Text of the question.
-        expected: Expected answer.
-        given: Answer of the model, up to and including its first wrong token.
-        index: Index of the record that contains the question.
-        images: Number of images in the record.
-        right: Whether greedy decoding gives exactly the expected answer.
-    """
-
-    question: str
-    expected: str
-    given: str
-    index: int = -1  # files that older versions wrote lack these three fields
-    images: int = 0
-    right: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The results of one evaluation.
+    """The results of one evaluation. Each answer of an eval sample counts as one sample.
 
     Attributes:
         loss: Mean loss over all supervised tokens, in nats.
-        exact: Number of samples that greedy decoding answers exactly, by category.
-        samples: Number of samples, by category.
+        exact: Number of answers that greedy decoding gives exactly, by category.
+        samples: Number of answers, by category.
         examples: Some of the questions, with the expected answers and the model's answers.
         skipped: Indices of the records that cannot be used.
+        tokens: Number of supervised tokens; 0 in files that older versions wrote.
     """
 
     loss: float
@@ -70,19 +51,30 @@ class Evaluation:
     samples: dict[str, int]
     examples: list[Example]
     skipped: list[int] = dataclasses.field(default_factory=list)
+    tokens: int = 0
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the samples that greedy decoding answers exactly, from 0 to 1."""
+        """Fraction of the answers that greedy decoding gives exactly, from 0 to 1."""
         return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return perplexity(self.loss)
+
+    @property
+    def f1(self) -> float | None:
+        """Mean token F1 of the examples, from 0 to 1; None if it is not known."""
+        return mean_f1([example.f1 for example in self.examples])
 
 
 def evaluate(
     eval_step: Callable[[Batch], EvalResult],
     batches: Iterable[tuple[Batch, np.ndarray]],
     records: Records,
-    encoder: SampleEncoder,
     shown: Collection[int] = (),
+    generate: Callable[[dict[int, np.ndarray], set[int]], list[Example]] = lambda *_: [],
 ) -> Evaluation:
     """Evaluates a model on batches of eval data.
 
@@ -91,64 +83,34 @@ def evaluate(
         batches: Host batches, each with the record index of every row, int [batch]. Rows with the
             index NO_RECORD are padding.
         records: Records that the indices refer to.
-        encoder: Encoder that was used to make the batches from the records.
-        shown: Indices of the records to return as examples.
+        shown: Indices of the records with questions for examples.
+        generate: Function that returns the examples. Its arguments are the predicted tokens of each
+            record in `shown`, by record index, and the lengths of the rows of all batches.
     """
     nll, tokens = 0.0, 0
-    exact, samples = Counter(), Counter()
-    examples, skipped = [], []
+    exact, samples = Counter[str](), Counter[str]()
+    predicted: dict[int, np.ndarray] = {}
+    skipped, lengths = [], set[int]()
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
+        lengths.add(batch.input_ids.shape[1])
         for row, index in enumerate(indices.tolist()):
             if index == NO_RECORD:  # a row that pads the last batch
                 continue
-            if not result.tokens[row]:
+            answers = answers_of(result.learned[row])
+            if not answers:
                 skipped.append(index)
                 continue
-            record = records[index]
-            category = record.category or UNNAMED
-            samples[category] += 1
-            exact[category] += bool(result.exact[row])
+            category = records[index].category or UNNAMED
+            samples[category] += len(answers)
+            exact[category] += sum(bool(result.right[row][at].all()) for at in answers)
             nll += float(result.nll[row])
-            tokens += int(result.tokens[row])
+            tokens += sum(map(len, answers))
             if index in shown:
-                examples.append(_example(result.predicted[row], index, record, encoder))
-    return Evaluation(nll / max(tokens, 1), dict(exact), dict(samples), examples, skipped)
-
-
-def _example(predicted: np.ndarray, index: int, record: Record, encoder: SampleEncoder) -> Example:
-    """Returns the last question of a record and the model's answer up to the first wrong token.
-
-    Each token was predicted from the expected tokens that precede it. Up to and including the first
-    wrong token, greedy decoding would give the same tokens. Later tokens are left out, because
-    greedy decoding would predict the later tokens from the wrong token.
-    """
-    encoded = encoder.encode_text(record)
-    answer = _last_run(encoded.loss_mask)
-    expected, given = encoded.input_ids[answer], predicted[answer - 1]
-    wrong = np.flatnonzero(given != expected)
-    decode = lambda ids: str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    return Example(
-        question=_last_question(record),
-        expected=decode(expected),
-        given=decode(given[: wrong[0] + 1] if len(wrong) else given),
-        index=index,
-        images=len(record.images),
-        right=not len(wrong),
-    )
-
-
-def _last_question(record: Record) -> str:
-    """Returns the text of the last human turn, without image placeholders."""
-    questions = [turn.text for turn in record.turns if turn.role == "human"]
-    return questions[-1].replace("<image>", "").strip()
-
-
-def _last_run(mask: np.ndarray) -> np.ndarray:
-    """Returns the positions of the last sequence of consecutive True values."""
-    positions = np.flatnonzero(mask)
-    breaks = np.flatnonzero(np.diff(positions) != 1)
-    return positions[breaks[-1] + 1 if len(breaks) else 0 :]
+                predicted[index] = result.predicted[row]
+    examples = generate(predicted, lengths)
+    mean = nll / max(tokens, 1)
+    return Evaluation(mean, dict(exact), dict(samples), examples, skipped, tokens)
 
 
 class Evaluator:
@@ -199,9 +161,9 @@ class Evaluator:
             step: Number of steps done.
             trainable: Trainable parameters by path, after `step` steps.
             halted: Function that decides whether to stop. It is called before each batch, with the
-                checksum of the batch's texts and the indices of the batch's records, and once after
-                the last batch, with 0 and no indices. If it returns True, the evaluation ends and
-                nothing is recorded.
+                checksum of the batch's texts and the indices of the batch's records, and, with 0
+                and no indices, before each token of the examples and once at the end. If it returns
+                True, the evaluation ends and nothing is recorded.
 
         Raises:
             ConfigError: None of the eval samples can be read.
@@ -219,14 +181,11 @@ class Evaluator:
         batches = itertools.takewhile(
             lambda made: not halted(made[0].text_checksum, made[1]), batches
         )
-        result = evaluate(
-            lambda batch: self._eval_step(trainable, batch),
-            batches,
-            inputs.eval_records,
-            inputs.encoder,
-            self._shown,
-        )
-        if halted(0, np.array([])):
+        step_fn = lambda batch: self._eval_step(trainable, batch)
+        stops = lambda: halted(0, np.array([]))
+        generate = lambda predicted, lengths: self._generate(step_fn, predicted, lengths, stops)
+        result = evaluate(step_fn, batches, inputs.eval_records, self._shown, generate)
+        if stops():
             return
         if not result.samples:
             records = inputs.eval_records
@@ -239,8 +198,28 @@ class Evaluator:
         if is_main_process():
             append_rows(self._path, [row])
             text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
+            if result.f1 is not None:
+                count = times(len(result.examples), "example")
+                text += f", token F1 {100 * result.f1:.1f} % ({count})"
             text = f"eval, step {step}: {text}{self._describe_skipped(result.skipped)}"
             self._reporter.log_eval(row, self._keep_thumbnails(result.examples), text)
+
+    def _generate(
+        self,
+        eval_step: Callable[[Batch], EvalResult],
+        predicted: dict[int, np.ndarray],
+        lengths: set[int],
+        halted: Callable[[], bool],
+    ) -> list[Example]:
+        """Generates the answers to `eval.examples` questions of the records in `predicted`."""
+        inputs = self._inputs
+        encoder, spec = inputs.encoder, inputs.eval_spec(self._batch_size)
+        count = inputs.config.eval.examples
+        questions = questions_of(inputs.eval_records, predicted, encoder, count)
+        generator = AnswerGenerator(
+            eval_step, encoder, spec, inputs.ends, self._batch_rows, lengths
+        )
+        return generator.generate(questions, halted)
 
     def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
         """Writes the thumbnails that are missing, and returns the files of each example."""
@@ -297,13 +276,14 @@ def _from_row(row: dict[str, Any]) -> Evaluation:
         Example(**{name: example[name] for name in names if example.get(name) is not None})
         for example in row["examples"]
     ]
-    loss = math.nan if row["loss"] is None else row["loss"]
-    return Evaluation(loss, row["exact"], row["samples"], examples)
+    loss, tokens = row["loss"], row.get("tokens") or 0
+    loss = math.nan if loss is None else loss
+    return Evaluation(loss, row["exact"], row["samples"], examples, tokens=tokens)
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
     """Returns a table of the accuracy per category and the loss, before and after training."""
-    table = Table("category", "samples", "before", "after", title="eval accuracy, exact match")
+    table = Table("category", "answers", "before", "after", title="eval accuracy, exact match")
     share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
     categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
     for category, count in categories:
@@ -314,13 +294,18 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
     table.add_row(
         "all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after))
     )
+    if before.f1 is not None and after.f1 is not None:
+        f1 = (f"{100 * e.f1:.1f} %" for e in (before, after) if e.f1 is not None)
+        table.add_row("token F1, examples", str(len(after.examples)), *f1)
     table.add_row("loss", "", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("perplexity", "", f"{before.perplexity:.4g}", f"{after.perplexity:.4g}")
     return table
 
 
 def examples_table(before: Evaluation, after: Evaluation) -> Table:
     """Returns a table of eval questions with the model's answers before and after training."""
     table = Table("question", "expected", "before", "after", title="sample answers")
+    shown = lambda example: f"{example.given} …" if example.is_cut else example.given
     for old, new in zip(before.examples, after.examples, strict=False):
-        table.add_row(new.question, new.expected, old.given, new.given)
+        table.add_row(new.question, new.expected, shown(old), shown(new))
     return table

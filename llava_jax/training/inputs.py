@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.config import ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
+from llava_jax.data.conversation import end_token
 from llava_jax.data.digest import data_digest
 from llava_jax.data.files import is_remote
 from llava_jax.data.image_slots import describe_outlier, find_most_images
@@ -31,6 +32,7 @@ from llava_jax.errors import ConfigError, SampleError
 from llava_jax.planning.model_flops import slot_tokens
 from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.model_config import read_config
+from llava_jax.pretrained.processor import end_tokens
 from llava_jax.pretrained.tokenizer import check_vocabulary, image_token_of, load_tokenizer
 from llava_jax.training.data_sets import open_data
 
@@ -51,6 +53,7 @@ class Inputs:
         slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
         outlier: Line of text that names a training sample with far too many images; None if there
             is no such sample.
+        ends: Ids of the tokens that end an answer, as the export of the run names them.
     """
 
     config: TrainConfig
@@ -63,6 +66,7 @@ class Inputs:
     eval_images: int
     slot_tokens: float
     outlier: str | None
+    ends: frozenset[int] = frozenset()
 
     def planned(self, devices: int, micro_rows: int) -> "Inputs":
         """Returns the same inputs for the plan of a run.
@@ -137,15 +141,18 @@ class Inputs:
             size: Number of samples in a batch.
             rows: Indices of the rows of each batch that this process reads; None reads all rows.
         """
-        spec = dataclasses.replace(
+        spec, workers = self.eval_spec(size), self.config.data.workers
+        return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
+
+    def eval_spec(self, size: int) -> BatchSpec:
+        """Returns the shapes of eval batches of `size` samples, which have one sample per row."""
+        return dataclasses.replace(
             self.spec,
             size=size,
             max_images=self.eval_images,
             image_buckets=tuple(self.spec.slots),
             packing=False,
         )
-        workers = self.config.data.workers
-        return eval_batches(self.eval_records, self.encoder, spec, rows, workers=workers)
 
     def digest(self) -> dict[str, list[dict[str, Any]]]:
         """Returns the digests of the training data and the eval data, as a JSON object.
@@ -339,9 +346,10 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     tokenizer = load_tokenizer(processor)
     image_token_of(tokenizer, model, processor)
     check_vocabulary(tokenizer, model, processor)
+    template = TEMPLATES[data.template]
     encoder = SampleEncoder(
         tokenizer=tokenizer,
-        template=TEMPLATES[data.template],
+        template=template,
         transform=dataclasses.replace(
             transform, decode=data.image_decode, exif_orientation=data.exif_orientation
         ),
@@ -364,6 +372,7 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         image_buckets=() if data.image_buckets == "auto" else data.image_buckets,
         packing=data.packing,
     )
+    end = end_token(template, tokenizer)
     return Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -375,4 +384,5 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         eval_images=find_most_images(eval_records, encoder)[0],
         slot_tokens=slot_tokens(config, model),
         outlier=None if data.packing else describe_outlier(records, most, number),
+        ends=end_tokens(processor) | (frozenset() if end is None else {end}),
     )

@@ -1,6 +1,7 @@
 """Executes a run: opens its inputs, plans it, starts or resumes it, trains and exports."""
 
 import dataclasses
+import json
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from llava_jax.config import MAY_DIFFER, ModelConfig, TrainConfig, flatten, to_json
+from llava_jax.config import MAY_DIFFER, Json, ModelConfig, TrainConfig, flatten, to_json
 from llava_jax.data.batching import Batches
 from llava_jax.data.padding import Buckets
 from llava_jax.distributed.check_slices import check_slices
@@ -52,7 +53,7 @@ from llava_jax.training.resume import (
     check_begun,
     refuse_to_replace,
 )
-from llava_jax.training.run_config import write_description
+from llava_jax.training.run_config import origin, write_description
 from llava_jax.training.setup import Setup, agree_on, open_setup, remarks
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import open_trackers
@@ -274,7 +275,7 @@ def _start(
     config = setup.config
     refuse_to_replace(config)
     state, frozen = _initial_state(setup, program)
-    write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+    _write_description(setup, program)
     # This export is a test: if exporting fails, it fails now and not after hours of training. The
     # first checkpoint already has an adapter, so that only the export of a whole model is tested.
     saved.export = _adapter_export(setup, program, frozen)
@@ -296,8 +297,15 @@ def _resume(
     state, position = saved.restore(program.state)
     batches.restore(position)
     if config.checkpoint.accept_changes:
-        write_description(config.run_dir, setup.describe(_with_micro_size(config, program.mesh)))
+        _write_description(setup, program, json.loads((config.run_dir / "config.json").read_text()))
     return state, frozen
+
+
+def _write_description(setup: Setup, program: Program, began: Json | None = None) -> None:
+    """Writes config.json and data.json; `began` is the config.json of the first start, if any."""
+    config = setup.config
+    description = setup.describe(_with_micro_size(config, program.mesh))
+    write_description(config.run_dir, description | origin(program.count_parameters(), began))
 
 
 def _export(

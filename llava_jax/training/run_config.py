@@ -1,7 +1,10 @@
 """Writes config.json and data.json, the description of a run, when the run starts."""
 
 import dataclasses
+import datetime
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -35,6 +38,32 @@ def describe(
         "devices": [str(device.device_kind) for device in jax.devices()],
         "data": data,
     }
+
+
+def origin(parameters: dict[str, int], began: Json | None = None) -> Json:
+    """Returns what the report shows about the start of a run, as further fields of config.json.
+
+    Args:
+        parameters: Numbers of parameters, from `Program.count_parameters`.
+        began: Content of config.json from the first start of the run; None if this is the first
+            start.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now if began is None else began.get("started", now)
+    return {"started": started, "command": this_command(), "parameters": parameters}
+
+
+def this_command() -> str | None:
+    """Returns the command that started this process, for a shell; None if Python code started it.
+
+    `python -m llava_jax.train` is written as `llava-jax train`, which is the same command.
+    """
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    if program.parts[-2:] == ("llava_jax", "train.py"):
+        arguments = ["train", *arguments]
+    elif program.name != "llava-jax" and program.parts[-2:] != ("llava_jax", "__main__.py"):
+        return None
+    return shlex.join(["llava-jax", *arguments]) if arguments[:1] == ["train"] else None
 
 
 def write_description(run_dir: Path, description: Json) -> None:

@@ -140,6 +140,8 @@ class TensorBoard:
         values = _numbers(row, "eval", EVAL_SCALARS)
         for example, files in zip(row["examples"], images, strict=True):
             tag = f"eval/record {example['index']}"
+            if turn := example.get("turn"):
+                tag += f", question {turn + 1}"
             values += [_image(f"{tag}/image {n}", file) for n, file in enumerate(files)]
             # TensorBoard renders texts as Markdown. The text is indented, because Markdown shows
             # indented lines unchanged, as code.

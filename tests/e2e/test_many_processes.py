@@ -118,6 +118,8 @@ def assert_as_alone(directory: Path, other: Path) -> None:
     measured = [rows(run / "evaluations.jsonl") for run in (directory, other)]
     losses = [[row["loss"] for row in table] for table in measured]
     np.testing.assert_allclose(*losses, rtol=1e-6)
+    ours, theirs = ([[e["given"] for e in r["examples"]] for r in table] for table in measured)
+    assert ours == theirs
     assert rows(directory / "skipped.jsonl") == rows(other / "skipped.jsonl")
     ours, theirs = (load_file(*run.glob("[am]*/*.safetensors")) for run in (directory, other))
     assert ours.keys() == theirs.keys()

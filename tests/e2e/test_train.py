@@ -1,5 +1,6 @@
 """Whole runs of the program on a tiny checkpoint and a LLaVA JSON file of a dozen pictures."""
 
+import datetime
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import assert_same_run, metrics, write_config
+from tiny_run import assert_same_run, metrics, rows, write_config
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax import LlavaModel
@@ -64,12 +65,16 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path):
     assert described["config"]["lora"]["rank"] == 4
     assert described["base_fingerprint"]
     assert described["versions"]["jax"] == jax.__version__
+    counts = described["parameters"]
+    assert 0 < counts["trainable"] < counts["total"]
+    assert described["command"] is None  # a test started the run, and no command
+    assert datetime.datetime.fromisoformat(described["started"]).tzinfo is not None
     evaluations = (undisturbed / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in evaluations] == [0, 4]
     assert json.loads(evaluations[0])["skipped"] == [9]
     report = (undisturbed / "report.html").read_text()
     assert "<strong>4 of 4 steps</strong>" in report
-    assert report.count("<svg") == 6
+    assert report.count("<svg") == 7
     assert report.count("data:image/jpeg;base64,") >= 3
     assert "1 sample cannot be used" in report.replace("\u00a0", " ")
     assert "✓ right" in report or "✗ wrong" in report
@@ -221,8 +226,13 @@ def test_a_run_by_another_plan_learns_the_same(
             assert status == 0
             left = directory / ("model" if name == "full" else "adapter")
             (file,) = left.glob("*.safetensors")
-            results.append(([row["loss"] for row in metrics(directory)], load_file(file)))
-        (losses, tensors), (planned_losses, planned) = results
+            examples = [
+                e["given"] for r in rows(directory / "evaluations.jsonl") for e in r["examples"]
+            ]
+            losses = [row["loss"] for row in metrics(directory)]
+            results.append((losses, examples, load_file(file)))
+        (losses, examples, tensors), (planned_losses, planned_examples, planned) = results
+        assert planned_examples == examples
         np.testing.assert_allclose(planned_losses, losses, rtol=1e-6)
         assert planned.keys() == tensors.keys()
         for tensor, value in tensors.items():

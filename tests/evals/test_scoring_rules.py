@@ -13,7 +13,7 @@ from llava_jax.evals.benchmarks import custom, mmbench, pope, textvqa
 from llava_jax.evals.benchmarks.registry import TASKS, find_task
 from llava_jax.evals.parse_answers import first_letter
 from llava_jax.evals.questions import SHORT, Answered, Files, ask
-from llava_jax.evals.scoring import exact, vqa
+from llava_jax.evals.scoring import exact, f1, vqa
 
 BENCHMARKS = sorted(TASKS.keys() - {"easy_vqa", "json"})
 
@@ -230,3 +230,34 @@ def test_accuracy_of_vqa_with_few_people():
 )
 def test_the_letter_that_an_answer_begins_with(text, letter):
     assert first_letter(text, ["A", "B", "C"]) == letter
+
+
+def test_f1_takes_the_most_similar_expected_answer():
+    assert f1("a red car", ["a dog", "red cars", "the car"]) == pytest.approx(2 / 3)
+    question = ask(1, "what?", None, ["a red car"])
+    scores = find_task("json", "f1").score([Answered(question, "red")])
+    assert scores == {"f1": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"question_id": 1, "text": "a"}\n{"question_id": 2}', 'record 2: "text"|line 2: "text"'),
+        ('[{"question_id": 1, "text": "a"}, 3]', "record 2: expected an object"),
+        ('{"question_id": 1, "text": "a", "image": 3}', 'record 1: "image" must be the path'),
+        ('{"question_id": 1, "text": "a", "image": [3]}', 'record 1: "image" must be the path'),
+        ('{"question_id": 1, "text": "a", "image": ""}', 'record 1: "image" must be the path'),
+    ],
+)
+def test_broken_question_files_are_named(tmp_path, text, named):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        custom.read_json(Files(data=file))
+
+
+def test_a_directory_without_images_or_a_prompt_without_text_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no images"):
+        custom.read_json(Files(data=tmp_path, prompt="what?"))
+    with pytest.raises(ConfigError, match="--prompt is empty"):
+        custom.read_json(Files(data=tmp_path, prompt=" "))

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from llava_jax.report.charts import MAX_POINTS, line_chart, thin, ticks
+from llava_jax.report.charts import MAX_LOG_LEVELS, MAX_POINTS, line_chart, smooth, thin, ticks
 from llava_jax.report.formatting import number
 
 
@@ -85,3 +85,54 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]):
 )
 def test_numbers_as_people_write_them(value: float, text: str):
     assert number(value) == text
+
+
+def test_two_values_are_points_with_their_values():
+    _, svg = draw([2.5, 1.25])
+    assert [text.text for text in drawn(svg, "value")] == ["2.5", "1.25"]
+    assert [circle.get("r") for circle in svg if circle.tag == "circle"] == ["4", "4"]
+    _, svg = draw([0.5, 0.25], percent=True)
+    assert [text.text for text in drawn(svg, "value")] == ["50.0 %", "25.0 %"]
+    _, svg = draw([3.0, 2.0, 1.0])
+    assert not drawn(svg, "value")
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([2.0, 1.2, 1.1], ["1", "1.5", "2"]),
+        ([10.0, 1.0, 0.1], ["0.1", "0.3", "1", "3", "10"]),
+        ([5.0, 5.0], ["5", "6"]),
+        ([1e9, 0.0, -1.0], ["1 × 10⁹", "1.5 × 10⁹"]),
+    ],
+)
+def test_a_logarithmic_axis_has_round_numbers_that_cover_the_values(values, labels):
+    text, svg = draw(values, log=True)
+    ends = [e.text for e in svg if e.get("text-anchor") == "end" and not e.get("class")]
+    assert ends == labels
+    assert "nan" not in text
+    (line,) = drawn(svg, "line")
+    ys = [float(y) for y in line.get("d", "").removeprefix("M").split()[1::2]]
+    assert all(20 <= y <= 164 for y in ys)
+
+
+def test_a_logarithmic_axis_has_few_levels():
+    for high in (1e3, 1e30, 1e300):
+        _, svg = draw([1e-5, high], log=True)
+        ends = [e for e in svg if e.get("text-anchor") == "end" and not e.get("class")]
+        assert 2 <= len(ends) <= MAX_LOG_LEVELS + 1
+
+
+def test_a_smoothed_line_is_a_moving_average_without_delay():
+    values = np.arange(1000.0) + np.tile([5.0, -5.0], 500)
+    values[300:320] = np.nan
+    series = thin(np.arange(1.0, 1001), values)
+    found = smooth(series)
+    assert found is not None
+    inner = np.isfinite(found) & (series.steps > 60) & (series.steps < 940)
+    inner &= abs(series.steps - 310) > 60
+    np.testing.assert_allclose(found[inner], series.steps[inner] - 1, atol=3)
+    assert np.isnan(found).sum() == np.isnan(series.mean).sum() > 0
+    text = line_chart(series, "Loss", last_step=1000, trend=found)
+    assert text.count('class="line"') == text.count('class="line raw"') == 2
+    assert smooth(thin(np.arange(1.0, 21), np.ones(20))) is None

@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "wbr"):
+        if tag not in ("meta", "link", "img", "wbr", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -114,7 +114,7 @@ def test_a_whole_run_is_all_there(run: Path):
     keep_thumbnails(run / "examples", 3, [str(run / "wide.png")])
     page = read(run)
     assert "all steps done" in page.text
-    assert page.count("svg") == 6
+    assert page.count("svg") == 7  # that of the loss also has a logarithmic axis
     for text in ("25.0 %", "50.0 % before", "color", "After 4 steps", "1 eval sample cannot"):
         assert text in page.text
     assert page.text.count("✓ right") == 2
@@ -127,6 +127,67 @@ def test_a_whole_run_is_all_there(run: Path):
     assert "d, 9" in page.text
     assert "learning_rate" in page.text.replace("_\n", "_")
     assert "The peak was not measured: cpu devices" in page.text
+
+
+def test_long_answers_are_judged_by_perplexity_and_f1(run: Path):
+    expected = "a dog runs on the beach"
+    texts = {"expected": expected, "right": False}
+    before = [example(3, "a cat", f1=0.25, is_cut=True, **texts), example(4, "", f1=0.0, **texts)]
+    after = [example(3, "a dog on the sea", f1=0.75, **texts), example(4, expected, f1=1.0)]
+    after[1] |= texts | {"right": True}
+    measures = {"accuracy": 0.0, "tokens": 40}
+    rows = [evaluation(0, before, loss=2.0, **measures), evaluation(4, after, loss=1.0, **measures)]
+    write_rows(run / "evaluations.jsonl", rows)
+    text = read(run).text
+    for found in ("Eval perplexity", "2.718", "7.389 before", "Token F1, 2 examples", "87.5 %"):
+        assert found in text
+    assert "12.5 % before" in text
+    assert "Eval accuracy" not in text
+    assert "a cat …" in text
+    assert "F1 25.0 %" in text
+    assert (text.count("✓ right"), text.count("✗ wrong")) == (1, 1)
+    short = [row | {"tokens": 4} for row in rows]
+    write_rows(run / "evaluations.jsonl", short)
+    text = read(run).text
+    assert "Eval accuracy" in text
+    assert "token F1 of the examples" in text
+
+
+def test_two_questions_of_a_record_have_two_cards(run: Path):
+    same = {"question": "And this?", "turn": 0}
+    rows = [example(3, "no", **same), example(3, "yes", **same | {"turn": 1})]
+    write_rows(run / "evaluations.jsonl", [evaluation(0, rows), evaluation(4, rows)])
+    page = read(run)
+    assert page.count("article") == 2
+    assert page.text.count("✓ right") == page.text.count("✗ wrong") == 2
+
+
+def test_the_start_the_command_and_the_use_of_the_result_are_told(run: Path):
+    text = read(run).text
+    assert "Use the result" not in text
+    assert "The command" not in text
+    described = json.loads((run / "config.json").read_text())
+    described |= {
+        "started": "2026-02-03T04:05:06+01:00",
+        "command": "llava-jax train --config '<b>'",
+        "parameters": {"trainable": 25, "total": 1000},
+    }
+    (run / "config.json").write_text(json.dumps(described))
+    (run / "adapter").mkdir()
+    text = read(run).text
+    for found in ("started 3 February 2026, 03:05 UTC", "llava-jax train --config '<b>'"):
+        assert found in text
+    assert "25 of 1,000 (2.50 %)" in text
+    assert f"llava-jax chat {run}" in text
+    assert f"llava-jax convert {run} {run}-merged --to hf --merge" in text
+    settings = {"base_model_name_or_path": "org/base"}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    code = "PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained('org/base'), "
+    assert f"model = {code}'{run}/adapter')" in read(run).text
+    (run / "adapter").rename(run / "model")
+    assert f"LlavaForConditionalGeneration.from_pretrained('{run}/model')" in read(run).text
+    (run / "config.json").write_text(json.dumps(described | {"started": "soon", "command": None}))
+    assert "started " in read(run).text  # the time of the file
 
 
 def test_numbers_that_are_not_finite_are_told_of(run: Path):

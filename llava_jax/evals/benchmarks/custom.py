@@ -1,4 +1,4 @@
-"""Reads questions from easy-VQA, and from data files in any format that training supports."""
+"""Reads questions from easy-VQA, and from users' files: data files, question files and images."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ from llava_jax.data.records import Record
 from llava_jax.data.sources import FileRecords, ListRecords, load_records
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, SampleError
+from llava_jax.evals.benchmarks import unscored
 from llava_jax.evals.questions import Answered, Files, Question
 from llava_jax.evals.scoring import METRICS, count_yes_no, mean
 
@@ -21,19 +22,30 @@ def read_easy_vqa(_: Files) -> list[Question]:
 
 
 def read_json(files: Files) -> list[Question]:
-    """Reads a data file and makes a question from each answer in its conversations.
+    """Reads the questions of a user: a data file, a question file, or a directory of images.
 
-    The model is given all turns that come before the answer.
+    Each answer in the conversations of a data file becomes a question with its expected answer. The
+    model is given all turns that come before the answer. A question file and a directory of images
+    have no expected answers; see `unscored`.
 
     Args:
-        files: Paths of the benchmark's files; `data` is the data file.
+        files: Paths of the benchmark's files; `data` is the file or directory.
 
     Raises:
-        ConfigError: The file does not exist, or none of its records has a known format.
+        ConfigError: The file does not exist, none of its records has a known format, or `prompt`
+            does not belong to the file.
     """
     if files.data is None:
-        raise ConfigError("--data is missing; give the path of a data file")
+        raise ConfigError(
+            "--data is missing; give the path of a data file, of a question file, or of a "
+            "directory of images"
+        )
+    if files.prompt is not None:
+        return unscored.read_images(files.data, files.prompt)
     root = files.data.parent if files.image_root is None else files.image_root
+    if unscored.is_question_file(files.data):
+        return unscored.read_question_file(files.data, root)
+    unscored.refuse_images(files.data)
     return [*_questions(load_records(str(files.data), str(root)))]
 
 
@@ -95,8 +107,10 @@ def by_category(answered: Sequence[Answered], score: Callable[..., Any]) -> Json
     return score(answered) | ({"categories": categories} if categories else {})
 
 
-def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
+def scorer(metric: str) -> Callable[[Sequence[Answered]], Json | None]:
     """Returns a function that scores answers, in total and by category.
+
+    The function returns None if the questions have no expected answers.
 
     Args:
         metric: Name in `METRICS`, or `YES_NO`.
@@ -108,13 +122,19 @@ def scorer(metric: str) -> Callable[[Sequence[Answered]], Json]:
             return count_yes_no(_yes_or_no(answered)).scores
         worth = METRICS[metric]
         return {
-            "accuracy": mean(
+            "f1" if metric == "f1" else "accuracy": mean(
                 worth(text, question.answers) if question.answers else 0.0
                 for question, text in answered
             )
         }
 
-    return lambda answered: by_category(answered, score)
+    def score_all(answered: Sequence[Answered]) -> Json | None:
+        # Every question that can be asked has an expected answer, or none of them has one.
+        if any(not question.answers and not question.problem for question, _ in answered):
+            return None
+        return by_category(answered, score)
+
+    return score_all
 
 
 def _yes_or_no(answered: Sequence[Answered]) -> list[Answered]:

@@ -1,0 +1,256 @@
+"""Generates the model's answers to some eval questions, with the eval step of the run.
+
+The eval step predicts the next token of a row if this token is marked as supervised. So it can also
+generate: each call adds one token to the answers of a batch. This needs no other program, no copy
+of the weights and no cache, and therefore no memory beside that of an evaluation. It works wherever
+the weights are: on one device, sharded, quantized or in host memory. A call costs a whole forward
+pass, but few calls are needed: up to its first wrong token, an answer is known from the evaluation
+itself, because greedy decoding gives the expected tokens until then.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from llava_jax.data.batch import Batch
+from llava_jax.data.batching import BatchSpec, Sample, SampleEncoder, fill
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Encoded, encode_prompt
+from llava_jax.data.image_tokens import expand_images
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Records
+from llava_jax.errors import SampleError
+from llava_jax.generation.overlap import token_f1
+from llava_jax.train_step.step import EvalResult
+
+MAX_NEW_TOKENS = 64
+"""Maximum number of tokens that are generated after the first wrong token of an answer."""
+MORE_TOKENS = 16
+"""Number of tokens that an answer may have more than the expected answer. So the answers to
+questions with short answers cost little."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An eval question and the model's answer.
+
+    Attributes:
+        question: Text of the question.
+        expected: Expected answer.
+        given: Answer of the model, by greedy decoding after the expected answers to the earlier
+            questions of the record.
+        index: Index of the record that contains the question.
+        turn: Number of the question among the questions of the record, from 0.
+        images: Number of images in the record.
+        right: Whether greedy decoding gives exactly the expected answer.
+        f1: Token F1 of the answer; None in files that older versions wrote.
+        is_cut: Whether the answer has more tokens, which were not generated.
+    """
+
+    question: str
+    expected: str
+    given: str
+    index: int = -1  # files that older versions wrote lack the fields from here on
+    turn: int = 0
+    images: int = 0
+    right: bool = False
+    f1: float | None = None
+    is_cut: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Question:
+    """A question of an eval record, with the answer that is being generated.
+
+    Attributes:
+        index: Index of the record.
+        turn: Number of the question among the questions of the record, from 0.
+        record: Record that contains the question.
+        text: Text of the question, without image placeholders.
+        prompt: Token ids before the answer, int32 [T].
+        expected: Token ids of the expected answer, int32 [N].
+        tokens: Tokens of the answer so far.
+        limit: Maximum number of tokens of the answer.
+        pixels: Pixels of the images in the prompt, uint8 [I, 3, H, W]; None until they are needed.
+    """
+
+    index: int
+    turn: int
+    record: Record
+    text: str
+    prompt: np.ndarray
+    expected: np.ndarray
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    limit: int = 0
+    pixels: np.ndarray | None = None
+
+
+def answers_of(learned: np.ndarray) -> list[np.ndarray]:
+    """Returns the positions of each answer: of each sequence of consecutive True values.
+
+    Args:
+        learned: Mask of the supervised positions of a row, bool [T].
+    """
+    positions = np.flatnonzero(learned)
+    if not len(positions):
+        return []
+    return np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+
+
+def questions_of(
+    records: Records, predicted: Mapping[int, np.ndarray], encoder: SampleEncoder, count: int
+) -> list[Question]:
+    """Returns questions of some records, with the tokens that the evaluation has predicted.
+
+    Args:
+        records: Eval records.
+        predicted: Predicted tokens of each record, `EvalResult.predicted`, by record index.
+        encoder: Encoder that made the evaluated batches.
+        count: Number of questions. If the records have more, evenly spread questions are taken.
+    """
+    found = [q for i in sorted(predicted) for q in _questions(i, records[i], encoder)]
+    count = min(count, len(found))
+    chosen = [found[number * len(found) // count] for number in range(count)]
+    for question in chosen:
+        start = len(question.prompt) - 1
+        greedy = predicted[question.index][start : start + len(question.expected)]
+        # After a wrong token, greedy decoding continues from the wrong token, but the evaluation
+        # continued from the expected token.
+        wrong = np.flatnonzero(greedy != question.expected)
+        question.tokens = greedy[: wrong[0] + 1 if len(wrong) else None].tolist()
+        known, room = len(question.tokens), encoder.max_length - len(question.prompt)
+        new = min(MAX_NEW_TOKENS, len(question.expected) - known + MORE_TOKENS)
+        question.limit = min(known + new, room)
+    return chosen
+
+
+def _questions(index: int, record: Record, encoder: SampleEncoder) -> list[Question]:
+    """Returns all questions of a record that have an answer."""
+    encoded = encoder.encode_text(record)
+    ids, texts = encoded.input_ids, _texts(record, encoder)
+    return [
+        Question(index, turn, record, texts.get(at[0], ""), ids[: at[0]], ids[at])
+        for turn, at in enumerate(answers_of(encoded.loss_mask))
+    ]
+
+
+def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
+    """Returns the text of each question, by the number of tokens before its answer.
+
+    Answers may be masked, so the n-th answer that is learned need not belong to the n-th question.
+    """
+    texts, image = {}, encoder.image_token_id
+    for number, turn in enumerate(record.turns, 1):
+        if turn.role == "human":
+            asked = record.turns[:number]
+            prompt = encode_prompt(asked, encoder.template, encoder.tokenizer, image)
+            prompt = expand_images(prompt, image, encoder.image_tokens)
+            texts[len(prompt.input_ids)] = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return texts
+
+
+class AnswerGenerator:
+    """Generates the model's answers to eval questions.
+
+    Args:
+        eval_step: Function that runs the compiled eval step on a host batch.
+        encoder: Encoder that made the evaluated batches.
+        spec: Shapes of eval batches.
+        ends: Ids of the tokens that end an answer.
+        rows: Indices of the rows of a batch that this process fills.
+        lengths: Lengths of rows for which the eval step is already compiled.
+    """
+
+    def __init__(
+        self,
+        eval_step: Callable[[Batch], EvalResult],
+        encoder: SampleEncoder,
+        spec: BatchSpec,
+        ends: Collection[int],
+        rows: Sequence[int],
+        lengths: Collection[int] = (),
+    ):
+        self._eval_step, self._encoder, self._spec = eval_step, encoder, spec
+        self._ends, self._rows, self._lengths = ends, rows, sorted(lengths)
+        # A template such as "plain" ends answers by a text and not by a control token.
+        suffix = encoder.template.answer_suffix
+        self._stop = "" if "{" in suffix else suffix
+
+    def generate(
+        self, questions: Sequence[Question], halted: Callable[[], bool] = lambda: False
+    ) -> list[Example]:
+        """Generates the answers greedily, several at the same time, and returns the examples.
+
+        All processes must call this with the same questions.
+
+        Args:
+            questions: Questions with the first tokens of their answers.
+            halted: Function that decides whether to stop; it is called before each token. If it
+                returns True, the remaining answers stay as they are.
+        """
+        size = self._spec.size
+        while (running := [q for q in questions if not self._is_done(q)][:size]) and not halted():
+            predicted = jax.device_get(self._eval_step(self._batch(running)).predicted)
+            for question, row in zip(running, predicted, strict=False):
+                last = len(question.prompt) + len(question.tokens) - 1
+                question.tokens.append(int(row[last]))
+        return [self._example(question) for question in questions]
+
+    def _is_done(self, question: Question) -> bool:
+        return len(question.tokens) >= question.limit or self._has_ended(question)
+
+    def _has_ended(self, question: Question) -> bool:
+        """Returns True if the model has ended its answer."""
+        if question.tokens[-1] in self._ends:
+            return True
+        return bool(self._stop) and self._stop in self._decode(question.tokens).lstrip()
+
+    def _batch(self, questions: Sequence[Question]) -> Batch:
+        """Returns a batch whose rows predict the next token of each answer."""
+        # The last token is a placeholder for the token that is predicted.
+        blank = [self._spec.pad_token_id]
+        tokens = [np.array([*q.prompt, *q.tokens, *blank], np.int32) for q in questions]
+        longest = max(map(len, tokens))
+        known = (length for length in self._lengths if length >= longest)
+        own = [
+            {row: self._sample(questions[row], tokens[row])} if row < len(questions) else {}
+            for row in self._rows
+        ]
+        length = next(known, self._spec.bucket(longest))
+        return fill(own, len(own), self._spec, length)
+
+    def _sample(self, question: Question, tokens: np.ndarray) -> Sample:
+        if question.pixels is None:
+            prompt = Encoded(question.prompt, np.zeros(len(question.prompt), bool))
+            spec = self._spec
+            question.pixels = np.zeros((0, 3, *spec.image_size), np.uint8)
+            # The evaluation has read the images, so an image is missing only if it was removed now.
+            with contextlib.suppress(SampleError):
+                question.pixels = self._encoder.add_images(question.record, prompt).pixel_values
+        return Sample(tokens, np.arange(len(tokens)) == len(tokens) - 1, question.pixels)
+
+    def _example(self, question: Question) -> Example:
+        expected = self._decode(question.expected.tolist()).strip()
+        right = question.tokens == question.expected.tolist()
+        given = expected if right else self._text(question.tokens)
+        return Example(
+            question=question.text,
+            expected=expected,
+            given=given,
+            index=question.index,
+            turn=question.turn,
+            images=len(question.record.images),
+            right=right,
+            f1=token_f1(given, expected),
+            is_cut=not self._has_ended(question),
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        """Returns the text of an answer, without the text that ends it."""
+        text = self._decode(tokens).strip()
+        return text.partition(self._stop)[0].strip() if self._stop else text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=True))
