@@ -14,6 +14,7 @@ from llava_jax.cli.model_options import (
     chosen_quantisation,
     find_checkpoint,
     load_assistant,
+    named_template,
     read_sampling,
 )
 from llava_jax.distributed.environment import prepare_for_training
@@ -124,6 +125,8 @@ def evaluate(given: argparse.Namespace) -> int:
     count = min(given.limit or len(questions), len(questions))
     how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
     loaded = {name: getattr(given, name) for name in ("dtype", "quantize", "max_length")}
+    if given.template is not None:  # without it, answers of earlier versions are kept
+        loaded["template"] = named_template(given)
     loaded["base"] = None if given.base is None else format_source(given.base)
     loaded["dtype"] = loaded["dtype"] or default_dtype()  # another machine may have another default
     settings = describe(given.task, questions, how, given.checkpoint, **loaded)

@@ -87,7 +87,7 @@ def test_the_server_loads_parts(parts: Parts, capsys: pytest.CaptureFixture[str]
 
 def test_the_server_compares_with_a_base_of_parts(monkeypatch: pytest.MonkeyPatch):
     loaded = []
-    monkeypatch.setattr(serve, "load_assistant", lambda _, one, **__: loaded.append(one))
+    monkeypatch.setattr(serve, "load_assistants", lambda _, all, **__: loaded.extend(all) or all)
     monkeypatch.setattr(serve, "warm_up", lambda _: None)
     assistants = serve.load(serve.parse([XTUNER_LORA, "--base", BASE, "--compare"]))
     assert list(assistants) == ["lora", "llm"]

@@ -23,8 +23,10 @@ from llava_jax.generation.chat import Chat
 from llava_jax.generation.engine import Request
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
+from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.processor import chat_template, load_image_transform
+from llava_jax.pretrained.processor import load_image_transform
+from llava_jax.pretrained.rendering import ChatTemplate
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
@@ -124,7 +126,8 @@ def test_a_prompt_that_cannot_be_used_is_refused(
 def reader_of(tokenizer: PreTrainedTokenizerBase, name: str) -> PromptReader:
     text = chat_template(TEMPLATES[name], tokenizer, "<image>")
     config = read_config(TINY)
-    return PromptReader(tokenizer, load_image_transform(TINY), text, config, frozenset())
+    template = ChatTemplate(text, tokenizer, "<image>")
+    return PromptReader(tokenizer, load_image_transform(TINY), template, config, frozenset())
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -293,8 +296,9 @@ def test_a_template_is_rendered_as_transformers_does(tokenizer: PreTrainedTokeni
     {% endif %}
 {% endfor %}
 """
+    found = ChatTemplate(template, tokenizer, "<image>")
     read = PromptReader(
-        tokenizer, load_image_transform(TINY), template, read_config(TINY), frozenset()
+        tokenizer, load_image_transform(TINY), found, read_config(TINY), frozenset()
     )
     ids, _ = read(Prompt((Turn("human", "hi"),)))
     np.testing.assert_array_equal(ids, tokenizer("        USER: hi\n").input_ids)
