@@ -50,8 +50,9 @@ class TokenWriter:
     def _describe(self, token: int) -> Json:
         """Returns the text and the bytes of a token; the bytes are None if they are not known."""
         name = str(self._tokenizer.convert_ids_to_tokens(token))
-        if byte := _BYTE.fullmatch(name):
-            return {"token": name, "bytes": [int(byte[1], 16)]}
+        if found := _BYTE.fullmatch(name):
+            byte = int(found[1], 16)
+            return {"token": chr(byte) if byte < 128 else name, "bytes": [byte]}
         text = self._decode([token])[self._length :]
         is_part = "\ufffd" in text  # of a character, whose bytes a byte-level tokenizer hides
         return {"token": text, "bytes": None if is_part else list(text.encode())}

@@ -245,8 +245,12 @@ def _refusal(found: ErrorDetails) -> RequestError:
     """Returns the error of a request from the first error that pydantic has found."""
     if found["type"] == "json_invalid":
         return RequestError(f"the request body is not valid JSON: {found['msg']}")
-    # The names of a union's members are left out, because clients do not know them.
-    where = ".".join(str(x) for x in found["loc"] if isinstance(x, int) or x in _NAMES)
+    # The names of a union's members are left out, because clients do not know them. Among these is
+    # the type of a part, which follows the index of the part.
+    path = [x for x in found["loc"] if isinstance(x, int) or x in _NAMES]
+    if path[2:3] == ["content"]:
+        path[4:5] = []
+    where = ".".join(map(str, path))
     about, text = found.get("ctx", {}), found["msg"]
     if found["type"] == _UNSUPPORTED:
         param = ".".join(filter(None, (where, about["name"])))

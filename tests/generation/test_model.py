@@ -1,13 +1,13 @@
 """Answers from Python, without a server: `LlavaModel.chat` and `LlavaModel.generate_batch`."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tiny_adapter import write_adapter
 
 from llava_jax import LlavaModel, generate
 from llava_jax.config.presets import TINY_LLAVA
@@ -107,29 +107,9 @@ def test_a_model_is_described_in_a_few_lines(model: LlavaModel, adapters: dict[s
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two PEFT adapters of the tiny model."""
-    found, rank = {}, 4
-    for seed, name in enumerate("ab"):
-        found[name] = place = tmp_path_factory.mktemp(name)
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8 * rank, "bias": "none"}
-        config |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "tiny-llava"}
-        (place / "adapter_config.json").write_text(json.dumps(config))
-        write_adapter(place, rank, seed)
-    return found
-
-
-def write_adapter(place: Path, rank: int, seed: int) -> None:
-    """Random A and B on q_proj and v_proj of every layer of the decoder."""
-    rng, tensors = np.random.default_rng(seed), {}
-    for name, value in load_file(TINY_LLAVA / "model.safetensors").items():
-        if name.startswith("language_model.") and name.endswith(("q_proj.weight", "v_proj.weight")):
-            outputs, inputs = value.shape
-            lead = f"base_model.model.{name.removesuffix('.weight')}"
-            shapes = {"A": (rank, inputs), "B": (outputs, rank)}
-            for part, shape in shapes.items():
-                tensors[f"{lead}.lora_{part}.weight"] = rng.normal(0, 0.1, shape).astype(np.float32)
-    assert tensors
-    save_file(tensors, place / "adapter_model.safetensors")
+    return {
+        name: write_adapter(tmp_path_factory.mktemp(name), seed) for seed, name in enumerate("ab")
+    }
 
 
 def test_several_adapters_share_a_base(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
