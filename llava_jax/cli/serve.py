@@ -127,21 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--name",
         help="model name that clients use (default: the name of the checkpoint's directory)",
     )
-    add(
-        "--compare",
-        action="store_true",
-        help="also serve the base model of the adapter; its weights are in memory only once",
-    )
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        type=named_adapter,
-        metavar="NAME=DIR",
-        help="also serve an adapter of the same base model under this name; clients choose it with "
-        "the field `model` of a request. The weights of the base are in memory only once. The "
-        "option can be given several times",
-    )
+    add_further_models(parser)
     add("--no-page", action="store_true", help="serve the API without the web page")
     add(
         "--remote-images",
@@ -200,6 +186,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     check_options(given, parser)
     return given
+
+
+def add_further_models(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that serve further models of the same base."""
+    add = parser.add_argument
+    add(
+        "--compare",
+        action="store_true",
+        help="also serve the base model of the adapter; its weights are in memory only once",
+    )
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_adapter,
+        metavar="NAME=DIR",
+        help="also serve an adapter of the same base model under this name; clients choose it with "
+        "the field `model` of a request. The weights of the base are in memory only once. The "
+        "option can be given several times",
+    )
 
 
 def named_adapter(text: str) -> tuple[str, str]:

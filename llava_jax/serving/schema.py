@@ -3,7 +3,7 @@
 import difflib
 import random
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from annotated_types import MaxLen
 from pydantic import (
@@ -43,7 +43,7 @@ class _Part(BaseModel):
     ignored: ClassVar[Mapping[str, tuple[object, ...] | None]] = {}
 
     @model_validator(mode="after")
-    def _refuse_others(self) -> Self:
+    def _refuse_others(self) -> "_Part":
         for name, value in (self.model_extra or {}).items():
             idle = self.ignored.get(name, ())
             if value is None or idle is None or value in idle:

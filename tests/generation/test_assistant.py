@@ -210,6 +210,25 @@ def test_text_that_was_shown_stays(tokenizer: PreTrainedTokenizerBase):
     assert seen[-2] == "a\ufffd\ufffd\ufffdb"
 
 
+@pytest.mark.parametrize("text", [" red", "ly red", " 🦊", "🦊"])
+def test_an_answer_that_continues_a_text_keeps_its_first_space(
+    text: str, tokenizer: PreTrainedTokenizerBase
+):
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    before, whole = ids("is it true"), ids(f"is it true{text}")
+    assert whole[: len(before)] == before
+    pixels = np.zeros((0, 3, 1, 1), np.float32)
+    request = Request(np.array(before, np.int32), pixels, 99, frozenset())
+    answer = Answer(request, tokenizer, continues=True)
+    for token in whole[len(before) :]:
+        request.tokens.append(token)
+        answer.update()
+        assert text.startswith(answer.text)
+    request.ending = "length"
+    answer.update()
+    assert answer.reply.text == text
+
+
 def test_an_assistant_starts_anew_after_an_error(assistant: Assistant):
     """As when memory runs out: the caches were given away, and did not come back."""
     answer = assistant.begin(PROMPTS[0], max_new_tokens=8, sampling=Sampling(5.0))
