@@ -7,9 +7,9 @@ from llava_jax.distributed.environment import quiet_libraries
 
 if TYPE_CHECKING:
     from llava_jax.generation.engine import generate as generate
-    from llava_jax.pretrained.model import LlavaModel as LlavaModel
+    from llava_jax.generation.model import LlavaModel as LlavaModel
 
-_HOMES = {"LlavaModel": "llava_jax.pretrained.model", "generate": "llava_jax.generation.engine"}
+_HOMES = {"LlavaModel": "llava_jax.generation.model", "generate": "llava_jax.generation.engine"}
 
 __all__ = ["LlavaModel", "generate"]
 

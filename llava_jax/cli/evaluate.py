@@ -14,6 +14,7 @@ from llava_jax.cli.model_options import (
     chosen_quantisation,
     find_checkpoint,
     load_assistant,
+    named_template,
     read_sampling,
 )
 from llava_jax.distributed.environment import prepare_for_training
@@ -247,6 +248,8 @@ def answer_options(given: argparse.Namespace) -> dict[str, object]:
     options["base"] = None if given.base is None else format_source(given.base)
     # The default is resolved, because another machine may have another default.
     options["dtype"] = given.dtype or default_dtype()
+    if given.template is not None:
+        options["template"] = named_template(given)
     return options
 
 

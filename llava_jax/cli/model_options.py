@@ -1,6 +1,7 @@
 """Defines the options of the commands that load a model and generate answers."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import at_least_one
@@ -60,6 +61,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="maximum number of tokens of a conversation, including its images and the answer "
         "(default: the limit of the model, but at most 2048)",
     )
+    group.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        help="chat template: the name of one of the checkpoint's templates, a name as for "
+        "data.template (such as vicuna_v1), or a Jinja file (default: the checkpoint's own)",
+    )
 
 
 def find_checkpoint(given: argparse.Namespace) -> "Checkpoint":
@@ -101,17 +108,28 @@ def load_assistant(
     slots: int,
     quantize: "Quantisation | None",
 ) -> "Assistant":
-    """Loads a checkpoint with the options of `add_model_options`.
+    """Loads a checkpoint with the options of `add_model_options`; see `load_assistants`."""
+    return load_assistants(given, [checkpoint], slots=slots, quantize=quantize)[0]
+
+
+def load_assistants(
+    given: argparse.Namespace,
+    checkpoints: "Sequence[Checkpoint]",
+    *,
+    slots: int,
+    quantize: "Quantisation | None",
+) -> "list[Assistant]":
+    """Loads checkpoints that have the same base with the options of `add_model_options`.
 
     Args:
         given: Arguments with the options of `add_model_options`.
-        checkpoint: Checkpoint from `find_checkpoint`, with or without its adapter.
-        slots: Maximum number of conversations that are answered at the same time.
+        checkpoints: Checkpoints from `find_checkpoint`, with or without their adapters.
+        slots: Maximum number of conversations that each checkpoint answers at the same time.
         quantize: Quantization from `chosen_quantisation`.
 
     Raises:
         ConfigError: An option has a value that is not allowed.
-        CheckpointError: The checkpoint cannot be used.
+        CheckpointError: A checkpoint cannot be used.
     """
     from llava_jax.distributed.environment import prepare_for_training
 
@@ -119,13 +137,24 @@ def load_assistant(
 
     from llava_jax.generation.assistant import Assistant
 
-    return Assistant.load(
-        checkpoint,
+    return Assistant.load_all(
+        checkpoints,
         dtype=given.dtype,
         quantize=quantize,
         slots=slots,
         max_length=given.max_length,
+        template=given.template,
     )
+
+
+def named_template(given: argparse.Namespace) -> str:
+    """Returns the value of --template; for a file, also the SHA-256 digest of its content."""
+    import hashlib
+    from pathlib import Path
+
+    if not Path(given.template).is_file():
+        return given.template
+    return f"{given.template} {hashlib.sha256(Path(given.template).read_bytes()).hexdigest()}"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None) -> None:

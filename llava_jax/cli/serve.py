@@ -14,7 +14,7 @@ from llava_jax.cli.model_options import (
     add_model_options,
     chosen_quantisation,
     find_checkpoint,
-    load_assistant,
+    load_assistants,
 )
 
 INSTALL = "serving needs packages that are not installed: pip install 'llava_jax[serve]'"
@@ -129,11 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--name",
         help="model name that clients use (default: the name of the checkpoint's directory)",
     )
-    add(
-        "--compare",
-        action="store_true",
-        help="also serve the base model of the adapter; this needs memory for a second model",
-    )
+    add_further_models(parser)
     add("--no-page", action="store_true", help="serve the API without the web page")
     add(
         "--remote-images",
@@ -192,6 +188,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     check_options(given, parser)
     return given
+
+
+def add_further_models(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that serve further models of the same base."""
+    add = parser.add_argument
+    add(
+        "--compare",
+        action="store_true",
+        help="also serve the base model of the adapter; its weights are in memory only once",
+    )
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_adapter,
+        metavar="NAME=DIR",
+        help="also serve an adapter of the same base model under this name; clients choose it with "
+        "the field `model` of a request. The weights of the base are in memory only once. The "
+        "option can be given several times",
+    )
+
+
+def named_adapter(text: str) -> tuple[str, str]:
+    """Parses NAME=DIR; used as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: The name or the directory is missing, or the name cannot be printed.
+    """
+    name, _, directory = text.partition("=")
+    if not (name and directory and name.isprintable()):
+        raise argparse.ArgumentTypeError(
+            f"{text!a}: the format is NAME=DIR, such as cats=runs/cats"
+        )
+    return name, directory
 
 
 def check_options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -286,8 +316,8 @@ def limits(given: argparse.Namespace) -> Any:
 def load(given: argparse.Namespace) -> dict[str, Any]:
     """Loads the models, compiles them for common prompts and returns them by name.
 
-    With --compare, the second model is the base model of the first model, with the same
-    quantization.
+    The first model is the checkpoint. With --compare, the base model of its adapter follows, and
+    then the adapters of --adapter. All models share the weights of the base.
 
     Args:
         given: Arguments of the command.
@@ -298,7 +328,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     """
     from llava_jax.config import format_source, parse_source
     from llava_jax.errors import ConfigError
-    from llava_jax.pretrained.resolve import model_name
+    from llava_jax.pretrained.resolve import model_name, resolve
 
     checkpoint = find_checkpoint(given)
     quantize = chosen_quantisation(given, checkpoint)
@@ -311,11 +341,16 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
             )
         name = model_name(parse_source(checkpoint.name))
         found[f"{name}-base" if name in found else name] = checkpoint._replace(adapter=None)
-    assistants = {}
-    for name, one in found.items():
-        print(f"loading {one.adapter or format_source(one.base)}", flush=True)
-        assistants[name] = load_assistant(given, one, slots=given.slots, quantize=quantize)
-        warm_up(assistants[name])
+    for name, directory in given.adapter:
+        if name in found:
+            raise ConfigError(f"--adapter {name}={directory}: there is another model {name!r}")
+        found[name] = resolve(directory, base=checkpoint.base)
+    names = [str(one.adapter or format_source(one.base)) for one in found.values()]
+    print(f"loading {', '.join(names)}", flush=True)
+    loaded = load_assistants(given, [*found.values()], slots=given.slots, quantize=quantize)
+    assistants = dict(zip(found, loaded, strict=True))
+    for assistant in loaded:
+        warm_up(assistant)
     return assistants
 
 

@@ -26,6 +26,7 @@ from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import AdapterCheckpoint, check_base, open_adapter
+from llava_jax.pretrained.chat_templates import choose_template
 from llava_jax.pretrained.load import (
     Source,
     Stored,
@@ -36,7 +37,7 @@ from llava_jax.pretrained.load import (
 )
 from llava_jax.pretrained.model_config import read_config, read_json_config, write_model_config
 from llava_jax.pretrained.peft import not_storable, save_adapter
-from llava_jax.pretrained.processor import choose_template, has_processor, save_processor
+from llava_jax.pretrained.processor import has_processor, save_processor
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.save import save_params
@@ -240,7 +241,7 @@ def convert(
             `pretrained.peft.save_adapter`.
         dtype: Dtype of the weights, for a whole model; None keeps the dtype of each weight.
         template: Conversation template that is written as the chat template. None keeps the
-            source's own, or uses the template that `pretrained.processor.choose_template` returns.
+            source's own, or uses the template that `choose_template` returns.
         aspect: Handling of images that are not square; None keeps the source's setting.
         prove: Function that raises an error if the written directory is wrong. It is called before
             the directory gets its final name. None skips this check.

@@ -1,19 +1,21 @@
 """Loads the model of a checkpoint and answers several conversations at the same time."""
 
-import dataclasses
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
 
 import jax
-from transformers import PreTrainedTokenizerBase
 
-from llava_jax.config import MeshConfig, Quantisation
+from llava_jax.config import MeshConfig, ModelConfig, Quantisation
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError, SampleError
+from llava_jax.generation.answer import Answer, Reply
+from llava_jax.generation.decoder import Structure, Weights, unstack_layers
 from llava_jax.generation.engine import Engine, Request
-from llava_jax.generation.prompts import Prompt, PromptReader, special_tokens
+from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
+from llava_jax.models.layers import merge, split
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.processor import has_processor
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
@@ -22,105 +24,37 @@ MAX_LENGTH = 2048
 """Default limit of the number of tokens of prompt and answer together, as in training."""
 
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # the names of SentencePiece's byte tokens
-
-
 def default_dtype() -> str:
     """Returns "float32" on CPUs, where bfloat16 is slow, and "bfloat16" on other devices."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """A complete answer.
+def _with_adapter(base: LlavaModel, adapter: Path | None) -> LlavaModel:
+    """Returns a model with the arrays of `base`, and with an adapter if there is one."""
+    model = cast("LlavaModel", merge(*split(base)))
+    if adapter is not None:
+        model.load_adapter(adapter)
+    return model
 
-    Attributes:
-        text: Text of the answer, without white space at its start and end.
-        ending: "stop" if the model or a stop string ended the answer, "length" if the answer
-            reached its largest length.
-        prompt_tokens: Number of tokens of the prompt, with images expanded.
-        new_tokens: Number of tokens of the answer.
+
+def choose_length(config: ModelConfig, max_length: int | None) -> int:
+    """Returns the largest number of tokens of a conversation.
+
+    Args:
+        config: Sizes of the model.
+        max_length: Wanted number; None takes the largest number that the model supports, but at
+            most `MAX_LENGTH`.
+
+    Raises:
+        ConfigError: The model does not support conversations of this length.
     """
-
-    text: str
-    ending: Literal["stop", "length"]
-    prompt_tokens: int
-    new_tokens: int
-
-
-class Answer:
-    """An answer that is being generated.
-
-    Attributes:
-        request: Request for which the tokens are generated.
-        text: Text generated so far, without the part at its end that may still change: an
-            incomplete character, or the beginning of a stop string.
-        ending: "stop" or "length", as in `Reply`; None while the answer is being generated.
-    """
-
-    def __init__(
-        self, request: Request, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
-    ):
-        self.request = request
-        self.text = ""
-        self.ending: Literal["stop", "length"] | None = None
-        self._tokenizer = tokenizer
-        self._special = special_tokens(tokenizer)
-        self._stop = tuple(filter(None, stop))
-
-    def update(self) -> None:
-        """Sets `text` and `ending` from the tokens that were generated so far."""
-        tokens = self.request.tokens
-        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-        # The text of the last call contains no complete stop string, but its end may be the
-        # beginning of a stop string. So the search for a stop string starts before the end of the
-        # old text, by the length of the stop string.
-        found = [
-            position
-            for word in self._stop
-            if (position := text.find(word, max(0, len(self.text) - len(word)))) >= 0
-        ]
-        self.ending = "stop" if found else self.request.ending
-        if found:
-            self.text = text[: min(found)]
-        elif self.ending:
-            self.text = text
-        else:
-            self.text = text[: len(text) - self._uncertain(text)]
-
-    def _uncertain(self, text: str) -> int:
-        """Counts the last characters of a text that may still change or begin a stop string."""
-        unfinished = len(text) - len(text.rstrip("\ufffd"))
-        # SentencePiece decodes adjacent byte tokens together: one invalid byte turns the characters
-        # of all these tokens into replacement characters.
-        if count := self._newest_bytes():
-            before = self._tokenizer.decode(self.request.tokens[:-count], skip_special_tokens=True)
-            unfinished = max(unfinished, len(text) - len(str(before).lstrip()))
-        begun = [
-            size
-            for word in self._stop
-            for size in range(1, min(len(word), len(text) + 1))
-            if text.endswith(word[:size])
-        ]
-        return max([unfinished, *begun])
-
-    def _newest_bytes(self) -> int:
-        """Counts the byte tokens, and special tokens without text, at the end of the answer."""
-        for count, token in enumerate(reversed(self.request.tokens)):
-            name = self._tokenizer.convert_ids_to_tokens(token)  # None if unknown
-            if name and token not in self._special and not _BYTE.fullmatch(str(name)):
-                return count
-        return len(self.request.tokens)
-
-    @property
-    def reply(self) -> Reply:
-        """Returns the complete answer. The answer must have ended."""
-        return Reply(
-            self.text.strip(),
-            self.ending or "length",
-            len(self.request.input_ids),
-            len(self.request.tokens),
+    most = min(config.llm.max_position_embeddings, config.llm.sliding_window or 2**31)
+    length = min(most, MAX_LENGTH) if max_length is None else max_length
+    if not 2 <= length <= most:
+        raise ConfigError(
+            f"a length of {length} tokens is not supported; this model takes 2 to {most} tokens"
         )
+    return length
 
 
 class Assistant:
@@ -132,6 +66,7 @@ class Assistant:
         slots: Largest number of conversations at the same time.
         max_length: Largest number of tokens of a conversation, including its images and its answer.
         donate: Whether to move the weights out of `model`; see `generation.engine.Engine`.
+        unstacked: Weights of the model; see `generation.engine.Engine`.
     """
 
     def __init__(
@@ -142,9 +77,12 @@ class Assistant:
         slots: int,
         max_length: int,
         donate: bool = False,
+        unstacked: tuple[Structure, Weights] | None = None,
     ):
         self.reader, self.max_length = reader, max_length
-        self._engine = Engine(model, slots=slots, length=max_length, donate=donate)
+        self._engine = Engine(
+            model, slots=slots, length=max_length, donate=donate, unstacked=unstacked
+        )
         self._answers: dict[Request, Answer] = {}
 
     @classmethod
@@ -156,6 +94,7 @@ class Assistant:
         quantize: Quantisation | Literal["as_trained"] | None = "as_trained",
         slots: int = 8,
         max_length: int | None = None,
+        template: str | None = None,
     ) -> "Assistant":
         """Loads a checkpoint, sharded over all devices.
 
@@ -165,28 +104,76 @@ class Assistant:
             quantize: Quantization of the decoder's linear layers. "as_trained" takes the
                 quantization of the run that wrote the checkpoint; None does not quantize.
             slots: Largest number of conversations at the same time.
-            max_length: Largest number of tokens of a conversation; None takes the largest number
-                that the model supports, but at most `MAX_LENGTH`.
+            max_length: Largest number of tokens of a conversation, as in `choose_length`.
+            template: Name or file of the chat template, as in `read_chat_template`; None takes the
+                checkpoint's own.
 
         Raises:
-            ConfigError: The model does not support conversations of this length.
+            ConfigError: The model does not support conversations of this length, or there is no
+                such chat template.
             CheckpointError: The checkpoint cannot be used.
         """
-        dtype = dtype or default_dtype()
-        base, adapter = checkpoint.base, checkpoint.adapter
-        bits = quantisation_of(adapter or base) if quantize == "as_trained" else quantize
-        mesh = make_mesh(MeshConfig(fsdp=1, tensor=-1))
-        model = LlavaModel.from_checkpoint(checkpoint, dtype, mesh, bits)
-        place = adapter if adapter is not None and has_processor(adapter) else base
-        llm = model.config.llm
-        most = min(llm.max_position_embeddings, llm.sliding_window or 2**31)
-        length = min(most, MAX_LENGTH) if max_length is None else max_length
-        if not 2 <= length <= most:
-            raise ConfigError(
-                f"a length of {length} tokens is not supported; this model takes 2 to {most} tokens"
-            )
-        reader = PromptReader.open(place, model.config)
-        return cls(model, reader, slots=slots, max_length=length, donate=True)
+        bits = quantize
+        if bits == "as_trained":
+            bits = quantisation_of(checkpoint.adapter or checkpoint.base)
+        (assistant,) = cls.load_all(
+            [checkpoint],
+            dtype=dtype,
+            quantize=bits,
+            slots=slots,
+            max_length=max_length,
+            template=template,
+        )
+        return assistant
+
+    @classmethod
+    def load_all(
+        cls,
+        checkpoints: Sequence[Checkpoint],
+        *,
+        dtype: str | None,
+        quantize: Quantisation | None,
+        slots: int,
+        max_length: int | None,
+        template: str | None,
+    ) -> list["Assistant"]:
+        """Loads checkpoints that have the same base; the base is in memory only once.
+
+        Args:
+            checkpoints: Checkpoints with or without an adapter.
+            dtype: Dtype, as in `load`.
+            quantize: Quantization of the decoder's linear layers; None does not quantize.
+            slots: Largest number of conversations with each checkpoint at the same time.
+            max_length: Largest number of tokens of a conversation, as in `load`.
+            template: Chat template of all checkpoints, as in `load`.
+
+        Raises:
+            ConfigError: See `load`.
+            CheckpointError: A checkpoint cannot be used.
+        """
+        load = partial(
+            LlavaModel.from_checkpoint,
+            dtype=dtype or default_dtype(),
+            mesh=make_mesh(MeshConfig(fsdp=1, tensor=-1)),
+            quantize=quantize,
+        )
+        if len(checkpoints) == 1:
+            models = [load(checkpoints[0])]
+        else:
+            base = load(checkpoints[0]._replace(adapter=None))
+            models = [_with_adapter(base, one.adapter) for one in checkpoints]
+            del base  # so that its arrays can be freed below
+        length = choose_length(models[0].config, max_length)
+        readers = []
+        for one, model in zip(checkpoints, models, strict=True):
+            has_own = one.adapter is not None and has_processor(one.adapter)
+            place = one.adapter if one.adapter and has_own else one.base
+            readers.append(PromptReader.open(place, model.config, template))
+        unstacked = unstack_layers(models, donate=True)
+        return [
+            cls(model, reader, slots=slots, max_length=length, unstacked=weights)
+            for model, reader, weights in zip(models, readers, unstacked, strict=True)
+        ]
 
     @property
     def free(self) -> int:
@@ -200,6 +187,7 @@ class Assistant:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        wants_scores: bool = False,
     ) -> Answer:
         """Returns an answer that has no text yet; `add` starts to generate the text.
 
@@ -210,6 +198,8 @@ class Assistant:
             max_new_tokens: Largest number of tokens of the answer.
             sampling: Settings by which tokens are chosen.
             stop: Texts that end the answer and are not part of it.
+            wants_scores: Whether to compute the log probabilities of the tokens, which are then in
+                `request.scores` of the answer.
 
         Raises:
             SampleError: The prompt cannot be used: for example, an image is broken, turns are out
@@ -217,7 +207,8 @@ class Assistant:
         """
         input_ids, pixels = self.reader(prompt, self._engine.check)
         request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
-        return Answer(request, self.reader.tokenizer, stop)
+        request.scores = [] if wants_scores else None
+        return Answer(request, self.reader.tokenizer, stop, continues=prompt.continues)
 
     def is_compiled(self, answer: Answer) -> bool:
         """Returns True if the program that `add` needs for this answer is compiled."""

@@ -7,7 +7,7 @@ its own arrays, and a Python loop runs over the layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -44,36 +44,50 @@ class Cache(NamedTuple):
     values: Float[Array, "B K S H"]
 
 
-def unstack_layers(model: Llava, *, donate: bool = False) -> tuple[Structure, Weights]:
-    """Splits a model into its structure and its weights, with separate arrays for each block.
+def unstack_layers(
+    models: Sequence[Llava], *, donate: bool = False
+) -> list[tuple[Structure, Weights]]:
+    """Splits models into their structures and weights, with separate arrays for each block.
 
-    The arrays outside the blocks are shared with the model.
+    The arrays outside the blocks are shared with the models. Arrays that several models share are
+    still shared afterwards.
 
     Args:
-        model: Model with its weights.
-        donate: Whether to move the blocks out of the model. If True, the model cannot be used
+        models: Models with their weights.
+        donate: Whether to move the blocks out of the models. If True, the models cannot be used
             afterwards, and at most one parameter of the blocks is in memory twice, unless other
-            references to the model's arrays exist. If False, all blocks are in memory twice, and
-            the model is not changed.
+            references to the models' arrays exist. If False, all blocks are in memory twice, and
+            the models are not changed.
 
     Returns:
-        The arguments `structure` and `weights` of `prefill` and `decode`.
+        For each model, the arguments `structure` and `weights` of `prefill` and `decode`.
     """
-    # Without `donate`, a second module is split, which shares its arrays with the model.
-    model = model if donate else cast("Llava", merge(*split(model)))
-    block, state = nnx.split(with_layer_scales(model.llm.layers))
-    stacks = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
-    # `state` refers to the stacks, and each stack must be freed as soon as it is unstacked.
-    del state
-    model.llm.layers = cast("Any", nnx.data(None))
-    layers: list[Leaves] = [{} for _ in range(model.llm.config.num_hidden_layers)]
-    while stacks:
-        path, stack = stacks.popitem()
-        for layer, leaf in zip(layers, _unstack(stack), strict=True):
-            layer[path] = leaf
-        del stack
-    rest, params = split(model)
-    return Structure(rest, block), Weights(params, layers)
+    # Without `donate`, second modules are split, which share their arrays with the models.
+    models = [model if donate else cast("Llava", merge(*split(model))) for model in models]
+    blocks, stacks = [], []
+    for model in models:
+        block, state = nnx.split(with_layer_scales(model.llm.layers))
+        blocks.append(block)
+        stacks.append({path: param.get_value() for path, param in nnx.to_flat_state(state)})
+        # `state` refers to the stacks, and each stack must be freed as soon as it is unstacked.
+        del state
+        model.llm.layers = cast("Any", nnx.data(None))
+    layers = [[{} for _ in range(model.llm.config.num_hidden_layers)] for model in models]
+    for path in list(dict.fromkeys(path for own in stacks for path in own)):
+        unstacked: dict[int, list[PyTree]] = {}
+        for own, filled in zip(stacks, layers, strict=True):
+            if path in own:
+                stack = own.pop(path)
+                key = id(jax.tree.leaves(stack)[0])
+                unstacked[key] = unstacked.get(key) or _unstack(stack)
+                del stack
+                for layer, leaf in zip(filled, unstacked[key], strict=True):
+                    layer[path] = leaf
+    rest = [split(model) for model in models]
+    return [
+        (Structure(graphdef, block), Weights(params, own))
+        for (graphdef, params), block, own in zip(rest, blocks, layers, strict=True)
+    ]
 
 
 @jax.jit

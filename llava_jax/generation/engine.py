@@ -8,7 +8,7 @@ while the other sequences continue.
 import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from llava_jax.generation.decoder import (
     prefill,
     unstack_layers,
 )
-from llava_jax.generation.sampling import GREEDY, Rows, Sampling, choose, to_rows
+from llava_jax.generation.sampling import GREEDY, Rows, Sampling, Scores, choose, score, to_rows
 from llava_jax.models.llava import Llava
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.model import LlavaModel
@@ -35,6 +35,18 @@ from llava_jax.pretrained.processor import end_tokens
 
 MIN_PADDED = 32
 """Smallest padded length of a prompt. Larger padded lengths are 2^n and 1.5 * 2^n."""
+
+
+class Likely(NamedTuple):
+    """Log probability of a generated token, and of the tokens that were most likely in its place.
+
+    Attributes:
+        logprob: Log probability of the generated token.
+        alternatives: Ids and log probabilities of the most likely tokens, most likely first.
+    """
+
+    logprob: float
+    alternatives: list[tuple[int, float]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,6 +59,7 @@ class Request:
         max_new_tokens: Largest number of tokens to generate.
         ends: Ids of the tokens that end the sequence.
         sampling: Settings by which tokens are chosen.
+        scores: Log probabilities of the generated tokens; None if they are not wanted.
         tokens: Generated tokens, including the token that ended the sequence.
         ending: "stop" if a token of `ends` ended the sequence, "length" if the sequence reached its
             largest length, None while the sequence is running.
@@ -57,6 +70,7 @@ class Request:
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
+    scores: list[Likely] | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     ending: Literal["stop", "length"] | None = None
 
@@ -70,12 +84,21 @@ class Engine:
         length: Largest number of tokens of a sequence, prompt and answer together.
         donate: Whether to move the weights out of the model. If True, the model cannot be used
             afterwards. If False, the weights of the decoder's blocks are in memory twice.
+        unstacked: Result of `unstack_layers` for the model; None computes it.
 
     Raises:
         ConfigError: The decoder has a sliding window that is shorter than `length`.
     """
 
-    def __init__(self, model: Llava, *, slots: int, length: int, donate: bool = False):
+    def __init__(
+        self,
+        model: Llava,
+        *,
+        slots: int,
+        length: int,
+        donate: bool = False,
+        unstacked: tuple[Structure, Weights] | None = None,
+    ):
         self.config = model.config
         self.length = length
         window = model.config.llm.sliding_window
@@ -85,7 +108,8 @@ class Engine:
                 f"tokens, which is not supported; choose a length of at most {window}"
             )
         self._dtype, self._slots = model.dtype, slots
-        self._structure, self._weights = unstack_layers(model, donate=donate)
+        unstacked = unstacked or unstack_layers([model], donate=donate)[0]
+        self._structure, self._weights = unstacked
         self._compiled: set[tuple[int, int]] = set()
         self._compiling = threading.Lock()
         self.reset()
@@ -159,7 +183,7 @@ class Engine:
         self.check(len(request.input_ids))
         self.compile(request)
         row = self._rows.index(None)
-        token, self._caches, self._seen = _start(
+        token, scores, self._caches, self._seen = _start(
             self._structure,
             self._weights,
             self._caches,
@@ -167,7 +191,7 @@ class Engine:
             *self._inputs(request, row),
         )
         self._rows[row] = request
-        self._take(row, int(token[0]))
+        self._take([(0, request)], token, scores)
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Returns the padded number of tokens and the number of images, which select a program."""
@@ -184,15 +208,16 @@ class Engine:
             request.pixel_values if images else None,
             np.int32(row),
             to_rows([request.sampling]),
+            np.bool_(request.scores is not None),
         )
 
     def step(self) -> list[Request]:
         """Generates one token for every running sequence, and returns these sequences."""
-        running = [request for request in self._rows if request is not None]
+        running = [(row, request) for row, request in enumerate(self._rows) if request is not None]
         if not running:
             return []
         newest = [0 if request is None else request.tokens[-1] for request in self._rows]
-        tokens, self._caches, self._seen = _advance(
+        tokens, scores, self._caches, self._seen = _advance(
             self._structure,
             self._weights,
             self._caches,
@@ -200,12 +225,10 @@ class Engine:
             np.array(newest, np.int32),
             np.array([_length(request) - 1 for request in self._rows], np.int32),
             to_rows([GREEDY if r is None else r.sampling for r in self._rows]),
+            np.bool_(any(request.scores is not None for _, request in running)),
         )
-        tokens = np.asarray(tokens).tolist()
-        for row, token in enumerate(tokens):
-            if self._rows[row] is not None:
-                self._take(row, token)
-        return running
+        self._take(running, tokens, scores)
+        return [request for _, request in running]
 
     def remove(self, request: Request) -> None:
         """Stops a sequence before its end; does nothing if the sequence is not running."""
@@ -229,16 +252,31 @@ class Engine:
                 return
             yield from (request for request in running if request.ending)
 
-    def _take(self, row: int, token: int) -> None:
-        """Adds a token to the sequence of a row, and frees the row if the sequence has ended."""
-        request = cast("Request", self._rows[row])
-        request.tokens.append(token)
-        if token in request.ends:
-            request.ending = "stop"
-        elif len(request.tokens) >= request.max_new_tokens or _length(request) >= self.length:
-            request.ending = "length"
-        if request.ending:
-            self._rows[row] = None
+    def _take(
+        self, running: Sequence[tuple[int, Request]], tokens: jax.Array, scores: Scores
+    ) -> None:
+        """Adds new tokens to sequences, and frees the rows of the sequences that have ended.
+
+        Args:
+            running: Request of each sequence, with the index of its token in `tokens`.
+            tokens: New tokens.
+            scores: Log probabilities of the new tokens.
+        """
+        found = np.asarray(tokens).tolist()
+        wanted = any(request.scores is not None for _, request in running)
+        likely = Scores(*(np.asarray(x).tolist() for x in scores)) if wanted else None
+        for index, request in running:
+            token = found[index]
+            request.tokens.append(token)
+            if request.scores is not None and likely is not None:
+                pairs = zip(likely.ids[index], likely.alternatives[index], strict=True)
+                request.scores.append(Likely(likely.chosen[index], [*pairs]))
+            if token in request.ends:
+                request.ending = "stop"
+            elif len(request.tokens) >= request.max_new_tokens or _length(request) >= self.length:
+                request.ending = "length"
+            if request.ending:
+                self.remove(request)
 
 
 def _length(request: Request | None) -> int:
@@ -264,13 +302,15 @@ def _start_fn(
     pixel_values: Float[jax.Array, "I 3 H W"] | None,
     row: Int[jax.Array, ""],
     rows: Rows,
-) -> tuple[Int[jax.Array, "1"], list[Cache], Bool[jax.Array, "B V"]]:
+    wants_scores: Bool[jax.Array, ""],
+) -> tuple[Int[jax.Array, "1"], Scores, list[Cache], Bool[jax.Array, "B V"]]:
     """Processes a prompt in one row of the caches, and chooses the first token of the answer."""
     logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
     is_prompt = jnp.arange(input_ids.shape[0]) < length
     mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
     seen = jax.lax.dynamic_update_slice(seen, mine[None], (row, 0))
-    return choose(logits, mine[None], length[None], rows), caches, seen
+    token = choose(logits, mine[None], length[None], rows)
+    return token, score(logits, token, wants_scores), caches, seen
 
 
 def _advance_fn(
@@ -281,11 +321,13 @@ def _advance_fn(
     tokens: Int[jax.Array, "B"],
     positions: Int[jax.Array, "B"],
     rows: Rows,
-) -> tuple[Int[jax.Array, "B"], list[Cache], Bool[jax.Array, "B V"]]:
+    wants_scores: Bool[jax.Array, ""],
+) -> tuple[Int[jax.Array, "B"], Scores, list[Cache], Bool[jax.Array, "B V"]]:
     """Processes the newest token of every row, and chooses the next tokens."""
     logits, caches = decode(structure, weights, caches, tokens, positions)
     seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
-    return choose(logits, seen, positions + 1, rows), caches, seen
+    tokens = choose(logits, seen, positions + 1, rows)
+    return tokens, score(logits, tokens, wants_scores), caches, seen
 
 
 _start = jit_for_backend(_start_fn, static_argnums=0, donate_argnums=(2, 3))

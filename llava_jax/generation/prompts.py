@@ -23,9 +23,11 @@ from llava_jax.data.conversation import (
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform, open_image
 from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.chat_templates import read_chat_template
 from llava_jax.pretrained.image_processor import load_fitting_transform
-from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
-from llava_jax.pretrained.processor import end_tokens, read_chat_template
+from llava_jax.pretrained.limited_process import ProgramError
+from llava_jax.pretrained.processor import end_tokens
+from llava_jax.pretrained.rendering import ChatTemplate, Message
 from llava_jax.pretrained.tokenizer import image_token_of, load_tokenizer
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -37,13 +39,17 @@ class Prompt:
 
     Attributes:
         turns: Turns of the conversation; the last turn is human. Each `<image>` in a human turn
-            stands for an image.
+            stands for an image. System turns before the first human turn are joined with a blank
+            line; the chat template must have a place for later system turns.
         images: Images in the order of the turns: paths or contents of image files, PIL images, or
             pixels float32 [3, H, W] from the reader's transform.
+        continues: Whether the last turn is the beginning of the answer, which the model continues;
+            the last turn is then a gpt turn.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[str | bytes | Image.Image | np.ndarray, ...] = ()
+    continues: bool = False
 
 
 class PromptReader:
@@ -52,46 +58,55 @@ class PromptReader:
     Args:
         tokenizer: Tokenizer of the model.
         transform: Transform that turns an image into pixels.
-        chat_template: Jinja template that renders a conversation.
+        chat_template: Chat template that renders a conversation.
         config: Sizes and token ids of the model.
         ends: Ids of the tokens that end an answer.
+
+    Attributes:
+        source: Directory or parts that the reader was opened for; None if it was not opened.
     """
+
+    source: Path | Parts | None = None
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         transform: ImageTransform,
-        chat_template: str,
+        chat_template: ChatTemplate,
         config: ModelConfig,
         ends: frozenset[int],
     ):
         self.tokenizer, self.transform, self.ends = tokenizer, transform, ends
-        self._config = config
-        self._chat_template, self._process = chat_template, LimitedProcess()
+        self._config, self._template = config, chat_template
         words = special_tokens(tokenizer).values()
         image_token = cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))
         special = sorted({*words, image_token}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
 
     @classmethod
-    def open(cls, source: Path | Parts, config: ModelConfig) -> "PromptReader":
+    def open(
+        cls, source: Path | Parts, config: ModelConfig, template: str | None = None
+    ) -> "PromptReader":
         """Returns the reader for a checkpoint.
 
         Args:
             source: Directory or parts of the checkpoint.
             config: Sizes and token ids of the model.
+            template: Name or file of the chat template, as in `read_chat_template`.
 
         Raises:
             CheckpointError: The tokenizer, the image processor or the chat template of the
                 checkpoint cannot be used.
+            ConfigError: There is no chat template with the given name.
         """
         tokenizer = load_tokenizer(source)
         transform = load_fitting_transform(source, config)
         image_token = image_token_of(tokenizer, config, source)
-        text, template = read_chat_template(source, tokenizer, image_token)
+        found = read_chat_template(source, tokenizer, image_token, template)
         ends = end_tokens(source)
-        end = None if template is None else end_token(template, tokenizer)
-        reader = cls(tokenizer, transform, text, config, ends if end is None else ends | {end})
+        end = None if found.made_from is None else end_token(found.made_from, tokenizer)
+        reader = cls(tokenizer, transform, found, config, ends if end is None else ends | {end})
+        reader.source = source
         try:
             reader(Prompt((Turn("human", "a"),)))
         except SampleError as error:
@@ -110,7 +125,7 @@ class PromptReader:
 
         Raises:
             SampleError: The prompt cannot be used: for example, an image is broken, or the last
-                turn is not human.
+                turn has the wrong role.
         """
         asked = count_placeholders(prompt.turns)
         if asked != len(prompt.images):
@@ -119,7 +134,7 @@ class PromptReader:
                 f"{len(prompt.images)} images",
                 "number of images",
             )
-        text = self._render(prompt.turns)
+        text = self._render(prompt)
         bos = cast("str | None", self.tokenizer.bos_token)
         has_bos = bool(bos) and text.startswith(bos)
         with tokenizing():
@@ -145,37 +160,88 @@ class PromptReader:
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
-    def _render(self, turns: Sequence[Turn]) -> str:
+    def _render(self, prompt: Prompt) -> str:
         """Renders a conversation as text; removes text in turns that looks like a control token."""
-        if not turns or turns[-1].role != "human":
-            raise SampleError("the last turn of a prompt must be a human turn", "order of turns")
+        turns, wanted = prompt.turns, "gpt" if prompt.continues else "human"
+        if not turns or turns[-1].role != wanted:
+            raise SampleError(
+                f"the last turn of a prompt must be a {wanted} turn", "order of turns"
+            )
         try:
             "".join(turn.text for turn in turns).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
             text = f"a turn is not valid Unicode: {half} is only half of a surrogate pair"
             raise SampleError(text, "text") from None
-        messages = [{"role": _ROLES[turn.role], "content": self._parts(turn)} for turn in turns]
         try:
-            return self._process(
-                "render",
-                template=self._chat_template,
-                messages=messages,
-                variables={**self.tokenizer.special_tokens_map},
-            )
+            messages = [Message(_ROLES[t.role], self._pieces(t)) for t in self._join_system(turns)]
+            text = self._template.render(messages, continues=prompt.continues)
         except ProgramError as error:
             reason = f"the chat template cannot render the conversation: {error}"
             raise SampleError(reason, "template") from error
+        # A template for stage 1 writes only images: it leaves out the question as well.
+        has_question = _contains(text, messages[-1].pieces)
+        is_lost = lambda one: one.role == "system" and not _contains(text, one.pieces)
+        if has_question and any(map(is_lost, messages)):
+            raise SampleError(
+                "the chat template leaves out the system message; put its text into the first user "
+                "message",
+                "template",
+            )
+        return text
 
-    def _parts(self, turn: Turn) -> list[dict[str, str]]:
-        """Returns the content of a turn in the form for chat templates: images first, then text."""
-        text, images = turn.text, 0
-        if turn.role == "human" and (images := text.count(IMAGE_PLACEHOLDER)):
-            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    def _join_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Returns the turns, with all system turns before the first human turn as one turn.
+
+        Raises:
+            SampleError: There is a later system turn, and the chat template has no place for it.
+        """
+        roles = [turn.role for turn in turns]
+        first = roles.index("human") if "human" in roles else len(turns)
+        if "system" in roles[first:] and not self._template.takes_system_anywhere:
+            raise SampleError(
+                "a system message comes after the first user message, where this chat template has "
+                "no place for it; put it before the first user message",
+                "order of turns",
+            )
+        system = [turn.text for turn in turns[:first] if turn.role == "system"]
+        others = [turn for turn in turns[:first] if turn.role != "system"]
+        joined = [Turn("system", "\n\n".join(filter(None, system)))] if system else []
+        return [*joined, *others, *turns[first:]]
+
+    def _pieces(self, turn: Turn) -> list[str | None]:
+        """Returns the texts of a turn in order, with None for each image.
+
+        The template places one image, and several images on lines before the text. The list begins
+        with a text if several images stay where they are.
+        """
+        texts = turn.text.split(IMAGE_PLACEHOLDER) if turn.role == "human" else [turn.text]
+        images = len(texts) - 1
+        on_lines = texts[:-1] == ["", *["\n"] * (images - 1)] and texts[-1][:1] in ("", "\n")
+        if images == 1:
+            texts = _strip(texts)
+        elif on_lines:
+            texts = [*[""] * images, texts[-1][1:]]
         # When a control token is removed, the text around it may form a second control token. The
         # second token is replaced by a space, so that the text around it cannot form a third token.
-        text = self._special.sub(" ", self._special.sub("", text))
-        return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        texts = [self._special.sub(" ", self._special.sub("", text)) for text in texts]
+        if self._special.search("".join(texts)):  # the template may move the images between them
+            texts = [f"{text} " for text in texts]
+        pieces: list[str | None] = [""] if images > 1 and not on_lines else []
+        for index, text in enumerate(texts):
+            pieces += [*([None] if index else []), *([text] if text else [])]
+        return pieces
+
+
+def _strip(texts: list[str]) -> list[str]:
+    """Removes white space at the start and the end of a turn, given its texts around one image."""
+    before, after = texts[0].lstrip(), texts[1].rstrip()
+    return [before if after else before.rstrip(), after if before else after.lstrip()]
+
+
+def _contains(text: str, pieces: Sequence[str | None]) -> bool:
+    """Returns True if a text contains the texts of a message, except white space around them."""
+    return all(piece.strip() in text for piece in pieces if piece)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,47 @@ def choose(
     draw = lambda: _draw(warp(logits, rows), positions, rows.seed)
     drawn = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
     return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+MAX_ALTERNATIVES = 20
+"""Number of likely tokens whose log probabilities are computed beside that of the chosen token."""
+
+
+class Scores(NamedTuple):
+    """Log probabilities (natural logarithms) of the next token of B sequences.
+
+    They are those of the model, before the temperature and the other settings change them.
+
+    Attributes:
+        chosen: Log probability of the chosen token.
+        ids: Ids of the K most likely tokens, most likely first.
+        alternatives: Log probabilities of these tokens.
+    """
+
+    chosen: Float[Array, " B"]
+    ids: Int[Array, "B K"]
+    alternatives: Float[Array, "B K"]
+
+
+def score(logits: Float[Array, "B V"], tokens: Int[Array, "B"], wanted: Bool[Array, ""]) -> Scores:
+    """Returns the log probabilities of the chosen tokens and of the most likely tokens.
+
+    Args:
+        logits: Logits of the next token, float32.
+        tokens: Chosen tokens.
+        wanted: False returns zeros, which takes no time.
+    """
+
+    def compute() -> Scores:
+        likely = jax.nn.log_softmax(logits, axis=-1)
+        alternatives, ids = jax.lax.top_k(likely, count)
+        return Scores(jnp.take_along_axis(likely, tokens[:, None], 1)[:, 0], ids, alternatives)
+
+    count = min(MAX_ALTERNATIVES, logits.shape[-1])
+    empty = lambda: jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute)
+    )
+    return jax.lax.cond(wanted, compute, empty)
 
 
 def warp(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:

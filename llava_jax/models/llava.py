@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
@@ -158,6 +159,9 @@ class Llava(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits, [batch, tokens, vocabulary].
 
+        The number of image tokens is checked only outside of `jax.jit`, where the token ids are
+        known. Inside, surplus image tokens get the last feature, and surplus features are unused.
+
         Args:
             input_ids: Token ids, [batch, tokens], with `config.image_tokens` image tokens per
                 image.
@@ -165,12 +169,45 @@ class Llava(nnx.Module):
                 order of the image tokens in the batch; None if there are no images.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None if there is no
                 padding.
+
+        Raises:
+            ValueError: The number of images does not match the number of image tokens.
         """
+        check_images(self.config, input_ids, pixel_values)
         input_ids = jnp.asarray(input_ids, jnp.int32)
         embeds = self.embed(input_ids, None if pixel_values is None else jnp.asarray(pixel_values))
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(embeds, jnp.asarray(mask, jnp.int32))
         return head_logits(hidden, self.llm.head)
+
+
+def check_images(
+    config: ModelConfig,
+    input_ids: Int[ArrayLike, "B T"],
+    pixel_values: Float[ArrayLike, "I C Y X"] | None,
+) -> None:
+    """Checks that there are as many image tokens as features of images.
+
+    As in transformers, nothing is checked if there are no images. Nothing is checked while a
+    function is traced, because the token ids are not known then.
+
+    Args:
+        config: Token ids and number of tokens per image.
+        input_ids: Token ids.
+        pixel_values: Pixels of all images; None if there are no images.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    if pixel_values is None or isinstance(input_ids, jax.core.Tracer):
+        return
+    ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
+    tokens, images = int((ids == config.image_token_id).sum()), np.shape(pixel_values)[0]
+    if tokens != images * config.image_tokens:
+        raise ValueError(
+            f"input_ids has {tokens} image tokens, but the {images} images in pixel_values need "
+            f"{images * config.image_tokens} ({config.image_tokens} for each image)"
+        )
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:

@@ -28,6 +28,10 @@ class ProgramError(Exception):
     """Raised if a task fails, or exceeds its limit on time or memory."""
 
 
+class LimitError(ProgramError):
+    """Raised if a task exceeds its limit on time or memory, so that trying it again is slow."""
+
+
 class LimitedProcess:
     """Runs the functions `render`, `match` and `targets` in a process with limits.
 
@@ -64,7 +68,7 @@ class LimitedProcess:
                 raise ProgramError(f"the separate process cannot be started: {error}") from error
             if not answer.endswith(b"\n"):
                 self._end()
-                raise ProgramError(
+                raise LimitError(
                     f"it needs more than {SECONDS} s of processor time, or more than "
                     f"{_MEMORY // 2**20} MiB of memory"
                 )
@@ -174,8 +178,16 @@ def targets(
     ]
 
 
+# A character for private use marks where the last message ends. The space after it shows whether
+# the template keeps spaces at the end of a message.
+_END = "\ue0fe "
+
+
 def render(
-    template: str, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, object],
+    continues: bool = False,
 ) -> str:
     """Renders a conversation as text for generation, like transformers' `apply_chat_template`.
 
@@ -183,19 +195,40 @@ def render(
         template: Jinja source of the chat template.
         messages: Conversation in the format of `apply_chat_template`.
         variables: Further variables of the template, such as `bos_token`.
+        continues: Whether the text ends with the last message, like `continue_final_message`;
+            otherwise it ends with the start of an answer, like `add_generation_prompt`.
 
     Raises:
-        ValueError: The rendered text is much longer than the messages.
+        ValueError: The rendered text is much longer than the messages, or has no last message.
         jinja2.TemplateError: The template is invalid. The template's code may raise other errors.
     """
     # The length is taken first, because the template can change the messages.
     most = len(json.dumps(messages)) + _MAX_ADDED
     made = _compiled(template)
     given = {"tools": None, "documents": None, **variables}
-    text = made.render({**given, "messages": messages, "add_generation_prompt": True})
+    if continues:
+        messages = [*messages[:-1], _with_end(messages[-1])]
+    text = made.render({**given, "messages": messages, "add_generation_prompt": not continues})
     if len(text) > most:
         raise ValueError(f"the rendered text has {len(text):,} characters, more than {most:,}")
-    return text
+    return _until_end(text) if continues else text
+
+
+def _with_end(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a message with `_END` after its text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + _END}
+    *before, last = content
+    return {**message, "content": [*before, {**last, "text": last["text"] + _END}]}
+
+
+def _until_end(text: str) -> str:
+    """Returns the text before `_END`, without spaces at its end if the template removes them."""
+    end = text.rfind(_END[0])
+    if end < 0:
+        raise ValueError("the template leaves out the last message, so it cannot be continued")
+    return text[:end] if text.startswith(_END, end) else text[:end].rstrip()
 
 
 def _compiled(template: str) -> Any:

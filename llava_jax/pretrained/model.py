@@ -26,13 +26,14 @@ from llava_jax.models import lora
 from llava_jax.models.build import initialise, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import Llava, check_images
 from llava_jax.models.paths import TRAINABLE_TOKENS, is_adapter, is_projector
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.adapters import check_base, open_adapter
+from llava_jax.pretrained.chat_templates import choose_template
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import read_config, write_model_config
-from llava_jax.pretrained.processor import choose_template, save_processor
+from llava_jax.pretrained.processor import save_processor
 from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params
 from llava_jax.pretrained.tokenizer import has_tokenizer
@@ -107,7 +108,9 @@ class LlavaModel(Llava):
     ) -> Float[Array, "B T V"]:
         """Returns the logits in float32, [batch, tokens, vocabulary].
 
-        The model is compiled once for each combination of input shapes.
+        The model is compiled once for each combination of input shapes. If the call is part of a
+        function that `jax.jit` traces, the token ids are not known, so the number of image tokens
+        is not checked; surplus image tokens then get the last feature of the images.
 
         Args:
             input_ids: Token ids [batch, tokens], with `config.image_tokens` image tokens for each
@@ -115,8 +118,16 @@ class LlavaModel(Llava):
             pixel_values: Normalized images [images, channels, height, width], in the order in which
                 their image tokens appear in the batch, row by row; None if there are no images.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None means no padding.
+
+        Raises:
+            ValueError: There are more or fewer image tokens than features of the images.
         """
-        return logits(*split(self), input_ids, pixel_values, attention_mask)
+        graphdef, params = split(self)
+        given = (input_ids, pixel_values, attention_mask)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, given))):
+            return super().__call__(*given)  # JAX does not allow compiler options in a nested jit
+        check_images(self.config, input_ids, pixel_values)
+        return logits(graphdef, params, *given)
 
     @classmethod
     def from_pretrained(

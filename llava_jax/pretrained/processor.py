@@ -1,18 +1,18 @@
-"""Writes the files of a checkpoint's processor, and reads its chat template and end tokens."""
+"""Writes the files of a checkpoint's processor, and reads its end tokens."""
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import Aspect, ModelConfig, Parts
-from llava_jax.data.conversation import adds_bos, end_token
-from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
-from llava_jax.disk import Json, copy_regular
+from llava_jax.data.conversation import end_token
+from llava_jax.data.templates import Template
+from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.chat_templates import chat_template, own_templates, write_chat_templates
 from llava_jax.pretrained.image_processor import (
     PROCESSOR,
     has_image_processor,
@@ -82,11 +82,10 @@ def save_processor(
     generation = generation_settings(source, tokenizer, config, template)
     write_json(directory / "generation_config.json", generation)
     if template is not None:
-        text = chat_template(template, tokenizer, image_token)
-        (directory / "chat_template.jinja").write_text(text)
-    elif not isinstance(source, Parts) and not directory.samefile(source):
-        for file in Path(source).glob("chat_template.j*"):  # .jinja, or .json as in older versions
-            copy_regular(file, directory / file.name)
+        templates = {"default": chat_template(template, tokenizer, image_token)}
+    else:
+        templates = {} if isinstance(source, Parts) else own_templates(source, tokenizer)
+    write_chat_templates(directory, templates)
 
 
 def _tokenizer_settings(directory: Path) -> Json:
@@ -146,125 +145,3 @@ def _given_ends(source: str | Path | Parts, default: int | None) -> int | list[i
 
 def _as_list(ends: int | list[int] | None) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-# Renders the same text as `data.conversation`. `chat_template` defines the variables.
-_JINJA = """\
-{%- if messages[0]["role"] == "system" -%}
-  {%- set parts = messages[0]["content"] -%}
-  {%- set system = parts if parts is string else parts | map(attribute="text") | join("") -%}
-{%- endif -%}
-{%- set system = system_prefix + system + system_suffix if system else "" -%}
-{%- set asked = namespace(before=false) -%}
-{%- for message in messages if message["role"] != "system" -%}
-  {%- set content = message["content"] -%}
-  {%- set parts = [{"type": "text", "text": content}] if content is string else content -%}
-  {%- set images = parts | selectattr("type", "equalto", "image") | list | length -%}
-  {%- set texts = parts | selectattr("type", "equalto", "text") | map(attribute="text") -%}
-  {%- set text = texts | join("") -%}
-  {%- if message["role"] == "user" -%}
-    {%- set text = (text | trim if images else text) if keeps_questions else "" -%}
-    {%- set suffix = image_suffix if text else "" -%}
-    {{ human_prefix if asked.before else first_prefix | replace("{system}", system) }}
-    {{- (image_token + suffix) * images + text }}
-    {%- set asked.before = true -%}
-  {%- else -%}
-    {{ answer_prefix + text + answer_suffix + separator }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ answer_prefix.rstrip(" ") }}{%- endif -%}
-"""
-
-
-# Tokens, or texts in a chat template, that show which template a decoder was trained with.
-_MARKS = {
-    "<|start_header_id|>": "llama_3",
-    "<|im_start|>": "chatml",
-    "<<SYS>>": "llama_2",
-    "[INST]": "mistral_instruct",
-}
-
-
-def choose_template(source: str | Path | Parts, *, is_xtuner: bool = False) -> str | None:
-    """Chooses the template of a decoder by its tokenizer; the default is Vicuna's template.
-
-    Args:
-        source: Directory or parts with the tokenizer.
-        is_xtuner: Whether XTuner trained the model. XTuner and LLaVA have different Vicuna prompts.
-
-    Returns:
-        Name of the template; None if the tokenizer's own chat template supports images.
-    """
-    tokenizer = load_tokenizer(source)
-    own = str(tokenizer.chat_template or "")  # a text model's template ignores images
-    if "image" in own and not is_xtuner:
-        return None
-    words = tokenizer.get_vocab()
-    known = (name for mark, name in _MARKS.items() if mark in words or mark in own)
-    return next(known, "vicuna_xtuner" if is_xtuner else "vicuna_v1")
-
-
-def read_chat_template(
-    source: str | Path | Parts, tokenizer: PreTrainedTokenizerBase, image_token: str
-) -> tuple[str, Template | None]:
-    """Returns a checkpoint's own chat template, or a new template if its own ignores images.
-
-    Args:
-        source: Directory of a LLaVA, or separate parts.
-        tokenizer: Tokenizer of `source`.
-        image_token: Text of the image token.
-
-    Returns:
-        Jinja source, and the template that it was made from; for the checkpoint's own chat
-        template, the second value is None.
-    """
-    directory = Path(source.llm if isinstance(source, Parts) else source)
-    newer, older = directory / "chat_template.jinja", directory / "chat_template.json"
-    own = tokenizer.chat_template or ""  # from chat_template.jinja, if there is one
-    if older.exists() and not newer.exists():
-        own = read_json(older).get("chat_template", "")
-    if isinstance(own, dict):  # several templates by name
-        own = own.get("default", "")
-    if not isinstance(own, str):
-        raise CheckpointError(f"{directory}: the chat template is {own!r:.80}; it must be a text")
-    if "image" in own:
-        return own, None
-    template = TEMPLATES[choose_template(source) or "vicuna_v1"]
-    return chat_template(template, tokenizer, image_token), template
-
-
-def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """Returns a conversation template as Jinja source for `apply_chat_template`.
-
-    A message has the role user or assistant. The first message may have the role system; its text
-    replaces the system text of the template. The content of a message is a text, or a list of texts
-    and images.
-    """
-    bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
-    named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
-
-    def text(part: str) -> str:
-        for name, token in named.items():
-            part = part.replace(name, token)
-        # Other names in braces are control tokens, which are written without the braces.
-        return re.sub(r"\{([^{}]+)\}", lambda m: m[0] if m[0] == SYSTEM_SLOT else m[1], part)
-
-    first_prefix = text(template.begin + template.human_prefix)
-    if bos and adds_bos(tokenizer):
-        first_prefix = first_prefix.removeprefix(bos)
-    values = {
-        "system": template.system,
-        "system_prefix": text(template.system_prefix),
-        "system_suffix": text(template.system_suffix),
-        "first_prefix": first_prefix,
-        "human_prefix": text(template.human_prefix.replace(SYSTEM_SLOT, "")),
-        "answer_prefix": text(template.answer_prefix),
-        "answer_suffix": text(template.answer_suffix),
-        "separator": text(template.separator),
-        "image_token": image_token,
-        "image_suffix": text(template.image_suffix),
-        "keeps_questions": template.keeps_questions,
-    }
-    # These JSON literals are also Jinja literals.
-    lines = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()]
-    return "\n".join([*lines, _JINJA])

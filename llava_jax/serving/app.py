@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from llava_jax.disk import Json
-from llava_jax.generation.assistant import Answer
+from llava_jax.generation.answer import Answer
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Body, client_of, media_type
 from llava_jax.serving.limits import RequestError, refusal
 from llava_jax.serving.prometheus import CONTENT_TYPE
@@ -145,6 +145,8 @@ class ChatResponse(Response):
             new_tokens=request.new_tokens,
             sampling=request.sampling(),
             stop=request.stops,
+            continues=bool(request.continue_final_message),
+            wants_scores=bool(request.logprobs),
         )
         body.release()
         if request.stream:
@@ -154,9 +156,20 @@ class ChatResponse(Response):
             pass
         whole = answer.reply
         message = {"role": "assistant", "content": whole.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": whole.ending}
+        logprobs = await ticket.read(partial(self._logprobs, request, answer, 0, answer.shown))
+        choice = {"index": 0, "message": message, "logprobs": logprobs}
         named = _naming(request, "chat.completion")
-        await reply.whole(named | {"choices": [choice], "usage": _usage(answer)})
+        choices = [choice | {"finish_reason": whole.ending}]
+        await reply.whole(named | {"choices": choices, "usage": _usage(answer)})
+
+    def _logprobs(self, request: ChatRequest, answer: Answer, begin: int, end: int) -> Json | None:
+        """Returns the field `logprobs` for the tokens from `begin` to `end` of an answer."""
+        scores = answer.request.scores
+        if scores is None:
+            return None
+        writer = self._service.token_writer(request.model)
+        tokens, count = answer.request.tokens[begin:end], request.top_logprobs or 0
+        return {"content": writer.content(tokens, scores[begin:end], count), "refusal": None}
 
     async def _stream(
         self, ticket: Ticket, request: ChatRequest, answer: Answer, reply: "Reply"
@@ -166,19 +179,24 @@ class ChatResponse(Response):
         named = _naming(request, "chat.completion.chunk")
         no_usage = {"usage": None} if wants_usage else {}
 
-        async def chunk(delta: dict[str, str], ending: str | None = None) -> None:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": ending}
+        async def chunk(
+            delta: dict[str, str], ending: str | None = None, logprobs: Json | None = None
+        ) -> None:
+            choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": ending}
             await reply.event(named | {"choices": [choice]} | no_usage)
 
         await chunk({"role": "assistant", "content": ""})
-        sent = 0
+        sent = shown = 0
         async for update in ticket.updates():
             text = update.text.rstrip()  # a complete answer has no spaces at its end
             if len(text) > sent:
-                await chunk({"content": text[sent:]})
-                sent = len(text)
+                logprobs = self._logprobs(request, answer, shown, update.shown)
+                await chunk({"content": text[sent:]}, logprobs=logprobs)
+                sent, shown = len(text), max(shown, update.shown)
             if update.ending:
-                await chunk({}, update.ending)
+                rest = answer.request.scores is not None and shown < update.shown
+                logprobs = self._logprobs(request, answer, shown, update.shown) if rest else None
+                await chunk({}, update.ending, logprobs)
         if wants_usage:
             await reply.event(named | {"choices": [], "usage": _usage(answer)})
         await reply.end(b"data: [DONE]\n\n")

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from llava_jax.generation.assistant import Answer, Assistant
+from llava_jax.generation.answer import Answer
+from llava_jax.generation.assistant import Assistant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Update:
     Attributes:
         text: Text of the answer so far.
         new_tokens: Number of tokens generated so far.
+        shown: Number of tokens whose text is in `text`.
         ending: "stop" if the model or a stop string ended the answer, "length" if the
             answer reached its largest length, None while the answer is incomplete.
     """
 
     text: str
     new_tokens: int
+    shown: int
     ending: Literal["stop", "length"] | None
 
 
@@ -171,7 +174,8 @@ class _Lane:
                 answer = job.answer
                 if answer.ending:
                     del self._running[answer]
-                job.publish(Update(answer.text, len(answer.request.tokens), answer.ending))
+                count = len(answer.request.tokens)
+                job.publish(Update(answer.text, count, answer.shown, answer.ending))
         except Exception as error:
             traceback.print_exc()
             text = f"the model failed with {type(error).__name__}; the server's log shows why"

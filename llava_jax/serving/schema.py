@@ -1,13 +1,24 @@
 """Parses and checks requests for chat completions of OpenAI's API."""
 
+import difflib
 import random
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from annotated_types import MaxLen
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llava_jax.errors import ConfigError
-from llava_jax.generation.sampling import Sampling
+from llava_jax.generation.sampling import MAX_ALTERNATIVES, Sampling
 from llava_jax.serving.limits import RequestError
 
 MAX_MESSAGES = 1000
@@ -20,19 +31,47 @@ MAX_VALUES = 20_000
 
 
 class _Part(BaseModel):
-    # Other fields, such as `user` and `detail`, do not change an answer and are ignored.
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    """JSON object of a request. A field that is not declared may have the value null.
+
+    Attributes:
+        ignored: Values of fields that are accepted but not used, because these values do not change
+            an answer; None accepts all values of a field. Any other field is refused, because its
+            sender expects that it changes the answer.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    ignored: ClassVar[Mapping[str, tuple[object, ...] | None]] = {}
+
+    @model_validator(mode="after")
+    def _refuse_others(self) -> "_Part":
+        for name, value in (self.model_extra or {}).items():
+            idle = self.ignored.get(name, ())
+            if value is None or idle is None or value in idle:
+                continue
+            text = f"{name} = {value!r:.80}: this server supports only {[*idle, None][0]!r}"
+            if name not in self.ignored:
+                near = difflib.get_close_matches(name[:80], type(self).model_fields, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                text = f"this server does not support the field {name[:80]!r}{hint}"
+            told = {"text": text, "name": name[:80]}
+            raise PydanticCustomError(_UNSUPPORTED, "{text}", told)
+        return self
+
+
+_UNSUPPORTED = "unsupported_parameter"
 
 
 class ImageUrl(_Part):
     """JSON object that contains the URL of an image."""
 
+    ignored = {"detail": None, "uuid": None}
     url: str
 
 
 class TextPart(_Part):
     """Part of a message that is text."""
 
+    ignored = {"cache_control": None}
     type: Literal["text"]
     text: str
 
@@ -40,6 +79,7 @@ class TextPart(_Part):
 class ImagePart(_Part):
     """Part of a message that is an image."""
 
+    ignored = {"cache_control": None, "detail": None, "uuid": None}
     type: Literal["image_url"]
     image_url: ImageUrl | str
 
@@ -57,6 +97,8 @@ Stop = Annotated[str, StringConstraints(max_length=MAX_STOP)]
 class Message(_Part):
     """One message of a conversation."""
 
+    # The messages of OpenAI's own answers have most of these fields.
+    ignored = {"name": None, "refusal": None, "annotations": None, "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Content
 
@@ -71,15 +113,36 @@ class Message(_Part):
 class StreamOptions(_Part):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    ignored = {"include_obfuscation": None, "continuous_usage_stats": (False,)}
+    include_usage: bool | None = None
 
 
 class ChatRequest(_Part):
-    """Body of a chat completion request; `top_k` and `repetition_penalty` are vLLM's extensions."""
+    """Body of a chat completion request, with some of vLLM's extensions."""
 
+    ignored = {
+        name: idle
+        for idle, names in (
+            (None, "user metadata store service_tier safety_identifier request_id priority"),
+            (None, "prompt_cache_key prompt_cache_retention cache_salt parallel_tool_calls"),
+            ((1,), "n best_of length_penalty"),
+            ((0,), "frequency_penalty presence_penalty min_p min_tokens"),
+            (([],), "tools functions stop_token_ids bad_words"),
+            (({},), "logit_bias chat_template_kwargs mm_processor_kwargs"),
+            ((False,), "ignore_eos use_beam_search echo add_special_tokens"),
+            ((False,), "include_stop_str_in_output return_tokens_as_token_ids"),
+            ((True,), "skip_special_tokens spaces_between_special_tokens"),
+            (("none", "auto"), "tool_choice function_call"),
+            (({"type": "text"},), "response_format"),
+            ((["text"],), "modalities"),
+            (("medium",), "verbosity"),
+            (("none",), "reasoning_effort"),
+        )
+        for name in names.split()
+    }
     model: str
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -89,19 +152,10 @@ class ChatRequest(_Part):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], MaxLen(MAX_STOPS)] | None = None
-    # These fields would change an answer, but are not supported. `parse_request` accepts only
-    # values that have no effect.
-    n: object = None
-    logprobs: object = None
-    top_logprobs: object = None
-    logit_bias: object = None
-    frequency_penalty: object = None
-    presence_penalty: object = None
-    response_format: object = None
-    tools: object = None
-    tool_choice: object = None
-    functions: object = None
-    function_call: object = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -132,21 +186,6 @@ class ChatRequest(_Part):
             raise RequestError(str(error), param=str(error).partition(" ")[0]) from error
 
 
-_IDLE: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-}
-
-
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -157,14 +196,25 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
         RequestError: The body is not a valid request, or uses a field that is not supported.
     """
     request = parse_json(ChatRequest, body)
-    for name, idle in _IDLE.items():
-        value = getattr(request, name)
-        if value is not None and value not in idle:
-            raise RequestError(
-                f"{name} = {value!r:.80}: this server supports only {idle[0]!r}",
-                param=name,
-                code="unsupported_parameter",
-            )
+    if request.top_logprobs and not request.logprobs:
+        text = "top_logprobs needs logprobs = true"
+        raise RequestError(text, param="top_logprobs")
+    continues = bool(request.continue_final_message)
+    if request.add_generation_prompt is not None and request.add_generation_prompt == continues:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt must be different: either the model "
+            "continues the last message, or it begins a new one",
+            param="add_generation_prompt",
+        )
+    is_answer = request.messages[-1].role == "assistant"
+    if continues != is_answer:
+        raise RequestError(
+            "the last message must be from the assistant, because continue_final_message is true"
+            if continues
+            else "the last message must be from the user (a human turn); to continue a message of "
+            "the assistant, set continue_final_message to true",
+            param="messages",
+        )
     return request
 
 
@@ -186,15 +236,31 @@ def parse_json(model: type[_Model], body: bytes | bytearray) -> _Model:
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         # If no member of a union matches, the deepest error belongs to the best matching member.
-        first = max(found, key=lambda one: len(one["loc"]))
-        if first["type"] == "json_invalid":
-            raise RequestError(f"the request body is not valid JSON: {first['msg']}") from None
-        # The names of a union's members are left out, because clients do not know them.
-        fields = [x for x in first["loc"] if isinstance(x, int) or x in _NAMES]
-        param = ".".join(str(x) for x in fields) or None
-        raise RequestError(f"{param or 'the request body'}: {first['msg']}", param=param) from None
+        raise _refusal(max(found, key=lambda one: len(one["loc"]))) from None
     except ValueError as error:  # for example half of a surrogate pair
         raise RequestError(f"the request body cannot be read: {error}") from error
+
+
+def _refusal(found: ErrorDetails) -> RequestError:
+    """Returns the error of a request from the first error that pydantic has found."""
+    if found["type"] == "json_invalid":
+        return RequestError(f"the request body is not valid JSON: {found['msg']}")
+    # The names of a union's members are left out, because clients do not know them. Among these is
+    # the type of a part, which follows the index of the part.
+    path = [x for x in found["loc"] if isinstance(x, int) or x in _NAMES]
+    if path[2:3] == ["content"]:
+        path[4:5] = []
+    where = ".".join(map(str, path))
+    about, text = found.get("ctx", {}), found["msg"]
+    if found["type"] == _UNSUPPORTED:
+        param = ".".join(filter(None, (where, about["name"])))
+        text = f"{where}: {text}" if where else text
+        return RequestError(text, param=param, code=_UNSUPPORTED)
+    if found["type"] == "union_tag_invalid":
+        text = f"parts of the type {about['tag']!r:.80} are not supported; send text or image_url"
+        if "video" in about["tag"]:
+            text += ". The model has no video input, so send frames of the video as images"
+    return RequestError(f"{where or 'the request body'}: {text}", param=where or None)
 
 
 _NAMES = {

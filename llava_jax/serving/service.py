@@ -11,13 +11,15 @@ from functools import partial
 from typing import Literal, TypeVar, cast
 
 from llava_jax.errors import SampleError
-from llava_jax.generation.assistant import Answer, Assistant
+from llava_jax.generation.answer import Answer
+from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.sampling import Sampling
 from llava_jax.serving.bodies import CLIENT_IS_GONE, Bodies
 from llava_jax.serving.conversation import to_prompt
 from llava_jax.serving.engine_thread import EngineFailed, EngineThread, Job, Update
 from llava_jax.serving.images import Images
 from llava_jax.serving.limits import Limits, RequestError
+from llava_jax.serving.logprobs import TokenWriter
 from llava_jax.serving.prometheus import Metrics
 from llava_jax.serving.schema import Message
 
@@ -59,6 +61,7 @@ class Service:
         )
         self.compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self._assistants = dict(assistants)
+        self._token_writers: dict[str, TokenWriter] = {}
         # Moving average of the seconds until the first token; clients get it as Retry-After.
         self._usual_wait = 1.0
 
@@ -130,6 +133,12 @@ class Service:
                 param="model",
             )
         return self._assistants[name]
+
+    def token_writer(self, name: str) -> TokenWriter:
+        """Returns the writer of log probabilities for a model."""
+        if name not in self._token_writers:
+            self._token_writers[name] = TokenWriter(self._assistants[name].reader.tokenizer)
+        return self._token_writers[name]
 
     def count(self, status: int) -> None:
         """Counts a finished request by its HTTP status."""
@@ -213,6 +222,8 @@ class Ticket:
         new_tokens: int | None,
         sampling: Sampling,
         stop: Sequence[str] = (),
+        continues: bool = False,
+        wants_scores: bool = False,
     ) -> Answer:
         """Reads a conversation, submits it to the engine and returns the answer object.
 
@@ -225,6 +236,8 @@ class Ticket:
             new_tokens: Largest number of tokens of the answer; None for the server's limit.
             sampling: Sampling parameters.
             stop: Strings that end the answer.
+            continues: Whether the model continues the last message, which is from the assistant.
+            wants_scores: Whether to compute the log probabilities of the tokens.
 
         Raises:
             RequestError: The model does not exist, the conversation or one of its images cannot be
@@ -232,8 +245,9 @@ class Ticket:
         """
         assistant, limits = self._service.assistant(model), self._service.limits
         most = min(new_tokens or limits.new_tokens, limits.new_tokens)
+        longest = assistant.max_length
         prompt = await self.read(
-            partial(to_prompt, messages, limits, max_length=assistant.max_length)
+            partial(to_prompt, messages, limits, max_length=longest, continues=continues)
         )
         messages.clear()  # the data of the images is not needed while the answer is generated
         pixels = []
@@ -245,7 +259,13 @@ class Ticket:
 
         def task() -> Answer:
             try:
-                return assistant.begin(prompt, max_new_tokens=most, sampling=sampling, stop=stop)
+                return assistant.begin(
+                    prompt,
+                    max_new_tokens=most,
+                    sampling=sampling,
+                    stop=stop,
+                    wants_scores=wants_scores,
+                )
             except SampleError as error:
                 code = "context_length_exceeded" if error.kind == "length" else None
                 raise RequestError(str(error), code=code, param="messages") from error

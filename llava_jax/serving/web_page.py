@@ -168,7 +168,7 @@ class _Page:
                 regenerate = gr.Button("Regenerate", size="sm", elem_id="regenerate")
                 clear = gr.Button("Clear", size="sm", elem_id="clear")
             can_compare = len(names) > 1
-            label = f"Compare with {names[-1]}"
+            label = f"Compare with {', '.join(names[1:])}"
             compare = gr.Checkbox(can_compare, label=label, visible=can_compare, elem_id="compare")
             settings = self._settings()
             outputs = [box, exchanges, *chats]

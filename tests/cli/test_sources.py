@@ -87,12 +87,30 @@ def test_the_server_loads_parts(parts: Parts, capsys: pytest.CaptureFixture[str]
 
 def test_the_server_compares_with_a_base_of_parts(monkeypatch: pytest.MonkeyPatch):
     loaded = []
-    monkeypatch.setattr(serve, "load_assistant", lambda _, one, **__: loaded.append(one))
+    monkeypatch.setattr(serve, "load_assistants", lambda _, all, **__: loaded.extend(all) or all)
     monkeypatch.setattr(serve, "warm_up", lambda _: None)
     assistants = serve.load(serve.parse([XTUNER_LORA, "--base", BASE, "--compare"]))
     assert list(assistants) == ["lora", "llm"]
     base = parse_source(BASE)
     assert [(one.base, one.adapter) for one in loaded] == [(base, Path(XTUNER_LORA)), (base, None)]
+
+
+def test_the_server_loads_adapters_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    loaded = []
+    monkeypatch.setattr(serve, "load_assistants", lambda _, all, **__: loaded.extend(all) or all)
+    monkeypatch.setattr(serve, "warm_up", lambda _: None)
+    option = ["--adapter", f"cats={XTUNER_LORA}"]
+    assert list(serve.load(serve.parse([BASE, *option, "--name", "base"]))) == ["base", "cats"]
+    assert [one.adapter for one in loaded] == [None, Path(XTUNER_LORA)]
+    assert {one.base for one in loaded} == {parse_source(BASE)}
+    with pytest.raises(ConfigError, match="there is another model 'cats'"):
+        serve.load(serve.parse([BASE, *option, *option]))
+    for wrong in ("cats", "=x", "cats=", "a\nb=x"):
+        with pytest.raises(SystemExit):
+            serve.parse([BASE, "--adapter", wrong])
+        assert "the format is NAME=DIR" in capsys.readouterr().err
 
 
 def test_an_adapter_may_bring_the_projector_that_its_base_of_parts_lacks():

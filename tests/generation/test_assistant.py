@@ -23,9 +23,10 @@ from llava_jax.generation.chat import Chat
 from llava_jax.generation.engine import Request
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
+from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.processor import chat_template
+from llava_jax.pretrained.rendering import ChatTemplate
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
@@ -125,7 +126,8 @@ def test_a_prompt_that_cannot_be_used_is_refused(
 def reader_of(tokenizer: PreTrainedTokenizerBase, name: str) -> PromptReader:
     text = chat_template(TEMPLATES[name], tokenizer, "<image>")
     config = read_config(TINY)
-    return PromptReader(tokenizer, load_image_transform(TINY), text, config, frozenset())
+    template = ChatTemplate(text, tokenizer, "<image>")
+    return PromptReader(tokenizer, load_image_transform(TINY), template, config, frozenset())
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -206,6 +208,25 @@ def test_text_that_was_shown_stays(tokenizer: PreTrainedTokenizerBase):
     assert seen[-1] == "a\ufffd\ufffd\ufffdb\u0151"
     assert all(seen[-1].startswith(part) for part in seen)
     assert seen[-2] == "a\ufffd\ufffd\ufffdb"
+
+
+@pytest.mark.parametrize("text", [" red", "ly red", " 🦊", "🦊"])
+def test_an_answer_that_continues_a_text_keeps_its_first_space(
+    text: str, tokenizer: PreTrainedTokenizerBase
+):
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    before, whole = ids("is it true"), ids(f"is it true{text}")
+    assert whole[: len(before)] == before
+    pixels = np.zeros((0, 3, 1, 1), np.float32)
+    request = Request(np.array(before, np.int32), pixels, 99, frozenset())
+    answer = Answer(request, tokenizer, continues=True)
+    for token in whole[len(before) :]:
+        request.tokens.append(token)
+        answer.update()
+        assert text.startswith(answer.text)
+    request.ending = "length"
+    answer.update()
+    assert answer.reply.text == text
 
 
 def test_an_assistant_starts_anew_after_an_error(assistant: Assistant):
@@ -294,8 +315,9 @@ def test_a_template_is_rendered_as_transformers_does(tokenizer: PreTrainedTokeni
     {% endif %}
 {% endfor %}
 """
+    found = ChatTemplate(template, tokenizer, "<image>")
     read = PromptReader(
-        tokenizer, load_image_transform(TINY), template, read_config(TINY), frozenset()
+        tokenizer, load_image_transform(TINY), found, read_config(TINY), frozenset()
     )
     ids, _ = read(Prompt((Turn("human", "hi"),)))
     np.testing.assert_array_equal(ids, tokenizer("        USER: hi\n").input_ids)

@@ -27,9 +27,9 @@ from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.paths import LLM, VISION
 from llava_jax.pretrained.adapters import open_adapter
+from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.pretrained.processor import chat_template
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.pretrained.tokenizer import load_tokenizer

@@ -29,13 +29,10 @@ from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.chat_templates import chat_template, choose_template
 from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.model_config import read_parts_config, write_model_config
-from llava_jax.pretrained.processor import (
-    chat_template,
-    choose_template,
-    save_processor,
-)
+from llava_jax.pretrained.processor import save_processor
 from llava_jax.pretrained.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity("tokens and pixels", "transformers")

@@ -147,6 +147,70 @@ def test_extensions_and_harmless_fields(client):
     assert text_of(ask(client, messages, extra_body={"top_k": -1}, **idle)) == "red"
 
 
+NULLS = ("stream", "stop", "seed", "tools", "guided_json", "logprobs", "max_tokens", "top_k", "n")
+HARMLESS = {"user": "someone", "metadata": {"a": "b"}, "store": True, "stream_options": None}
+IDLE = {
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "response_format": {"type": "text"},
+    "top_logprobs": 0,
+}
+
+
+def test_null_is_the_default_and_harmless_fields_are_ignored(address):
+    plain = post(address, chat()).json()["choices"]
+    said = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None}
+    for more in (dict.fromkeys(NULLS), HARMLESS, IDLE):
+        response = post(address, chat(**more))
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"] == plain
+    assert post(address, chat(messages=[*text("a"), said, *text("b")])).status_code == 200
+
+
+def test_log_probabilities(client):
+    """Of each token of the answer, whole and streamed; those of a stop string are not told."""
+    messages = [user(QUESTIONS[1], picture())]
+    more = {"logprobs": True, "top_logprobs": 3}
+    for settings in ({}, {"temperature": 9, "seed": 5, "max_tokens": 30}):
+        whole = ask(client, messages, **more, **settings)
+        content = whole.choices[0].logprobs.content
+        ended = whole.choices[0].finish_reason == "stop"  # by a token that is not a part of it
+        assert len(content) == whole.usage.completion_tokens - ended
+        for item in content:
+            assert item.logprob <= 0
+            assert len(item.top_logprobs) == 3
+            values = [one.logprob for one in item.top_logprobs]
+            assert values == sorted(values, reverse=True)
+            if not settings:
+                assert (item.token, item.logprob) == (item.top_logprobs[0].token, values[0])
+                assert bytes(item.bytes).decode() == item.token
+        if not settings:
+            assert "".join(item.token for item in content).strip() == text_of(whole)
+        chunks = ask(client, messages, stream=True, **more, **settings)
+        found = [chunk.choices[0].logprobs for chunk in chunks]
+        assert [item for one in found if one for item in one.content] == content
+    stop = text_of(whole).split()[2]
+    cut = ask(client, messages, stop=[stop], **more, **settings)
+    told = cut.choices[0].logprobs.content
+    assert 0 < len(told) < len(content)
+    assert told == content[: len(told)]
+    bare = ask(client, messages, logprobs=True).choices[0].logprobs.content
+    assert bare[0].top_logprobs == []
+    assert ask(client, messages).choices[0].logprobs is None
+
+
+def test_the_last_message_is_continued(address):
+    asked = user(QUESTIONS[1], picture())
+    begun = {"role": "assistant", "content": "a red"}
+    more = {"continue_final_message": True, "max_tokens": 4}
+    whole = post(address, chat(messages=[asked, begun], **more)).json()
+    both = post(address, chat(messages=[asked, begun], add_generation_prompt=False, **more)).json()
+    assert whole["choices"] == both["choices"]
+    alone = post(address, chat(messages=[asked], max_tokens=4)).json()
+    added = whole["usage"]["prompt_tokens"] - alone["usage"]["prompt_tokens"]
+    assert 1 <= added <= 5
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["tiny-llava"]
     assert client.models.retrieve("tiny-llava").object == "model"
@@ -181,6 +245,60 @@ REFUSED = {
     "n": (chat(n=2), 400, "n", "n = 2"),
     "penalty": (chat(presence_penalty=0.5), 400, "presence_penalty", "0.5"),
     "tools": (chat(tools=[{"type": "function"}]), 400, "tools", "tools"),
+    **{
+        name: (chat(**{name: value}), 400, name, f"does not support the field '{name}'")
+        for name, value in {
+            "guided_choice": ["a"],
+            "guided_json": {},
+            "structured_outputs": {"choice": ["a"]},
+            "prompt_logprobs": 1,
+            "chat_template": "x",
+        }.items()
+    },
+    **{
+        name: (chat(**{name: value}), 400, name, f"{name} = {value!r}: this server supports only")
+        for name, value in {
+            "min_tokens": 3,
+            "stop_token_ids": [2],
+            "ignore_eos": True,
+            "logit_bias": {"5": 100},
+            "response_format": {"type": "json_object"},
+            "min_p": 0.1,
+        }.items()
+    },
+    "misspelt": (chat(temprature=0), 400, "temprature", "did you mean 'temperature'?"),
+    "misspelt inside": (
+        chat(messages=[{"role": "user", "content": "x", "prefix": True}]),
+        400,
+        "messages.0.prefix",
+        "messages.0: this server does not support the field 'prefix'",
+    ),
+    "misspelt in a part": (
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]),
+        400,
+        "messages.0.content.0.y",
+        "the field 'y'",
+    ),
+    "a video": (
+        chat(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}]),
+        400,
+        "messages.0.content.0",
+        "no video input, so send frames of the video as images",
+    ),
+    "top_logprobs": (chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "equal to 20"),
+    "top_logprobs alone": (chat(top_logprobs=2), 400, "top_logprobs", "needs logprobs = true"),
+    "to continue a question": (
+        chat(continue_final_message=True),
+        400,
+        "messages",
+        "must be from the assistant",
+    ),
+    "no generation prompt": (
+        chat(add_generation_prompt=False),
+        400,
+        "add_generation_prompt",
+        "must be different",
+    ),
     "another model": (chat(model="gpt-4"), 404, "model", "models are: tiny-llava"),
     "huge": (chat(messages=text("word " * 2000)), 400, "messages", "tokens"),
     "huger": (chat(messages=text("word " * 100_000)), 400, "messages", "500,000 characters"),
@@ -481,6 +599,31 @@ def test_fetched_images_come_from_public_addresses_alone():
         body = chat(messages=[user("x", "file:///etc/passwd")])
         assert "is not supported" in post(address, body).json()["error"]["message"]
         assert post(address, chat()).status_code == 200
+
+
+@pytest.mark.slow
+def test_adapters_are_served_by_name(tmp_path):
+    """Each answers as it does when it is served alone."""
+    from tiny_adapter import write_adapter
+
+    body = chat(messages=[user(QUESTIONS[0], picture())], max_tokens=8, logprobs=True)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    places = {name: write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    options = [part for name in places for part in ("--adapter", f"{name}={places[name]}")]
+    with server("--no-page", *options) as address:
+        names = [one["id"] for one in httpx.get(f"{address}/v1/models").json()["data"]]
+        assert names == ["tiny-llava", "a", "b"]
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda name: post(address, body | {"model": name}), names * 2))
+        said = {name: one.json()["choices"] for name, one in zip(names * 2, found, strict=True)}
+        again = [one.json()["choices"] for one in found[:3]]
+        assert post(address, body | {"model": "c"}).status_code == 404
+    assert [said[name] for name in names] == again
+    for name, place in places.items():
+        with server("--no-page", "--name", name, checkpoint=place) as address:
+            assert post(address, body | {"model": name}).json()["choices"] == said[name]
+    assert len({json.dumps(one) for one in said.values()}) == 3
 
 
 @pytest.mark.slow
