@@ -19,8 +19,9 @@ from llava_jax.config import (
     VisionConfig,
 )
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import BatchSpec, Sample, fill
+from llava_jax.data.batching import BatchSpec, fill
 from llava_jax.data.packing import deal, first_fit
+from llava_jax.data.samples import Sample
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.train_step.program import Program, build_program

@@ -158,9 +158,10 @@ def own_batches(
         decode: Value of `data.image_decode`.
     """
     from llava_jax.config import Parts
-    from llava_jax.data.batching import BatchSpec, ReadBatch, SampleEncoder
+    from llava_jax.data.batching import BatchSpec, ReadBatch
     from llava_jax.data.images import ImageTransform
     from llava_jax.data.order import EpochOrder
+    from llava_jax.data.samples import SampleEncoder
     from llava_jax.data.sources import load_records
     from llava_jax.data.templates import TEMPLATES
     from llava_jax.data.workers import read_ahead

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from llava_jax.data.batching import SampleEncoder, worker_died
+from llava_jax.data.batching import worker_died
 from llava_jax.data.json_file import JsonFile
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import FileRecords, Records
 from llava_jax.data.workers import WorkerError, read_ahead, write_progress
 from llava_jax.errors import ConfigError, SampleError

@@ -4,9 +4,9 @@ import contextlib
 
 import numpy as np
 
-from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.lengths import SAMPLED
 from llava_jax.data.order import NO_RECORD
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
 from llava_jax.errors import SampleError
 

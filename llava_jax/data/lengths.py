@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 from jaxtyping import Int64
 
-from llava_jax.data.batching import SampleEncoder
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
 from llava_jax.errors import SampleError
 

@@ -270,7 +270,7 @@ class Engine:
             request.tokens.append(token)
             if request.scores is not None and likely is not None:
                 pairs = zip(likely.ids[index], likely.alternatives[index], strict=True)
-                request.scores.append(Likely(likely.chosen[index], [*pairs]))
+                request.scores.append(Likely(float(likely.chosen[index]), [*pairs]))
             if token in request.ends:
                 request.ending = "stop"
             elif len(request.tokens) >= request.max_new_tokens or _length(request) >= self.length:

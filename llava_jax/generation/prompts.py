@@ -18,6 +18,7 @@ from llava_jax.data.conversation import (
     Turn,
     count_placeholders,
     end_token,
+    join_system_turns,
     tokenizing,
 )
 from llava_jax.data.image_tokens import expand_images
@@ -196,18 +197,11 @@ class PromptReader:
         Raises:
             SampleError: There is a later system turn, and the chat template has no place for it.
         """
+        if not self._template.takes_system_anywhere:
+            return join_system_turns(turns)
         roles = [turn.role for turn in turns]
         first = roles.index("human") if "human" in roles else len(turns)
-        if "system" in roles[first:] and not self._template.takes_system_anywhere:
-            raise SampleError(
-                "a system message comes after the first user message, where this chat template has "
-                "no place for it; put it before the first user message",
-                "order of turns",
-            )
-        system = [turn.text for turn in turns[:first] if turn.role == "system"]
-        others = [turn for turn in turns[:first] if turn.role != "system"]
-        joined = [Turn("system", "\n\n".join(filter(None, system)))] if system else []
-        return [*joined, *others, *turns[first:]]
+        return [*join_system_turns(turns[:first]), *turns[first:]]
 
     def _pieces(self, turn: Turn) -> list[str | None]:
         """Returns the texts of a turn in order, with None for each image.

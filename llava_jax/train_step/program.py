@@ -192,8 +192,8 @@ def build_program(
     _check_memory(config)
     configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
     adapters = lora.expand(configs, model_config)
-    platform = platform or mesh.devices.flat[0].platform
-    compute = _compute_config(config, implementation, platform)
+    target: str = platform or mesh.devices.flat[0].platform
+    compute = _compute_config(config, implementation, target)
     graphdef, shapes = build_model(model_config, adapters, compute)
     placement = _place_parameters(config, shapes, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
@@ -218,7 +218,7 @@ def build_program(
     state_on_host = any(map(is_for_host, jax.tree.leaves((state, placement.parameters))))
     uses_host = state_on_host or pixels_on_host or config.memory.offload_activations
     # The eval step reads the same frozen weights in host memory as the train step.
-    options = compiler_options(platform, dtype=config.dtype, uses_host=uses_host, devices=mesh.size)
+    options = compiler_options(target, dtype=config.dtype, uses_host=uses_host, devices=mesh.size)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Program(
         model_config=model_config,
@@ -235,7 +235,7 @@ def build_program(
         train_step=jax.jit(
             train_step,
             # XLA's CPU backend cannot donate arrays in pinned host memory (JAX 0.10).
-            donate_argnums=() if state_on_host and platform == "cpu" else 0,
+            donate_argnums=() if state_on_host and target == "cpu" else 0,
             out_shardings=(shardings(state), replicated),
             compiler_options=options,
         ),

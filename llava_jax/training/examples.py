@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import BatchSpec, Sample, SampleEncoder, fill
+from llava_jax.data.batching import BatchSpec, fill
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Encoded, encode_prompt
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.records import Record
+from llava_jax.data.samples import Sample, SampleEncoder
 from llava_jax.data.sources import Records
 from llava_jax.errors import SampleError
 from llava_jax.generation.overlap import token_f1

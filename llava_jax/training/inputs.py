@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.config import ModelConfig, Parts, TrainConfig
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
+from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, eval_batches
 from llava_jax.data.conversation import end_token
 from llava_jax.data.digest import data_digest
 from llava_jax.data.files import is_remote
@@ -26,6 +26,7 @@ from llava_jax.data.padding import (
     choose_image_buckets,
     measure_padding,
 )
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError

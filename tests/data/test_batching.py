@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_jax.data import workers as workers_module
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, SampleEncoder, eval_batches
+from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, eval_batches
 from llava_jax.data.conversation import Turn
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.order import EpochOrder
 from llava_jax.data.records import Record
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.data.templates import Template
 from llava_jax.errors import ConfigError, SampleError

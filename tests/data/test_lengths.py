@@ -7,10 +7,10 @@ import pytest
 
 from llava_jax.config import parse_config
 from llava_jax.data import lengths
-from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.conversation import Turn
 from llava_jax.data.lengths import estimate_lengths
 from llava_jax.data.records import Record
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.training.inputs import find_model, open_inputs
 

@@ -11,9 +11,9 @@ from tiny_run import metrics, rows, write_config
 
 from llava_jax.cli import train
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import SampleEncoder
 from llava_jax.data.conversation import Encoded
 from llava_jax.data.records import Record
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.train_step.program import Program
 from llava_jax.training import inputs
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import BatchSpec, SampleEncoder
+from llava_jax.data.batching import BatchSpec
 from llava_jax.data.conversation import Turn
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.records import Record
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.pretrained.tokenizer import load_tokenizer

@@ -21,9 +21,10 @@ from llava_jax.config import (
     TuneConfig,
 )
 from llava_jax.data.batch import Batch
-from llava_jax.data.batching import BatchSpec, Sample, fill
+from llava_jax.data.batching import BatchSpec, fill
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.packing import deal, first_fit, images_in_row
+from llava_jax.data.samples import Sample
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.planning.measure import attention_here

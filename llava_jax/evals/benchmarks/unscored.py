@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_jax.data.forms import CONVERSATIONS
 from llava_jax.data.image_file import FORMATS
-from llava_jax.data.records import CONVERSATIONS, MAX_RECORD_BYTES
+from llava_jax.data.records import MAX_RECORD_BYTES
 from llava_jax.data.sources import SHARDS
 from llava_jax.disk import open_regular
 from llava_jax.errors import ConfigError
