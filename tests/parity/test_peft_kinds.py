@@ -17,7 +17,7 @@ from llava_jax.errors import CheckpointError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.parity("adapters of every kind", "peft", "transformers"),
+    pytest.mark.parity("adapters", "peft", "transformers"),
 ]
 
 DECODER = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
