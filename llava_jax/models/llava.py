@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from llava_jax.config import ModelConfig
@@ -186,7 +187,7 @@ def check_images(
     Raises:
         ValueError: The numbers differ.
     """
-    if pixel_values is None or isinstance(input_ids, jax.core.Tracer):
+    if pixel_values is None or isinstance(input_ids, Tracer):
         return
     ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
     tokens, images = int((ids == config.image_token_id).sum()), np.shape(pixel_values)[0]

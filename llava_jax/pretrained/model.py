@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
@@ -113,7 +114,7 @@ class LlavaModel(Llava):
         """
         graphdef, params = split(self)
         given = (input_ids, pixel_values, attention_mask)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, given))):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, given))):
             return super().__call__(*given)  # JAX does not allow compiler options in a nested jit
         check_images(self.config, input_ids, pixel_values)
         return logits(graphdef, params, *given)
