@@ -22,7 +22,7 @@ from llava_jax.distributed import environment, host_memory
 from llava_jax.distributed.environment import GIB, RESERVE_SHARE
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
-from llava_jax.planning import cache, search
+from llava_jax.planning import cache, measure, search
 from llava_jax.planning import choose as plan_choice
 from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.gpu_compiler import PLUGINS
