@@ -264,13 +264,13 @@ class Engine:
         """
         found = np.asarray(tokens).tolist()
         wanted = any(request.scores is not None for _, request in running)
-        likely = Scores(*(np.asarray(x).tolist() for x in scores)) if wanted else None
+        chosen, ids, others = (np.asarray(x).tolist() if wanted else [] for x in scores)
         for index, request in running:
             token = found[index]
             request.tokens.append(token)
-            if request.scores is not None and likely is not None:
-                pairs = zip(likely.ids[index], likely.alternatives[index], strict=True)
-                request.scores.append(Likely(float(likely.chosen[index]), [*pairs]))
+            if request.scores is not None:
+                pairs = zip(ids[index], others[index], strict=True)
+                request.scores.append(Likely(chosen[index], [*pairs]))
             if token in request.ends:
                 request.ending = "stop"
             elif len(request.tokens) >= request.max_new_tokens or _length(request) >= self.length:

@@ -210,7 +210,7 @@ def test_text_that_was_shown_stays(tokenizer: PreTrainedTokenizerBase):
     assert seen[-2] == "a\ufffd\ufffd\ufffdb"
 
 
-@pytest.mark.parametrize("text", [" red", "ly red", " 🦊", "🦊"])
+@pytest.mark.parametrize("text", [" red", " 🦊", "🦊"])
 def test_an_answer_that_continues_a_text_keeps_its_first_space(
     text: str, tokenizer: PreTrainedTokenizerBase
 ):

@@ -121,11 +121,11 @@ def test_several_adapters_share_a_base(adapters: dict[str, Path], monkeypatch: p
     settings = {"dtype": "float32", "quantize": None, "slots": 2, "max_length": 160}
     together = Assistant.load_all(all, **settings, template=None)
     prompts = [to_prompt(question, [PICTURE]) for question in QUESTIONS]
-    said = [dict(x.answer_all(prompts, max_new_tokens=8)) for x in together]
+    said = [dict(x.answer_all(prompts, max_new_tokens=4)) for x in together]
     assert [said[0][index].text for index in range(3)] == ANSWERS
     for checkpoint, found in zip(all[1:], said[1:], strict=True):
         alone = Assistant.load(checkpoint, dtype="float32", slots=2, max_length=160)
-        assert dict(alone.answer_all(prompts, max_new_tokens=8)) == found
+        assert dict(alone.answer_all(prompts, max_new_tokens=4)) == found
     assert len({tuple(r.text for r in found.values()) for found in said}) == len(all)
     weights = [jax.tree.leaves(x._engine._weights) for x in together]
     shared = {id(leaf) for leaf in weights[0]}
