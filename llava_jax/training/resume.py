@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_jax.config import MAY_CHANGE, Json, MemoryConfig, TrainConfig, flatten
+from llava_jax.config import MAY_CHANGE, Json, MemoryConfig, TrainConfig, flatten, to_json
 from llava_jax.data.digest import data_changes
 from llava_jax.data.padding import Buckets
 from llava_jax.distributed.multihost import broadcast_from_main, is_main_process, say
@@ -202,7 +202,8 @@ class Changes(NamedTuple):
 
 
 _EARLIER: Json = {"data.exif_orientation": False}
-"""What runs of older versions did whose config.json lacks a field."""
+"""Values that runs of older versions had, if their config.json lacks a field whose default value
+means something else than what they did."""
 
 
 def changes(run_dir: Path, description: Json) -> Changes:
@@ -218,7 +219,8 @@ def changes(run_dir: Path, description: Json) -> Changes:
     file = run_dir / "config.json"
     try:
         began = json.loads(file.read_text())
-        before = _EARLIER | flatten(began["config"], MAY_CHANGE)
+        before = flatten(to_json(TrainConfig("default")), MAY_CHANGE) | _EARLIER
+        before |= flatten(began["config"], MAY_CHANGE)
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
         sources = data_sources(began["config"]["data"])

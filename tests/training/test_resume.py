@@ -14,11 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def older(tmp_path: Path) -> TrainConfig:
-    """The config of a run whose config.json has no fields for orientation and image slots."""
+    """The config of a run whose config.json lacks fields that were added later."""
     config = load_config(ROOT / "configs" / "tiny_lora.py")
     config = dataclasses.replace(config, name="older", output_dir=str(tmp_path))
     began = to_json(config)
-    del began["data"]["exif_orientation"], began["data"]["image_buckets"]
+    for field in ("exif_orientation", "image_buckets", "train_on"):
+        del began["data"][field]
+    del began["lora"]["use_rslora"]
     began["data"]["buckets"] = [64]
     config.run_dir.mkdir()
     (config.run_dir / "config.json").write_text(
