@@ -81,14 +81,14 @@ class Capacity:
     host: int | None
     is_shared: bool = False
 
-    def needed(self, estimate: Estimate, factor: float = 1.0) -> float:
-        """Returns the bytes that a plan takes of `device`, with `factor` times its own memory."""
-        return factor * estimate.total + (estimate.host_total if self.is_shared else 0)
+    def needed(self, estimate: Estimate) -> int:
+        """Returns the bytes that a plan is estimated to take of `device`."""
+        return estimate.total + (estimate.host_total if self.is_shared else 0)
 
     def holds(self, estimate: Estimate, factor: float) -> bool:
         """Returns True if a plan is estimated to fit, with `factor` times the device memory."""
         fits_host = self.host is None or estimate.host_total <= self.host
-        return fits_host and self.needed(estimate, factor) <= self.device
+        return fits_host and factor * self.needed(estimate) <= self.device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def find_plan(
         needed = capacity.needed(guess)
         plans = [other for other in plans if capacity.needed(guesses[other]) < needed]
         if not usage.out_of_memory:  # otherwise, the memory of the plan is unknown
-            factor = max(factor, usage.device_needed / guess.total)
+            factor = max(factor, usage.device_needed / needed)
 
 
 def find_cpu_plan(

@@ -87,8 +87,12 @@ class Usage:
 
     @property
     def device_needed(self) -> int:
-        """Returns the bytes of device memory for a step and for what a run needs beside it."""
-        return self.total + sum(self.device_beside.values())
+        """Returns the bytes of device memory for a step and for what a run needs beside it.
+
+        If device and host share one memory, the arrays in host memory count too.
+        """
+        on_device = self.total + sum(self.device_beside.values())
+        return on_device + (self.host_needed + self.pool_growth if self.shares_host else 0)
 
     @property
     def host_needed(self) -> int:
@@ -98,8 +102,7 @@ class Usage:
     @property
     def headroom(self) -> int:
         """Returns the unused bytes of device memory; negative if the plan does not fit."""
-        shared = self.host_needed + self.pool_growth if self.shares_host else 0
-        return self.capacity - self.reserve - self.device_needed - shared
+        return self.capacity - self.reserve - self.device_needed
 
     @property
     def pool_growth(self) -> int:
