@@ -8,7 +8,7 @@ the field belongs to and which values it allows; see `llava_jax.config.fields`.
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,8 +68,12 @@ ALL_LINEAR = "all-linear"
 
 def _every(bound: Bound) -> Bound:
     """Returns the condition that every value of a dictionary or of a tuple fulfills `bound`."""
-    values = lambda found: found.values() if isinstance(found, dict) else found
-    return Bound(lambda found: all(map(bound.allows, values(found))), bound.text, bound.reason)
+
+    def allows(found: object) -> bool:
+        values = found.values() if isinstance(found, dict) else found
+        return all(map(bound.allows, values if isinstance(values, Iterable) else [values]))
+
+    return Bound(allows, bound.text, bound.reason)
 
 
 @dataclasses.dataclass(frozen=True)

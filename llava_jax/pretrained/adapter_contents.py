@@ -144,12 +144,12 @@ def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
         module = paths.stacked(f"{found[1]}.", config).removesuffix(".")
         is_known = is_adapter(parameter) and module in linears
         if not is_known and not f"{module}.".startswith(BEHIND_FEATURE):
-            odd[re.sub(r"\.layers\.\d+\.", ".layers.*.", name)] = None
+            odd.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), name)
     if odd:
         raise CheckpointError(
-            f"{piece.path} has adapters that are not supported: {', '.join([*odd][:5])}; only the "
-            "plain adapters lora_A and lora_B of the linear layers in decoder, vision tower and "
-            "projector are supported"
+            f"{piece.path} has adapters that are not supported: "
+            f"{', '.join([*odd.values()][:5])}; only the plain adapters lora_A and lora_B of the "
+            "linear layers in decoder, vision tower and projector are supported"
         )
 
 

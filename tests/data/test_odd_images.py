@@ -17,6 +17,7 @@ from llava_jax.errors import CheckpointError, SampleError
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.pretrained.image_processor import load_image_transform, save_image_processor
 from llava_jax.pretrained.model_config import read_config
+from llava_jax.pretrained.rendering import ChatTemplate
 from llava_jax.pretrained.tokenizer import load_tokenizer
 from llava_jax.serving.decoder import Decoders
 
@@ -48,8 +49,9 @@ def test_pixels_are_those_that_a_viewer_shows(odd: Odd):
 @pytest.fixture(scope="module")
 def read() -> PromptReader:
     """The reader of prompts in chat, in evaluation and in LlavaModel."""
-    template = "{% for message in messages %}USER: <image>{% endfor %}"
-    return PromptReader(load_tokenizer(TINY), TRANSFORM, template, read_config(TINY), frozenset())
+    tokenizer, text = load_tokenizer(TINY), "{% for message in messages %}USER: <image>{% endfor %}"
+    template = ChatTemplate(text, tokenizer, "<image>")
+    return PromptReader(tokenizer, TRANSFORM, template, read_config(TINY), frozenset())
 
 
 @pytest.fixture(scope="module")

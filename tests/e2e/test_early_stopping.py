@@ -8,7 +8,7 @@ import pytest
 from tiny_run import metrics, rows, write_config
 
 from llava_jax.cli import train
-from llava_jax.pretrained.peft import read_settings
+from llava_jax.pretrained.peft_config import read_settings
 from llava_jax.training import evaluation
 from llava_jax.training.console import Reporter
 from llava_jax.training.evaluation import Evaluation
@@ -109,7 +109,7 @@ def test_a_run_that_learns_nothing_is_warned_of_and_says_so(
     status, directory = start("nothing", "--steps", "1", "--data.eval-path", "None")
     assert status == 0
     said = capsys.readouterr().out
-    assert "note: checkpoint.keep_best, eval.every, eval.patience have no effect" in said
+    assert "eval.patience, eval.examples have no effect, because there is no eval data" in said
     assert "warning: this run learns nothing, because the only step is the first step of" in said
     assert said.index("warning: this run learns") < said.index("attention: ")
     assert "warning: the run has changed nothing, because in all of its 1 steps the learn" in said

@@ -327,7 +327,7 @@ def test_system_messages(place):
     (place / "chat_template.jinja").write_text(ours_text)
     np.testing.assert_array_equal(ours_of(place, [*two, asked]), ours_of(place, [joined, asked]))
     later = [asked, said, two[0], asked]
-    with pytest.raises(SampleError, match=r"a system message comes after the first user message"):
+    with pytest.raises(SampleError, match=r"is a system message after the first question"):
         ours_of(place, later)
     with pytest.raises(SampleError, match=r"must be from the user"):
         ours_of(place, [said, asked])

@@ -343,7 +343,9 @@ def test_transformers_generates(written, tmp_path):
 
 def test_a_tokenizer_of_another_model_is_refused(byte_level, tmp_path):
     other = dataclasses.replace(CONFIG, image_token_id=310)
-    with pytest.raises(CheckpointError, match="no token with the id 310"):
+    with pytest.raises(
+        CheckpointError, match="has the id 310, but the tokenizer has the id 3 for <image>"
+    ):
         save_processor(byte_level, tmp_path, other, template=TEMPLATES["vicuna_v1"], aspect="pad")
 
 

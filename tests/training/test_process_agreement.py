@@ -27,6 +27,7 @@ from llava_jax.errors import ConfigError, RunError, SampleError
 from llava_jax.training import process_agreement, run
 from llava_jax.training.inputs import Inputs, find_model, open_inputs
 from llava_jax.training.process_agreement import agree, refuse_texts, run_facts
+from llava_jax.training.setup import Setup
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny-llava"
@@ -147,7 +148,8 @@ def test_a_batch_of_different_texts_names_the_records(
     together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, _, inputs = open_run(tmp_path)
-    read = inputs.records.read_raw
+    file = inputs.records.files[0]
+    read = file.read
 
     def read_here(index: int) -> Any:
         raw = read(index)
@@ -157,7 +159,7 @@ def test_a_batch_of_different_texts_names_the_records(
             raise SampleError("not JSON")
         return raw
 
-    monkeypatch.setattr(inputs.records, "read_raw", read_here)
+    monkeypatch.setattr(file, "read", read_here)
     for error in together(
         lambda number: refuse_texts(inputs, inputs.records, [2, 1, 0, NO_RECORD])
     ):
@@ -176,7 +178,7 @@ def test_process_0_chooses_the_buckets_of_all(
     own = lambda: multihost.process_state().process_id
     choose = lambda self, steps: (Buckets((8 + own(),), (own(),)), 0.5)
     monkeypatch.setattr(Inputs, "choose_buckets", choose)
-    setup = run._Setup(config, None, None, model, TINY, inputs, {}, 3)
+    setup = Setup(config, None, None, model, TINY, inputs, {}, 3)
     for found in together(lambda number: run._choose_buckets(setup, is_resumed=False)):
         assert found.config.data.buckets == found.inputs.spec.buckets == (8,)
         assert found.config.data.image_buckets == found.inputs.spec.image_buckets == (0,)
