@@ -203,7 +203,9 @@ def check_images(
     if pixel_values is None or isinstance(input_ids, Tracer):
         return
     ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
-    tokens, images = int((ids == config.image_token_id).sum()), np.shape(pixel_values)[0]
+    with jax.ensure_compile_time_eval():  # the ids may be a constant of a function that is traced
+        tokens = int((ids == config.image_token_id).sum())
+    images = np.shape(pixel_values)[0]
     if tokens != images * config.image_tokens:
         raise ValueError(
             f"input_ids has {tokens} image tokens, but the {images} images in pixel_values need "

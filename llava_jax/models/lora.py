@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -17,46 +17,11 @@ from jaxtyping import Array, Float
 from llava_jax.config import ALL_LINEAR, LoraConfig, ModelConfig, TuneConfig
 from llava_jax.errors import ConfigError
 from llava_jax.models import paths
-from llava_jax.models.layers import Embedding, Linear, parameter
+from llava_jax.models.layers import Abstract, Adapter, Embedding, Linear, parameter
 from llava_jax.models.llava import Llava
 from llava_jax.models.paths import EMBEDDING, LLM, PROJECTOR, VISION
 from llava_jax.models.quant import Quantised
 from llava_jax.models.stack import jit_for_backend
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """LoRA adapter of a linear layer, or of each layer of a stack of linear layers.
-
-    A stack of L layers has the parameters `lora_a` [L, R, in] and `lora_b` [L, out, R], where R is
-    the largest rank of a layer. The rows of A and the columns of B beyond the rank of a layer are
-    zero. They stay zero in training, because their gradients are zero.
-
-    Attributes:
-        ranks: Rank in each layer; 0 means that the layer has no adapter. A linear layer outside the
-            stacks has one entry.
-        alphas: Alpha in each layer: the output of the adapter is multiplied by alpha / rank.
-        dropout: Dropout rate for the inputs.
-    """
-
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    dropout: float = 0.0
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Factor of the output in each layer; layers without adapter have the first factor."""
-        some = next(alpha / rank for rank, alpha in self._pairs if rank)
-        return tuple(alpha / rank if rank else some for rank, alpha in self._pairs)
-
-    @property
-    def meaning(self) -> tuple[tuple[int, float], ...]:
-        """Rank and alpha in each layer; both are 0 if the layer has no adapter."""
-        return tuple((rank, alpha if rank else 0.0) for rank, alpha in self._pairs)
-
-    @property
-    def _pairs(self) -> list[tuple[int, float]]:
-        return list(zip(self.ranks, self.alphas, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +194,8 @@ def _expand_one(
         rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
         alpha = config.alpha if alpha_key is None else config.alpha_pattern[alpha_key]
         ranks.append(rank if is_chosen else 0)
-        # rsLoRA scales by alpha / sqrt(rank) instead of alpha / rank.
-        alphas.append(alpha * math.sqrt(rank) if config.use_rslora else float(alpha))
-    return Adapter(tuple(ranks), tuple(alphas), config.dropout), used
+        alphas.append(float(alpha))
+    return Adapter(tuple(ranks), tuple(alphas), config.dropout, config.use_rslora), used
 
 
 def _match(patterns: Mapping[str, object], name: str) -> str | None:
@@ -267,13 +231,22 @@ def add_adapters(model: nnx.Module, adapters: Adapters) -> None:
 
 def _add_adapter(linear: Linear, adapter: Adapter, index: int) -> None:
     *layers, outputs, inputs = linear.weight.get_value().shape
-    rank, scales = max(adapter.ranks), adapter.scales
+    rank = max(adapter.ranks)
     linear.lora_a = parameter(*layers, rank, inputs)
     linear.lora_b = parameter(*layers, outputs, rank)
-    linear.lora_scale = scales[0]
-    linear.lora_layer_scales = scales if len({*scales}) > 1 else ()
-    linear.lora_dropout = adapter.dropout
-    linear.lora_index = index
+    linear.adapter, linear.lora_index = adapter, index
+
+
+def adapters_in(model: nnx.Module) -> dict[str, Adapter | TokenRows]:
+    """Returns the adapters of a model by the path of their module, as `add_adapters` takes them."""
+    found: dict[str, Adapter | TokenRows] = {}
+    for keys, module in nnx.iter_modules(model):
+        path = ".".join(map(str, keys))
+        if isinstance(module, Linear) and module.adapter is not None:
+            found[path] = module.adapter
+        elif isinstance(module, Embedding) and module.trainable_tokens is not None:
+            found[path] = TokenRows(module.token_indices)
+    return found
 
 
 def stored_layers(
@@ -299,6 +272,21 @@ def stored_layers(
             yield index, name, tuple(own)
 
 
+def count_values(abstract: Abstract, config: ModelConfig, adapters: Adapters) -> int:
+    """Returns the number of values of parameters, without the zeros beyond an adapter's rank.
+
+    Args:
+        abstract: Arrays or shapes of the parameters, by path.
+        config: Sizes of the model.
+        adapters: Adapters of the model.
+    """
+    return sum(
+        math.prod(shape)
+        for path, leaf in abstract.items()
+        for _, _, shape in stored_layers(path, leaf.shape, config, adapters)
+    )
+
+
 def without_padding(values: np.ndarray, path: str, adapters: Adapters) -> np.ndarray:
     """Returns values of `lora_a` in which the rows beyond the rank of each layer are zero.
 
@@ -320,16 +308,27 @@ def describe(adapters: Adapters) -> list[str]:
     texts = []
     for part in (LLM, VISION, PROJECTOR):
         found = [x for path, x in adapters.items() if path.startswith(part)]
-        pairs = [pair for x in found if isinstance(x, Adapter) for pair in x.meaning if pair[0]]
-        if pairs:
-            ranks, alphas = (sorted({*values}) for values in zip(*pairs, strict=True))
+        linears = [x for x in found if isinstance(x, Adapter)]
+        ranks, alphas = sorted({r for x in linears for r in x.ranks if r}), given_alphas(linears)
+        if ranks:
             rank = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
             alpha = f"alpha{'s' * (len(alphas) > 1)} {', '.join(f'{x:g}' for x in alphas)}"
-            texts.append(f"adapters with {rank} and {alpha} in {part}*")
+            rs = " (rsLoRA)" * any(x.use_rslora for x in linears)
+            texts.append(f"adapters with {rank} and {alpha}{rs} in {part}*")
     for path, rows in adapters.items():
         if isinstance(rows, TokenRows):
             texts.append(f"the vectors of {len(rows.indices)} tokens in {path}")
     return texts
+
+
+def given_alphas(adapters: Iterable[Adapter]) -> list[float]:
+    """Returns the alphas of the layers that have adapters, as the user gave them, also for rsLoRA.
+
+    Args:
+        adapters: Adapters of some modules.
+    """
+    pairs = (pair for x in adapters for pair in zip(x.ranks, x.alphas, strict=True))
+    return sorted({alpha for rank, alpha in pairs if rank})
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -371,24 +370,28 @@ def merge_adapters(model: nnx.Module) -> None:
         model: Model that is changed in place.
 
     Raises:
-        ValueError: The weight of an adapter is quantized.
+        ValueError: The weight of an adapter is quantized. The model is not changed then.
     """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and module.lora_a is not None and module.lora_b is not None:
-            if isinstance(module.weight.get_value(), Quantised):
-                raise ValueError(
-                    "adapters cannot be merged into quantized weights; load unquantized weights"
-                )
-            weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
-            if weight.ndim == 3:
-                scales = module.lora_layer_scales or [module.lora_scale] * weight.shape[0]
-                weight = _merge(weight, a, b, np.array(scales, np.float32))
-            else:
-                weight = merge_layer(weight, a, b, module.lora_scale)
-            module.weight = nnx.Param(weight)
-            module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
-            module.lora_scale, module.lora_layer_scales = 1.0, ()
-            module.lora_dropout, module.lora_index = 0.0, 0
-        elif isinstance(module, Embedding) and module.trainable_tokens is not None:
+    modules = [module for _, module in nnx.iter_modules(model)]
+    adapted = [m for m in modules if isinstance(m, Linear) and m.adapter is not None]
+    if any(isinstance(module.weight.get_value(), Quantised) for module in adapted):
+        raise ValueError(
+            "adapters cannot be merged into quantized weights; load unquantized weights"
+        )
+    for module in adapted:
+        assert module.adapter is not None
+        assert module.lora_a is not None
+        assert module.lora_b is not None
+        weight, a, b = (p[...] for p in (module.weight, module.lora_a, module.lora_b))
+        scales = module.adapter.scales
+        if weight.ndim == 3:
+            weight = _merge(weight, a, b, np.array(scales, np.float32))
+        else:
+            weight = merge_layer(weight, a, b, scales[0])
+        module.weight = nnx.Param(weight)
+        module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
+        module.adapter, module.lora_index = None, 0
+    for module in modules:
+        if isinstance(module, Embedding) and module.trainable_tokens is not None:
             module.weight = nnx.Param(module.matrix)
             module.trainable_tokens, module.token_indices = nnx.data(None), ()

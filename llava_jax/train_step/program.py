@@ -1,8 +1,8 @@
 """Builds a run's model structure, shapes, shardings and jitted steps from its config."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -94,9 +94,9 @@ class Program:
 
     def count_parameters(self) -> dict[str, int]:
         """Returns the number of trainable parameters, and the total number of parameters."""
-        sizes = {path: math.prod(leaf.shape) for path, leaf in self.abstract.items()}
-        trainable = sum(sizes[path] for path in self.trainable)
-        return {"trainable": trainable, "total": sum(sizes.values())}
+        count = partial(lora.count_values, config=self.model_config, adapters=self.adapters)
+        trainable = count({path: self.abstract[path] for path in self.trainable})
+        return {"trainable": trainable, "total": count(self.abstract)}
 
     def describe_parameters(self) -> str:
         """Returns the numbers of trainable and of all parameters, in the words that PEFT prints."""

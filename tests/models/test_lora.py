@@ -13,7 +13,7 @@ from llava_jax.config import LoraConfig, TuneConfig
 from llava_jax.errors import ConfigError
 from llava_jax.models import lora
 from llava_jax.models.build import build_model
-from llava_jax.models.layers import Linear, dropout, fold_in, merge, parameter, split
+from llava_jax.models.layers import Adapter, Linear, dropout, fold_in, merge, parameter, split
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 
 
@@ -76,7 +76,7 @@ def test_dropout_of_a_token_does_not_depend_on_its_neighbours():
 def test_the_linears_of_a_block_drop_different_elements():
     linear = Linear(8, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 8), parameter(4, 2)
-    linear.lora_dropout = 0.5
+    linear.adapter = Adapter((2,), (2.0,), dropout=0.5)
     x, keys = jnp.ones((1, 16, 8)), jax.random.split(jax.random.key(0), (1, 16))
     outputs = []
     for index in range(2):
@@ -111,7 +111,7 @@ def test_merging_computes_the_same_and_leaves_no_adapter():
 def test_gradients_see_the_dropout_of_the_forward_pass():
     linear = Linear(7, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 7), parameter(4, 2)
-    linear.lora_scale, linear.lora_dropout = 2.0, 0.5
+    linear.adapter = Adapter((2,), (4.0,), dropout=0.5)
     graphdef, shapes = split(linear)
     keys = jax.random.split(jax.random.key(0), (3, 5))
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
