@@ -24,7 +24,7 @@ from llava_jax.distributed.sharding import (
 )
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import compiler_options
-from llava_jax.models import lora
+from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract
@@ -190,8 +190,8 @@ def build_program(
         ConfigError: Fields of the config contradict each other or do not fit the devices.
     """
     _check_memory(config)
-    configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    adapters = lora.expand(configs, model_config)
+    configs = adapter_settings.adapter_configs(config.tune, config.lora, config.vision_lora)
+    adapters = adapter_settings.expand(configs, model_config)
     target: str = platform or mesh.devices.flat[0].platform
     compute = _compute_config(config, implementation, target)
     graphdef, shapes = build_model(model_config, adapters, compute)

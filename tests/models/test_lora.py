@@ -11,7 +11,7 @@ from tiny_training import CONFIG, MODEL
 
 from llava_jax.config import LoraConfig, TuneConfig
 from llava_jax.errors import ConfigError
-from llava_jax.models import lora
+from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Adapter, Linear, dropout, fold_in, merge, parameter, split
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
@@ -20,7 +20,7 @@ from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 def adapters(**targets: tuple[str, ...]) -> lora.Adapters:
     parts = {"llm": LLM, "vision": VISION}
     configs = {parts[part]: LoraConfig(rank=2, targets=names) for part, names in targets.items()}
-    return lora.expand(configs, MODEL)
+    return adapter_settings.expand(configs, MODEL)
 
 
 def test_only_targets_get_adapters():
@@ -88,8 +88,8 @@ def test_the_linears_of_a_block_drop_different_elements():
 
 
 def test_merging_computes_the_same_and_leaves_no_adapter():
-    settings = lora.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
-    graphdef, abstract = build_model(MODEL, lora.expand(settings, MODEL))
+    settings = adapter_settings.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
+    graphdef, abstract = build_model(MODEL, adapter_settings.expand(settings, MODEL))
     key = jax.random.key(0)
     params = {
         path: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)

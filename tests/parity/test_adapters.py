@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.errors import CheckpointError
+from llava_jax.models.adapter_settings import expand
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
-from llava_jax.models.lora import expand
 from llava_jax.models.paths import LLM, VISION
 from llava_jax.pretrained.adapters import load_adapter, open_adapter
 from llava_jax.pretrained.peft import save_adapter

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from llava_jax.config import VISION_LINEARS, LlmConfig, LoraConfig, ModelConfig, VisionConfig
-from llava_jax.models.lora import expand
+from llava_jax.models.adapter_settings import expand
 from llava_jax.models.paths import LLM, PROJECTOR, VISION
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.peft_config import CONFIG
