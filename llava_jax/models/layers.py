@@ -145,7 +145,7 @@ class Linear(nnx.Module):
             keys = None if keys is None else fold_in(keys, self.lora_index)
             scale = self.adapter.scales[0]
             if self.lora_scales is not None:
-                scale = self.lora_scales[...].astype(x.dtype)
+                scale = self.lora_scales[...]
             arrays = x, self.lora_a[...], self.lora_b[...], keys
             y += _low_rank_product(*arrays, scale, self.adapter.dropout)
         return checkpoint_name(y, LINEAR)
@@ -187,7 +187,10 @@ def _low_rank_product(
     low: jax.Array = (
         _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
     )
-    return _product(checkpoint_name(scale * low, LOW_RANK), b)
+    # A scale that is rounded to bfloat16 would change all outputs by the same factor.
+    is_exact = isinstance(scale, float) and float(np.asarray(scale, x.dtype)) == scale
+    scaled = scale * (low if is_exact else low.astype(jnp.float32))
+    return _product(checkpoint_name(scaled.astype(x.dtype), LOW_RANK), b)
 
 
 @jax.custom_vjp

@@ -300,15 +300,10 @@ def padded(
     adapter = adapters.get(path.rpartition(".")[0])
     if not isinstance(adapter, Adapter) or not is_adapter(path):
         return tensors
-    own = shape[-2:]
-    rest = iter(tensors)
+    first, rest = tensors[0], iter(tensors)
     inner = [next(rest) if rank else None for rank in adapter.ranks]
+    like = [tensor or first for tensor in inner]
     return [
-        tensor if tensor is not None and tensor.shape == own else _pad(tensors[0], tensor, own)
-        for tensor in inner
+        Padded(x.name, x.file, x.dtype, shape[-2:], 0, 0, tensor)
+        for x, tensor in zip(like, inner, strict=True)
     ]
-
-
-def _pad(like: Tensor, inner: Tensor | None, shape: tuple[int, ...]) -> Padded:
-    known = inner or like
-    return Padded(known.name, known.file, known.dtype, shape, 0, 0, inner)

@@ -124,3 +124,18 @@ def test_gradients_see_the_dropout_of_the_forward_pass():
     ours = lambda params, x: jnp.sum(jnp.sin(merge(graphdef, params)(x, keys)))
     found, expected = (jax.grad(f, (0, 1))(params, draw(9, (3, 5, 7))) for f in (ours, plain))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.005])
+def test_the_scale_is_not_rounded_to_bfloat16(alpha: float):
+    """The powers of two that A and B have keep every product exact."""
+    linear = Linear(8, 4, bias=False)
+    linear.lora_a, linear.lora_b = parameter(1, 8), parameter(4, 1)
+    linear.adapter = Adapter((1,), (alpha,))
+    graphdef, shapes = split(linear)
+    ones = {path: jnp.ones(leaf.shape, jnp.bfloat16) for path, leaf in shapes.items()}
+    params = ones | {"weight": jnp.zeros((4, 8), jnp.bfloat16)}
+    x = jnp.full((1, 1, 8), 127 / 128, jnp.bfloat16)
+    got = merge(graphdef, params)(x)
+    expected = jnp.asarray(alpha * 8 * 127 / 128, jnp.bfloat16)
+    np.testing.assert_array_equal(got, jnp.full_like(got, expected))
