@@ -160,8 +160,8 @@ def open_source(
 
 def _summary(trained: AdapterCheckpoint) -> str:
     """Returns a text that lists the adapters by stack and the parts that were trained in full."""
-    whole = sorted({_part(path) for path in trained.abstract if not is_adapter(path)})
-    return "; ".join([*describe(trained.adapters), *(f"{part} trained in full" for part in whole)])
+    full = sorted({_part(path) for path in trained.abstract if not is_adapter(path)})
+    return "; ".join([*describe(trained.adapters), *(f"{part} trained in full" for part in full)])
 
 
 def _part(path: str) -> str:

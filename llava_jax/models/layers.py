@@ -162,14 +162,18 @@ def with_layer_scales(stack: Stack) -> Stack:
     Args:
         stack: Module with stacked blocks; it is not changed.
     """
-    differ = lambda m: isinstance(m, Linear) and m.adapter and len({*m.adapter.scales}) > 1
-    if not any(differ(module) for _, module in nnx.iter_modules(stack)):
+    if not any(_scales_differ(module) for _, module in nnx.iter_modules(stack)):
         return stack
     copy = cast("Stack", merge(*split(stack)))
     for _, module in nnx.iter_modules(copy):
-        if differ(module):
+        if isinstance(module, Linear) and module.adapter and _scales_differ(module):
             module.lora_scales = nnx.Param(jnp.array(module.adapter.scales, jnp.float32))
     return copy
+
+
+def _scales_differ(module: nnx.Module) -> bool:
+    adapter = module.adapter if isinstance(module, Linear) else None
+    return adapter is not None and len({*adapter.scales}) > 1
 
 
 def _low_rank_product(

@@ -53,10 +53,18 @@ _LAYOUTS = (
     *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
+
+
+def _flags(field: str) -> str:
+    """Returns the options for the ranks and the alphas of adapters, and for the adapted modules."""
+    names = ("rank", "alpha", "use-rslora", "rank-pattern", "alpha-pattern", "targets")
+    return ", ".join(f"--{field}.{name}" for name in (*names, "layers-to-transform"))
+
+
 _SETTINGS = {
-    LLM: "tune.llm and --lora.rank, --lora.alpha, --lora.targets",
-    PROJECTOR: "tune.projector and --lora.rank, --lora.alpha",
-    VISION: "tune.vision and --vision-lora.rank, --vision-lora.alpha, --vision-lora.targets",
+    LLM: f"tune.llm and {_flags('lora')}",
+    PROJECTOR: f"tune.projector and {_flags('lora')}",
+    VISION: f"tune.vision and {_flags('vision-lora')}",
 }
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 
@@ -344,7 +352,7 @@ def load_adapter(
 def _other_settings(trained: AdapterCheckpoint, adapters: Adapters) -> Iterable[str]:
     """Yields a text for each part whose adapters differ from those of the run."""
     for part, fields in _SETTINGS.items():
-        has, wants = _meaning(trained.adapters, part), _meaning(adapters, part)
+        has, wants = _ranks_and_alphas(trained.adapters, part), _ranks_and_alphas(adapters, part)
         if has == wants:
             continue
         texts = [_summary(found) for found in (has, wants)]
@@ -366,16 +374,16 @@ def _other_settings(trained: AdapterCheckpoint, adapters: Adapters) -> Iterable[
         )
 
 
-def _meaning(adapters: Adapters, part: str) -> dict[str, tuple[tuple[int, float], ...]]:
+def _ranks_and_alphas(adapters: Adapters, part: str) -> dict[str, tuple[tuple[int, float], ...]]:
     """Returns the ranks and the alphas of a part's adapters, by path."""
     found = {path: x for path, x in adapters.items() if path.startswith(part)}
     return {path: x.ranks_and_alphas for path, x in found.items() if isinstance(x, Adapter)}
 
 
-def _summary(meaning: Mapping[str, tuple[tuple[int, float], ...]]) -> str:
-    if not meaning:
+def _summary(values: Mapping[str, tuple[tuple[int, float], ...]]) -> str:
+    if not values:
         return "None"
-    pairs = sorted({pair for layers in meaning.values() for pair in layers if pair[0]})
-    targets = sorted({path.rsplit(".", 1)[-1] for path in meaning})
-    values = pairs[0] if len(pairs) == 1 else tuple([*x] for x in zip(*pairs, strict=True))
-    return str((*values, targets))
+    pairs = sorted({pair for layers in values.values() for pair in layers if pair[0]})
+    targets = sorted({path.rsplit(".", 1)[-1] for path in values})
+    both = pairs[0] if len(pairs) == 1 else tuple([*x] for x in zip(*pairs, strict=True))
+    return str((*both, targets))

@@ -98,11 +98,11 @@ def save_adapter(
             vision tower.
     """
     directory = Path(directory)
-    whole = [path for path in params if not is_adapter(path)]
+    full = [path for path in params if not is_adapter(path)]
     if foreign := not_storable(params):
         raise ValueError(f"a PEFT adapter cannot store these parameters: {', '.join(foreign)}")
-    modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
-    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
+    modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in full)]
+    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in full):
         raise ValueError(
             "PEFT can only load a complete vision tower; also include the layers after the feature "
             "layer"
@@ -129,9 +129,9 @@ def not_storable(params: Collection[str]) -> list[str]:
     Args:
         params: Paths of trained parameters.
     """
-    whole = [path for path in params if not is_adapter(path)]
-    projector = [*filter(is_projector, whole)]
-    foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
+    full = [path for path in params if not is_adapter(path)]
+    projector = [*filter(is_projector, full)]
+    foreign = [path for path in full if not path.startswith(tuple(_MODULES))]
     return foreign + (projector if len(projector) not in (0, _PROJECTOR_SIZE) else [])
 
 
@@ -196,17 +196,17 @@ def _patterns(
     part: str, linears: Mapping[str, Adapter], first: Adapter
 ) -> dict[str, tuple[int, float]]:
     """Returns the rank and the alpha of adapters that differ from `first`, by name pattern."""
-    own = {path: x for path, x in linears.items() if path.startswith(part)}
-    pairs = {pair for x in own.values() for pair in x.ranks_and_alphas if pair[0]}
+    of_part = {path: x for path, x in linears.items() if path.startswith(part)}
+    pairs = {pair for x in of_part.values() for pair in x.ranks_and_alphas if pair[0]}
     if pairs <= {*first.ranks_and_alphas}:
         return {}
     start = _NAMES[part][1]
     if len(pairs) == 1 and start:
         return {f"{start}.*": pairs.pop()}
     found = {}
-    for path, adapter in own.items():
+    for path, adapter in of_part.items():
         for pair in sorted(pairs - {*first.ranks_and_alphas}):
-            layers = [index for index, own in enumerate(adapter.ranks_and_alphas) if own == pair]
+            layers = [i for i, x in enumerate(adapter.ranks_and_alphas) if x == pair]
             if layers:
                 found[start + _end(part, path, layers)] = pair
     return found
