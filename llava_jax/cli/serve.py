@@ -328,7 +328,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     """
     from llava_jax.config import format_source, parse_source
     from llava_jax.errors import ConfigError
-    from llava_jax.pretrained.resolve import model_name, resolve
+    from llava_jax.pretrained.resolve import base_warnings, model_name, resolve
 
     checkpoint = find_checkpoint(given)
     quantize = chosen_quantisation(given, checkpoint)
@@ -344,7 +344,9 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     for name, directory in given.adapter:
         if name in found:
             raise ConfigError(f"--adapter {name}={directory}: there is another model {name!r}")
-        found[name] = resolve(directory, base=checkpoint.base)
+        found[name] = one = resolve(directory, base=checkpoint.base)
+        for line in base_warnings(one.adapter, checkpoint, quantize) if one.adapter else ():
+            print(f"--adapter {name}: {line}", flush=True)
     names = [str(one.adapter or format_source(one.base)) for one in found.values()]
     print(f"loading {', '.join(names)}", flush=True)
     loaded = load_assistants(given, [*found.values()], slots=given.slots, quantize=quantize)

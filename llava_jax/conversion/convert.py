@@ -21,7 +21,14 @@ from llava_jax.data.templates import TEMPLATES, Template
 from llava_jax.errors import ConfigError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Abstract
-from llava_jax.models.lora import Adapter, Adapters, TokenRows, describe, merge_layer
+from llava_jax.models.lora import (
+    Adapter,
+    Adapters,
+    TokenRows,
+    describe,
+    given_alphas,
+    merge_layer,
+)
 from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
@@ -153,8 +160,8 @@ def open_source(
 
 def _summary(trained: AdapterCheckpoint) -> str:
     """Returns a text that lists the adapters by stack and the parts that were trained in full."""
-    whole = sorted({_part(path) for path in trained.abstract if not is_adapter(path)})
-    return "; ".join([*describe(trained.adapters), *(f"{part} trained in full" for part in whole)])
+    full = sorted({_part(path) for path in trained.abstract if not is_adapter(path)})
+    return "; ".join([*describe(trained.adapters), *(f"{part} trained in full" for part in full)])
 
 
 def _part(path: str) -> str:
@@ -166,7 +173,7 @@ def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, f
     """Raises ConfigError if a given alpha contradicts the alpha in the checkpoint."""
     for part, given in alphas.items():
         found = [x for at, x in trained.adapters.items() if at.startswith(part)]
-        known = {pair[1] for x in found if isinstance(x, Adapter) for pair in x.meaning if pair[0]}
+        known = {*given_alphas(x for x in found if isinstance(x, Adapter))}
         if known - {given}:
             raise ConfigError(
                 f"{path} has alpha {max(known - {given}):g} in {part}*, but alpha {given:g} was "
@@ -187,7 +194,7 @@ def merged(opened: Opened) -> dict[str, Stored]:
         weight, tensors = params[f"{path}.weight"], opened.trained.tensors
         if isinstance(adapter, TokenRows):
             (rows,) = tensors[path + TRAINABLE_TOKENS]
-            params[f"{path}.weight"] = _with_rows(weight, rows, adapter)
+            params[f"{path}.weight"] = with_rows(weight, rows, adapter)
         else:
             a, b = (tensors[f"{path}.lora_{x}"] for x in "ab")
             params[f"{path}.weight"] = _merge(weight, a, b, adapter.scales)
@@ -204,7 +211,7 @@ def _merge(weight: Stored, a: list[Tensor], b: list[Tensor], scales: Sequence[fl
     return dataclasses.replace(weight, read=read)
 
 
-def _with_rows(weight: Stored, rows: Tensor, adapter: TokenRows) -> Stored:
+def with_rows(weight: Stored, rows: Tensor, adapter: TokenRows) -> Stored:
     """Returns a matrix of the vocabulary that has trained rows."""
 
     def read(index: int) -> np.ndarray:
@@ -333,7 +340,8 @@ def _trained_params(opened: Opened) -> dict[str, Stored]:
 
 def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     """Writes the adapters, and the parts that were trained in full, as one PEFT directory."""
-    params = _trained_params(opened)
+    params, trained = _trained_params(opened), opened.trained
+    assert trained is not None
     if foreign := not_storable(params):
         raise ConfigError(
             f"a PEFT adapter cannot store {len(foreign)} of the parameters that were trained in "
@@ -346,6 +354,7 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
         opened.config,
         base_name=opened.name,
         fingerprint=opened.fingerprint,
+        revision=trained.revision if opened.name == trained.base_name else None,
         era=era,
     )
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_jax.conversion.convert import Opened, open_source
+from llava_jax.conversion.convert import Opened, open_source, with_rows
 from llava_jax.data.conversation import Turn, encode_prompt
 from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.templates import TEMPLATES
@@ -135,13 +135,7 @@ def _base_of(opened: Opened, path: str, spec: jax.ShapeDtypeStruct) -> Stored:
     if not isinstance(rows, TokenRows) or opened.trained is None:
         return base
     (trained,) = opened.trained.tensors[module + TRAINABLE_TOKENS]
-
-    def read(index: int) -> np.ndarray:
-        values = base.read(index).astype(np.float32)
-        values[list(rows.indices)] = trained.read()
-        return values
-
-    return dataclasses.replace(base, read=read)
+    return with_rows(base, trained, rows)
 
 
 def _adapter_of(opened: Opened, path: str) -> tuple[list[list[Tensor]], tuple[float, ...]]:

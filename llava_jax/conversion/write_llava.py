@@ -115,7 +115,7 @@ def save_official_adapter(
             f"example {foreign[0]}; add --merge"
         )
     linears = {path: x for path, x in adapters.items() if isinstance(x, Adapter)}
-    if len({pair for x in linears.values() for pair in x.meaning}) > 1:
+    if len({pair for x in linears.values() for pair in x.ranks_and_alphas}) > 1:
         raise ConfigError(
             "LLaVA's LoRA directories cannot store adapters with different ranks or alphas, or "
             "adapters of only some layers; add --merge"

@@ -1,9 +1,7 @@
 """Loads the model of a checkpoint and answers several conversations at the same time."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 
@@ -15,9 +13,7 @@ from llava_jax.generation.decoder import Structure, Weights, unstack_layers
 from llava_jax.generation.engine import Engine, Request
 from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
-from llava_jax.models.layers import merge, split
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.pretrained.processor import has_processor
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
@@ -27,14 +23,6 @@ MAX_LENGTH = 2048
 def default_dtype() -> str:
     """Returns "float32" on CPUs, where bfloat16 is slow, and "bfloat16" on other devices."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _with_adapter(base: LlavaModel, adapter: Path | None) -> LlavaModel:
-    """Returns a model with the arrays of `base`, and with an adapter if there is one."""
-    model = cast("LlavaModel", merge(*split(base)))
-    if adapter is not None:
-        model.load_adapter(adapter)
-    return model
 
 
 def choose_length(config: ModelConfig, max_length: int | None) -> int:
@@ -151,24 +139,16 @@ class Assistant:
             ConfigError: See `load`.
             CheckpointError: A checkpoint cannot be used.
         """
-        load = partial(
-            LlavaModel.from_checkpoint,
-            dtype=dtype or default_dtype(),
-            mesh=make_mesh(MeshConfig(fsdp=1, tensor=-1)),
-            quantize=quantize,
+        mesh = make_mesh(MeshConfig(fsdp=1, tensor=-1))
+        models = LlavaModel.from_checkpoints(
+            checkpoints, dtype=dtype or default_dtype(), mesh=mesh, quantize=quantize
         )
-        if len(checkpoints) == 1:
-            models = [load(checkpoints[0])]
-        else:
-            base = load(checkpoints[0]._replace(adapter=None))
-            models = [_with_adapter(base, one.adapter) for one in checkpoints]
-            del base  # so that its arrays can be freed below
         length = choose_length(models[0].config, max_length)
         readers = []
-        for one, model in zip(checkpoints, models, strict=True):
-            has_own = one.adapter is not None and has_processor(one.adapter)
-            place = one.adapter if one.adapter and has_own else one.base
-            readers.append(PromptReader.open(place, model.config, template))
+        for model in models:
+            assert model.processor_source is not None
+            readers.append(PromptReader.open(model.processor_source, model.config, template))
+            model.adapter = None  # so that models with similar adapters share compiled programs
         unstacked = unstack_layers(models, donate=True)
         return [
             cls(model, reader, slots=slots, max_length=length, unstacked=weights)

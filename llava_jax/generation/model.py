@@ -1,12 +1,8 @@
 """Defines the public class `LlavaModel`: a model with its weights that also answers questions."""
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 from weakref import WeakKeyDictionary
-
-import jax
 
 from llava_jax.config import format_source
 from llava_jax.errors import ConfigError
@@ -15,10 +11,9 @@ from llava_jax.generation.messages import ImageSource, Messages, to_prompt
 from llava_jax.generation.prompts import PromptReader
 from llava_jax.generation.sampling import Sampling
 from llava_jax.models.layers import split
+from llava_jax.models.lora import adapters_in, count_values
 from llava_jax.models.paths import is_adapter
-from llava_jax.models.quant import Quantised
 from llava_jax.pretrained import model
-from llava_jax.pretrained.processor import has_processor
 
 MAX_NEW_TOKENS = 512
 """Default of the largest number of tokens of an answer, as in `llava-jax chat`."""
@@ -32,13 +27,12 @@ class LlavaModel(model.LlavaModel):
         adapter: Path of the adapter that was loaded last; None if no adapter was loaded.
     """
 
-    adapter: Path | None = None
-
     def __repr__(self) -> str:
         """Returns a few lines: source, sizes, dtype and adapters."""
         _, params = split(self)
         vision, llm = self.config.vision, self.config.llm
-        count = lambda paths: f"{sum(_size(params[path]) for path in paths):,}"
+        sizes = {"config": self.config, "adapters": adapters_in(self)}
+        count = lambda paths: f"{count_values({p: params[p] for p in paths}, **sizes):,}"
         adapters = [path for path in params if is_adapter(path)]
         kinds = {str(getattr(leaf, "kind", self.dtype)) for leaf in params.values()}
         lines = [
@@ -169,30 +163,20 @@ class LlavaModel(model.LlavaModel):
         )
         return [replies[index].text for index in range(len(prompts))]
 
-    def _add_adapter(self, path: str | Path) -> Collection[str]:
-        loaded = super()._add_adapter(path)
-        self.adapter = Path(path)
-        return loaded
-
     def _assistant(self, slots: int) -> Assistant:
         """Returns an assistant with the weights of this model, and its own caches."""
         reader = _READERS.get(self)
-        place = self.adapter if self.adapter and has_processor(self.adapter) else self.source
-        if place is None:
+        source = self.processor_source
+        if source is None:
             raise ConfigError("the model was not loaded from a checkpoint, so it has no tokenizer")
-        if reader is None or reader.source != place:
-            reader = _READERS[self] = PromptReader.open(place, self.config)
+        if reader is None or reader.source != source:
+            reader = _READERS[self] = PromptReader.open(source, self.config)
         return Assistant(self, reader, slots=slots, max_length=choose_length(self.config, None))
 
 
 _READERS: WeakKeyDictionary[LlavaModel, PromptReader] = WeakKeyDictionary()
 """Prompt readers of models. They are not attributes of the models, because attributes are a part of
 the structure for which a model is compiled."""
-
-
-def _size(leaf: jax.Array | Quantised) -> int:
-    """Returns the number of parameters of an array or of a quantized weight."""
-    return math.prod(leaf.shape)
 
 
 def _sampling(max_new_tokens: int, settings: dict[str, float | int | None]) -> Sampling:

@@ -30,7 +30,7 @@ def build_model(
 
     Args:
         config: Sizes of the model.
-        adapters: Adapters by the path of their module, as `lora.expand` returns them.
+        adapters: Adapters by the path of their module, as `adapter_settings.expand` returns them.
         compute: Settings of the computation.
     """
     model = Llava(config, compute)

@@ -12,6 +12,8 @@ Weights have PyTorch's layout, [out, in], so that checkpoints are copied without
 Blocks are stacked on axis 0 and run in a scan.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -69,13 +71,55 @@ KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(LINEAR, LOW_RANK)
 matrices, and recomputes everything else."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """LoRA adapter of a linear layer, or of each layer of a stack of linear layers.
+
+    A stack of L layers has the parameters `lora_a` [L, R, in] and `lora_b` [L, out, R], where R is
+    the largest rank of a layer. The rows of A and the columns of B beyond the rank of a layer are
+    zero. They stay zero in training, because their gradients are zero.
+
+    Attributes:
+        ranks: Rank in each layer; 0 means that the layer has no adapter. A linear layer outside the
+            stacks has one entry.
+        alphas: Alpha in each layer: the output of the adapter is multiplied by alpha / rank.
+        dropout: Dropout rate for the inputs.
+        use_rslora: Whether the factor is alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    dropout: float = 0.0
+    use_rslora: bool = False
+
+    @property
+    def ranks_and_alphas(self) -> tuple[tuple[int, float], ...]:
+        """Rank of each layer, and the alpha that gives the layer's factor as alpha / rank.
+
+        Both are 0 if the layer has no adapter.
+        """
+        return tuple(
+            (rank, alpha * math.sqrt(rank) if self.use_rslora and rank else alpha * (rank > 0))
+            for rank, alpha in zip(self.ranks, self.alphas, strict=True)
+        )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Factor of the output in each layer.
+
+        Layers without adapter have the factor of the first layer that has an adapter.
+        """
+        some = next(alpha / rank for rank, alpha in self.ranks_and_alphas if rank)
+        return tuple(alpha / rank if rank else some for rank, alpha in self.ranks_and_alphas)
+
+
 class Linear(nnx.Module):
     """Linear layer with an optional bias and LoRA adapter; the weight may be `Quantised`.
 
     The output is x W^T + b, plus scale * dropout(x) A^T B^T if there is an adapter, which
-    `models.lora.add_adapters` adds. A is [R, in] and B is [out, R]. The scale is `lora_scale`. Only
-    if the layers of a stack have different scales, it is an element of `lora_scales`, [L], which
-    `with_layer_scales` makes from `lora_layer_scales`.
+    `models.lora.add_adapters` adds. A is [R, in] and B is [out, R]. The scale is a number of
+    `adapter`. Only if the layers of a stack have different scales, it is an element of
+    `lora_scales`, [L], which `with_layer_scales` adds.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
@@ -83,10 +127,8 @@ class Linear(nnx.Module):
         self.bias = parameter(outputs) if bias else nnx.data(None)
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 1.0
-        self.lora_layer_scales: tuple[float, ...] = ()
+        self.adapter: Adapter | None = None
         self.lora_scales: nnx.Param | None = nnx.data(None)
-        self.lora_dropout = 0.0
         self.lora_index = 0  # gives each linear layer of a block its own dropout mask
 
     def __call__(
@@ -99,13 +141,13 @@ class Linear(nnx.Module):
             y = _product(x, weight.astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
-        if self.lora_a is not None and self.lora_b is not None:
+        if self.adapter is not None and self.lora_a is not None and self.lora_b is not None:
             keys = None if keys is None else fold_in(keys, self.lora_index)
-            scale = self.lora_scale
+            scale = self.adapter.scales[0]
             if self.lora_scales is not None:
-                scale = self.lora_scales[...].astype(x.dtype)
+                scale = self.lora_scales[...]
             arrays = x, self.lora_a[...], self.lora_b[...], keys
-            y += _low_rank_product(*arrays, scale, self.lora_dropout)
+            y += _low_rank_product(*arrays, scale, self.adapter.dropout)
         return checkpoint_name(y, LINEAR)
 
 
@@ -120,14 +162,18 @@ def with_layer_scales(stack: Stack) -> Stack:
     Args:
         stack: Module with stacked blocks; it is not changed.
     """
-    if not any(getattr(m, "lora_layer_scales", ()) for _, m in nnx.iter_modules(stack)):
+    if not any(_scales_differ(module) for _, module in nnx.iter_modules(stack)):
         return stack
     copy = cast("Stack", merge(*split(stack)))
     for _, module in nnx.iter_modules(copy):
-        if isinstance(module, Linear) and module.lora_layer_scales:
-            scales = jnp.array(module.lora_layer_scales, jnp.float32)
-            module.lora_scales = nnx.Param(scales)
+        if isinstance(module, Linear) and module.adapter and _scales_differ(module):
+            module.lora_scales = nnx.Param(jnp.array(module.adapter.scales, jnp.float32))
     return copy
+
+
+def _scales_differ(module: nnx.Module) -> bool:
+    adapter = module.adapter if isinstance(module, Linear) else None
+    return adapter is not None and len({*adapter.scales}) > 1
 
 
 def _low_rank_product(
@@ -145,7 +191,10 @@ def _low_rank_product(
     low: jax.Array = (
         _product(x, a) if keys is None or rate == 0 else _dropped_product(x, a, keys, rate)
     )
-    return _product(checkpoint_name(scale * low, LOW_RANK), b)
+    # A scale that is rounded to bfloat16 would change all outputs by the same factor.
+    is_exact = isinstance(scale, float) and float(np.asarray(scale, x.dtype)) == scale
+    scaled = scale * (low if is_exact else low.astype(jnp.float32))
+    return _product(checkpoint_name(scaled.astype(x.dtype), LOW_RANK), b)
 
 
 @jax.custom_vjp

@@ -202,8 +202,9 @@ def check_images(
     """
     if pixel_values is None or isinstance(input_ids, Tracer):
         return
-    with jax.ensure_compile_time_eval():  # the ids are known even while parameters are traced
-        tokens = int((jnp.asarray(input_ids) == config.image_token_id).sum())
+    ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
+    with jax.ensure_compile_time_eval():  # the ids may be a constant of a function that is traced
+        tokens = int((ids == config.image_token_id).sum())
     images = np.shape(pixel_values)[0]
     if tokens != images * config.image_tokens:
         raise ValueError(

@@ -8,7 +8,7 @@ import jax
 from llava_jax.config import ModelConfig, TrainConfig
 from llava_jax.distributed.sharding import undivided_share
 from llava_jax.errors import ConfigError
-from llava_jax.models import lora
+from llava_jax.models import adapter_settings
 from llava_jax.models.build import build_model
 
 MAX_CPU_PARAMETERS = 10**9
@@ -83,6 +83,6 @@ def division_warnings(
 
 def _shapes(config: TrainConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter of a run by path, without quantization."""
-    configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    _, shapes = build_model(model, lora.expand(configs, model))
+    configs = adapter_settings.adapter_configs(config.tune, config.lora, config.vision_lora)
+    _, shapes = build_model(model, adapter_settings.expand(configs, model))
     return {path: leaf.shape for path, leaf in shapes.items()}

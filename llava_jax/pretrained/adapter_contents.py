@@ -19,7 +19,6 @@ from llava_jax.models.layers import Abstract
 from llava_jax.models.lora import Adapter, Adapters, TokenRows, layers_of, linear_layers
 from llava_jax.models.paths import (
     BEHIND_FEATURE,
-    EMBEDDING,
     HEAD,
     LLM,
     PROJECTOR,
@@ -29,12 +28,13 @@ from llava_jax.models.paths import (
     is_adapter,
 )
 from llava_jax.pretrained.checkpoint_layouts import Layout
+from llava_jax.pretrained.limited_process import LimitedProcess
 from llava_jax.pretrained.peft_config import (
     CONFIG,
     find_targets,
+    ranks_and_alphas,
     read_dropout,
     read_tokens,
-    read_values,
 )
 from llava_jax.pretrained.safetensors import Tensor
 
@@ -101,20 +101,22 @@ def find_adapters(
         for found in layers.values()
         for layer in found
     }
-    chosen = _chosen(piece, layers, names, own)
+    process = LimitedProcess()  # it starts when there is a pattern to match
+    chosen = _chosen(piece, layers, names, own, process)
     if unused := sorted(own & names.keys() - chosen):
         raise CheckpointError(
             f"{piece.path} has an adapter of {names[unused[0]]}, which PEFT would ignore, because "
             f"target_modules and the other settings in {CONFIG} do not select this module; correct "
             "these settings"
         )
-    ranks, values = _values(piece, names, alphas) if chosen else ({}, {})
+    values = _ranks_and_alphas(piece, names, alphas, process) if chosen else {}
     dropout = read_dropout(piece.path / CONFIG, piece.settings or {})
     adapters: dict[str, Adapter | TokenRows] = {
         path: Adapter(
-            tuple(ranks[layer] * (layer in chosen) for layer in found),
-            tuple(values[layer] for layer in found),
+            tuple(values[layer][0] * (layer in chosen) for layer in found),
+            tuple(values[layer][1] for layer in found),
             dropout,
+            use_rslora=bool(piece.settings and piece.settings.get("use_rslora")),
         )
         for path, found in layers.items()
         if chosen.intersection(found)
@@ -136,7 +138,7 @@ def find_adapters(
 
 def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
     """Raises CheckpointError if there are adapters of a kind that is not supported."""
-    linears, odd = linear_layers(config), {}
+    linears, refused = linear_layers(config), {}
     for name, parameter in piece.parameters():
         found = re.match(r"(.*?)\.(lora_\w+)", parameter)
         if found is None:
@@ -144,42 +146,48 @@ def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
         module = paths.stacked(f"{found[1]}.", config).removesuffix(".")
         is_known = is_adapter(parameter) and module in linears
         if not is_known and not f"{module}.".startswith(BEHIND_FEATURE):
-            odd.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), name)
-    if odd:
+            refused.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), name)
+    if refused:
         raise CheckpointError(
             f"{piece.path} has adapters that are not supported: "
-            f"{', '.join([*odd.values()][:5])}; only the plain adapters lora_A and lora_B of the "
+            f"{', '.join([*refused.values()][:5])}; only the plain adapters lora_A and lora_B of the "
             "linear layers in decoder, vision tower and projector are supported"
         )
 
 
 def _chosen(
-    piece: Piece, layers: Mapping[str, list[str]], names: Mapping[str, str], own: set[str]
+    piece: Piece,
+    layers: Mapping[str, list[str]],
+    names: Mapping[str, str],
+    own: set[str],
+    process: LimitedProcess,
 ) -> set[str]:
     """Returns the paths of the layers that have adapters, by the settings or else by the tensors.
 
     Without settings, all layers of a linear layer must have adapters if one of them has.
     """
     file, modules = piece.path / CONFIG, [*names.values()]
-    found = find_targets(file, piece.settings, modules) if piece.settings else None
+    found = find_targets(file, piece.settings, modules, process) if piece.settings else None
     if found is not None:
         return {layer for layer, is_target in zip(names, found, strict=True) if is_target}
     return {layer for some in layers.values() if not own.isdisjoint(some) for layer in some}
 
 
-def _values(
-    piece: Piece, names: Mapping[str, str], alphas: Mapping[str, float]
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns the rank and the alpha of each layer, by its path."""
+def _ranks_and_alphas(
+    piece: Piece, names: Mapping[str, str], alphas: Mapping[str, float], process: LimitedProcess
+) -> dict[str, tuple[int, float]]:
+    """Returns the rank and the alpha of each layer, by its path, of the parts with adapters.
+
+    Without settings, all adapters of a part have the rank of the first one.
+    """
     if piece.settings is not None:
-        found = read_values(piece.path / CONFIG, piece.settings, [*names.values()])
-        return dict(zip(names, found[0], strict=True)), dict(zip(names, found[1], strict=True))
-    ranks, values = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        file, modules = piece.path / CONFIG, [*names.values()]
+        found = ranks_and_alphas(file, piece.settings, modules, process)
+        return dict(zip(names, found, strict=True))
+    ranks = {}
     for part in (LLM, VISION, PROJECTOR):
-        own = [layer for layer in names if layer.startswith(part)]
-        a = [n for n, p in piece.parameters() if p.startswith(part) and p.endswith(".lora_a")]
-        b = [n for n, p in piece.parameters() if p.startswith(part) and p.endswith(".lora_b")]
-        if not a and not b:
+        found = {p: n for n, p in piece.parameters() if p.startswith(part) and is_adapter(p)}
+        if not found:
             continue
         if part not in alphas:
             raise CheckpointError(
@@ -187,20 +195,20 @@ def _values(
                 "lora_alpha in the XTuner config (.py) of the training, and give its value as "
                 "--alpha (decoder) or --vision-alpha (vision tower)"
             )
-        shape = piece.tensors[a[0]].shape if a else ()
+        shapes = (piece.tensors[n].shape for p, n in found.items() if p.endswith(".lora_a"))
+        shape = next(shapes, ())
         if not shape or not shape[0]:
             raise CheckpointError(
                 f"{piece.path} has adapters in {part}*, but no lora_A tensor with their rank "
-                f"(found: {(a or b)[0]})"
+                f"(found: {next(iter(found.values()))})"
             )
         settings = {"r": shape[0], "lora_alpha": alphas[part]}
-        part_ranks, part_alphas = read_values(piece.path, settings, own)
-        ranks |= dict(zip(own, part_ranks, strict=True))
-        values |= dict(zip(own, part_alphas, strict=True))
-    return ranks, values
+        own = [layer for layer in names if layer.startswith(part)]
+        ranks |= zip(own, ranks_and_alphas(piece.path, settings, own, process), strict=True)
+    return ranks
 
 
-def find_whole(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str]:
+def find_full(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str]:
     """Returns the paths of the parameters that were trained in full, and that a file must have.
 
     Embedding and output matrix may be there alone, and so may the modules that PEFT's
@@ -212,8 +220,8 @@ def find_whole(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str
         abstract: Shapes of the model's parameters.
 
     Raises:
-        CheckpointError: `modules_to_save` names only some layers of a stack, or the embedding of a
-            model that uses the embedding as its output matrix.
+        CheckpointError: `modules_to_save` names only some layers of a stack, or one of two tied
+            matrices without `ensure_weight_tying`.
     """
     found = {paths.stacked(p, config) for _, p in piece.parameters() if not is_adapter(p)}
     found &= abstract.keys()
@@ -224,7 +232,7 @@ def find_whole(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str
             continue
         is_saved = lambda path: _is_saved(piece, path, abstract[path].shape, config, saved)
         found |= {path for path in own if not saved or is_saved(path)}
-    _check_tied(piece, config, found, saved)
+    _check_tied(piece, config, saved)
     return found
 
 
@@ -244,18 +252,19 @@ def _is_saved(
     return all(inside)
 
 
-def _check_tied(piece: Piece, config: ModelConfig, found: set[str], saved: list[str]) -> None:
-    """Raises CheckpointError if PEFT trained only one of two tied matrices."""
-    has_head = any(parameter == HEAD for _, parameter in piece.parameters())
-    is_tied = config.llm.tie_word_embeddings
+def _check_tied(piece: Piece, config: ModelConfig, saved: list[str]) -> None:
+    """Raises CheckpointError if PEFT trained separate copies of two tied matrices."""
+    names = [name for name in map(str, saved) if name.rsplit(".", 1)[-1] in _VOCABULARY]
     keeps_tie = (piece.settings or {}).get("ensure_weight_tying")
-    if is_tied and saved and (EMBEDDING in found) != has_head and not keeps_tie:
-        name = "lm_head" if has_head else "embed_tokens"
+    if config.llm.tie_word_embeddings and names and not keeps_tie:
         raise CheckpointError(
-            f"{piece.path / CONFIG}: modules_to_save contains {name}, but the base uses its "
-            "embedding as its output matrix, so PEFT has trained a separate copy of it; this is "
+            f"{piece.path / CONFIG}: modules_to_save contains {' and '.join(names)}, but the base "
+            "uses its embedding as its output matrix, so PEFT has trained a separate copy; this is "
             "supported only with ensure_weight_tying"
         )
+
+
+_VOCABULARY = [path.split(".")[1] for path in VOCABULARY]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,15 +300,10 @@ def padded(
     adapter = adapters.get(path.rpartition(".")[0])
     if not isinstance(adapter, Adapter) or not is_adapter(path):
         return tensors
-    own = shape[-2:]
-    rest = iter(tensors)
+    first, rest = tensors[0], iter(tensors)
     inner = [next(rest) if rank else None for rank in adapter.ranks]
+    like = [tensor or first for tensor in inner]
     return [
-        tensor if tensor is not None and tensor.shape == own else _pad(tensors[0], tensor, own)
-        for tensor in inner
+        Padded(x.name, x.file, x.dtype, shape[-2:], 0, 0, tensor)
+        for x, tensor in zip(like, inner, strict=True)
     ]
-
-
-def _pad(like: Tensor, inner: Tensor | None, shape: tuple[int, ...]) -> Padded:
-    known = inner or like
-    return Padded(known.name, known.file, known.dtype, shape, 0, 0, inner)

@@ -16,6 +16,7 @@ does not fit the model.
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.adapter_contents import (
     Piece,
     find_adapters,
-    find_whole,
+    find_full,
     padded,
     used_tensors,
 )
@@ -45,21 +46,27 @@ from llava_jax.pretrained.load import Reader, assemble, find_tensors
 from llava_jax.pretrained.peft import BASE, plain_name
 from llava_jax.pretrained.peft_config import CONFIG, read_settings
 from llava_jax.pretrained.safetensors import Tensor, commonest, open_tensors, read_json
-from llava_jax.pretrained.unsupported import refuse_pointers
+from llava_jax.pretrained.unsupported import BESIDE, refuse_pointers
 
 _LAYOUTS = (
     *(layouts.LLAMA, layouts.CLIP, layouts.CLIP_BARE),
     *layouts.LLAVA_LAYOUTS,
     *layouts.PROJECTOR_LAYOUTS,
 )
+
+
+def _flags(field: str) -> str:
+    """Returns the options for the ranks and the alphas of adapters, and for the adapted modules."""
+    names = ("rank", "alpha", "use-rslora", "rank-pattern", "alpha-pattern", "targets")
+    return ", ".join(f"--{field}.{name}" for name in (*names, "layers-to-transform"))
+
+
 _SETTINGS = {
-    LLM: "tune.llm and --lora.rank, --lora.alpha, --lora.targets",
-    PROJECTOR: "tune.projector and --lora.rank, --lora.alpha",
-    VISION: "tune.vision and --vision-lora.rank, --vision-lora.alpha, --vision-lora.targets",
+    LLM: f"tune.llm and {_flags('lora')}",
+    PROJECTOR: f"tune.projector and {_flags('lora')}",
+    VISION: f"tune.vision and {_flags('vision-lora')}",
 }
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
-BESIDE = ("non_lora_trainables", "mm_projector")
-"""Names, without suffix, of the files in which LLaVA's code stores parts trained in full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +76,13 @@ class AdapterCheckpoint:
     Attributes:
         layouts: Layout of the tensor names in each file or directory of the checkpoint.
         adapters: Adapters by the path of their module.
-        abstract: Shape and dtype of every parameter by its path: `lora_a` [layers, rank, inputs]
-            and `lora_b` [layers, outputs, rank] of each target, and the parameters that were
-            trained in full.
+        abstract: Shape and dtype of each parameter in the checkpoint, by its path: adapters, with
+            the largest rank of a stack, and parameters that were trained in full.
         tensors: Tensors of each parameter, by the parameter's path. A stacked parameter has one
             tensor per layer.
         base_name: Path, hub id or parts of the base, as the checkpoint names it; None if the
             checkpoint names no base.
+        revision: Revision of the base on the hub, as in `NamedBase`.
         fingerprint: Fingerprint of the base's weights; None if the checkpoint has none.
     """
 
@@ -84,6 +91,7 @@ class AdapterCheckpoint:
     abstract: Abstract
     tensors: Mapping[str, list[Tensor]]
     base_name: str | None
+    revision: str | None
     fingerprint: str | None
 
     @property
@@ -146,27 +154,47 @@ def check_readable(path: Path, read: Reader) -> None:
         _open_piece(piece, read)
 
 
-def named_base(path: Path) -> str | None:
-    """Returns the path, hub id or parts of the base that an adapter checkpoint names, as text.
+class NamedBase(NamedTuple):
+    """The base that an adapter checkpoint names.
 
-    The result is None if the checkpoint names no base.
+    Attributes:
+        name: Path, hub id or parts as text; None if the checkpoint names no base.
+        revision: Branch, tag or commit on the hub, of the base or of one of its parts; None means
+            the newest commit.
+    """
+
+    name: str | None
+    revision: str | None
+
+
+def named_base(path: Path) -> NamedBase:
+    """Returns the base that an adapter checkpoint names.
 
     Raises:
         CheckpointError: An adapter_config.json or config.json cannot be read, or its settings are
             not supported.
     """
-    named = {
-        piece: read_settings(piece / CONFIG).get("base_model_name_or_path")
+    settings = {
+        piece: read_settings(piece / CONFIG)
         for piece in _parts_in(path)
         if (piece / CONFIG).is_file()
     }
+    named = {piece: found.get("base_model_name_or_path") for piece, found in settings.items()}
+    revision = next(filter(None, (found.get("revision") for found in settings.values())), None)
     if path in named:
         llm, vision = named[path], None
         if (path / "config.json").is_file():  # LLaVA's code names only the decoder as base
             vision = read_json(path / "config.json").get("mm_vision_tower")
-        return format_source(Parts(llm, vision)) if llm and vision else llm
-    llm, vision = (named.get(path / part) for part in ("llm_adapter", "visual_encoder_adapter"))
-    return format_source(Parts(llm, vision)) if llm and vision else None
+        name = format_source(Parts(llm, vision)) if llm and vision else llm
+    else:
+        llm, vision = (named.get(path / part) for part in ("llm_adapter", "visual_encoder_adapter"))
+        name = format_source(Parts(llm, vision)) if llm and vision else None
+    return NamedBase(name, revision)
+
+
+def stored_fingerprint(path: Path) -> str | None:
+    """Returns the fingerprint of the base's weights in an adapter checkpoint; None without one."""
+    return read_json(path / BASE).get("fingerprint") if (path / BASE).is_file() else None
 
 
 def open_adapter(
@@ -187,7 +215,8 @@ def open_adapter(
         config: Sizes of the base model.
         abstract: Shapes of the model's parameters; adapters may be among them.
         read: Function that opens a file or directory and returns its tensors by name.
-        alphas: LoRA's alpha by stack; needed for .pth files, which do not contain it.
+        alphas: LoRA's alpha by the path prefix of the part, for files that do not contain it, such
+            as XTuner's .pth files.
 
     Raises:
         CheckpointError: There is no adapter checkpoint at `path`, the kind of the adapters is not
@@ -198,22 +227,21 @@ def open_adapter(
     path = Path(path)
     pieces = [_open_piece(piece, read) for piece in _parts_in(path) or [path]]
     adapters: dict[str, Adapter | TokenRows] = {}
-    whole: set[str] = set()
+    full: set[str] = set()
     for piece in pieces:
         adapters |= find_adapters(piece, config, alphas or {})
-        whole |= find_whole(piece, config, abstract)
+        full |= find_full(piece, config, abstract)
     specs = _adapter_specs(adapters, abstract)
-    specs |= {path: abstract[path].shape for path in sorted(whole)}
+    specs |= {path: abstract[path].shape for path in sorted(full)}
     if not specs:
         raise CheckpointError(f"{path} has no tensor that belongs to this model")
     specs = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in specs.items()}
     sources = [(used_tensors(piece, config), piece.layout) for piece in pieces]
     found = find_tensors(str(path), sources, config, specs, may_grow=True, adapters=adapters)
     found = {path: padded(path, x, specs[path].shape, adapters) for path, x in found.items()}
-    base = read_json(path / BASE) if (path / BASE).is_file() else {}
-    fingerprint = base.get("fingerprint")
     named = [piece.layout for piece in pieces]
-    return AdapterCheckpoint(named, adapters, specs, found, named_base(path), fingerprint)
+    base, fingerprint = named_base(path), stored_fingerprint(path)
+    return AdapterCheckpoint(named, adapters, specs, found, *base, fingerprint)
 
 
 def _open_piece(path: Path, read: Reader) -> Piece:
@@ -299,7 +327,7 @@ def load_adapter(
             another base.
     """
     alphas = {
-        part: adapter.alphas[0]
+        part: next(alpha for rank, alpha in adapter.ranks_and_alphas if rank)
         for part in _SETTINGS
         for path, adapter in adapters.items()
         if path.startswith(part) and isinstance(adapter, Adapter)
@@ -324,7 +352,7 @@ def load_adapter(
 def _other_settings(trained: AdapterCheckpoint, adapters: Adapters) -> Iterable[str]:
     """Yields a text for each part whose adapters differ from those of the run."""
     for part, fields in _SETTINGS.items():
-        has, wants = _meaning(trained.adapters, part), _meaning(adapters, part)
+        has, wants = _ranks_and_alphas(trained.adapters, part), _ranks_and_alphas(adapters, part)
         if has == wants:
             continue
         texts = [_summary(found) for found in (has, wants)]
@@ -346,16 +374,16 @@ def _other_settings(trained: AdapterCheckpoint, adapters: Adapters) -> Iterable[
         )
 
 
-def _meaning(adapters: Adapters, part: str) -> dict[str, tuple[tuple[int, float], ...]]:
+def _ranks_and_alphas(adapters: Adapters, part: str) -> dict[str, tuple[tuple[int, float], ...]]:
     """Returns the ranks and the alphas of a part's adapters, by path."""
     found = {path: x for path, x in adapters.items() if path.startswith(part)}
-    return {path: x.meaning for path, x in found.items() if isinstance(x, Adapter)}
+    return {path: x.ranks_and_alphas for path, x in found.items() if isinstance(x, Adapter)}
 
 
-def _summary(meaning: Mapping[str, tuple[tuple[int, float], ...]]) -> str:
-    if not meaning:
+def _summary(values: Mapping[str, tuple[tuple[int, float], ...]]) -> str:
+    if not values:
         return "None"
-    pairs = sorted({pair for layers in meaning.values() for pair in layers if pair[0]})
-    targets = sorted({path.rsplit(".", 1)[-1] for path in meaning})
-    values = pairs[0] if len(pairs) == 1 else tuple([*x] for x in zip(*pairs, strict=True))
-    return str((*values, targets))
+    pairs = sorted({pair for layers in values.values() for pair in layers if pair[0]})
+    targets = sorted({path.rsplit(".", 1)[-1] for path in values})
+    both = pairs[0] if len(pairs) == 1 else tuple([*x] for x in zip(*pairs, strict=True))
+    return str((*both, targets))

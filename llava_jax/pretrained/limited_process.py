@@ -145,10 +145,12 @@ def targets(
 
     Args:
         modules: Names of linear layers.
-        target_modules: Regular expression for the whole name, or ends of names.
+        target_modules: Regular expression for the whole name, "all-linear", or whole names or ends
+            of names.
         exclude_modules: Modules that get no adapter, in the same form.
         modules_to_save: Names of modules that were trained in full, and get no adapter.
-        layers_to_transform: Indices of the layers that get adapters, if `target_modules` is a list.
+        layers_to_transform: Indices of the layers that get adapters, if `target_modules` is a list
+            with ends of names. Whole names are not limited to these layers.
         layers_pattern: Names before the index of a layer; none means any name.
     """
 
@@ -162,7 +164,7 @@ def targets(
     ahead = r"(?:^|.*?\.)" if layers_pattern else r".*?\."
 
     def is_in_layer(name: str) -> bool:
-        if not chosen or isinstance(target_modules, str):
+        if not chosen or isinstance(target_modules, str) or name in target_modules:
             return True
         found = (re.match(rf"{ahead}{pattern}\.(\d+)\.", name) for pattern in before)
         match = next((match for match in found if match), None)
@@ -172,10 +174,9 @@ def targets(
         saved = (re.match(rf"(^|.*\.){m}($|\..*)", name) for m in modules_to_save or ())
         return (bool(exclude_modules) and is_named(name, exclude_modules)) or any(saved)
 
-    return [
-        is_named(name, target_modules) and is_in_layer(name) and not is_excluded(name)
-        for name in modules
-    ]
+    is_all = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    is_target = lambda name: is_all or (is_named(name, target_modules) and is_in_layer(name))
+    return [is_target(name) and not is_excluded(name) for name in modules]
 
 
 # A character for private use marks where the last message ends. The space after it shows whether

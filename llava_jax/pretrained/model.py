@@ -1,6 +1,6 @@
 """Builds a model from a checkpoint, and loads its weights directly onto the devices."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.chat_templates import choose_template
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import read_config, write_model_config
-from llava_jax.pretrained.processor import save_processor
+from llava_jax.pretrained.processor import has_processor, save_processor
 from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params
 from llava_jax.pretrained.tokenizer import has_tokenizer
@@ -97,9 +97,11 @@ class LlavaModel(Llava):
 
     Attributes:
         source: Directory or parts that the base was loaded from.
+        adapter: Path of the adapter that was loaded last; None if no adapter was loaded.
     """
 
     source: Path | Parts | None = None
+    adapter: Path | None = None
 
     def __call__(
         self,
@@ -178,18 +180,43 @@ class LlavaModel(Llava):
             CheckpointError: The checkpoint is not a supported LLaVA model, is incomplete, or is
                 damaged.
         """
-        base, adapter = checkpoint.base, checkpoint.adapter
+        return cls.from_checkpoints([checkpoint], dtype, mesh, quantize)[0]
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        checkpoints: Sequence[Checkpoint],
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        quantize: Quantisation | None = None,
+    ) -> list["LlavaModel"]:
+        """Loads checkpoints of the same base. The models share the arrays of the base.
+
+        Args:
+            checkpoints: Checkpoints with or without an adapter; the base is that of the first one.
+            dtype: Dtype, as in `from_pretrained`.
+            mesh: Mesh, as in `from_pretrained`.
+            quantize: Quantization, as in `from_pretrained`.
+
+        Raises:
+            ConfigError: See `from_checkpoint`.
+            CheckpointError: A checkpoint cannot be used.
+        """
+        base, models = checkpoints[0].base, []
         lacks: list[str] = []
-        model = cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append)
-        brought = () if adapter is None else model._add_adapter(adapter)
-        if lacks and not any(map(is_projector, brought)):
-            name = format_source(base)
-            what = f"neither {adapter} nor {name} has a" if adapter else f"{name} has no"
-            raise CheckpointError(
-                f"{what} projector; give its file: llm=DIR,vision=DIR,projector=FILE on the "
-                "command line, or LlavaModel.from_parts(llm, vision, projector) in Python"
-            )
-        return model
+        shared = split(cls._load(base, dtype, mesh, seed=0, quantize=quantize, say=lacks.append))
+        for adapter in (one.adapter for one in checkpoints):
+            model = cast("LlavaModel", merge(*shared))
+            brought = () if adapter is None else model._add_adapter(adapter)
+            if lacks and not any(map(is_projector, brought)):
+                name = format_source(base)
+                what = f"neither {adapter} nor {name} has a" if adapter else f"{name} has no"
+                raise CheckpointError(
+                    f"{what} projector; give its file: llm=DIR,vision=DIR,projector=FILE on the "
+                    "command line, or LlavaModel.from_parts(llm, vision, projector) in Python"
+                )
+            models.append(model)
+        return models
 
     @classmethod
     def from_parts(
@@ -263,16 +290,28 @@ class LlavaModel(Llava):
         _, params = split(self)
         if any(map(is_adapter, params)):
             raise ValueError("the model already has an adapter; call merge_adapter() first")
+        path = Path(path)
         abstract = {p: jax.ShapeDtypeStruct(x.shape, self.dtype) for p, x in params.items()}
         adapter = open_adapter(path, self.config, abstract)
         if adapter.fingerprint and self.source:
             check_base(adapter, path, self.source, fingerprint(self.source))
+        specs = {p: x if is_adapter(p) else abstract[p] for p, x in adapter.abstract.items()}
+        loaded = adapter.load(with_shardings(specs, params["llm.norm.weight"].sharding.mesh))
+        # The model is changed only now, so that an adapter that cannot be read changes nothing.
         lora.add_adapters(self, adapter.adapters)
-        mesh = params["llm.norm.weight"].sharding.mesh
-        loaded = adapter.load(with_shardings(adapter.abstract, mesh))
         flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in loaded.items()]
         nnx.update(self, nnx.from_flat_state(flat))
+        self.adapter = path
         return loaded
+
+    @property
+    def processor_source(self) -> Path | Parts | None:
+        """Directory or parts with the tokenizer and the image processor; None if there is none.
+
+        It is the directory of the adapter if the adapter has its own, or else the source.
+        """
+        has_own = self.adapter is not None and has_processor(self.adapter)
+        return self.adapter if has_own else self.source
 
     def merge_adapter(self) -> None:
         """Merges the adapters into the weights of the model, and removes the adapters.
@@ -285,21 +324,23 @@ class LlavaModel(Llava):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a directory that every supported version of transformers can load.
 
-        If the source has a tokenizer, the tokenizer and the image processor are written too. A
-        model from separate parts gets the chat template that `choose_template` selects.
+        The tokenizer and the image processor are written too, if there are any: those of the
+        adapter if it has its own, or else those of the source. A model from separate parts gets the
+        chat template that `choose_template` selects.
 
         Args:
             path: Directory to write; it is created if it does not exist.
 
         Raises:
             ValueError: The model has adapters; merge them first.
-            CheckpointError: The tokenizer or the image processor of the source cannot be used.
+            CheckpointError: The tokenizer or the image processor cannot be used.
         """
         _, params = split(self)
         dtype = str(self.dtype)
         save_params(params, path, self.config, dtype=dtype)
         write_model_config(self.config, path, dtype)
-        if self.source and has_tokenizer(self.source):
-            name = choose_template(self.source) if isinstance(self.source, Parts) else None
+        source = self.processor_source
+        if source and has_tokenizer(source):
+            name = choose_template(source) if isinstance(source, Parts) else None
             template = TEMPLATES[name] if name else None
-            save_processor(self.source, path, self.config, template=template)
+            save_processor(source, path, self.config, template=template)

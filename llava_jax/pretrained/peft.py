@@ -45,19 +45,14 @@ BASE = "base.json"  # not part of PEFT's format; it has the fingerprint of the b
 
 _PREFIX, _TOKENS = "base_model.model.", ".token_adapter.trainable_tokens_delta"
 _ERAS = {4: layouts.HF_4_36, 5: layouts.HF_5_MEMORY}
-# Patterns that match the names of the modules that contain adapters, in every version of
-# transformers.
-_BLOCKS = {
-    LLM: r"(model\.)?language_model\.(model\.)?layers",
-    VISION: r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers",
-    PROJECTOR: r"(model\.)?multi_modal_projector",
-}
-# The same for the ends of names, in rank_pattern and alpha_pattern. Older versions of PEFT need at
-# least one module name before the match, and in era 4, the names start with the name of the part.
-_ENDS = {
-    LLM: r"(language_model|model)\.layers",
-    VISION: r"encoder\.layers",
-    PROJECTOR: "multi_modal_projector",
+# For each part, two patterns of the names before those of its modules, in every version of
+# transformers: from the start of the name for target_modules, and for rank_pattern and
+# alpha_pattern from a later module on. Older versions of PEFT need at least one module name before
+# such a match, and in era 4, the names start with the name of the part.
+_NAMES = {
+    LLM: (r"(model\.)?language_model\.(model\.)?layers\.", r"(language_model|model)\.layers\."),
+    VISION: (r"(model\.)?vision_tower\.(vision_model\.)?encoder\.layers\.", r"encoder\.layers\."),
+    PROJECTOR: (r"(model\.)?multi_modal_projector\.", ""),
 }
 # Names of the parts in PEFT's modules_to_save, which lists the parts that were trained in full.
 _MODULES = {
@@ -77,6 +72,7 @@ def save_adapter(
     *,
     base_name: str | None,
     fingerprint: str | None,
+    revision: str | None = None,
     era: Literal[4, 5] = 5,
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` can add to the Hugging Face base.
@@ -93,6 +89,7 @@ def save_adapter(
         base_name: Path, hub id or parts of the base. It is stored for programs that load the
             adapter; local paths are made absolute.
         fingerprint: Fingerprint of the base's weights, or None if it is not known.
+        revision: Branch, tag or commit of the base on the hub; None means the newest commit.
         era: Version of transformers whose module names are used: 5 for versions from 4.52 on, 4 for
             versions up to 4.51.
 
@@ -101,18 +98,19 @@ def save_adapter(
             vision tower.
     """
     directory = Path(directory)
-    whole = [path for path in params if not is_adapter(path)]
+    full = [path for path in params if not is_adapter(path)]
     if foreign := not_storable(params):
         raise ValueError(f"a PEFT adapter cannot store these parameters: {', '.join(foreign)}")
-    modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in whole)]
-    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in whole):
+    modules = [name for ours, name in _MODULES.items() if any(p.startswith(ours) for p in full)]
+    if "vision_tower" in modules and not any(path.startswith(BEHIND_FEATURE) for path in full):
         raise ValueError(
             "PEFT can only load a complete vision tower; also include the layers after the feature "
             "layer"
         )
     base = {"fingerprint": fingerprint}
     named = None if base_name is None else absolute_source(base_name)
-    written = _peft_config(adapters, config, modules) | {"base_model_name_or_path": named}
+    written = _peft_config(adapters, config, modules)
+    written |= {"base_model_name_or_path": named, "revision": revision}
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
     write = lambda specs, fetch: write_tensors(directory / WEIGHTS, specs, fetch)
@@ -131,9 +129,9 @@ def not_storable(params: Collection[str]) -> list[str]:
     Args:
         params: Paths of trained parameters.
     """
-    whole = [path for path in params if not is_adapter(path)]
-    projector = [*filter(is_projector, whole)]
-    foreign = [path for path in whole if not path.startswith(tuple(_MODULES))]
+    full = [path for path in params if not is_adapter(path)]
+    projector = [*filter(is_projector, full)]
+    foreign = [path for path in full if not path.startswith(tuple(_MODULES))]
     return foreign + (projector if len(projector) not in (0, _PROJECTOR_SIZE) else [])
 
 
@@ -158,8 +156,8 @@ def _peft_config(adapters: Adapters, config: ModelConfig, modules: list[str]) ->
     linears = {path: x for path, x in adapters.items() if isinstance(x, Adapter)}
     rows = {path: x for path, x in adapters.items() if isinstance(x, TokenRows)}
     first = common_adapter(linears)
-    patterns = [_patterns(part, linears, first) for part in _BLOCKS]
-    targets = [_target_pattern(part, linears, config) for part in _BLOCKS]
+    patterns = [_patterns(part, linears, first) for part in _NAMES]
+    targets = [_target_pattern(part, linears, config) for part in _NAMES]
     is_tied = config.llm.tie_word_embeddings
     indices = {path.rsplit(".", 1)[-1]: [*x.indices] for path, x in rows.items()}
     return lora_settings(first) | {
@@ -198,18 +196,19 @@ def _patterns(
     part: str, linears: Mapping[str, Adapter], first: Adapter
 ) -> dict[str, tuple[int, float]]:
     """Returns the rank and the alpha of adapters that differ from `first`, by name pattern."""
-    own = {path: x for path, x in linears.items() if path.startswith(part)}
-    pairs = {pair for x in own.values() for pair in x.meaning if pair[0]}
-    if pairs <= {*first.meaning}:
+    of_part = {path: x for path, x in linears.items() if path.startswith(part)}
+    pairs = {pair for x in of_part.values() for pair in x.ranks_and_alphas if pair[0]}
+    if pairs <= {*first.ranks_and_alphas}:
         return {}
-    if len(pairs) == 1:
-        return {rf"{_ENDS[part]}\..*": pairs.pop()}
+    start = _NAMES[part][1]
+    if len(pairs) == 1 and start:
+        return {f"{start}.*": pairs.pop()}
     found = {}
-    for path, adapter in own.items():
-        for pair in sorted(pairs - {*first.meaning}):
-            layers = [index for index, own in enumerate(adapter.meaning) if own == pair]
+    for path, adapter in of_part.items():
+        for pair in sorted(pairs - {*first.ranks_and_alphas}):
+            layers = [i for i, x in enumerate(adapter.ranks_and_alphas) if x == pair]
             if layers:
-                found[_ENDS[part] + _end(part, path, layers)] = pair
+                found[start + _end(part, path, layers)] = pair
     return found
 
 
@@ -222,7 +221,7 @@ def _target_pattern(part: str, linears: Mapping[str, Adapter], config: ModelConf
             ends.setdefault(layers, []).append(path)
     is_all = lambda layers: part == LLM and len(layers) == config.llm.num_hidden_layers
     return "|".join(
-        _BLOCKS[part] + _end(part, found, () if is_all(layers) else layers)
+        _NAMES[part][0] + _end(part, found, () if is_all(layers) else layers)
         for layers, found in ends.items()
     )
 
@@ -232,7 +231,7 @@ def _end(part: str, linears: str | list[str], layers: Sequence[int]) -> str:
     paths = [linears] if isinstance(linears, str) else linears
     names = "|".join(path.removeprefix(part).replace(".", r"\.") for path in paths)
     index = rf"({'|'.join(map(str, layers))})" if layers else r"\d+"
-    return rf"\.({names})" if part == PROJECTOR else rf"\.{index}\.({names})"
+    return f"({names})" if part == PROJECTOR else rf"{index}\.({names})"
 
 
 def plain_name(name: str) -> str:

@@ -8,6 +8,7 @@ or refused by name.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import UnionType
 
@@ -21,7 +22,7 @@ CONFIG = "adapter_config.json"
 """Name of the file with the settings of an adapter."""
 
 _TYPES = {
-    "base_model_name_or_path": str,
+    **{"base_model_name_or_path": str, "revision": str},
     **{"rank_pattern": dict, "alpha_pattern": dict},
     **{"lora_dropout": int | float, "use_rslora": bool, "ensure_weight_tying": bool},
     **{"target_modules": str | list, "exclude_modules": str | list, "modules_to_save": list},
@@ -31,8 +32,8 @@ _TYPES = {
 """Settings that are applied, with their types; None stands for the default value."""
 
 _WITHOUT_MEANING = {
-    *("peft_type", "auto_mapping", "peft_version", "revision", "task_type", "inference_mode"),
-    *("r", "lora_alpha", "bias", "init_lora_weights", "fan_in_fan_out"),  # checked elsewhere
+    *("peft_type", "auto_mapping", "peft_version", "task_type", "inference_mode"),
+    *("r", "lora_alpha", "bias", "init_lora_weights"),  # checked elsewhere
     # These only describe how an adapter was initialized, or belong to a setting that is refused.
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
@@ -52,7 +53,7 @@ _REFUSED = {
     "fan_in_fan_out": "transposed weights",
     "lora_bias": "adapters with a bias",
 }
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights with which PEFT does not change the base when it loads an adapter."""
 
 _MAX = 2**24  # larger than the rank and alpha of any adapter
@@ -70,14 +71,14 @@ def read_settings(file: Path) -> Json:
         raise CheckpointError(
             f"{file}: peft_type is {settings.get('peft_type')!r:.80}; only 'LORA' is supported"
         )
-    if odd := _refused(settings):
-        raise CheckpointError(f"{file}: these settings are not supported: {', '.join(odd)}")
-    start = settings.get("init_lora_weights")
-    if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
+    if refused := _refused(settings):
+        raise CheckpointError(f"{file}: these settings are not supported: {', '.join(refused)}")
+    init = settings.get("init_lora_weights")
+    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
         raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r:.80}, with which PEFT may change the base when "
-            "it loads the adapter; write the adapter again as a plain one with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{file}: init_lora_weights is {init!r:.80}, with which PEFT may change the base when "
+            "it loads the adapter; merge it with PEFT (merge_and_unload, save_pretrained) and use "
+            "the merged model"
         )
     for name, kind in _TYPES.items():
         if not isinstance(settings.get(name), kind | None):
@@ -89,24 +90,27 @@ def read_settings(file: Path) -> Json:
 
 def _refused(settings: Json) -> list[str]:
     """Returns a text for each setting that is not supported and has not its default value."""
-    odd = []
+    refused = []
     for name, value in settings.items():
         if name in _REFUSED and value not in (None, False, [], {}):
-            odd.append(f"{name} = {value!r:.80} ({_REFUSED[name]})")
+            refused.append(f"{name} = {value!r:.80} ({_REFUSED[name]})")
         elif value and name not in (_TYPES.keys() | _REFUSED.keys() | _WITHOUT_MEANING):
-            odd.append(f"{name:.80} = {value!r:.80} (an unknown setting)")
+            refused.append(f"{name:.80} = {value!r:.80} (an unknown setting)")
     if settings.get("bias", "none") != "none":
-        odd.append(f"bias = {settings['bias']!r:.80} (trained biases)")
-    return odd
+        refused.append(f"bias = {settings['bias']!r:.80} (trained biases)")
+    return refused
 
 
-def find_targets(file: Path, settings: Json, modules: Sequence[str]) -> list[bool] | None:
+def find_targets(
+    file: Path, settings: Json, modules: Sequence[str], process: LimitedProcess
+) -> list[bool] | None:
     """Returns, for each linear layer of a model, whether PEFT adds an adapter to it.
 
     Args:
         file: The adapter_config.json, for messages.
         settings: Content of the file.
         modules: Names of the layers in the model that the adapter was trained on.
+        process: Process that matches the patterns.
 
     Returns:
         None if the file has no target_modules.
@@ -120,29 +124,29 @@ def find_targets(file: Path, settings: Json, modules: Sequence[str]) -> list[boo
     names += ("layers_to_transform", "layers_pattern")
     rules = {name: settings.get(name) for name in names}
     try:
-        return LimitedProcess()("targets", modules=modules, **rules)
+        return process("targets", modules=modules, **rules)
     except ProgramError as error:
         raise CheckpointError(f"{file}: target_modules cannot be used: {error}") from error
 
 
-def read_values(
-    file: Path, settings: Json, modules: Sequence[str]
-) -> tuple[list[int], list[float]]:
-    """Returns the rank and the alpha of each module; the scale of an adapter is alpha / rank.
+def ranks_and_alphas(
+    file: Path, settings: Json, modules: Sequence[str], process: LimitedProcess
+) -> list[tuple[int, float]]:
+    """Returns the rank and the alpha of each module, as the settings have them.
 
     Args:
         file: The adapter_config.json, for messages.
         settings: Content of the file.
         modules: Names of linear layers.
+        process: Process that matches the patterns.
 
     Raises:
         CheckpointError: A value or a pattern is invalid.
     """
-    ranks = _values(file, settings, modules, "r", "rank_pattern", int)
-    alphas = _values(file, settings, modules, "lora_alpha", "alpha_pattern", int | float)
-    if settings.get("use_rslora"):  # rsLoRA scales by alpha / sqrt(rank) instead of alpha / rank
-        alphas = [alpha * rank**0.5 for rank, alpha in zip(ranks, alphas, strict=True)]
-    return [int(rank) for rank in ranks], [float(alpha) for alpha in alphas]
+    values = partial(_by_pattern, file, settings, modules, process)
+    ranks = values("r", "rank_pattern", int)
+    alphas = values("lora_alpha", "alpha_pattern", int | float)
+    return [(int(rank), float(alpha)) for rank, alpha in zip(ranks, alphas, strict=True)]
 
 
 def read_dropout(file: Path, settings: Json) -> float:
@@ -155,10 +159,11 @@ def read_dropout(file: Path, settings: Json) -> float:
     return float(dropout)
 
 
-def _values(
+def _by_pattern(
     file: Path,
     settings: Json,
     modules: Sequence[str],
+    process: LimitedProcess,
     name: str,
     pattern_name: str,
     kind: type | UnionType,
@@ -172,7 +177,7 @@ def _values(
     found: list[int | None] = [None] * len(modules)
     if patterns:
         try:
-            found = LimitedProcess()("match", patterns=[*patterns], names=modules)
+            found = process("match", patterns=[*patterns], names=modules)
         except ProgramError as error:
             raise CheckpointError(f"{file}: {pattern_name} cannot be used: {error}") from error
     values = [*patterns.values(), settings.get(name)]
@@ -219,6 +224,6 @@ def common_adapter(adapters: Mapping[str, Adapter]) -> Adapter:
             default values.
     """
     found = [*adapters.values()] or [Adapter((8,), (8.0,))]
-    counts = Counter(pair for adapter in found for pair in adapter.meaning if pair[0])
+    counts = Counter(pair for adapter in found for pair in adapter.ranks_and_alphas if pair[0])
     ((rank, alpha), _) = counts.most_common(1)[0]
     return Adapter((rank,), (alpha,), found[0].dropout)

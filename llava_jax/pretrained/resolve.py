@@ -6,17 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from llava_jax.config import Parts, Quantisation, format_source, parse_source
+from llava_jax.config import Parts, Quantisation, absolute_source, format_source, parse_source
 from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.disk import read_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
-from llava_jax.pretrained.adapters import BESIDE, check_readable, is_adapter_checkpoint, named_base
+from llava_jax.pretrained.adapters import (
+    check_readable,
+    is_adapter_checkpoint,
+    named_base,
+    stored_fingerprint,
+)
 from llava_jax.pretrained.load import Reader
 from llava_jax.pretrained.model_config import read_json_config
 from llava_jax.pretrained.safetensors import MAX_JSON_BYTES, open_tensors
-from llava_jax.pretrained.unsupported import refuse_pointers
+from llava_jax.pretrained.unsupported import BESIDE, refuse_pointers
 
 
 class Checkpoint(NamedTuple):
@@ -76,11 +81,17 @@ def resolve_start(source: str | Parts) -> Checkpoint:
         raise ConfigError(f"init_from: {error}") from error
 
 
-def _resolve(source: str | Path | Parts, read: Reader, *, is_base: bool = False) -> Checkpoint:
+def _resolve(
+    source: str | Path | Parts,
+    read: Reader,
+    *,
+    is_base: bool = False,
+    revision: str | None = None,
+) -> Checkpoint:
     if isinstance(source, Parts):
         return Checkpoint(format_source(source), _resolve_parts(source, read))
     is_here = Path(source).exists()
-    path = Path(source) if is_here else _local(str(source), read)
+    path = Path(source) if is_here else _local(str(source), read, revision)
     refuse_pointers(path)
     path = _in_run(path)
     if is_adapter_checkpoint(path):
@@ -145,8 +156,8 @@ def _is_run(path: Path) -> bool:
     return {"config", "base_fingerprint"} <= read_json_config(path)[1].keys()
 
 
-def _local(name: str, read: Reader) -> Path:
-    """Returns the directory at a path, or else downloads the snapshot of a hub id."""
+def _local(name: str, read: Reader, revision: str | None = None) -> Path:
+    """Returns the directory at a path, or else downloads a revision of a hub id."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -157,7 +168,7 @@ def _local(name: str, read: Reader) -> Path:
             f"{name!r}: no such directory; give the directory of a checkpoint or of a run, a hub "
             f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
-    return _download(name, pickles=_reads_pickles(read))
+    return _download(name, revision, pickles=_reads_pickles(read))
 
 
 _LOCAL = ("runs", "checkpoints", "data")
@@ -221,12 +232,16 @@ def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
             f"{directory} is only a part of an XTuner export; give the directory of the export: "
             f"{directory.parent}"
         )
-    base = named_base(directory)
+    base, revision = named_base(directory)
     if base in (None, "", "None"):
         check_readable(directory, read)
         raise ConfigError(f"{directory} does not name the base it was trained on; {_NAME_BASE}")
     try:
-        return _resolve(parse_source(base), read, is_base=True)._replace(adapter=directory)
+        source = parse_source(base)
+        if revision and isinstance(source, Parts):
+            raise ConfigError(f"one of its parts is the revision {revision:.80}; download it first")
+        found = _resolve(source, read, is_base=True, revision=revision)
+        return found._replace(adapter=directory)
     except ConfigError as error:
         raise ConfigError(
             f"{directory} was trained on {base:.200}, which cannot be used; {_NAME_BASE} ({error})"
@@ -271,8 +286,8 @@ def _as_parts(path: Path, read: Reader) -> Path | Parts:
 _BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def _download(hub_id: str, *, pickles: bool) -> Path:
-    """Downloads the snapshot of a hub id.
+def _download(hub_id: str, revision: str | None, *, pickles: bool) -> Path:
+    """Downloads the snapshot of a hub id; None as revision means the newest commit.
 
     With `pickles`, pickles are downloaded too if there is no safetensors file.
     """
@@ -280,10 +295,13 @@ def _download(hub_id: str, *, pickles: bool) -> Path:
 
     # LLaVA's code writes trained parameters into the pickles in BESIDE, so they are always needed.
     patterns = [*_BESIDE_WEIGHTS, "*.safetensors", *(f"{name}.bin" for name in BESIDE)]
+    download = lambda patterns: Path(
+        snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
+    )
     try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        directory = download(patterns)
         if pickles and not any(directory.rglob("*.safetensors")):
-            directory = Path(snapshot_download(hub_id, allow_patterns=[*patterns, "*.bin"]))
+            directory = download([*patterns, "*.bin"])
     except Exception as error:  # the client's errors have no common class
         raise ConfigError(
             f"{hub_id!r} is not a directory (if a run writes it, check that the run is finished), "
@@ -299,12 +317,44 @@ def quantisation_of(source: Path | Parts) -> Quantisation | None:
         source: Run directory, the directory `adapter` or `model` in a run directory, or the adapter
             of a checkpoint of a run. For any other source, the result is None.
     """
-    if isinstance(source, Parts):
-        return None
+    return None if isinstance(source, Parts) else _run_quantisation(source)[1]
+
+
+def _run_quantisation(source: Path) -> tuple[bool, Quantisation | None]:
+    """Returns whether a run wrote the source, and the quantization of the run's base."""
     for run_dir in (source, *source.absolute().parents[:3]):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(read_regular(run_dir / "config.json", MAX_JSON_BYTES))
             if "base_fingerprint" in found:
                 bits = found["config"]["quantize"]
-                return bits if bits in get_args(Quantisation) else None
-    return None
+                return True, bits if bits in get_args(Quantisation) else None
+    return False, None
+
+
+def base_warnings(adapter: Path, base: Checkpoint, quantize: Quantisation | None) -> list[str]:
+    """Returns a sentence for each sign that an adapter was trained on something else than a base.
+
+    An adapter that has a fingerprint of its base is compared with the base when it is loaded.
+
+    Args:
+        adapter: Path of the adapter checkpoint.
+        base: Base that the adapter is added to.
+        quantize: Quantization of the base.
+
+    Raises:
+        CheckpointError: The settings of the adapter cannot be used.
+    """
+    named, lines = named_base(adapter).name, []
+    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else absolute_source(name)
+    if named and stored_fingerprint(adapter) is None and local(named) != local(base.name):
+        lines.append(
+            f"{adapter} names {named:.200} as its base, but it is added to {base.name}; it has no "
+            "fingerprint of its base, so make sure that both have the same weights"
+        )
+    is_run, trained = _run_quantisation(adapter)
+    if is_run and trained != quantize:
+        lines.append(
+            f"{adapter} was trained with quantize {trained}, but the base is loaded with quantize "
+            f"{quantize}; its answers may differ"
+        )
+    return lines

@@ -13,6 +13,15 @@ from llava_jax.errors import CheckpointError
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES = 1024  # a pointer has about 130 bytes
 
+BESIDE = ("non_lora_trainables", "mm_projector")
+"""Names, without suffix, of the files in which LLaVA's code stores parts trained in full."""
+
+_READ = (
+    *("*config.json", "*.index.json", "chat_template*", "*token*", "vocab*", "merges.txt"),
+    *("*.model", "model*.safetensors", "adapter_model*", *(f"{stem}.*" for stem in BESIDE)),
+)
+"""Patterns for the names of the files that are read in the directory of a checkpoint."""
+
 _UNQUANTIZED = (
     "use the model with its original weights; llava_jax can quantize them when it loads them "
     "(quantize 'nf4' or 'int8')"
@@ -26,14 +35,14 @@ _QUANTIZED = {
 
 
 def refuse_pointers(path: Path) -> None:
-    """Checks that a file, or the files in a directory, are not pointers of git-lfs.
+    """Checks that a file, or the files that are read in a directory, are not pointers of git-lfs.
 
     After `git clone` without git-lfs, each large file is a small text that points to the real file.
 
     Raises:
         CheckpointError: A file is a pointer.
     """
-    for file in [path] if path.is_file() else sorted(path.glob("*")):
+    for file in [path] if path.is_file() else _files_read(path):
         if not file.is_file() or file.stat().st_size > _MAX_POINTER_BYTES:
             continue
         with open_regular(file) as opened:
@@ -43,6 +52,17 @@ def refuse_pointers(path: Path) -> None:
                 f"{file} is only a pointer of git-lfs, not the file itself; install git-lfs and "
                 f"run `git lfs pull` in {file.parent}, or download the file again"
             )
+
+
+def _files_read(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint that may be read; other files may be pointers.
+
+    Pickles of whole models are read only if there are no safetensors files.
+    """
+    patterns = [*_READ]
+    if not any(directory.glob("*.safetensors")):
+        patterns += ["*.bin", "*.pth"]
+    return sorted({file for pattern in patterns for file in directory.glob(pattern)})
 
 
 def supported_config(file: Path, raw: Json) -> Json:

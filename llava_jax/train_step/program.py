@@ -1,8 +1,8 @@
 """Builds a run's model structure, shapes, shardings and jitted steps from its config."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from llava_jax.distributed.sharding import (
 )
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import compiler_options
-from llava_jax.models import lora
+from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract
@@ -94,9 +94,9 @@ class Program:
 
     def count_parameters(self) -> dict[str, int]:
         """Returns the number of trainable parameters, and the total number of parameters."""
-        sizes = {path: math.prod(leaf.shape) for path, leaf in self.abstract.items()}
-        trainable = sum(sizes[path] for path in self.trainable)
-        return {"trainable": trainable, "total": sum(sizes.values())}
+        count = partial(lora.count_values, config=self.model_config, adapters=self.adapters)
+        trainable = count({path: self.abstract[path] for path in self.trainable})
+        return {"trainable": trainable, "total": count(self.abstract)}
 
     def describe_parameters(self) -> str:
         """Returns the numbers of trainable and of all parameters, in the words that PEFT prints."""
@@ -190,8 +190,8 @@ def build_program(
         ConfigError: Fields of the config contradict each other or do not fit the devices.
     """
     _check_memory(config)
-    configs = lora.adapter_configs(config.tune, config.lora, config.vision_lora)
-    adapters = lora.expand(configs, model_config)
+    configs = adapter_settings.adapter_configs(config.tune, config.lora, config.vision_lora)
+    adapters = adapter_settings.expand(configs, model_config)
     target: str = platform or mesh.devices.flat[0].platform
     compute = _compute_config(config, implementation, target)
     graphdef, shapes = build_model(model_config, adapters, compute)

@@ -14,7 +14,7 @@ from llava_jax.cli import chat, evaluate, serve
 from llava_jax.cli.model_options import chosen_quantisation, find_checkpoint
 from llava_jax.config import Parts, format_source, parse_source
 from llava_jax.config.presets import TINY_LLAVA
-from llava_jax.errors import ConfigError
+from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.generation.assistant import Assistant
 from llava_jax.models.layers import split
 from llava_jax.pretrained import checkpoint_layouts as layouts
@@ -121,6 +121,15 @@ def test_an_adapter_may_bring_the_projector_that_its_base_of_parts_lacks():
     )
     for path, value in split(model)[1].items():
         np.testing.assert_array_equal(value, split(named)[1][path])
+
+
+def test_several_adapters_may_each_bring_the_projector_that_the_base_lacks():
+    one = find_checkpoint(chat.parse([XTUNER_LORA, "--base", BASE]))
+    settings = {"dtype": "float32", "quantize": None, "slots": 1, "max_length": None}
+    both = Assistant.load_all([one, one], **settings, template="vicuna_v1")
+    assert len(both) == 2
+    with pytest.raises(CheckpointError, match="has no projector"):
+        Assistant.load_all([one, one._replace(adapter=None)], **settings, template="vicuna_v1")
 
 
 @pytest.mark.parametrize("module", [chat, evaluate, serve])

@@ -1,5 +1,6 @@
 """Answers from Python, without a server: `LlavaModel.chat` and `LlavaModel.generate_batch`."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -110,6 +111,20 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         name: write_adapter(tmp_path_factory.mktemp(name), seed) for seed, name in enumerate("ab")
     }
+
+
+def test_a_saved_model_has_the_processor_of_its_adapter(adapters: dict[str, Path], tmp_path: Path):
+    own = tmp_path / "adapter"
+    shutil.copytree(TINY_LLAVA, own, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(adapters["a"], own, dirs_exist_ok=True)
+    (own / "chat_template.jinja").write_text("ADAPTER {{ messages[0]['content'] }}")
+    for adapter, is_own in ((own, True), (adapters["a"], False)):
+        model = LlavaModel.from_pretrained(TINY_LLAVA)
+        model.load_adapter(adapter)
+        model.merge_adapter()
+        model.save_pretrained(tmp_path / "saved")
+        template = (tmp_path / "saved" / "chat_template.jinja").read_text()
+        assert template.startswith("ADAPTER") == is_own
 
 
 def test_several_adapters_share_a_base(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch):

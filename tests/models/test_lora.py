@@ -11,16 +11,16 @@ from tiny_training import CONFIG, MODEL
 
 from llava_jax.config import LoraConfig, TuneConfig
 from llava_jax.errors import ConfigError
-from llava_jax.models import lora
+from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model
-from llava_jax.models.layers import Linear, dropout, fold_in, merge, parameter, split
+from llava_jax.models.layers import Adapter, Linear, dropout, fold_in, merge, parameter, split
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 
 
 def adapters(**targets: tuple[str, ...]) -> lora.Adapters:
     parts = {"llm": LLM, "vision": VISION}
     configs = {parts[part]: LoraConfig(rank=2, targets=names) for part, names in targets.items()}
-    return lora.expand(configs, MODEL)
+    return adapter_settings.expand(configs, MODEL)
 
 
 def test_only_targets_get_adapters():
@@ -76,7 +76,7 @@ def test_dropout_of_a_token_does_not_depend_on_its_neighbours():
 def test_the_linears_of_a_block_drop_different_elements():
     linear = Linear(8, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 8), parameter(4, 2)
-    linear.lora_dropout = 0.5
+    linear.adapter = Adapter((2,), (2.0,), dropout=0.5)
     x, keys = jnp.ones((1, 16, 8)), jax.random.split(jax.random.key(0), (1, 16))
     outputs = []
     for index in range(2):
@@ -88,8 +88,8 @@ def test_the_linears_of_a_block_drop_different_elements():
 
 
 def test_merging_computes_the_same_and_leaves_no_adapter():
-    settings = lora.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
-    graphdef, abstract = build_model(MODEL, lora.expand(settings, MODEL))
+    settings = adapter_settings.adapter_configs(CONFIG.tune, CONFIG.lora, CONFIG.vision_lora)
+    graphdef, abstract = build_model(MODEL, adapter_settings.expand(settings, MODEL))
     key = jax.random.key(0)
     params = {
         path: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
@@ -111,7 +111,7 @@ def test_merging_computes_the_same_and_leaves_no_adapter():
 def test_gradients_see_the_dropout_of_the_forward_pass():
     linear = Linear(7, 4, bias=False)
     linear.lora_a, linear.lora_b = parameter(2, 7), parameter(4, 2)
-    linear.lora_scale, linear.lora_dropout = 2.0, 0.5
+    linear.adapter = Adapter((2,), (4.0,), dropout=0.5)
     graphdef, shapes = split(linear)
     keys = jax.random.split(jax.random.key(0), (3, 5))
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
@@ -124,3 +124,18 @@ def test_gradients_see_the_dropout_of_the_forward_pass():
     ours = lambda params, x: jnp.sum(jnp.sin(merge(graphdef, params)(x, keys)))
     found, expected = (jax.grad(f, (0, 1))(params, draw(9, (3, 5, 7))) for f in (ours, plain))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.005])
+def test_the_scale_is_not_rounded_to_bfloat16(alpha: float):
+    """The powers of two that A and B have keep every product exact."""
+    linear = Linear(8, 4, bias=False)
+    linear.lora_a, linear.lora_b = parameter(1, 8), parameter(4, 1)
+    linear.adapter = Adapter((1,), (alpha,))
+    graphdef, shapes = split(linear)
+    ones = {path: jnp.ones(leaf.shape, jnp.bfloat16) for path, leaf in shapes.items()}
+    params = ones | {"weight": jnp.zeros((4, 8), jnp.bfloat16)}
+    x = jnp.full((1, 1, 8), 127 / 128, jnp.bfloat16)
+    got = merge(graphdef, params)(x)
+    expected = jnp.asarray(alpha * 8 * 127 / 128, jnp.bfloat16)
+    np.testing.assert_array_equal(got, jnp.full_like(got, expected))

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from llava_jax.config import VISION_LINEARS, LoraConfig, ModelConfig
 from llava_jax.errors import CheckpointError
+from llava_jax.models.adapter_settings import expand
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
-from llava_jax.models.lora import expand
 from llava_jax.models.paths import LLM, VISION
 from llava_jax.pretrained.adapters import load_adapter, open_adapter
 from llava_jax.pretrained.peft import save_adapter
@@ -81,7 +81,7 @@ def test_we_load_what_we_wrote(name, trained, abstract_params, tmp_path):
     _, _, trainable, config = trained(name)
     save_adapter(tmp_path, trainable, expand(SETTINGS[name], config), config, **BASE)
     adapter = open_adapter(tmp_path, config, abstract_params(config))
-    meaning = lambda adapters: {path: found.meaning for path, found in adapters.items()}
+    meaning = lambda adapters: {path: found.ranks_and_alphas for path, found in adapters.items()}
     assert meaning(adapter.adapters) == meaning(expand(SETTINGS[name], config))
     assert (adapter.base_name, adapter.fingerprint) == ("org/tiny", "0123")
     params = adapter.load()

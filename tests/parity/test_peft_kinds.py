@@ -9,10 +9,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from llava_jax import LlavaModel, generate
 from llava_jax.conversion.convert import convert, open_source
 from llava_jax.errors import CheckpointError
+from llava_jax.models.layers import split
+from llava_jax.models.lora import adapters_in, count_values
+from llava_jax.models.paths import LLM, is_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -41,6 +45,10 @@ EQUAL: dict[str, dict] = {
         "use_rslora": True,
     },
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "whole names beside layers": {
+        "target_modules": ["q_proj", "model.language_model.layers.0.mlp.up_proj"],
+        "layers_to_transform": [1],
+    },
     "layers, pattern": {
         "target_modules": ["q_proj", "down_proj", "linear_2"],
         "layers_to_transform": 1,
@@ -65,9 +73,16 @@ EQUAL: dict[str, dict] = {
     "orthogonal": {"target_modules": DECODER, "init_lora_weights": "orthogonal"},
     "mica": {"target_modules": DECODER, "init_lora_weights": "mica"},
 }
-SHORT = ("both patterns, rslora", "layers, pattern", "all-linear", "tokens of embedding and head")
+TIED: dict[str, dict] = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3, 40]},
+    "embedding in full": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+SHORT = (
+    *("both patterns, rslora", "layers, pattern", "all-linear", "tokens of embedding and head"),
+    "whole names beside layers",
+)
 REFUSED: dict[str, tuple[dict, str]] = {
-    "pissa": ({"init_lora_weights": "pissa"}, r"init_lora_weights is 'pissa', .*conversion"),
+    "pissa": ({"init_lora_weights": "pissa"}, r"init_lora_weights is 'pissa', .*merge_and_unload"),
     "pissa, fast": ({"init_lora_weights": "pissa_niter_2"}, "is 'pissa_niter_2'"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     "alora": ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens = \[5, 6\]"),
@@ -122,24 +137,130 @@ def ours(model: LlavaModel, batch: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k in SHORT else pytest.param(k, marks=pytest.mark.slow) for k in EQUAL]
+    ("kind", "variant"),
+    [
+        *(
+            (kind, "gqa") if kind in SHORT else pytest.param(kind, "gqa", marks=pytest.mark.slow)
+            for kind in EQUAL
+        ),
+        *((kind, "tied") for kind in TIED),
+    ],
 )
 def test_logits_of_every_kind(
-    kind, make, make_hf, saved, hf_logits, batches, assert_close, tmp_path
+    kind, variant, make, make_hf, saved, hf_logits, batches, assert_close, tmp_path
 ):
-    theirs, directory = make(EQUAL[kind])
+    theirs, directory = make((EQUAL if variant == "gqa" else TIED)[kind], variant)
     batch = batches["padded"]
     expected = hf_logits(theirs, batch)
-    assert np.abs(expected - hf_logits(make_hf("gqa"), batch)).max() > 0.05
-    model = LlavaModel.from_pretrained(saved("gqa"))
+    assert np.abs(expected - hf_logits(make_hf(variant), batch)).max() > 0.05
+    model = LlavaModel.from_pretrained(saved(variant))
     model.load_adapter(directory)
     assert_close(ours(model, batch), expected, batch)
     model.merge_adapter()
     assert_close(ours(model, batch), expected, batch)
-    opened = open_source(str(directory), str(saved("gqa")), say=lambda _: None)
+    opened = open_source(str(directory), str(saved(variant)), say=lambda _: None)
     convert(opened, tmp_path / "merged", "hf", merge=True)
-    merged = type(make_hf("gqa")).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = type(make_hf(variant)).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert_close(hf_logits(merged.eval(), batch), expected, batch)
+
+
+def test_eva_is_a_plain_adapter_once_it_is_stored(make, saved, batches, hf_logits, assert_close):
+    """PEFT computes its first values from data, which only training has."""
+    theirs, directory = make({"target_modules": DECODER})
+    file = directory / "adapter_config.json"
+    settings = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    model = LlavaModel.from_pretrained(saved("gqa"))
+    model.load_adapter(directory)
+    assert_close(
+        ours(model, batches["padded"]), hf_logits(theirs, batches["padded"]), batches["padded"]
+    )
+
+
+def test_all_linear_in_a_file_means_all_linear_layers(make, saved):
+    """PEFT writes the names instead, but takes the word as well."""
+    _, directory = make({"target_modules": "all-linear"})
+    file = directory / "adapter_config.json"
+    found = []
+    for word in (None, "all-linear", "All-Linear"):
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | ({"target_modules": word} if word else {})))
+        opened = open_source(str(directory), str(saved("gqa")), say=lambda _: None)
+        found.append(opened.adapters)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], SAVED])
+def test_a_copy_of_a_tied_matrix_is_refused(modules, make, saved):
+    _, directory = make({"modules_to_save": modules}, "tied")
+    message = f"modules_to_save contains {' and '.join(modules)}, but .* only with ensure_weight"
+    with pytest.raises(CheckpointError, match=message):
+        open_source(str(directory), str(saved("tied")), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["up_proj", "down_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["up_proj", "linear_1"], "rank_pattern": {r"layers\.1\..*": 7}},
+        {"target_modules": ["up_proj"], "trainable_token_indices": [5, 3, 40]},
+    ],
+)
+def test_trainable_parameters_are_those_that_peft_counts(settings, make, saved):
+    theirs, directory = make(settings)
+    trainable, total = theirs.get_nb_trainable_parameters()
+    model = LlavaModel.from_pretrained(saved("gqa"))
+    base = sum(leaf.size for leaf in split(model)[1].values())
+    model.load_adapter(directory)
+    _, params = split(model)
+    adapters = {path: leaf for path, leaf in params.items() if is_adapter(path)}
+    count = lambda params: count_values(params, model.config, adapters_in(model))
+    assert (count(adapters), count(params)) == (trainable, base + trainable)
+    assert total - trainable == base
+    assert f"adapters: {trainable:,} parameters" in repr(model)
+
+
+def test_rslora_has_the_alpha_that_was_given(make, saved):
+    _, directory = make({"use_rslora": True, "lora_alpha": 16, "r": 8})
+    said = []
+    alphas = {LLM: 16.0}
+    opened = open_source(str(directory), str(saved("gqa")), alphas=alphas, say=said.append)
+    assert "adapters with rank 8 and alpha 16 (rsLoRA) in llm.layers.*" in said[1]
+    for adapter in opened.adapters.values():
+        np.testing.assert_allclose(adapter.scales, 16 / 8**0.5, rtol=1e-12)
+
+
+def test_a_failed_load_changes_nothing(make, saved, batches):
+    _, directory = make({})
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: np.full_like(tensors[name], np.nan)}, file)
+    model = LlavaModel.from_pretrained(saved("gqa"))
+    before = ours(model, batches["padded"])
+    with pytest.raises(CheckpointError, match="NaN"):
+        model.load_adapter(directory)
+    np.testing.assert_array_equal(ours(model, batches["padded"]), before)
+    save_file(tensors, file)
+    model.load_adapter(directory)
+
+
+def test_parts_in_full_have_the_dtype_of_the_model(make, saved):
+    _, directory = make({"modules_to_save": ["multi_modal_projector"]})
+    model = LlavaModel.from_pretrained(saved("gqa"), dtype="bfloat16")
+    model.load_adapter(directory)
+    dtypes = {is_adapter(path): str(leaf.dtype) for path, leaf in split(model)[1].items()}
+    assert dtypes == {False: "bfloat16", True: "float32"}
+
+
+def test_a_merge_that_is_refused_changes_nothing(make, saved, batches):
+    _, directory = make({"target_modules": ["linear_1", "q_proj"]}, "wide")
+    model = LlavaModel.from_pretrained(saved("wide"), quantize="int8")
+    model.load_adapter(directory)
+    before = ours(model, batches["padded"])
+    with pytest.raises(ValueError, match="cannot be merged into quantized weights"):
+        model.merge_adapter()
+    np.testing.assert_array_equal(ours(model, batches["padded"]), before)
 
 
 def test_answers_with_adapters_are_those_after_merging(make, saved, batches):

@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.limited_process import LimitedProcess, ProgramError
-from llava_jax.pretrained.peft_config import read_values
+from llava_jax.pretrained.peft_config import ranks_and_alphas
 
 MESSAGES = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
@@ -132,7 +132,8 @@ def test_a_process_ends_with_who_uses_it():
 def ranks(pattern: str) -> set[int]:
     names = [f"llm.layers.{i}.self_attn.q_proj" for i in range(40)]
     given = {"r": 4, "lora_alpha": 8, "rank_pattern": {pattern: 2}}
-    return {*read_values(Path("adapter_config.json"), given, names)[0]}
+    found = ranks_and_alphas(Path("adapter_config.json"), given, names, LimitedProcess())
+    return {rank for rank, _ in found}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,17 @@ import huggingface_hub
 import pytest
 
 from llava_jax.config import Parts
+from llava_jax.conversion.convert import convert, open_source
 from llava_jax.conversion.tensor_formats import open_any
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.pretrained.resolve import adapter_in, model_name, quantisation_of, resolve
+from llava_jax.pretrained.resolve import (
+    adapter_in,
+    base_warnings,
+    model_name,
+    quantisation_of,
+    resolve,
+)
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 CLIP, VICUNA = "openai/clip", "lmsys/vicuna"
@@ -26,7 +33,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path]
     """Puts a directory on a hub, and says where its snapshot will be."""
     repositories, cache = {}, tmp_path / "cache"
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        name = f"{name}@{revision}" if revision else name
         if name not in repositories:
             raise OSError("no connection")
         snapshot = cache / name
@@ -113,6 +121,56 @@ def test_something_trained_is_no_base(on_hub: bool, hub, tmp_path: Path):
     second = adapter_on("me/first" if on_hub else str(first), tmp_path / "second")
     with pytest.raises(ConfigError, match="itself an adapter or a trained part; merge it"):
         resolve(str(second))
+
+
+def test_the_revision_of_an_adapter_is_that_of_its_base(hub, tmp_path: Path):
+    """The newest commit may have other weights."""
+    adapter = shutil.copytree(FIXTURES / "peft_4_48", tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "me/base"}
+    file.write_text(json.dumps(settings | {"revision": "v2"}))
+    hub("me/base", FIXTURES / "base" / "llm")
+    with pytest.raises(ConfigError, match="no connection"):
+        resolve(str(adapter))
+    snapshot = hub("me/base@v2", FIXTURES / "hf_4_48")
+    assert resolve(str(adapter)) == ("me/base", snapshot, adapter)
+    convert(open_source(str(adapter)), tmp_path / "out", "peft")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["revision"] == "v2"
+    base = str(FIXTURES / "hf_4_48")
+    convert(open_source(str(adapter), base), tmp_path / "other", "peft")
+    written = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == (base, None)
+
+
+def test_a_revision_of_a_part_is_refused(hub, llava: Path, tmp_path: Path):
+    lora = shutil.copytree(FIXTURES / "llava_lora", tmp_path / "lora")
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v2"}))
+    with pytest.raises(ConfigError, match=r"one of its parts is the revision v2; download it"):
+        resolve(str(lora))
+
+
+def test_an_adapter_of_another_base_is_named(tmp_path: Path):
+    run = tmp_path / "run"
+    adapter = shutil.copytree(FIXTURES / "peft_4_48", run / "adapter")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    base = resolve(FIXTURES / "hf_4_48")
+    for name, expected in ((base.name, 0), ("me/other", 1), (None, 0)):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": name}))
+        (adapter / "base.json").unlink(missing_ok=True)
+        assert len(base_warnings(adapter, base, None)) == expected
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": "me/other"}))
+    (line,) = base_warnings(adapter, base, "nf4")
+    assert "names me/other as its base, but it is added to" in line
+    (adapter / "base.json").write_text(json.dumps({"fingerprint": "0123"}))
+    assert base_warnings(adapter, base, "nf4") == []  # loading compares the fingerprints
+    (run / "config.json").write_text(
+        json.dumps({"config": {"quantize": None}, "base_fingerprint": ""})
+    )
+    (line,) = base_warnings(adapter, base, "nf4")
+    assert "was trained with quantize None, but the base is loaded with quantize nf4" in line
 
 
 @pytest.mark.parametrize("part", ["llm", "vision"])

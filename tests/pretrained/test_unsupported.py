@@ -41,6 +41,21 @@ def test_a_pointer_of_git_lfs_is_named(name, copy):
     assert f"{name} is only a pointer of git-lfs" in sentence(error)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "photo.png", "trainer_state.json"])
+def test_a_pointer_that_is_not_read_does_no_harm(name, copy):
+    (copy / name).write_text(POINTER)
+    assert resolve(copy).base == copy
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "mm_projector.bin"])
+def test_a_pickle_that_is_read_is_named(name, copy):
+    if name == "pytorch_model.bin":
+        (copy / "model.safetensors").unlink()
+    (copy / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"{name} is only a pointer of git-lfs"):
+        resolve(copy)
+
+
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
