@@ -1,7 +1,6 @@
 """Finds the image files that records name, and decodes images that records contain as base64."""
 
 import base64
-import binascii
 import os
 import re
 from pathlib import PurePosixPath
@@ -34,14 +33,9 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
         SampleError: The image is neither embedded nor a path, its path is not valid or is outside
             of the directory, or its base64 is damaged.
     """
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    image = read_embedded(image)
     if isinstance(image, bytes):
         return image
-    if not isinstance(image, str):
-        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
-    if is_embedded(image):
-        return _decode(image)
     _check_name(image)
     path = _relative_path(image, root)
     located = os.path.join(root, path)
@@ -52,6 +46,53 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
             "image path",
         )
     return located
+
+
+def find_local_image(image: object) -> str | bytes:
+    """Returns the path of an image file that a user names in Python, or its content.
+
+    Unlike in data files, the path may lead to any directory.
+
+    Args:
+        image: Path, file:// URL, data URL, bytes, or a dict with the keys "bytes" and "path".
+
+    Raises:
+        SampleError: The image is not one of these, or its base64 is damaged.
+    """
+    image = read_embedded(image)
+    if isinstance(image, bytes):
+        return image
+    _check_name(image)
+    path = local_path(image)
+    if "://" in path[:16]:
+        raise SampleError(
+            f"an image is {image!r:.80}; it must be a PIL image, the path of a file, a data URL, "
+            "or the content of a file",
+            "image path",
+        )
+    return path
+
+
+def read_embedded(image: object) -> str | bytes:
+    """Returns the content of an image that a record contains, or else the path of the image.
+
+    Raises:
+        SampleError: The image is neither embedded nor a path, or its base64 is damaged.
+    """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
+    return _decode(image) if is_embedded(image) else image
+
+
+def local_path(image: str) -> str:
+    """Returns the path in a file:// URL of this machine; returns other texts unchanged."""
+    if image.startswith("file://") and not urlsplit(image).netloc:
+        return unquote(urlsplit(image).path)
+    return image
 
 
 def is_embedded(image: str) -> bool:
@@ -66,13 +107,22 @@ def is_embedded(image: str) -> bool:
 def _decode(image: str) -> bytes:
     """Returns the content of an image file from a data URL or from base64."""
     start = _BASE64.match(image)
-    text = re.sub(r"\s", "", image[start.end() :] if start else image).rstrip("=")
-    # Some programs leave the padding out, or write the alphabet for URLs.
-    text = text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(image[start.end() :] if start else image)
+    except ValueError as error:
         raise SampleError(f"image {image!r:.60} is not valid base64: {error}", "image") from None
+
+
+def decode_base64(text: str) -> bytes:
+    """Returns the bytes of a text in base64.
+
+    The padding may be missing, the alphabet may be the one for URLs, and there may be white space.
+
+    Raises:
+        ValueError: The text is not valid base64.
+    """
+    text = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _check_name(image: str) -> None:
@@ -105,9 +155,7 @@ def _relative_path(image: str, root: str) -> str:
     Raises:
         SampleError: The path is outside of the directory.
     """
-    path = image
-    if image.startswith("file://") and not urlsplit(image).netloc:
-        path = unquote(urlsplit(image).path)
+    path = local_path(image)
     has_parent = ".." in PurePosixPath(path).parts
     if "://" in root:
         path = path.removeprefix(root.rstrip("/") + "/")

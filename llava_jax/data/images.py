@@ -88,13 +88,19 @@ class ImageTransform:
     decode: Decode = "exact"
     exif_orientation: bool = True
 
-    def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
+    def __call__(self, image: Image.Image | str | bytes) -> Float32[np.ndarray, "3 H W"]:
         """Returns the normalized pixels of an image, float32 [3, height, width].
 
+        Args:
+            image: Opened image, or path or content of an image file.
+
         Raises:
-            SampleError: The image has too many pixels after padding or resizing, because it is too
-                narrow, or it has no finite pixels.
+            SampleError: The file cannot be read, or the image has too many pixels after padding or
+                resizing, because it is too narrow, or it has no finite pixels.
         """
+        if isinstance(image, str | bytes):
+            with _opened(image) as file:
+                return self(file)
         # Each of the 256 pixel levels is normalized once. As in Hugging Face's processor, the
         # product is computed in float64 and then rounded to float32.
         levels = (np.arange(256) * self.rescale).astype(np.float32)

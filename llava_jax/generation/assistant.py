@@ -17,7 +17,7 @@ from llava_jax.generation.prompts import Prompt, PromptReader
 from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.models.layers import merge, split
 from llava_jax.pretrained.model import LlavaModel
-from llava_jax.pretrained.processor import has_processor
+from llava_jax.pretrained.processor import processor_source
 from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
@@ -166,9 +166,8 @@ class Assistant:
         length = choose_length(models[0].config, max_length)
         readers = []
         for one, model in zip(checkpoints, models, strict=True):
-            has_own = one.adapter is not None and has_processor(one.adapter)
-            place = one.adapter if one.adapter and has_own else one.base
-            readers.append(PromptReader.open(place, model.config, template))
+            source = processor_source(one.base, one.adapter)
+            readers.append(PromptReader.open(source, model.config, template))
         unstacked = unstack_layers(models, donate=True)
         return [
             cls(model, reader, slots=slots, max_length=length, unstacked=weights)

@@ -19,10 +19,11 @@ from llava_jax.data.conversation import (
     count_placeholders,
     end_token,
     join_system_turns,
+    split_at_images,
     tokenizing,
 )
 from llava_jax.data.image_tokens import expand_images
-from llava_jax.data.images import ImageTransform, open_image
+from llava_jax.data.images import ImageTransform
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.chat_templates import read_chat_template
 from llava_jax.pretrained.image_processor import load_fitting_transform
@@ -156,8 +157,6 @@ class PromptReader:
         size = self._config.vision.image_size
         pixels = np.zeros((asked, 3, size, size), np.float32)
         for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
-            if isinstance(picture, str | bytes):
-                picture = open_image(picture, exif_orientation=self.transform.exif_orientation)
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
@@ -206,22 +205,18 @@ class PromptReader:
     def _pieces(self, turn: Turn) -> list[str | None]:
         """Returns the texts of a turn in order, with None for each image.
 
-        The template places one image, and several images on lines before the text. The list begins
-        with a text if several images stay where they are.
+        The template places one image, and images before all texts.
         """
-        texts = turn.text.split(IMAGE_PLACEHOLDER) if turn.role == "human" else [turn.text]
-        images = len(texts) - 1
-        on_lines = texts[:-1] == ["", *["\n"] * (images - 1)] and texts[-1][:1] in ("", "\n")
-        if images == 1:
-            texts = _strip(texts)
-        elif on_lines:
-            texts = [*[""] * images, texts[-1][1:]]
+        texts = [turn.text]
+        if turn.role == "human":
+            texts = turn.text.split(IMAGE_PLACEHOLDER)
+            texts = _strip(texts) if len(texts) == 2 else split_at_images(turn.text)
         # When a control token is removed, the text around it may form a second control token. The
         # second token is replaced by a space, so that the text around it cannot form a third token.
         texts = [self._special.sub(" ", self._special.sub("", text)) for text in texts]
         if self._special.search("".join(texts)):  # the template may move the images between them
             texts = [f"{text} " for text in texts]
-        pieces: list[str | None] = [""] if images > 1 and not on_lines else []
+        pieces: list[str | None] = []
         for index, text in enumerate(texts):
             pieces += [*([None] if index else []), *([text] if text else [])]
         return pieces

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +27,14 @@ from llava_jax.pretrained.tokenizer import has_tokenizer, image_token_of, load_t
 def has_processor(directory: Path) -> bool:
     """Returns True if a directory has both a tokenizer and an image processor."""
     return has_tokenizer(directory) and has_image_processor(directory)
+
+
+_Source = TypeVar("_Source", bound=Path | Parts | None)
+
+
+def processor_source(base: _Source, adapter: Path | None) -> Path | _Source:
+    """Returns the adapter if it has its own tokenizer and image processor, or else the base."""
+    return adapter if adapter is not None and has_processor(adapter) else base
 
 
 def save_processor(

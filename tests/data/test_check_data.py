@@ -147,7 +147,7 @@ def test_the_command(folder, capsys, tmp_path):
     assert main(options(written.path, written.root, *files, "--shown", "1")) == 1
     output = capsys.readouterr().out
     assert f"{len(written.places)} samples: 80 bad" in output
-    assert "records begin with an answer without a question; these turns are left out" in output
+    assert "with an answer before the first question; these turns are left out" in output
     assert "bad, image missing: 4\n" in output
     assert "and 3 more; --json FILE writes all of them" in output
     assert f"wrote {len(written.places) - 80} samples to {clean}\n" in output
