@@ -129,10 +129,10 @@ class PromptReader:
             SampleError: The prompt cannot be used: for example, an image is broken, or the last
                 turn has the wrong role.
         """
-        asked = count_placeholders(prompt.turns)
-        if asked != len(prompt.images):
+        image_count = count_placeholders(prompt.turns)
+        if image_count != len(prompt.images):
             raise SampleError(
-                f"the turns contain <image> {asked} times, but the prompt has "
+                f"the turns contain <image> {image_count} times, but the prompt has "
                 f"{len(prompt.images)} images",
                 "number of images",
             )
@@ -147,7 +147,7 @@ class PromptReader:
             )
         ids = np.array(found, np.int32)
         image = self._config.image_token_id
-        if (ids == image).sum() != asked:
+        if (ids == image).sum() != image_count:
             text = "the chat template does not write exactly one image token per image"
             raise SampleError(text, "template")
         encoded = Encoded(ids, np.zeros(len(ids), bool))
@@ -155,7 +155,7 @@ class PromptReader:
         if check is not None:
             check(len(ids))
         size = self._config.vision.image_size
-        pixels = np.zeros((asked, 3, size, size), np.float32)
+        pixels = np.zeros((image_count, 3, size, size), np.float32)
         for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
