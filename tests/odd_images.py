@@ -197,6 +197,9 @@ def pngs() -> dict[str, Odd]:
             deep=True,
         ),
         "png color 16 bits": Odd(png(color16, 16, 2), COLOR, deep=True),
+        "png color 12 of 16 bits": Odd(
+            png(color16 >> 4, 16, 2), (color16 >> 12).astype(np.uint8), deep=True
+        ),
         "png color 16 bits, one color transparent": Odd(
             png(color16, 16, 2, extra=key16), is_key(COLOR), deep=True
         ),

@@ -39,7 +39,8 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
     _check_name(image)
     path = _relative_path(image, root)
     located = os.path.join(root, path)
-    if not follow_links and "://" not in root and not _is_inside(located, root):
+    is_local = "://" not in root
+    if is_local and not follow_links and _inside(*map(os.path.realpath, (root, located))) is None:
         raise SampleError(
             f"image {image!r:.200} is outside data.image_root because of a symbolic link; set "
             "data.follow_links to true to allow this",
@@ -177,9 +178,3 @@ def _inside(folder: str, path: str) -> str | None:
     """Returns the path relative to a folder; None if it is outside of the folder."""
     relative = os.path.relpath(path, folder)
     return None if relative.split("/")[0] == ".." else relative
-
-
-def _is_inside(path: str, root: str) -> bool:
-    """Returns True if a path is in the directory `root` after resolving symbolic links."""
-    root = os.path.realpath(root)
-    return os.path.commonpath([root, os.path.realpath(path)]) == root

@@ -172,14 +172,16 @@ def test_the_command(folder, capsys, tmp_path):
 
 
 def test_images_that_are_changed_are_counted(folder, capsys):
-    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png")
+    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png",
+             "png color 12 of 16 bits")  # fmt: skip
     for number, name in enumerate(names):
         (folder / f"odd{number}").write_bytes(ODD[name].data)
     records = [bad_data.show(f"odd{number}") for number in range(len(names))]
     (folder / "odd.json").write_text(json.dumps(records))
     assert main(options(folder / "odd.json", folder)) == 0
     output = capsys.readouterr().out
-    assert "\nimages of more than 8 bits per channel: 3\n" in output
+    assert "\nimages of more than 8 bits per channel: 4\n" in output
+    assert "\nimages of more than 8 bits per channel that are nearly black in 8 bits: 1\n" in output
     assert "\nimages turned by their Exif orientation: 2\n" in output
 
 
