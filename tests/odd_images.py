@@ -197,6 +197,9 @@ def pngs() -> dict[str, Odd]:
             deep=True,
         ),
         "png color 16 bits": Odd(png(color16, 16, 2), COLOR, deep=True),
+        "png color 12 of 16 bits": Odd(
+            png(color16 >> 4, 16, 2), (color16 >> 12).astype(np.uint8), deep=True
+        ),
         "png color 16 bits, one color transparent": Odd(
             png(color16, 16, 2, extra=key16), is_key(COLOR), deep=True
         ),
@@ -230,6 +233,14 @@ def pngs() -> dict[str, Odd]:
             turned=True,
         ),
         "png xmp": Odd(png(COLOR, 8, 2, extra=text), UPRIGHT[6](COLOR), turned=True),
+        "png 2 bits, one level transparent": Odd(
+            png(GRAY >> 6, 2, 0, extra=chunk(b"tRNS", struct.pack(">H", 1))),
+            rgb(np.where(GRAY >> 6 == 1, 255, (GRAY >> 6) * 85)),
+        ),
+        "png 4 bits, one level transparent": Odd(
+            png(GRAY >> 4, 4, 0, extra=chunk(b"tRNS", struct.pack(">H", 9))),
+            rgb(np.where(GRAY >> 4 == 9, 255, (GRAY >> 4) * 17)),
+        ),
         "png xmp against exif": Odd(
             png(COLOR, 8, 2, extra=text + chunk(b"eXIf", exif(1)[6:])), COLOR
         ),

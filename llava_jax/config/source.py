@@ -39,8 +39,8 @@ def parse_source(text: str) -> str | Parts:
         return text
     given = {}
     for part in text.split(","):
-        name, _, place = part.strip().partition("=")
-        given[name] = place
+        name, _, path = part.strip().partition("=")
+        given[name] = path
     names = [field.name for field in dataclasses.fields(Parts)]
     unknown = [name for name in given if name not in names]
     if unknown or not given.keys() >= {"llm", "vision"}:
@@ -61,8 +61,8 @@ def absolute_source(source: str) -> str:
     """Makes the local paths in the text of a source absolute; hub ids stay unchanged."""
     parts = parse_source(source)
     if isinstance(parts, Parts):
-        places = {name: place and absolute_source(place) for name, place in vars(parts).items()}
-        return format_source(Parts(**places))
+        paths = {name: path and absolute_source(path) for name, path in vars(parts).items()}
+        return format_source(Parts(**paths))
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 

@@ -50,6 +50,8 @@ class Findings:
         deep: int32 [N]. Number of images in each sample with more than 8 bits per channel.
         turned: int32 [N]. Number of images in each sample that are turned upright because of their
             Exif orientation.
+        dark: int32 [N]. Number of images in each sample with more than 8 bits per channel that are
+            nearly black in 8 bits.
         problems: One problem for each bad sample.
     """
 
@@ -59,6 +61,7 @@ class Findings:
     cut: Int32[np.ndarray, " N"]
     deep: Int32[np.ndarray, " N"]
     turned: Int32[np.ndarray, " N"]
+    dark: Int32[np.ndarray, " N"]
     problems: list[Problem]
 
     @property
@@ -118,7 +121,7 @@ class _Check:
 
     def __call__(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.records)))
-        rows = np.zeros((len(numbers), 6), np.int32)
+        rows = np.zeros((len(numbers), 7), np.int32)
         problems = []
         for row, number in zip(rows, numbers, strict=True):
             write_progress(number)

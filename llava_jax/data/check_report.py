@@ -21,6 +21,7 @@ BINS, BAR = 12, 40
 """Number of bars in the histogram of lengths, and width of the longest bar in characters."""
 CHANGED = {
     "images of more than 8 bits per channel": "deep",
+    "images of more than 8 bits per channel that are nearly black in 8 bits": "dark",
     "images turned by their Exif orientation": "turned",
 }
 """Names of numbers of images that are not used as they are stored, with fields of `Findings`."""

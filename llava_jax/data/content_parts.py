@@ -1,8 +1,13 @@
 """Reads the content of messages: texts, and images that are in it or beside the messages."""
 
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TypeGuard, TypeVar
 
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER
+from PIL import Image
+
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn, count_placeholders
 from llava_jax.disk import Json
 from llava_jax.errors import SampleError
 
@@ -11,6 +16,16 @@ MAX_PARTS = 2000
 
 _SOURCES = ("image", "path", "url", "base64", "image_url")
 """Fields of an image part that may contain the image."""
+
+IMAGE_FIELDS = (
+    *("image", "images", "image_path", "image_paths", "image_file", "image_files", "image_url"),
+    *("image_urls", "image_filename", "image_file_name", "img", "imgs", "img_path", "picture"),
+    "pictures",
+)
+"""Fields of a record that may contain its images; "image" and "images" come before all others."""
+
+IMAGE_LIKE = re.compile("image|img|picture", re.IGNORECASE)
+"""Start of the name of a field that may contain an image."""
 
 _Item = TypeVar("_Item")
 
@@ -33,8 +48,8 @@ def limit(what: str, found: int, most: int, kind: str = "record size") -> None:
         raise SampleError(f"the record has {found:,} {what}; at most {most:,} are allowed", kind)
 
 
-def join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
-    """Joins the parts of a turn's content.
+def read_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Json]]:
+    """Reads the parts of a turn's content.
 
     Args:
         content: Parts of the content.
@@ -42,54 +57,102 @@ def join_parts(content: list[Json], role: str, turn: int) -> tuple[str, list[Jso
         turn: Index of the turn, for messages.
 
     Returns:
-        Text with a placeholder for each image, and the image parts.
+        Text with a placeholder for each image, as in `join_pieces`, and the image parts.
 
     Raises:
         SampleError: There are too many parts, or a part is neither a text nor an image.
     """
     limit("parts in one turn", len(content), MAX_PARTS)
-    texts: list[str] = []
+    pieces: list[str | None] = []
     images: list[Json] = []
-    first = 0  # number of images before all texts
     for part in content:
-        kind = part.get("type") or next((k for k in ("text", *_SOURCES) if part.get(k)), None)
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in _SOURCES and role == "human":
+        found = [name for name in ("text", *_SOURCES) if not is_empty(part.get(name))]
+        kind = part.get("type") or next(iter(found), None)
+        if kind == "text" and isinstance(part.get("text"), str) and found in ([], ["text"]):
+            pieces.append(part["text"])
+            refuse_images(part, f"turn {turn}: a part with a text")
+        elif kind in _SOURCES and role == "human" and "text" not in found:
+            pieces.append(None)
             images.append(part)
-            if texts:
-                texts.append(IMAGE_PLACEHOLDER)
-            else:
-                first += 1
+            refuse_images(part, f"turn {turn}: an image part", known=_SOURCES)
         else:
             raise SampleError(
                 f'turn {turn}: expected parts {{"type": "text", "text": text}} or, in a user '
                 f'turn, {{"type": "image"}}, found {part!r:.80}; LLaVA-1.5 reads only text and '
                 "images"
             )
-    return put_images_first(first, "".join(texts)), images
+    return join_pieces(pieces), images
 
 
-def put_images_first(images: int, text: str) -> str:
-    """Returns a text after placeholders of images, each on a line of its own as in LLaVA's data.
+def join_pieces(pieces: Sequence[str | None]) -> str:
+    """Returns the text of a turn, with a placeholder for each image.
+
+    Training, chat and the server use the same rule: images before all texts are on lines of their
+    own, as in LLaVA's data; other images stay where they are.
 
     Args:
-        images: Number of images.
-        text: Text of a question.
+        pieces: Texts of the turn in order; None stands for an image.
     """
+    pieces = [piece for piece in pieces if piece != ""]
+    images = pieces.count(None)
+    if any(pieces[:images]):
+        return "".join(IMAGE_PLACEHOLDER if piece is None else piece for piece in pieces)
+    text = "".join(filter(None, pieces))
     lines = [IMAGE_PLACEHOLDER] * images
     return "\n".join([*lines, text.removeprefix("\n")] if text else lines) if images else text
 
 
+def put_missing_images(turns: list[Turn], count: int) -> bool:
+    """Puts placeholders before the first question if no question has a placeholder.
+
+    Args:
+        turns: Turns of a conversation, which are changed.
+        count: Number of images of the conversation.
+
+    Returns:
+        Whether there were images without placeholders, and a question to put them into.
+    """
+    asks = next((index for index, turn in enumerate(turns) if turn.role == "human"), None)
+    if not count or asks is None or count_placeholders(turns):
+        return False
+    turns[asks] = turns[asks]._replace(text=join_pieces([None] * count + [turns[asks].text]))
+    return True
+
+
+def is_empty(value: object) -> bool:
+    """Returns True for None, 0, and an empty text, list or object, which mean a missing field."""
+    can_be_empty = isinstance(value, str | bytes | list | tuple | dict | int | float)
+    return value is None or (can_be_empty and not value)
+
+
+def refuse_images(fields: Json, where: str, known: Collection[str] = ()) -> None:
+    """Raises SampleError if an object may have an image in a field that is not read.
+
+    Args:
+        fields: Object of a record.
+        where: Name of the object, for messages.
+        known: Names of fields that are read.
+    """
+    for name, value in fields.items():
+        if name not in known and IMAGE_LIKE.match(name) and not is_empty(value):
+            raise SampleError(
+                f'{where} has the field "{name}", which is not read; if it is an image, write it '
+                'into the field "image" or "images" of the record, or into a part of its own; '
+                "otherwise, rename or remove the field"
+            )
+
+
 def images_beside(raw: Json) -> list[object]:
-    """Returns the images in the field "image" or "images" of a record.
+    """Returns the images in the fields of a record; see `IMAGE_FIELDS`.
 
     Raises:
-        SampleError: The record has both fields, or a value is not an image.
+        SampleError: Several fields may contain the images, or a value is not an image.
     """
-    named = {name: raw[name] for name in ("image", "images") if raw.get(name)}
+    given = {name: raw[name] for name in IMAGE_FIELDS if not is_empty(raw.get(name))}
+    named = {name: given[name] for name in IMAGE_FIELDS[:2] if name in given} or given
     if len(named) > 1:
-        raise SampleError('the record has both "image" and "images"; remove one of these fields')
+        names = " and ".join(f'"{name}"' for name in named)
+        raise SampleError(f"the record has both {names}; remove one of these fields")
     for name, value in named.items():
         images = value if isinstance(value, list) else [value]
         if not all(map(_is_image, images)):
@@ -154,4 +217,4 @@ def images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
 
 def _is_image(value: object) -> bool:
     known = isinstance(value, dict) and not value.keys().isdisjoint({"bytes", "path"})
-    return known or isinstance(value, str | bytes)
+    return known or isinstance(value, str | bytes | Path | Image.Image)

@@ -222,15 +222,20 @@ def select_turns(turns: Sequence[Turn], *, keep_question: bool = False) -> list[
 def split_at_images(text: str) -> list[str]:
     """Splits the text of a human turn at its images: the texts before, between and after them.
 
-    A single image comes first, whatever its place in the text, as in LLaVA-1.5. Several images stay
-    in their places, as in LLaVA-NeXT.
+    A single image comes first, whatever its place in the text, as in LLaVA-1.5. If there is only
+    white space before the last of several images, these images come first too. In both cases, the
+    other text has no white space at its start and its end, all texts before it are empty, and the
+    renderer writes `Template.image_suffix` after each image if there is a text. Otherwise, several
+    images and all white space stay in their places, as in LLaVA-NeXT.
 
     Args:
         text: Text with one `<image>` for each image.
     """
-    if text.count(IMAGE_PLACEHOLDER) == 1:
-        return ["", text.replace(IMAGE_PLACEHOLDER, "").strip()]
-    return text.split(IMAGE_PLACEHOLDER)
+    texts = text.split(IMAGE_PLACEHOLDER)
+    images = len(texts) - 1
+    if images == 1 or (images and not "".join(texts[:-1]).strip()):
+        return [*[""] * images, "".join(texts).strip()]
+    return texts
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:
@@ -277,11 +282,11 @@ def _render_question(
     image, texts = _Piece("", image_id, learned=False), split_at_images(text)
     if not template.keeps_questions:
         return [image] * (len(texts) - 1)
+    has_suffix = texts[-1] and not any(texts[:-1])
+    suffix = _parse(template.image_suffix, tokenizer) if has_suffix else []
     pieces = [_Piece(texts[0], None, learned=False)]
     for text in texts[1:]:
-        pieces += [image, _Piece(text, None, learned=False)]
-    if len(texts) == 2 and texts[1]:
-        pieces[2:2] = _parse(template.image_suffix, tokenizer)
+        pieces += [image, *suffix, _Piece(text, None, learned=False)]
     return pieces
 
 

@@ -9,18 +9,22 @@ Therefore the same conversation gives the same turns in every form:
 - a question and its answer in fields of the record, such as "prompt" and "completion".
 """
 
+import enum
 import itertools
 import re
 from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
 from llava_jax.data.content_parts import (
+    IMAGE_LIKE,
     images_beside,
     images_of_parts,
+    is_empty,
     is_list_of,
-    join_parts,
     limit,
-    put_images_first,
+    put_missing_images,
+    read_parts,
+    refuse_images,
 )
 from llava_jax.data.conversation import Turn, count_placeholders, join_system_turns, select_turns
 from llava_jax.disk import Json
@@ -37,7 +41,9 @@ ANSWERS = ("completion", "output", "response", "answer", "assistant", "gpt")
 """Fields that may contain the answer to a question."""
 
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_ALWAYS_READ = ("id", "image", "images", "category", "system", "tools", *_OTHER_MEDIA)
+_ALWAYS_READ = ("id", "category", "system", "tools", "label", "objects", "answers", *_OTHER_MEDIA)
+_CHANGES_QUESTION = ("context", "contexts", "passage", "choices", "options")
+"""Fields that belong to a question, but have no place in a prompt that all programs agree on."""
 _ONLY_IN_ROUNDS = ("input", "user", "human")
 _CONVERSES, _ASKS, _ANSWERS = map(frozenset, (CONVERSATIONS, QUESTIONS, ANSWERS))
 _ASKS_IN_LIST = _ASKS.difference(_ONLY_IN_ROUNDS)
@@ -70,13 +76,21 @@ ROLES: dict[str, Literal["system", "human", "gpt"]] = {
 LOSS_FIELDS = ("loss", "train", "training", "weight")
 """Fields of a turn that say whether its answer is learned: ms-swift, axolotl and OpenAI."""
 
-ANSWER_FIRST, QUESTION_LAST, NO_PLACEHOLDER = 1, 2, 4
+
+class Note(enum.IntFlag):
+    """How a record was changed. The numbers are a part of `records.Sizes`."""
+
+    ANSWER_FIRST = 1
+    QUESTION_LAST = 2
+    NO_PLACEHOLDER = 4
+
+
 NOTES = {
-    ANSWER_FIRST: "begin with an answer without a question; these turns are left out",
-    QUESTION_LAST: "end with a question without an answer; these turns are left out",
-    NO_PLACEHOLDER: "have images, but no <image> in a question; these images come first",
+    Note.ANSWER_FIRST: "with an answer before the first question; these turns are left out",
+    Note.QUESTION_LAST: "with a question after the last answer; these turns are left out",
+    Note.NO_PLACEHOLDER: "with images, but without <image> in a question; these images come first",
 }
-"""Texts for the flags in `Parsed.notes`."""
+"""Texts for the flags in `Parsed.notes`, which follow a number of records."""
 
 
 class Parsed(NamedTuple):
@@ -85,19 +99,20 @@ class Parsed(NamedTuple):
     Attributes:
         images: Images as they are in the record.
         turns: Turns that are used; see `conversation.select_turns`.
-        notes: Sum of flags in `NOTES`, which say how the record was changed.
+        notes: Flags that say how the record was changed.
     """
 
     images: list[object]
     turns: list[Turn]
-    notes: int = 0
+    notes: Note = Note(0)
 
 
 def columns(names: Collection[str]) -> list[str]:
     """Returns the names of the fields that are read if all records have the fields `names`."""
     whole = [name for name in names if name in CONVERSATIONS]
-    flat = () if whole else (*QUESTIONS, *ANSWERS, "history")
-    return [name for name in names if name in (*CONVERSATIONS, *_ALWAYS_READ, *flat)]
+    flat = () if whole else (*QUESTIONS, *ANSWERS, "history", *_CHANGES_QUESTION)
+    read = (*CONVERSATIONS, *_ALWAYS_READ, *flat)
+    return [name for name in names if name in read or IMAGE_LIKE.match(name)]
 
 
 def is_record(names: Iterable[str], *, in_list: bool = False) -> bool:
@@ -138,7 +153,25 @@ def parse(raw: object) -> Parsed:
     if not isinstance(raw, dict):
         raise SampleError(f"expected an object, found {raw!r:.60}")
     _refuse_unsupported(raw)
-    messages = _messages(raw)
+    images, turns = read_messages(_messages(raw), images_beside(raw))
+    if not images:
+        refuse_images(raw, "the record")
+    for index, turn in enumerate(turns):
+        _refuse_marks(turn, index, raw)
+    return _arrange(images, turns)
+
+
+def read_messages(messages: list[Json], beside: list[object]) -> tuple[list[object], list[Turn]]:
+    """Returns the images and the turns of a conversation.
+
+    Args:
+        messages: Messages with a speaker and a content, which is a text or a list of parts.
+        beside: Images that are given beside the messages.
+
+    Raises:
+        SampleError: A message has an unknown form, or there are too many messages, characters or
+            images.
+    """
     limit("turns", len(messages), MAX_TURNS)
     turns: list[Turn] = []
     parts: list[Json] = []
@@ -147,35 +180,32 @@ def parse(raw: object) -> Parsed:
         turns.append(turn)
         parts += images
     limit("characters", sum(len(turn.text) for turn in turns), MAX_CHARACTERS)
-    images = images_of_parts(parts, images_beside(raw))
+    images = images_of_parts(parts, beside)
     limit("images", len(images), MAX_IMAGES, "number of images")
-    return _arrange(images, turns)
+    return images, turns
 
 
 def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
     """Adds missing placeholders, and leaves out turns that cannot be used, with their images."""
-    notes, placeholders = 0, count_placeholders(turns)
-    asked = None
-    if images and not placeholders:
-        asked = next((i for i, turn in enumerate(turns) if turn.role == "human"), None)
-    if asked is not None:
-        text = put_images_first(len(images), turns[asked].text)
-        turns[asked] = turns[asked]._replace(text=text)
-        placeholders, notes = len(images), NO_PLACEHOLDER
+    notes = Note.NO_PLACEHOLDER if put_missing_images(turns, len(images)) else Note(0)
     used = select_turns(turns)
     if len(used) == len(turns):
         return Parsed(images, used, notes)
     if not any(turn.role == "gpt" for turn in used):
         return Parsed(images, join_system_turns(turns), notes)  # a bad sample
     spoken = [turn.role for turn in turns if turn.role != "system"]
-    notes += ANSWER_FIRST * (spoken[0] == "gpt") + QUESTION_LAST * (spoken[-1] == "human")
-    if placeholders == len(images):  # otherwise the sample is bad, which its encoder reports
+    if spoken[0] == "gpt":
+        notes |= Note.ANSWER_FIRST
+    if spoken[-1] == "human":
+        notes |= Note.QUESTION_LAST
+    if count_placeholders(turns) == len(images):  # otherwise, the encoder reports a bad sample
         images = images[: count_placeholders(used)]
     return Parsed(images, used, notes)
 
 
 def _refuse_unsupported(raw: Json) -> None:
-    if raw.keys().isdisjoint(("tools", *_OTHER_MEDIA)):
+    """Raises SampleError if a field changes what the model should learn, but cannot be used."""
+    if raw.keys().isdisjoint(("tools", "label", *_OTHER_MEDIA)):
         return
     for name in _OTHER_MEDIA:
         if raw.get(name):
@@ -188,6 +218,11 @@ def _refuse_unsupported(raw: Json) -> None:
             'the record has "tools", but no chat template of LLaVA-1.5 shows tools to the model; '
             "write them into the system text, or remove them"
         )
+    if raw.get("label") is False:
+        raise SampleError(
+            'the record has "label": false, which marks a bad answer, as in data for KTO; remove '
+            "the record, because the model would learn this answer"
+        )
 
 
 def _messages(raw: Json) -> list[Json]:
@@ -196,6 +231,10 @@ def _messages(raw: Json) -> list[Json]:
     if name is None:
         return _round(raw)
     found = raw[name]
+    for other in CONVERSATIONS:
+        has_turns = isinstance(raw.get(other), dict) or is_list_of(raw.get(other), dict)
+        if has_turns and raw[other] and raw[other] != found:
+            raise SampleError(f'the record has both "{name}" and "{other}"; remove one of them')
     if isinstance(found, dict) and all(isinstance(value, list) for value in found.values()):
         # `datasets` stores a list of turns as one list for each of their fields.
         values = itertools.zip_longest(*found.values())
@@ -207,38 +246,46 @@ def _messages(raw: Json) -> list[Json]:
     before = _system(raw)
     if found[0].get("from") or found[0].get("role") or not is_record(found[0]):
         return before + found
+    for index, item in enumerate(found):
+        refuse_images(item, f"round {index}")
     return [*before, *(message for item in found for message in _round(item))]
 
 
 def _round(raw: Json) -> list[Json]:
     """Returns a question and its answer, which are fields of an object, as messages."""
-    asked = [name for name in QUESTIONS if raw.get(name)]
-    asked = asked or [name for name in QUESTIONS if raw.get(name) is not None][:1]
-    if len(asked) > 1:  # "user" may also be the name of a user
-        asked = [name for name in asked if name not in ("user", "human")]
-    answered = [name for name in ANSWERS if raw.get(name) is not None]
-    if not asked or not answered:
+    names = [name for name in QUESTIONS if raw.get(name)]
+    names = names or [name for name in QUESTIONS if raw.get(name) is not None][:1]
+    if len(names) > 1:  # "user" may also be the name of a user
+        names = [name for name in names if name not in ("user", "human")]
+    answers = [name for name in ANSWERS if raw.get(name) is not None]
+    if not names or not answers:
         raise SampleError(
             '"conversations" or "messages" must be a list of turns, or there must be a question '
             f'and an answer, such as "prompt" and "completion", found only {[*raw]!r:.200}'
         )
-    if len(answered) > 1 or (len(asked) > 1 and asked != ["instruction", "input"]):
-        names = asked if len(asked) > 1 else answered
+    if len(answers) > 1 or (len(names) > 1 and names != ["instruction", "input"]):
+        several = names if len(names) > 1 else answers
         raise SampleError(
-            f"it is not clear which field to use of {names!r:.200}; remove the others"
+            f"it is not clear which field to use of {several!r:.200}; remove the others"
         )
-    if isinstance(raw[asked[0]], list):
-        question = _check_list(raw, asked[0])
+    for name in _CHANGES_QUESTION:
+        if not is_empty(raw.get(name)):
+            raise SampleError(
+                f'the record has "{name}", which would not be a part of the question; write it '
+                f'into "{names[0]}", and remove the field'
+            )
+    if isinstance(raw[names[0]], list):
+        question = _check_list(raw, names[0])
         # As in TRL, only the completion is learned.
         question = [_unlearned(message) for message in question]
     else:
-        texts = [_check_text(raw, name) for name in asked]
+        texts = [_check_text(raw, name) for name in names]
         question = [{"role": "user", "content": "\n".join(filter(None, texts))}]
-    if isinstance(raw[answered[0]], list):
-        answer = _check_list(raw, answered[0])
+    if isinstance(raw[answers[0]], list):
+        answer = _check_list(raw, answers[0])
     else:
         # A plain completion may begin with the space between it and its prompt.
-        answer = [{"role": "assistant", "content": _check_text(raw, answered[0]).lstrip()}]
+        answer = [{"role": "assistant", "content": _check_text(raw, answers[0]).lstrip()}]
     return [*_system(raw), *_history(raw), *question, *answer]
 
 
@@ -293,23 +340,38 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
             f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
             f'{{"role": "user" or "assistant", "content": text or parts}}, found {message!r:.80}'
         )
+    for field in ("tool_calls", "function_call"):
+        if not is_empty(message.get(field)):
+            raise SampleError(f'turn {index} has "{field}", but LLaVA-1.5 cannot call tools')
+    refuse_images(message, f"turn {index}")
     images: list[Json] = []
     if not isinstance(said, str):
-        said, images = join_parts(said, role, index)
-    if role == "human":
-        _refuse_marks(said, index)
+        said, images = read_parts(said, role, index)
     return Turn(role, said, _is_learned(message, role, index)), images
 
 
-def _refuse_marks(text: str, index: int) -> None:
-    """Raises SampleError if a question has marks of media that would be learned as plain text."""
-    for mark in ("<video>", "<audio>"):
-        if mark in text:
-            raise SampleError(
-                f"turn {index} contains {mark}, but LLaVA-1.5 reads only text and images; remove "
-                "the record, or replace the video by images of some frames"
-            )
-    if "<img>" in text and (found := re.search("<img>[^<]+</img>", text)):
+_MARKS = re.compile(
+    r"<(?:video|audio)>|<\|(?:image|img|vision|video|audio)\w*\|>|<image_?\d+>|\[IMG\]|"
+    "<(?:ImageHere|IMG_CONTEXT|start_of_image|image_soft_token|image_placeholder)>"
+)
+"""Marks of other models and of other media, which LLaVA-1.5 would read as plain text."""
+
+
+def _refuse_marks(turn: Turn, index: int, raw: Json) -> None:
+    """Raises SampleError if a turn has marks that would be learned as plain text."""
+    if raw.get("objects") and (found := re.search("<(?:bbox|ref-object)>", turn.text)):
+        raise SampleError(
+            f'turn {index} contains {found[0]}, which stands for one of the "objects" of the '
+            "record, as in ms-swift; write the name or the box of the object instead"
+        )
+    if turn.role != "human":
+        return
+    if found := _MARKS.search(turn.text):
+        raise SampleError(
+            f"turn {index} contains {found[0]}, but LLaVA-1.5 reads only text and images; write "
+            "<image> for an image, and replace a video by images of some frames"
+        )
+    if "<img>" in turn.text and (found := re.search("<img>[^<]+</img>", turn.text)):
         raise SampleError(
             f"turn {index} contains {found[0]!r:.80}, as in Qwen-VL's data; write <image> there, "
             'and write the path into the field "images"'
@@ -324,7 +386,7 @@ def _is_learned(message: Json, role: str, index: int) -> bool:
     values = list(given.values())
     if not all(isinstance(value, bool | int | float) and value in (0, 1) for value in values):
         raise SampleError(
-            f"turn {index}: {' and '.join(LOSS_FIELDS)} must be true or false, or 0 or 1, found "
+            f"turn {index}: {' and '.join(given)} must be true or false, or 0 or 1, found "
             f"{given!r:.80}"
         )
     if len(set(values)) > 1:

@@ -7,7 +7,8 @@ import posixpath
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from llava_jax.errors import ConfigError
+from llava_jax.data.image_paths import local_path, read_embedded
+from llava_jax.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -15,18 +16,21 @@ UNKNOWN = 0
 """Key of an image that is known only after its file is read."""
 
 
-def image_key(image: object) -> int:
-    """Returns a 63-bit number that is the same for the same path or the same content of an image.
+def image_key(image: object, root: str = "") -> int:
+    """Returns a 63-bit number that is the same for the same file or the same content of an image.
 
     Args:
         image: Path, bytes, or a dict with the keys "bytes" and "path". The bytes may be missing.
+        root: Absolute directory that relative paths start from, so that the key does not depend on
+            how the path of a file is written.
     """
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, str):
-        image = posixpath.normpath(image).encode(errors="surrogatepass")
-    if not isinstance(image, bytes):
+    try:
+        image = read_embedded(image)
+    except SampleError:
         return UNKNOWN
+    if isinstance(image, str):
+        path = posixpath.normpath(posixpath.join(root, local_path(image)))
+        image = path.encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") >> 1
 
 

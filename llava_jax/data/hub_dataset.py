@@ -2,14 +2,15 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from llava_jax.data import forms
-from llava_jax.data.parquet_file import Table, read_row
+from llava_jax.data.parquet_file import Table, read_row, read_rows
 from llava_jax.data.records import survey
 from llava_jax.disk import Json
-from llava_jax.errors import ConfigError, SampleError
+from llava_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +21,8 @@ PREFIX = "hf:"
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 """Names of the files that show that `save_to_disk` wrote a directory."""
 
+_CONFIG = re.compile(r"(?:([^:\[]*):)?(.*)", re.DOTALL)
+"""What follows the name of a data set: an optional config, and a split."""
 _BATCH_ROWS = 256
 
 
@@ -36,12 +39,14 @@ class HubDataset:
         digest: Digest of the records, and of the size in bytes of all columns.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, image_root: str = ""):
         """Reads all records once, except for the bytes of their images.
 
         Args:
-            source: "hf:USER/NAME" or "hf:DIRECTORY". A split may follow after a colon; otherwise,
-                the only split or the split "train" is read.
+            source: "hf:USER/NAME" or "hf:DIRECTORY". A split may follow after a colon, or a config
+                and a split, "hf:NAME:CONFIG:SPLIT". Without a split, or if it is empty, the only
+                split or the split "train" is read.
+            image_root: Directory of the images, for their keys.
 
         Raises:
             ConfigError: The library is not installed, or it cannot read the data set; there is no
@@ -52,7 +57,7 @@ class HubDataset:
         if not forms.is_record(rows.column_names):
             raise ConfigError(forms.no_conversation(source, rows.column_names))
         self._rows = rows.select_columns(forms.columns(rows.column_names)).with_format("arrow")
-        found = survey(self._scan(), source)
+        found = survey(self._scan(), source, image_root)
         self.sizes, records, self.images, self.image_keys = found
         # Images are not read here, but a replaced image changes the number of bytes.
         size = self._rows.data.nbytes
@@ -83,11 +88,7 @@ class HubDataset:
             table = cast("Table", self._rows[start : start + _BATCH_ROWS])
             table = table.cast(_without_bytes(table.schema))
             for batch in table.to_batches():
-                for row in range(batch.num_rows):
-                    try:
-                        yield read_row(batch, row)
-                    except SampleError:
-                        yield None
+                yield from read_rows(batch)
 
 
 def _without_bytes(field: Table) -> Table:
@@ -114,7 +115,9 @@ def _load(source: str) -> "Dataset":
         raise ConfigError(
             f"{source} needs the package datasets: pip install 'llava_jax[hf]'"
         ) from error
-    name, _, split = source.removeprefix(PREFIX).partition(":")
+    name, _, rest = source.removeprefix(PREFIX).partition(":")
+    # The colon in a part of a split, as in "train[:90%]", does not end the name of a config.
+    config, split = _CONFIG.fullmatch(rest).groups()  # pyright: ignore[reportOptionalMemberAccess]
     name = os.path.expanduser(name)
     if name.startswith((".", "/")) and not os.path.isdir(name):
         raise ConfigError(f"{source}: there is no directory {name}; check data.path")
@@ -123,15 +126,18 @@ def _load(source: str) -> "Dataset":
         found = (
             datasets.load_from_disk(name)
             if is_saved
-            else datasets.load_dataset(name, split=split or None)
+            else datasets.load_dataset(name, config, split=split or None)
         )
     # The library raises errors of many types, for example of its file systems and of the hub.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{source}: the package datasets cannot read this data set: {lines[0]:.500}; check the "
-            "name, the split and the network, or write the path of a file instead"
+            f"{source}: the package datasets cannot read this data set: {reason:.500}; check the "
+            "name, the split and the network, or write the path of a file instead; a data set with "
+            f"several configs is written as {PREFIX}{name}:CONFIG:SPLIT"
         ) from error
+    if is_saved and config:
+        raise ConfigError(f"{source}: a directory of save_to_disk has no configs; remove {config}:")
     if not isinstance(found, dict):
         if is_saved and split not in ("", str(found.split)):
             raise ConfigError(f"{source}: {name} has no splits; write {PREFIX}{name}")

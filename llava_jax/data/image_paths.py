@@ -1,7 +1,6 @@
 """Finds the image files that records name, and decodes images that records contain as base64."""
 
 import base64
-import binascii
 import os
 import re
 from pathlib import PurePosixPath
@@ -34,24 +33,67 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
         SampleError: The image is neither embedded nor a path, its path is not valid or is outside
             of the directory, or its base64 is damaged.
     """
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    image = read_embedded(image)
     if isinstance(image, bytes):
         return image
-    if not isinstance(image, str):
-        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
-    if is_embedded(image):
-        return _decode(image)
     _check_name(image)
     path = _relative_path(image, root)
     located = os.path.join(root, path)
-    if not follow_links and "://" not in root and not _is_inside(located, root):
+    is_local = "://" not in root
+    if is_local and not follow_links and _inside(*map(os.path.realpath, (root, located))) is None:
         raise SampleError(
             f"image {image!r:.200} is outside data.image_root because of a symbolic link; set "
             "data.follow_links to true to allow this",
             "image path",
         )
     return located
+
+
+def find_local_image(image: object) -> str | bytes:
+    """Returns the path of an image file that a user names in Python, or its content.
+
+    Unlike in data files, the path may lead to any directory.
+
+    Args:
+        image: Path, file:// URL, data URL, bytes, or a dict with the keys "bytes" and "path".
+
+    Raises:
+        SampleError: The image is not one of these, or its base64 is damaged.
+    """
+    image = read_embedded(image)
+    if isinstance(image, bytes):
+        return image
+    _check_name(image)
+    path = local_path(image)
+    if "://" in path[:16]:
+        raise SampleError(
+            f"an image is {image!r:.80}; it must be a PIL image, the path of a file, a data URL, "
+            "or the content of a file",
+            "image path",
+        )
+    return path
+
+
+def read_embedded(image: object) -> str | bytes:
+    """Returns the content of an image that a record contains, or else the path of the image.
+
+    Raises:
+        SampleError: The image is neither embedded nor a path, or its base64 is damaged.
+    """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
+    return _decode(image) if is_embedded(image) else image
+
+
+def local_path(image: str) -> str:
+    """Returns the path in a file:// URL of this machine; returns other texts unchanged."""
+    if image.startswith("file://") and not urlsplit(image).netloc:
+        return unquote(urlsplit(image).path)
+    return image
 
 
 def is_embedded(image: str) -> bool:
@@ -66,13 +108,22 @@ def is_embedded(image: str) -> bool:
 def _decode(image: str) -> bytes:
     """Returns the content of an image file from a data URL or from base64."""
     start = _BASE64.match(image)
-    text = re.sub(r"\s", "", image[start.end() :] if start else image).rstrip("=")
-    # Some programs leave the padding out, or write the alphabet for URLs.
-    text = text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(image[start.end() :] if start else image)
+    except ValueError as error:
         raise SampleError(f"image {image!r:.60} is not valid base64: {error}", "image") from None
+
+
+def decode_base64(text: str) -> bytes:
+    """Returns the bytes of a text in base64.
+
+    The padding may be missing, the alphabet may be the one for URLs, and there may be white space.
+
+    Raises:
+        ValueError: The text is not valid base64.
+    """
+    text = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _check_name(image: str) -> None:
@@ -105,9 +156,7 @@ def _relative_path(image: str, root: str) -> str:
     Raises:
         SampleError: The path is outside of the directory.
     """
-    path = image
-    if image.startswith("file://") and not urlsplit(image).netloc:
-        path = unquote(urlsplit(image).path)
+    path = local_path(image)
     has_parent = ".." in PurePosixPath(path).parts
     if "://" in root:
         path = path.removeprefix(root.rstrip("/") + "/")
@@ -129,9 +178,3 @@ def _inside(folder: str, path: str) -> str | None:
     """Returns the path relative to a folder; None if it is outside of the folder."""
     relative = os.path.relpath(path, folder)
     return None if relative.split("/")[0] == ".." else relative
-
-
-def _is_inside(path: str, root: str) -> bool:
-    """Returns True if a path is in the directory `root` after resolving symbolic links."""
-    root = os.path.realpath(root)
-    return os.path.commonpath([root, os.path.realpath(path)]) == root

@@ -17,7 +17,7 @@ _STRIP_PIXELS = 2**22
 """Number of pixels that are converted at a time. Converting a whole image at once would take up to
 eight times the memory of the image."""
 
-_TURNS = {
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,26 +47,40 @@ def to_rgb(image: Image.Image, *, exif_orientation: bool = True) -> Image.Image:
     colors with 16 bits, Pillow keeps the upper 8 bits.
 
     Args:
-        image: Image in any mode that Pillow opens files in. Only the first frame is used.
+        image: Image in any mode of Pillow, which is not changed. If it has several frames, the
+            current one is used, which is the first one after opening a file.
         exif_orientation: Whether to turn the image as its Exif orientation says.
 
     Raises:
         SampleError: The image has no finite pixels.
     """
-    is_deep_color = is_deep(image) and not _is_deep_gray(image)
+    key_scale = _key_scale(image)
     image.load()  # some formats report their transparency and orientation only after loading
     orientation = find_orientation(image) if exif_orientation else 1
     if _is_deep_gray(image):
-        image = _scale(image).convert("RGB")
+        rgb = _scale(image).convert("RGB")
     elif not _is_transparent(image):
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
     else:
-        image = _blend(image, is_deep_color)
-    if orientation == 1:
-        return image
-    turned = image.transpose(_TURNS[orientation])
-    turned.info.clear()  # so that the result is not turned again
-    return turned
+        rgb = _blend(image, key_scale)
+    if orientation != 1:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    if rgb is not image:
+        rgb.info.clear()  # so that the result is not turned again
+    return rgb
+
+
+def _key_scale(image: Image.Image) -> float:
+    """Returns the factor from the transparent color of a PNG to Pillow's 8-bit pixels.
+
+    The file stores this color with the number of bits of its pixels. The file must not be loaded
+    yet, because Pillow then forgets this number.
+    """
+    if is_deep(image):
+        return 2**-8
+    tiles = getattr(image, "tile", [])
+    found = re.search(r"\bL;([24])\b", str(tiles[0].args)) if tiles else None
+    return 255 / (2 ** int(found[1]) - 1) if found else 1.0
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -106,7 +120,7 @@ def find_orientation(image: Image.Image) -> int:
         text = xmp if isinstance(xmp, str) else xmp.decode("latin-1")
         match = re.search(r'tiff:Orientation(?:="|>)([0-9])', text)
         found = int(match[1]) if match else 1
-    return found if found in _TURNS else 1
+    return found if found in _TRANSPOSE else 1
 
 
 def is_sideways(image: Image.Image) -> bool:
@@ -114,15 +128,27 @@ def is_sideways(image: Image.Image) -> bool:
     return find_orientation(image) >= _SIDEWAYS
 
 
-def _blend(image: Image.Image, is_deep_color: bool) -> Image.Image:
-    """Blends the transparent parts of an image with white."""
+def _blend(image: Image.Image, key_scale: float) -> Image.Image:
+    """Blends the transparent parts of an image with white.
+
+    Args:
+        image: Image with an alpha channel or a transparent color.
+        key_scale: Factor from the transparent color, if it is not in a palette, to the pixels.
+    """
     key = image.info.get("transparency")
-    if is_deep_color and isinstance(key, tuple):  # a color of 16 bits, but the pixels have 8 bits
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.mode == "RGB" and isinstance(key, tuple):
+        key = tuple(int(value * key_scale) for value in key)
+    elif image.mode == "L" and isinstance(key, int):
+        key = int(key * key_scale)
     rgb = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        if key is not None:
+            strip.info["transparency"] = key
+        if strip.mode in ("La", "RGBa"):  # Pillow cannot convert them to all modes
+            strip = strip.convert(strip.mode.replace("a", "A"))
+        strip = strip.convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
         rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return rgb

@@ -10,9 +10,9 @@ from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
 from llava_jax.errors import SampleError
 
-_USUAL, _FAR = 99, 2
-"""A sample has far too many images if it has more than `_FAR` times as many as `_USUAL` percent of
-the samples have at most."""
+_PERCENT, _FACTOR = 99, 2
+"""A sample has far too many images if it has more than `_FACTOR` times as many as `_PERCENT`
+percent of the samples have at most."""
 
 
 def find_most_images(records: Records, encoder: SampleEncoder) -> tuple[int, int]:
@@ -62,11 +62,11 @@ def describe_outlier(records: Records, most: int, number: int) -> str | None:
     """
     if number == NO_RECORD:
         return None
-    usual = max(1, int(np.percentile(records.sizes.images, _USUAL, method="lower")))
-    if most <= _FAR * usual:
+    usual = max(1, int(np.percentile(records.sizes.images, _PERCENT, method="lower")))
+    if most <= _FACTOR * usual:
         return None
     return (
-        f"images: {records.where(number)} has {most} images; {_USUAL} % of the samples have at "
+        f"images: {records.where(number)} has {most} images; {_PERCENT} % of the samples have at "
         f"most {usual}. Memory is planned for rows of {most} images. To leave out samples with "
         f"more than {usual}, set data.max_images to {usual}"
     )

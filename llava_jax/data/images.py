@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -40,6 +40,9 @@ that is needed. Slightly below 1, the error of the pixels is still small. With 0
 640 pixels, which are common, can be decoded at half size for an image size of 336
 (docs/performance.md)."""
 
+MAX_DARK = 32
+"""An image is nearly black if all of its pixels are below this level, of 255."""
+
 Triple = tuple[float, float, float]
 Box = tuple[float | int, float | int, float | int, float | int]
 """Rectangle in pixels: left, top, right, bottom."""
@@ -51,10 +54,13 @@ class ImageKind(NamedTuple):
     Attributes:
         is_deep: Whether the file has more than 8 bits per channel, which were reduced to 8 bits.
         is_turned: Whether the image was turned upright because of its Exif orientation.
+        is_dark: Whether an image with more than 8 bits per channel is nearly black in 8 bits. Most
+            often, its pixels use only a part of the bits, as in 12-bit colors in a 16-bit file.
     """
 
     is_deep: bool
     is_turned: bool
+    is_dark: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +94,19 @@ class ImageTransform:
     decode: Decode = "exact"
     exif_orientation: bool = True
 
-    def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
+    def __call__(self, image: Image.Image | str | bytes) -> Float32[np.ndarray, "3 H W"]:
         """Returns the normalized pixels of an image, float32 [3, height, width].
 
+        Args:
+            image: Opened image, or path or content of an image file.
+
         Raises:
-            SampleError: The image has too many pixels after padding or resizing, because it is too
-                narrow, or it has no finite pixels.
+            SampleError: The file cannot be read, or the image has too many pixels after padding or
+                resizing, because it is too narrow, or it has no finite pixels.
         """
+        if isinstance(image, str | bytes):
+            with _opened(image) as file:
+                return self(file)
         # Each of the 256 pixel levels is normalized once. As in Hugging Face's processor, the
         # product is computed in float64 and then rounded to float32.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
@@ -129,7 +141,8 @@ class ImageTransform:
             was_deep = is_deep(file)
             scale, size = self._reduce(file) if self.decode == "draft" else (1, file.size)
             rgb = to_rgb(file, exif_orientation=self.exif_orientation)
-            kind = ImageKind(was_deep, self.exif_orientation and find_orientation(file) != 1)
+            is_turned = self.exif_orientation and find_orientation(file) != 1
+        kind = ImageKind(was_deep, is_turned, was_deep and _highest_level(rgb) < MAX_DARK)
         fitted = self._fit(rgb, rgb.size if scale == 1 else size, scale)
         # Copying one channel at a time is faster than transposing an array.
         for channel, name in zip(levels, "RGB", strict=True):
@@ -260,6 +273,10 @@ def _opened(image: str | bytes) -> Iterator[Image.Image]:
     # fsspec's file systems raise errors of many types; invalid paths raise other errors.
     except Exception as error:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
+
+
+def _highest_level(rgb: Image.Image) -> int:
+    return max(high for _, high in cast("tuple[tuple[int, int], ...]", rgb.getextrema()))
 
 
 def _read_file(path: str) -> bytes:

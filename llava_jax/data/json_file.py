@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax.data.content_parts import IMAGE_FIELDS
 from llava_jax.data.files import Encoding, check_size, detect_encoding, file_size, open_file
 from llava_jax.data.forms import ANSWERS, CONVERSATIONS, QUESTIONS, is_record
 from llava_jax.data.records import MAX_DEPTH, MAX_RECORD_BYTES, SAMPLED_IMAGES, survey
-from llava_jax.disk import is_deeper
+from llava_jax.disk import Json, is_deeper
 from llava_jax.errors import ConfigError, SampleError
 
 _CHUNK_BYTES = 2**24
@@ -37,13 +38,16 @@ class JsonFile:
         image_keys: Keys of all images; see `records.Survey`.
     """
 
-    def __init__(self, path: str, *, lines: bool, sampled_images: int = SAMPLED_IMAGES):
+    def __init__(
+        self, path: str, *, lines: bool, image_root: str = "", sampled_images: int = SAMPLED_IMAGES
+    ):
         """Reads the whole file once to find its records.
 
         Args:
             path: Path of a file in UTF-8 or UTF-16.
             lines: Whether each line is a record; otherwise the file is a list of records, or an
                 object that contains such a list.
+            image_root: Directory of the images, for their keys.
             sampled_images: Minimum number of image paths to keep; all paths are kept if there are
                 fewer.
 
@@ -64,7 +68,7 @@ class JsonFile:
                 spans.extend((number, start, stop))
                 yield raw
 
-        found = survey(scan(), path, sampled_images)
+        found = survey(scan(), path, image_root, sampled_images)
         self.sizes, self.digest, self.images, self.image_keys = found
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
@@ -170,15 +174,32 @@ def _scan_lines(path: str, encoding: Encoding) -> Iterator[Scanned]:
 
 
 def has_list(path: str) -> bool:
-    """Returns True if a JSON file contains an object with a list of records, for example in "data".
+    """Returns True if a JSON file is an object with a list of records, for example in "data".
+
+    An object with fields of a record is not such an object, even if it also contains a list.
 
     Args:
-        path: Path of the file.
+        path: Path of the file, which begins with an object.
+
+    Raises:
+        ConfigError: The file contains a single record that takes several lines.
     """
     with open_file(path) as opened:
         file = io.BufferedReader(opened)
         text = _Window(file, detect_encoding(file.read(4)))
-        return text.skip("{") and text.go_to_list()
+        whole, span = text.read_object()
+        if whole is None:  # larger than a record may be
+            return text.skip("{") and text.go_to_list()
+        if not text.at_end:
+            return False
+        is_single = not _RECORD_FIELDS.isdisjoint(whole)
+        if is_single and "\n" in span and is_record(whole):
+            raise ConfigError(
+                f"data file {path} contains a single record that takes several lines; write [ "
+                "before the record and ] after it, or write the record in one line"
+            )
+    lists = (value for value in whole.values() if isinstance(value, list))
+    return not is_single and any(_is_listed(item) for value in lists for item in value[:1])
 
 
 def _scan_list(path: str, encoding: Encoding) -> Iterator[Scanned]:
@@ -259,6 +280,15 @@ class _Window:
         self._skip_space()
         return found
 
+    def read_object(self) -> tuple[Json | None, str]:
+        """Returns an object of at most the size of a record, or None, and its JSON text."""
+        self._skip_space()
+        raw, length = self._decode(0, _SIZES)
+        span = self._text[self._position : self._position + length]
+        self._position += length
+        self._skip_space()
+        return raw if isinstance(raw, dict) else None, span
+
     def read_record(self) -> tuple[object, int]:
         """Reads one value; returns the value and the offset of the byte after it.
 
@@ -336,7 +366,7 @@ class _Window:
         """
         while True:
             name, length = self._decode(0, _SIZES[1:])
-            if not isinstance(name, str) or name in (*CONVERSATIONS, *QUESTIONS, *ANSWERS):
+            if not isinstance(name, str) or name in _RECORD_FIELDS:
                 return False  # the object itself is a record
             self._position += length
             if not self.skip(":"):
@@ -377,7 +407,12 @@ class _Window:
     def _is_record(self, ahead: int) -> bool:
         """Returns True if a record begins `ahead` characters after the current position."""
         raw, _ = self._decode(ahead, _SIZES)
-        return isinstance(raw, dict) and is_record(raw, in_list=True)
+        return _is_listed(raw)
+
+
+def _is_listed(raw: object) -> bool:
+    """Returns True if an item of a list is a record, and not a round of another record."""
+    return isinstance(raw, dict) and is_record(raw, in_list=True)
 
 
 def _code_units(data: bytes, encoding: Encoding) -> str:
@@ -395,6 +430,8 @@ def _join_units(text: str, encoding: Encoding) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
 
 
+_RECORD_FIELDS = frozenset((*CONVERSATIONS, *QUESTIONS, *ANSWERS, *IMAGE_FIELDS))
+"""Fields that show that an object is a record, and not an object with a list of records."""
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _OPENING = re.compile(r"\[\s*(?=\{)")

@@ -58,11 +58,12 @@ class ParquetFile:
         digest: Digest of the records and of the sizes in bytes of all columns.
     """
 
-    def __init__(self, path: str, *, sampled_images: int = SAMPLED_IMAGES):
+    def __init__(self, path: str, *, image_root: str = "", sampled_images: int = SAMPLED_IMAGES):
         """Reads the whole file once, except for the bytes of its images.
 
         Args:
             path: Path of the file.
+            image_root: Directory of the images, for their keys.
             sampled_images: Minimum number of image paths to keep; all paths are kept if there are
                 fewer.
 
@@ -86,7 +87,7 @@ class ParquetFile:
             self._metadata = file.metadata
             self._ends, largest = _measure_groups(path, self.size, file.metadata, self._columns)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
-        found = survey(self._scan(), path, sampled_images)
+        found = survey(self._scan(), path, image_root, sampled_images)
         self.sizes, records, self.images, self.image_keys = found
         # Images are not read here, but a replaced image changes the number of bytes in its column.
         self.digest = hashlib.sha256(repr((records, taken)).encode()).hexdigest()
@@ -145,7 +146,7 @@ class ParquetFile:
                     with contextlib.suppress(UnicodeDecodeError):
                         yield from batch.to_pylist()
                         continue
-                yield from (_row_or_none(batch, row) for row in range(batch.num_rows))
+                yield from read_rows(batch)
 
 
 class _Cursor:
@@ -242,11 +243,13 @@ def read_row(table: Table, number: int) -> Json:
         raise SampleError(f"a text is not valid UTF-8: {error}", "not Parquet") from None
 
 
-def _row_or_none(table: Table, number: int) -> Json | None:
-    try:
-        return read_row(table, number)
-    except SampleError:
-        return None
+def read_rows(table: Table) -> Iterator[Json | None]:
+    """Yields the rows of a pyarrow batch as dicts; None for a row that cannot be read."""
+    for number in range(table.num_rows):
+        try:
+            yield read_row(table, number)
+        except SampleError:
+            yield None
 
 
 def _weight(data: Table) -> int:

@@ -7,6 +7,7 @@ import array
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -108,7 +109,9 @@ class Sizes(NamedTuple):
     def describe_notes(self) -> list[str]:
         """Returns one line of text for each way in which records were changed."""
         counts = {text: int((self.notes & flag > 0).sum()) for flag, text in NOTES.items()}
-        return [f"{count:,} records {text}" for text, count in counts.items() if count]
+        return [
+            f"{count:,} record{'s' * (count > 1)} {text}" for text, count in counts.items() if count
+        ]
 
 
 SAMPLED_IMAGES = 1024
@@ -133,13 +136,19 @@ class Survey(NamedTuple):
     image_keys: Int64[np.ndarray, " K"]
 
 
-def survey(records: Iterable[object], path: str, sampled_images: int = SAMPLED_IMAGES) -> Survey:
+def survey(
+    records: Iterable[object],
+    path: str,
+    image_root: str = "",
+    sampled_images: int = SAMPLED_IMAGES,
+) -> Survey:
     """Reads all records of a data file once, and returns their sizes, digest and image paths.
 
     Args:
         records: Records as they are in the file; None for a damaged record. The bytes of their
             images may be missing.
         path: Path of the file, for error messages.
+        image_root: Directory that relative image paths start from, for the keys of the images.
         sampled_images: Minimum number of image paths to return; all paths are returned if there are
             fewer.
 
@@ -150,6 +159,7 @@ def survey(records: Iterable[object], path: str, sampled_images: int = SAMPLED_I
     digest = hashlib.sha256()
     paths: list[str] = []
     count, stride = 0, 1
+    root = image_root if "://" in image_root else os.path.abspath(image_root)
     for number, raw in enumerate(records, 1):
         try:
             parsed, category = parse(raw), _category(raw)
@@ -166,7 +176,7 @@ def survey(records: Iterable[object], path: str, sampled_images: int = SAMPLED_I
         digest.update(_bytes_of(parsed, category))
         words = sum(len(turn.text.split()) for turn in parsed.turns)
         sizes.extend((len(parsed.images), words, parsed.notes))
-        keys.extend(map(image_key, parsed.images))
+        keys.extend(image_key(image, root) for image in parsed.images)
         for image in parsed.images:
             name = image.get("path") if isinstance(image, dict) else image
             if count % stride == 0 and isinstance(name, str) and not is_embedded(name):

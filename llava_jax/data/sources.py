@@ -41,8 +41,8 @@ def load_records(
         path: Data file, directory of data files, or pattern such as "data/train-*.parquet". A file
             is a JSON list, JSON lines or Parquet, with records in a format that
             `records.read_record` accepts. "easy_vqa:SPLIT[:OPTION...]" is the easy-VQA data set;
-            see `easy_vqa.parse_source`. "hf:NAME[:SPLIT]" is a data set that Hugging Face's library
-            `datasets` reads; see `hub_dataset.HubDataset`.
+            see `easy_vqa.parse_source`. "hf:NAME[[:CONFIG]:SPLIT]" is a data set that Hugging
+            Face's library `datasets` reads; see `hub_dataset.HubDataset`.
         image_root: Directory that relative image paths start from; not used for easy-VQA.
         follow_links: Whether symbolic links may point to images outside of image_root.
 
@@ -56,7 +56,7 @@ def load_records(
     if path.startswith("easy_vqa:"):
         return ListRecords(easy_vqa.parse_source(path))
     if path.startswith(PREFIX) and not is_remote(path):
-        files: list[DataFile] = [HubDataset(path)]
+        files: list[DataFile] = [HubDataset(path, image_root)]
     else:
         try:
             paths = _find_files(path)
@@ -65,7 +65,8 @@ def load_records(
                 f"data file {path}: {error}; check data.path, data.mixture or data.eval_path, and "
                 "the network"
             ) from error
-        files = [_open_file(file, -(-SAMPLED_IMAGES // len(paths))) for file in paths]
+        sampled = -(-SAMPLED_IMAGES // len(paths))
+        files = [_open_file(file, image_root, sampled) for file in paths]
     records = FileRecords(files, image_root, follow_links=follow_links)
     if not records:
         raise ConfigError(f"{path} has no records; check data.path, data.mixture or data.eval_path")
@@ -291,7 +292,7 @@ def _join(parts: Sequence[Sizes]) -> Sizes:
     return Sizes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
+def _open_file(path: str, image_root: str, sampled_images: int) -> JsonFile | ParquetFile:
     """Opens a data file after detecting its format from its first bytes."""
     try:
         with open_file(path) as file:
@@ -302,7 +303,7 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
             "data.eval_path"
         ) from None
     if start.startswith(b"PAR1"):
-        return ParquetFile(path, sampled_images=sampled_images)
+        return ParquetFile(path, image_root=image_root, sampled_images=sampled_images)
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         raise ConfigError(_saved_to_disk(os.path.dirname(path) or "."))
     encoding = detect_encoding(start)
@@ -314,7 +315,7 @@ def _open_file(path: str, sampled_images: int) -> JsonFile | ParquetFile:
             f"give its directory as {PREFIX}DIRECTORY"
         )
     lines = text.startswith("{") and not has_list(path)
-    return JsonFile(path, lines=lines, sampled_images=sampled_images)
+    return JsonFile(path, lines=lines, image_root=image_root, sampled_images=sampled_images)
 
 
 def _find_files(path: str) -> list[str]:

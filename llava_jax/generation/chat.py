@@ -74,8 +74,8 @@ class Chat:
             SampleError: The conversation cannot be used, for example because it is too long.
         """
         text = text.replace(IMAGE_PLACEHOLDER, "")
-        asked = Turn("human", f"{IMAGE_PLACEHOLDER}\n" * len(self._new_images) + text)
-        prompt = Prompt((*self._turns, asked), (*self._images, *self._new_images))
+        question = Turn("human", f"{IMAGE_PLACEHOLDER}\n" * len(self._new_images) + text)
+        prompt = Prompt((*self._turns, question), (*self._images, *self._new_images))
         pieces = self._assistant.stream(
             prompt,
             max_new_tokens=self._max_new_tokens,
@@ -92,7 +92,7 @@ class Chat:
         print()
         if not answer.strip():  # a turn without text would be refused as training data
             return
-        self._turns += [asked, Turn("gpt", answer.strip())]
+        self._turns += [question, Turn("gpt", answer.strip())]
         self._images, self._new_images = [*self._images, *self._new_images], []
 
     def save(self, file: str) -> None:

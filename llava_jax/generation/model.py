@@ -53,9 +53,10 @@ class LlavaModel(model.LlavaModel):
     def chat(
         self,
         messages: str | Messages,
-        images: Sequence[ImageSource] = ...,
+        images: ImageSource | Sequence[ImageSource] = ...,
         *,
         max_new_tokens: int = ...,
+        max_length: int | None = ...,
         stream: Literal[False] = ...,
         stop: Sequence[str] = ...,
         **sampling: float | int | None,
@@ -65,9 +66,10 @@ class LlavaModel(model.LlavaModel):
     def chat(
         self,
         messages: str | Messages,
-        images: Sequence[ImageSource] = ...,
+        images: ImageSource | Sequence[ImageSource] = ...,
         *,
         max_new_tokens: int = ...,
+        max_length: int | None = ...,
         stream: Literal[True],
         stop: Sequence[str] = ...,
         **sampling: float | int | None,
@@ -76,9 +78,10 @@ class LlavaModel(model.LlavaModel):
     def chat(
         self,
         messages: str | Messages,
-        images: Sequence[ImageSource] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        max_length: int | None = None,
         stream: bool = False,
         stop: Sequence[str] = (),
         **sampling: float | int | None,
@@ -92,10 +95,12 @@ class LlavaModel(model.LlavaModel):
         Args:
             messages: Question, or messages as dicts with "role" and "content", as for
                 `apply_chat_template`. An image part may contain its image as "image" or "path".
-            images: PIL images, paths or contents of image files, for the image parts without an
-                image and for each `<image>` in the text. If there is neither, the images are placed
-                before the question.
+            images: One image or several: PIL images, paths, data URLs or contents of image files,
+                for the image parts without an image and for each `<image>` in the text. If there is
+                neither, the images are placed before the question.
             max_new_tokens: Largest number of tokens of the answer.
+            max_length: Largest number of tokens of the conversation, its images and the answer
+                together; None takes the largest number that the model supports, at most 2,048.
             stream: Whether to return an iterator over pieces of the answer, as they are generated.
             stop: Texts that end the answer and are not part of it.
             sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed`, as in
@@ -110,7 +115,7 @@ class LlavaModel(model.LlavaModel):
             CheckpointError: The checkpoint has no tokenizer or image processor that can be used.
         """
         prompt, chosen = to_prompt(messages, images), _sampling(max_new_tokens, sampling)
-        pieces = self._assistant(slots=1).stream(
+        pieces = self._assistant(1, max_length).stream(
             prompt, max_new_tokens=max_new_tokens, sampling=chosen, stop=stop
         )
         return pieces if stream else "".join(pieces).strip()
@@ -118,9 +123,10 @@ class LlavaModel(model.LlavaModel):
     def generate_batch(
         self,
         conversations: Sequence[str | Messages],
-        images: Sequence[Sequence[ImageSource]] | None = None,
+        images: Sequence[ImageSource | Sequence[ImageSource]] | None = None,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        max_length: int | None = None,
         batch_size: int = 8,
         stop: Sequence[str] = (),
         **sampling: float | int | None,
@@ -129,9 +135,10 @@ class LlavaModel(model.LlavaModel):
 
         Args:
             conversations: Questions, or lists of messages, as in `chat`.
-            images: Images of each conversation, as in `chat`; None if no images are given beside
-                the messages.
+            images: Image or images of each conversation, as in `chat`; None if no images are given
+                beside the messages.
             max_new_tokens: Largest number of tokens of an answer.
+            max_length: Largest number of tokens of a conversation, as in `chat`.
             batch_size: Largest number of answers that are generated at the same time.
             stop: Texts that end an answer and are not part of it.
             sampling: Sampling settings, as in `chat`.
@@ -149,21 +156,22 @@ class LlavaModel(model.LlavaModel):
             raise ConfigError(f"batch_size = {batch_size}: the value must be at least 1")
         chosen = _sampling(max_new_tokens, sampling)
         images = [()] * len(conversations) if images is None else images
-        if len(images) != len(conversations):
+        if isinstance(images, ImageSource) or len(images) != len(conversations):
+            found = "one image" if isinstance(images, ImageSource) else len(images)
             raise ConfigError(
-                f"there are {len(conversations)} conversations, but images of {len(images)}; give "
-                "one list of images for each conversation"
+                f"images must be a list with as many items as conversations, {len(conversations)}, "
+                f"found {found}; each item is an image, or the list of the images of a conversation"
             )
         prompts = [to_prompt(one, of_it) for one, of_it in zip(conversations, images, strict=True)]
         if not prompts:
             return []
-        assistant = self._assistant(slots=min(batch_size, len(prompts)))
+        assistant = self._assistant(min(batch_size, len(prompts)), max_length)
         replies = dict(
             assistant.answer_all(prompts, max_new_tokens=max_new_tokens, sampling=chosen, stop=stop)
         )
         return [replies[index].text for index in range(len(prompts))]
 
-    def _assistant(self, slots: int) -> Assistant:
+    def _assistant(self, slots: int, max_length: int | None) -> Assistant:
         """Returns an assistant with the weights of this model, and its own caches."""
         reader = _READERS.get(self)
         source = self.processor_source
@@ -171,7 +179,8 @@ class LlavaModel(model.LlavaModel):
             raise ConfigError("the model was not loaded from a checkpoint, so it has no tokenizer")
         if reader is None or reader.source != source:
             reader = _READERS[self] = PromptReader.open(source, self.config)
-        return Assistant(self, reader, slots=slots, max_length=choose_length(self.config, None))
+        length = choose_length(self.config, max_length)
+        return Assistant(self, reader, slots=slots, max_length=length)
 
 
 _READERS: WeakKeyDictionary[LlavaModel, PromptReader] = WeakKeyDictionary()

@@ -20,11 +20,11 @@ def token_f1(given: str, expected: str) -> float:
         given: Answer of the model.
         expected: Expected answer.
     """
-    ours, theirs = _words(given), _words(expected)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs))
+    given_words, expected_words = _words(given), _words(expected)
+    if not given_words or not expected_words:
+        return float(given_words == expected_words)
+    shared = sum((Counter(given_words) & Counter(expected_words)).values())
+    return 2 * shared / (len(given_words) + len(expected_words))
 
 
 def _words(text: str) -> list[str]:

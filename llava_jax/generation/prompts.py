@@ -19,10 +19,11 @@ from llava_jax.data.conversation import (
     count_placeholders,
     end_token,
     join_system_turns,
+    split_at_images,
     tokenizing,
 )
 from llava_jax.data.image_tokens import expand_images
-from llava_jax.data.images import ImageTransform, open_image
+from llava_jax.data.images import ImageTransform
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.chat_templates import read_chat_template
 from llava_jax.pretrained.image_processor import load_fitting_transform
@@ -128,10 +129,10 @@ class PromptReader:
             SampleError: The prompt cannot be used: for example, an image is broken, or the last
                 turn has the wrong role.
         """
-        asked = count_placeholders(prompt.turns)
-        if asked != len(prompt.images):
+        image_count = count_placeholders(prompt.turns)
+        if image_count != len(prompt.images):
             raise SampleError(
-                f"the turns contain <image> {asked} times, but the prompt has "
+                f"the turns contain <image> {image_count} times, but the prompt has "
                 f"{len(prompt.images)} images",
                 "number of images",
             )
@@ -146,7 +147,7 @@ class PromptReader:
             )
         ids = np.array(found, np.int32)
         image = self._config.image_token_id
-        if (ids == image).sum() != asked:
+        if (ids == image).sum() != image_count:
             text = "the chat template does not write exactly one image token per image"
             raise SampleError(text, "template")
         encoded = Encoded(ids, np.zeros(len(ids), bool))
@@ -154,10 +155,8 @@ class PromptReader:
         if check is not None:
             check(len(ids))
         size = self._config.vision.image_size
-        pixels = np.zeros((asked, 3, size, size), np.float32)
+        pixels = np.zeros((image_count, 3, size, size), np.float32)
         for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
-            if isinstance(picture, str | bytes):
-                picture = open_image(picture, exif_orientation=self.transform.exif_orientation)
             slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
         return ids, pixels
 
@@ -206,22 +205,18 @@ class PromptReader:
     def _pieces(self, turn: Turn) -> list[str | None]:
         """Returns the texts of a turn in order, with None for each image.
 
-        The template places one image, and several images on lines before the text. The list begins
-        with a text if several images stay where they are.
+        The template places one image, and images before all texts.
         """
-        texts = turn.text.split(IMAGE_PLACEHOLDER) if turn.role == "human" else [turn.text]
-        images = len(texts) - 1
-        on_lines = texts[:-1] == ["", *["\n"] * (images - 1)] and texts[-1][:1] in ("", "\n")
-        if images == 1:
-            texts = _strip(texts)
-        elif on_lines:
-            texts = [*[""] * images, texts[-1][1:]]
+        texts = [turn.text]
+        if turn.role == "human":
+            texts = turn.text.split(IMAGE_PLACEHOLDER)
+            texts = _strip(texts) if len(texts) == 2 else split_at_images(turn.text)
         # When a control token is removed, the text around it may form a second control token. The
         # second token is replaced by a space, so that the text around it cannot form a third token.
         texts = [self._special.sub(" ", self._special.sub("", text)) for text in texts]
         if self._special.search("".join(texts)):  # the template may move the images between them
             texts = [f"{text} " for text in texts]
-        pieces: list[str | None] = [""] if images > 1 and not on_lines else []
+        pieces: list[str | None] = []
         for index, text in enumerate(texts):
             pieces += [*([None] if index else []), *([text] if text else [])]
         return pieces

@@ -150,7 +150,7 @@ def _refuse_unknown(piece: Piece, config: ModelConfig) -> None:
     if refused:
         raise CheckpointError(
             f"{piece.path} has adapters that are not supported: "
-            f"{', '.join([*refused.values()][:5])}; only the plain adapters lora_A and lora_B of the "
+            f"{', '.join([*refused.values()][:5])}; only plain adapters lora_A and lora_B of the "
             "linear layers in decoder, vision tower and projector are supported"
         )
 

@@ -198,8 +198,9 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
 
     The text renders the same prompts as `data.conversation`. The content of a message is a text, or
     a list of texts and images. System messages are joined with a blank line and replace the system
-    text of the template; they must come before the first user message. Several images among the
-    texts of a message stay in their places; other images are written before the text.
+    text of the template; they must come before the first user message. Several images of a message
+    stay in their places if there is a text before the last of them; other images are written before
+    the text.
     """
     bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
     named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
@@ -250,13 +251,22 @@ _JINJA = """\
     {%- set system = system_prefix + state.system + system_suffix if state.system else "" -%}
     {{ human_prefix if state.asked else first_prefix | replace("{system}", system) }}
     {%- set state.asked = true -%}
-    {%- set first = parts[:images] | selectattr("type", "equalto", "image") | list | length -%}
-    {%- if images > 1 and first < images and keeps_questions -%}
+    {%- set found = namespace(images=0, in_place=false) -%}
+    {%- for part in parts -%}
+      {%- if part["type"] == "image" -%}
+        {%- set found.images = found.images + 1 -%}
+      {%- elif found.images < images and part["text"] | trim -%}
+        {%- set found.in_place = true -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- if not keeps_questions -%}
+      {{ image_token * (images + text.count(image_token)) }}
+    {%- elif images > 1 and found.in_place -%}
       {%- for part in parts -%}
         {{ image_token if part["type"] == "image" else part["text"] }}
       {%- endfor -%}
     {%- else -%}
-      {%- set text = (text | trim if images else text) if keeps_questions else "" -%}
+      {%- set text = text | trim if images else text -%}
       {{ (image_token + (image_suffix if text else "")) * images + text }}
     {%- endif -%}
   {%- elif state.asked -%}

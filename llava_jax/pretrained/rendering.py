@@ -140,7 +140,7 @@ class ChatTemplate:
             return self._image_lines(images, texts) if moves else in_place
         if not moves and not self._keeps_order:
             return self._as_parts([in_place])
-        return self._as_parts(pieces if texts or "" in pieces else [*pieces, ""])
+        return self._as_parts(pieces if texts else [*pieces, ""])
 
     def _image_lines(self, images: int, text: str) -> str:
         return "\n".join([*[self._image] * images, *([text] if text or not images else [])])

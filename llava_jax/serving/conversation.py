@@ -1,6 +1,8 @@
 """Converts the messages of a request into a prompt."""
 
-from llava_jax.generation.messages import make_turn
+from llava_jax.data.content_parts import join_pieces
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
+from llava_jax.data.forms import ROLES
 from llava_jax.generation.prompts import Prompt
 from llava_jax.serving.limits import Limits, RequestError
 from llava_jax.serving.schema import ImagePart, Message
@@ -32,8 +34,12 @@ def to_prompt(
             where = f"messages.{number}"
             text = f"{where}: this message has an image, but only user messages may have images"
             raise RequestError(text, param=where)
-        pieces = [None if isinstance(part, ImagePart) else part.text for part in message.parts]
-        turns.append(make_turn(message.role, pieces))
+        # Clients that write LLaVA's placeholder into their texts send the image beside it.
+        pieces = [
+            None if isinstance(part, ImagePart) else part.text.replace(IMAGE_PLACEHOLDER, " ")
+            for part in message.parts
+        ]
+        turns.append(Turn(ROLES[message.role], join_pieces(pieces)))
         urls += found
     if len(urls) > limits.images:
         raise RequestError(

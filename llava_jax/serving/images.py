@@ -1,8 +1,6 @@
 """Fetches, checks and decodes the images of requests."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import math
 import os
@@ -14,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from llava_jax.data.image_file import open_checked
+from llava_jax.data.image_paths import decode_base64
 from llava_jax.data.images import ImageTransform
 from llava_jax.errors import SampleError
 from llava_jax.serving.decoder import Decoders
@@ -147,8 +146,8 @@ def _data_url(url: str) -> bytes:
         )
     try:
         if head.lower().endswith(";base64"):
-            return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
+            return decode_base64(data)
+    except ValueError as error:
         raise _refusal(f"the data of a data: URL is not valid base64: {error}") from error
     return unquote_to_bytes(data)
 

@@ -45,17 +45,22 @@ class _Part(BaseModel):
     @model_validator(mode="after")
     def _refuse_others(self) -> "_Part":
         for name, value in (self.model_extra or {}).items():
-            idle = self.ignored.get(name, ())
-            if value is None or idle is None or value in idle:
+            allowed = self.ignored.get(name, ())
+            if value is None or allowed is None or _is_among(value, allowed):
                 continue
-            text = f"{name} = {value!r:.80}: this server supports only {[*idle, None][0]!r}"
+            text = f"{name} = {value!r:.80}: this server supports only {[*allowed, None][0]!r}"
             if name not in self.ignored:
                 near = difflib.get_close_matches(name[:80], type(self).model_fields, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 text = f"this server does not support the field {name[:80]!r}{hint}"
-            told = {"text": text, "name": name[:80]}
-            raise PydanticCustomError(_UNSUPPORTED, "{text}", told)
+            raise PydanticCustomError(_UNSUPPORTED, "{text}", {"text": text, "name": name[:80]})
         return self
+
+
+def _is_among(value: object, allowed: tuple[object, ...]) -> bool:
+    """Returns True if a JSON value is one of `allowed`; true is not the same as 1."""
+    is_bool = isinstance(value, bool)
+    return any(value == other and is_bool == isinstance(other, bool) for other in allowed)
 
 
 _UNSUPPORTED = "unsupported_parameter"
@@ -121,8 +126,8 @@ class ChatRequest(_Part):
     """Body of a chat completion request, with some of vLLM's extensions."""
 
     ignored = {
-        name: idle
-        for idle, names in (
+        name: allowed
+        for allowed, names in (
             (None, "user metadata store service_tier safety_identifier request_id priority"),
             (None, "prompt_cache_key prompt_cache_retention cache_salt parallel_tool_calls"),
             ((1,), "n best_of length_penalty"),

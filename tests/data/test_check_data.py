@@ -147,7 +147,7 @@ def test_the_command(folder, capsys, tmp_path):
     assert main(options(written.path, written.root, *files, "--shown", "1")) == 1
     output = capsys.readouterr().out
     assert f"{len(written.places)} samples: 80 bad" in output
-    assert "records begin with an answer without a question; these turns are left out" in output
+    assert "with an answer before the first question; these turns are left out" in output
     assert "bad, image missing: 4\n" in output
     assert "and 3 more; --json FILE writes all of them" in output
     assert f"wrote {len(written.places) - 80} samples to {clean}\n" in output
@@ -172,14 +172,16 @@ def test_the_command(folder, capsys, tmp_path):
 
 
 def test_images_that_are_changed_are_counted(folder, capsys):
-    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png")
+    names = ("png 16 bits", "tiff float", "jpeg exif 6", "png 16 bits, exif", "png",
+             "png color 12 of 16 bits")  # fmt: skip
     for number, name in enumerate(names):
         (folder / f"odd{number}").write_bytes(ODD[name].data)
     records = [bad_data.show(f"odd{number}") for number in range(len(names))]
     (folder / "odd.json").write_text(json.dumps(records))
     assert main(options(folder / "odd.json", folder)) == 0
     output = capsys.readouterr().out
-    assert "\nimages of more than 8 bits per channel: 3\n" in output
+    assert "\nimages of more than 8 bits per channel: 4\n" in output
+    assert "\nimages of more than 8 bits per channel that are nearly black in 8 bits: 1\n" in output
     assert "\nimages turned by their Exif orientation: 2\n" in output
 
 

@@ -162,7 +162,9 @@ def test_an_image_inside_of_a_table(tmp_path: Path, path: str | None):
 
 
 def test_of_much_data_images_are_sampled_evenly():
-    found = survey([raw(number) for number in range(10_000)], "data.json", 100).images
+    found = survey(
+        [raw(number) for number in range(10_000)], "data.json", sampled_images=100
+    ).images
     numbers = [int(name.removesuffix(".bmp")) for name in found]
     assert 100 <= len(numbers) <= 200
     assert len({*np.diff(numbers)}) == 1

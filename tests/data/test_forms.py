@@ -354,9 +354,9 @@ def test_what_was_left_out_is_counted(tmp_path):
         write(tmp_path / "x.json", SHORT, LONGS["a greeting"], LONGS["a question at the end"],
               SHORTS["TRL, images beside"], SHORTS["TRL, plain"]), "r")  # fmt: skip
     assert records.sizes.describe_notes() == [
-        "1 records begin with an answer without a question; these turns are left out",
-        "1 records end with a question without an answer; these turns are left out",
-        "2 records have images, but no <image> in a question; these images come first",
+        "1 record with an answer before the first question; these turns are left out",
+        "1 record with a question after the last answer; these turns are left out",
+        "2 records with images, but without <image> in a question; these images come first",
     ]
     assert records[2].images == ("r/a.png",)
 

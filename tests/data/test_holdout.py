@@ -1,5 +1,6 @@
 """Records that are held out for evaluation."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -114,6 +115,33 @@ def test_images_of_unknown_content_are_not_grouped(caplog):
     held = hold_out(np.ones(10, np.int32), np.zeros(10, np.int64), 0.3, 0)
     assert held.sum() == 3
     assert "10 images have no path" in caplog.text
+
+
+def test_a_file_has_one_key_however_its_path_is_written(tmp_path):
+    data = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(200)).decode()
+    one = {image_key(path, "/r") for path in ("a.png", "./a.png", "/r/a.png", "file:///r/a.png")}
+    assert len(one) == 1
+    assert image_key("a.png", "/r") != image_key("a.png", "/s") == image_key("../s/a.png", "/r")
+    assert image_key("data:image/png;base64," + data) == image_key(base64.b64decode(data))
+    assert image_key("a.png", "gs://r") == image_key("x/../a.png", "gs://r") != image_key("a.png")
+
+
+def test_a_file_of_two_data_sets_is_in_one_part(tmp_path):
+    """Also if the sets have other roots, but not if only the names of files are the same."""
+    inner = [raw(n, f"{n}.png") for n in range(20)]
+    outer = [raw(100 + n, f"in/{n}.png") for n in range(20)]
+    whole = [raw(200 + n, f"{tmp_path}/in/{n}.png") for n in range(20)]
+    other = [raw(300 + n, f"{n}.png") for n in range(20)]
+    roots = (tmp_path / "in", tmp_path, tmp_path, tmp_path / "other")
+    mixture = tuple(
+        DataSet(write(tmp_path / f"{n}.json", raws), str(root))
+        for n, (raws, root) in enumerate(zip((inner, outer, whole, other), roots, strict=True))
+    )
+    opened = open_data(DataConfig(mixture=mixture, eval_fraction=0.3), 0)
+    held = {int(name) for name in ids(opened.eval_records)}
+    groups = [{n + start for start in (0, 100, 200)} for n in range(20)]
+    assert all(group <= held or not group & held for group in groups)
+    assert any((n in held) != (300 + n in held) for n in range(20))
 
 
 def test_another_folder_for_the_images_of_the_eval_data(tmp_path):

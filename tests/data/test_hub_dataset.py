@@ -154,3 +154,28 @@ def test_what_cannot_be_read_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'llava_jax\[hf\]'"):
         load_records("hf:user/name", "")
+
+
+def test_configs(tmp_path):
+    both = tmp_path / "both"
+    for name in ("a", "b"):
+        (both / name).mkdir(parents=True)
+        for split, count in (("train", 1), ("test", 2)):
+            line = json.dumps({"question": split, "answer": name}) + "\n"
+            (both / name / f"{split}.jsonl").write_text(line * count)
+    files = lambda name: [
+        f"- config_name: {name}",
+        "  data_files:",
+        *(f"  - split: {s}\n    path: {name}/{s}.jsonl" for s in ("train", "test")),
+    ]
+    lines = ["---", "configs:", *files("a"), *files("b"), "---"]
+    (both / "README.md").write_text("\n".join(lines))
+    said = lambda end: [turn.text for turn in load_records(f"hf:{both}{end}", "")[0].turns]
+    assert said(":b:test") == ["test", "b"]
+    assert said(":a:train[:100%]") == ["train", "a"]
+    assert said(":b:") == ["train", "b"]
+    with pytest.raises(ConfigError, match=r"\['a', 'b'\].*is written as hf:.*:CONFIG"):
+        said("")
+    make().save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="a directory of save_to_disk has no configs"):
+        load_records(f"hf:{tmp_path}/saved:a:train", "")

@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from odd_images import COLOR, DEEP, ODD, UPRIGHT, Odd, exif, file_of
+from odd_images import ALPHA, COLOR, DEEP, ODD, UPRIGHT, XMP, Odd, exif, file_of
 from PIL import Image
 
 from llava_jax.data.conversation import Turn
@@ -41,7 +42,8 @@ def test_pixels_are_those_that_a_viewer_shows(odd: Odd):
         return
     np.testing.assert_array_equal(open_image(odd.data), odd.expected)
     kind, levels = train(odd.data)
-    assert kind == (odd.deep, odd.turned)
+    assert kind[:2] == (odd.deep, odd.turned)
+    assert kind.is_dark == (odd.deep and odd.expected.max() < 32)
     _, expected = train(file_of(odd.expected, "PNG"))
     np.testing.assert_array_equal(levels, expected)
 
@@ -129,3 +131,28 @@ def test_deep_images_are_converted_by_parts_to_the_same_pixels(monkeypatch):
     monkeypatch.setattr("llava_jax.data.image_pixels._STRIP_PIXELS", 50)
     for name in ("png 16 bits, one level transparent", "tiff 16 bits, white is zero", "tiff float"):
         np.testing.assert_array_equal(open_image(ODD[name].data), ODD[name].expected)
+
+
+@pytest.mark.parametrize("pixels", [COLOR, COLOR[..., 0]], ids=["color", "gray"])
+def test_an_upright_tiff_is_not_turned_by_its_xmp(pixels, read: PromptReader):
+    """Pillow turns a TIFF by its own tag when it is loaded."""
+    data = file_of(pixels, "TIFF", tiffinfo={274: 1, 700: XMP.encode()})
+    factors, added = np.array(TRANSFORM.scale, np.float32)[:, :, None, None]
+    trained = train(data)[1] * factors + added
+    prompt = Prompt((Turn("human", "<image>"),), (data,))
+    np.testing.assert_allclose(read(prompt)[1][0], trained, atol=1e-6)
+    np.testing.assert_array_equal(TRANSFORM(open_image(data)), TRANSFORM(data))
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_transparency(mode):
+    image = Image.fromarray(np.dstack([COLOR, ALPHA])).convert(mode.upper())
+    np.testing.assert_allclose(TRANSFORM(image.convert(mode)), TRANSFORM(image), atol=0.2)
+
+
+def test_the_image_of_the_caller_is_not_changed():
+    odd = ODD["png color 16 bits, one color transparent"]
+    with Image.open(io.BytesIO(odd.data)) as image:
+        expected = TRANSFORM(Image.fromarray(np.asarray(odd.expected)))
+        np.testing.assert_array_equal(TRANSFORM(image), expected)
+        assert image.info["transparency"] == tuple(COLOR[3, 4].astype(int) * 257)

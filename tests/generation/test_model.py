@@ -1,5 +1,6 @@
 """Answers from Python, without a server: `LlavaModel.chat` and `LlavaModel.generate_batch`."""
 
+import base64
 import shutil
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def model() -> LlavaModel:
 def test_a_question_is_answered_as_by_an_assistant(model: LlavaModel):
     with Image.open(PICTURE) as opened:
         forms = [PICTURE, Path(PICTURE), Path(PICTURE).read_bytes(), opened.copy()]
-    assert [model.chat(QUESTIONS[0], [form]) for form in forms] == ["red"] * 4
+    url = "data:image/png;base64," + base64.b64encode(Path(PICTURE).read_bytes()).decode()
+    forms += [url, f"file://{PICTURE}"]
+    assert [model.chat(QUESTIONS[0], [form]) for form in forms] == ["red"] * 6
+    assert [model.chat(QUESTIONS[0], form) for form in forms[:4]] == ["red"] * 4
     assert model.chat(f"<image>\n{QUESTIONS[1]}", images=[PICTURE], max_new_tokens=3) == "triangle"
     pieces = model.chat(QUESTIONS[2], images=[PICTURE], stream=True, temperature=9.0, seed=1)
     assert not isinstance(pieces, str)
@@ -58,6 +62,7 @@ def test_messages_are_a_conversation(model: LlavaModel):
 def test_a_batch_is_answered_in_its_order(model: LlavaModel):
     images = [[PICTURE]] * len(QUESTIONS)
     assert model.generate_batch(QUESTIONS, images, batch_size=2) == ANSWERS
+    assert model.generate_batch(QUESTIONS, [PICTURE, [PICTURE], PICTURE]) == ANSWERS
     text = model.generate_batch(["hello"])
     assert text == [model.chat("hello")]
     assert model.generate_batch([]) == []
@@ -66,14 +71,22 @@ def test_a_batch_is_answered_in_its_order(model: LlavaModel):
 @pytest.mark.parametrize(
     ("messages", "images", "message"),
     [
-        ("<image> and <image>", [PICTURE], "message 0 contains more images or <image> than"),
-        ("<image>", [PICTURE] * 2, "contain 1 images or <image>, but 2 images are given"),
+        ("<image> and <image>", [PICTURE], "messages is 2, but the number of given images is 1"),
+        ("<image>", [PICTURE] * 2, "messages is 1, but the number of given images is 2"),
         ("what?", ["https://example.com/a.png"], "'https://example.com/a.png'; it must be a PIL"),
-        ([{"role": "tool", "content": "x"}], (), "message 0: the role is 'tool'"),
-        ([{"role": "user", "content": 3}], (), "message 0: the content is 3"),
-        ([{"role": "user", "content": [{"type": "video"}]}], (), "videos are not supported"),
+        ([{"role": "tool", "content": "x"}], (), "turn 0: expected .* found {'role': 'tool'"),
+        ([{"role": "user", "content": 3}], (), "turn 0: expected .*'content': 3"),
+        (
+            [{"role": "user", "content": [{"type": "video"}]}],
+            (),
+            "LLaVA-1.5 reads only text and images",
+        ),
         ([{"role": "assistant", "content": "x"}], (), "must be a human turn"),
         ("what?", ["/nowhere.png"], "image not found: /nowhere.png"),
+        ("what?", ["A" * 400_000], "at most 4,096 are allowed"),
+        ("what?", ["data:image/png;base64,%%%" + "A" * 400_000], "is not valid base64"),
+        ([{"role": "user", "content": "x", "images": [PICTURE]}], (), 'the field "images"'),
+        ([{"role": "user", "content": [{"type": "image", "image": 3}]}], (), "must have a path"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(model: LlavaModel, messages, images, message):
@@ -86,8 +99,14 @@ def test_settings_that_make_no_sense_are_refused(model: LlavaModel):
         model.chat("x", max_new_tokens=0)
     with pytest.raises(ConfigError, match="top_p = 2"):
         model.chat("x", top_p=2.0)
-    with pytest.raises(ConfigError, match="2 conversations, but images of 1"):
+    with pytest.raises(ConfigError, match="as many items as conversations, 2, found 1"):
         model.generate_batch(["x", "y"], [[]])
+    with pytest.raises(ConfigError, match="as many items as conversations, 1, found one image"):
+        model.generate_batch(["x"], PICTURE)  # pyright: ignore
+    with pytest.raises(SampleError, match="at most 40"):
+        model.chat("x " * 60, max_length=40)
+    with pytest.raises(ConfigError, match="length of 9999999 tokens is not supported"):
+        model.generate_batch(["x"], max_length=9_999_999)
     with pytest.raises(ConfigError, match="batch_size = 0"):
         model.generate_batch(["x"], batch_size=0)
 

@@ -243,6 +243,7 @@ REFUSED = {
     "top_p": (chat(top_p=0), 400, "top_p", "from 1e-6 to 1"),
     "max_tokens": (chat(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
     "n": (chat(n=2), 400, "n", "n = 2"),
+    "n as a boolean": (chat(n=True), 400, "n", "n = True"),
     "penalty": (chat(presence_penalty=0.5), 400, "presence_penalty", "0.5"),
     "tools": (chat(tools=[{"type": "function"}]), 400, "tools", "tools"),
     **{

@@ -58,7 +58,9 @@ def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
             problem = f"{records.where(number)}: {error}"
             yield Question(str(number), "", (), problem=problem)
             continue
-        yield from _of_record(record, _answers(records, number))
+        questions = [*_of_record(record, _answers(records, number))]
+        problem = f"{records.where(number)}: the conversation has no answer to learn from"
+        yield from questions or [Question(record.id, "", (), problem=problem)]
 
 
 def _answers(records: ListRecords | FileRecords, number: int) -> tuple[str, ...]:
