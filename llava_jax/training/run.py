@@ -118,7 +118,7 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
 def _train(setup: Setup, mesh: Mesh, saved: Checkpoints, stop: StopRequest) -> None:
     """Plans a run, starts or resumes it, trains and writes the result."""
     is_resumed = saved.latest is not None
-    for line in startup_notes(setup):
+    for line in startup_notes(setup, data_parallel_size(mesh)):
         say(line)
     setup = _choose_buckets(_plan(setup, mesh, is_resumed=is_resumed), is_resumed=is_resumed)
     say(setup.inputs.summary())

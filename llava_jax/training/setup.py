@@ -88,9 +88,14 @@ def agree_on(setup: Setup) -> None:
     agree({"the number of devices": local_devices()})
 
 
-def startup_notes(setup: Setup) -> Iterator[str]:
-    """Yields a line for each field without an effect, and for each reason to learn nothing."""
+def startup_notes(setup: Setup, devices: int) -> Iterator[str]:
+    """Yields a line for each field without an effect, and for each reason to learn nothing.
+
+    Args:
+        setup: Setup of the run.
+        devices: Number of devices that the samples of a batch are divided among.
+    """
     config, steps, inputs = setup.config, setup.total_steps, setup.inputs
     for line in ignored_fields(config, steps, has_eval_data=len(inputs.eval_records) > 0):
         yield f"note: {line}"
-    yield from learning_warnings(config, inputs.order.samples, steps)
+    yield from learning_warnings(config, inputs.order.samples, steps, devices)
