@@ -70,10 +70,8 @@ def suggest_field(message: str) -> str:
     meant = [group for group in classes if group.__name__ == found[1]] or classes
     fields = {field.name: group.__name__ for group in meant for field in dataclasses.fields(group)}
     near = difflib.get_close_matches(name, fields, n=1)
-    hint = (
-        f"did you mean '{near[0]}' of {fields[near[0]]}?" if near else "docs/runs.md shows fields"
-    )
-    return f"there is no field '{name}'; {hint}"
+    hint = f"; did you mean '{near[0]}' of {fields[near[0]]}?" if near else ""
+    return f"there is no field '{name}'{hint}"
 
 
 def suggest_option(option: str) -> str:
@@ -85,8 +83,8 @@ def suggest_option(option: str) -> str:
     if not option.startswith("-"):
         return f"unexpected argument {option!r}; the name of an option starts with --"
     name = option.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in _RESUME:
-        return f"there is no option {option}; the same command resumes a run that was stopped"
+    if name in _HINTS:
+        return f"there is no option {option}; {_HINTS[name]}"
     if name in _PATHS and name.startswith("model."):
         return f"{option} can be given only if the config file sets `model`"
     group, _, leaf = name.rpartition(".")
@@ -103,7 +101,15 @@ def suggest_option(option: str) -> str:
     return f"there is no option {option}; did you mean --{meant.replace('_', '-')}?"
 
 
-_RESUME = ("resume", "resume_from", "resume_from_checkpoint")
+_RESUME = "the same command resumes a run that was stopped"
+_DEVICES = "a run uses all devices that JAX sees, for example those in CUDA_VISIBLE_DEVICES"
+_HINTS = {
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), _RESUME),
+    **dict.fromkeys(("gpus", "gpu", "num_gpus", "n_gpu", "devices", "device"), _DEVICES),
+    "image_size": "images have the size that the vision tower of the model needs",
+}
+"""What replaces options that other trainers have."""
+
 _GROUPS = [found for found in field_groups(TrainConfig) if found[0] is not DataSet]  # no options
 _PATHS = [prefix + field.name for group, prefix in _GROUPS for field in read_fields(group)]
 _SUGGESTED = [path for path in _PATHS if not path.startswith(("init_from.", "model."))]

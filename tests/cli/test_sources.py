@@ -72,7 +72,7 @@ def test_evaluate_takes_parts(parts: Parts, tmp_path: Path, monkeypatch: pytest.
     assert settings["checkpoint"] == format_source(parts)
     weights = {part: name for part, name, *_ in settings["weights"]}
     assert weights == {"llm": "model.safetensors", "vision": "model.safetensors", "projector": "."}
-    monkeypatch.setattr(Assistant, "load", None)
+    monkeypatch.setattr(Assistant, "load_all", None)
     assert evaluate.main(command) == 0  # the settings are the same, so nothing is asked again
 
 

@@ -153,8 +153,9 @@ def test_a_field_of_other_trainers_names_the_one_that_is_meant(
     ("option", "hint"),
     [
         ("--resume", "the same command resumes a run"),
-        ("--gpus", "--help lists all options"),
-        ("--image-size", "--help lists all options"),
+        ("--gpus", "a run uses all devices"),
+        ("--image-size", "images have the size"),
+        ("--qqqq", "--help lists all options"),
     ],
 )
 def test_no_option_is_suggested_that_means_something_else(
