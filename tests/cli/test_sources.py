@@ -70,8 +70,8 @@ def test_evaluate_takes_parts(parts: Parts, tmp_path: Path, monkeypatch: pytest.
     assert json.loads((folder / "scores.json").read_text())["scores"] == {"accuracy": 1}
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["checkpoint"] == format_source(parts)
-    weights = {part: name for part, name, *_ in settings["weights"]}
-    assert weights == {"llm": "model.safetensors", "vision": "model.safetensors", "projector": "."}
+    weights = {name for name in settings["files"] if name.endswith(".safetensors")}
+    assert weights == {f"{part}/model.safetensors" for part in ("llm", "vision", "projector")}
     monkeypatch.setattr(Assistant, "load_all", None)
     assert evaluate.main(command) == 0  # the settings are the same, so nothing is asked again
 
