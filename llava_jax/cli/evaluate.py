@@ -23,7 +23,7 @@ from llava_jax.errors import ConfigError
 if TYPE_CHECKING:
     from llava_jax.evals.questions import Question
     from llava_jax.evals.run import Answers
-    from llava_jax.evals.settings import How
+    from llava_jax.evals.settings import GenerationSettings
     from llava_jax.generation.assistant import Assistant
 
 # These names repeat those of `evals.benchmarks.registry`, which is slow to import; a test compares
@@ -32,7 +32,7 @@ TASK_NAMES = ("easy_vqa", "pope", "mme", "scienceqa", "textvqa", "vqav2", "gqa",
 METRIC_NAMES = ("exact", "vqa", "relaxed", "f1", "yes_no")
 SHOWN = 5  # maximum number of questions that could not be asked and are printed
 
-ASIDE = (
+NOT_IN_SETTINGS = (
     *("checkpoint", "task", "data", "image_root", "questions", "annotations", "prompt"),
     *("metric", "output", "limit", "slots", "stop", "max_new_tokens"),
 )
@@ -129,19 +129,21 @@ def evaluate(given: argparse.Namespace) -> int:
     from llava_jax.evals.benchmarks.registry import find_task
     from llava_jax.evals.questions import Files
     from llava_jax.evals.run import Answers
-    from llava_jax.evals.settings import How, describe
+    from llava_jax.evals.settings import GenerationSettings, describe
 
     check(given)
     task = find_task(given.task, given.metric)
     files = Files(given.data, given.image_root, given.questions, given.annotations, given.prompt)
     questions = task.read(files)
-    if given.metric and not any(question.answers for question in questions):
+    has_answers = any(question.answers for question in questions)
+    if given.metric and not has_answers:
         raise ConfigError(
             f"--metric {given.metric}: no question has an expected answer, so there is nothing to "
             "compare; leave --metric out"
         )
     count = min(given.limit or len(questions), len(questions))
-    how = How(given.max_new_tokens or task.max_new_tokens, read_sampling(given), tuple(given.stop))
+    most = given.max_new_tokens or task.max_new_tokens
+    how = GenerationSettings(most, read_sampling(given), tuple(given.stop))
     checkpoint = find_checkpoint(given)
     quantize = chosen_quantisation(given, checkpoint)
     options = answer_options(given) | {"quantize": quantize}
@@ -156,7 +158,8 @@ def evaluate(given: argparse.Namespace) -> int:
             ask(assistant, answers, questions, numbers, how)
         answers.sort()
         answered, refused = answers.answered(count), answers.refused(count)
-        scores = task.score(answered)
+        # Of your own questions, either some have expected answers or there is nothing to score.
+        scores = task.score(answered) if has_answers or given.task != "json" else None
         counts = {"questions": count, "of": len(questions), "unreadable": len(refused)}
         about = {"task": given.task, "metric": given.metric, "checkpoint": settings["checkpoint"]}
         write_scores(folder, about | counts | {"scores": scores})
@@ -220,13 +223,14 @@ def check(given: argparse.Namespace) -> None:
 
     from llava_jax.evals.benchmarks.registry import TASKS
 
-    if given.metric and given.task != "json":
+    for name in ("data", "image_root", "questions", "annotations", "prompt", "metric"):
+        if getattr(given, name) is not None and name not in TASKS[given.task].options:
+            option = name.replace("_", "-")
+            tasks = [task for task, found in TASKS.items() if name in found.options]
+            raise ConfigError(f"--{option} can only be used with --task {' or '.join(tasks)}")
+    if given.prompt is not None and given.image_root is not None:
         raise ConfigError(
-            f"--metric can only be used with --task json; the metric of {given.task} is fixed"
-        )
-    if given.prompt and given.task != "json":
-        raise ConfigError(
-            f"--prompt can only be used with --task json; {given.task} has its own questions"
+            "--image-root cannot be used with --prompt; --data is the directory of the images"
         )
     needs = TASKS[given.task].needs
     if needs and find_spec(needs) is None:
@@ -236,7 +240,7 @@ def check(given: argparse.Namespace) -> None:
 
 
 def answer_options(given: argparse.Namespace) -> dict[str, object]:
-    """Returns all options that the answers may depend on; an option counts unless it is in `ASIDE`.
+    """Returns the options that the answers may depend on: all that are not in NOT_IN_SETTINGS.
 
     Args:
         given: Arguments of the command.
@@ -244,7 +248,7 @@ def answer_options(given: argparse.Namespace) -> dict[str, object]:
     from llava_jax.config import format_source
     from llava_jax.generation.assistant import default_dtype
 
-    options: dict[str, object] = {n: v for n, v in vars(given).items() if n not in ASIDE}
+    options: dict[str, object] = {n: v for n, v in vars(given).items() if n not in NOT_IN_SETTINGS}
     options["base"] = None if given.base is None else format_source(given.base)
     # The default is resolved, because another machine may have another default.
     options["dtype"] = given.dtype or default_dtype()
@@ -258,7 +262,7 @@ def ask(
     answers: "Answers",
     questions: "Sequence[Question]",
     numbers: list[int],
-    how: "How",
+    how: "GenerationSettings",
 ) -> None:
     """Asks the model questions and shows a progress bar.
 

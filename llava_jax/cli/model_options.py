@@ -109,20 +109,7 @@ def load_assistant(
     quantize: "Quantisation | None",
 ) -> "Assistant":
     """Loads a checkpoint with the options of `add_model_options`; see `load_assistants`."""
-    from llava_jax.distributed.environment import prepare_for_training
-
-    prepare_for_training()  # otherwise XLA would leave a quarter of a GPU's memory unused
-
-    from llava_jax.generation.assistant import Assistant
-
-    return Assistant.load(
-        checkpoint,
-        dtype=given.dtype,
-        quantize=quantize,
-        slots=slots,
-        max_length=given.max_length,
-        template=given.template,
-    )
+    return load_assistants(given, [checkpoint], slots=slots, quantize=quantize)[0]
 
 
 def load_assistants(

@@ -15,7 +15,6 @@ from llava_jax.config.model import (
 )
 from llava_jax.config.source import Parts, Source, absolute_source, format_source, parse_source
 from llava_jax.config.train import (
-    ALL_LINEAR,
     IGNORED_BY_PLANS,
     MAY_CHANGE,
     MAY_DIFFER,
@@ -25,15 +24,13 @@ from llava_jax.config.train import (
     EvalConfig,
     Json,
     LogConfig,
-    LoraConfig,
     MemoryConfig,
     MeshConfig,
     OptimizerConfig,
     Quantisation,
     Remat,
     TrainConfig,
-    TuneConfig,
-    Tuning,
     flatten,
     to_json,
 )
+from llava_jax.config.tuning import ALL_LINEAR, LoraConfig, TuneConfig, Tuning

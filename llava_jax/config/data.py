@@ -9,11 +9,13 @@ from llava_jax.config.fields import (
     IGNORED_BY_PLAN,
     LOCATION,
     MACHINE,
+    NOT_EMPTY,
     OBSERVED,
     PLAN,
     Bound,
     above,
     at_least,
+    at_most,
     check_fields,
     fraction,
     within,
@@ -40,6 +42,7 @@ class DataSet:
     weight: Annotated[
         float,
         above(0, "to skip this data set, remove it"),
+        at_most(1e4, "an epoch contains each record this number of times"),
     ] = 1.0
 
     def __post_init__(self):
@@ -137,17 +140,24 @@ class DataConfig:
     shuffle: bool = True
     group_by_modality_length: bool = False
     max_skipped: Annotated[float, OBSERVED, within(0, 1, "it is a fraction of the samples")] = 0.01
-    workers: Annotated[int, MACHINE, at_least(0, "0 uses the main process")] = 4
-    eval_path: Annotated[str | None, LOCATION] = None
+    workers: Annotated[
+        int, MACHINE, at_least(0, "0 uses the main process"), at_most(1024, "each is a process")
+    ] = 4
+    eval_path: Annotated[str | None, LOCATION, NOT_EMPTY] = None
     eval_image_root: Annotated[str | None, LOCATION] = None
     eval_fraction: Annotated[
         float, IGNORED_BY_PLAN, fraction("the other records are learned; 0 holds out nothing")
     ] = 0.0
     eval_samples: Annotated[
-        int | None, OBSERVED, at_least(1, "to turn evaluation off, leave data.eval_path out")
+        int | None, OBSERVED, at_least(1, "to turn evaluation off, set data.eval_path to None")
     ] = None
 
     @property
     def has_eval(self) -> bool:
         """Whether there is evaluation data."""
         return self.eval_path is not None or self.eval_fraction > 0
+
+    @property
+    def uses_image_root_for_eval(self) -> bool:
+        """Whether image_root is the directory of the images of eval_path."""
+        return self.eval_path is not None and self.eval_image_root is None

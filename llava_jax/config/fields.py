@@ -84,9 +84,14 @@ class Bound:
     reason: str
 
 
-def at_least(minimum: int, reason: str) -> Bound:
+def at_least(minimum: int | float, reason: str) -> Bound:
     """Returns the condition that a number must be finite and at least `minimum`."""
-    return Bound(lambda value: minimum <= value < math.inf, f"at least {minimum}", reason)
+    return Bound(lambda value: minimum <= value < math.inf, f"at least {minimum:g}", reason)
+
+
+def at_most(maximum: int | float, reason: str) -> Bound:
+    """Returns the condition that a number must be at most `maximum`."""
+    return Bound(lambda value: value <= maximum, f"at most {maximum:,g}", reason)
 
 
 def above(minimum: int, reason: str) -> Bound:
@@ -104,6 +109,11 @@ def within(minimum: int | float, maximum: int | float, reason: str) -> Bound:
     text = f"from {minimum:g} to {maximum:g}"
     return Bound(lambda value: minimum <= value <= maximum, text, reason)
 
+
+NOT_EMPTY = Bound(
+    lambda text: text != "", "a text that is not empty", "to set no value, leave it out"
+)
+"""Condition that a text must not be empty."""
 
 MAX_INTEGER = 2**32 - 1
 """Largest absolute value of an integer in a config."""

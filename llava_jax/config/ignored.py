@@ -13,15 +13,6 @@ class _Situation(NamedTuple):
     steps: int
     has_eval_data: bool
 
-    def uses_common_rate(self) -> bool:
-        """Returns True if the rate of a trained part is `optimizer.learning_rate`."""
-        tune, optimizer = self.config.tune, self.config.optimizer
-        return (
-            tune.llm != "frozen"
-            or (tune.vision != "frozen" and optimizer.vision_learning_rate is None)
-            or (tune.projector != "frozen" and optimizer.projector_learning_rate is None)
-        )
-
     def evaluates_often(self) -> bool:
         """Returns True if there are evaluations during training, and not only before and after."""
         every = self.config.eval.every
@@ -48,11 +39,20 @@ class _Rule(NamedTuple):
 
 _RULES = (
     _Rule(("epochs",), lambda s: s.config.steps is None, "steps is set"),
-    _Rule(("lora",), lambda s: s.config.tune.llm == "lora", "tune.llm is not 'lora'"),
+    _Rule(
+        ("lora",),
+        lambda s: "lora" in (s.config.tune.llm, s.config.tune.projector),
+        "tune.llm is not 'lora', and tune.projector is not either",
+    ),
+    _Rule(
+        ("lora.layers_to_transform", "lora.modules_to_save", "lora.trainable_token_indices"),
+        lambda s: s.config.tune.llm == "lora",
+        "tune.llm is not 'lora'",
+    ),
     _Rule(("vision_lora",), lambda s: s.config.tune.vision == "lora", "tune.vision is not 'lora'"),
     _Rule(
         ("optimizer.learning_rate",),
-        _Situation.uses_common_rate,
+        lambda s: "optimizer.learning_rate" in s.config.peak_rates(),
         "all trained parts have learning rates of their own",
     ),
     _Rule(
@@ -72,17 +72,27 @@ _RULES = (
     ),
     _Rule(
         ("data.image_root",),
-        lambda s: not s.config.data.mixture or s.has_eval_data,
+        lambda s: not s.config.data.mixture or s.config.data.uses_image_root_for_eval,
         "each data set of data.mixture has its own image_root",
     ),
     _Rule(("memory.limit_gib",), lambda s: s.config.searches_plan, "no plan is searched"),
     _Rule(
-        ("eval", "data.eval_samples", "checkpoint.keep_best"),
-        lambda s: s.has_eval_data,
-        "there is no eval data; set data.eval_path",
+        ("data.eval_image_root",),
+        lambda s: s.config.data.eval_path is not None,
+        "data.eval_path is not set",
     ),
     _Rule(
-        ("eval.patience",),
+        ("eval", "data.eval_samples", "checkpoint.keep_best"),
+        lambda s: s.has_eval_data,
+        "there is no eval data; set data.eval_path or data.eval_fraction",
+    ),
+    _Rule(
+        ("eval.best_by",),
+        lambda s: s.config.eval.patience is not None or s.config.checkpoint.keep_best,
+        "neither eval.patience nor checkpoint.keep_best is set",
+    ),
+    _Rule(
+        ("eval.patience", "eval.best_by", "checkpoint.keep_best"),
         _Situation.evaluates_often,
         "there are no evaluations during training; set eval.every",
     ),

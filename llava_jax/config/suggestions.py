@@ -42,7 +42,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bits"), "quantize"),
     **dict.fromkeys(("bf16", "fp16", "precision"), "dtype"),
     "gradient_checkpointing": "memory.remat",
-    "hub_model_id": "push_to_hub",
+    **dict.fromkeys(("hub_model_id", "push"), "push_to_hub"),
 }
 """Fields by the names that other trainers use, such as LLaVA's code, transformers and TRL."""
 
@@ -60,7 +60,8 @@ def suggest_field(message: str) -> str:
     if not found:
         return message
     name, owners = found[2], {prefix: group for group, prefix in _GROUPS}
-    if (path := _known_as(name)) is not None:
+    groups = [prefix[:-1] for prefix, group in owners.items() if group.__name__ == found[1]]
+    if (path := _known_as(name, *groups[:1])) is not None:
         prefix, dot, near = path.rpartition(".")
         return (
             f"there is no field '{name}'; did you mean '{near}' of {owners[prefix + dot].__name__}?"
@@ -68,8 +69,9 @@ def suggest_field(message: str) -> str:
     classes = {*owners.values(), DataSet, Parts}
     meant = [group for group in classes if group.__name__ == found[1]] or classes
     fields = {field.name: group.__name__ for group in meant for field in dataclasses.fields(group)}
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
-    return f"there is no field '{name}'; did you mean '{near}' of {fields[near]}?"
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"; did you mean '{near[0]}' of {fields[near[0]]}?" if near else ""
+    return f"there is no field '{name}'{hint}"
 
 
 def suggest_option(option: str) -> str:
@@ -81,21 +83,47 @@ def suggest_option(option: str) -> str:
     if not option.startswith("-"):
         return f"unexpected argument {option!r}; the name of an option starts with --"
     name = option.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in _HINTS:
+        return f"there is no option {option}; {_HINTS[name]}"
     if name in _PATHS and name.startswith("model."):
         return f"{option} can be given only if the config file sets `model`"
-    meant = _known_as(name) or _known_as(name.rpartition(".")[2])
+    group, _, leaf = name.rpartition(".")
+    meant = _known_as(name) or _known_as(leaf, group)
     if meant is None:
-        names = [*_PATHS, *_LEAVES, *_OTHER_NAMES]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        meant = _known_as(near) or near
+        own = [path for path in _SUGGESTED if path.startswith(f"{group}.")]
+        names = [*_SUGGESTED, *_LEAVES, *_OTHER_NAMES]
+        near = difflib.get_close_matches(name, own, n=1) or difflib.get_close_matches(
+            name, names, n=1
+        )
+        if not near:
+            return f"there is no option {option}; --help lists all options"
+        meant = _known_as(near[0]) or near[0]
     return f"there is no option {option}; did you mean --{meant.replace('_', '-')}?"
 
 
+_RESUME = "the same command resumes a run that was stopped"
+_DEVICES = "a run uses all devices that JAX sees, for example those in CUDA_VISIBLE_DEVICES"
+_HINTS = {
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), _RESUME),
+    **dict.fromkeys(("gpus", "gpu", "num_gpus", "n_gpu", "devices", "device"), _DEVICES),
+    "image_size": "images have the size that the vision tower of the model needs",
+}
+"""What replaces options that other trainers have."""
+
 _GROUPS = [found for found in field_groups(TrainConfig) if found[0] is not DataSet]  # no options
 _PATHS = [prefix + field.name for group, prefix in _GROUPS for field in read_fields(group)]
-_LEAVES = {path.rpartition(".")[2]: path for path in reversed(_PATHS)}  # the first path wins
+_SUGGESTED = [path for path in _PATHS if not path.startswith(("init_from.", "model."))]
+_LEAVES = {path.rpartition(".")[2]: path for path in reversed(_SUGGESTED)}  # the first path wins
 
 
-def _known_as(name: str) -> str | None:
-    """Returns the path of the field that has this name in another group or in another trainer."""
-    return _OTHER_NAMES.get(name) or _LEAVES.get(name)
+def _known_as(name: str, group: str = "") -> str | None:
+    """Returns the path of the field that has this name in another group or in another trainer.
+
+    Args:
+        name: Name of a field.
+        group: Group in which the name was given. The field is first looked up in this group.
+    """
+    found = _OTHER_NAMES.get(name) or _LEAVES.get(name)
+    leaf = (found or "").rpartition(".")[2]
+    own = (f"{group}.{name}", f"{group}.{leaf}", f"data.{group}_{name}")
+    return next((path for path in own if path in _SUGGESTED), found)

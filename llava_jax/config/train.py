@@ -8,7 +8,7 @@ the field belongs to and which values it allows; see `llava_jax.config.fields`.
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,110 +16,30 @@ from llava_jax.config.data import DataConfig
 from llava_jax.config.fields import (
     IGNORED_BY_PLAN,
     LOCATION,
+    NOT_EMPTY,
     OBSERVED,
     PLAN,
     RESOLVED,
     Bound,
     above,
     at_least,
+    at_most,
     check_fields,
     field_paths,
     fraction,
     within,
 )
-from llava_jax.config.model import LLM_LINEARS, VISION_LINEARS, ModelConfig
+from llava_jax.config.model import VISION_LINEARS, ModelConfig
 from llava_jax.config.source import Source
+from llava_jax.config.tuning import LoraConfig, TuneConfig
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 
-Tuning = Literal["frozen", "lora", "full"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
 Remat = Literal["full", "dots", "none"]
 AttentionImplementation = Literal["plain", "cudnn", "flash", "splash"]
 
 MAX_NAME_BYTES = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneConfig:
-    """Which parts of the model are trained, and how.
-
-    Attributes:
-        llm: How the decoder is trained: "frozen" trains nothing, "lora" trains adapters, and "full"
-            trains all weights.
-        vision: How the vision tower is trained, with the same values as tune.llm.
-        projector: How the projector is trained, with the same values as tune.llm. Its adapters have
-            the settings of the decoder's adapters.
-    """
-
-    llm: Tuning = "lora"
-    vision: Tuning = "frozen"
-    projector: Tuning = "full"
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether at least one part is trained with adapters."""
-        return "lora" in (self.llm, self.vision, self.projector)
-
-
-ALL_LINEAR = "all-linear"
-"""Target that stands for all linear layers of a part, as in PEFT."""
-
-
-def _every(bound: Bound) -> Bound:
-    """Returns the condition that every value of a dictionary or of a tuple fulfills `bound`."""
-
-    def allows(found: object) -> bool:
-        values = found.values() if isinstance(found, dict) else found
-        return all(map(bound.allows, values if isinstance(values, Iterable) else [values]))
-
-    return Bound(allows, bound.text, bound.reason)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """LoRA as PEFT defines it: y = W x + (alpha / rank) B A dropout(x).
-
-    Attributes:
-        rank: Rank of the adapter matrices A and B.
-        alpha: Scale of the adapters: the output of each adapter is multiplied by alpha / rank.
-        dropout: Dropout rate for the inputs of the adapters.
-        targets: Names of the linear layers that get an adapter; "all-linear" stands for all linear
-            layers of the part.
-        use_rslora: Multiply the output of an adapter by alpha / sqrt(rank) (Kalajdzievski, 2023)
-            instead of alpha / rank.
-        rank_pattern: Ranks of some layers, by regular expressions. As in PEFT, the first expression
-            that matches the end of a module's name gives the rank. For example, the name of a
-            module is "model.language_model.layers.0.self_attn.q_proj".
-        alpha_pattern: Alphas of some layers, in the same form as rank_pattern.
-        layers_to_transform: Indices of the blocks that get adapters; None means all blocks.
-        modules_to_save: Parts of the decoder that are trained in full beside the adapters:
-            "embed_tokens" is the embedding, and "lm_head" is the output matrix.
-        trainable_token_indices: Ids of tokens whose embedding is trained beside the adapters.
-    """
-
-    rank: Annotated[int, at_least(1, "an adapter of rank 0 has no weights")] = 128
-    alpha: Annotated[float, above(0, "with 0, an adapter adds nothing")] = 256.0
-    dropout: Annotated[float, fraction("it is a probability")] = 0.05
-    targets: tuple[str, ...] = LLM_LINEARS
-    use_rslora: bool = False
-    rank_pattern: Annotated[
-        dict[str, int], _every(at_least(1, "an adapter of rank 0 has no weights"))
-    ] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Annotated[
-        dict[str, float], _every(above(0, "with 0, an adapter adds nothing"))
-    ] = dataclasses.field(default_factory=dict)
-    layers_to_transform: Annotated[
-        tuple[int, ...] | None, _every(at_least(0, "it is the index of a block"))
-    ] = None
-    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
-    trainable_token_indices: Annotated[
-        tuple[int, ...], _every(at_least(0, "it is the id of a token"))
-    ] = ()
-
-    def has_target(self, name: str) -> bool:
-        """Returns True if the linear layers with this name get adapters."""
-        return name in self.targets or self.targets == (ALL_LINEAR,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +64,13 @@ class BatchConfig:
     loss_group: Annotated[int, at_least(1, "a group needs at least one sample")] = 1
 
 
+_Rate = Annotated[
+    float | None,
+    at_least(0, "a negative rate would increase the loss"),
+    at_most(10, "a larger rate destroys the weights"),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning rates.
@@ -162,22 +89,35 @@ class OptimizerConfig:
         clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
     """
 
-    learning_rate: Annotated[float, at_least(0, "a negative rate would increase the loss")] = 2e-4
-    projector_learning_rate: Annotated[
-        float | None, at_least(0, "a negative rate would increase the loss")
-    ] = None
-    vision_learning_rate: Annotated[
-        float | None, at_least(0, "a negative rate would increase the loss")
-    ] = None
+    learning_rate: Annotated[
+        float,
+        at_least(0, "a negative rate would increase the loss"),
+        at_most(10, "a larger rate destroys the weights"),
+    ] = 2e-4
+    projector_learning_rate: _Rate = None
+    vision_learning_rate: _Rate = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, within(0, 1, "it is a fraction of the steps")] = 0.03
-    weight_decay: Annotated[float, at_least(0, "a negative value would let weights grow")] = 0.0
+    weight_decay: Annotated[
+        float,
+        at_least(0, "a negative value would let weights grow"),
+        at_most(10, "a larger value removes the weights"),
+    ] = 0.0
     b1: Annotated[float, fraction("it is a decay rate")] = 0.9
     b2: Annotated[float, fraction("it is a decay rate")] = 0.999
     eps: Annotated[
         float, within(1e-30, 1, "it prevents a division by zero; a large value prevents learning")
     ] = 1e-8
-    clip_norm: Annotated[float | None, above(0, "to turn clipping off, leave it out")] = None
+    clip_norm: Annotated[
+        float | None,
+        above(0, "to turn clipping off, leave it out"),
+        at_least(1e-4, "with a smaller norm, nothing is trained"),
+    ] = None
+
+    def rate_field(self, part: str) -> str:
+        """Returns the name of the field with the peak learning rate of a part of the model."""
+        own = f"{part}_learning_rate"
+        return "learning_rate" if getattr(self, own, None) is None else own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +189,8 @@ class CheckpointConfig:
     Attributes:
         every: Number of optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
-        keep_best: Also keep the checkpoint with the lowest eval loss, however old it is.
+        keep_best: Also keep the checkpoint of the best evaluation (see eval.best_by), however old.
+            The result of the run has its parameters instead of those of the last step.
         accept_changes: Resume a run even if its recipe or its data has changed since the run began.
             The changes are shown and recorded. The number of training records must not change.
     """
@@ -266,8 +207,10 @@ class EvalConfig:
 
     Attributes:
         every: Number of steps between evaluations; None evaluates only before and after training.
-        patience: Number of consecutive evaluations without a new lowest eval loss after which the
-            run stops early. None trains for all steps.
+        patience: Number of consecutive evaluations without a new best one after which the run stops
+            early. None trains for all steps.
+        best_by: What decides which evaluation is the best: the lowest "loss" or the highest
+            "accuracy". Of several equal evaluations, the first one is the best.
         batch_size: Number of samples in an evaluation batch, on all devices together; None takes
             the size of a micro-batch.
         examples: Number of evaluation questions to show with the model's answers, in report.html
@@ -276,8 +219,13 @@ class EvalConfig:
 
     every: Annotated[int | None, at_least(1, "it is a number of steps")] = None
     patience: Annotated[int | None, at_least(1, "it is a number of evaluations")] = None
+    best_by: Literal["loss", "accuracy"] = "loss"
     batch_size: Annotated[int | None, at_least(1, "a batch needs at least one sample")] = None
-    examples: Annotated[int, at_least(0, "it is a number of questions")] = 12
+    examples: Annotated[
+        int,
+        at_least(0, "it is a number of questions"),
+        at_most(1000, "each answer takes many calls of the model"),
+    ] = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +240,7 @@ class LogConfig:
     """
 
     tensorboard: bool = False
-    wandb: str | None = None
+    wandb: Annotated[str | None, NOT_EMPTY] = None
     profile_steps: Annotated[
         tuple[int, int] | None,
         Bound(
@@ -360,9 +308,9 @@ class TrainConfig:
         ),
     ] = 1.0
     init_from: Annotated[Source, LOCATION] = None
-    init_adapter: Annotated[str | None, LOCATION] = None
+    init_adapter: Annotated[str | None, LOCATION, NOT_EMPTY] = None
     model: ModelConfig | None = None
-    processor: Annotated[str | None, IGNORED_BY_PLAN] = None
+    processor: Annotated[str | None, IGNORED_BY_PLAN, NOT_EMPTY] = None
     tune: TuneConfig = TuneConfig()
     lora: LoraConfig = LoraConfig()
     vision_lora: LoraConfig = LoraConfig(rank=64, alpha=16.0, targets=VISION_LINEARS)
@@ -377,7 +325,7 @@ class TrainConfig:
     checkpoint: Annotated[CheckpointConfig, OBSERVED] = CheckpointConfig()
     eval: Annotated[EvalConfig, OBSERVED] = EvalConfig()
     log: Annotated[LogConfig, OBSERVED] = LogConfig()
-    push_to_hub: Annotated[str | None, OBSERVED] = None
+    push_to_hub: Annotated[str | None, OBSERVED, NOT_EMPTY] = None
 
     def __post_init__(self):
         check_fields(self)
@@ -393,6 +341,17 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Directory of the run."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def export_dir(self) -> Path:
+        """Directory of the run's result: `adapter/` if the run trains LoRA, else `model/`."""
+        return self.run_dir / ("adapter" if self.tune.has_adapters else "model")
+
+    def peak_rates(self) -> dict[str, float]:
+        """Returns the peak learning rates of the trained parts, by the names of their fields."""
+        parts = [part for part, how in vars(self.tune).items() if how != "frozen"]
+        fields = dict.fromkeys(map(self.optimizer.rate_field, parts))
+        return {f"optimizer.{field}": getattr(self.optimizer, field) for field in fields}
 
     def total_steps(self, samples: int) -> int:
         """Returns the number of optimizer steps if the training data has this many samples."""

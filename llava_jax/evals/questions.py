@@ -60,26 +60,30 @@ class Answered(NamedTuple):
     text: str
 
 
-def ask(
+def make_question(
     id: str | int,
     prompt: str,
     image: str | bytes | list[str] | None,
     answers: Sequence[str] = (),
     *,
     root: Path | None = None,
+    is_interleaved: bool = False,
     **more: Any,
 ) -> Question:
     """Returns a question whose conversation has a single turn.
 
-    If the path of the image is not allowed, the `problem` of the question contains the reason.
+    If the path of the image is not allowed, or if `<image>` does not stand for each image, the
+    `problem` of the question contains the reason.
 
     Args:
         id: Id of the question.
-        prompt: Text of the question; each `<image>` in it is removed from the turn.
+        prompt: Text of the question. The images come first in the turn, as in LLaVA's evaluation,
+            and each `<image>` in the text is removed.
         image: Image that the question is about: a path relative to `root`, or the contents of the
             image file; None for a question without an image. A list of paths gives several images.
         answers: Expected answers.
         root: Directory that contains the images.
+        is_interleaved: Whether each `<image>` in the text stays where it is.
         more: Further attributes of the `Question`.
     """
     images: tuple[str | bytes, ...] = ()
@@ -88,9 +92,16 @@ def ask(
         images = tuple(locate_image(path, str(root), follow_links=True) for path in given)
     except SampleError as error:
         more["problem"] = str(error)
-    text = prompt.replace(IMAGE_PLACEHOLDER, "").strip()
-    lead = f"{IMAGE_PLACEHOLDER}\n" * len(given)
-    turns = (Turn("human", lead + text),)
+    text, named = prompt.replace(IMAGE_PLACEHOLDER, "").strip(), prompt.count(IMAGE_PLACEHOLDER)
+    text = f"{IMAGE_PLACEHOLDER}\n" * len(given) + text
+    if is_interleaved and named == len(given):
+        text = prompt
+    elif is_interleaved and named:
+        more.setdefault(
+            "problem",
+            f"the text has {named} {IMAGE_PLACEHOLDER}, but the question has {len(given)} images",
+        )
+    turns = (Turn("human", text),)
     return Question(id, prompt, turns, images, tuple(answers), **more)
 
 
@@ -107,7 +118,7 @@ def read_questions(path: Path, root: Path, answers: Answers = lambda row: ()) ->
     """
     rows = read_lines(path, question_id=(str, int), image=str, text=str)
     return [
-        ask(
+        make_question(
             row["question_id"],
             row["text"],
             row["image"],

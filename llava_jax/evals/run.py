@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_jax.disk import Json, append_rows, replace_text
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import Answered, Question
-from llava_jax.evals.settings import How, check_settings, identify_images
+from llava_jax.evals.settings import GenerationSettings, check_settings, identify_images
 from llava_jax.generation.assistant import Assistant, Reply
 from llava_jax.generation.prompts import Prompt
 
@@ -122,7 +122,7 @@ def ask_all(
     answers: Answers,
     questions: Sequence[Question],
     numbers: Sequence[int],
-    how: How,
+    how: GenerationSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Asks questions, several at the same time, and stores each answer as soon as it is complete.

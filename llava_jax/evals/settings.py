@@ -27,7 +27,7 @@ _READ = (".json", ".jinja", ".model", ".txt")
 _SHOWN = 300  # maximum number of characters of a difference that an error shows
 
 
-class How(NamedTuple):
+class GenerationSettings(NamedTuple):
     """Settings for generating the answers, which are arguments of `Assistant.answer_all`.
 
     Attributes:
@@ -44,7 +44,7 @@ class How(NamedTuple):
 def describe(
     task: str,
     questions: Sequence[Question],
-    how: How,
+    how: GenerationSettings,
     source: str | Path | Parts,
     checkpoint: Checkpoint,
     **options: object,

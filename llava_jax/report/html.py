@@ -8,7 +8,6 @@ values that contain markup are the charts, which consist of numbers and fixed ti
 import base64
 import shlex
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,17 @@ from markupsafe import Markup
 from llava_jax.disk import read_if_there
 from llava_jax.report import formatting
 from llava_jax.report.charts import line_chart, smooth, thin
+from llava_jax.report.comparison import (
+    compare_categories,
+    compare_examples,
+    compare_measures,
+    first_and_last,
+    percent_or_dash,
+    when,
+)
+from llava_jax.report.early_stopping import best_row, is_stalled
 from llava_jax.report.formatting import NBSP, number, percent, times, width
-from llava_jax.report.measures import has_long_answers, mean_f1, perplexity
+from llava_jax.report.measures import f1_of, has_long_answers, perplexity
 from llava_jax.report.rows import Row, parse_object
 from llava_jax.report.run_files import RunFiles
 from llava_jax.report.thumbnails import MAX_IMAGES, find_thumbnails
@@ -74,10 +82,27 @@ def _header(run: RunFiles) -> Row:
     return {
         "name": run.config["name"],
         "done": f"{run.step:,} of {total:,} steps",
-        "state": "all steps done" if run.step >= total else "not finished yet",
+        "state": _state(run),
         "started": f"started {run.started:%-d %B %Y, %H:%M} UTC",
         "width": width(run.step / max(total, 1)),
     }
+
+
+def _state(run: RunFiles) -> str:
+    """Says whether the run is finished, and why if it stopped early."""
+    if run.step >= run.config["steps"]:
+        return "all steps done"
+    patience, by = _stop_rule(run.config)
+    is_last = bool(run.evaluations) and run.evaluations[-1]["step"] == run.step
+    if is_last and is_stalled(run.evaluations, patience, by):
+        return f"stopped early after step {run.step:,} (eval.patience)"
+    return "not finished yet"
+
+
+def _stop_rule(config: Row) -> tuple[int | None, str]:
+    """Returns eval.patience and eval.best_by. Older versions did not have these fields."""
+    group = config.get("eval") or {}
+    return group.get("patience"), group.get("best_by", "loss")
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -102,25 +127,16 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
 
 def _eval_tiles(first: Row, last: Row) -> list[tuple[str, str, str]]:
     """Returns the measures that say most about the model: accuracy, or F1 for long answers."""
-    note = lambda text: f"{text} {_when(first)}" if last is not first else _when(first)
+    note = lambda text: f"{text} {when(first)}" if last is not first else when(first)
     tile = lambda name, measure: (name, measure(last), note(measure(first)))
     loss = tile("Eval loss", lambda row: number(row["loss"]))
     if not has_long_answers(last):
         return [tile("Eval accuracy", lambda row: percent(row["accuracy"])), loss]
     tiles = [tile("Eval perplexity", lambda row: number(perplexity(row["loss"])))]
-    if _f1(last) is not None:
+    if f1_of(last) is not None:
         count = times(len(last["examples"]), "example")
-        tiles.append(tile(f"Token F1, {count}", lambda row: _percent_or_dash(_f1(row))))
+        tiles.append(tile(f"Token F1, {count}", lambda row: percent_or_dash(f1_of(row))))
     return [*tiles, loss]
-
-
-def _f1(row: Row) -> float | None:
-    """Returns the mean token F1 of an evaluation's examples; None if it is not known."""
-    return mean_f1([example.get("f1") for example in row["examples"]])
-
-
-def _percent_or_dash(share: float | None) -> str:
-    return "–" if share is None else percent(share)
 
 
 def _speed(run: RunFiles) -> np.ndarray:
@@ -205,69 +221,27 @@ def _answers(run: RunFiles) -> Row:
     if not run.evaluations:
         has_data = _eval_data(run.config["data"]) != "none"
         return {"why": "Nothing was measured yet." if has_data else "This run has no eval data."}
-    first, last = run.evaluations[0], run.evaluations[-1]
-    rows = [first] if first is last else [first, last]
-    answers = [{_key(example): example for example in row["examples"]} for row in rows]
-    shared = [e for e in last["examples"] if all(_key(e) in given for given in answers)]
-    names = [_when(row).capitalize() for row in rows]
+    rows = first_and_last(run.evaluations)
+    names = [when(row).capitalize() for row in rows]
     folder = run.directory / "examples"
-    cards = [
-        _card(example, list(zip(names, (a[_key(example)] for a in answers), strict=True)), folder)
-        for example in shared[:MAX_EXAMPLES]
-    ]
+    shared = compare_examples(rows)
+    cards = [_card([*zip(names, found, strict=True)], folder) for found in shared[:MAX_EXAMPLES]]
     return {
         "why": None,
         "heads": ["Category", "Answers", *names],
-        "measures": _measures(rows),
-        "categories": _categories(rows),
-        "samples": sum(last["samples"].values()),
+        "measures": compare_measures(rows),
+        "categories": compare_categories(rows),
+        "samples": sum(rows[-1]["samples"].values()),
         "rows": rows,
-        "skipped": len(last.get("skipped") or []),
+        "skipped": len(rows[-1].get("skipped") or []),
         "cards": cards,
         "more": max(len(shared) - MAX_EXAMPLES, 0),
     }
 
 
-def _key(example: Row) -> Any:
-    """Returns a key that is the same for the same question in two evaluations.
-
-    The texts are part of the key, because the data may have changed while the run was stopped.
-    """
-    place = example.get("index"), example.get("turn")
-    return *place, example["question"], example["expected"]
-
-
-def _measures(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
-    """Returns the name of each measure of an evaluation, its count and its value per evaluation."""
-    f1s, found = [_f1(row) for row in rows], []
-    if any(f1 is not None for f1 in f1s):
-        count = f"{len(rows[-1]['examples']):,}"
-        found.append(("token F1 of the examples", count, [*map(_percent_or_dash, f1s)]))
-    losses = [row["loss"] for row in rows]
-    found.append(("perplexity", "", [number(perplexity(loss)) for loss in losses]))
-    return [*found, ("loss, nats per token", "", [*map(number, losses)])]
-
-
-def _when(row: Row) -> str:
-    return "before" if row["step"] == 0 else f"after {times(row['step'], 'step')}"
-
-
-def _categories(rows: Sequence[Row]) -> list[tuple[str, int, list[str]]]:
-    """Returns the name of each category, its number of samples and its accuracy per evaluation.
-
-    The list is empty if there is only one category. A category may be missing in the first
-    evaluation, because the data may have been changed later.
-    """
-    samples = rows[-1]["samples"]
-    accuracy = lambda row, name: (
-        percent(row["exact"].get(name, 0) / count) if (count := row["samples"].get(name)) else "–"
-    )
-    shown = sorted(samples) if len(samples) > 1 else []
-    return [(name, samples[name], [accuracy(row, name) for row in rows]) for name in shown]
-
-
-def _card(example: Row, answers: list[tuple[str, Row]], folder: Path) -> Row:
-    """Returns one question with its images and its answers."""
+def _card(answers: list[tuple[str, Row]], folder: Path) -> Row:
+    """Returns one question with its images and its answers, each with the time of the answer."""
+    _, example = answers[-1]
     index, images = example.get("index"), example.get("images")
     files = [] if index is None else find_thumbnails(folder, index)
     missing = "This question has no image." if images == 0 else "The image cannot be read."
@@ -308,7 +282,17 @@ def _result(run: RunFiles) -> Row | None:
         load = _load_adapter(run, directory)
     else:
         return None
-    return {"chat": f"llava-jax chat {shell}", "serve": f"llava-jax serve {shell}", "load": load}
+    use = {"chat": f"llava-jax chat {shell}", "serve": f"llava-jax serve {shell}", "load": load}
+    return use | {"step": _exported_step(run)}
+
+
+def _exported_step(run: RunFiles) -> str:
+    """Says which step's parameters the result has, if that is the best step (keep_best)."""
+    by = _stop_rule(run.config)[1]
+    best = best_row(run.evaluations, by) if run.config["checkpoint"].get("keep_best") else None
+    if best is None:
+        return ""
+    return f"The result is that of step {best['step']:,}, which has the best eval {by}."
 
 
 def _load_adapter(run: RunFiles, directory: str) -> str:

@@ -1,7 +1,6 @@
 """Computes measures of evaluations that follow from the rows of evaluations.jsonl."""
 
 import math
-from collections.abc import Sequence
 
 from llava_jax.report.rows import Row
 
@@ -17,8 +16,13 @@ def perplexity(loss: float | int | None) -> float:
     return math.exp(loss) if loss < 700 else math.inf  # exp(710) is too large for a float
 
 
-def mean_f1(scores: Sequence[float | int | None]) -> float | None:
-    """Returns the mean token F1 of examples; None if there are none, or if an F1 is not known."""
+def f1_of(row: Row) -> float | None:
+    """Returns the mean token F1 of an evaluation's examples, from 0 to 1; None if not known.
+
+    Args:
+        row: Row of evaluations.jsonl. Older versions wrote no F1 of examples.
+    """
+    scores = [example.get("f1") for example in row["examples"]]
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known and len(known) == len(scores) else None
 

@@ -80,6 +80,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "examples": _list_of(lambda value: fits(value, _EXAMPLE)),
         "skipped": _or_none(_list_of(_is_count)),
         "tokens": _or_none(_is_count),
+        "data": _or_none(_is_text),
     },
 }
 """Checks of the fields of each row, by file name."""

@@ -50,11 +50,7 @@ def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, Sched
         config: Optimizer settings.
         total_steps: Number of optimizer steps of the whole run.
     """
-    peaks = dict.fromkeys(GROUPS, config.learning_rate)
-    if config.projector_learning_rate is not None:
-        peaks["projector"] = config.projector_learning_rate
-    if config.vision_learning_rate is not None:
-        peaks["vision"] = config.vision_learning_rate
+    peaks = {group: getattr(config, config.rate_field(group)) for group in GROUPS}
     return {group: _schedule(config, peak, total_steps) for group, peak in peaks.items()}
 
 

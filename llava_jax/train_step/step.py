@@ -330,11 +330,11 @@ def make_train_step(
 class EvalResult:
     """Losses and greedy predictions of an eval batch, computed without dropout.
 
-    The answers of a row are the sequences of consecutive positions at which `learned` is True.
+    The answers of a row are the sequences of consecutive positions at which `supervised` is True.
 
     Attributes:
         nll: float32 [B]. Negative log-likelihood in nats, summed over a row's supervised tokens.
-        learned: bool [B, T]. True if the token after the position is supervised.
+        supervised: bool [B, T]. True if the token after the position is supervised.
         right: bool [B, T]. True if the token after the position is also the most likely token.
             Greedy decoding gives exactly an expected answer if this is True for all its tokens,
             because each of them is then the most likely token after the expected tokens before it.
@@ -343,7 +343,7 @@ class EvalResult:
     """
 
     nll: Leaf
-    learned: Leaf
+    supervised: Leaf
     right: Leaf
     predicted: Leaf
 
@@ -358,12 +358,14 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Params, Params, Batch], 
     """
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> EvalResult:
-        targets, learned = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
-        losses = token_losses(*forward(graphdef, frozen | trainable, batch, None), targets, learned)
+        targets, supervised = next_tokens(batch.input_ids, batch.loss_mask, batch.segment_ids)
+        losses = token_losses(
+            *forward(graphdef, frozen | trainable, batch, None), targets, supervised
+        )
         return EvalResult(
             nll=jnp.sum(losses.nll, axis=1),
-            learned=learned,
-            right=(losses.predicted == targets) & learned,
+            supervised=supervised,
+            right=(losses.predicted == targets) & supervised,
             predicted=losses.predicted,
         )
 

@@ -1,5 +1,6 @@
 """Warns of runs that learn little or nothing, before the first step and after the last step."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +12,20 @@ FEW_STEPS = 50
 """Number of steps that the options in a warning lead to."""
 
 
-def learning_warnings(config: TrainConfig, samples: int, steps: int) -> Iterator[str]:
+def learning_warnings(
+    config: TrainConfig, samples: int, steps: int, devices: int = 1
+) -> Iterator[str]:
     """Yields a line of text for each reason why a run would learn little or nothing.
 
     Args:
         config: Config of the run.
         samples: Number of samples in an epoch.
         steps: Number of optimizer steps of the whole run.
+        devices: Number of devices that the samples of a batch are divided among.
     """
-    for field, rate in _rates(config).items():
+    for field, rate in config.peak_rates().items():
         if rate == 0:
-            yield f"warning: {field} is 0, so the parts of the model with this rate do not change"
+            yield f"warning: {field} is 0, so the parts that it applies to are not trained"
     size, warmup, reasons = config.batch.global_size, warmup_steps(config.optimizer, steps), []
     if size > samples:
         reasons.append(f"batch.global_size {size} is larger than the number of samples, {samples}")
@@ -33,39 +37,22 @@ def learning_warnings(config: TrainConfig, samples: int, steps: int) -> Iterator
         learns = "learns nothing" if steps == 1 == warmup else "may learn little"
         yield (
             f"warning: this run {learns}, because {', and '.join(reasons)}. What helps: "
-            f"{_what_helps(config, samples, steps)}"
+            f"{_suggestions(config, samples, steps, devices)}"
         )
 
 
-def _rates(config: TrainConfig) -> dict[str, float]:
-    """Returns the peak learning rates of the trained parts, by the names of their fields."""
-    tune, optimizer = config.tune, config.optimizer
-    rates = {
-        "optimizer.learning_rate": (tune.llm, optimizer.learning_rate),
-        "optimizer.vision_learning_rate": (tune.vision, optimizer.vision_learning_rate),
-        "optimizer.projector_learning_rate": (tune.projector, optimizer.projector_learning_rate),
-    }
-    found = {}
-    for field, (how, rate) in rates.items():
-        if how != "frozen" and rate is not None:
-            found[field] = rate
-        elif how != "frozen":
-            found["optimizer.learning_rate"] = optimizer.learning_rate
-    return found
-
-
-def _what_helps(config: TrainConfig, samples: int, steps: int) -> str:
-    """Returns the options that give a run more steps, or a shorter warm-up."""
-    size, group = config.batch.global_size, config.batch.loss_group
-    smaller = min(group * max(samples // (10 * group), 1), size)
-    ways = [f"smaller batches (--batch.global-size {smaller})"] if smaller < size else []
+def _suggestions(config: TrainConfig, samples: int, steps: int, devices: int) -> str:
+    """Returns the options that, together, give a run more steps, and a shorter warm-up."""
+    size, unit = config.batch.global_size, math.lcm(config.batch.loss_group, devices)
+    smaller = min(unit * max(samples // (10 * unit), 1), size)
+    found = [f"smaller batches (--batch.global-size {smaller})"] if smaller < size else []
     if config.steps is not None:
-        ways.append(f"more steps (--steps {max(FEW_STEPS, 2 * steps)})")
+        found.append(f"more steps (--steps {max(FEW_STEPS, 2 * steps)})")
     elif steps < FEW_STEPS:
-        ways.append(f"more epochs (--epochs {-(-FEW_STEPS * smaller // samples)})")
-    if steps > 1:
-        ways.append("a shorter warm-up (--optimizer.warmup-ratio 0.03)")
-    return ", ".join(ways)
+        found.append(f"more epochs (--epochs {-(-FEW_STEPS * smaller // samples)})")
+    if 1 < steps <= warmup_steps(config.optimizer, steps):
+        found.append("a shorter warm-up (--optimizer.warmup-ratio 0.03)")
+    return " and ".join(found)
 
 
 def why_nothing_changed(config: TrainConfig, file: Path, steps: int) -> str | None:
@@ -76,14 +63,15 @@ def why_nothing_changed(config: TrainConfig, file: Path, steps: int) -> str | No
         file: Path of the run's metrics.jsonl.
         steps: Number of optimizer steps of the whole run.
     """
-    peak, warmup = max(_rates(config).values(), default=0.0), warmup_steps(config.optimizer, steps)
+    peak = max(config.peak_rates().values(), default=0.0)
+    warmup, decays = warmup_steps(config.optimizer, steps), config.optimizer.weight_decay > 0
 
     def why_unchanged(row: Row) -> str | None:
         if row.get("loss") is None or row.get("grad_norm") is None:
             return "the loss or the gradient was not finite"
-        if row["grad_norm"] == 0:
-            return "the gradient was 0"
-        return "the learning rate was 0" if peak == 0 or (warmup and row["step"] == 1) else None
+        if peak == 0 or (warmup and row["step"] == 1):
+            return "the learning rate was 0"
+        return "the gradient was 0" if row["grad_norm"] == 0 and not decays else None
 
     rows = read_rows(file).rows
     found = {why_unchanged(row) for row in rows}

@@ -25,13 +25,15 @@ def check_sources(config: TrainConfig) -> None:
     """
     weights = [*_missing_weights(config)]
     missing = [*weights, *_missing_data(config)]
+    if config.processor is not None and not os.path.exists(config.processor):
+        missing.insert(len(weights), f"processor {config.processor!r}: no such directory")
     if not missing:
         return
     text = missing[0]
     if len(missing) > 1:
         text = "\n  ".join(["this run needs files that do not exist:", *missing])
-    if weights and (ways := [*_ways_on(config)]):
-        text = "\n  ".join([f"{text}\nTo continue without these weights:", *ways])
+    if weights and (suggestions := [*_suggestions(config)]):
+        text = "\n  ".join([f"{text}\nTo continue without these weights:", *suggestions])
     raise ConfigError(text)
 
 
@@ -58,10 +60,14 @@ def _missing_data(config: TrainConfig) -> Iterator[str]:
             yield f"data file {part.path}: No such file or directory; check {field}.path"
         if part.image_root and not _exists(part.image_root):
             yield f"directory {part.image_root} does not exist; check {field}.image_root"
-    if data.eval_path and not _exists(data.eval_path):
+    if not data.eval_path:
+        return
+    if not _exists(data.eval_path):
         yield f"data file {data.eval_path}: No such file or directory; check data.eval_path"
     if data.eval_image_root and not _exists(data.eval_image_root):
         yield f"directory {data.eval_image_root} does not exist; check data.eval_image_root"
+    if data.mixture and data.uses_image_root_for_eval and not _exists(data.image_root or "."):
+        yield f"directory {data.image_root} does not exist; check data.image_root"
 
 
 def _exists(path: str) -> bool:
@@ -70,7 +76,7 @@ def _exists(path: str) -> bool:
     return not is_plain or os.path.exists(path)
 
 
-def _ways_on(config: TrainConfig) -> Iterator[str]:
+def _suggestions(config: TrainConfig) -> Iterator[str]:
     """Yields what to do if a run starts from a run of stage 1 that does not exist."""
     start = config.init_from
     stage1 = Path(start).name if isinstance(start, str) else ""

@@ -75,8 +75,8 @@ class Checkpoints:
         passed_over: One line of text for each damaged checkpoint that was renamed, with the damage.
         export: Function that writes the adapter of a train state to a directory. Each checkpoint
             then contains the adapter, in its directory `adapter`. None writes no adapters.
-        best: Number of steps of a checkpoint that is not removed, or None. If there is no such
-            checkpoint, the newest checkpoint before it is kept.
+        best: Step of the best evaluation; its checkpoint is kept. None keeps no such checkpoint.
+            If the step has no checkpoint, the newest checkpoint before it is kept.
 
     Raises:
         CheckpointError: The directory contains checkpoints, but all checkpoints are damaged.
@@ -177,10 +177,22 @@ class Checkpoints:
             The train state and the position in the data.
 
         Raises:
+            CheckpointError: As in `restore_state`.
+        """
+        return self.restore_state(abstract, self._newest), self.position()
+
+    def restore_state(self, abstract: TrainState, step: int) -> TrainState:
+        """Restores the train state of a checkpoint.
+
+        Args:
+            abstract: Shapes, dtypes and shardings of the train state.
+            step: Number of steps of the checkpoint.
+
+        Raises:
             CheckpointError: The saved parameters have other paths or shapes than `abstract`, for
                 example after a change of the recipe that the user accepted.
         """
-        checkpoint = self._directory / str(self._newest)
+        checkpoint = self._directory / str(step)
         # Compare the shapes before Orbax reads an array: if a restore fails, some of Orbax's reads
         # continue in the background and raise errors later, in unrelated code.
         saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
@@ -197,7 +209,7 @@ class Checkpoints:
         places = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=places))
         self._bound_buffer(abstract)
-        return self._orbax.restore(checkpoint, args=args)["state"], self.position()
+        return self._orbax.restore(checkpoint, args=args)["state"]
 
     def position(self) -> dict[str, Any]:
         """Returns the position in the data, from the newest checkpoint."""
@@ -324,14 +336,19 @@ class Checkpoints:
     def _remove_old(self) -> None:
         """Removes the oldest checkpoints, so that the best and the configured number remain."""
         if is_main_process():
-            best = self.best_step()
+            best = self._best_step()
             for step in sorted(self._steps())[: -self._keep]:
                 if step != best:
                     with suppress(OSError):  # the next start of the run removes remaining files
                         self._remove(step)
 
-    def best_step(self) -> int | None:
-        """Returns the number of steps of the checkpoint that `best` protects, or None."""
+    def intact_best_step(self) -> int | None:
+        """Returns the step of the checkpoint that `best` protects, or None if it is damaged."""
+        step = self._best_step()
+        is_intact = step is not None and what_is_damaged(self._directory / str(step)) is None
+        return step if is_intact else None
+
+    def _best_step(self) -> int | None:
         if self.best is None:
             return None
         return max((step for step in self._steps() if step <= self.best), default=None)

@@ -52,15 +52,15 @@ def open_data(data: DataConfig, seed: int) -> OpenedData:
     open_set = lambda path, root: load_records(path, root, follow_links=data.follow_links)
     parts = [open_set(part.path, part.image_root) for part in mixture]
     records = parts[0] if len(parts) == 1 else JoinedRecords(parts)
-    learned, eval_records = np.arange(len(records)), ListRecords()
+    kept, eval_records = np.arange(len(records)), ListRecords()
     if data.eval_path:
         root = data.image_root if data.eval_image_root is None else data.eval_image_root
         eval_records = open_set(data.eval_path, root)
     elif data.eval_fraction:
         held = hold_out(records.sizes.images, records.image_keys, data.eval_fraction, seed)
-        learned, eval_records = np.flatnonzero(~held), records.select(np.flatnonzero(held))
-        records = records.select(learned)
+        kept, eval_records = np.flatnonzero(~held), records.select(np.flatnonzero(held))
+        records = records.select(kept)
     starts = np.cumsum([0, *map(len, parts)])
-    counts = tuple(np.diff(np.searchsorted(learned, starts)).tolist())
+    counts = tuple(np.diff(np.searchsorted(kept, starts)).tolist())
     weights = tuple(part.weight for part in mixture)
     return OpenedData(records, counts, weights, eval_records[: data.eval_samples])

@@ -2,11 +2,10 @@
 
 import dataclasses
 import itertools
-import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +18,28 @@ from llava_jax.disk import append_rows
 from llava_jax.distributed.multihost import broadcast_from_main, is_main_process
 from llava_jax.errors import ConfigError
 from llava_jax.models.layers import Params
-from llava_jax.report.formatting import times
-from llava_jax.report.measures import mean_f1, perplexity
-from llava_jax.report.rows import read_rows
+from llava_jax.report.comparison import (
+    compare_categories,
+    compare_examples,
+    compare_measures,
+    first_and_last,
+    when,
+)
+from llava_jax.report.early_stopping import best_row, is_stalled
+from llava_jax.report.formatting import number, percent, times
+from llava_jax.report.measures import f1_of, has_long_answers, perplexity
+from llava_jax.report.rows import Row, read_rows
 from llava_jax.report.thumbnails import find_thumbnails, keep_thumbnails
 from llava_jax.train_step.step import EvalResult
 from llava_jax.training.console import Reporter
-from llava_jax.training.early_stopping import best_row, is_stalled
 from llava_jax.training.examples import AnswerGenerator, Example, answers_of, questions_of
 from llava_jax.training.inputs import Inputs
 
 UNNAMED = "all"
 """Category of samples whose record has no category."""
+
+Shapes = set[tuple[int, int]]
+"""Numbers of tokens and of image slots in the rows of batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +67,13 @@ class Evaluation:
         """Fraction of the answers that greedy decoding gives exactly, from 0 to 1."""
         return sum(self.exact.values()) / max(sum(self.samples.values()), 1)
 
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return perplexity(self.loss)
-
-    @property
-    def f1(self) -> float | None:
-        """Mean token F1 of the examples, from 0 to 1; None if it is not known."""
-        return mean_f1([example.f1 for example in self.examples])
-
 
 def evaluate(
     eval_step: Callable[[Batch], EvalResult],
     batches: Iterable[tuple[Batch, np.ndarray]],
     records: Records,
     shown: Collection[int] = (),
-    generate: Callable[[dict[int, np.ndarray], set[int]], list[Example]] = lambda *_: [],
+    generate: Callable[[dict[int, np.ndarray], Shapes], list[Example]] = lambda *_: [],
 ) -> Evaluation:
     """Evaluates a model on batches of eval data.
 
@@ -85,19 +84,20 @@ def evaluate(
         records: Records that the indices refer to.
         shown: Indices of the records with questions for examples.
         generate: Function that returns the examples. Its arguments are the predicted tokens of each
-            record in `shown`, by record index, and the lengths of the rows of all batches.
+            record in `shown`, by record index, and the numbers of tokens and image slots in the
+            rows of all batches.
     """
     nll, tokens = 0.0, 0
     exact, samples = Counter[str](), Counter[str]()
     predicted: dict[int, np.ndarray] = {}
-    skipped, lengths = [], set[int]()
+    skipped, shapes = [], Shapes()
     for batch, indices in batches:
         result = jax.device_get(eval_step(batch))
-        lengths.add(batch.input_ids.shape[1])
+        shapes.add((batch.input_ids.shape[1], batch.pixel_values.shape[1]))
         for row, index in enumerate(indices.tolist()):
             if index == NO_RECORD:  # a row that pads the last batch
                 continue
-            answers = answers_of(result.learned[row])
+            answers = answers_of(result.supervised[row])
             if not answers:
                 skipped.append(index)
                 continue
@@ -108,7 +108,7 @@ def evaluate(
             tokens += sum(map(len, answers))
             if index in shown:
                 predicted[index] = result.predicted[row]
-    examples = generate(predicted, lengths)
+    examples = generate(predicted, shapes)
     mean = nll / max(tokens, 1)
     return Evaluation(mean, dict(exact), dict(samples), examples, skipped, tokens)
 
@@ -144,6 +144,9 @@ class Evaluator:
         found = read_rows(self._path).rows if inputs.eval_records else []
         self._rows = [row for row in found if row["step"] <= first_step]
         self._copied: set[int] = set()
+        self._data = _identity(inputs.eval_records)
+        config = inputs.config.eval
+        self._patience, self._best_by = config.patience, config.best_by
         count, shown = len(inputs.eval_records), inputs.config.eval.examples
         self._shown = {i * count // shown for i in range(shown)} if count else set()
 
@@ -183,7 +186,7 @@ class Evaluator:
         )
         step_fn = lambda batch: self._eval_step(trainable, batch)
         stops = lambda: halted(0, np.array([]))
-        generate = lambda predicted, lengths: self._generate(step_fn, predicted, lengths, stops)
+        generate = lambda predicted, shapes: self._generate(step_fn, predicted, shapes, stops)
         result = evaluate(step_fn, batches, inputs.eval_records, self._shown, generate)
         if stops():
             return
@@ -193,22 +196,19 @@ class Evaluator:
                 "none of the eval samples can be read; check data.eval_path and data.image_root. "
                 f"The first sample is {records.where(0)}: {inputs.why_skipped(0, records)}"
             )
-        row = {"step": step, "accuracy": result.accuracy} | dataclasses.asdict(result)
+        row = {"step": step, "accuracy": result.accuracy, "data": self._data}
+        row |= dataclasses.asdict(result)
         self._rows.append(row)
         if is_main_process():
             append_rows(self._path, [row])
-            text = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
-            if result.f1 is not None:
-                count = times(len(result.examples), "example")
-                text += f", token F1 {100 * result.f1:.1f} % ({count})"
-            text = f"eval, step {step}: {text}{self._describe_skipped(result.skipped)}"
+            text = f"eval, step {step}: {_summary(row)}{self._describe_skipped(result.skipped)}"
             self._reporter.log_eval(row, self._keep_thumbnails(result.examples), text)
 
     def _generate(
         self,
         eval_step: Callable[[Batch], EvalResult],
         predicted: dict[int, np.ndarray],
-        lengths: set[int],
+        shapes: Shapes,
         halted: Callable[[], bool],
     ) -> list[Example]:
         """Generates the answers to `eval.examples` questions of the records in `predicted`."""
@@ -216,9 +216,7 @@ class Evaluator:
         encoder, spec = inputs.encoder, inputs.eval_spec(self._batch_size)
         count = inputs.config.eval.examples
         questions = questions_of(inputs.eval_records, predicted, encoder, count)
-        generator = AnswerGenerator(
-            eval_step, encoder, spec, inputs.ends, self._batch_rows, lengths
-        )
+        generator = AnswerGenerator(eval_step, encoder, spec, inputs.ends, self._batch_rows, shapes)
         return generator.generate(questions, halted)
 
     def _keep_thumbnails(self, examples: list[Example]) -> list[list[Path]]:
@@ -242,14 +240,15 @@ class Evaluator:
         return f"; skipped samples: {len(skipped)}, the first is {records.where(first)}: {reason}"
 
     def best_step(self) -> int | None:
-        """Returns the number of steps at the evaluation with the lowest loss; None if none."""
-        best = best_row(self._rows)
+        """Returns the number of steps at the best evaluation (eval.best_by); None if none."""
+        best = best_row(self._rows, self._best_by)
         return None if best is None else best["step"]
 
     def is_stalled(self) -> bool:
         """Returns True if the run must stop early; all processes must call this."""
-        patience = self._inputs.config.eval.patience
-        return patience is not None and broadcast_from_main(is_stalled(self._rows, patience))
+        return self._patience is not None and broadcast_from_main(
+            is_stalled(self._rows, self._patience, self._best_by)
+        )
 
     def say_tables(self, total_steps: int) -> None:
         """Prints tables that compare the first evaluation with the last evaluation.
@@ -258,54 +257,65 @@ class Evaluator:
             total_steps: Number of steps of the whole run, to say whether the run stops early.
         """
         if self._rows:
-            last, patience = self._rows[-1]["step"], self._inputs.config.eval.patience
-            if last < total_steps and is_stalled(self._rows, patience):
+            last = self._rows[-1]["step"]
+            if last < total_steps and is_stalled(self._rows, self._patience, self._best_by):
                 self._reporter.say(
-                    f"the run stops early, after step {last}: no new lowest eval loss in the last "
-                    f"{patience} evaluations (eval.patience)"
+                    f"the run stops early, after step {last}: no new best eval {self._best_by} in "
+                    f"the last {times(self._patience or 0, 'evaluation')} (eval.patience)"
                 )
-            before, after = _from_row(self._rows[0]), _from_row(self._rows[-1])
-            self._reporter.say(comparison_table(before, after))
-            self._reporter.say(examples_table(before, after))
+            rows = first_and_last(self._rows)
+            self._reporter.say(comparison_table(rows))
+            self._reporter.say(examples_table(rows))
 
 
-def _from_row(row: dict[str, Any]) -> Evaluation:
-    """Converts a row of evaluations.jsonl to an `Evaluation`."""
-    names = [field.name for field in dataclasses.fields(Example)]
-    examples = [
-        Example(**{name: example[name] for name in names if example.get(name) is not None})
-        for example in row["examples"]
-    ]
-    loss, tokens = row["loss"], row.get("tokens") or 0
-    loss = math.nan if loss is None else loss
-    return Evaluation(loss, row["exact"], row["samples"], examples, tokens=tokens)
+def _identity(records: Records) -> str:
+    """Returns a text that identifies eval data, so that a run compares only equal evaluations.
+
+    It is the number of records, and a checksum of the numbers of images and words in each record.
+    """
+    sizes = np.stack([records.sizes.images, records.sizes.words])
+    return f"{len(records)} records, {zlib.crc32(sizes.tobytes()):08x}"
 
 
-def comparison_table(before: Evaluation, after: Evaluation) -> Table:
-    """Returns a table of the accuracy per category and the loss, before and after training."""
-    table = Table("category", "answers", "before", "after", title="eval accuracy, exact match")
-    share = lambda right, count: f"{100 * right / max(count, 1):.1f} %"
-    categories = sorted(after.samples.items()) if after.samples.keys() != {UNNAMED} else []
-    for category, count in categories:
-        right = [evaluation.exact.get(category, 0) for evaluation in (before, after)]
-        table.add_row(category, str(count), *(share(n, count) for n in right))
+def _summary(row: Row) -> str:
+    """Returns the measures of an evaluation in one line; see `report.measures`."""
+    f1, loss = f1_of(row), row["loss"]
+    text = f"loss {loss:.4f}, accuracy {percent(row['accuracy'])}"
+    if has_long_answers(row):
+        text += f", perplexity {number(perplexity(loss))}"
+    if f1 is not None:
+        text += f", token F1 {percent(f1)} ({times(len(row['examples']), 'example')})"
+    return text
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Returns a table of the accuracy per category and of other measures, before and after.
+
+    Args:
+        rows: Rows of evaluations.jsonl: the first evaluation, and the last one.
+    """
+    names = [when(row) for row in rows]
+    table = Table("category", "answers", *names, title="eval accuracy, exact match")
+    for category, count, shares in compare_categories(rows):
+        table.add_row(category, str(count), *shares)
     table.add_section()
-    total = sum(after.samples.values())
-    table.add_row(
-        "all", str(total), *(share(sum(e.exact.values()), total) for e in (before, after))
-    )
-    if before.f1 is not None and after.f1 is not None:
-        f1 = (f"{100 * e.f1:.1f} %" for e in (before, after) if e.f1 is not None)
-        table.add_row("token F1, examples", str(len(after.examples)), *f1)
-    table.add_row("loss", "", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    table.add_row("perplexity", "", f"{before.perplexity:.4g}", f"{after.perplexity:.4g}")
+    total = sum(rows[-1]["samples"].values())
+    table.add_row("all", str(total), *(percent(row["accuracy"]) for row in rows))
+    for name, count, values in compare_measures(rows):
+        table.add_row(name, count, *values)
     return table
 
 
-def examples_table(before: Evaluation, after: Evaluation) -> Table:
-    """Returns a table of eval questions with the model's answers before and after training."""
-    table = Table("question", "expected", "before", "after", title="sample answers")
-    shown = lambda example: f"{example.given} …" if example.is_cut else example.given
-    for old, new in zip(before.examples, after.examples, strict=False):
-        table.add_row(new.question, new.expected, shown(old), shown(new))
+def examples_table(rows: Sequence[Row]) -> Table:
+    """Returns a table of eval questions with the model's answers, before and after training.
+
+    Args:
+        rows: Rows of evaluations.jsonl: the first evaluation, and the last one.
+    """
+    names = [when(row) for row in rows]
+    table = Table("question", "expected", *names, title="sample answers")
+    shown = lambda answer: f"{answer['given']} …" if answer.get("is_cut") else answer["given"]
+    for answers in compare_examples(rows):
+        example = answers[-1]
+        table.add_row(example["question"], example["expected"], *map(shown, answers))
     return table

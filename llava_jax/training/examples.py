@@ -46,7 +46,8 @@ class Example:
         turn: Number of the question among the questions of the record, from 0.
         images: Number of images in the record.
         right: Whether greedy decoding gives exactly the expected answer.
-        f1: Token F1 of the answer; None in files that older versions wrote.
+        f1: Token F1 of the answer; None in files that older versions wrote. An answer that is cut
+            is compared with as many tokens of the expected answer.
         is_cut: Whether the answer has more tokens, which were not generated.
     """
 
@@ -109,11 +110,17 @@ def questions_of(
         records: Eval records.
         predicted: Predicted tokens of each record, `EvalResult.predicted`, by record index.
         encoder: Encoder that made the evaluated batches.
-        count: Number of questions. If the records have more, evenly spread questions are taken.
+        count: Number of questions. If the records have more, each record has about the same number
+            of questions, and the turns of the questions differ: of the n-th record with k
+            questions, question n mod k comes first.
     """
-    found = [q for i in sorted(predicted) for q in _questions(i, records[i], encoder)]
-    count = min(count, len(found))
-    chosen = [found[number * len(found) // count] for number in range(count)]
+    ranked = []
+    for number, index in enumerate(sorted(predicted)):
+        found = _questions(index, records[index], encoder)
+        ranked += [((q.turn - number) % len(found), q) for q in found]
+    ranked.sort(key=lambda item: item[0])  # a stable sort, so each rank is in the order of records
+    chosen = [question for _, question in ranked[:count]]
+    chosen.sort(key=lambda question: (question.index, question.turn))
     for question in chosen:
         start = len(question.prompt) - 1
         greedy = predicted[question.index][start : start + len(question.expected)]
@@ -152,6 +159,11 @@ def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
     return texts
 
 
+def _prompt_of(question: Question) -> Encoded:
+    """Returns the prompt of a question, without supervised tokens."""
+    return Encoded(question.prompt, np.zeros(len(question.prompt), bool))
+
+
 class AnswerGenerator:
     """Generates the model's answers to eval questions.
 
@@ -161,7 +173,8 @@ class AnswerGenerator:
         spec: Shapes of eval batches.
         ends: Ids of the tokens that end an answer.
         rows: Indices of the rows of a batch that this process fills.
-        lengths: Lengths of rows for which the eval step is already compiled.
+        shapes: Shapes for which the eval step is already compiled: numbers of tokens and of image
+            slots in a row.
     """
 
     def __init__(
@@ -171,10 +184,10 @@ class AnswerGenerator:
         spec: BatchSpec,
         ends: Collection[int],
         rows: Sequence[int],
-        lengths: Collection[int] = (),
+        shapes: Collection[tuple[int, int]] = (),
     ):
         self._eval_step, self._encoder, self._spec = eval_step, encoder, spec
-        self._ends, self._rows, self._lengths = ends, rows, sorted(lengths)
+        self._ends, self._rows, self._shapes = ends, rows, sorted(shapes)
         # A template such as "plain" ends answers by a text and not by a control token.
         suffix = encoder.template.answer_suffix
         self._stop = "" if "{" in suffix else suffix
@@ -213,29 +226,40 @@ class AnswerGenerator:
         # The last token is a placeholder for the token that is predicted.
         blank = [self._spec.pad_token_id]
         tokens = [np.array([*q.prompt, *q.tokens, *blank], np.int32) for q in questions]
-        longest = max(map(len, tokens))
-        known = (length for length in self._lengths if length >= longest)
         own = [
             {row: self._sample(questions[row], tokens[row])} if row < len(questions) else {}
             for row in self._rows
         ]
-        length = next(known, self._spec.bucket(longest))
-        return fill(own, len(own), self._spec, length)
+        images = max(self._encoder.count_images(_prompt_of(q)) for q in questions)
+        length, slots = self._shape(max(map(len, tokens)), images)
+        return fill(own, len(own), dataclasses.replace(self._spec, max_images=slots), length)
+
+    def _shape(self, tokens: int, images: int) -> tuple[int, int]:
+        """Returns the length and the image slots of rows, if possible those of a compiled step."""
+        for length, slots in self._shapes:
+            if length >= tokens and slots >= images:
+                return length, slots
+        # As in `data.batching.ReadBatch`: short rows have no room for as many images as long rows.
+        length = self._spec.bucket(tokens)
+        room = max(length // self._encoder.image_tokens, 1)
+        return length, min(self._spec.image_bucket(images), room)
 
     def _sample(self, question: Question, tokens: np.ndarray) -> Sample:
         if question.pixels is None:
-            prompt = Encoded(question.prompt, np.zeros(len(question.prompt), bool))
-            spec = self._spec
-            question.pixels = np.zeros((0, 3, *spec.image_size), np.uint8)
+            prompt = _prompt_of(question)
+            question.pixels = np.zeros((0, 3, *self._spec.image_size), np.uint8)
             # The evaluation has read the images, so an image is missing only if it was removed now.
             with contextlib.suppress(SampleError):
                 question.pixels = self._encoder.add_images(question.record, prompt).pixel_values
         return Sample(tokens, np.arange(len(tokens)) == len(tokens) - 1, question.pixels)
 
     def _example(self, question: Question) -> Example:
-        expected = self._decode(question.expected.tolist()).strip()
-        right = question.tokens == question.expected.tolist()
+        answer, is_cut = question.expected.tolist(), not self._has_ended(question)
+        expected = self._decode(answer).strip()
+        right = question.tokens == answer
         given = expected if right else self._text(question.tokens)
+        # A part of an answer can only share words with the same part of the expected answer.
+        compared = self._decode(answer[: len(question.tokens)]).strip() if is_cut else expected
         return Example(
             question=question.text,
             expected=expected,
@@ -244,8 +268,8 @@ class AnswerGenerator:
             turn=question.turn,
             images=len(question.record.images),
             right=right,
-            f1=token_f1(given, expected),
-            is_cut=not self._has_ended(question),
+            f1=token_f1(given, compared),
+            is_cut=is_cut,
         )
 
     def _text(self, tokens: list[int]) -> str:

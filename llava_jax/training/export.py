@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_jax.config import Parts, TrainConfig
+from llava_jax.config import TrainConfig
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.disk import naming
 from llava_jax.distributed.multihost import is_main_process
@@ -15,67 +15,55 @@ from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.processor import save_processor
 from llava_jax.pretrained.save import save_params
 from llava_jax.train_step.program import Program
-
-
-def export_dir(config: TrainConfig) -> Path:
-    """Returns the directory of a run's export: `adapter/` if the run trains LoRA, else `model/`."""
-    return config.run_dir / ("adapter" if config.tune.has_adapters else "model")
+from llava_jax.train_step.step import TrainState
+from llava_jax.training.setup import Setup
 
 
 def unfinished_dir(config: TrainConfig) -> Path:
     """Returns the directory of a run's export until `publish` gives it its final name."""
-    final = export_dir(config)
+    final = config.export_dir
     return final.with_name(final.name + ".unfinished")
 
 
 def export(
-    directory: Path,
-    config: TrainConfig,
-    program: Program,
-    processor: Path | Parts,
-    base_name: str | None,
-    fingerprint: str | None,
-    trainable: Params,
-    frozen: Params,
+    setup: Setup, program: Program, frozen: Params, directory: Path, state: TrainState
 ) -> None:
     """Writes a run's trained parameters. All processes call this; only the main process writes.
 
     Args:
-        directory: Directory to write, which is replaced if it exists.
-        config: Config of the run.
+        setup: Setup of the run.
         program: Program of the run.
-        processor: Source of the tokenizer and the image processor.
-        base_name: Name or path of the adapter's base model; None if there is no base model.
-        fingerprint: Fingerprint of the base model; None if there is no base model.
-        trainable: Trainable parameters by path.
         frozen: Frozen parameters by path.
+        directory: Directory to write, which is replaced if it exists.
+        state: Train state with the trained parameters.
 
     Raises:
         OSError: The directory cannot be written.
     """
+    config, model = setup.config, program.model_config
     with _removed_on_failure(directory):
         if program.adapters:
             # PEFT saves and loads a fully trained module as a whole, so the export of a trained
             # vision tower also needs the layers of the tower that are frozen.
             whole = ("vision.",) if config.tune.vision == "full" else ()
-            trained = trainable | {p: leaf for p, leaf in frozen.items() if p.startswith(whole)}
+            kept = {path: leaf for path, leaf in frozen.items() if path.startswith(whole)}
             save_adapter(
                 directory,
-                trained,
+                state.trainable | kept,
                 program.adapters,
-                program.model_config,
-                base_name=base_name,
-                fingerprint=fingerprint,
+                model,
+                base_name=setup.found.name if setup.found else None,
+                fingerprint=setup.fingerprint,
             )
         else:
-            save_params(trainable | frozen, directory, program.model_config, dtype=config.dtype)
+            save_params(state.trainable | frozen, directory, model, dtype=config.dtype)
         if is_main_process():
             if not program.adapters:
-                write_model_config(program.model_config, directory, config.dtype)
+                write_model_config(model, directory, config.dtype)
             save_processor(
-                processor,
+                setup.processor,
                 directory,
-                program.model_config,
+                model,
                 template=TEMPLATES[config.data.template],
                 aspect=config.data.image_aspect,
                 exif_orientation=config.data.exif_orientation,
@@ -116,7 +104,7 @@ def publish(config: TrainConfig, card: str) -> None:
         card: Text of the README.md.
     """
     if is_main_process():
-        written, final = unfinished_dir(config), export_dir(config)
+        written, final = unfinished_dir(config), config.export_dir
         (written / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from llava_jax.config import TrainConfig, flatten, parse_source, to_json
 from llava_jax.pretrained.resolve import is_local, model_name
+from llava_jax.report.early_stopping import best_row
 from llava_jax.report.rows import Row
-from llava_jax.training.early_stopping import best_row
 
 _RECIPE = (
     *("tune", "lora", "vision_lora", "quantize", "dtype", "seed"),
@@ -16,6 +16,9 @@ _RECIPE = (
 )
 """Fields and groups of the config that the table of the recipe shows."""
 
+UNNAMED = "PATH/OF/THIS/DIRECTORY"
+"""Text in a model card that stands for the directory, or for the repository, of the result."""
+
 
 def model_card(
     config: TrainConfig,
@@ -23,6 +26,7 @@ def model_card(
     steps: int,
     samples: tuple[int, int],
     rows: Sequence[Row],
+    best: int | None = None,
 ) -> str:
     """Returns the text of the README.md, in Markdown with metadata in YAML.
 
@@ -34,17 +38,19 @@ def model_card(
         steps: Number of optimizer steps of the run.
         samples: Number of training samples and number of eval samples.
         rows: Rows of evaluations.jsonl, in the order of their steps.
+        best: Step whose parameters the result has; None if it has those of the last step.
     """
-    has_adapter = "lora" in (config.tune.llm, config.tune.vision)
-    on_hub = base is not None and not is_local(base) and not Path(base).exists()
+    has_adapter = config.tune.has_adapters
+    on_hub = base is not None and "/" in base and not is_local(base) and not Path(base).exists()
     named = None if base is None else model_name(parse_source(base))
     title = f"{'LoRA adapter' if has_adapter else 'model'} that was trained with llava_jax"
     origin = f", starting from {named}" if named else ""
+    kept = "" if best is None else f" It has the parameters of step {best:,}, the best evaluation."
     text = [
         _metadata(base if on_hub else None, has_adapter=has_adapter),
         f"# {config.name}\n",
-        f"This is a {title}{origin}: {steps:,} steps on {samples[0]:,} samples.\n",
-        _scores(rows, samples[1]),
+        f"This is a {title}{origin}: {steps:,} steps on {samples[0]:,} samples.{kept}\n",
+        _scores(config, rows, samples[1]),
         _usage(config, base if on_hub else None, has_adapter=has_adapter),
         _recipe(config),
         "## License\n",
@@ -65,18 +71,20 @@ def _metadata(base: str | None, *, has_adapter: bool) -> str:
     return "\n".join(["---", *lines, "---\n"])
 
 
-def _scores(rows: Sequence[Row], samples: int) -> str:
+def _scores(config: TrainConfig, rows: Sequence[Row], samples: int) -> str:
     """Returns the section with the first, the best and the last evaluation."""
     if not rows:
         return "The run had no eval data, so there are no scores.\n"
-    best = best_row(rows)
+    best = best_row(rows, config.eval.best_by)
     chosen = {row["step"]: row for row in (rows[0], best or rows[-1], rows[-1])}
     lines = [
         f"| {step:,} | {_loss(row):.4f} | {100 * row['accuracy']:.1f} % |"
         for step, row in sorted(chosen.items())
     ]
     head = ["| step | eval loss | exact answers |", "|---:|---:|---:|"]
-    text = f"On {samples:,} samples that were not used for training:\n"
+    held_out = config.data.eval_path is None and config.data.eval_fraction > 0
+    origin = "held out from the training data" if held_out else "from the eval data of the run"
+    text = f"On {samples:,} samples {origin}:\n"
     return "\n".join(["## Scores\n", text, *head, *lines, ""])
 
 
@@ -87,7 +95,7 @@ def _loss(row: Row) -> float:
 
 def _usage(config: TrainConfig, base: str | None, *, has_adapter: bool) -> str:
     """Returns the section that says how to load the result."""
-    here, base = config.push_to_hub or "PATH/OF/THIS/DIRECTORY", base or "PATH/OF/THE/BASE/MODEL"
+    here, base = config.push_to_hub or UNNAMED, base or "PATH/OF/THE/BASE/MODEL"
     model = f'model = LlavaForConditionalGeneration.from_pretrained("{here}")'
     imports = "from transformers import AutoProcessor, LlavaForConditionalGeneration"
     if has_adapter:
@@ -116,10 +124,13 @@ processor = AutoProcessor.from_pretrained("{here}")
 
 def _recipe(config: TrainConfig) -> str:
     """Returns the section with the table of the recipe."""
-    has_adapter = {"lora": config.tune.llm == "lora", "vision_lora": config.tune.vision == "lora"}
-    shown = [field for field in _RECIPE if has_adapter.get(field, True)]
+    tune = config.tune
+    is_used = {"lora": "lora" in (tune.llm, tune.projector), "vision_lora": tune.vision == "lora"}
+    shown = [field for field in _RECIPE if is_used.get(field, True)]
+    text = lambda value: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    in_table = lambda value: text(value).replace("|", "\\|")  # a pattern may contain a bar
     lines = [
-        f"| `{name}` | {', '.join(value) if isinstance(value, list) else value} |"
+        f"| `{in_table(name)}` | {in_table(value)} |"
         for name, value in flatten(to_json(config)).items()
         if any(f"{name}.".startswith(f"{field}.") for field in shown) and value is not None
     ]

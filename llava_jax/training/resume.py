@@ -17,7 +17,6 @@ from llava_jax.errors import ConfigError
 from llava_jax.planning.search import Plan
 from llava_jax.pretrained.resolve import Checkpoint, adapter_in, resolve_start
 from llava_jax.training.checkpoints import Checkpoints
-from llava_jax.training.export import export_dir
 
 
 def follow_adapter(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
@@ -180,9 +179,9 @@ def refuse_to_replace(config: TrainConfig) -> None:
     Raises:
         ConfigError: The directory of the export exists.
     """
-    if broadcast_from_main(export_dir(config).exists()):
+    if broadcast_from_main(config.export_dir.exists()):
         raise ConfigError(
-            f"{export_dir(config)} exists, but {config.run_dir} has no checkpoints to continue "
+            f"{config.export_dir} exists, but {config.run_dir} has no checkpoints to continue "
             "from; move the export to another directory, or give the run a new --name"
         )
 

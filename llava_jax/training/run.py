@@ -35,26 +35,23 @@ from llava_jax.planning.devices import without_bfloat16
 from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.model import load_weights
-from llava_jax.report.rows import read_rows
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import TrainState, init_state, micro_size
-from llava_jax.training.check_learning import why_nothing_changed
-from llava_jax.training.checkpoints import ADAPTER, Checkpoints
-from llava_jax.training.early_stopping import is_stalled
-from llava_jax.training.export import discard, export, export_dir, publish, unfinished_dir
+from llava_jax.training.checkpoints import Checkpoints
+from llava_jax.training.export import discard, export, unfinished_dir
 from llava_jax.training.hub import push
 from llava_jax.training.loop import train
-from llava_jax.training.model_card import model_card
 from llava_jax.training.process_agreement import agree
 from llava_jax.training.repair_logs import repair_objects, repair_rows
+from llava_jax.training.result import is_finished, say_finished, write_result
 from llava_jax.training.resume import (
     begun_buckets,
     begun_plan,
     check_begun,
     refuse_to_replace,
 )
-from llava_jax.training.run_config import origin, write_description
-from llava_jax.training.setup import Setup, agree_on, open_setup, remarks
+from llava_jax.training.run_config import describe_start, write_description
+from llava_jax.training.setup import Setup, agree_on, open_setup, startup_notes
 from llava_jax.training.signals import Stopped, StopRequest
 from llava_jax.training.trackers import open_trackers
 
@@ -110,25 +107,31 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
     mesh = make_mesh(setup.config.mesh)
     with Checkpoints(config.run_dir / "checkpoints", config.checkpoint) as saved:
         _check_run_dir(setup, saved)
-        if _is_finished(setup, saved):
-            done = f"the run in {config.run_dir} is finished after {saved.latest} steps"
-            say(f"{done}; its result is in {export_dir(config)}")
-            push(config)
-            return 0
-        for line in remarks(setup):
-            say(line)
-        setup = _plan(setup, mesh, is_resumed=saved.latest is not None)
-        setup = _choose_buckets(setup, is_resumed=saved.latest is not None)
-        say(setup.inputs.summary())
-        if setup.inputs.outlier:
-            say(setup.inputs.outlier)
-        trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
-        with jax.set_mesh(mesh), trackers as trackers:
-            program = _build_program(setup, mesh)
-            batches = setup.inputs.train_batches(program.rows(config.batch.global_size))
-            begin = _start if saved.latest is None else _resume
-            state, frozen = begin(setup, program, saved, batches)
-            state = train(
+        if is_finished(setup, saved):
+            say_finished(setup, saved)
+        else:
+            _train(setup, mesh, saved, stop)
+    push(config)
+    return 0
+
+
+def _train(setup: Setup, mesh: Mesh, saved: Checkpoints, stop: StopRequest) -> None:
+    """Plans a run, starts or resumes it, trains and writes the result."""
+    is_resumed = saved.latest is not None
+    for line in startup_notes(setup, data_parallel_size(mesh)):
+        say(line)
+    setup = _choose_buckets(_plan(setup, mesh, is_resumed=is_resumed), is_resumed=is_resumed)
+    say(setup.inputs.summary())
+    if setup.inputs.outlier:
+        say(setup.inputs.outlier)
+    trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
+    with jax.set_mesh(mesh), trackers as trackers:
+        program = _build_program(setup, mesh)
+        batches = setup.inputs.train_batches(program.rows(setup.config.batch.global_size))
+        begin = _resume if is_resumed else _start
+        state, frozen = begin(setup, program, saved, batches)
+        trained = [
+            train(
                 setup.config,
                 program,
                 setup.inputs,
@@ -140,28 +143,11 @@ def _run(config: TrainConfig, stop: StopRequest) -> int:
                 setup.total_steps,
                 trackers,
             )
-            saved.wait()
-            stop.raise_if_asked(f"after step {int(state.step)}")
-            _export(setup, program, frozen, unfinished_dir(config), state)
-            publish(config, _card(setup, int(state.step)))
-            _say_end(setup, saved)
-            push(config)
-    return 0
-
-
-def _say_end(setup: Setup, saved: Checkpoints) -> None:
-    """Prints where the result of a finished run is, and whether the run has changed anything."""
-    config = setup.config
-    if is_main_process() and (
-        warning := why_nothing_changed(config, config.run_dir / "metrics.jsonl", setup.total_steps)
-    ):
-        say(warning)
-    say(f"wrote {export_dir(config)}")
-    if (best := saved.best_step()) is not None:
-        made = f"/{ADAPTER}" if saved.export is not None else ""
-        say(f"lowest eval loss: {config.run_dir}/checkpoints/{best}{made} (after {best} steps)")
-    say(f"{config.run_dir}/report.html shows the run; to chat with the trained model:")
-    say(f"llava-jax chat {config.run_dir}")
+        ]
+        del state
+        saved.wait()
+        stop.raise_if_asked(f"after step {int(trained[0].step)}")
+        write_result(setup, program, saved, trained, frozen)
 
 
 def _check_run_dir(setup: Setup, saved: Checkpoints) -> None:
@@ -179,15 +165,6 @@ def _check_run_dir(setup: Setup, saved: Checkpoints) -> None:
             f"{setup.total_steps} steps; raise steps or epochs, or give the run a new --name"
         )
     _repair(repair_rows(run_dir, saved.files(), saved.latest or 0))
-
-
-def _is_finished(setup: Setup, saved: Checkpoints) -> bool:
-    """Returns True if the main process finds a checkpoint of the last step, and the export."""
-    config = setup.config
-    rows = read_rows(config.run_dir / "evaluations.jsonl").rows
-    is_early = is_stalled(rows, config.eval.patience) and rows[-1]["step"] == saved.latest
-    is_last = saved.latest == setup.total_steps or is_early
-    return broadcast_from_main(is_last and export_dir(config).is_dir())
 
 
 def _plan(setup: Setup, mesh: Mesh, *, is_resumed: bool) -> Setup:
@@ -280,7 +257,7 @@ def _start(
     # first checkpoint already has an adapter, so that only the export of a whole model is tested.
     saved.export = _adapter_export(setup, program, frozen)
     if saved.export is None:
-        _export(setup, program, frozen, unfinished_dir(config), state)
+        export(setup, program, frozen, unfinished_dir(config), state)
         discard(config)
     saved.save(state, batches.state())
     saved.wait()
@@ -305,23 +282,8 @@ def _write_description(setup: Setup, program: Program, began: Json | None = None
     """Writes config.json and data.json; `began` is the config.json of the first start, if any."""
     config = setup.config
     description = setup.describe(_with_micro_size(config, program.mesh))
-    write_description(config.run_dir, description | origin(program.count_parameters(), began))
-
-
-def _export(
-    setup: Setup, program: Program, frozen: Params, directory: Path, state: TrainState
-) -> None:
-    """Writes the adapter or the model of a train state to a directory."""
-    name = setup.found.name if setup.found else None
-    export(
-        directory,
-        setup.config,
-        program,
-        setup.processor,
-        name,
-        setup.fingerprint,
-        state.trainable,
-        frozen,
+    write_description(
+        config.run_dir, description | describe_start(program.count_parameters(), began)
     )
 
 
@@ -329,15 +291,7 @@ def _adapter_export(
     setup: Setup, program: Program, frozen: Params
 ) -> Callable[[Path, TrainState], None] | None:
     """Returns the function that writes the adapter of a checkpoint; None without adapters."""
-    return partial(_export, setup, program, frozen) if program.adapters else None
-
-
-def _card(setup: Setup, steps: int) -> str:
-    """Returns the model card of the run's export."""
-    name = setup.found.name if setup.found else None
-    counts = len(setup.inputs.records), len(setup.inputs.eval_records)
-    rows = read_rows(setup.config.run_dir / "evaluations.jsonl").rows
-    return model_card(setup.config, name, steps, counts, rows)
+    return partial(export, setup, program, frozen) if program.adapters else None
 
 
 def _keep_compiled(directory: Path) -> None:

@@ -40,7 +40,7 @@ def describe(
     }
 
 
-def origin(parameters: dict[str, int], began: Json | None = None) -> Json:
+def describe_start(parameters: dict[str, int], began: Json | None = None) -> Json:
     """Returns what the report shows about the start of a run, as further fields of config.json.
 
     Args:

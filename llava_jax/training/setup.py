@@ -24,9 +24,10 @@ from llava_jax.training.trackers import check_packages
 class Setup:
     """The checkpoint, the model sizes and the data of a run, found before a device is used.
 
+    A run makes copies of it whose config and inputs contain the chosen plan and buckets.
+
     Attributes:
-        config: Config of the run. Its `init_adapter` is the path of an adapter or None. `_plan`
-            replaces the config by a config that contains the chosen plan.
+        config: Config of the run. Its `init_adapter` is the path of an adapter or None.
         found: Checkpoint to start from; None if the model is trained from scratch.
         fingerprint: Fingerprint of the base model; None if there is no base model.
         model_config: Sizes and token ids of the model.
@@ -58,8 +59,8 @@ class Setup:
 def open_setup(config: TrainConfig) -> Setup:
     """Finds the checkpoint and the sizes of the model, and opens the data."""
     check_packages(config.log)
-    check_push(config)
     check_sources(config)
+    check_push(config)
     if config.model is not None and is_alone():  # several processes first agree; see `_run`
         check_accelerator(config, config.model)  # before a checkpoint is downloaded
     config, found = follow_adapter(config)
@@ -87,9 +88,14 @@ def agree_on(setup: Setup) -> None:
     agree({"the number of devices": local_devices()})
 
 
-def remarks(setup: Setup) -> Iterator[str]:
-    """Yields a line for each field without an effect, and for each reason to learn nothing."""
+def startup_notes(setup: Setup, devices: int) -> Iterator[str]:
+    """Yields a line for each field without an effect, and for each reason to learn nothing.
+
+    Args:
+        setup: Setup of the run.
+        devices: Number of devices that the samples of a batch are divided among.
+    """
     config, steps, inputs = setup.config, setup.total_steps, setup.inputs
     for line in ignored_fields(config, steps, has_eval_data=len(inputs.eval_records) > 0):
         yield f"note: {line}"
-    yield from learning_warnings(config, inputs.order.samples, steps)
+    yield from learning_warnings(config, inputs.order.samples, steps, devices)

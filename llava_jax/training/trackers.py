@@ -9,6 +9,7 @@ within one second would overwrite a file.
 
 import importlib.metadata
 import json
+import math
 import textwrap
 import time
 import uuid
@@ -23,11 +24,12 @@ from llava_jax.config import LogConfig, TrainConfig, to_json
 from llava_jax.disk import replace_text
 from llava_jax.distributed.multihost import say
 from llava_jax.errors import ConfigError
+from llava_jax.report.measures import f1_of, perplexity
 from llava_jax.report.rows import Row, parse_object
 
 GROUPS = ("train", "eval")
 STEP_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-EVAL_SCALARS = ("loss", "accuracy")
+EVAL_SCALARS = ("loss", "accuracy", "perplexity", "token_f1")
 
 
 @runtime_checkable
@@ -86,7 +88,13 @@ def open_trackers(config: TrainConfig, first_step: int, *, write: bool) -> Itera
 
 def _scalars(row: Row, group: str, names: Sequence[str]) -> dict[str, float]:
     """Returns the finite values of the fields `names`, under the names that trackers show."""
-    return {f"{group}/{name}": row[name] for name in names if row[name] is not None}
+    found = {name: row[name] for name in names if row[name] is not None}
+    return {f"{group}/{name}": n for name, n in found.items() if math.isfinite(n)}
+
+
+def _with_measures(row: Row) -> Row:
+    """Returns a row of evaluations.jsonl with the measures that follow from it."""
+    return row | {"perplexity": perplexity(row["loss"]), "token_f1": f1_of(row)}
 
 
 def _caption(example: Row) -> str:
@@ -137,7 +145,7 @@ class TensorBoard:
         """Writes the scalars of an evaluation, and the images and texts of its examples."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        values = _numbers(row, "eval", EVAL_SCALARS)
+        values = _numbers(_with_measures(row), "eval", EVAL_SCALARS)
         for example, files in zip(row["examples"], images, strict=True):
             tag = f"eval/record {example['index']}"
             if turn := example.get("turn"):
@@ -241,7 +249,7 @@ class Wandb:
         The examples are not sent as a table, because wandb copies the images of tables to places
         outside of the run's directory.
         """
-        values: Row = dict(_scalars(row, "eval", EVAL_SCALARS))
+        values: Row = dict(_scalars(_with_measures(row), "eval", EVAL_SCALARS))
         captioned = [
             self._wandb.Image(str(file), caption=_caption(example))
             for example, files in zip(row["examples"], images, strict=True)

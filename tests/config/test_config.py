@@ -119,6 +119,11 @@ def test_a_misspelt_override_names_the_nearest(file: Path, capsys: pytest.Captur
         ("--data_path", "--data.path"),
         ("--image_folder", "--data.image-root"),
         ("--max_steps", "--steps"),
+        ("--llm", "--tune.llm"),
+        ("--vision-lora.r", "--vision-lora.rank"),
+        ("--eval.path", "--data.eval-path"),
+        ("--eval.image-root", "--data.eval-image-root"),
+        ("--push", "--push-to-hub"),
         ("--checkpoint.keep-bst", "--checkpoint.keep-best"),
     ],
 )
@@ -142,6 +147,25 @@ def test_a_field_of_other_trainers_names_the_one_that_is_meant(
     path.write_text(FILE.format(f"{field}=1"))
     with pytest.raises(ConfigError, match=f"no field '{field}'; did you mean '{near}'"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--resume", "the same command resumes a run"),
+        ("--gpus", "a run uses all devices"),
+        ("--image-size", "images have the size"),
+        ("--qqqq", "--help lists all options"),
+    ],
+)
+def test_no_option_is_suggested_that_means_something_else(
+    option: str, hint: str, capsys: pytest.CaptureFixture[str], file: Path
+):
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(file), option, "1"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert hint in said
+    assert "did you mean" not in said
 
 
 def test_epochs_replace_the_steps_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

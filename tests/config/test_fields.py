@@ -126,6 +126,12 @@ def test_the_weight_of_a_data_set_is_above_zero(weight: float):
     assert DataSet("somewhere", weight=0.5).weight == 0.5
 
 
+@pytest.mark.parametrize("name", ["push_to_hub", "init_adapter", "processor"])
+def test_an_empty_name_is_refused(name: str):
+    with pytest.raises(ConfigError, match=f"{name} = '': it must be a text that is not empty"):
+        TrainConfig(name="x", **{name: ""})
+
+
 def test_a_rate_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match="epochs = nan: it must be above 0 and at most 1,000,000"):
         TrainConfig(name="x", epochs=float("nan"))
@@ -171,6 +177,11 @@ def test_every_number_has_bounds():
         *(("data", "buckets", value) for value in ((0,), (64, -5))),
         *(("memory", "limit_gib", value) for value in (0.0, -1.0)),
         *(("data", "max_images", -1), ("eval", "examples", -2)),
+        *(("eval", "examples", 10**9), ("lora", "rank", 10**9), ("lora", "alpha", 1e30)),
+        *(("lora", "rank_pattern", {"a": 10**9}), ("lora", "alpha_pattern", {"a": 0.0})),
+        *(("optimizer", "clip_norm", 1e-30), ("optimizer", "weight_decay", 1e6)),
+        *(("optimizer", name, 1e30) for name in ("learning_rate", "vision_learning_rate")),
+        *(("data", "workers", 10**6), ("data", "eval_path", ""), ("log", "wandb", "")),
     ],
 )
 def test_values_that_no_run_can_use_are_refused(group: str, field: str, value: Any):

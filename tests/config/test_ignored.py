@@ -55,11 +55,22 @@ def changed(fields: dict[str, Any]) -> TrainConfig:
             "checkpoint.keep_best, eval.every, eval.patience have",
             "there is no eval data",
         ),
+        ({"tune.llm": "frozen", "tune.projector": "lora", "lora.rank": 8}, "", ""),
+        (
+            {"tune.llm": "full", "tune.projector": "lora", "lora.modules_to_save": ("lm_head",)},
+            "lora.modules_to_save has",
+            "tune.llm is not 'lora'",
+        ),
+        ({"data.eval_image_root": "b"}, "data.eval_image_root has", "data.eval_path is not set"),
         ({"log.profile_steps": (200, 300)}, "log.profile_steps has", "ends before these steps"),
     ],
 )  # fmt: skip
 def test_a_field_without_an_effect_is_said(fields: dict[str, Any], ignored: str, why: str):
-    (line,) = ignored_fields(changed(fields), 100, has_eval_data=False)
+    lines = [*ignored_fields(changed(fields), 100, has_eval_data=False)]
+    if not ignored:
+        assert lines == []
+        return
+    (line,) = lines
     assert line.startswith(f"{ignored} no effect, because ")
     assert why in line
 
@@ -73,6 +84,23 @@ def test_patience_needs_evaluations_during_training():
         lines = [*ignored_fields(changed(fields), 100, has_eval_data=True)]
         assert len(lines) == count
         assert all("set eval.every" in line for line in lines)
+
+
+def test_fields_of_evaluations_need_other_fields():
+    ignored = lambda **fields: [
+        line.split(" no effect")[0]
+        for line in ignored_fields(
+            changed({name.replace("__", "."): value for name, value in fields.items()}),
+            100,
+            has_eval_data=True,
+        )
+    ]
+    assert ignored(checkpoint__keep_best=True) == ["checkpoint.keep_best has"]
+    assert ignored(checkpoint__keep_best=True, eval__every=10) == []
+    assert ignored(eval__best_by="accuracy", eval__every=10) == ["eval.best_by has"]
+    mixed = {"data__mixture": (DataSet("a"),), "data__image_root": "b"}
+    assert ignored(**mixed, data__eval_fraction=0.1) == ["data.image_root has"]
+    assert ignored(**mixed, data__eval_path="c") == []
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -54,22 +54,45 @@ def test_a_run_stops_early_and_its_best_checkpoint_can_be_used(
     status, whole = start("whole")
     assert status == 0
     said = capsys.readouterr().out
-    assert "the run stops early, after step 4: no new lowest eval loss in the last 2" in said
-    assert f"lowest eval loss: {whole}/checkpoints/2/adapter (after 2 steps)" in said
+    assert "the run stops early, after step 4: no new best eval loss in the last 2" in said
+    assert f"wrote {whole}/adapter, with the parameters of step 2 (checkpoint.keep_best)" in said
+    page = (whole / "report.html").read_text()
+    assert "stopped early after step 4 (eval.patience)" in page
+    assert "Use the result" in page
+    assert "The result is that of step 2, which has the best eval loss." in page
     assert re.search(r"trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: \d", said)
     assert [row["step"] for row in metrics(whole)] == [1, 2, 3, 4]
     assert checkpoints(whole) == ["2", "4"]
     adapters = {step: whole / "checkpoints" / step / "adapter" for step in ("2", "4")}
     weights = {step: (p / "adapter_model.safetensors").read_bytes() for step, p in adapters.items()}
-    assert weights["4"] == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights["2"] == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
     assert weights["2"] != weights["4"]
     assert read_settings(adapters["2"] / "adapter_config.json")["r"] == 4
     card = (whole / "adapter" / "README.md").read_text()
     assert "| 2 | 2.0000 | 0.0 % |" in card
+    assert "It has the parameters of step 2, the best evaluation." in card
     assert str(whole.parent) not in card
 
+    (whole / "report.html").unlink()
     assert start("whole")[0] == 0
     assert "is finished after 4 steps" in capsys.readouterr().out
+    assert "Use the result" in (whole / "report.html").read_text()
+
+
+def test_the_best_step_of_a_whole_model_is_exported(start):
+    options = [
+        "--tune.llm",
+        "frozen",
+        "--optimizer.schedule",
+        "constant",
+        "--optimizer.warmup-ratio",
+        "0",
+    ]
+    best = start("best", *options)[1]
+    second = start("second", *options, "--steps", "2")[1]
+    assert (checkpoints(best), checkpoints(second)) == (["2", "4"], ["2"])
+    weights = [run / "model" / "model.safetensors" for run in (best, second)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.slow  # short: the run above, and tests/training/test_early_stopping.py
@@ -109,7 +132,7 @@ def test_a_run_that_learns_nothing_is_warned_of_and_says_so(
     status, directory = start("nothing", "--steps", "1", "--data.eval-path", "None")
     assert status == 0
     said = capsys.readouterr().out
-    assert "eval.patience, eval.examples have no effect, because there is no eval data" in said
+    assert "note: checkpoint.keep_best, eval.every, eval.patience, eval.examples have no" in said
     assert "warning: this run learns nothing, because the only step is the first step of" in said
     assert said.index("warning: this run learns") < said.index("attention: ")
     assert "warning: the run has changed nothing, because in all of its 1 steps the learn" in said

@@ -68,7 +68,7 @@ class FakeAssistant(Assistant):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeAssistant:
     assistant = FakeAssistant()
-    monkeypatch.setattr(Assistant, "load", lambda *_, **__: assistant)
+    monkeypatch.setattr(Assistant, "load_all", lambda *_, **__: [assistant])
     monkeypatch.setattr("llava_jax.cli.evaluate.find_checkpoint", lambda _: resolve(TINY))
     return assistant
 
@@ -184,7 +184,6 @@ def test_a_limit_may_be_raised(run, fake, tmp_path):
         (("--max-length", 256), "max_length: None before, 256 now"),
         (("--stop", "x"), "stop"),
         (("--seed", 1), "seed"),
-        (("--task", "easy_vqa"), "task: json before, easy_vqa now"),
     ],
 )
 def test_answers_of_other_settings_are_refused(run, fake, capsys, more, named):
@@ -285,25 +284,43 @@ def test_only_questions_about_a_changed_image_are_asked_again(run, fake, data, t
     assert fake.asked == []
 
 
+TWO = "<image> or <image>\nSay two"
 QUESTIONS = [
     {"question_id": 7, "image": "image.png", "text": "Say one", "category": "conv"},
-    {"question_id": "b", "image": ["image.png", "image.png"], "text": "<image>\nSay two"},
+    {"question_id": "b", "image": ["image.png", "image.png"], "text": TWO},
     {"question_id": 9, "text": "Say three"},
     {"question_id": 10, "image": "../secret.png", "text": "Say four"},
 ]
 
 
-@pytest.mark.parametrize("is_list", [False, True])
-def test_a_question_file_of_llava_is_answered(run, fake, data, tmp_path, capsys, is_list):
-    text = json.dumps(QUESTIONS) if is_list else "\n".join(map(json.dumps, QUESTIONS))
+LISTED = {"version": 1, "data": QUESTIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("\n".join(map(json.dumps, QUESTIONS)), "utf-8-sig"),  # with a mark, as on Windows
+        (json.dumps(QUESTIONS, indent=1), "utf-16"),
+        ("\n".join(map(json.dumps, QUESTIONS)), "utf-16"),
+        (json.dumps(LISTED), "utf-8"),
+    ],
+)
+def test_a_question_file_of_llava_is_answered(run, fake, data, tmp_path, capsys, text, encoding):
     file = tmp_path / "questions.jsonl"
-    file.write_text(text, encoding="utf-8-sig")  # with a byte order mark, as on Windows
+    file.write_text(text, encoding=encoding)
     assert run("--data", file) == 1
     rows = rows_of(tmp_path / "out")
     llava = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")
-    assert [rows[1][name] for name in llava] == ["b", "<image>\nSay two", "two", "1", TINY.name, {}]
+    assert [rows[1][name] for name in llava] == [
+        "b",
+        "<image> or <image>\nSay two",
+        "two",
+        "1",
+        TINY.name,
+        {},
+    ]
     assert [row["text"] for row in rows] == ["one", "two", "three", ""]
-    assert fake.asked == ["<image>\nSay one", "<image>\n<image>\nSay two", "Say three"]
+    assert fake.asked == ["<image>\nSay one", TWO, "Say three"]
     assert scores_of(tmp_path / "out")["scores"] is None
     said = capsys.readouterr()
     assert "4 of 4 questions, without scores" in said.out
@@ -311,6 +328,21 @@ def test_a_question_file_of_llava_is_answered(run, fake, data, tmp_path, capsys,
     fake.asked.clear()
     assert run("--data", file) == 1
     assert fake.asked == []
+
+
+def test_questions_without_a_usable_image_have_no_score(run, tmp_path, data):
+    refused = [
+        {"question_id": 1, "image": "../a.png", "text": "a"},
+        {"question_id": 2, "image": "image.png", "text": "<image> or <image>?"},
+        {"question_id": 3, "text": "<image>?"},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, refused)))
+    assert run("--data", file) == 1
+    assert scores_of(tmp_path / "out")["scores"] is None
+    errors = [row["error"] for row in rows_of(tmp_path / "out")]
+    assert errors[1] == "the text has 2 <image>, but the question has 1 images"
+    assert errors[2] == "the text has 1 <image>, but the question has 0 images"
 
 
 def test_a_directory_of_images_is_asked_one_question(run, fake, tmp_path, capsys):
@@ -387,6 +419,10 @@ def test_a_damaged_line_is_named(run, fake, tmp_path, capsys):
         (("--task", "pope", "--data", "nowhere"), "nowhere is not a directory"),
         (("--metric", "yes_no"), "neither yes nor no"),
         (("--task", "pope", "--prompt", "a"), "--prompt can only be used with --task json"),
+        (("--questions", "a"), "--questions can only be used with --task pope or scienceqa"),
+        (("--annotations", "a"), "--annotations can only be used with --task pope"),
+        (("--task", "easy_vqa"), "--data can only be used with --task pope or mme"),
+        (("--prompt", "a", "--image-root", "b"), "--image-root cannot be used with --prompt"),
         (("--prompt", "a"), "data.json is not a directory"),
     ],
 )

@@ -12,7 +12,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.evals.benchmarks import custom, mmbench, pope, textvqa
 from llava_jax.evals.benchmarks.registry import TASKS, find_task
 from llava_jax.evals.parse_answers import first_letter
-from llava_jax.evals.questions import SHORT, Answered, Files, ask
+from llava_jax.evals.questions import SHORT, Answered, Files, make_question
 from llava_jax.evals.scoring import exact, f1, vqa
 
 BENCHMARKS = sorted(TASKS.keys() - {"easy_vqa", "json"})
@@ -73,14 +73,14 @@ def test_broken_lines_are_named(coco, text, named):
 
 @pytest.mark.parametrize("image", ["/etc/passwd", "../secret.png", "http://a/b.png", "a\0.png"])
 def test_an_image_outside_its_folder_is_not_read(tmp_path, image):
-    question = ask(1, "what?", image, root=tmp_path)
+    question = make_question(1, "what?", image, root=tmp_path)
     assert question.images == ()
     assert question.problem is not None
     assert "is outside" in question.problem
 
 
 def test_a_question_cannot_ask_for_more_images(tmp_path):
-    question = ask(1, "is <image> here?", "a.png", root=tmp_path)
+    question = make_question(1, "is <image> here?", "a.png", root=tmp_path)
     assert question.turns[0].text.count("<image>") == 1
 
 
@@ -197,7 +197,9 @@ def test_every_answer_of_a_conversation_is_a_question(tmp_path):
 
 def test_scores_of_yes_and_no_by_category():
     made = [("Yes", "yes", "a"), ("no", "Yes", "a"), ("No.", "no", "b")]
-    answered = [Answered(ask(1, "?", None, [e], category=c), given) for given, e, c in made]
+    answered = [
+        Answered(make_question(1, "?", None, [e], category=c), given) for given, e, c in made
+    ]
     scores = find_task("json", "yes_no").score(answered)
     assert scores is not None
     assert scores["accuracy"] == pytest.approx(2 / 3)
@@ -234,7 +236,7 @@ def test_the_letter_that_an_answer_begins_with(text, letter):
 
 def test_f1_takes_the_most_similar_expected_answer():
     assert f1("a red car", ["a dog", "red cars", "the car"]) == pytest.approx(2 / 3)
-    question = ask(1, "what?", None, ["a red car"])
+    question = make_question(1, "what?", None, ["a red car"])
     scores = find_task("json", "f1").score([Answered(question, "red")])
     assert scores == {"f1": pytest.approx(2 / 3)}
 

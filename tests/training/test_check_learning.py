@@ -18,12 +18,19 @@ def test_few_samples_with_a_shipped_recipe_are_warned_of():
     assert line == (
         "warning: this run learns nothing, because batch.global_size 128 is larger than the number "
         "of samples, 100, and the only step is the first step of the warm-up, whose learning rate "
-        "is 0. What helps: smaller batches (--batch.global-size 16), more epochs (--epochs 8)"
+        "is 0. What helps: smaller batches (--batch.global-size 16) and more epochs (--epochs 8)"
     )
     batch = dataclasses.replace(config.batch, global_size=16)
     helped = dataclasses.replace(config, batch=batch, epochs=8.0)
     assert helped.total_steps(100) == 50
     assert [*learning_warnings(helped, 100, 50)] == []
+
+
+def test_smaller_batches_fit_the_devices_and_a_warmup_is_named_only_if_it_helps():
+    config = TrainConfig("x", epochs=100.0)
+    (line,) = learning_warnings(config, 100, config.total_steps(100), devices=8)
+    assert "--batch.global-size 8)" in line
+    assert "warm-up" not in line
 
 
 def test_a_run_that_is_all_warmup_is_warned_of():
@@ -78,6 +85,7 @@ def rows(file: Path, *rows: dict[str, Any]) -> Path:
         ([{}], {}, "the learning rate was 0 in"),
         ([{}, {}], {"learning_rate": 0.0}, "the learning rate was 0"),
         ([{"grad_norm": 0.0}] * 3, {}, "the gradient was 0"),
+        ([{"grad_norm": 0.0}] * 3, {"weight_decay": 0.1}, None),
         ([{}, {"loss": None}], {}, "the learning rate was 0 or the loss or the gradient was not"),
         ([{}, {}], {}, None),
         ([{}], {"warmup_ratio": 0.0}, None),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.config import DataConfig, Parts, TrainConfig, load_config
+from llava_jax.config import DataConfig, DataSet, Parts, TrainConfig, load_config
 from llava_jax.errors import ConfigError
 from llava_jax.pretrained import resolve
 from llava_jax.training.check_sources import check_sources
@@ -67,6 +67,21 @@ def test_one_missing_file_is_one_line(tmp_path: Path):
     made = dataclasses.replace(config, init_from="out/first", output_dir="out")
     assert refused(made) == ["init_from 'out/first': no such directory"]
     assert refused(TrainConfig("x")) == ["data.path is not set; set it to a data file"]
+
+
+def test_what_is_not_used_is_not_checked_and_a_processor_is(tmp_path: Path):
+    (tmp_path / "data.json").write_text("[]")
+    data = DataConfig("data.json", eval_image_root="nowhere")
+    config = TrainConfig("x", init_from="org/model", data=data)
+    check_sources(config)
+    made = dataclasses.replace(config, processor="tokens")
+    assert refused(made) == ["processor 'tokens': no such directory"]
+    mixture = (DataSet("data.json"),)
+    data = DataConfig(mixture=mixture, image_root="nowhere")
+    check_sources(dataclasses.replace(config, data=data))
+    data = dataclasses.replace(data, eval_path="data.json")
+    lines = refused(dataclasses.replace(config, data=data))
+    assert lines == ["directory nowhere does not exist; check data.image_root"]
 
 
 @pytest.mark.parametrize("path", ["easy_vqa:train", "hf:user/name", "s3://a/b.json", "a/*.parquet"])

@@ -46,7 +46,8 @@ class Counter:
         self.shapes: list[tuple[int, ...]] = []
 
     def __call__(self, batch: Batch) -> EvalResult:
-        self.shapes.append(np.shape(batch.input_ids))
+        slots = np.shape(batch.pixel_values)[1]
+        self.shapes.append((*np.shape(batch.input_ids), slots))
         ids, mask = np.asarray(batch.input_ids), np.asarray(batch.loss_mask)
         predicted = np.zeros_like(ids)
         for row, segments in enumerate(np.asarray(batch.segment_ids)):
@@ -105,11 +106,44 @@ def test_a_text_ends_the_answers_of_the_template_plain(encoder):
     assert not found.is_cut
 
 
-@pytest.mark.parametrize(("lengths", "expected"), [((), 64), ((16, 32), 16), ((4,), 64)])
-def test_rows_have_a_length_that_is_compiled(encoder, lengths, expected):
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [((), (32, 0)), ({(16, 5), (32, 1)}, (16, 5)), ({(4, 1)}, (32, 0)), ({(16, 0)}, (16, 0))],
+)
+def test_rows_have_a_shape_that_is_compiled_or_that_a_batch_would_have(encoder, shapes, expected):
     step = Counter()
-    generator(encoder, step, lengths=lengths).generate([question(58)])
-    assert set(step.shapes) == {(2, expected)}
+    spec = dataclasses.replace(SPEC, max_images=8, buckets=(32,), image_buckets=(0, 1, 2))
+    generator(encoder, step, shapes=shapes, spec=spec).generate([question(58)])
+    assert set(step.shapes) == {(2, *expected)}
+
+
+def test_rows_have_slots_for_the_images_of_a_question(encoder):
+    step = Counter()
+    spec = dataclasses.replace(SPEC, max_images=8, image_buckets=(0, 2))
+    asked = question(58)
+    asked.prompt = np.array([1, *[encoder.image_token_id] * 2 * encoder.image_tokens, 6], np.int32)
+    generator(encoder, step, spec=spec).generate([asked])
+    assert set(step.shapes) == {(2, 64, 2)}
+
+
+def test_later_turns_are_shown_too(encoder):
+    ids = encoder.encode_text(RECORD).input_ids
+    predicted = dict.fromkeys(range(4), np.r_[ids[1:], 0])
+    asked = questions_of(ListRecords([RECORD] * 4), predicted, encoder, 4)
+    assert [(q.index, q.turn) for q in asked] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    asked = questions_of(ListRecords([RECORD] * 4), predicted, encoder, 6)
+    assert [(q.index, q.turn) for q in asked] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def test_an_answer_that_is_cut_is_compared_with_a_part_of_the_expected_answer(encoder):
+    expected = encoder.tokenizer("a b c d e f g h", add_special_tokens=False).input_ids
+    right = expected[: len(expected) // 2]
+    asked = question(right[0], limit=len(right))
+    asked.tokens, asked.expected = [*right], np.array(expected, np.int32)
+    (found,) = generator(encoder, Counter()).generate([asked])
+    assert found.is_cut
+    assert found.f1 == 1.0
+    assert found.expected.startswith(found.given)
 
 
 def test_a_record_has_one_question_for_each_answer(encoder):

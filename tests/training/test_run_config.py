@@ -10,7 +10,7 @@ from tiny_training import CONFIG, MODEL
 from llava_jax.config import TuneConfig
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.train_step.program import build_program
-from llava_jax.training.run_config import origin, this_command
+from llava_jax.training.run_config import describe_start, this_command
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ def test_the_command_is_named_only_if_it_trains(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_run_that_goes_on_keeps_the_time_of_its_first_start():
-    first = origin({"trainable": 1, "total": 2})
+    first = describe_start({"trainable": 1, "total": 2})
     now = datetime.datetime.now(datetime.UTC)
     assert now - datetime.datetime.fromisoformat(first["started"]) < datetime.timedelta(minutes=1)
     began = {"started": "2026-01-01T00:00:00+00:00"}
-    assert origin({}, began)["started"] == began["started"]
-    assert origin({}, {})["started"] >= first["started"]
+    assert describe_start({}, began)["started"] == began["started"]
+    assert describe_start({}, {})["started"] >= first["started"]
 
 
 def test_quantized_weights_count_as_what_they_stand_for():

@@ -57,7 +57,7 @@ def test_tensorboard_has_each_step_once(tmp_path: Path, pictures: list[list[Path
     assert scalars["eval/accuracy"] == [(0, 0.25), (4, 0.25)]
     assert scalars.keys() == {
         *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second")),
-        *("eval/loss", "eval/accuracy"),
+        *("eval/loss", "eval/accuracy", "eval/perplexity"),
     }
     (image,) = events.Tags()["images"]
     assert [(e.step, e.width, e.height) for e in events.Images(image)] == [(0, 8, 6), (4, 8, 6)]

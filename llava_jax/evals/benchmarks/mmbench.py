@@ -12,7 +12,15 @@ from typing import Any
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError
 from llava_jax.evals.parse_answers import first_letter
-from llava_jax.evals.questions import LETTER, Answered, Files, Question, Source, ask, open_text
+from llava_jax.evals.questions import (
+    LETTER,
+    Answered,
+    Files,
+    Question,
+    Source,
+    make_question,
+    open_text,
+)
 from llava_jax.evals.scoring import mean
 
 LETTERS = ("A", "B", "C", "D")
@@ -98,7 +106,9 @@ def _question(row: dict[str, str], images: dict[str, str], prompt: str) -> Quest
         image = base64.b64decode(_image(row["image"], images), validate=True)
     except (binascii.Error, ValueError) as error:
         more["problem"] = f"the image is not valid base64: {error}"
-    return ask(int(row["index"]), f"{text}\n{prompt}", image, [answer] if answer else [], **more)
+    return make_question(
+        int(row["index"]), f"{text}\n{prompt}", image, [answer] if answer else [], **more
+    )
 
 
 def _image(text: str, images: dict[str, str]) -> str:

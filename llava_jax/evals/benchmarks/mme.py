@@ -13,7 +13,7 @@ from llava_jax.evals.questions import (
     Files,
     Question,
     Source,
-    ask,
+    make_question,
     open_text,
     text_lines,
 )
@@ -89,7 +89,9 @@ def _read_category(root: Path, category: str) -> list[Question]:
             prompt = f"{question.replace(_ASKED, '').strip()}\n{SHORT}"
             extra = {"mme_question": question}
             questions.append(
-                ask(name, prompt, name, [answer], root=root, category=category, extra=extra)
+                make_question(
+                    name, prompt, name, [answer], root=root, category=category, extra=extra
+                )
             )
     return questions
 

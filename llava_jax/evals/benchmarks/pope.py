@@ -11,7 +11,7 @@ from llava_jax.evals.questions import (
     Files,
     Question,
     Source,
-    ask,
+    make_question,
     read_lines,
     read_questions,
     without_prompt,
@@ -47,7 +47,7 @@ def read(files: Files) -> list[Question]:
         labelled += [(category, row) for row in rows]
     if not (asked := files.look(QUESTIONS)):
         return [
-            ask(
+            make_question(
                 f"{category}/{row['question_id']}",
                 f"{row['text']}\n{SHORT}",
                 row["image"],

@@ -23,6 +23,8 @@ class Task:
             and returns the path of the file; None if there is no such file.
         max_new_tokens: Maximum number of tokens of an answer, as in LLaVA's evaluation.
         needs: Name of a package that `submit` imports; None if it imports no extra package.
+        options: Options of `llava-jax evaluate` about files that the benchmark uses: fields of
+            `Files`, and "metric".
     """
 
     read: Callable[[Files], list[Question]]
@@ -30,18 +32,32 @@ class Task:
     submit: Callable[[Path, Sequence[Answered], Files], Path] | None = None
     max_new_tokens: int = 128
     needs: str | None = None
+    options: frozenset[str] = frozenset({"data", "image_root", "questions", "annotations"})
 
 
 TASKS = {
-    "easy_vqa": Task(custom.read_easy_vqa, custom.scorer("exact"), max_new_tokens=16),
+    "easy_vqa": Task(
+        custom.read_easy_vqa, custom.scorer("exact"), max_new_tokens=16, options=frozenset()
+    ),
     "pope": Task(pope.read, pope.score),
-    "mme": Task(mme.read, mme.score, mme.submit),
+    "mme": Task(mme.read, mme.score, mme.submit, options=frozenset({"data", "image_root"})),
     "scienceqa": Task(scienceqa.read, scienceqa.score, scienceqa.submit, 1024),
     "textvqa": Task(textvqa.read, custom.scorer("vqa")),
     "vqav2": Task(vqav2.read, lambda _: None, vqav2.submit),
     "gqa": Task(gqa.read, gqa.score, gqa.submit),
-    "mmbench": Task(mmbench.read, mmbench.score, mmbench.submit, 1024, "openpyxl"),
-    "json": Task(custom.read_json, custom.scorer("exact")),
+    "mmbench": Task(
+        mmbench.read,
+        mmbench.score,
+        mmbench.submit,
+        1024,
+        "openpyxl",
+        frozenset({"data", "questions"}),
+    ),
+    "json": Task(
+        custom.read_json,
+        custom.scorer("exact"),
+        options=frozenset({"data", "image_root", "prompt", "metric"}),
+    ),
 }
 
 

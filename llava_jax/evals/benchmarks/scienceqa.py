@@ -15,8 +15,8 @@ from llava_jax.evals.questions import (
     Files,
     Question,
     Source,
-    ask,
     check_fields,
+    make_question,
     read_json,
 )
 from llava_jax.evals.scoring import mean
@@ -54,7 +54,9 @@ def read(files: Files) -> list[Question]:
             prompt = f"{IMAGE_PLACEHOLDER}\n{prompt}"
         choices, answer = _choices(problems, row["id"], where)
         extra = {"choices": len(choices)}
-        questions[row["id"]] = ask(row["id"], prompt, image, [answer], root=root, extra=extra)
+        questions[row["id"]] = make_question(
+            row["id"], prompt, image, [answer], root=root, extra=extra
+        )
     if missing := [name for name in test if name not in questions]:
         raise ConfigError(
             f"{path} lacks {len(missing)} questions of the test split, for example {missing[0]}; "

@@ -1,6 +1,7 @@
 """Reads questions without expected answers: LLaVA's question files, and directories of images."""
 
 import json
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -9,18 +10,24 @@ from llava_jax.data.forms import CONVERSATIONS
 from llava_jax.data.image_file import FORMATS
 from llava_jax.data.records import MAX_RECORD_BYTES
 from llava_jax.data.sources import SHARDS
-from llava_jax.disk import open_regular
 from llava_jax.errors import ConfigError
 from llava_jax.evals.questions import (
     Question,
-    ask,
     category_of,
     check_fields,
+    make_question,
+    open_text,
     read_json,
     read_lines,
 )
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {"question_id": (str, int), "text": str}
+
+_RECORD = re.compile(r"\s*(?=\{)")
+_MEMBER = r'"[^"]*"\s*:\s*'
+_IN_LIST = re.compile(rf"\s*(?:\{{\s*(?:{_MEMBER}[^\[\]{{}},]*,\s*)*{_MEMBER})?\[\s*(?=\{{)")
+"""Text before the first record: of a file with one record per line; of a list, also in an object
+such as {"version": 1, "data": [...]}."""
 
 
 def is_question_file(path: Path) -> bool:
@@ -28,12 +35,30 @@ def is_question_file(path: Path) -> bool:
 
     Such a record has the fields "question_id" and "text", and no conversation.
     """
-    _, first = _first_record(path)
-    return isinstance(first, dict) and _FIELDS.keys() <= first.keys() - {*CONVERSATIONS}
+    if not path.is_file():
+        return False
+    with open_text(path, errors="replace") as file:
+        text = file.read(MAX_RECORD_BYTES)
+    starts = (found.end() for found in (_RECORD.match(text), _IN_LIST.match(text)) if found)
+    return any(_is_question(_decode(text, start)) for start in starts)
+
+
+def _decode(text: str, start: int) -> object:
+    """Returns the JSON value that begins at an index of a text; None if it is not complete."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_question(record: object) -> bool:
+    return isinstance(record, dict) and _FIELDS.keys() <= record.keys() - {*CONVERSATIONS}
 
 
 def read_question_file(path: Path, root: Path) -> list[Question]:
-    """Reads a question file of LLaVA: JSON lines, or a list, with question_id, text and image.
+    """Reads a question file of LLaVA: records with question_id, text and image.
+
+    The file is in UTF-8 or UTF-16, and contains JSON lines, a list, or an object with a list.
 
     Args:
         path: Path of the file.
@@ -42,8 +67,13 @@ def read_question_file(path: Path, root: Path) -> list[Question]:
     Raises:
         ConfigError: The file cannot be read, or a record does not have the expected fields.
     """
-    is_list, _ = _first_record(path)
-    rows = read_json(path) if is_list else read_lines(path, **_FIELDS)
+    try:
+        rows = read_json(path)
+    except ConfigError:  # several lines are not a JSON value
+        rows = read_lines(path, **_FIELDS)
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = [rows] if _is_question(rows) else lists[0]
     return [_question(row, f"{path}, record {number}", root) for number, row in enumerate(rows, 1)]
 
 
@@ -55,7 +85,14 @@ def _question(raw: object, where: str, root: Path) -> Question:
         raise ConfigError(
             f'{where}: "image" must be the path of an image or a list of paths, found {image!r:.60}'
         )
-    return ask(row["question_id"], row["text"], image, root=root, category=category_of(row))
+    return make_question(
+        row["question_id"],
+        row["text"],
+        image,
+        root=root,
+        is_interleaved=True,
+        category=category_of(row),
+    )
 
 
 def read_images(folder: Path, prompt: str) -> list[Question]:
@@ -80,7 +117,7 @@ def read_images(folder: Path, prompt: str) -> list[Question]:
     names = _images_in(folder)
     if not names:
         raise ConfigError(f"--data {folder} has no images ({', '.join(FORMATS)})")
-    return [ask(name, prompt, name, root=folder) for name in names]
+    return [make_question(name, prompt, name, root=folder, is_interleaved=True) for name in names]
 
 
 def refuse_images(path: Path) -> None:
@@ -107,16 +144,3 @@ def _images_in(folder: Path) -> list[str]:
         for path in paths
         if path.suffix.lower() in suffixes and not any(p.startswith(".") for p in path.parts)
     )
-
-
-def _first_record(path: Path) -> tuple[bool, object]:
-    """Returns whether a file is a JSON list, and its first record; None if there is no record."""
-    if not path.is_file():
-        return False, None
-    with open_regular(path) as file:
-        text = file.read(MAX_RECORD_BYTES).decode("utf-8-sig", errors="replace").lstrip()
-    is_list = text.startswith("[")
-    try:
-        return is_list, json.JSONDecoder().raw_decode(text[is_list:].lstrip())[0]
-    except (ValueError, RecursionError):
-        return is_list, None
