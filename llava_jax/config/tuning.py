@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from llava_jax.config.fields import Bound, above, at_least, at_most, fraction
+from llava_jax.config.fields import Bound, at_least, at_most, fraction
 from llava_jax.config.model import LLM_LINEARS
 
 Tuning = Literal["frozen", "lora", "full"]
@@ -45,15 +45,10 @@ def _every(bound: Bound) -> Bound:
     return Bound(allows, bound.text, bound.reason)
 
 
-_Rank = Annotated[
-    int, at_least(1, "an adapter of rank 0 has no weights"), at_most(65_536, "no layer is wider")
-]
-_Alpha = Annotated[
-    float,
-    above(0, "with 0, an adapter adds nothing"),
-    at_least(1e-4, "with less, an adapter adds nothing"),
-    at_most(1e6, "with more, it cannot learn"),
-]
+_LEAST_RANK = at_least(1, "an adapter of rank 0 has no weights")
+_MOST_RANK = at_most(65_536, "no layer is wider")
+_LEAST_ALPHA = at_least(1e-4, "with less, an adapter adds nothing")
+_MOST_ALPHA = at_most(1e6, "with more, it cannot learn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +73,15 @@ class LoraConfig:
         trainable_token_indices: Ids of tokens whose embedding is trained beside the adapters.
     """
 
-    rank: _Rank = 128
-    alpha: _Alpha = 256.0
+    rank: Annotated[int, _LEAST_RANK, _MOST_RANK] = 128
+    alpha: Annotated[float, _LEAST_ALPHA, _MOST_ALPHA] = 256.0
     dropout: Annotated[float, fraction("it is a probability")] = 0.05
     targets: tuple[str, ...] = LLM_LINEARS
     use_rslora: bool = False
-    rank_pattern: Annotated[dict[str, int], *map(_every, _Rank.__metadata__)] = dataclasses.field(
-        default_factory=dict
+    rank_pattern: Annotated[dict[str, int], _every(_LEAST_RANK), _every(_MOST_RANK)] = (
+        dataclasses.field(default_factory=dict)
     )
-    alpha_pattern: Annotated[dict[str, float], *map(_every, _Alpha.__metadata__)] = (
+    alpha_pattern: Annotated[dict[str, float], _every(_LEAST_ALPHA), _every(_MOST_ALPHA)] = (
         dataclasses.field(default_factory=dict)
     )
     layers_to_transform: Annotated[

@@ -176,7 +176,7 @@ def _image_in(part: Json) -> object:
     return None
 
 
-def images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
+def images_of_parts(parts: list[Json], beside: Sequence[object]) -> list[object]:
     """Returns the images that the image parts contain or refer to; `beside` if there are none.
 
     Args:
@@ -192,7 +192,7 @@ def images_of_parts(parts: list[Json], beside: list[object]) -> list[object]:
         for part, image in zip(parts, images, strict=True)
     ]
     if not any(value is not None for value in (*images, *indices)):
-        return beside
+        return [*beside]
     of_record = None not in indices
     if not of_record and (None in images or beside):
         raise SampleError(

@@ -12,7 +12,7 @@ Therefore the same conversation gives the same turns in every form:
 import enum
 import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from llava_jax.data.content_parts import (
@@ -161,7 +161,9 @@ def parse(raw: object) -> Parsed:
     return _arrange(images, turns)
 
 
-def read_messages(messages: list[Json], beside: list[object]) -> tuple[list[object], list[Turn]]:
+def read_messages(
+    messages: list[Json], beside: Sequence[object]
+) -> tuple[list[object], list[Turn]]:
     """Returns the images and the turns of a conversation.
 
     Args:
