@@ -40,6 +40,11 @@ def check_sources(config: TrainConfig) -> None:
 def _missing_weights(config: TrainConfig) -> Iterator[str]:
     """Yields a line of text for each local source of weights that does not exist."""
     start = config.init_from
+    if start is None and config.model is None:
+        yield (
+            "init_from and model are both None; set init_from to a checkpoint, or set model to "
+            "train from scratch"
+        )
     parts = [start.llm, start.vision, start.projector] if isinstance(start, Parts) else [start]
     named = [("init_from", name) for name in parts]
     for field, name in (*named, ("init_adapter", config.init_adapter)):

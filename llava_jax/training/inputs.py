@@ -301,7 +301,7 @@ def find_model(
         source: The resolved `init_from`; None if the model is trained from scratch.
 
     Raises:
-        ConfigError: `init_from` is None, and `model` or `processor` is None too.
+        ConfigError: The model is trained from scratch, and `processor` is None.
         CheckpointError: The config.json of `source` cannot be read, or its model is not supported.
     """
     processor = source if config.processor is None else Path(config.processor)
@@ -312,11 +312,7 @@ def find_model(
         )
     if source is not None:
         return read_config(source), processor
-    if config.model is None:
-        raise ConfigError(
-            "init_from and model are both None; set init_from to a checkpoint, or set model to "
-            "train from scratch"
-        )
+    assert config.model is not None  # see `check_sources`
     return config.model, processor
 
 

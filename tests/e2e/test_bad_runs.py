@@ -13,7 +13,7 @@ from llava_jax.cli import train
 from llava_jax.data.batch import Batch
 from llava_jax.data.conversation import Encoded
 from llava_jax.data.records import Record
-from llava_jax.data.samples import SampleEncoder
+from llava_jax.data.samples import Sample, SampleEncoder
 from llava_jax.train_step.program import Program
 from llava_jax.training import inputs
 
@@ -121,10 +121,10 @@ def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
 class Deadly(SampleEncoder):
     """Dies of one sample, as of a picture whose decoder crashes."""
 
-    def encode_text(self, record: Record) -> Encoded:
+    def add_images(self, record: Record, encoded: Encoded) -> Sample:
         if record.id == "4":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode_text(record)
+        return super().add_images(record, encoded)
 
 
 def test_a_worker_that_dies_ends_the_run_and_names_its_sample(

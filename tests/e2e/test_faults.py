@@ -322,9 +322,13 @@ IRRELEVANT = "commit_success.txt"
 
 
 def files_of(directory: Path) -> list[str]:
-    """Files of a run's newest checkpoint that have something in them that matters."""
+    """Files of a run's newest checkpoint that a run reads when it continues.
+
+    The adapter in a checkpoint is for users; a run does not read it.
+    """
     newest = directory / "checkpoints" / str(steps(directory)[-1])
     files = [file for file in newest.rglob("*") if file.is_file() and file.stat().st_size]
+    files = [file for file in files if newest / "adapter" not in file.parents]
     return sorted({str(file.relative_to(newest)) for file in files} - {IRRELEVANT})
 
 

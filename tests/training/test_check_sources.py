@@ -66,7 +66,10 @@ def test_one_missing_file_is_one_line(tmp_path: Path):
     check_sources(config)
     made = dataclasses.replace(config, init_from="out/first", output_dir="out")
     assert refused(made) == ["init_from 'out/first': no such directory"]
-    assert refused(TrainConfig("x")) == ["data.path is not set; set it to a data file"]
+    config = TrainConfig("x", init_from="org/model")
+    assert refused(config) == ["data.path is not set; set it to a data file"]
+    config = TrainConfig("x", data=DataConfig("data.json"))
+    assert refused(config)[0].startswith("init_from and model are both None; set init_from to")
 
 
 def test_what_is_not_used_is_not_checked_and_a_processor_is(tmp_path: Path):
@@ -102,7 +105,7 @@ def test_a_local_path_is_never_asked_of_the_hub(name: str):
 @pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"])
 def test_a_hub_id_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(resolve, "_download", lambda name, **_: asked.append(name) or tmp_path)
+    monkeypatch.setattr(resolve, "_download", lambda name, *_, **__: asked.append(name) or tmp_path)
     (tmp_path / "x.safetensors").touch()
     monkeypatch.setattr(resolve, "_as_parts", lambda path, read: path)
     resolve.resolve(name)
