@@ -1,5 +1,6 @@
 """Reads the content of messages: texts, and images that are in it or beside the messages."""
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -125,6 +126,12 @@ def is_empty(value: object) -> bool:
     return value is None or (can_be_empty and not value)
 
 
+@functools.lru_cache(1024)
+def _is_image_like(name: str) -> bool:
+    """Returns True if a field with this name may contain an image."""
+    return IMAGE_LIKE.match(name) is not None
+
+
 def refuse_images(fields: Json, where: str, known: Collection[str] = ()) -> None:
     """Raises SampleError if an object may have an image in a field that is not read.
 
@@ -134,7 +141,7 @@ def refuse_images(fields: Json, where: str, known: Collection[str] = ()) -> None
         known: Names of fields that are read.
     """
     for name, value in fields.items():
-        if name not in known and IMAGE_LIKE.match(name) and not is_empty(value):
+        if name not in known and _is_image_like(name) and not is_empty(value):
             raise SampleError(
                 f'{where} has the field "{name}", which is not read; if it is an image, write it '
                 'into the field "image" or "images" of the record, or into a part of its own; '
@@ -148,7 +155,8 @@ def images_beside(raw: Json) -> list[object]:
     Raises:
         SampleError: Several fields may contain the images, or a value is not an image.
     """
-    given = {name: raw[name] for name in IMAGE_FIELDS if not is_empty(raw.get(name))}
+    present = [name for name in IMAGE_FIELDS if name in raw]
+    given = {name: raw[name] for name in present if not is_empty(raw[name])}
     named = {name: given[name] for name in IMAGE_FIELDS[:2] if name in given} or given
     if len(named) > 1:
         names = " and ".join(f'"{name}"' for name in named)

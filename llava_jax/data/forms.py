@@ -331,6 +331,9 @@ def _check_list(raw: Json, name: str) -> list[Json]:
     return raw[name]
 
 
+_TOOL_CALLS = ("tool_calls", "function_call")
+
+
 def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
     """Returns a message as a turn, and the image parts of its content."""
     name, said = message.get("from") or message.get("role"), message.get("value")
@@ -342,9 +345,10 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
             f'turn {index}: expected {{"from": "human" or "gpt", "value": text}} or '
             f'{{"role": "user" or "assistant", "content": text or parts}}, found {message!r:.80}'
         )
-    for field in ("tool_calls", "function_call"):
-        if not is_empty(message.get(field)):
-            raise SampleError(f'turn {index} has "{field}", but LLaVA-1.5 cannot call tools')
+    if not message.keys().isdisjoint(_TOOL_CALLS):
+        for field in _TOOL_CALLS:
+            if not is_empty(message.get(field)):
+                raise SampleError(f'turn {index} has "{field}", but LLaVA-1.5 cannot call tools')
     refuse_images(message, f"turn {index}")
     images: list[Json] = []
     if not isinstance(said, str):
