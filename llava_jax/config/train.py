@@ -110,7 +110,7 @@ class OptimizerConfig:
     ] = 1e-8
     clip_norm: Annotated[
         float | None,
-        above(0, "to turn clipping off, leave it out"),
+        above(0, "to turn clipping off, set it to None"),
         at_least(1e-4, "with a smaller norm, nothing is trained"),
     ] = None
 
