@@ -1,15 +1,31 @@
 """Defines types of arguments, and the messages for mistakes, that several commands share."""
 
 import argparse
+import difflib
 import importlib.util
 import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from llava_jax.distributed.environment import print_any_text
 from llava_jax.errors import CheckpointError, ConfigError, RunError, SampleError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that suggests the option that was meant, instead of a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints a message about a mistake in the command line, and exits with the status 2."""
+        found = re.match(r"unrecognized arguments: (-\S*)", message)
+        if found is None:
+            super().error(message)
+        option = found[1].partition("=")[0]
+        near = difflib.get_close_matches(option, self._option_string_actions, 1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists all options"
+        self.exit(2, f"{self.prog}: error: there is no option {option}; {advice}\n")
 
 
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.arguments import (
+    Parser,
     at_least_one,
     chart_file,
     integer,
@@ -75,7 +76,7 @@ def benchmark(given: argparse.Namespace, case: "Case") -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the argument parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Trains a LLaVA model with random weights on random text and one random image "
         "per sample, and prints a table of speed and memory. With --config, the command also "

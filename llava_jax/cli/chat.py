@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from llava_jax.cli.arguments import report_errors
+from llava_jax.cli.arguments import Parser, report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
@@ -40,6 +40,8 @@ def chat(given: argparse.Namespace) -> int:
     sampling = read_sampling(given)  # a wrong value is reported before the model is loaded
     checkpoint = find_checkpoint(given)
     quantize = chosen_quantisation(given, checkpoint)
+    if sys.stderr.isatty():
+        print(f"loading {format_source(given.checkpoint)}", file=sys.stderr)
     conversation = Chat(
         load_assistant(given, checkpoint, slots=1, quantize=quantize),
         sampling,
@@ -59,7 +61,7 @@ def chat(given: argparse.Namespace) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax chat",
         description="Starts a conversation with a model in the terminal, with or without images. "
         "With --prompt, the command prints one answer and ends.",

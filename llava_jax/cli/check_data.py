@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli.arguments import chart_file, integer, output_file, report_errors
+from llava_jax.cli.arguments import Parser, chart_file, integer, output_file, report_errors
 
 PROG = "llava-jax check-data"
 SHOWN = 5  # maximum number of samples with the same problem that are printed
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 if all samples are good, 1 if some samples are bad, 2 for a user's mistake.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Reads every sample and every image of a run's training data in the same way "
         "as the run. Lists the samples that the run would skip, and prints the lengths of the "
@@ -120,6 +120,17 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     report.show(given.shown)
     if inputs.outlier:
         print(inputs.outlier)
+    bad = [problem.sample for problem in found.problems]
+    is_missing = all(problem.kind == "image missing" for problem in found.problems)
+    if bad and is_missing and not found.images[found.good].any():
+        where = inputs.nearby_image(bad[0])
+        print(f"none of the images was found; set data.image_root to their directory{where}")
+    elif len(bad) > config.data.max_skipped * len(records):
+        print(
+            f"a run would stop, because more than {config.data.max_skipped:.3g} of the samples are "
+            "bad (data.max_skipped); correct them, or write the good samples to a new file with "
+            "--write-clean FILE"
+        )
     if to_write is not None:
         write_clean(to_write, found, given.write_clean)
         print(f"wrote {found.good.sum():,} samples to {given.write_clean}")

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli.arguments import at_least_one, report_errors
+from llava_jax.cli.arguments import Parser, at_least_one, report_errors
 from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS
 
@@ -18,7 +18,7 @@ PROG = "llava-jax collectives"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0, or 1 for a user's mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Compiles the train step of a run for several numbers of GPUs. The step has "
         "one micro-batch, and all GPUs are on the fsdp axis of the mesh. Prints how many GiB each "

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_jax.cli.arguments import positive, report_errors
+from llava_jax.cli.arguments import Parser, positive, report_errors
 from llava_jax.cli.model_options import source
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax convert",
         description="Converts checkpoints between the formats of Hugging Face, PEFT and LLaVA. "
         "Checkpoints in XTuner's format can be converted to these formats. The format of the "

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli.arguments import at_least_one, integer, report_errors
+from llava_jax.cli.arguments import Parser, at_least_one, integer, report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     add_sampling_options,
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax evaluate",
         description="Asks a model the questions of a benchmark, and scores the answers in the same "
         "way as LLaVA's evaluation scripts; or asks your own questions (--task json). Writes "

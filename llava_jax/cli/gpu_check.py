@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from llava_jax.cli.arguments import at_least_one, report_errors
+from llava_jax.cli.arguments import Parser, at_least_one, report_errors
 from llava_jax.distributed.environment import prepare_for_training
 
 DESCRIPTION = """\
@@ -39,7 +39,7 @@ or takes too long, and 3 if there was no time for a check but all others pass.
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status; see the description of the command."""
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax gpu-check",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llava_jax.cli.arguments import (
+    Parser,
     at_least_one,
     chart_file,
     output_file,
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 if the run fits into the memory, 3 if the run does not fit, 1 for a user's mistake.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Compiles the train step of a run for a type of device, and prints how much "
         "memory the step needs. This machine does not need to have such a device. Like llava-jax "

@@ -1,16 +1,15 @@
 """Implements `llava-jax report`, which writes the report of a run again from the run's files."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from llava_jax.cli.arguments import report_errors
+from llava_jax.cli.arguments import Parser, report_errors
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0, or 1 if the report cannot be written."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax report",
         description="Recreates the report.html of a run from the other files in the run's "
         "directory.",

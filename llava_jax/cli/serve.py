@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any
 
-from llava_jax.cli.arguments import report_errors
+from llava_jax.cli.arguments import Parser, report_errors
 from llava_jax.cli.model_options import (
     add_model_options,
     chosen_quantisation,
@@ -116,7 +116,7 @@ def run(given: argparse.Namespace, listener: socket.socket) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax serve",
         description="Serves a model over HTTP: OpenAI's chat completions at /v1, a web page at /, "
         "and also /health and /metrics. Without an API key, everyone who can reach the port can "

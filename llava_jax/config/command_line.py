@@ -18,6 +18,9 @@ from llava_jax.config.suggestions import suggest_field, suggest_option
 from llava_jax.config.train import TrainConfig
 from llava_jax.errors import ConfigError
 
+DEMO_DATA = "easy_vqa:"
+"""Beginning of the paths of the demo's data sets."""
+
 
 def load_config(path: str | Path) -> TrainConfig:
     """Executes a config file as a Python program and returns the variable `config` that it sets.
@@ -101,7 +104,8 @@ def parse_config(
     )
     if unknown:
         first.error(suggest_option(unknown[0]))
-    return _replace_steps(config, default, {word.partition("=")[0] for word in rest})
+    options = {word.partition("=")[0].replace("_", "-") for word in rest}
+    return _replace_eval_data(_replace_steps(config, default, options), default, options)
 
 
 def _replace_steps(config: TrainConfig, default: TrainConfig, options: set[str]) -> TrainConfig:
@@ -125,6 +129,34 @@ def _replace_steps(config: TrainConfig, default: TrainConfig, options: set[str])
     text = f"--epochs {config.epochs:g} replaces steps = {default.steps} of the config"
     print(text, file=sys.stderr)
     return dataclasses.replace(config, steps=None)
+
+
+def _replace_eval_data(config: TrainConfig, default: TrainConfig, options: set[str]) -> TrainConfig:
+    """Leaves out the eval data of a config file if the options say that other data is trained on.
+
+    The option --data.eval-fraction replaces the eval data. The data set of the demo does not judge
+    a model that is trained on the user's data.
+
+    Args:
+        config: Config with the values of all options.
+        default: Config of the file.
+        options: Names of the options that were given.
+    """
+    own = default.data.eval_path
+    if own is None or "--data.eval-path" in options:
+        return config
+    is_demo = own.startswith(DEMO_DATA) and not (config.data.path or "").startswith(DEMO_DATA)
+    if "--data.eval-fraction" in options and config.data.eval_fraction:
+        text = f"--data.eval-fraction replaces data.eval_path = {own} of the config"
+    elif "--data.path" in options and is_demo:
+        text = (
+            f"note: data.eval_path = {own} of the config is not used, because --data.path is "
+            "given; to evaluate the model, add --data.eval-path FILE or --data.eval-fraction 0.1"
+        )
+    else:
+        return config
+    print(text, file=sys.stderr)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=None))
 
 
 @functools.cache  # the annotations are changed once

@@ -1,6 +1,7 @@
 """Finds the files of a checkpoint that a user names by a path, a hub id or separate parts."""
 
 import contextlib
+import difflib
 import json
 from functools import partial
 from pathlib import Path
@@ -164,8 +165,10 @@ def _local(name: str, read: Reader, revision: str | None = None) -> Path:
     if name == TINY_LLAVA.name:
         return TINY_LLAVA
     if path.exists() or is_local(name):
+        near = None if path.exists() else _similar_directory(name)
+        meant = "" if near is None else f"did you mean {near!r}? Otherwise, "
         raise ConfigError(
-            f"{name!r}: no such directory; give the directory of a checkpoint or of a run, a hub "
+            f"{name!r}: no such directory; {meant}give the directory of a checkpoint or of a run, a hub "
             f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
     return _download(name, revision, pickles=_reads_pickles(read))
@@ -303,11 +306,28 @@ def _download(hub_id: str, revision: str | None, *, pickles: bool) -> Path:
         if pickles and not any(directory.rglob("*.safetensors")):
             directory = download([*patterns, "*.bin"])
     except Exception as error:  # the client's errors have no common class
+        near = _similar_directory(hub_id)
+        meant = "if a run writes it, check that the run is finished"
+        if near is not None:
+            meant = f"did you mean {near!r}?"
         raise ConfigError(
-            f"{hub_id!r} is not a directory (if a run writes it, check that the run is finished), "
-            f"and it cannot be downloaded from the hub: {error}"
+            f"{hub_id!r} is not a directory ({meant}), and it cannot be downloaded from the hub: "
+            f"{error}"
         ) from error
     return directory
+
+
+def _similar_directory(path: str) -> str | None:
+    """Returns the path of an existing directory whose path differs by a few letters, or None."""
+    found = Path()
+    for name in Path(path).parts:
+        if not (found / name).is_dir():
+            names = [other.name for other in found.iterdir() if other.is_dir()]
+            name = next(iter(difflib.get_close_matches(name, names, 1)), None)
+            if name is None:
+                return None
+        found /= name
+    return str(found)
 
 
 def quantisation_of(source: Path | Parts) -> Quantisation | None:

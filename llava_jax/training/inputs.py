@@ -214,14 +214,17 @@ class Inputs:
         return f"{len(ids)} tokens with checksum {zlib.crc32(ids.tobytes()):08x}"
 
     def check_some(self) -> None:
-        """Reads up to 64 training records, evenly spread, to find bad data before a run starts.
+        """Reads some training records to find bad data before a run starts.
+
+        Of a small data set, all records are read; otherwise, 64 that are evenly spread.
 
         Raises:
             ConfigError: Too many of these records cannot be used. The training data therefore
                 almost certainly contains more bad records than data.max_skipped allows.
         """
         count = len(self.records)
-        tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).astype(int)).tolist()
+        read = count if count <= _SMALL else _TRIED
+        tried = np.unique(np.linspace(0, count - 1, read).astype(int)).tolist()
         found = {number: self._what_is_wrong(self.records, number) for number in tried}
         bad = {number: error for number, error in found.items() if error is not None}
         by_chance = _BY_CHANCE if len(tried) < count else 0
@@ -237,13 +240,13 @@ class Inputs:
         # If there is no image at all, the samples are good and the directory is wrong.
         is_missing = all(error.kind == "image missing" for error in bad.values())
         if is_missing and not (self.records.sizes.images[good] > 0).any():
-            mend = f"Set data.image_root to the directory of the images{self._nearby(number)}"
+            mend = f"Set data.image_root to the directory of the images{self.nearby_image(number)}"
         raise ConfigError(
             f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
             f"{self.records.where(number)}: {error}. {mend}"
         )
 
-    def _nearby(self, number: int) -> str:
+    def nearby_image(self, number: int) -> str:
         """Says where the first image of a record is, if that is in the directory of the data."""
         data, image = self.config.data, self.records[number].images[0]
         if data.mixture or is_remote(data.path) or not isinstance(image, str):
@@ -255,6 +258,9 @@ class Inputs:
 
 _MEASURED = 128
 """Number of batches whose padding is measured to choose the bucket lengths."""
+
+_SMALL = 256
+"""Largest number of records of a data set that is tested as a whole, which takes some seconds."""
 
 _TRIED, _BY_CHANCE = 64, 6
 """Number of records to test, and number of bad records among them that may be due to chance.

@@ -80,9 +80,11 @@ class StepLog:
         if len(self._skipped) > allowed * count:
             raise RunError(
                 f"{len(self._skipped)} of {count} samples cannot be used, more than "
-                f"data.max_skipped ({allowed:g}) allows; {self._skipped_file} lists them. Correct "
-                "the samples without changing the number of records (see `llava-jax check-data`) "
-                "and continue with --checkpoint.accept-changes, or raise data.max_skipped"
+                f"data.max_skipped ({allowed:g}) allows; {self._skipped_file} lists them. To start "
+                "anew without the bad samples, write the good ones to a new file with `llava-jax "
+                "check-data --write-clean FILE`, and train on it with another --name. To continue "
+                "this run, correct the samples without changing the number of records and add "
+                "--checkpoint.accept-changes, or raise data.max_skipped"
             )
 
     def _write_skipped(self, numbers: list[int], step: int) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from llava_jax.cli import benchmark, check_data, collectives, convert, evaluate, plan, serve
-from llava_jax.cli.arguments import at_least_one, chart_file, output_file, positive, report_errors
+from llava_jax.cli.arguments import (
+    Parser,
+    at_least_one,
+    chart_file,
+    output_file,
+    positive,
+    report_errors,
+)
 from llava_jax.cli.main import COMMANDS
 from llava_jax.errors import CheckpointError, ConfigError, RunError, SampleError
 
@@ -126,3 +133,21 @@ def test_commands_refuse_before_they_work(
         command.main(arguments)
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--image-rot", "there is no option --image-rot; did you mean --image-root?"),
+        ("--image-rot=pics", "there is no option --image-rot; did you mean --image-root?"),
+        ("--xyzzy", "there is no option --xyzzy; --help lists all options"),
+    ],
+)
+def test_the_option_that_was_meant_is_named(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    parser = Parser(prog="llava-jax evaluate")
+    parser.add_argument("--image-root")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([option, *(() if "=" in option else ("pics",))])
+    assert capsys.readouterr().err == f"llava-jax evaluate: error: {message}\n"

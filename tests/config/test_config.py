@@ -180,6 +180,27 @@ def test_epochs_replace_the_steps_of_a_file(tmp_path: Path, capsys: pytest.Captu
     assert parse_config(["--config", str(path)]).steps == 1000
 
 
+def test_the_eval_data_of_the_demo_does_not_judge_other_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "demo.py"
+    data = "DataConfig('easy_vqa:train', eval_path='easy_vqa:test')"
+    path.write_text(f"from llava_jax.config import *\nconfig = TrainConfig(name='x', data={data})")
+    parse = lambda *options: parse_config(["--config", str(path), *options]).data.eval_path
+    assert parse() == "easy_vqa:test"
+    assert parse("--data.path", "easy_vqa:test") == "easy_vqa:test"
+    assert capsys.readouterr().err == ""
+    assert parse("--data.path", "my.json") is None
+    assert "easy_vqa:test of the config is not used, because --data.path" in capsys.readouterr().err
+    assert parse("--data.path=my.json", "--data.eval_path", "easy_vqa:test") == "easy_vqa:test"
+    assert parse("--data.eval-fraction", "0.2") is None
+    assert "--data.eval-fraction replaces data.eval_path = easy_vqa" in capsys.readouterr().err
+    both = ("--data.eval-fraction", "0.2", "--data.eval-path", "mine.json")
+    assert parse(*both) == "mine.json"  # which the run refuses
+    path.write_text(path.read_text().replace("easy_vqa:test", "mine.json"))
+    assert parse("--data.path", "my.json") == "mine.json"
+
+
 def test_help_describes_every_option_and_shows_no_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -253,3 +253,13 @@ def test_the_adapter_of_a_checkpoint_has_the_name_and_the_quantization_of_its_ru
     (tmp_path / "mine" / "config.json").write_text(json.dumps(described))
     assert quantisation_of(adapter) == quantisation_of(tmp_path / "mine") == "nf4"
     assert model_name(adapter) == "mine-40"
+
+
+def test_a_mistyped_directory_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/shapes").mkdir(parents=True)
+    for given in ("run/shapes", "runs/shape", "rusn/shaeps"):
+        with pytest.raises(ConfigError, match=r"did you mean 'runs/shapes'\?"):
+            resolve(given)
+    with pytest.raises(ConfigError, match="if a run writes it, check that the run is finished"):
+        resolve("someone/model")
