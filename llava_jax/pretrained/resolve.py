@@ -168,8 +168,8 @@ def _local(name: str, read: Reader, revision: str | None = None) -> Path:
         near = None if path.exists() else _similar_directory(name)
         meant = "" if near is None else f"did you mean {near!r}? Otherwise, "
         raise ConfigError(
-            f"{name!r}: no such directory; {meant}give the directory of a checkpoint or of a run, a hub "
-            f"id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
+            f"{name!r}: no such directory; {meant}give the directory of a checkpoint or of a run, "
+            f"a hub id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
         )
     return _download(name, revision, pickles=_reads_pickles(read))
 
