@@ -120,11 +120,9 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     report.show(given.shown)
     if inputs.outlier:
         print(inputs.outlier)
-    bad = [problem.sample for problem in found.problems]
-    is_missing = all(problem.kind == "image missing" for problem in found.problems)
-    if bad and is_missing and not found.images[found.good].any():
-        where = inputs.nearby_image(bad[0])
-        print(f"none of the images was found; set data.image_root to their directory{where}")
+    bad = {problem.sample: problem.kind for problem in found.problems}
+    if advice := inputs.advise_image_root(bad, found.good.nonzero()[0].tolist()):
+        print(f"none of the images was found. {advice}")
     elif len(bad) > config.data.max_skipped * len(records):
         print(
             f"a run would stop, because more than {config.data.max_skipped:.3g} of the samples are "

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,21 +232,34 @@ class Inputs:
             return
         number, error = next(iter(bad.items()))
         good = [number for number in tried if number not in bad]
-        mend = (
+        kinds = {number: error.kind for number, error in bad.items()}
+        mend = self.advise_image_root(kinds, good) or (
             "Run `llava-jax check-data` to list all bad samples; with --write-clean, it writes the "
             "good samples to a new file. Or raise data.max_skipped, which is "
             f"{self.config.data.max_skipped:g}"
         )
-        # If there is no image at all, the samples are good and the directory is wrong.
-        is_missing = all(error.kind == "image missing" for error in bad.values())
-        if is_missing and not (self.records.sizes.images[good] > 0).any():
-            mend = f"Set data.image_root to the directory of the images{self.nearby_image(number)}"
         raise ConfigError(
             f"{len(bad)} of {len(tried)} tested samples cannot be used. The first one is "
             f"{self.records.where(number)}: {error}. {mend}"
         )
 
-    def nearby_image(self, number: int) -> str:
+    def advise_image_root(self, bad: Mapping[int, str], good: Sequence[int]) -> str | None:
+        """Returns what to do if no image was found at all, so that the directory is wrong.
+
+        Args:
+            bad: Kind of the problem of each bad record, by index.
+            good: Indices of the records without a problem.
+
+        Returns:
+            A sentence without its full stop; None if there are other problems, or images.
+        """
+        is_missing = bool(bad) and {*bad.values()} == {"image missing"}
+        if not is_missing or self.records.sizes.images[good].any():
+            return None
+        where = self._nearby_image(next(iter(bad)))
+        return f"Set data.image_root to the directory of the images{where}"
+
+    def _nearby_image(self, number: int) -> str:
         """Says where the first image of a record is, if that is in the directory of the data."""
         data, image = self.config.data, self.records[number].images[0]
         if data.mixture or is_remote(data.path) or not isinstance(image, str):
