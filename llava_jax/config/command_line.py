@@ -12,14 +12,12 @@ from typing import Annotated
 
 import tyro
 
+from llava_jax.config.data import DEMO_DATA
 from llava_jax.config.fields import field_groups
 from llava_jax.config.presets import find_preset, preset_names, suggest_preset
 from llava_jax.config.suggestions import suggest_field, suggest_option
 from llava_jax.config.train import TrainConfig
 from llava_jax.errors import ConfigError
-
-DEMO_DATA = "easy_vqa:"
-"""Beginning of the paths of the demo's data sets."""
 
 
 def load_config(path: str | Path) -> TrainConfig:

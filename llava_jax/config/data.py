@@ -25,6 +25,9 @@ Aspect = Literal["pad", "crop", "squash"]
 Decode = Literal["exact", "draft"]
 TrainOn = Literal["answers", "last_answer"]
 
+DEMO_DATA = "easy_vqa:"
+"""Beginning of the paths that select the data set of the demo, easy-VQA."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:

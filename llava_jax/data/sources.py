@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex, TypeVar, overload
 import numpy as np
 from jaxtyping import Int64
 
+from llava_jax.config.data import DEMO_DATA
 from llava_jax.data import easy_vqa
 from llava_jax.data.files import (
     detect_encoding,
@@ -53,7 +54,7 @@ def load_records(
         ConfigError: The source does not exist, has no records, or has only records of unknown
             formats.
     """
-    if path.startswith("easy_vqa:"):
+    if path.startswith(DEMO_DATA):
         return ListRecords(easy_vqa.parse_source(path))
     if path.startswith(PREFIX) and not is_remote(path):
         files: list[DataFile] = [HubDataset(path, image_root)]
