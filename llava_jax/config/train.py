@@ -64,11 +64,8 @@ class BatchConfig:
     loss_group: Annotated[int, at_least(1, "a group needs at least one sample")] = 1
 
 
-_Rate = Annotated[
-    float | None,
-    at_least(0, "a negative rate would increase the loss"),
-    at_most(10, "a larger rate destroys the weights"),
-]
+_LEAST_RATE = at_least(0, "a negative rate would increase the loss")
+_MOST_RATE = at_most(10, "a larger rate destroys the weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +86,9 @@ class OptimizerConfig:
         clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
     """
 
-    learning_rate: Annotated[
-        float,
-        at_least(0, "a negative rate would increase the loss"),
-        at_most(10, "a larger rate destroys the weights"),
-    ] = 2e-4
-    projector_learning_rate: _Rate = None
-    vision_learning_rate: _Rate = None
+    learning_rate: Annotated[float, _LEAST_RATE, _MOST_RATE] = 2e-4
+    projector_learning_rate: Annotated[float | None, _LEAST_RATE, _MOST_RATE] = None
+    vision_learning_rate: Annotated[float | None, _LEAST_RATE, _MOST_RATE] = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, within(0, 1, "it is a fraction of the steps")] = 0.03
     weight_decay: Annotated[
