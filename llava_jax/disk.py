@@ -93,14 +93,10 @@ def naming(path: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> None:
     r"""Writes a text to a file completely, or leaves the file unchanged if an error occurs.
 
-    A file that already has this text is not written.
-
     UTF-8 cannot encode lone surrogates, which JSON and file names may contain. Lone surrogates are
     written as in JSON, for example as `\ud800`.
     """
-    data = text.encode(errors="backslashreplace")
-    if not (path.is_file() and path.read_bytes() == data):
-        replace_bytes(path, data)
+    replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

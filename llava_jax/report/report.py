@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import UndefinedError
 
-from llava_jax.disk import replace_text
+from llava_jax.disk import read_if_there, replace_bytes
 from llava_jax.errors import ConfigError
 from llava_jax.report.html import render
 from llava_jax.report.run_files import RunReader
@@ -82,6 +82,7 @@ def write_report(run_dir: Path, reader: RunReader | None = None) -> Path:
         ) from error
     for line in run.damaged:
         _LOG.warning("%s", line)
-    file = run_dir / "report.html"
-    replace_text(file, page)
+    file, data = run_dir / "report.html", page.encode(errors="backslashreplace")
+    if read_if_there(file) != data:  # the report of a finished run stays as it is
+        replace_bytes(file, data)
     return file
