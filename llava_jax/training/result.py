@@ -55,7 +55,9 @@ def write_result(
         frozen: Frozen parameters by path.
     """
     config, state = setup.config, trained.pop()
-    last, best = int(state.step), broadcast_from_main(saved.intact_best_step())
+    last = int(state.step)
+    # Only one process reads the whole checkpoint to find damage.
+    best = broadcast_from_main(saved.intact_best_step() if is_main_process() else None)
     if best is not None and best != last:
         del state
         state = saved.restore_state(program.state, best)
