@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_jax.cli.arguments import Parser
 from llava_jax.distributed.environment import (
     GIB,
     available_memory,
@@ -83,7 +84,7 @@ class Device:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Prints versions, devices, memory, disks and caches of this machine, and what "
         "would make training slow. Paste the output into a bug report.",

@@ -139,3 +139,28 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_module("llava_jax", run_name="__main__")
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("benchmark",),
+        ("chat", "x"),
+        ("convert", "x", "y", "--to", "hf"),
+        ("doctor",),
+        ("evaluate", "x", "--task", "pope"),
+        ("gpu-check",),
+        ("report", "x"),
+        ("serve", "x"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_says_that_an_option_does_not_exist(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        main.main([*command, "--xyzzy"])
+    expected = (
+        f"llava-jax {command[0]}: error: there is no option --xyzzy; --help lists all options"
+    )
+    assert capsys.readouterr().err.strip() == expected
