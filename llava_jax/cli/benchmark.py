@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     given, rest = parser.parse_known_args(argv)
     if rest and not given.config:
-        parser.error(
-            f"unknown arguments: {' '.join(rest)}; fields of a config can be set only if --config "
-            "is given"
-        )
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     return report_errors(lambda: benchmark(given, make_case(given, rest)))
 
