@@ -22,6 +22,7 @@ from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec, fill
 from llava_jax.data.packing import deal, first_fit
 from llava_jax.data.samples import Sample
+from llava_jax.data.tiles import index_whole_images
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.train_step.program import Program, build_program
@@ -80,21 +81,28 @@ def random_batch(seed: int, size: int = 16, length: int = 20, images: int = 2) -
     loss_mask[:, : length // 2] = False
     pixels = rng.integers(0, 256, (size, images, 3, 28, 28), np.uint8)
     scale = np.tile(np.array(SCALE, np.float32), (size, 1, 1))
-    return Batch(input_ids, loss_mask, segment_ids, pixels, scale)
+    features = index_whole_images(input_ids, MODEL, images)
+    return Batch(
+        input_ids, loss_mask, segment_ids, **features, pixel_values=pixels, pixel_scale=scale
+    )
 
 
 def packed(batch: Batch, room: int, devices: int = 1) -> Batch:
     """The same samples, several in a row of so many tokens."""
     samples = {}
-    for place, (ids, mask, segments, pixels, _) in enumerate(
-        zip(*jax.tree.leaves(batch), strict=True)
-    ):
+    for place, row in enumerate(zip(*jax.tree.leaves(batch), strict=True)):
+        ids, mask, segments, index, weights, _, pixels, _ = row
         images = int((ids == MODEL.image_token_id).sum()) // MODEL.image_tokens
         real = segments > 0
-        samples[place] = Sample(ids[real], mask[real], pixels[:images])
-    layout = first_fit({place: len(s.input_ids) for place, s in samples.items()}, room)
+        samples[place] = Sample(ids[real], mask[real], index[real], weights[real], pixels[:images])
     size, images = len(samples), room // MODEL.image_tokens
-    spec = BatchSpec(size, images, (28, 28), room, MODEL.pad_token_id, SCALE)
+    lengths = {place: len(s.input_ids) for place, s in samples.items()}
+    slots = {place: len(s.pixel_values) for place, s in samples.items()}
+    layout = first_fit(lengths, slots, room, images)
+    features = MODEL.image_tokens
+    spec = BatchSpec(
+        size, images, (28, 28), room, MODEL.pad_token_id, SCALE, slot_features=features
+    )
     dealt = deal(layout, size, devices)
     rows = [{at: samples[at] for at in dealt.get(row, ())} for row in range(size)]
     return fill(rows, size, spec, room)

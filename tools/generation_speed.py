@@ -101,14 +101,14 @@ def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[
     """
     from llava_jax import LlavaModel
     from llava_jax.generation.engine import Engine, Request
+    from llava_jax.pretrained.model_inputs import Media, split_rows
 
     ids, pixels = prompt.values()
     length = ids.shape[1] + most
     model = LlavaModel.from_pretrained(directory)
     engine = Engine(model, slots=len(ids), length=length, donate=True)
-    return lambda new: list(
-        engine.run(Request(row, image[None], new) for row, image in zip(ids, pixels, strict=True))
-    )
+    rows = split_rows(model.config, ids, None, Media(pixels))
+    return lambda new: list(engine.run(Request(row, new) for row in rows))
 
 
 def theirs(directory: str, prompt: dict[str, np.ndarray], threads: int) -> Callable[[int], Any]:

@@ -157,7 +157,7 @@ def own_batches(
         folder: Directory for the data file.
         decode: Value of `data.image_decode`.
     """
-    from llava_jax.config import Parts
+    from llava_jax.config import ModelConfig, Parts, VisionConfig
     from llava_jax.data.batching import BatchSpec, ReadBatch
     from llava_jax.data.images import ImageTransform
     from llava_jax.data.order import EpochOrder
@@ -167,7 +167,7 @@ def own_batches(
     from llava_jax.data.workers import read_ahead
     from llava_jax.pretrained.tokenizer import load_tokenizer
 
-    edge, tokens = given.edge, (given.edge // 14) ** 2
+    edge = given.edge
     tokenizer = load_tokenizer(Parts(str(given.tokenizer), "", None))
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     assert isinstance(image_token, int)
@@ -175,15 +175,15 @@ def own_batches(
         tokenizer=tokenizer,
         template=TEMPLATES["vicuna_v1"],
         transform=ImageTransform(edge, edge, edge, aspect=given.aspect, decode=decode),
-        image_token_id=image_token,
-        image_tokens=tokens,
+        model=ModelConfig(VisionConfig(image_size=edge), image_token_id=image_token),
         max_length=2048,
         max_images=1,
     )
     data = folder / "data.json"
     data.write_text(json.dumps([record(files[n % len(files)], n) for n in range(RECORDS)]))
     records = load_records(str(data), "/")
-    spec = BatchSpec(given.batch, 1, (edge, edge), 2048, 0)
+    features = encoder.model.image_tokens
+    spec = BatchSpec(given.batch, 1, (edge, edge), 2048, 0, slot_features=features)
     order = EpochOrder((len(records),), given.batch, seed=0)
     read = ReadBatch(order, records, encoder, spec)
     return read_ahead(Timed(read), 0, 1, most_bytes=read.most_bytes)

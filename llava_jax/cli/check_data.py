@@ -115,7 +115,7 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
             advance=lambda count: bar.advance(task, count),
         )
     inputs = inputs.with_buckets(inputs.choose_buckets(config.total_steps(inputs.order.samples))[0])
-    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.slots)
     report = Report(found, padding, inputs.spec, records.where, records.sizes.describe_notes())
     report.show(given.shown)
     if inputs.outlier:

@@ -126,7 +126,8 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
-        estimate = make_estimator(config, model, given.count, target.rates, build)
+        slots = measuring.slots_per_row(config, model)
+        estimate = make_estimator(config, model, given.count, target.rates, build, slots)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
         free = size - reserve_of(size, outside)
@@ -166,11 +167,11 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
         model: Sizes of the model.
         count: Number of devices.
     """
-    from llava_jax.planning.measure import images_per_row
+    from llava_jax.planning.measure import slots_per_row
     from llava_jax.planning.model_flops import full_row, model_flops
 
     config = chosen.plan.apply(config)
-    row = full_row(config, images_per_row(config, model))
+    row = full_row(config, slots_per_row(config, model))
     needed = model_flops(config, model, row) * config.batch.global_size / count
     ratio = ""
     if chosen.usage.flops is not None:

@@ -7,10 +7,14 @@ from llava_jax.config.model import (
     LLAVA_13B,
     LLAVA_LLAMA3_8B,
     LLM_LINEARS,
+    NEWLINE,
+    NO_FEATURE,
     VISION_LINEARS,
     LlmConfig,
     ModelConfig,
     RopeScaling,
+    TilingConfig,
+    VideoConfig,
     VisionConfig,
 )
 from llava_jax.config.source import Parts, Source, absolute_source, format_source, parse_source

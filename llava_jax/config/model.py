@@ -1,10 +1,14 @@
 """Defines the sizes of a model, with the same field names as Hugging Face's configs."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from llava_jax.config.fields import Bound, above, at_least
 from llava_jax.errors import ConfigError
+
+NO_FEATURE, NEWLINE = -1, -2
+"""Indices in place of the index of a feature: of tokens of the text, and of tokens that end a row
+of an image's features."""
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,6 +135,48 @@ class LlmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TilingConfig:
+    """How an image of high resolution is cut into tiles, called "anyres" in LLaVA-NeXT.
+
+    Attributes:
+        grid_pinpoints: Resolutions (height, width) in pixels, one of which an image is resized to.
+            They are multiples of the image size of the vision tower.
+        max_tiles: Number of tiles whose features an image may have. The features of more tiles are
+            pooled to about this number. None never pools.
+        tiles_several_images: Whether the images of samples with several images are cut, too.
+    """
+
+    grid_pinpoints: Annotated[
+        tuple[tuple[int, int], ...],
+        Bound(
+            lambda pinpoints: bool(pinpoints) and min(map(min, pinpoints)) >= 1,
+            "positive",
+            "they are heights and widths in pixels",
+        ),
+    ]
+    max_tiles: Annotated[int | None, at_least(1, "it is a number of tiles")] = None
+    tiles_several_images: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    """How the frames of a video become tokens.
+
+    Attributes:
+        token_id: Token id that stands for a video in a prompt.
+        pooling: How the features of a frame are reduced. "average" takes the mean of squares of
+            `stride` x `stride` features, before the projector. "bilinear" resizes the features of
+            the projector to 1 / `stride` of their height and width, and adds one newline at the end
+            of the video.
+        stride: Number of features that become one, in each direction.
+    """
+
+    token_id: _TokenId
+    pooling: Literal["average", "bilinear"]
+    stride: Annotated[int, at_least(1, "it is a number of features")] = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes of a LLaVA model: a vision tower, a projector of two layers and a decoder.
 
@@ -139,6 +185,8 @@ class ModelConfig:
         llm: Sizes of the decoder.
         image_token_id: Token id that stands for an image in a prompt.
         pad_token_id: Token id of padding.
+        tiling: How images are cut into tiles; None takes each image as a whole.
+        video: How videos become tokens; None if the model reads no videos.
         vision_feature_layer: Index of the vision tower's hidden state that is the input of the
             projector. Index 0 is the input of the first block, and -1 the output of the last block.
         vision_feature_select_strategy: "default" drops the first position of the vision tower's
@@ -151,6 +199,8 @@ class ModelConfig:
     llm: LlmConfig = LlmConfig()
     image_token_id: _TokenId = 32000
     pad_token_id: _TokenId = 32001
+    tiling: TilingConfig | None = None
+    video: VideoConfig | None = None
     vision_feature_layer: Annotated[
         int, Bound(lambda index: index != 0, "not 0", "hidden state 0 is the input of the tower")
     ] = -2
@@ -176,12 +226,45 @@ class ModelConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Number of tokens that an image takes in a sequence.
+        """Number of features of an image slot, which holds an image, a tile or a video frame.
 
-        As in Hugging Face's LLaVA, the strategy "default" drops the first position. With CLIP, this
-        is the class token. With SigLIP, which has no class token, this is the first patch.
+        An image that is not cut into tiles takes as many tokens. As in Hugging Face's LLaVA, the
+        strategy "default" drops the first position. With CLIP, this is the class token. With
+        SigLIP, which has no class token, this is the first patch.
         """
         return self.vision.num_positions - (self.vision_feature_select_strategy == "default")
+
+    @property
+    def media_token_ids(self) -> tuple[int, ...]:
+        """Token ids that stand for an image or a video."""
+        return (self.image_token_id, *([] if self.video is None else [self.video.token_id]))
+
+    @property
+    def max_slots_per_image(self) -> int:
+        """Largest number of image slots of an image: the whole image, and its tiles."""
+        if self.tiling is None:
+            return 1
+        side = self.vision.image_size
+        tiles = ((height // side) * (width // side) for height, width in self.tiling.grid_pinpoints)
+        return 1 + max(tiles)
+
+    @property
+    def sources_per_token(self) -> int:
+        """Largest number of features of which a token is the weighted sum."""
+        if self.pools_before_projector:
+            return cast("VideoConfig", self.video).stride ** 2
+        is_resized = self.video is not None or (self.tiling and self.tiling.max_tiles is not None)
+        return 4 if is_resized else 1  # bilinear interpolation
+
+    @property
+    def pools_before_projector(self) -> bool:
+        """Whether tokens are sums of features of the vision tower, and not of the projector."""
+        return self.video is not None and self.video.pooling == "average"
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the decoder has a vector that ends the rows of an image's features."""
+        return self.tiling is not None or self.video is not None
 
 
 LLAVA_7B = ModelConfig()

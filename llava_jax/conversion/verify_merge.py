@@ -13,16 +13,20 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llava_jax.conversion.convert import Opened, open_source, with_rows
-from llava_jax.data.conversation import Turn, encode_prompt
+from llava_jax.data.conversation import Encoded, Turn, encode_prompt
 from llava_jax.data.image_tokens import expand_images
+from llava_jax.data.images import ImageTransform
 from llava_jax.data.templates import TEMPLATES
+from llava_jax.data.tiles import image_sources, is_tiled
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
+from llava_jax.models.llava import ImageInputs
 from llava_jax.models.lora import Adapter, TokenRows
 from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
-from llava_jax.pretrained.image_processor import load_image_transform
+from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.load import Stored, assemble, common_dtype, stored
 from llava_jax.pretrained.model import logits
+from llava_jax.pretrained.model_inputs import RowInputs, to_one_row
 from llava_jax.pretrained.safetensors import Tensor
 from llava_jax.pretrained.tokenizer import has_tokenizer, load_tokenizer
 
@@ -72,12 +76,12 @@ def _compare_logits(
     opened: Opened, merged: Opened, kind: str, say: Callable[[str], None]
 ) -> tuple[float, float]:
     """Returns the largest change of a logit by merging, and the largest logit. Prints both."""
-    ids, pixels = _batch(opened)
-    base = _logits(dataclasses.replace(opened, trained=None), ids, pixels)
-    before = _logits(opened, ids, pixels)
+    ids, images = _batch(opened)
+    base = _logits(dataclasses.replace(opened, trained=None), ids, images)
+    before = _logits(opened, ids, images)
     # The merged model may have another id for the image token.
     ids = np.where(ids == opened.config.image_token_id, merged.config.image_token_id, ids)
-    after = _logits(merged, ids, pixels)
+    after = _logits(merged, ids, images)
 
     words = min(before.shape[-1], after.shape[-1])
     base, before, after = (x[..., :words] for x in (base, before, after))
@@ -175,8 +179,8 @@ def _count_wrong(
     return wrong
 
 
-def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token ids [1, T] and pixels [1, 3, H, W] of a drawn image and a question about it.
+def _batch(opened: Opened) -> tuple[np.ndarray, ImageInputs]:
+    """Returns token ids [1, T] of a drawn image and a question about it, and the image.
 
     Without a tokenizer, the question consists of random tokens.
     """
@@ -185,22 +189,27 @@ def _batch(opened: Opened) -> tuple[np.ndarray, np.ndarray]:
     ImageDraw.Draw(picture).ellipse((120, 60, 300, 240), fill=(200, 30, 30))
     if not has_tokenizer(opened.inputs):
         rng = np.random.default_rng(0)
-        words = rng.integers(0, min(config.image_token_id, config.llm.vocab_size), 32)
-        ids = np.concatenate([np.repeat(config.image_token_id, config.image_tokens), words])
+        words = rng.integers(0, min(config.image_token_id, config.llm.vocab_size), 32, np.int32)
+        ids = np.concatenate([np.array([config.image_token_id], np.int32), words])
+        prompt = Encoded(ids, np.zeros(len(ids), bool))
     else:
         turns, template = [Turn("human", QUESTION)], TEMPLATES["vicuna_v1"]
         tokenizer = load_tokenizer(opened.inputs)
         prompt = encode_prompt(turns, template, tokenizer, config.image_token_id)
-        ids = expand_images(prompt, config.image_token_id, config.image_tokens).input_ids
     try:
-        pixels = load_image_transform(opened.inputs)(picture)
+        transform = load_fitting_transform(opened.inputs, config)
     except CheckpointError:  # no image processor
-        size = config.vision.image_size
-        pixels = np.asarray(picture.resize((size, size)), np.float32).transpose(2, 0, 1) / 127 - 1
-    return ids[None].astype(np.int32), pixels[None]
+        side = config.vision.image_size
+        transform = ImageTransform(side, side, side, aspect="squash", tiling=config.tiling)
+    prepared = transform.prepare(picture, tiled=is_tiled(config, 1))
+    text = expand_images(prompt, config, [image_sources(config, prepared.size)])
+    features = text.feature_index, text.feature_weights
+    row = RowInputs(text.input_ids, prepared.pixels, *features)
+    ids = text.input_ids[None]
+    return ids, to_one_row(config, [row], np.ones(ids.shape, bool))
 
 
-def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def _logits(opened: Opened, ids: np.ndarray, images: ImageInputs) -> np.ndarray:
     """Computes logits in float32. Loads the weights in their own dtype, and frees them again."""
     trained = opened.trained.tensors if opened.trained else {}
     tensors = {**opened.tensors, **trained}
@@ -208,4 +217,4 @@ def _logits(opened: Opened, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     kept = lambda path: np.float32 if is_adapter(path) else common_dtype(tensors[path])
     specs = {p: jax.ShapeDtypeStruct(x.shape, kept(p)) for p, x in abstract.items()}
     params = {path: assemble(path, tensors[path], spec) for path, spec in specs.items()}
-    return np.asarray(logits(graphdef, params, ids, pixels))
+    return np.asarray(logits(graphdef, params, ids, None, images))

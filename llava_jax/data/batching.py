@@ -10,17 +10,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from llava_jax.config import NO_FEATURE
 from llava_jax.data.batch import Batch
-from llava_jax.data.conversation import (
-    Encoded,
-    SampleError,
-)
+from llava_jax.data.conversation import SampleError
+from llava_jax.data.image_tokens import Expanded
 from llava_jax.data.images import Triple
 from llava_jax.data.order import NO_RECORD, EpochOrder, InOrder
 from llava_jax.data.packing import deal, pack
 from llava_jax.data.records import Record
 from llava_jax.data.samples import Sample, SampleEncoder
 from llava_jax.data.sources import Records
+from llava_jax.data.tiles import find_slot_tokens, shift
 from llava_jax.data.workers import WITHOUT_END, WorkerError, read_ahead, write_progress
 from llava_jax.disk import Json
 from llava_jax.errors import ConfigError, RunError
@@ -32,26 +32,28 @@ class BatchSpec:
 
     Attributes:
         size: Number of samples in a batch, B, which is also the number of rows.
-        max_images: Maximum number of image slots in a row, M. Slots without an image are blank.
+        max_slots: Maximum number of image slots in a row, M. Unused slots are blank.
         image_size: Height and width of an image in pixels.
         max_length: Maximum number of tokens in a sample.
         pad_token_id: Id of the token that pads rows on the right.
         pixel_scale: Factors and offsets of the color channels; see `ImageTransform.scale`.
         buckets: Lengths in tokens that the rows of a batch may have, in addition to max_length.
         image_buckets: Numbers of image slots that the rows of a batch may have, in addition to
-            max_images. Larger numbers than max_images are not used.
+            max_slots. Larger numbers than max_slots are not used.
         packing: Whether several samples share a row; rows that are not needed stay empty.
         devices: Number of devices that the rows are divided among. Packed rows are assigned to the
             devices in turn.
         micro_rows: Number of rows in a micro-batch on all devices together. A micro-batch without
             samples is not computed.
+        slot_features: Number of features of an image slot.
+        sources_per_token: Number of features of which a token is the sum, K.
 
     Raises:
         ConfigError: A bucket is smaller than 1 or larger than max_length.
     """
 
     size: int
-    max_images: int
+    max_slots: int
     image_size: tuple[int, int]
     max_length: int
     pad_token_id: int
@@ -61,6 +63,8 @@ class BatchSpec:
     packing: bool = False
     devices: int = 1
     micro_rows: int = 1
+    slot_features: int = 1
+    sources_per_token: int = 1
 
     def __post_init__(self):
         if any(bucket > self.max_length or bucket < 1 for bucket in self.buckets):
@@ -78,15 +82,23 @@ class BatchSpec:
     @property
     def slots(self) -> list[int]:
         """Returns all numbers of image slots that rows may have, in ascending order."""
-        return sorted({*(n for n in self.image_buckets if n < self.max_images), self.max_images})
+        return sorted({*(n for n in self.image_buckets if n < self.max_slots), self.max_slots})
 
     def bucket(self, length: int) -> int:
         """Returns the smallest bucket that holds `length` tokens."""
         return next(bucket for bucket in self.lengths if bucket >= length)
 
-    def image_bucket(self, images: int) -> int:
-        """Returns the smallest number of image slots that holds the images of a row."""
-        return next(slots for slots in self.slots if slots >= images)
+    def image_bucket(self, needed: int, length: int) -> int:
+        """Returns the number of image slots of the rows of a batch.
+
+        Args:
+            needed: Largest number of slots that a row of the batch needs.
+            length: Number of tokens in a row. Short rows have no room for as many whole images as
+                the rows of max_length tokens.
+        """
+        bucket = next(slots for slots in self.slots if slots >= needed)
+        room = max(length // self.slot_features, 1)
+        return room if needed <= room < bucket else bucket
 
     @property
     def is_fixed(self) -> bool:
@@ -224,16 +236,14 @@ class ReadBatch:
         }
         texts = {position: text for position, text in read.items() if text}
         lengths = {position: len(text.encoded.input_ids) for position, text in texts.items()}
+        slots = {position: sum(text.encoded.slots) for position, text in texts.items()}
         layout = {position: [position] for position in lengths}
         length = spec.bucket(max(lengths.values(), default=0))
         if spec.packing:
-            length, packed = pack(lengths, spec.lengths, spec.micro_rows)
+            length, packed = pack(lengths, slots, spec.lengths, spec.max_slots, spec.micro_rows)
             layout = deal(packed, spec.size, spec.devices)
-        images = {at: self.encode_fn.count_images(text.encoded) for at, text in texts.items()}
-        needed = max((sum(images[at] for at in row) for row in layout.values()), default=0)
-        # Short rows have no room for as many images as the rows of max_length tokens.
-        room = max(length // self.encode_fn.image_tokens, 1)
-        spec = dataclasses.replace(spec, max_images=min(spec.image_bucket(needed), room))
+        needed = max((sum(slots[at] for at in row) for row in layout.values()), default=0)
+        spec = dataclasses.replace(spec, max_slots=spec.image_bucket(needed, length))
         # With a generator, the pixels of only one row are in memory in addition to the batch.
         samples = ({at: self._add_images(texts[at]) for at in layout.get(row, ())} for row in own)
         batch = fill(samples, len(own), spec, length)
@@ -261,9 +271,11 @@ class ReadBatch:
     @property
     def most_bytes(self) -> int:
         """Returns the size in bytes of the largest batch, in tokens and in image slots."""
-        pixels = 3 * self.spec.max_images * self.spec.image_size[0] * self.spec.image_size[1]
-        rows = self.spec.size if self.rows is None else len(self.rows)
-        return rows * (pixels + 4 * 6 + 9 * self.spec.max_length)
+        spec = self.spec
+        slot = 4 + 3 * spec.image_size[0] * spec.image_size[1]
+        token = 9 + 8 * spec.sources_per_token
+        rows = spec.size if self.rows is None else len(self.rows)
+        return rows * (spec.max_slots * slot + 4 * 6 + spec.max_length * token)
 
     def _read_text(self, number: int) -> "_Text | None":
         """Returns a record and its tokens; None if the record cannot be used for training."""
@@ -288,7 +300,7 @@ class _Text(NamedTuple):
 
     number: int
     record: Record
-    encoded: Encoded
+    encoded: Expanded
 
 
 def _checksum(texts: Mapping[int, _Text | None]) -> int:
@@ -331,10 +343,13 @@ def fill(
     input_ids = np.full((size, length), spec.pad_token_id, np.int32)
     loss_mask = np.zeros((size, length), bool)
     segment_ids = np.zeros((size, length), np.int32)
-    pixels = np.zeros((size, spec.max_images, 3, *spec.image_size), np.uint8)
+    index = np.full((size, length, spec.sources_per_token), NO_FEATURE, np.int32)
+    weights = np.zeros(index.shape, np.float32)
+    slot_tokens = np.zeros((size, spec.max_slots), np.int32)
+    pixels = np.zeros((size, spec.max_slots, 3, *spec.image_size), np.uint8)
     scale = np.tile(np.array(spec.pixel_scale, np.float32), (size, 1, 1))
     for row, samples in enumerate(rows):
-        at = image = 0
+        at = slot = 0
         for position, sample in samples.items():
             if sample is None:
                 continue
@@ -342,6 +357,9 @@ def fill(
             input_ids[row, tokens] = sample.input_ids
             loss_mask[row, tokens] = sample.loss_mask
             segment_ids[row, tokens] = 1 + position
-            pixels[row, image : image + len(sample.pixel_values)] = sample.pixel_values
-            at, image = tokens.stop, image + len(sample.pixel_values)
-    return Batch(input_ids, loss_mask, segment_ids, pixels, scale)
+            index[row, tokens] = shift(sample.feature_index, slot * spec.slot_features)
+            weights[row, tokens] = sample.feature_weights
+            pixels[row, slot : slot + len(sample.pixel_values)] = sample.pixel_values
+            at, slot = tokens.stop, slot + len(sample.pixel_values)
+        slot_tokens[row] = find_slot_tokens(index[row], spec.slot_features, spec.max_slots)
+    return Batch(input_ids, loss_mask, segment_ids, index, weights, slot_tokens, pixels, scale)

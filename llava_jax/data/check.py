@@ -46,6 +46,7 @@ class Findings:
             sample cannot be used.
         learned: int32 [N]. Number of tokens in each sample that are training targets.
         images: int32 [N]. Number of images in each sample.
+        slots: int32 [N]. Number of image slots of each sample after truncation.
         cut: int32 [N]. Number of tokens that truncation removed from each sample.
         deep: int32 [N]. Number of images in each sample with more than 8 bits per channel.
         turned: int32 [N]. Number of images in each sample that are turned upright because of their
@@ -58,6 +59,7 @@ class Findings:
     tokens: Int32[np.ndarray, " N"]
     learned: Int32[np.ndarray, " N"]
     images: Int32[np.ndarray, " N"]
+    slots: Int32[np.ndarray, " N"]
     cut: Int32[np.ndarray, " N"]
     deep: Int32[np.ndarray, " N"]
     turned: Int32[np.ndarray, " N"]
@@ -121,7 +123,7 @@ class _Check:
 
     def __call__(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.records)))
-        rows = np.zeros((len(numbers), 7), np.int32)
+        rows = np.zeros((len(numbers), 8), np.int32)
         problems = []
         for row, number in zip(rows, numbers, strict=True):
             write_progress(number)
@@ -129,8 +131,8 @@ class _Check:
                 record = self.records[number]
                 encoded = self.encoder.encode_text(record)
                 length, learned = len(encoded.input_ids), int(encoded.loss_mask.sum())
-                row[:4] = length, learned, len(record.images), encoded.cut
-                row[4:] = np.sum(self.encoder.add_images(record, encoded).kinds, axis=0)
+                row[:5] = length, learned, len(record.images), sum(encoded.slots), encoded.cut
+                row[5:] = np.sum(self.encoder.add_images(record, encoded).kinds, axis=0)
             except SampleError as error:
                 problems.append((number, error.kind, str(error)))
         return rows, np.frombuffer(json.dumps(problems).encode(), np.uint8)

@@ -63,7 +63,8 @@ class Report:
         ]
         rooms = self.spec.lengths if self.spec.packing else [self.spec.max_length]
         packed = {"lengths": rooms, "choice": "packed"}
-        return [*rows, packed | {"waste": waste(self.padding.packed(rooms))}]
+        slots = max(self.spec.max_slots, self.spec.max_length // self.spec.slot_features)
+        return [*rows, packed | {"waste": waste(self.padding.packed(rooms, slots))}]
 
     def lengths(self) -> dict[str, tuple[int, ...]]:
         """Returns bucket lengths to compare: the config's lengths, and the best 1 to 4 lengths."""

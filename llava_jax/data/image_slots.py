@@ -1,6 +1,7 @@
-"""Finds how many images the samples of a data set have at most, and names an outlier."""
+"""Finds how many image slots the samples of a data set have at most, and names an outlier."""
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from llava_jax.data.lengths import SAMPLED
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
+from llava_jax.data.tiles import is_tiled
 from llava_jax.errors import SampleError
 
 _PERCENT, _FACTOR = 99, 2
@@ -15,58 +17,70 @@ _PERCENT, _FACTOR = 99, 2
 percent of the samples have at most."""
 
 
-def find_most_images(records: Records, encoder: SampleEncoder) -> tuple[int, int]:
-    """Finds the usable sample with the most images. No image is read.
+class MostSlots(NamedTuple):
+    """The sample of a data set that has the most image slots.
 
-    Only texts of samples with many images are encoded, and at most `lengths.SAMPLED` of them. An
-    image that truncation removes is not counted.
+    Attributes:
+        slots: Number of image slots that no sample exceeds.
+        images: Number of images of the sample, without those that truncation removes; 0 if the
+            sample is not known.
+        number: Index of the sample; NO_RECORD if it is not known.
+    """
+
+    slots: int
+    images: int
+    number: int
+
+
+def find_most_slots(records: Records, encoder: SampleEncoder) -> MostSlots:
+    """Finds the usable sample with the most image slots. No image is decoded.
+
+    Only texts of samples that may have many slots are encoded, and at most `lengths.SAMPLED` of
+    them. An image that truncation removes is not counted.
 
     Args:
         records: Records of the data set.
         encoder: Encoder that the run uses.
-
-    Returns:
-        The number of images that no sample exceeds, and the index of a sample that has as many; the
-        index is NO_RECORD if no such sample was found.
 
     Raises:
         ConfigError: A data file changed after it was opened, or the tokenizer lacks a control token
             of the template.
     """
     images = np.where(records.sizes.images > encoder.max_images, 0, records.sizes.images)
-    fitting = encoder.max_length // encoder.image_tokens
-    most, found = 0, NO_RECORD
-    for rank, number in enumerate(np.argsort(-images, kind="stable").tolist()):
-        possible = min(int(images[number]), fitting)
-        if possible <= most:
+    fitting = encoder.max_length // encoder.model.image_tokens
+    most = encoder.model.max_slots_per_image
+    one, several = (most if is_tiled(encoder.model, count) else 1 for count in (1, 2))
+    possible = np.minimum(images, fitting) * np.where(images == 1, one, several)
+    found = MostSlots(0, 0, NO_RECORD)
+    for rank, number in enumerate(np.argsort(-possible, kind="stable").tolist()):
+        if possible[number] <= found.slots:
             break
         if rank == SAMPLED:
-            return possible, NO_RECORD
+            return MostSlots(int(possible[number]), 0, NO_RECORD)
         with contextlib.suppress(SampleError):
-            kept = encoder.count_images(encoder.encode_text(records[number]))
-            if kept > most:
-                most, found = kept, number
-    return most, found
+            kept = encoder.encode_text(records[number]).slots
+            if sum(kept) > found.slots:
+                found = MostSlots(sum(kept), len(kept), number)
+    return found
 
 
-def describe_outlier(records: Records, most: int, number: int) -> str | None:
+def describe_outlier(records: Records, most: MostSlots) -> str | None:
     """Names a sample that has many more images than almost all other samples.
 
     Args:
         records: Records of the data set.
-        most: Number of images of the sample, as `find_most_images` returns it.
-        number: Index of the sample; NO_RECORD if it is not known.
+        most: Result of `find_most_slots`.
 
     Returns:
         A line of text; None if the sample does not have many more images.
     """
-    if number == NO_RECORD:
+    if most.number == NO_RECORD:
         return None
     usual = max(1, int(np.percentile(records.sizes.images, _PERCENT, method="lower")))
-    if most <= _FACTOR * usual:
+    if most.images <= _FACTOR * usual:
         return None
     return (
-        f"images: {records.where(number)} has {most} images; {_PERCENT} % of the samples have at "
-        f"most {usual}. Memory is planned for rows of {most} images. To leave out samples with "
-        f"more than {usual}, set data.max_images to {usual}"
+        f"images: {records.where(most.number)} has {most.images} images; {_PERCENT} % of the "
+        f"samples have at most {usual}. Memory is planned for rows of {most.slots} images. To "
+        f"leave out samples with more than {usual}, set data.max_images to {usual}"
     )

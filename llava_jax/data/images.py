@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from llava_jax.config import Aspect, Decode
+from llava_jax.config import Aspect, Decode, TilingConfig
 from llava_jax.data.files import open_file
 from llava_jax.data.image_file import open_checked
 from llava_jax.data.image_limits import MAX_FILE_BYTES
 from llava_jax.data.image_pixels import find_orientation, is_deep, is_sideways, to_rgb
+from llava_jax.data.tiles import best_resolution, resized_size
 from llava_jax.errors import SampleError
 
 # Means and standard deviations of the RGB channels in the training data of OpenAI's CLIP.
@@ -63,6 +64,20 @@ class ImageKind(NamedTuple):
     is_dark: bool = False
 
 
+class Prepared(NamedTuple):
+    """An image that is ready for the model.
+
+    Attributes:
+        pixels: float32 [slots, 3, height, width]. Normalized pixels of the whole image and of its
+            tiles, if it is cut into tiles.
+        size: Height and width in pixels of the upright image before it was resized; None if the
+            image is not cut into tiles.
+    """
+
+    pixels: Float32[np.ndarray, "M 3 H W"]
+    size: tuple[int, int] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
     """Converts an image to RGB, turns it upright, and resizes, crops and normalizes it.
@@ -82,6 +97,7 @@ class ImageTransform:
             processors. "draft" decodes at 1/2, 1/4 or 1/8 of the size if the decoded image is still
             about as large as needed; its pixels differ by 0.5 to 2.5 levels (of 255) on average.
         exif_orientation: Whether to turn an image upright as its Exif orientation says.
+        tiling: How images are cut into tiles; None takes each image as a whole.
     """
 
     shortest_edge: int = 336
@@ -93,6 +109,7 @@ class ImageTransform:
     aspect: Aspect = "pad"
     decode: Decode = "exact"
     exif_orientation: bool = True
+    tiling: TilingConfig | None = None
 
     def __call__(self, image: Image.Image | str | bytes) -> Float32[np.ndarray, "3 H W"]:
         """Returns the normalized pixels of an image, float32 [3, height, width].
@@ -107,13 +124,38 @@ class ImageTransform:
         if isinstance(image, str | bytes):
             with _opened(image) as file:
                 return self(file)
+        rgb = to_rgb(image, exif_orientation=self.exif_orientation)
+        return self._normalize(self._fit(rgb, rgb.size, 1))
+
+    def prepare(self, image: Image.Image | str | bytes, *, tiled: bool) -> Prepared:
+        """Returns the normalized pixels of an image, and of its tiles.
+
+        Args:
+            image: Opened image, or path or content of an image file.
+            tiled: Whether to cut the image into tiles.
+
+        Raises:
+            SampleError: See `__call__`.
+        """
+        if isinstance(image, str | bytes):
+            with _opened(image) as file:
+                return self.prepare(file, tiled=tiled)
+        if not tiled:
+            return Prepared(self(image)[None], None)
+        rgb = to_rgb(image, exif_orientation=self.exif_orientation)
+        slots = self._cut(rgb, rgb.size, 1)
+        return Prepared(
+            np.stack([self._normalize(slot) for slot in slots]), (rgb.height, rgb.width)
+        )
+
+    def _normalize(self, image: Image.Image) -> Float32[np.ndarray, "3 H W"]:
+        """Returns the normalized pixels of a resized image."""
         # Each of the 256 pixel levels is normalized once. As in Hugging Face's processor, the
         # product is computed in float64 and then rounded to float32.
         levels = (np.arange(256) * self.rescale).astype(np.float32)
         mean, std = np.array([self.mean, self.std], np.float32)
         table = (levels - mean[:, None]) / std[:, None]
-        rgb = to_rgb(image, exif_orientation=self.exif_orientation)
-        pixels = np.asarray(self._fit(rgb, rgb.size, 1))
+        pixels = np.asarray(image)
         return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
     @property
@@ -123,12 +165,37 @@ class ImageTransform:
         factors = self.rescale / red, self.rescale / green, self.rescale / blue
         return factors, (-self.mean[0] / red, -self.mean[1] / green, -self.mean[2] / blue)
 
-    def read(self, image: str | bytes, levels: UInt8[np.ndarray, "3 H W"]) -> ImageKind:
+    def find_size(self, image: str | bytes) -> tuple[int, int]:
+        """Returns the height and width in pixels of an upright image; reads only its header.
+
+        Raises:
+            SampleError: The file cannot be read.
+        """
+        with _opened(image) as file:
+            return self.upright_size(file)
+
+    def upright_size(self, image: Image.Image) -> tuple[int, int]:
+        """Returns the height and width in pixels of an opened image when it is upright."""
+        is_turned = self.exif_orientation and is_sideways(image)
+        return image.size if is_turned else (image.height, image.width)
+
+    def count_slots(self, size: tuple[int, int] | None) -> int:
+        """Returns the number of image slots of an image of a size (height, width) in pixels.
+
+        The size is None if the image is not cut into tiles.
+        """
+        if self.tiling is None or size is None:
+            return 1
+        height, width = best_resolution(size, self.tiling)
+        return 1 + height // self.height * (width // self.width)
+
+    def read(self, image: str | bytes, levels: UInt8[np.ndarray, "M 3 H W"]) -> ImageKind:
         """Decodes and resizes an image file, and writes the pixels, not normalized, to an array.
 
         Args:
             image: Path or content of the file.
-            levels: uint8 [3, height, width]. Array that the pixels are written to.
+            levels: uint8 [slots, 3, height, width]. Array that the pixels are written to. If it has
+                several slots, these are for the whole image and its tiles.
 
         Returns:
             What was changed in the image before it was resized.
@@ -139,18 +206,48 @@ class ImageTransform:
         """
         with _opened(image) as file:
             was_deep = is_deep(file)
-            scale, size = self._reduce(file) if self.decode == "draft" else (1, file.size)
+            tiled = len(levels) > 1
+            scale, size = self._reduce(file, tiled) if self.decode == "draft" else (1, file.size)
             rgb = to_rgb(file, exif_orientation=self.exif_orientation)
             is_turned = self.exif_orientation and find_orientation(file) != 1
         kind = ImageKind(was_deep, is_turned, was_deep and _highest_level(rgb) < MAX_DARK)
-        fitted = self._fit(rgb, rgb.size if scale == 1 else size, scale)
-        # Copying one channel at a time is faster than transposing an array.
-        for channel, name in zip(levels, "RGB", strict=True):
-            flat = np.frombuffer(fitted.tobytes("raw", name), np.uint8)
-            channel[...] = flat.reshape(channel.shape)
+        size = rgb.size if scale == 1 else size
+        fitted = self._cut(rgb, size, scale) if tiled else [self._fit(rgb, size, scale)]
+        for slot, one in zip(levels, fitted, strict=True):
+            # Copying one channel at a time is faster than transposing an array.
+            for channel, name in zip(slot, "RGB", strict=True):
+                flat = np.frombuffer(one.tobytes("raw", name), np.uint8)
+                channel[...] = flat.reshape(channel.shape)
         return kind
 
-    def _reduce(self, file: Image.Image) -> tuple[int, tuple[int, int]]:
+    def _cut(self, image: Image.Image, size: tuple[int, int], scale: int) -> Iterator[Image.Image]:
+        """Yields the whole image, resized to a square, and its tiles.
+
+        Args:
+            image: Image that was decoded at 1 / scale of its size.
+            size: Full width and height of the image.
+            scale: Number by which the size was divided.
+        """
+        box = (0, 0, size[0] / scale, size[1] / scale)
+        yield self._resized_box(image, box, (self.width, self.height))
+        (width, height), new = self._canvas_and_size(size)
+        # The padding is black before the pixels are normalized.
+        canvas = Image.new("RGB", (width, height))
+        resized = self._resized_box(image, box, new)
+        canvas.paste(resized, ((width - new[0]) // 2, (height - new[1]) // 2))
+        for top in range(0, height, self.height):
+            for left in range(0, width, self.width):
+                yield canvas.crop((left, top, left + self.width, top + self.height))
+
+    def _canvas_and_size(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns (width, height) of the canvas that is cut into tiles, and of the image in it."""
+        assert self.tiling is not None
+        upright = size[1], size[0]
+        height, width = best_resolution(upright, self.tiling)
+        new_height, new_width = resized_size(upright, (height, width))
+        return (width, height), (new_width, new_height)
+
+    def _reduce(self, file: Image.Image, tiled: bool) -> tuple[int, tuple[int, int]]:
         """Lets Pillow decode a JPEG at 1 / scale of its size, if possible.
 
         Returns:
@@ -159,7 +256,10 @@ class ImageTransform:
         stored = size = file.size
         if is_turned := self.exif_orientation and is_sideways(file):
             size = (stored[1], stored[0])
-        (left, top, right, bottom), new = self._box_and_size(*size)
+        if tiled:
+            (left, top, right, bottom), new = (0, 0, *size), self._canvas_and_size(size)[1]
+        else:
+            (left, top, right, bottom), new = self._box_and_size(*size)
         needed = (
             max(1, int(MIN_REDUCED * new[0] * size[0] / (right - left))),
             max(1, int(MIN_REDUCED * new[1] * size[1] / (bottom - top))),
@@ -186,16 +286,19 @@ class ImageTransform:
         """Resizes and crops an image that was decoded at 1 / scale of its size."""
         box, new = self._box_and_size(*size)
         left, top, right, bottom = (side / scale for side in box)
+        resized = self._resized_box(image, (left, top, right, bottom), new)
+        return _center_crop(resized, self.height, self.width)
+
+    def _resized_box(self, image: Image.Image, box: Box, new: tuple[int, int]) -> Image.Image:
+        """Resizes a rectangle, strip by strip if it is very large."""
+        left, top, right, bottom = box
         # Pillow resizes in two passes, whose order it chooses, and rounds between the passes.
         # Resizing in strips may therefore give slightly different pixels, so it is used only if a
         # single call would take too much memory.
         if max(image.width, right - left) * max(image.height, bottom - top) <= MAX_WHOLE_PIXELS:
-            image = self._resized(image, (left, top, right, bottom), new)
-        else:
-            image = self._resized(
-                self._across(image, left, right, new[0]), (0, top, new[0], bottom), new
-            )
-        return _center_crop(image, self.height, self.width)
+            return self._resized(image, box, new)
+        across = self._across(image, left, right, new[0])
+        return self._resized(across, (0, top, new[0], bottom), new)
 
     def _across(self, image: Image.Image, left: float, right: float, width: int) -> Image.Image:
         """Resizes the columns between `left` and `right` to `width` columns; keeps the height."""
@@ -227,20 +330,21 @@ class ImageTransform:
 
 
 def read_pixels(
-    data: bytes, transform: ImageTransform, max_side: int
-) -> Float32[np.ndarray, "3 H W"]:
-    """Returns the normalized pixels of an image file, float32 [3, height, width].
+    data: bytes, transform: ImageTransform, max_side: int, *, tiled: bool = False
+) -> Prepared:
+    """Returns the normalized pixels of an image file, and of its tiles.
 
     Args:
         data: Content of the file.
         transform: Transform of the image. Its `decode` is ignored: JPEGs are decoded at full size.
         max_side: Maximum length of the longer side in pixels.
+        tiled: Whether to cut the image into tiles.
 
     Raises:
         SampleError: The file is not an image, costs too much to decode, or is too narrow.
     """
     with open_checked(data, max_side) as image:
-        return transform(image)
+        return transform.prepare(image, tiled=tiled)
 
 
 def open_image(image: str | bytes, *, exif_orientation: bool = True) -> Image.Image:

@@ -53,13 +53,13 @@ class Padding:
             cannot be used are left out.
         size: Number of samples in a batch.
         tokens: Sum of the lengths in tokens of all samples that are used.
-        images: Numbers of images of the same samples, as int64 arrays.
+        slots: Numbers of image slots of the same samples, as int64 arrays.
     """
 
     batches: Sequence[Int64[np.ndarray, " _"]]
     size: int
     tokens: int
-    images: Sequence[Int64[np.ndarray, " _"]]
+    slots: Sequence[Int64[np.ndarray, " _"]]
 
     @functools.cached_property
     def longest(self) -> Int64[np.ndarray, " batches"]:
@@ -76,18 +76,24 @@ class Padding:
         ordered = np.array(sorted(lengths), np.int64)
         return int(ordered[np.searchsorted(ordered, self.longest)].sum()) * self.size
 
-    def packed(self, lengths: Sequence[int], together: int = 1) -> int:
+    def packed(self, lengths: Sequence[int], max_slots: int, together: int = 1) -> int:
         """Returns the number of tokens that are computed if the samples of each batch are packed.
 
         Args:
             lengths: Row lengths in tokens; the largest one must be sufficient for every sample.
+            max_slots: Number of image slots of a row, sufficient for every sample.
             together: Number of rows that are computed together; see `packing.pack`.
         """
-        total = 0
-        for batch in self.batches:
-            room, rows = pack(dict(enumerate(batch.tolist())), lengths, together)
-            total += room * together * -(-len(rows) // together)
-        return total
+        packed = self._pack(lengths, max_slots, together)
+        return sum(room * together * -(-len(rows) // together) for room, rows in packed)
+
+    def _pack(
+        self, lengths: Sequence[int], max_slots: int, together: int
+    ) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yields the row length and the samples of each row, for each batch."""
+        for batch, slots in zip(self.batches, self.slots, strict=True):
+            samples, needed = (dict(enumerate(x.tolist())) for x in (batch, slots))
+            yield pack(samples, needed, lengths, max_slots, together)
 
     def waste(self, tokens: int) -> float:
         """Returns the fraction of padding among `tokens` tokens; 1 if no sample can be used."""
@@ -101,18 +107,18 @@ class Padding:
         return best_bounds(self.longest, count)
 
     def shapes(self, spec: BatchSpec) -> Iterator[tuple[int, int]]:
-        """Yields the row length of each batch, and the largest number of images in one of its rows.
+        """Yields the row length of each batch, and the largest number of slots that a row needs.
 
         Args:
             spec: Shapes of the batches. `spec.image_buckets` is not used.
         """
-        for lengths, images in zip(self.batches, self.images, strict=True):
-            if spec.packing:
-                samples = dict(enumerate(lengths.tolist()))
-                room, rows = pack(samples, spec.lengths, spec.micro_rows)
-                yield room, max((int(images[row].sum()) for row in rows), default=0)
-            else:
-                yield spec.bucket(int(lengths.max(initial=1))), int(images.max(initial=0))
+        if not spec.packing:
+            for lengths, slots in zip(self.batches, self.slots, strict=True):
+                yield spec.bucket(int(lengths.max(initial=1))), int(slots.max(initial=0))
+            return
+        packed = self._pack(spec.lengths, spec.max_slots, spec.micro_rows)
+        for (room, rows), slots in zip(packed, self.slots, strict=True):
+            yield room, max((int(slots[row].sum()) for row in rows), default=0)
 
 
 def best_bounds(needed: Int64[np.ndarray, " batches"], count: int) -> tuple[int, ...]:
@@ -163,7 +169,7 @@ def measure_padding(
     order: EpochOrder,
     tokens: Int[np.ndarray, " N"],
     good: Bool[np.ndarray, " N"],
-    images: Int[np.ndarray, " N"],
+    slots: Int[np.ndarray, " N"],
     numbers: Iterable[int] | None = None,
 ) -> Padding:
     """Measures the padding of some batches.
@@ -174,7 +180,7 @@ def measure_padding(
             images of a sample are bad, its tokens contribute to the length of its batch, as in a
             run, but are counted as padding.
         good: bool [N]. True if a sample is used for training.
-        images: int [N]. Number of images in each sample.
+        slots: int [N]. Number of image slots of each sample.
         numbers: Numbers of the batches; None measures all batches of the first epoch.
     """
     batches, shown, learned = [], [], 0
@@ -182,7 +188,7 @@ def measure_padding(
         rows = order.batch(number)
         rows = rows[(rows != NO_RECORD) & (tokens[rows] > 0)]
         batches.append(tokens[rows].astype(np.int64))
-        shown.append(images[rows].astype(np.int64))
+        shown.append(slots[rows].astype(np.int64))
         learned += int(tokens[rows[good[rows]]].sum())
     return Padding(batches, order.size, learned, shown)
 
@@ -235,10 +241,10 @@ def choose_image_buckets(
         slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
 
     Returns:
-        Numbers of slots below `spec.max_images`, in ascending order. `spec.max_images` is always an
+        Numbers of slots below `spec.max_slots`, in ascending order. `spec.max_slots` is always an
         additional number; it is compiled only if a batch needs it.
     """
-    if not (padding.tokens and spec.max_images):
+    if not (padding.tokens and spec.max_slots):
         return ()
     lengths, needed = np.array(list(padding.shapes(spec)), np.int64).T
     choices = [best_bounds(needed, count) for count in range(1, MAX_BUCKETS + 1)]
@@ -247,7 +253,7 @@ def choose_image_buckets(
     compiled = [len(np.unique(np.stack([lengths, chosen]), axis=1).T) for chosen in slots]
     compilation = COMPILATION_STEPS / steps * tokens[0]  # as a part of the measured batches
     costs = [n + compilation * count for n, count in zip(tokens, compiled, strict=True)]
-    return tuple(n for n in choices[int(np.argmin(costs))] if n < spec.max_images)
+    return tuple(n for n in choices[int(np.argmin(costs))] if n < spec.max_slots)
 
 
 def _round(lengths: Int64[np.ndarray, " n"], limit: int) -> Int64[np.ndarray, " n"]:
@@ -260,7 +266,9 @@ def _choose_room(padding: Padding, spec: BatchSpec) -> tuple[int, ...]:
     limit = spec.max_length
     spaced = limit * np.arange(1, _ROOMS + 1) // _ROOMS
     rooms = _round(np.append(spaced, padding.longest.max()), limit).tolist()
-    tokens = {room: padding.packed([room, limit], spec.micro_rows) for room in rooms}
+    tokens = {
+        room: padding.packed([room, limit], spec.max_slots, spec.micro_rows) for room in rooms
+    }
     least = min(tokens.values())
     room = max(room for room in rooms if tokens[room] <= _PACKED_SHARE * least)
     return () if room == limit else (room,)

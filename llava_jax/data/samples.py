@@ -3,31 +3,37 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 from transformers import PreTrainedTokenizerBase
 
+from llava_jax.config import ModelConfig
 from llava_jax.config.data import TrainOn
 from llava_jax.data.conversation import Encoded, SampleError, count_placeholders, encode
-from llava_jax.data.image_tokens import expand_images
+from llava_jax.data.image_tokens import Expanded, expand_images
 from llava_jax.data.images import ImageKind, ImageTransform
 from llava_jax.data.records import Record
 from llava_jax.data.templates import Template
+from llava_jax.data.tiles import image_sources, is_tiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An encoded record before padding, with T tokens and I images.
+    """An encoded record before padding, with T tokens and M image slots.
 
     Attributes:
         input_ids: int32 [T]. Token ids.
         loss_mask: bool [T]. True for tokens that are training targets.
-        pixel_values: uint8 [I, 3, H, W]. Pixels of the images, not normalized.
+        feature_index: int32 [T, K]. Features that replace the tokens; see `Expanded`.
+        feature_weights: float32 [T, K]. Weights of the features.
+        pixel_values: uint8 [M, 3, H, W]. Pixels of the image slots, not normalized.
         kinds: What was changed in each image file before it was resized.
     """
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
-    pixel_values: UInt8[np.ndarray, "I 3 H W"]
+    feature_index: Int32[np.ndarray, "T K"]
+    feature_weights: Float32[np.ndarray, "T K"]
+    pixel_values: UInt8[np.ndarray, "M 3 H W"]
     kinds: tuple[ImageKind, ...] = ()
 
 
@@ -39,8 +45,7 @@ class SampleEncoder:
         tokenizer: Fast tokenizer of transformers.
         template: Conversation template: the text around the turns.
         transform: Transform that resizes and crops the images.
-        image_token_id: Id of the token that represents an image.
-        image_tokens: Number of tokens of one image.
+        model: Sizes and token ids of the model.
         max_length: Maximum number of tokens in a sample; longer samples are truncated.
         max_images: Maximum number of images in a sample.
         max_text_length: Maximum number of tokens in a sample, counting each image as one token;
@@ -51,8 +56,7 @@ class SampleEncoder:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     transform: ImageTransform
-    image_token_id: int
-    image_tokens: int
+    model: ModelConfig
     max_length: int
     max_images: int
     max_text_length: int | None = None
@@ -67,8 +71,11 @@ class SampleEncoder:
         """
         return self.add_images(record, self.encode_text(record))
 
-    def encode_text(self, record: Record) -> Encoded:
-        """Encodes the text of a record without reading its images.
+    def encode_text(self, record: Record) -> Expanded:
+        """Encodes the text of a record without decoding its images.
+
+        If images are cut into tiles, their headers are read, because the number of tokens depends
+        on the size of an image.
 
         Raises:
             SampleError: The record cannot be used for training.
@@ -79,27 +86,55 @@ class SampleEncoder:
             record.turns,
             self.template,
             self.tokenizer,
-            self.image_token_id,
+            self.model.image_token_id,
             last_answer_only=self.train_on == "last_answer",
         )
-        return expand_images(
-            encoded, self.image_token_id, self.image_tokens, self.max_length, self.max_text_length
-        )
+        return self.expand(record, encoded, self.max_length, self.max_text_length)
 
-    def add_images(self, record: Record, encoded: Encoded) -> Sample:
+    def expand(
+        self,
+        record: Record,
+        encoded: Encoded,
+        max_length: int | None = None,
+        max_text_length: int | None = None,
+    ) -> Expanded:
+        """Replaces the token of each image of a record by the tokens of its features.
+
+        Args:
+            record: Record that was encoded.
+            encoded: Its text, or the beginning of it, with one token for each image.
+            max_length: Maximum number of tokens; see `expand_images`.
+            max_text_length: Maximum number of tokens before the repetition.
+
+        Raises:
+            SampleError: The header of an image cannot be read, or truncation removed all learned
+                tokens.
+        """
+        count = int((encoded.input_ids == self.model.image_token_id).sum())
+        tiled = is_tiled(self.model, len(record.images))
+        sizes = (self.transform.find_size(one) if tiled else None for one in record.images[:count])
+        sources = [image_sources(self.model, size) for size in sizes]
+        return expand_images(encoded, self.model, sources, max_length, max_text_length)
+
+    def add_images(self, record: Record, encoded: Expanded) -> Sample:
         """Returns the complete sample: the encoded text of a record, and the pixels of its images.
 
         Raises:
             SampleError: An image cannot be read.
         """
-        images = record.images[: self.count_images(encoded)]
-        pixels = np.empty((len(images), 3, self.transform.height, self.transform.width), np.uint8)
-        kinds = [self.transform.read(*pair) for pair in zip(images, pixels, strict=True)]
-        return Sample(encoded.input_ids, encoded.loss_mask, pixels, tuple(kinds))
-
-    def count_images(self, encoded: Encoded) -> int:
-        """Returns the number of images in an encoded text; truncation may have removed some."""
-        return int((encoded.input_ids == self.image_token_id).sum()) // self.image_tokens
+        size = self.transform.height, self.transform.width
+        pixels = np.empty((sum(encoded.slots), 3, *size), np.uint8)
+        slots = np.split(pixels, np.cumsum(encoded.slots)[:-1]) if encoded.slots else []
+        images = record.images[: len(encoded.slots)]
+        kinds = [self.transform.read(*pair) for pair in zip(images, slots, strict=True)]
+        return Sample(
+            encoded.input_ids,
+            encoded.loss_mask,
+            encoded.feature_index,
+            encoded.feature_weights,
+            pixels,
+            tuple(kinds),
+        )
 
     def _check_images(self, record: Record) -> None:
         count = len(record.images)

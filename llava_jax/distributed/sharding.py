@@ -54,7 +54,7 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"{BLOCKS}(_proj|fc1|fc2)\.bias", ("layers", "model")),
     (r"llm\.(embed_tokens|lm_head)\.weight", ("vocab", "model")),
     (r"llm\.(embed_tokens|lm_head)\.trainable_tokens", ("whole", "model")),
-    (r"llm\.norm\.weight", ("model",)),
+    (r"llm\.(norm\.weight|image_newline)", ("model",)),
     (r"projector\.linear_1\.(weight|lora_b)", ("split_outputs", "whole")),
     (r"projector\.linear_1\.lora_a", ("rank", "whole")),
     (r"projector\.linear_2\.weight", ("outputs", "split_inputs")),

@@ -185,8 +185,8 @@ class Assistant:
             SampleError: The prompt cannot be used: for example, an image is broken, turns are out
                 of order, or the prompt is too long.
         """
-        input_ids, pixels = self.reader(prompt, self._engine.check)
-        request = Request(input_ids, pixels, max_new_tokens, self.reader.ends, sampling)
+        inputs = self.reader(prompt, self._engine.check)
+        request = Request(inputs, max_new_tokens, self.reader.ends, sampling)
         request.scores = [] if wants_scores else None
         return Answer(request, self.reader.tokenizer, stop, continues=prompt.continues)
 

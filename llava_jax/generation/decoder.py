@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from llava_jax.config import LlmConfig
 from llava_jax.models.layers import Params, merge, split, with_layer_scales
 from llava_jax.models.llama import Block, Rope
-from llava_jax.models.llava import Llava, head_logits
+from llava_jax.models.llava import ImageInputs, Llava, head_logits
 from llava_jax.models.stack import Leaves
 
 
@@ -114,7 +114,7 @@ def prefill(
     caches: list[Cache],
     input_ids: Int[Array, "T"],
     length: Int[Array, ""],
-    pixel_values: Float[Array, "I C Y X"] | None,
+    images: ImageInputs | None,
     row: Int[Array, ""],
 ) -> tuple[Float[Array, "1 V"], list[Cache]]:
     """Processes a prompt, and writes its keys and values into one row of the caches.
@@ -125,7 +125,7 @@ def prefill(
         caches: Caches of all layers.
         input_ids: Token ids of the prompt with images expanded, padded on the right.
         length: Number of tokens of the prompt, without padding.
-        pixel_values: Images of the prompt; None if the prompt has no images.
+        images: Images of the prompt; None if the prompt has no images.
         row: Index of the row in the caches.
 
     Returns:
@@ -133,7 +133,7 @@ def prefill(
     """
     model = cast("Llava", merge(structure.rest, weights.rest))
     segment_ids = (jnp.arange(input_ids.shape[0]) < length).astype(jnp.int32)[None]
-    x = model.embed(input_ids[None], pixel_values)
+    x = model.embed(input_ids[None], images)
     rope = model.llm.rope(jnp.arange(input_ids.shape[0])[None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

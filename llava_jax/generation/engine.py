@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32
+from jaxtyping import ArrayLike, Bool, Float, Int, Int32
 
 from llava_jax.distributed.sharding import to_spec
 from llava_jax.errors import ConfigError, SampleError
@@ -28,9 +28,16 @@ from llava_jax.generation.decoder import (
     unstack_layers,
 )
 from llava_jax.generation.sampling import GREEDY, Rows, Sampling, Scores, choose, score, to_rows
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import ImageInputs, Llava
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.model import LlavaModel
+from llava_jax.pretrained.model_inputs import (
+    Media,
+    RowInputs,
+    kept_tokens,
+    padded_images,
+    split_rows,
+)
 from llava_jax.pretrained.processor import end_tokens
 
 MIN_PADDED = 32
@@ -54,8 +61,7 @@ class Request:
     """A prompt, and the tokens that were generated for the prompt so far.
 
     Attributes:
-        input_ids: Prompt, int32 [T]. Each image has as many image tokens as it has features.
-        pixel_values: Images in the order of their tokens, float32 [I, 3, H, W].
+        prompt: Token ids, images, and the tokens that the features of the images replace.
         max_new_tokens: Largest number of tokens to generate.
         ends: Ids of the tokens that end the sequence.
         sampling: Settings by which tokens are chosen.
@@ -65,14 +71,18 @@ class Request:
             largest length, None while the sequence is running.
     """
 
-    input_ids: Int32[np.ndarray, " T"]
-    pixel_values: Float32[np.ndarray, "I 3 H W"]
+    prompt: RowInputs
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
     scores: list[Likely] | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     ending: Literal["stop", "length"] | None = None
+
+    @property
+    def input_ids(self) -> Int32[np.ndarray, " T"]:
+        """Token ids of the prompt, with a token for each feature of its images."""
+        return self.prompt.input_ids
 
 
 class Engine:
@@ -194,18 +204,19 @@ class Engine:
         self._take([(0, request)], token, scores)
 
     def _size(self, request: Request) -> tuple[int, int]:
-        """Returns the padded number of tokens and the number of images, which select a program."""
-        return _padded(len(request.input_ids), self.length), len(request.pixel_values)
+        """Returns the padded numbers of tokens and of image slots, which select a program."""
+        slots = len(request.prompt.pixel_values)
+        return _padded(len(request.input_ids), self.length), _padded_slots(slots)
 
     def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
         """Returns the arguments of `_start` that depend on the request."""
-        size, images = self._size(request)
+        size, slots = self._size(request)
         input_ids = np.full(size, self.config.pad_token_id, np.int32)
         input_ids[: len(request.input_ids)] = request.input_ids
         return (
             input_ids,
             np.int32(len(request.input_ids)),
-            request.pixel_values if images else None,
+            padded_images(request.prompt, size, slots) if slots else None,
             np.int32(row),
             to_rows([request.sampling]),
             np.bool_(request.scores is not None),
@@ -292,6 +303,16 @@ def _padded(length: int, most: int) -> int:
     return min(size, most)
 
 
+_EXACT_SLOTS, _SLOT_STEP = 5, 4
+"""Up to `_EXACT_SLOTS` image slots, each number has its own program; larger numbers are rounded up
+to the next multiple of `_SLOT_STEP`."""
+
+
+def _padded_slots(slots: int) -> int:
+    """Rounds a number of image slots up to one of few numbers, so that few programs exist."""
+    return slots if slots <= _EXACT_SLOTS else -(-slots // _SLOT_STEP) * _SLOT_STEP
+
+
 def _start_fn(
     structure: Structure,
     weights: Weights,
@@ -299,13 +320,13 @@ def _start_fn(
     seen: Bool[jax.Array, "B V"],
     input_ids: Int[jax.Array, "T"],
     length: Int[jax.Array, ""],
-    pixel_values: Float[jax.Array, "I 3 H W"] | None,
+    images: ImageInputs | None,
     row: Int[jax.Array, ""],
     rows: Rows,
     wants_scores: Bool[jax.Array, ""],
 ) -> tuple[Int[jax.Array, "1"], Scores, list[Cache], Bool[jax.Array, "B V"]]:
     """Processes a prompt in one row of the caches, and chooses the first token of the answer."""
-    logits, caches = prefill(structure, weights, caches, input_ids, length, pixel_values, row)
+    logits, caches = prefill(structure, weights, caches, input_ids, length, images, row)
     is_prompt = jnp.arange(input_ids.shape[0]) < length
     mine = jnp.zeros(seen.shape[1], bool).at[input_ids].max(is_prompt)
     seen = jax.lax.dynamic_update_slice(seen, mine[None], (row, 0))
@@ -337,11 +358,13 @@ _advance = jit_for_backend(_advance_fn, static_argnums=0, donate_argnums=(2, 3))
 def generate(
     model: LlavaModel,
     input_ids: Int[ArrayLike, "B T"],
-    pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+    pixel_values: Float[ArrayLike, "I *slots C Y X"] | None = None,
     attention_mask: Int[ArrayLike, "B T"] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     *,
+    image_sizes: Int[ArrayLike, "I 2"] | None = None,
+    pixel_values_videos: Float[ArrayLike, "N F C Y X"] | None = None,
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
@@ -353,12 +376,16 @@ def generate(
     Args:
         model: Model with its weights. During the call, the weights of the decoder's blocks are in
             memory twice.
-        input_ids: Token ids of the prompts; each image takes `config.image_tokens` image tokens.
-        pixel_values: Images of all prompts in the order of their tokens; None if there are none.
+        input_ids: Token ids of the prompts, with a token for each feature of the images.
+        pixel_values: Images of all prompts in the order of their tokens, as in `LlavaModel`; None
+            if there are none.
         attention_mask: 1 for tokens and 0 for padding, which may be on either side; None means that
             there is no padding.
         max_new_tokens: Largest number of tokens to generate for a prompt.
         temperature: Divisor of the logits; 0 chooses the most likely token.
+        image_sizes: Height and width of each image in pixels before it was resized, as in
+            `LlavaModel`; only needed if images are cut into tiles.
+        pixel_values_videos: Videos of all prompts, as in `LlavaModel`; None if there are none.
         top_k: Number of most likely tokens to sample from; None samples from all tokens.
         top_p: Total probability of the most likely tokens to sample from.
         repetition_penalty: Factor by which the logits of tokens that are already in the prompt or
@@ -382,10 +409,10 @@ def generate(
         ends = end_tokens(model.source) if model.source else frozenset()
     else:
         ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-    requests = [
-        Request(ids, pixels, max_new_tokens, ends)
-        for ids, pixels in _rows_of(model, input_ids, pixel_values, attention_mask)
-    ]
+    ids = np.asarray(input_ids)
+    media = Media.of(pixel_values, image_sizes, pixel_values_videos)
+    rows = split_rows(model.config, ids, kept_tokens(ids, attention_mask), media)
+    requests = [Request(row, max_new_tokens, ends) for row in rows]
     for number, request in enumerate(requests):
         row_seed = (seed + number) % 2**32
         request.sampling = Sampling(temperature, top_k, top_p, repetition_penalty, row_seed)
@@ -399,33 +426,3 @@ def generate(
     for row, request in zip(tokens, requests, strict=True):
         row[: len(request.tokens)] = request.tokens
     return tokens
-
-
-def _rows_of(
-    model: LlavaModel,
-    input_ids: Int[ArrayLike, "B T"],
-    pixel_values: Float[ArrayLike, "I C Y X"] | None,
-    attention_mask: Int[ArrayLike, "B T"] | None,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens of every row without padding, and the images of the row."""
-    ids = np.asarray(input_ids, np.int32)
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) > 0
-    size = model.config.vision.image_size
-    empty = np.zeros((0, 3, size, size), np.float32)
-    pixels = empty if pixel_values is None else np.asarray(pixel_values, np.float32)
-    found, first = [], 0
-    for row, kept in zip(ids, mask, strict=True):
-        count = int((row[kept] == model.config.image_token_id).sum())
-        images, rest = divmod(count, model.config.image_tokens)
-        if rest:
-            raise ValueError(
-                f"row {len(found)} of input_ids has {count} image tokens, which is not a multiple "
-                f"of {model.config.image_tokens}, the number of tokens of an image"
-            )
-        found.append((row[kept], pixels[first : first + images]))
-        first += images
-    if first != len(pixels):
-        raise ValueError(
-            f"input_ids has the tokens of {first} images, but pixel_values has {len(pixels)} images"
-        )
-    return found

@@ -23,11 +23,13 @@ from llava_jax.data.conversation import (
     tokenizing,
 )
 from llava_jax.data.image_tokens import expand_images
-from llava_jax.data.images import ImageTransform
+from llava_jax.data.images import ImageTransform, Prepared
+from llava_jax.data.tiles import image_sources, is_tiled
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.chat_templates import read_chat_template
 from llava_jax.pretrained.image_processor import load_fitting_transform
 from llava_jax.pretrained.limited_process import ProgramError
+from llava_jax.pretrained.model_inputs import RowInputs
 from llava_jax.pretrained.processor import end_tokens
 from llava_jax.pretrained.rendering import ChatTemplate, Message
 from llava_jax.pretrained.tokenizer import image_token_of, load_tokenizer
@@ -44,13 +46,13 @@ class Prompt:
             stands for an image. System turns before the first human turn are joined with a blank
             line; the chat template must have a place for later system turns.
         images: Images in the order of the turns: paths or contents of image files, PIL images, or
-            pixels float32 [3, H, W] from the reader's transform.
+            `Prepared` images from the reader's transform.
         continues: Whether the last turn is the beginning of the answer, which the model continues;
             the last turn is then a gpt turn.
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[str | bytes | Image.Image | np.ndarray, ...] = ()
+    images: tuple[str | bytes | Image.Image | Prepared, ...] = ()
     continues: bool = False
 
 
@@ -115,15 +117,13 @@ class PromptReader:
             raise CheckpointError(f"{format_source(source)}: {error}") from error
         return reader
 
-    def __call__(
-        self, prompt: Prompt, check: Callable[[int], None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns token ids int32 [T] with images expanded, and pixels float32 [I, 3, H, W].
+    def __call__(self, prompt: Prompt, check: Callable[[int], None] | None = None) -> RowInputs:
+        """Returns the token ids with images expanded, and the pixels of the images.
 
         Args:
             prompt: Conversation that waits for an answer.
-            check: Function that is called with the number of tokens before any image is opened. The
-                function may raise an error.
+            check: Function that is called with the number of tokens before any image is decoded.
+                The function may raise an error.
 
         Raises:
             SampleError: The prompt cannot be used: for example, an image is broken, or the last
@@ -150,15 +150,35 @@ class PromptReader:
         if (ids == image).sum() != image_count:
             text = "the chat template does not write exactly one image token per image"
             raise SampleError(text, "template")
+        tiled = self.is_tiled(prompt)
+        sizes = [self._find_size(one) if tiled else None for one in prompt.images]
+        sources = [image_sources(self._config, size) for size in sizes]
         encoded = Encoded(ids, np.zeros(len(ids), bool))
-        ids = expand_images(encoded, image, self._config.image_tokens).input_ids
+        text = expand_images(encoded, self._config, sources)
         if check is not None:
-            check(len(ids))
+            check(len(text.input_ids))
         size = self._config.vision.image_size
-        pixels = np.zeros((image_count, 3, size, size), np.float32)
-        for slot, picture in zip(pixels, prompt.images, strict=True):  # one at a time saves memory
-            slot[:] = picture if isinstance(picture, np.ndarray) else self.transform(picture)
-        return ids, pixels
+        pixels = np.zeros((sum(text.slots), 3, size, size), np.float32)
+        first = 0
+        for picture, slots in zip(prompt.images, text.slots, strict=True):  # one at a time
+            if not isinstance(picture, Prepared):
+                picture = self.transform.prepare(picture, tiled=tiled)
+            pixels[first : first + slots] = picture.pixels
+            first += slots
+        return RowInputs(text.input_ids, pixels, text.feature_index, text.feature_weights)
+
+    def is_tiled(self, prompt: Prompt) -> bool:
+        """Returns True if the images of a prompt are cut into tiles."""
+        return is_tiled(self._config, len(prompt.images))
+
+    def _find_size(self, image: str | bytes | Image.Image | Prepared) -> tuple[int, int]:
+        """Returns the height and width of an image in pixels before it is resized."""
+        if isinstance(image, Prepared):
+            assert image.size is not None
+            return image.size
+        if isinstance(image, Image.Image):
+            return self.transform.upright_size(image)
+        return self.transform.find_size(image)
 
     def _render(self, prompt: Prompt) -> str:
         """Renders a conversation as text; removes text in turns that looks like a control token."""

@@ -29,6 +29,7 @@ from llava_jax.models.layers import (
     Weight,
     from_chunks,
     merge,
+    parameter,
     segment_starts,
     split,
     to_chunks,
@@ -199,14 +200,17 @@ class Llama(nnx.Module):
     Args:
         config: Sizes of the decoder.
         compute: Settings of the computation, such as the attention implementation.
+        has_newline: Whether there is a vector that ends the rows of an image's features. It is a
+            parameter of the decoder because it is trained with the embedding.
     """
 
-    def __init__(self, config: LlmConfig, compute: ComputeConfig):
+    def __init__(self, config: LlmConfig, compute: ComputeConfig, *, has_newline: bool = False):
         self.config = config
         self.compute = compute
         self.attend = ATTENTION[compute.implementation]
         sizes = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(*sizes)
+        self.image_newline = parameter(config.hidden_size) if has_newline else nnx.data(None)
         self.layers = stack_blocks(Block(config), config.num_hidden_layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.data(None) if config.tie_word_embeddings else Embedding(*sizes)

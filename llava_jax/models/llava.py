@@ -1,19 +1,45 @@
-"""Defines LLaVA-1.5 (Liu et al., 2023): a vision tower, a projector and a decoder."""
+"""Defines LLaVA (Liu et al., 2023): a vision tower, a projector and a decoder.
 
-from functools import partial
+The features of image slots replace tokens of the sequence. Which feature replaces which token is an
+index that the host computes, so the same program computes whole images, tiles and video frames.
+"""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from llava_jax.config import ModelConfig
+from llava_jax.config import NEWLINE, NO_FEATURE, ModelConfig
 from llava_jax.models.compute import FLOAT32, ComputeConfig
 from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in, position_keys
 from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageInputs:
+    """The image slots of B rows of T tokens, and the tokens that their features replace.
+
+    Attributes:
+        pixel_values: Normalized pixels of M slots per row, [batch, M, channels, height, width].
+        feature_index: Features that replace each token, int [batch, tokens, K]: indices over all
+            features of the row's slots, NEWLINE, or NO_FEATURE for a token that is not replaced.
+        feature_weights: A token is the sum of K features with these weights, float
+            [batch, tokens, K]. If K is 1, the weights are not used.
+        slot_tokens: Position of the first token that has a feature of the slot, int [batch, M].
+            Only dropout depends on it.
+    """
+
+    # JAX also makes trees of this class whose leaves are not arrays.
+    pixel_values: Any
+    feature_index: Any
+    feature_weights: Any
+    slot_tokens: Any
+
 
 VISION_DROPOUT, PROJECTOR_DROPOUT = 2**31 - 1, 2**31 - 2
 """Numbers that are folded into dropout keys: into the key of an image's first token to get the key
@@ -30,18 +56,16 @@ class Projector(nnx.Module):
         self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
         self.linear_2 = Linear(width, width, bias=True)
 
-    def __call__(
-        self, x: Float[Array, "I Q Dv"], keys: Key[Array, "I"] | None = None
-    ) -> Float[Array, "I Q D"]:
+    def __call__(self, x: Float[Array, "I Q Dv"], keys: TokenKeys = None) -> Float[Array, "I Q D"]:
         """Returns the projected features, [images, positions, hidden].
 
         Args:
             x: Image features, [images, positions, hidden of the vision tower].
-            keys: Dropout keys of the adapters, one per image; None turns dropout off.
+            keys: Dropout keys of the adapters, one per position; None turns dropout off.
         """
         own = None
         if keys is not None and self.linear_1.lora_a is not None:
-            own = fold_in(position_keys(keys, x.shape[1]), PROJECTOR_DROPOUT)
+            own = fold_in(keys, PROJECTOR_DROPOUT)
         act = ACTIVATIONS[self.act]
         project = lambda x: self.linear_2(act(self.linear_1(x, own)), own)
         return jax.checkpoint(project)(x)  # the products are cheap to recompute
@@ -60,157 +84,141 @@ class Llava(nnx.Module):
         self.dtype = jnp.dtype(compute.dtype)
         self.vision = VisionTower(config.vision, config.used_vision_layers, compute)
         self.projector = Projector(config)
-        self.llm = Llama(config.llm, compute)
+        self.llm = Llama(config.llm, compute, has_newline=config.has_newline)
 
     def image_features(
         self, pixel_values: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q D"]:
-        """Returns the projected features of images, [images, positions, hidden].
+        """Returns the features of image slots, [slots, positions, hidden].
+
+        These are features of the projector, or of the vision tower if the model sums features
+        before the projector.
 
         Args:
-            pixel_values: Normalized pixels, [images, channels, height, width].
-            keys: Dropout keys of the adapters, one per image; None turns dropout off.
+            pixel_values: Normalized pixels, [slots, channels, height, width].
+            keys: Dropout keys of the adapters, one per slot; None turns dropout off.
         """
         features = self.vision(pixel_values.astype(self.dtype), keys)
         if self.config.vision_feature_select_strategy == "default":
             # As in Hugging Face's model, this drops CLIP's class token, but SigLIP's first patch.
             features = features[:, 1:]
-        return self.projector(features, keys)
+        if self.config.pools_before_projector:
+            return features
+        own = None if keys is None else position_keys(keys, features.shape[1])
+        return self.projector(features, own)
 
     def hidden_states(
         self,
         input_ids: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        pixel_values: Float[Array, "B M C Y X"],
+        images: ImageInputs,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the normalized final hidden states of a batch, [batch, tokens, hidden].
 
-        Each row has the same number M of images. The n-th image token of a row gets the n-th
-        feature of the row's images. Images without image tokens are padding and change nothing.
-
-        Args:
-            input_ids: Token ids, [batch, tokens]. Each image has as many image tokens as features.
-            segment_ids: Segment of each token, 0 for padding. A token attends to itself and to
-                earlier tokens of its segment.
-            pixel_values: Normalized pixels, [batch, M, channels, height, width].
-            key: Dropout key of the adapters; None turns dropout off. The dropout mask of a token
-                depends on its segment id and its position in the segment, not on its row.
-        """
-        embeds = self.llm.embed_tokens(input_ids, self.dtype)
-        keys = None if key is None else _token_keys(key, segment_ids)
-        batch, images = pixel_values.shape[:2]
-        if images:
-            flat = pixel_values.reshape(batch * images, *pixel_values.shape[2:])
-            features = self.image_features(flat, self._image_keys(keys, input_ids, images))
-            features = features.reshape(batch, -1, features.shape[-1])
-            embeds = self._place_images(input_ids, embeds, features)
-        return self.llm(embeds, segment_ids, keys)
-
-    def embed(
-        self, input_ids: Int[Array, "B T"], pixel_values: Float[Array, "I C Y X"] | None
-    ) -> Float[Array, "B T D"]:
-        """Returns the input of the decoder, [batch, tokens, hidden].
-
-        The features of the images replace the embeddings of the image tokens.
+        Slots whose features replace no token are padding and change nothing.
 
         Args:
             input_ids: Token ids, [batch, tokens].
-            pixel_values: Normalized pixels of all images, in the order of the image tokens in the
-                batch; None if there are no images.
+            segment_ids: Segment of each token, 0 for padding. A token attends to itself and to
+                earlier tokens of its segment.
+            images: Image slots of each row, and the tokens that their features replace.
+            key: Dropout key of the adapters; None turns dropout off. The dropout mask of a token
+                depends on its segment id and its position in the segment, not on its row.
+        """
+        keys = None if key is None else _token_keys(key, segment_ids)
+        return self.llm(self.embed(input_ids, images, keys), segment_ids, keys)
+
+    def embed(
+        self, input_ids: Int[Array, "B T"], images: ImageInputs | None, keys: TokenKeys = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the input of the decoder, [batch, tokens, hidden].
+
+        Args:
+            input_ids: Token ids, [batch, tokens].
+            images: Image slots of each row, and the tokens that their features replace; None if
+                there are no images.
+            keys: Dropout keys of the adapters, one per token; None turns dropout off.
         """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
-        if pixel_values is None:
+        if images is None or not images.pixel_values.shape[1]:
             return embeds
-        features = self.image_features(pixel_values)
-        features = features.reshape(1, -1, features.shape[-1])  # all images in one row
-        row = lambda x: x.reshape(1, -1, *x.shape[2:])
-        return self._place_images(row(input_ids), row(embeds), features).reshape(embeds.shape)
+        slot_keys = None
+        if keys is not None:
+            firsts = jnp.take_along_axis(keys, images.slot_tokens, axis=1)
+            slot_keys = fold_in(firsts, VISION_DROPOUT).reshape(-1)
+        batch, slots, *pixels = images.pixel_values.shape
+        features = self.image_features(
+            images.pixel_values.reshape(batch * slots, *pixels), slot_keys
+        )
+        placed = _sum_features(features.reshape(batch, -1, features.shape[-1]), images)
+        if self.config.pools_before_projector:
+            placed = self.projector(placed, keys)
+        kind = images.feature_index[:, :, :1]
+        if self.llm.image_newline is not None:
+            newline = self.llm.image_newline[...].astype(self.dtype)[None, None]
+            placed = jnp.where(kind == NEWLINE, newline, placed)
+        return jnp.where(kind == NO_FEATURE, embeds, placed)
 
-    def _image_keys(
-        self, keys: TokenKeys, input_ids: Int[Array, "B T"], images: int
-    ) -> Key[Array, "I"] | None:
-        """Derives each image's dropout key from the key of its first token; returns B x M keys."""
-        if keys is None:
-            return None
-        is_image = input_ids == self.config.image_token_id
-        so_far = jnp.cumsum(is_image, axis=1)
-        starts = 1 + self.config.image_tokens * jnp.arange(images)
-        firsts = jax.vmap(partial(jnp.searchsorted, v=starts, method="compare_all"))(so_far)
-        firsts = jnp.minimum(firsts, input_ids.shape[1] - 1)  # for images without image tokens
-        return fold_in(jnp.take_along_axis(keys, firsts, axis=1), VISION_DROPOUT).reshape(-1)
-
-    def _place_images(
+    def logits(
         self,
         input_ids: Int[Array, "B T"],
-        embeds: Float[Array, "B T D"],
-        features: Float[Array, "B S D"],
-    ) -> Float[Array, "B T D"]:
-        """Replaces the embeddings of each row's image tokens with the row's features, in order."""
-        is_image = input_ids == self.config.image_token_id
-        slots = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
-        placed = jnp.take_along_axis(features, slots[:, :, None], axis=1, mode="clip")
-        return jnp.where(is_image[:, :, None], placed, embeds)
-
-    def __call__(
-        self,
-        input_ids: Int[ArrayLike, "B T"],
-        pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
-        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        attention_mask: Int[Array, "B T"] | None,
+        images: ImageInputs | None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits, [batch, tokens, vocabulary].
 
-        The number of image tokens is checked only outside of `jax.jit`, where the token ids are
-        known. Inside, surplus image tokens get the last feature, and surplus features are unused.
-
         Args:
-            input_ids: Token ids, [batch, tokens], with `config.image_tokens` image tokens per
-                image.
-            pixel_values: Normalized pixels of all images, [images, channels, height, width], in the
-                order of the image tokens in the batch; None if there are no images.
+            input_ids: Token ids, [batch, tokens].
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None if there is no
                 padding.
-
-        Raises:
-            ValueError: The number of images does not match the number of image tokens.
+            images: All image slots of the batch as those of one row, whose tokens are the tokens of
+                all rows; None if there are no images.
         """
-        check_images(self.config, input_ids, pixel_values)
-        input_ids = jnp.asarray(input_ids, jnp.int32)
-        embeds = self.embed(input_ids, None if pixel_values is None else jnp.asarray(pixel_values))
+        embeds = self.embed(input_ids.reshape(1, -1), images).reshape(*input_ids.shape, -1)
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(embeds, jnp.asarray(mask, jnp.int32))
         return head_logits(hidden, self.llm.head)
 
 
-def check_images(
-    config: ModelConfig,
-    input_ids: Int[ArrayLike, "B T"],
-    pixel_values: Float[ArrayLike, "I C Y X"] | None,
-) -> None:
-    """Checks that there are as many image tokens as features of images.
+def _sum_features(features: Float[Array, "B S D"], images: ImageInputs) -> Float[Array, "B T D"]:
+    """Returns the weighted sum of features for each token; other tokens get any feature."""
+    index = jnp.maximum(images.feature_index, 0)
+    take = lambda k: jnp.take_along_axis(features, index[:, :, k, None], axis=1, mode="clip")
+    count = index.shape[2]
+    if count == 1:
+        return take(0)
+    weights = images.feature_weights.astype(features.dtype)
+    placed = weights[:, :, 0, None] * take(0)
+    for k in range(1, count):
+        placed += weights[:, :, k, None] * take(k)
+    return placed
 
-    As in transformers, nothing is checked if there are no images. Nothing is checked while a
-    function is traced, because the token ids are not known then.
+
+def whole_images(
+    config: ModelConfig, input_ids: Int[Array, "B T"], pixel_values: Float[Array, "I C Y X"]
+) -> ImageInputs:
+    """Returns images that are not cut into tiles as the inputs of `Llava.logits`.
+
+    The n-th image token of the batch gets the n-th feature of all images. Surplus image tokens get
+    the last feature, and surplus features are unused.
 
     Args:
-        config: Token ids and number of tokens per image.
-        input_ids: Token ids.
-        pixel_values: Pixels of all images; None if there are no images.
-
-    Raises:
-        ValueError: The numbers differ.
+        config: Sizes and token ids of the model.
+        input_ids: Token ids, [batch, tokens].
+        pixel_values: Normalized pixels of all images, [images, channels, height, width].
     """
-    if pixel_values is None or isinstance(input_ids, Tracer):
-        return
-    ids = input_ids if isinstance(input_ids, jax.Array) else np.asarray(input_ids)
-    with jax.ensure_compile_time_eval():  # the ids may be a constant of a function that is traced
-        tokens = int((ids == config.image_token_id).sum())
-    images = np.shape(pixel_values)[0]
-    if tokens != images * config.image_tokens:
-        raise ValueError(
-            f"input_ids has {tokens} image tokens, but the {images} images in pixel_values need "
-            f"{images * config.image_tokens} ({config.image_tokens} for each image)"
-        )
+    is_image = input_ids.reshape(1, -1, 1) == config.image_token_id
+    order = jnp.cumsum(is_image, axis=1) - 1
+    last = pixel_values.shape[0] * config.image_tokens - 1
+    index = jnp.where(is_image, jnp.minimum(order, last), NO_FEATURE).astype(jnp.int32)
+    sources = (*index.shape[:2], config.sources_per_token)
+    return ImageInputs(
+        pixel_values[None],
+        jnp.broadcast_to(index, sources),
+        jnp.zeros(sources).at[:, :, 0].set(1.0),
+        jnp.zeros((1, pixel_values.shape[0]), jnp.int32),
+    )
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:

@@ -54,6 +54,7 @@ VISION, LLM, PROJECTOR = "vision.encoder.layers.", "llm.layers.", "projector."
 MODULE_PREFIXES = {
     "llm.": "model.language_model.",
     "llm.lm_head.": "lm_head.",
+    "llm.image_newline": "model.image_newline",
     "vision.": "model.vision_tower.",
     "projector.": "model.multi_modal_projector.",
 }

@@ -26,7 +26,7 @@ from llava_jax.planning.usage import Usage
 
 
 def measure_once(
-    directory: Path, config: TrainConfig, model: ModelConfig, images: int, capacity: int
+    directory: Path, config: TrainConfig, model: ModelConfig, slots: int, capacity: int
 ) -> Usage:
     """Returns the memory use of a plan, from the cache if possible, else from `measure_here`.
 
@@ -36,17 +36,17 @@ def measure_once(
         directory: Directory of the cache, with one JSON file per plan; created if it is missing.
         config: Config of the run; `memory` and `batch.micro_size` are the plan.
         model: Sizes of the model.
-        images: Number of image slots per sample.
+        slots: Number of image slots per row.
         capacity: Memory of one device, in bytes.
 
     Raises:
         ConfigError: This process cannot read the file of the plan.
     """
-    file = directory / f"{broadcast_from_main(_key(config, model, images)):015x}.json"
+    file = directory / f"{broadcast_from_main(_key(config, model, slots)):015x}.json"
     # Either all processes must compile, or none of them. Only the main process looks for the file,
     # because a network file system may hide a new file from a process that looked for it earlier.
     if not broadcast_from_main(is_main_process() and _read(file) is not None):
-        usage = measure_here(config, model, images, capacity)
+        usage = measure_here(config, model, slots, capacity)
         if any(all_gather_values(usage.out_of_memory)):
             # This is not cached, because another program may have used the memory.
             return dataclasses.replace(usage, out_of_memory=True)
@@ -70,13 +70,13 @@ def _read(file: Path) -> Usage | None:
         return None
 
 
-def _key(config: TrainConfig, model: ModelConfig, images: int) -> int:
+def _key(config: TrainConfig, model: ModelConfig, slots: int) -> int:
     """Returns a 60-bit hash of what affects a plan's memory: config, code, compiler, devices."""
     fields = to_json(dataclasses.replace(config, model=model))
     devices = jax.devices()
     decisive = {
         "config": flatten(fields, IGNORED_BY_PLANS),
-        "images": images,
+        "slots": slots,
         # A plan also counts what an evaluation needs beside a step.
         "evaluation": (config.data.has_eval, config.eval.batch_size),
         "code": hash_code(),

@@ -45,7 +45,7 @@ def plan_for_attached(
     model: ModelConfig,
     steps: int,
     mesh: Mesh,
-    images: int,
+    slots: int,
     begun: Plan | None = None,
 ) -> TrainConfig:
     """Returns the config of a run with the fastest plan that fits into the attached devices.
@@ -62,7 +62,7 @@ def plan_for_attached(
         model: Sizes of the model.
         steps: Number of train steps of the run.
         mesh: Mesh of the run.
-        images: Number of image slots per sample.
+        slots: Number of image slots per row.
         begun: Plan that a resumed run began with, which is kept if it fits.
 
     Raises:
@@ -84,7 +84,7 @@ def plan_for_attached(
     # later finds the step in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
-        measure_once(known, plan.apply(as_run), model, images, capacity), host_capacity=for_host
+        measure_once(known, plan.apply(as_run), model, slots, capacity), host_capacity=for_host
     )
     size, device = data_parallel_size(mesh), jax.local_devices()[0]
     if begun is not None and (kept := Trial(begun, measure(begun))).usage.fits:
@@ -101,8 +101,8 @@ def plan_for_attached(
         chosen = choose_plan(find_cpu_plan(config, size, measure), MAX_CPU_TRIALS)
     else:
         rates = rates_of(device.device_kind) or GPUS["rtx3090"].rates  # used to rank plans
-        build = lambda config: program_here(config, model, images)[1]
-        estimate = make_estimator(config, model, mesh.size, rates, build)
+        build = lambda config: program_here(config, model, slots)[0]
+        estimate = make_estimator(config, model, mesh.size, rates, build, slots)
         outside = outside_pool(device.platform, device.device_kind, mesh.size)
         free = capacity - reserve_of(capacity, outside)
         room = Capacity(free, for_host, shares_host(device.device_kind))

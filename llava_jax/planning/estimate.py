@@ -16,7 +16,7 @@ from llava_jax.distributed.host_memory import PARTS
 from llava_jax.jax_compat import STREAMING_OPTIONS
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
-from llava_jax.planning.measure import argument_bytes, images_per_row, pcie_bytes
+from llava_jax.planning.measure import argument_bytes, pcie_bytes
 from llava_jax.planning.model_flops import full_row, model_flops
 from llava_jax.planning.search import Estimate, Plan
 from llava_jax.train_step.loss import CHUNK_TOKENS as LOSS_TOKENS
@@ -32,6 +32,7 @@ def make_estimator(
     count: int,
     rates: Rates,
     build: Callable[[TrainConfig], Program],
+    slots: int,
 ) -> Callable[[Plan], Estimate]:
     """Returns a function that estimates plans of a run.
 
@@ -41,8 +42,8 @@ def make_estimator(
         count: Number of devices.
         rates: Peak rates of a device.
         build: Function that builds the program of a config for these devices.
+        slots: Number of image slots per row.
     """
-    images = images_per_row(config, model)
 
     @functools.cache
     def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int]]:
@@ -52,7 +53,7 @@ def make_estimator(
     def estimate(plan: Plan) -> Estimate:
         planned, memory = plan.apply(config), plan.memory
         device, host = arguments(memory)
-        kept, working = activation_bytes(planned, model, images)
+        kept, working = activation_bytes(planned, model, slots)
         offloaded = kept if memory.offload_activations else 0
         layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
         # Several devices gather the parts of a matrix; up to three matrices exist at a time.
@@ -63,7 +64,7 @@ def make_estimator(
         ahead = 2 * 4 * matrix // (PARTS if count == 1 else count) if hosted else 0
         share = config.batch.global_size / count
         micros = math.ceil(share / plan.micro_size)
-        products = share * model_flops(planned, model, full_row(planned, images))
+        products = share * model_flops(planned, model, full_row(planned, slots))
         # Each micro-batch reads all weights in the forward pass and in the backward pass.
         read = 2 * micros * (sum(device.values()) + sum(host.values()))
         computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
@@ -85,13 +86,13 @@ def make_estimator(
     return estimate
 
 
-def activation_bytes(config: TrainConfig, model: ModelConfig, images: int) -> tuple[int, int]:
+def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tuple[int, int]:
     """Estimates the activations of a micro-batch on one device, in bytes.
 
     Args:
         config: Config of the run, with a plan.
         model: Sizes of the model.
-        images: Number of image slots per row.
+        slots: Number of image slots per row.
 
     Returns:
         The activations that the forward pass keeps for the backward pass, and the largest memory
@@ -114,7 +115,7 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, images: int) -> tu
         inside = {"full": 1, "dots": 10, "none": 15}[remat]
         kept += (
             rows
-            * images
+            * slots
             * model.used_vision_layers
             * vision.num_positions
             * (vision.hidden_size * inside)

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
-from llava_jax.data.packing import images_in_row
+from llava_jax.data.packing import slots_in_row
 from llava_jax.distributed.host_memory import tree_bytes
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
@@ -73,7 +73,8 @@ def measure(
     target = find_device(device)
     capacity = target.memory if capacity is None else capacity
     program, totals, text = compile_for(config, model, device, count)
-    return usage_of(program, config, totals, text, capacity, target.platform, device)
+    batch = largest_batch(program, config)
+    return usage_of(program, config, batch, totals, text, capacity, target.platform, device)
 
 
 def compile_for(
@@ -111,16 +112,16 @@ def capability_here() -> str:
     return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
-def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity: int) -> Usage:
+def measure_here(config: TrainConfig, model: ModelConfig, slots: int, capacity: int) -> Usage:
     """Compiles a run's train step for the attached devices, and returns its memory use.
 
     Args:
         config: Config of the run; `memory` and `batch.micro_size` are the plan.
         model: Sizes of the model.
-        images: Number of image slots per sample.
+        slots: Number of image slots per row.
         capacity: Memory of one device, in bytes.
     """
-    config, program, batch = program_here(config, model, images)
+    program, batch = program_here(config, model, slots)
     try:
         totals, text = _compiled(program, batch)
     except jax.errors.JaxRuntimeError as error:
@@ -129,15 +130,15 @@ def measure_here(config: TrainConfig, model: ModelConfig, images: int, capacity:
             raise
         least = max(_named(program, on_host=False), capacity)
         totals = least, _named(program, on_host=True)
-        usage = _usage_here(program, config, totals, "", capacity)
+        usage = _usage_here(program, config, batch, totals, "", capacity)
         return dataclasses.replace(usage, out_of_memory=True)
-    return _usage_here(program, config, totals, text, capacity)
+    return _usage_here(program, config, batch, totals, text, capacity)
 
 
 def compile_here(
     config: TrainConfig,
     model: ModelConfig,
-    images: int,
+    slots: int,
     capacity: int,
     devices: list[jax.Device] | None = None,
     options: Options | None = None,
@@ -147,7 +148,7 @@ def compile_here(
     Args:
         config: Config of the run; `memory` and `batch.micro_size` are the plan.
         model: Sizes of the model.
-        images: Number of image slots per sample.
+        slots: Number of image slots per row.
         capacity: Memory of one device, in bytes.
         devices: Devices to compile for; None takes all attached devices.
         options: Options of XLA's compiler, which take precedence over the options of the run.
@@ -155,26 +156,26 @@ def compile_here(
     Returns:
         The program, the compiled train step, and its memory use.
     """
-    config, program, batch = program_here(config, model, images, devices)
+    program, batch = program_here(config, model, slots, devices)
     compiled = program.trace_train_step(batch).lower().compile(options)
-    return program, compiled, _usage_here(program, config, *_read(compiled), capacity)
+    return program, compiled, _usage_here(program, config, batch, *_read(compiled), capacity)
 
 
 def program_here(
     config: TrainConfig,
     model: ModelConfig,
-    images: int,
+    slots: int,
     devices: list[jax.Device] | None = None,
-) -> tuple[TrainConfig, Program, Batch]:
+) -> tuple[Program, Batch]:
     """Builds the program of a run for the attached devices; see `measure_here` for the arguments.
 
     Returns:
-        The config with `max_images` set, the program, and the shapes of a batch.
+        The program, and the shapes of a batch.
     """
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=images))
     implementation = attention_here(config, model)
     devices = jax.devices() if devices is None else devices
-    return config, *_program(config, model, devices, implementation)
+    program = _program(config, model, devices, implementation)
+    return program, _abstract_batch(program, config, slots)
 
 
 def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
@@ -190,7 +191,7 @@ def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int
     """
     target = find_device(device)
     implementation = attention_for(config, model, target)
-    return _program(config, model, jax.devices("cpu")[:count], implementation, target.platform)[0]
+    return _program(config, model, jax.devices("cpu")[:count], implementation, target.platform)
 
 
 def _program(
@@ -199,10 +200,10 @@ def _program(
     devices: list[jax.Device],
     implementation: AttentionImplementation,
     platform: str | None = None,
-) -> tuple[Program, Batch]:
-    """Returns a program and the shapes of its batch; see `build_program` for `platform`."""
+) -> Program:
+    """Builds the program of a run; see `build_program` for `platform`."""
     mesh = make_mesh(config.mesh, devices)
-    program = build_program(
+    return build_program(
         config,
         model,
         config.steps or TOTAL_STEPS,
@@ -210,13 +211,16 @@ def _program(
         implementation=implementation,
         platform=platform,
     )
-    return program, _abstract_batch(program, config)
 
 
-def _abstract_batch(program: Program, config: TrainConfig) -> Batch:
+def largest_batch(program: Program, config: TrainConfig) -> Batch:
+    """Returns the shapes of the largest train batch that the config allows."""
+    return _abstract_batch(program, config, slots_per_row(config, program.model_config))
+
+
+def _abstract_batch(program: Program, config: TrainConfig, slots: int) -> Batch:
     """Returns the shapes of a train batch."""
-    images = images_per_row(config, program.model_config)
-    return program.abstract_batch(config.batch.global_size, config.data.max_length, images)
+    return program.abstract_batch(config.batch.global_size, config.data.max_length, slots)
 
 
 def _compile_for_gpus(
@@ -233,9 +237,9 @@ def _compile_for_gpus(
             f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
             "set jax_num_cpu_devices before JAX starts"
         )
-    program, batch = _program(
-        config, model, jax.devices("cpu")[:count], implementation, target.platform
-    )
+    devices = jax.devices("cpu")[:count]
+    program = _program(config, model, devices, implementation, target.platform)
+    batch = largest_batch(program, config)
     with lowering_for_gpu(target.capability):
         lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
     topology = topologies.get_topology_desc(
@@ -267,8 +271,8 @@ def _compile_for_tpus(
             f"there is no {target.topology} slice of {count} chips; choose from {known} chips"
         )
     topology = topologies.get_topology_desc(**target.slice_of(count))
-    program, batch = _program(config, model, list(topology.devices), implementation)
-    return program, *_compiled(program, batch)
+    program = _program(config, model, list(topology.devices), implementation)
+    return program, *_compiled(program, largest_batch(program, config))
 
 
 def _compiled(program: Program, batch: Batch) -> tuple[tuple[int, int], str]:
@@ -334,16 +338,23 @@ def _terms(program: Program) -> dict[str, object]:
 
 
 def _usage_here(
-    program: Program, config: TrainConfig, totals: tuple[int, int], text: str, capacity: int
+    program: Program,
+    config: TrainConfig,
+    batch: Batch,
+    totals: tuple[int, int],
+    text: str,
+    capacity: int,
 ) -> Usage:
     """Returns the memory use of a step for the attached devices; see `usage_of`."""
     device = program.mesh.devices.flat[0]
-    return usage_of(program, config, totals, text, capacity, device.platform, device.device_kind)
+    platform, name = device.platform, device.device_kind
+    return usage_of(program, config, batch, totals, text, capacity, platform, name)
 
 
 def usage_of(
     program: Program,
     config: TrainConfig,
+    batch: Batch,
     totals: tuple[int, int],
     text: str,
     capacity: int,
@@ -355,6 +366,7 @@ def usage_of(
     Args:
         program: Program of the run.
         config: Config of the run.
+        batch: Shapes of the batch.
         totals: Bytes of the step in device memory and in host memory.
         text: Text of the compiled module, or "".
         capacity: Memory of one device, in bytes.
@@ -369,7 +381,6 @@ def usage_of(
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
     activations = host[REST] if config.memory.offload_activations else 0
-    batch = _abstract_batch(program, config)
     flops, guess = _read_module(text, platform, name)
     return Usage(
         device,
@@ -425,12 +436,12 @@ def pcie_bytes(host: Mapping[str, int], micros: int, activations: int) -> int:
     return moved + 2 * (host["trainables"] + host["optimizer"])
 
 
-def images_per_row(config: TrainConfig, model: ModelConfig) -> int:
-    """Returns the number of image slots in a row of a batch. `data.max_images` None counts as 1.
+def slots_per_row(config: TrainConfig, model: ModelConfig) -> int:
+    """Returns the largest number of image slots in a row. `data.max_images` None counts as 1.
 
     Args:
         config: Config of the run.
         model: Sizes of the model.
     """
     images = 1 if config.data.max_images is None else config.data.max_images
-    return images_in_row(config.data, model, images)
+    return slots_in_row(config.data, model, images * model.max_slots_per_image)

@@ -32,26 +32,26 @@ class Row:
         learned: Number of tokens that have a loss.
         seen: Number of keys per token for which attention is counted, as a mean over the tokens. In
             a compiled step, attention is counted for all keys of the row.
-        images: Number of images.
+        slots: Number of image slots.
     """
 
     tokens: int
     learned: int
     seen: float
-    images: int
+    slots: int
 
 
-def full_row(config: TrainConfig, images: int) -> Row:
+def full_row(config: TrainConfig, slots: int) -> Row:
     """Returns a row of `data.max_length` tokens that all have a loss and attend to all keys.
 
     The operations of a compiled step are counted as if all rows were of this kind.
 
     Args:
         config: Config of the run.
-        images: Number of images in the row.
+        slots: Number of image slots of the row.
     """
     length = config.data.max_length
-    return Row(length, learned=length, seen=float(length), images=images)
+    return Row(length, learned=length, seen=float(length), slots=slots)
 
 
 def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
@@ -87,8 +87,8 @@ def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
     trains = tune.projector == "full"
     projector = first * (1 + trains + below + again) + second * (1 + trains + 1)
     embed = 3 * vision.patch_size**2 * size * (2 if tune.vision == "full" else 1)
-    image = positions * model.used_vision_layers * blocks + patches * (projector + embed)
-    return 2 * (text + row.images * image)
+    slot = positions * model.used_vision_layers * blocks + patches * (projector + embed)
+    return 2 * (text + row.slots * slot)
 
 
 def slot_tokens(config: TrainConfig, model: ModelConfig) -> float:
@@ -98,7 +98,7 @@ def slot_tokens(config: TrainConfig, model: ModelConfig) -> float:
         config: Config of the run.
         model: Sizes of the model.
     """
-    without, one = (model_flops(config, model, full_row(config, images)) for images in (0, 1))
+    without, one = (model_flops(config, model, full_row(config, slots)) for slots in (0, 1))
     return (one - without) / without * config.data.max_length
 
 

@@ -114,8 +114,9 @@ def _measure(
     planned = search.Plan(micro_size, memory).apply(config)
     target = measuring.find_device(device)
     program, totals, text = measuring.compile_for(planned, sizes(config), device, count)
+    batch = measuring.largest_batch(program, planned)
     usage = measuring.usage_of(
-        program, planned, totals, text, target.memory, target.platform, device
+        program, planned, batch, totals, text, target.memory, target.platform, device
     )
     on_gpu = isinstance(target, Gpu)
     return usage, {name: forecast(text, GPUS[name].rates) for name in FORECAST if on_gpu}

@@ -74,7 +74,7 @@ class Layout:
 
 
 _PARAMETER = re.compile(
-    r"llm\.(embed_tokens|layers|norm|lm_head)\.|projector\.linear_[12]\."
+    r"llm\.(embed_tokens|layers|norm|lm_head)\.|llm\.image_newline$|projector\.linear_[12]\."
     r"|vision\.(embeddings|pre_layrnorm|encoder|post_layernorm|head)\."
 )
 
@@ -83,9 +83,13 @@ def _part(path: str) -> str:
     return path.split(".", 1)[0]
 
 
+_NEWLINE = "llm.image_newline"
+
+
 def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> Layout:
-    prefixes = {"llm.": llm, "llm.lm_head.": lm_head, "vision.": vision, "projector.": projector}
-    return Layout(name, prefixes)
+    newline = projector.removesuffix("multi_modal_projector.") + "image_newline"
+    prefixes = {"llm.": llm, "llm.lm_head.": lm_head, _NEWLINE: newline}
+    return Layout(name, prefixes | {"vision.": vision, "projector.": projector})
 
 
 HF_4_36 = _llava(

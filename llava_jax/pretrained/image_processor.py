@@ -1,5 +1,6 @@
 """Reads and writes the image processor of a checkpoint, which says how images become pixels."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,11 +8,13 @@ from llava_jax.config import Aspect, ModelConfig, Parts
 from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageTransform
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.pretrained.family import member_of
 from llava_jax.pretrained.model_config import read_vision_config
 from llava_jax.pretrained.safetensors import read_json
 
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
-"""Files of a checkpoint; transformers 5 keeps the settings of both in the first file."""
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+"""Files of a checkpoint; transformers 5 keeps the settings of all in the first file."""
 
 _EXIF = "exif_orientation"  # setting of this package only
 _BICUBIC = 3  # Pillow's number for bicubic resampling
@@ -42,7 +45,11 @@ def load_image_transform(
         raise CheckpointError(
             f"{directory} has no {IMAGE_PROCESSOR}; copy it from the original model"
         )
-    file, settings = found
+    return _transform_of(*found, aspect)
+
+
+def _transform_of(file: Path, settings: Json, aspect: Aspect | None) -> ImageTransform:
+    """Returns the transform that the settings of an image processor or video processor describe."""
     edge, height, width, own_aspect = _sizes(file, settings)
     steps = ("do_resize", "do_rescale", "do_normalize")
     odd = [f"{step} false" for step in steps if not settings.get(step, True)]
@@ -81,20 +88,68 @@ def load_image_transform(
 def load_fitting_transform(
     source: str | Path | Parts, config: ModelConfig, aspect: Aspect | None = None
 ) -> ImageTransform:
-    """Calls `load_image_transform`, and checks that its image size equals the model's image size.
+    """Calls `load_image_transform`, and checks that its images are those of the model.
+
+    The transform cuts images into tiles if the model does.
 
     Raises:
-        CheckpointError: `load_image_transform` fails.
-        ConfigError: The image processor's image size differs from the model's.
+        CheckpointError: `load_image_transform` fails, or the image processor has other tiles than
+            the model.
+        ConfigError: The image processor's image size differs from the model's, or `aspect` is not
+            "pad" although the model cuts images into tiles.
     """
     transform = load_image_transform(source, aspect)
+    _check_size(transform, source, config)
+    if config.tiling is None:
+        return transform
+    if aspect not in (None, "pad"):
+        raise ConfigError(
+            f"data.image_aspect is {aspect!r}, but this model cuts images into tiles, which are "
+            "padded; set data.image_aspect to 'pad'"
+        )
+    found = None if isinstance(source, Parts) else _image_settings(Path(source))
+    pinpoints = None if found is None else found[1].get("image_grid_pinpoints")
+    if found and pinpoints and pinpoints != [list(p) for p in config.tiling.grid_pinpoints]:
+        raise CheckpointError(
+            f"{found[0]}: image_grid_pinpoints differs from the one in config.json; both must say "
+            "how the model was trained, so use the image processor of the same model"
+        )
+    return dataclasses.replace(transform, tiling=config.tiling)
+
+
+def load_frame_transform(source: str | Path | Parts, config: ModelConfig) -> ImageTransform | None:
+    """Reads the video processor of a checkpoint, which says how frames become pixels.
+
+    Args:
+        source: Directory or parts of the checkpoint.
+        config: Sizes of the model.
+
+    Returns:
+        The transform of a frame; None if the model reads no videos. Without a video processor,
+        frames are normalized as images are.
+
+    Raises:
+        CheckpointError: The video processor or the image processor has unsupported settings.
+        ConfigError: The size of the frames differs from the model's image size.
+    """
+    if config.video is None:
+        return None
+    found = None if isinstance(source, Parts) else _settings(Path(source), _VIDEO_FILES)
+    if found is None:
+        transform = load_image_transform(source, member_of(config).frame_aspect)
+    else:
+        transform = _transform_of(*found, None)
+    _check_size(transform, source, config)
+    return transform
+
+
+def _check_size(transform: ImageTransform, source: str | Path | Parts, config: ModelConfig) -> None:
     if not transform.height == transform.width == config.vision.image_size:
         raise ConfigError(
             f"{source}: the image processor makes images of {transform.height} x {transform.width} "
             f"pixels, but the vision tower takes {config.vision.image_size} x "
             f"{config.vision.image_size}; use the image processor of the same model"
         )
-    return transform
 
 
 def _is_numbers(values: object, count: int, least: float = -_MAX_LEVEL) -> bool:
@@ -139,10 +194,21 @@ def _sizes(file: Path, settings: Json) -> tuple[int, int, int, Aspect]:
     return size.get("shortest_edge", max(height, width)), height, width, aspect
 
 
+# Files with the settings, and the field in which transformers 5 nests them.
+_IMAGE_FILES = ((PROCESSOR, "image_processor"), (IMAGE_PROCESSOR, None))
+_VIDEO_FILES = ((PROCESSOR, "video_processor"), (VIDEO_PROCESSOR, None))
+
+
 def _image_settings(directory: Path) -> tuple[Path, Json] | None:
     """Returns the file and settings of a directory's image processor, or None if it has none."""
-    # transformers 5 nests the settings in processor_config.json.
-    for name, inner in ((PROCESSOR, "image_processor"), (IMAGE_PROCESSOR, None)):
+    return _settings(directory, _IMAGE_FILES)
+
+
+def _settings(
+    directory: Path, files: tuple[tuple[str, str | None], ...]
+) -> tuple[Path, Json] | None:
+    """Returns the first file that has settings, and the settings; None if no file has any."""
+    for name, inner in files:
         file = directory / name
         if not file.exists():
             continue
@@ -161,17 +227,46 @@ def has_image_processor(directory: Path) -> bool:
     return _image_settings(directory) is not None
 
 
-def save_image_processor(transform: ImageTransform, directory: Path) -> None:
+def save_image_processor(
+    transform: ImageTransform, directory: Path, config: ModelConfig | None = None
+) -> None:
     """Writes a transform as the settings of an image processor.
 
     Args:
         transform: Transform of the images.
         directory: Existing directory.
+        config: Sizes of the model; None for a vision tower without a decoder.
 
     Raises:
         OSError: The file cannot be written.
     """
-    write_json(directory / IMAGE_PROCESSOR, _image_processor(transform))
+    settings = _image_processor(transform)
+    if config is not None and config.tiling is not None:
+        member, aspect = member_of(config), member_of(config).frame_aspect
+        settings = _image_processor(dataclasses.replace(transform, aspect=aspect)) | {
+            "image_processor_type": member.image_processor,
+            "processor_class": member.processor,
+            "do_pad": True,
+            "image_grid_pinpoints": [list(pair) for pair in config.tiling.grid_pinpoints],
+        }
+    write_json(directory / IMAGE_PROCESSOR, settings)
+
+
+def save_video_processor(transform: ImageTransform, directory: Path, config: ModelConfig) -> None:
+    """Writes the transform of video frames as the settings of a video processor.
+
+    Args:
+        transform: Transform of a frame.
+        directory: Existing directory.
+        config: Sizes of the model, which reads videos.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    member, settings = member_of(config), _image_processor(transform)
+    del settings["image_processor_type"]
+    own = {"video_processor_type": member.video_processor, "processor_class": member.processor}
+    write_json(directory / VIDEO_PROCESSOR, settings | own)
 
 
 def write_image_processor(source: str | Path | Parts, directory: Path) -> None:

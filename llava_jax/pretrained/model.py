@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
@@ -27,13 +28,14 @@ from llava_jax.models import lora
 from llava_jax.models.build import initialise, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract, Params, merge, split
-from llava_jax.models.llava import Llava, check_images
+from llava_jax.models.llava import Llava, whole_images
 from llava_jax.models.paths import TRAINABLE_TOKENS, is_adapter, is_projector
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.chat_templates import choose_template
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import read_config, write_model_config
+from llava_jax.pretrained.model_inputs import Media, kept_tokens, split_rows, to_one_row
 from llava_jax.pretrained.processor import has_processor, save_processor
 from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params
@@ -85,11 +87,11 @@ def load_weights(
 
 @partial(jit_for_backend, static_argnums=0)
 def logits(graphdef: nnx.GraphDef, params: Params, *inputs: Any) -> jax.Array:
-    """Merges a graph definition with its parameters, and calls the resulting `Llava` model.
+    """Merges a graph definition with its parameters, and calls `Llava.logits`.
 
     The function is compiled once for each combination of input shapes.
     """
-    return Llava.__call__(cast("Llava", merge(graphdef, params)), *inputs)
+    return Llava.logits(cast("Llava", merge(graphdef, params)), *inputs)
 
 
 class LlavaModel(Llava):
@@ -106,31 +108,58 @@ class LlavaModel(Llava):
     def __call__(
         self,
         input_ids: Int[ArrayLike, "B T"],
-        pixel_values: Float[ArrayLike, "I C Y X"] | None = None,
+        pixel_values: Float[ArrayLike, "I *slots C Y X"] | None = None,
         attention_mask: Int[ArrayLike, "B T"] | None = None,
+        image_sizes: Int[ArrayLike, "I 2"] | None = None,
+        pixel_values_videos: Float[ArrayLike, "N F C Y X"] | None = None,
+        image_sizes_videos: Int[ArrayLike, "N 2"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns the logits in float32, [batch, tokens, vocabulary].
 
-        The model is compiled once for each combination of input shapes. If the call is part of a
-        function that `jax.jit` traces, the token ids are not known, so the number of image tokens
-        is not checked; surplus image tokens then get the last feature of the images.
+        The arguments are those that the processors of transformers return. The model is compiled
+        once for each combination of input shapes. If the call is part of a function that `jax.jit`
+        traces, the token ids are not known, so the number of image tokens is not checked; surplus
+        image tokens then get the last feature of the images. Images that are cut into tiles, and
+        videos, cannot be used there.
 
         Args:
-            input_ids: Token ids [batch, tokens], with `config.image_tokens` image tokens for each
-                image.
-            pixel_values: Normalized images [images, channels, height, width], in the order in which
-                their image tokens appear in the batch, row by row; None if there are no images.
+            input_ids: Token ids [batch, tokens], with a token for each feature of the images:
+                `config.image_tokens` for each image that is not cut into tiles.
+            pixel_values: Normalized images in the order in which their image tokens appear in the
+                batch, row by row: [images, channels, height, width], or [images, slots, channels,
+                height, width] if images are cut into tiles; None if there are no images.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens]; None means no padding.
+            image_sizes: Height and width of each image in pixels before it was resized, [images,
+                2]; only needed if images are cut into tiles.
+            pixel_values_videos: Normalized videos, [videos, frames, channels, height, width]; None
+                if there are no videos.
+            image_sizes_videos: Not used; the processors of some models return it.
 
         Raises:
             ValueError: There are more or fewer image tokens than features of the images.
         """
         graphdef, params = split(self)
-        given = (input_ids, pixel_values, attention_mask)
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, given))):
-            return super().__call__(*given)  # JAX does not allow compiler options in a nested jit
-        check_images(self.config, input_ids, pixel_values)
-        return logits(graphdef, params, *given)
+        given = (input_ids, pixel_values, attention_mask, image_sizes, pixel_values_videos)
+        is_traced = lambda tree: any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+        ids = jnp.asarray(input_ids, jnp.int32)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+        images = None
+        if is_traced(given) and pixel_values is not None:
+            if self.config.has_newline or pixel_values_videos is not None:
+                raise ValueError("images with tiles and videos cannot be used inside of jax.jit")
+            if not is_traced((input_ids, attention_mask)):  # only the number of images is known
+                blank = np.broadcast_to(np.float32(0), np.shape(pixel_values))
+                kept = kept_tokens(np.asarray(input_ids), attention_mask)
+                split_rows(self.config, np.asarray(input_ids), kept, Media(blank))
+            images = whole_images(self.config, ids, jnp.asarray(pixel_values))
+        elif pixel_values is not None or pixel_values_videos is not None:
+            kept = kept_tokens(np.asarray(input_ids), attention_mask)
+            media = Media.of(pixel_values, image_sizes, pixel_values_videos)
+            rows = split_rows(self.config, np.asarray(input_ids), kept, media)
+            images = to_one_row(self.config, rows, kept)
+        if is_traced((params, given)):
+            return self.logits(ids, mask, images)  # JAX forbids compiler options in a nested jit
+        return logits(graphdef, params, ids, mask, images)
 
     @classmethod
     def from_pretrained(

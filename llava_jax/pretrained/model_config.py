@@ -8,15 +8,14 @@ transformers. A test compares the copied defaults with transformers.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast, get_type_hints
-
-from beartype import BeartypeConf
-from beartype.door import is_bearable
+from typing import Any, cast
 
 from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import llava_directory
+from llava_jax.pretrained.config_checks import check_object, check_types, require
+from llava_jax.pretrained.family import MEMBERS, member_settings, read_member_fields
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from llava_jax.pretrained.unsupported import supported_config
@@ -70,23 +69,6 @@ SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
 }
-# Used if config.json has no vision_config. A vision_config has the defaults of its model_type.
-LLAVA_VISION: Json = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-LLAVA_DEFAULTS: Json = {
-    "image_token_index": 32000,
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-}
 ROPE_THETA = 10_000.0
 
 # A config without model_type has the type of the first entry.
@@ -101,9 +83,6 @@ ARCHITECTURES = {
 
 VOCABULARY_MULTIPLE = 64  # divides the size of an extended vocabulary, such as llava-hf's 32064
 
-# Model types of LLaVA-1.6 and its successors, which cut images into tiles.
-TILED = ("llava_next", "llava_next_video", "llava_onevision")
-
 
 def read_model_config(directory: str | Path) -> ModelConfig:
     """Reads the `ModelConfig` of a Hugging Face LLaVA checkpoint from its config.json.
@@ -113,39 +92,36 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     """
     file, raw = read_json_config(directory)
     kind = raw.get("model_type")
-    if kind in TILED:
-        raise CheckpointError(
-            f"{file}: model_type is {kind!r:.80}; models that cut images into tiles are not "
-            "supported; use a LLaVA-1.5 model (model_type 'llava'), or a separate decoder and "
-            "vision tower: llm=DIR,vision=DIR"
-        )
     if kind in (*DECODERS, *TOWERS, *_TWO_TOWERS):
         what = "a decoder" if kind in DECODERS else "a vision tower"
         raise CheckpointError(
             f"{file}: model_type is {kind!r:.80}, so this is only {what}; give both a decoder and "
             "a vision tower: llm=DIR,vision=DIR"
         )
-    if kind != "llava":
-        raise CheckpointError(f"{file}: model_type is {kind!r:.80}; it must be 'llava'")
-    given = _given(raw)
-    values = LLAVA_DEFAULTS | given
+    if kind not in MEMBERS:
+        known = ", ".join(map(repr, MEMBERS))
+        raise CheckpointError(f"{file}: model_type is {kind!r:.80}; supported: {known}")
+    member, given = MEMBERS[kind], _given(raw)
+    values = member.defaults | given
     values["image_token_id"] = values.get("image_token_id", values["image_token_index"])
-    text = _given(_object(file, raw, "text_config", {}))
-    vision = _given(_object(file, raw, "vision_config", LLAVA_VISION))
-    _require(file, "multimodal_projector_bias", values["multimodal_projector_bias"], (True,))
-    _require(file, "projector_hidden_act", values["projector_hidden_act"], _GELUS)
+    text = _given(check_object(file, raw, "text_config", {}))
+    text.setdefault("model_type", member.text_type)
+    vision = _given(check_object(file, raw, "vision_config", member.vision))
+    require(file, "multimodal_projector_bias", values["multimodal_projector_bias"], (True,))
+    require(file, "projector_hidden_act", values["projector_hidden_act"], _GELUS)
     strategy = values["vision_feature_select_strategy"]
-    _require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
-    _require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
+    require(file, "vision_feature_select_strategy", strategy, ("default", "full"))
+    require(file, "tie_word_embeddings", given.get("tie_word_embeddings", False), (False, True))
     if given.get("tie_word_embeddings"):  # one of the fields is enough, as in transformers 5
         text["tie_word_embeddings"] = True
     parts = _vision_config(file, vision), _llm_config(file, text)
     values["pad_token_id"] = _pad_token_id(file, given, text)
+    values |= read_member_fields(file, member, values, parts[0])
     return _llava_config(file, *parts, values)
 
 
 def _llava_config(file: Path, vision: VisionConfig, llm: LlmConfig, values: Json) -> ModelConfig:
-    _check(file, "", ModelConfig, values)
+    check_types(file, "", ModelConfig, values)
     own = [field.name for field in dataclasses.fields(ModelConfig) if field.name in values]
     config = ModelConfig(vision, llm, **{name: values[name] for name in own})
     try:
@@ -175,7 +151,7 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
     kind = raw.get("model_type")
     if kind in _TWO_TOWERS:
         # If a config has both objects, as OpenAI's configs do, vision_config_dict is the right one.
-        once, twice = (_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
+        once, twice = (check_object(file, raw, f"vision_config{end}", {}) for end in ("", "_dict"))
         raw = {"model_type": f"{kind}_vision_model"} | once | twice
     return _vision_config(file, _given(raw))
 
@@ -251,68 +227,26 @@ def _given(raw: Json | None) -> Json:
     return {name: x for name, x in (raw or {}).items() if x is not None or name in none}
 
 
-def _object(file: Path, raw: Json, name: str, default: Json) -> Json:
-    """Returns the JSON object in a field of a config; `default` if the field is missing or null."""
-    value = raw.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {name} is {value!r:.80}; it must be an object")
-    return default if value is None else value
-
-
-_MOST_LAYERS = 1000
-_MOST = 2**24  # larger than any size in a model
-
-
-def _check(file: Path, part: str, kind: type, values: Json) -> None:
-    """Checks the values of a config against the type annotations of the dataclass `kind`.
-
-    Raises:
-        CheckpointError: A field has the wrong type, or a number outside the allowed range.
-    """
-    for name, hint in get_type_hints(kind).items():
-        value = values.get(name)
-        if value is None or name == "rope_scaling":
-            continue
-        is_kind = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
-        if not is_kind or (isinstance(value, bool) and hint is not bool):
-            wanted = getattr(hint, "__name__", hint)
-            raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}; it must be {wanted}")
-        if isinstance(value, bool | str) or name == "vision_feature_layer":
-            continue
-        least = 0 if name.endswith("token_id") else 1 if isinstance(value, int) else 1e-30
-        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
-        if not least <= value <= most:
-            raise CheckpointError(
-                f"{file}: {part}{name} is {value!r:.80}; it must be between {least} and {most}"
-            )
-
-
 _GELUS = ("gelu", "gelu_pytorch_tanh")
-
-
-def _require(file: Path, name: str, value: object, supported: tuple[object, ...]) -> None:
-    if value not in supported:
-        known = " or ".join(repr(choice) for choice in supported)
-        raise CheckpointError(f"{file}: {name} is {value!r:.80}; supported: {known}")
 
 
 def _complete(file: Path, part: str, given: Json, defaults: dict[str, Json]) -> Json:
     """Returns a part's config, completed with the defaults of its model_type."""
     kind = given.get("model_type", next(iter(defaults)))
-    _require(file, f"{part}'s model_type", kind, tuple(defaults))
+    require(file, f"{part}'s model_type", kind, tuple(defaults))
     return defaults[kind] | {"model_type": kind} | given
 
 
 def _llm_config(file: Path, given: Json) -> LlmConfig:
     values = _complete(file, "the decoder", given, DECODERS)
-    _require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
-    _require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
-    _require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
+    require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
+    require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
+    require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
     # Qwen2 uses a sliding window in some layers only, which is not supported.
-    _require(
+    require(
         file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
     )
-    _check(file, "the decoder's ", LlmConfig, values)
+    check_types(file, "the decoder's ", LlmConfig, values)
     heads = values["num_attention_heads"]
     key_heads = values["num_key_value_heads"] or heads
     head_dim = values["head_dim"] or values["hidden_size"] // heads
@@ -344,34 +278,34 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
 def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
     """Returns RoPE's base and scaling, from `rope_parameters` (transformers 5) or older fields."""
     name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = _object(file, values, name, {})
+    rope = check_object(file, values, name, {})
     theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
-    _check(file, "the decoder's ", LlmConfig, {"rope_theta": theta})
+    check_types(file, "the decoder's ", LlmConfig, {"rope_theta": theta})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(file, "the decoder's rope type", kind, ("default", "llama3"))
+    require(file, "the decoder's rope type", kind, ("default", "llama3"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    _require(file, "the decoder's partial_rotary_factor", partial, (1.0,))
+    require(file, "the decoder's partial_rotary_factor", partial, (1.0,))
     if kind == "default":
         return float(theta), None
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     absent = [name for name in names if name not in rope]
     if absent:
         raise CheckpointError(f"{file}: the llama3 RoPE scaling lacks {', '.join(absent)}")
-    _check(file, f"the decoder's {name}.", RopeScaling, rope)
+    check_types(file, f"the decoder's {name}.", RopeScaling, rope)
     return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
 def _vision_config(file: Path, given: Json) -> VisionConfig:
     values = _complete(file, "the vision tower", given, TOWERS)
-    _require(file, "the vision tower's hidden_act", values["hidden_act"], ("quick_gelu", *_GELUS))
-    _require(file, "the vision tower's num_channels", values["num_channels"], (3,))
+    require(file, "the vision tower's hidden_act", values["hidden_act"], ("quick_gelu", *_GELUS))
+    require(file, "the vision tower's num_channels", values["num_channels"], (3,))
     image, patch = values["image_size"], values["patch_size"]
     if not isinstance(image, int) or not isinstance(patch, int) or not 0 < patch <= image:
         raise CheckpointError(
             f"{file}: image_size is {image!r:.80} and patch_size is {patch!r:.80}; each must be "
             "one integer, the side of a square, and patch_size must not exceed image_size"
         )
-    _check(file, "the vision tower's ", VisionConfig, values)
+    check_types(file, "the vision tower's ", VisionConfig, values)
     if values["hidden_size"] % values["num_attention_heads"]:
         raise CheckpointError(
             f"{file}: the vision tower's hidden_size {values['hidden_size']} is not divisible by "
@@ -401,8 +335,7 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
         dtype: Dtype of the weights in the directory, such as "bfloat16".
     """
     llava = {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        **member_settings(config),
         "image_token_index": config.image_token_id,
         "image_seq_length": config.image_tokens,
         "pad_token_id": config.pad_token_id,

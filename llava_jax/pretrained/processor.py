@@ -13,15 +13,23 @@ from llava_jax.data.templates import Template
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.chat_templates import chat_template, own_templates, write_chat_templates
+from llava_jax.pretrained.family import member_of, processor_settings
 from llava_jax.pretrained.image_processor import (
     PROCESSOR,
     has_image_processor,
+    load_frame_transform,
     load_image_transform,
     save_image_processor,
+    save_video_processor,
     write_json,
 )
 from llava_jax.pretrained.safetensors import read_json
-from llava_jax.pretrained.tokenizer import has_tokenizer, image_token_of, load_tokenizer
+from llava_jax.pretrained.tokenizer import (
+    has_tokenizer,
+    image_token_of,
+    load_tokenizer,
+    video_token_of,
+)
 
 
 def has_processor(directory: Path) -> bool:
@@ -66,19 +74,15 @@ def save_processor(
         raise
     except Exception as error:  # tokenizers raises no OSError for a failed write
         raise OSError(f"{directory}: the tokenizer cannot be written: {error}") from error
-    write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory))
+    write_json(directory / "tokenizer_config.json", _tokenizer_settings(directory, config))
     if exif_orientation is not None:
         transform = dataclasses.replace(transform, exif_orientation=exif_orientation)
-    save_image_processor(transform, directory)
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": image_token,
-        "patch_size": config.vision.patch_size,
-        # With 0 for CLIP, transformers expects one image token too few.
-        "num_additional_image_tokens": int(config.vision.has_class_token),
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    }
-    write_json(directory / PROCESSOR, processor)
+    save_image_processor(transform, directory, config)
+    frames = load_frame_transform(source, config)
+    if frames is not None:
+        save_video_processor(frames, directory, config)
+    video_token = video_token_of(tokenizer, config, source)
+    write_json(directory / PROCESSOR, processor_settings(config, image_token, video_token))
     generation = generation_settings(source, tokenizer, config, template)
     write_json(directory / "generation_config.json", generation)
     if template is not None:
@@ -88,14 +92,14 @@ def save_processor(
     write_chat_templates(directory, templates)
 
 
-def _tokenizer_settings(directory: Path) -> Json:
+def _tokenizer_settings(directory: Path, config: ModelConfig) -> Json:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     for own in ("backend", "local_files_only"):  # these tell how the tokenizer was loaded
         settings.pop(own, None)
     # In all versions of transformers, this class uses tokenizer.json unchanged.
     return settings | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
+        "processor_class": member_of(config).processor,
     }
 
 

@@ -21,7 +21,7 @@ from llava_jax.disk import copy_regular, read_regular
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.safetensors import parse_json, read_json
 
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = "<image>", "<video>", "<pad>"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _MAX_PIECE = 1000
 _SPACE = "▁"  # SentencePiece's character for a space
@@ -84,14 +84,33 @@ def image_token_of(
     Raises:
         CheckpointError: The tokenizer and the model have different image tokens.
     """
-    index, own = config.image_token_id, tokenizer.get_vocab().get(IMAGE_TOKEN)
+    return _media_token(tokenizer, config.image_token_id, IMAGE_TOKEN, source)
+
+
+def video_token_of(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: str | Path | Parts
+) -> str | None:
+    """Returns the text of the token that stands for a video; None if the model reads no videos.
+
+    The arguments and errors are those of `image_token_of`.
+    """
+    if config.video is None:
+        return None
+    return _media_token(tokenizer, config.video.token_id, VIDEO_TOKEN, source)
+
+
+def _media_token(
+    tokenizer: PreTrainedTokenizerBase, index: int, name: str, source: str | Path | Parts
+) -> str:
+    own = tokenizer.get_vocab().get(name)
     text = tokenizer.convert_ids_to_tokens(index)
     is_one = isinstance(text, str) and tokenizer.encode(text, add_special_tokens=False) == [index]
     if not is_one or own not in (None, index):
         raise CheckpointError(
-            f"{format_source(source)}: the image token of the model has the id {index}, but the "
-            f"tokenizer has {'no token' if own is None else f'the id {own} for'} {IMAGE_TOKEN}; "
-            "use the model's own tokenizer"
+            f"{format_source(source)}: the {name.strip('<>')} token of the model has the id "
+            f"{index}, but the tokenizer has "
+            f"{'no token' if own is None else f'the id {own} for'} {name}; use the model's own "
+            "tokenizer"
         )
     return cast("str", text)
 

@@ -5,22 +5,24 @@ process can be killed when its request ends, and it does not delay requests that
 process returns pixels or the text of an error; nothing that a process returns is executed.
 
 For each image, the server writes a line of JSON and the bytes of the image file to the stdin of a
-process. The process writes a line of JSON to its stdout: either null, which is followed by the
-pixels as float32 numbers, or a list with the text and the kind of an error.
+process. The process writes a line of JSON to its stdout. It contains either the size of the image,
+and is followed by the pixels as float32 numbers, or the text and the kind of an error.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
 
 import numpy as np
-from jaxtyping import Float32
 
-from llava_jax.data.images import ImageTransform, read_pixels
+from llava_jax.config import TilingConfig
+from llava_jax.data.images import ImageTransform, Prepared, read_pixels
+from llava_jax.disk import Json
 from llava_jax.errors import SampleError
 
 MAX_SECONDS = 20.0
@@ -55,9 +57,9 @@ class Decoders:
             await self._end(number)
 
     async def decode(
-        self, data: bytes, transform: ImageTransform, max_side: int
-    ) -> Float32[np.ndarray, "3 H W"]:
-        """Decodes an image file and returns its normalized pixels, float32 [3, height, width].
+        self, data: bytes, transform: ImageTransform, max_side: int, *, tiled: bool
+    ) -> Prepared:
+        """Decodes an image file and returns its normalized pixels.
 
         Cancelling this coroutine kills the process that decodes the image.
 
@@ -65,6 +67,7 @@ class Decoders:
             data: Contents of the image file.
             transform: Image preprocessing of the model.
             max_side: Largest number of pixels of the image's longer side.
+            tiled: Whether to cut the image into tiles.
 
         Raises:
             SampleError: The file is not an image, or exceeds a limit of size, time or memory.
@@ -72,13 +75,13 @@ class Decoders:
         number = await self._free.get()
         try:
             async with asyncio.timeout(MAX_SECONDS):
-                answer, pixels = await self._ask(number, data, transform, max_side)
+                return await self._ask(number, data, transform, max_side, tiled=tiled)
         except TimeoutError:
             await self._end(number)
             raise SampleError(
                 f"decoding the image took more than {MAX_SECONDS:g} s", "image cost"
             ) from None
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, TypeError, KeyError):
             await self._end(number)
             raise SampleError(
                 "the process that decodes the image ended; the image may need too much memory",
@@ -89,14 +92,15 @@ class Decoders:
             raise
         finally:
             self._free.put_nowait(number)
-        if answer is not None:
-            raise SampleError(*answer)
-        return np.frombuffer(pixels, np.float32).reshape(3, transform.height, transform.width)
 
     async def _ask(
-        self, number: int, data: bytes, transform: ImageTransform, max_side: int
-    ) -> tuple[tuple[str, str] | None, bytes]:
-        """Sends an image to a process; returns (text, kind) of an error or None, and the pixels."""
+        self, number: int, data: bytes, transform: ImageTransform, max_side: int, *, tiled: bool
+    ) -> Prepared:
+        """Sends an image to a process, and returns the pixels that the process answers.
+
+        Raises:
+            SampleError: The process answers an error.
+        """
         process = await self._process(number)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -104,16 +108,22 @@ class Decoders:
             "bytes": len(data),
             "transform": dataclasses.asdict(transform),
             "max_side": max_side,
+            "tiled": tiled,
         }
         process.stdin.write(json.dumps(head).encode() + b"\n")
         process.stdin.write(data)
         await process.stdin.drain()
         answer = json.loads(await process.stdout.readline())
-        if answer is not None:
-            text, kind = answer
-            return (str(text), str(kind)), b""
-        size = 3 * transform.height * transform.width * np.float32().itemsize
-        return None, await process.stdout.readexactly(size)
+        if "error" in answer:
+            text, kind = answer["error"]
+            raise SampleError(str(text), str(kind))
+        size = None
+        if tiled:
+            height, width = answer["size"]
+            size = min(max(int(height), 1), max_side), min(max(int(width), 1), max_side)
+        shape = transform.count_slots(size), 3, transform.height, transform.width
+        pixels = await process.stdout.readexactly(math.prod(shape) * np.float32().itemsize)
+        return Prepared(np.frombuffer(pixels, np.float32).reshape(shape), size)
 
     async def _process(self, number: int) -> asyncio.subprocess.Process:
         """Returns the process with this number; starts the process if it does not run."""
@@ -157,16 +167,24 @@ def main() -> None:
     while line := stdin.readline():
         head = json.loads(line)
         data = stdin.read(head["bytes"])
-        answer, pixels = None, b""
+        answer, pixels = {}, b""
         try:
-            made = read_pixels(data, ImageTransform(**head["transform"]), head["max_side"])
-            pixels = np.ascontiguousarray(made, np.float32).tobytes()
+            transform = _transform_of(head["transform"])
+            made = read_pixels(data, transform, head["max_side"], tiled=head["tiled"])
+            answer["size"] = made.size
+            pixels = np.ascontiguousarray(made.pixels, np.float32).tobytes()
         except SampleError as error:
-            answer = str(error)[:MAX_ERROR], error.kind
+            answer["error"] = str(error)[:MAX_ERROR], error.kind
         except MemoryError:
-            answer = "decoding the image needs too much memory", "image cost"
+            answer["error"] = "decoding the image needs too much memory", "image cost"
         stdout.write(json.dumps(answer).encode() + b"\n" + pixels)
         stdout.flush()
+
+
+def _transform_of(fields: Json) -> ImageTransform:
+    """Returns the transform of which `dataclasses.asdict` returned the fields."""
+    tiling = fields.pop("tiling")
+    return ImageTransform(**fields, tiling=None if tiling is None else TilingConfig(**tiling))
 
 
 if __name__ == "__main__":

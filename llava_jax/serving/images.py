@@ -8,12 +8,9 @@ import threading
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes, urlsplit
 
-import numpy as np
-from jaxtyping import Float32
-
 from llava_jax.data.image_file import open_checked
 from llava_jax.data.image_paths import decode_base64
-from llava_jax.data.images import ImageTransform
+from llava_jax.data.images import ImageTransform, Prepared
 from llava_jax.errors import SampleError
 from llava_jax.serving.decoder import Decoders
 from llava_jax.serving.fetch import FetchError, fetch
@@ -62,12 +59,13 @@ class Images:
         takes = "data:, http: and https: URLs" if self._limits.remote_images else "data: URLs"
         raise _refusal(f"the image URL {url[:40]!r} is not supported; this server accepts {takes}")
 
-    async def decode(self, data: bytes, transform: ImageTransform) -> Float32[np.ndarray, "3 H W"]:
-        """Decodes an image file and returns its normalized pixels, float32 [3, height, width].
+    async def decode(self, data: bytes, transform: ImageTransform, *, tiled: bool) -> Prepared:
+        """Decodes an image file and returns its normalized pixels.
 
         Args:
             data: Contents of the image file.
             transform: Image preprocessing of the model.
+            tiled: Whether to cut the image into tiles.
 
         Raises:
             RequestError: The file is not an image, or exceeds a limit of size, time or memory.
@@ -75,7 +73,7 @@ class Images:
         _check_bytes(data, self._limits)
         side = math.isqrt(self._limits.image_pixels)
         try:
-            return await self._decoders.decode(data, transform, side)
+            return await self._decoders.decode(data, transform, side, tiled=tiled)
         except SampleError as error:
             raise _unreadable(error) from None
 

@@ -253,7 +253,9 @@ class Ticket:
         pixels = []
         for url in prompt.images:
             image = await self.in_time(fetch(cast("str", url)))
-            decoding = self._service.images.decode(image, assistant.reader.transform)
+            decoding = self._service.images.decode(
+                image, assistant.reader.transform, tiled=assistant.reader.is_tiled(prompt)
+            )
             pixels.append(await self.in_time(decoding))
         prompt = dataclasses.replace(prompt, images=tuple(pixels))
 

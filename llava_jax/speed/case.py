@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlmConfig, ModelConfig, TrainConfig, VisionConfig
+from llava_jax.data.tiles import index_whole_images
 from llava_jax.planning.model_flops import Row, model_flops
 
 CASE_FILE, BASE, ADAPTER = "case.pickle", "base", "adapter"
@@ -99,6 +100,7 @@ class Case:
             "input_ids": ids,
             "loss_mask": learned,
             "segment_ids": np.broadcast_to(places[:, None], ids.shape),
+            **index_whole_images(ids, self.model, 1),
             "pixel_values": rng.integers(0, 256, (self.samples, 1, 3, side, side), np.uint8),
             "pixel_scale": np.tile(np.array(SCALE, np.float32), (self.samples, 1, 1)),
         }
@@ -112,7 +114,7 @@ class Case:
         """
         memory = dataclasses.replace(self.config.memory, remat="none")
         config = dataclasses.replace(self.config, memory=memory)
-        row = Row(self.tokens, self.learned, seen=self.tokens / 2, images=1)
+        row = Row(self.tokens, self.learned, seen=self.tokens / 2, slots=1)
         return self.samples * model_flops(config, self.model, row)
 
     def save(self, directory: Path) -> None:

@@ -131,26 +131,31 @@ class Program:
         """Returns the sharding of each array of a batch."""
         sharding = batch_sharding(self.mesh)
         of_pixels = sharding.with_memory_kind(PINNED_HOST) if pixels_on_host else sharding
-        return Batch(sharding, sharding, sharding, of_pixels, sharding)
+        of_tokens = (sharding,) * 6
+        return Batch(*of_tokens, pixel_values=of_pixels, pixel_scale=sharding)
 
-    def abstract_batch(self, size: int, length: int, images: int) -> Batch:
+    def abstract_batch(self, size: int, length: int, slots: int) -> Batch:
         """Returns the shapes, dtypes and shardings of a train batch, to compile without data.
 
         Args:
             size: Number of rows in the batch.
             length: Number of tokens in a row.
-            images: Number of images in a row.
+            slots: Number of image slots in a row.
         """
 
         def blank(dtype: DTypeLike, *shape: int) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), (size, *shape))
 
         pixels = self.model_config.vision.image_size
+        sources = self.model_config.sources_per_token
         batch = Batch(
             input_ids=blank(np.int32, length),
             loss_mask=blank(np.bool_, length),
             segment_ids=blank(np.int32, length),
-            pixel_values=blank(np.uint8, images, 3, pixels, pixels),
+            feature_index=blank(np.int32, length, sources),
+            feature_weights=blank(np.float32, length, sources),
+            slot_tokens=blank(np.int32, slots),
+            pixel_values=blank(np.uint8, slots, 3, pixels, pixels),
             pixel_scale=blank(np.float32, 2, 3),
         )
         return jax.tree.map(

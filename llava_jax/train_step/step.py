@@ -24,7 +24,7 @@ from llava_jax.distributed.sharding import data_parallel_size, shardings
 from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import bounded_loop
 from llava_jax.models.layers import Abstract, Params, merge
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import ImageInputs, Llava
 from llava_jax.models.paths import HEAD, is_stacked
 from llava_jax.models.quant import Quantised
 from llava_jax.models.stack import Accumulated, attach, attach_beside
@@ -212,7 +212,10 @@ def forward(
         Hidden states, [batch, tokens, hidden], and output matrix, [vocabulary, hidden].
     """
     model = cast("Llava", merge(graphdef, params))
-    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, normalised(batch), key)
+    images = ImageInputs(
+        normalised(batch), batch.feature_index, batch.feature_weights, batch.slot_tokens
+    )
+    hidden = model.hidden_states(batch.input_ids, batch.segment_ids, images, key)
     return attach_beside(hidden, model.llm.head)
 
 

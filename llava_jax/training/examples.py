@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import numpy as np
 
+from llava_jax.config import NO_FEATURE
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec, fill
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Encoded, encode_prompt
-from llava_jax.data.image_tokens import expand_images
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, encode_prompt
+from llava_jax.data.image_tokens import Expanded
 from llava_jax.data.records import Record
 from llava_jax.data.samples import Sample, SampleEncoder
 from llava_jax.data.sources import Records
@@ -71,22 +72,28 @@ class Question:
         turn: Number of the question among the questions of the record, from 0.
         record: Record that contains the question.
         text: Text of the question, without image placeholders.
-        prompt: Token ids before the answer, int32 [T].
+        prompt: Tokens before the answer.
         expected: Token ids of the expected answer, int32 [N].
         tokens: Tokens of the answer so far.
         limit: Maximum number of tokens of the answer.
-        pixels: Pixels of the images in the prompt, uint8 [I, 3, H, W]; None until they are needed.
+        pixels: Pixels of the image slots of the prompt, uint8 [M, 3, H, W]; None until they are
+            needed.
     """
 
     index: int
     turn: int
     record: Record
     text: str
-    prompt: np.ndarray
+    prompt: Expanded
     expected: np.ndarray
     tokens: list[int] = dataclasses.field(default_factory=list)
     limit: int = 0
     pixels: np.ndarray | None = None
+
+    @property
+    def start(self) -> int:
+        """Number of tokens before the answer."""
+        return len(self.prompt.input_ids)
 
 
 def answers_of(learned: np.ndarray) -> list[np.ndarray]:
@@ -122,13 +129,13 @@ def questions_of(
     chosen = [question for _, question in ranked[:count]]
     chosen.sort(key=lambda question: (question.index, question.turn))
     for question in chosen:
-        start = len(question.prompt) - 1
+        start = question.start - 1
         greedy = predicted[question.index][start : start + len(question.expected)]
         # After a wrong token, greedy decoding continues from the wrong token, but the evaluation
         # continued from the expected token.
         wrong = np.flatnonzero(greedy != question.expected)
         question.tokens = greedy[: wrong[0] + 1 if len(wrong) else None].tolist()
-        known, room = len(question.tokens), encoder.max_length - len(question.prompt)
+        known, room = len(question.tokens), encoder.max_length - question.start
         new = min(MAX_NEW_TOKENS, len(question.expected) - known + MORE_TOKENS)
         question.limit = min(known + new, room)
     return chosen
@@ -137,11 +144,13 @@ def questions_of(
 def _questions(index: int, record: Record, encoder: SampleEncoder) -> list[Question]:
     """Returns all questions of a record that have an answer."""
     encoded = encoder.encode_text(record)
-    ids, texts = encoded.input_ids, _texts(record, encoder)
-    return [
-        Question(index, turn, record, texts.get(at[0], ""), ids[: at[0]], ids[at])
-        for turn, at in enumerate(answers_of(encoded.loss_mask))
-    ]
+    texts, features = _texts(record, encoder), encoder.model.image_tokens
+    found = []
+    for turn, at in enumerate(answers_of(encoded.loss_mask)):
+        prompt = encoded.first(int(at[0]), features)
+        text = texts.get(at[0], "")
+        found.append(Question(index, turn, record, text, prompt, encoded.input_ids[at]))
+    return found
 
 
 def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
@@ -149,19 +158,14 @@ def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
 
     Answers may be masked, so the n-th answer that is learned need not belong to the n-th question.
     """
-    texts, image = {}, encoder.image_token_id
+    texts, image = {}, encoder.model.image_token_id
     for number, turn in enumerate(record.turns, 1):
         if turn.role == "human":
             asked = record.turns[:number]
             prompt = encode_prompt(asked, encoder.template, encoder.tokenizer, image)
-            prompt = expand_images(prompt, image, encoder.image_tokens)
+            prompt = encoder.expand(record, prompt)
             texts[len(prompt.input_ids)] = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
     return texts
-
-
-def _prompt_of(question: Question) -> Encoded:
-    """Returns the prompt of a question, without supervised tokens."""
-    return Encoded(question.prompt, np.zeros(len(question.prompt), bool))
 
 
 class AnswerGenerator:
@@ -208,7 +212,7 @@ class AnswerGenerator:
         while (running := [q for q in questions if not self._is_done(q)][:size]) and not halted():
             predicted = jax.device_get(self._eval_step(self._batch(running)).predicted)
             for question, row in zip(running, predicted, strict=False):
-                last = len(question.prompt) + len(question.tokens) - 1
+                last = question.start + len(question.tokens) - 1
                 question.tokens.append(int(row[last]))
         return [self._example(question) for question in questions]
 
@@ -225,33 +229,36 @@ class AnswerGenerator:
         """Returns a batch whose rows predict the next token of each answer."""
         # The last token is a placeholder for the token that is predicted.
         blank = [self._spec.pad_token_id]
-        tokens = [np.array([*q.prompt, *q.tokens, *blank], np.int32) for q in questions]
+        tokens = [np.array([*q.prompt.input_ids, *q.tokens, *blank], np.int32) for q in questions]
         own = [
             {row: self._sample(questions[row], tokens[row])} if row < len(questions) else {}
             for row in self._rows
         ]
-        images = max(self._encoder.count_images(_prompt_of(q)) for q in questions)
-        length, slots = self._shape(max(map(len, tokens)), images)
-        return fill(own, len(own), dataclasses.replace(self._spec, max_images=slots), length)
+        needed = max(sum(question.prompt.slots) for question in questions)
+        length, slots = self._shape(max(map(len, tokens)), needed)
+        return fill(own, len(own), dataclasses.replace(self._spec, max_slots=slots), length)
 
-    def _shape(self, tokens: int, images: int) -> tuple[int, int]:
+    def _shape(self, tokens: int, needed: int) -> tuple[int, int]:
         """Returns the length and the image slots of rows, if possible those of a compiled step."""
         for length, slots in self._shapes:
-            if length >= tokens and slots >= images:
+            if length >= tokens and slots >= needed:
                 return length, slots
-        # As in `data.batching.ReadBatch`: short rows have no room for as many images as long rows.
         length = self._spec.bucket(tokens)
-        room = max(length // self._encoder.image_tokens, 1)
-        return length, min(self._spec.image_bucket(images), room)
+        return length, self._spec.image_bucket(needed, length)
 
     def _sample(self, question: Question, tokens: np.ndarray) -> Sample:
         if question.pixels is None:
-            prompt = _prompt_of(question)
             question.pixels = np.zeros((0, 3, *self._spec.image_size), np.uint8)
             # The evaluation has read the images, so an image is missing only if it was removed now.
             with contextlib.suppress(SampleError):
-                question.pixels = self._encoder.add_images(question.record, prompt).pixel_values
-        return Sample(tokens, np.arange(len(tokens)) == len(tokens) - 1, question.pixels)
+                question.pixels = self._encoder.add_images(
+                    question.record, question.prompt
+                ).pixel_values
+        is_last = np.arange(len(tokens)) == len(tokens) - 1
+        new = [(0, len(tokens) - question.start), (0, 0)]
+        index = np.pad(question.prompt.feature_index, new, constant_values=NO_FEATURE)
+        weights = np.pad(question.prompt.feature_weights, new)
+        return Sample(tokens, is_last, index, weights, question.pixels)
 
     def _example(self, question: Question) -> Example:
         answer, is_cut = question.expected.tolist(), not self._has_ended(question)

@@ -16,10 +16,10 @@ from llava_jax.data.batching import Batches, BatchSpec, ReadBatch, eval_batches
 from llava_jax.data.conversation import end_token
 from llava_jax.data.digest import data_digest
 from llava_jax.data.files import is_remote
-from llava_jax.data.image_slots import describe_outlier, find_most_images
-from llava_jax.data.lengths import estimate_lengths
+from llava_jax.data.image_slots import describe_outlier, find_most_slots
+from llava_jax.data.lengths import estimate_sizes
 from llava_jax.data.order import EpochOrder, Grouping
-from llava_jax.data.packing import images_in_row
+from llava_jax.data.packing import slots_in_row
 from llava_jax.data.padding import (
     Buckets,
     choose_buckets,
@@ -50,7 +50,7 @@ class Inputs:
         records: Training data.
         order: Order of the samples; gives the indices of the records in each training batch.
         eval_records: Eval data; empty if the run has no eval data.
-        eval_images: Maximum number of images in a sample of the eval data.
+        eval_slots: Maximum number of image slots of a sample of the eval data.
         slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
         outlier: Line of text that names a training sample with far too many images; None if there
             is no such sample.
@@ -64,7 +64,7 @@ class Inputs:
     records: Records
     order: EpochOrder
     eval_records: Records
-    eval_images: int
+    eval_slots: int
     slot_tokens: float
     outlier: str | None
     ends: frozenset[int] = frozenset()
@@ -102,12 +102,11 @@ class Inputs:
             ConfigError: A data file changed after it was opened.
         """
         data = self.config.data
-        tokens = estimate_lengths(self.records, self.encoder)
-        images = np.minimum(self.records.sizes.images, tokens // self.encoder.image_tokens)
+        tokens, slots = estimate_sizes(self.records, self.encoder)
         # Each further epoch costs a new order of all records; the batches of one are enough.
         last = min(steps, max(self.order.batches, _MEASURED)) - 1
         numbers = np.unique(np.linspace(0, last, min(last + 1, _MEASURED)).astype(int)).tolist()
-        padding = measure_padding(self.order, tokens, tokens > 0, images, numbers)
+        padding = measure_padding(self.order, tokens, tokens > 0, slots, numbers)
         spec = self.spec
         if data.buckets == "auto":
             spec = dataclasses.replace(spec, buckets=choose_buckets(padding, spec, steps))
@@ -115,7 +114,7 @@ class Inputs:
         if data.image_buckets == "auto":
             images = choose_image_buckets(padding, spec, steps, self.slot_tokens)
         computed = (
-            padding.packed(spec.lengths, spec.micro_rows)
+            padding.packed(spec.lengths, spec.max_slots, spec.micro_rows)
             if spec.packing
             else padding.padded(spec.lengths)
         )
@@ -150,7 +149,7 @@ class Inputs:
         return dataclasses.replace(
             self.spec,
             size=size,
-            max_images=self.eval_images,
+            max_slots=self.eval_slots,
             image_buckets=tuple(self.spec.slots),
             packing=False,
         )
@@ -369,17 +368,16 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         transform=dataclasses.replace(
             transform, decode=data.image_decode, exif_orientation=data.exif_orientation
         ),
-        image_token_id=model.image_token_id,
-        image_tokens=model.image_tokens,
+        model=model,
         max_length=data.max_length,
         max_images=images,
         max_text_length=data.max_text_length,
         train_on=data.train_on,
     )
-    most, number = find_most_images(records, encoder)
+    most = find_most_slots(records, encoder)
     spec = BatchSpec(
         size=config.batch.global_size,
-        max_images=images_in_row(data, model, most),
+        max_slots=slots_in_row(data, model, most.slots),
         image_size=(transform.height, transform.width),
         max_length=data.max_length,
         pad_token_id=model.pad_token_id,
@@ -387,6 +385,8 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         buckets=() if data.buckets == "auto" else data.buckets,  # a run chooses them later
         image_buckets=() if data.image_buckets == "auto" else data.image_buckets,
         packing=data.packing,
+        slot_features=model.image_tokens,
+        sources_per_token=model.sources_per_token,
     )
     end = end_token(template, tokenizer)
     return Inputs(
@@ -397,8 +397,8 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         records=records,
         order=order,
         eval_records=eval_records,
-        eval_images=find_most_images(eval_records, encoder)[0],
+        eval_slots=find_most_slots(eval_records, encoder).slots,
         slot_tokens=slot_tokens(config, model),
-        outlier=None if data.packing else describe_outlier(records, most, number),
+        outlier=None if data.packing else describe_outlier(records, most),
         ends=end_tokens(processor) | (frozenset() if end is None else {end}),
     )

@@ -182,7 +182,7 @@ def _plan(setup: Setup, mesh: Mesh, *, is_resumed: bool) -> Setup:
         setup.model_config,
         setup.total_steps,
         mesh,
-        inputs.spec.max_images,
+        inputs.spec.max_slots,
         begun_plan(setup.config) if is_resumed else None,
     )
     devices = data_parallel_size(mesh)

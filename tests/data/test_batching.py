@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import model_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -59,8 +60,7 @@ def encoder(tokenizer, **changes) -> SampleEncoder:
         "tokenizer": tokenizer,
         "template": TEMPLATE,
         "transform": ImageTransform(SIDE, SIDE, SIDE, mean=(0.0,) * 3, std=(1.0,) * 3),
-        "image_token_id": IMAGE,
-        "image_tokens": IMAGE_TOKENS,
+        "model": model_of(IMAGE, IMAGE_TOKENS),
         "max_length": 16,
         "max_images": 2,
     }
@@ -68,8 +68,8 @@ def encoder(tokenizer, **changes) -> SampleEncoder:
 
 
 def spec(size: int = 4, **changes) -> BatchSpec:
-    fields = {"max_images": 2, "image_size": (SIDE, SIDE), "max_length": 16, "pad_token_id": PAD}
-    fields |= {"pixel_scale": ((1 / 255,) * 3, (0.0,) * 3)}
+    fields = {"max_slots": 2, "image_size": (SIDE, SIDE), "max_length": 16, "pad_token_id": PAD}
+    fields |= {"slot_features": IMAGE_TOKENS, "pixel_scale": ((1 / 255,) * 3, (0.0,) * 3)}
     return BatchSpec(size=size, **{**fields, **changes})
 
 
@@ -137,6 +137,9 @@ def test_text_one_and_two_images_in_one_batch(make, picture):
         "input_ids": "int32",
         "loss_mask": "bool",
         "segment_ids": "int32",
+        "feature_index": "int32",
+        "feature_weights": "float32",
+        "slot_tokens": "int32",
         "pixel_values": "uint8",
         "pixel_scale": "float32",
     }
@@ -234,7 +237,7 @@ def test_image_slots(make, picture):
     """The fewest that hold the images of the batch; a sample without a text needs none."""
     show = lambda number, count: record(number, (picture(10),) * count)
     records = [record(0), show(1, 1), show(2, 2), show(3, 0), show(4, 3), show(5, 1)]
-    shapes = {"size": 2, "max_images": 3, "shuffle": False}
+    shapes = {"size": 2, "max_slots": 3, "shuffle": False}
     made = take(make(records, image_buckets=(0, 1, 9), **shapes), 6)
     whole = take(make(records, **shapes), 6)
     for few, all_slots, count in zip(made, whole, [1, 3, 1, 1, 3, 1], strict=True):
@@ -261,8 +264,8 @@ def test_a_bad_sample_is_a_row_of_padding(make):
         ({"buckets": (4, 8)}, 2),
         ({"packing": True, "devices": 2}, 1),
         ({"packing": True, "buckets": (9,), "micro_rows": 4}, 2),
-        ({"image_buckets": (0, 1), "max_images": 2}, 1),
-        ({"image_buckets": (2,), "max_images": 5, "packing": True}, 1),
+        ({"image_buckets": (0, 1), "max_slots": 2}, 1),
+        ({"image_buckets": (2,), "max_slots": 5, "packing": True}, 1),
     ],
 )
 def test_processes_read_their_rows_of_the_same_batches(make, picture, shapes, count):
@@ -304,7 +307,7 @@ def test_packed_rows_have_the_samples_whole(make, picture):
         record(3, (picture(102),), words=2),  # 7
         record(4),  # 3
     ]
-    batch = next(make(records, size=5, shuffle=False, packing=True, max_images=5))
+    batch = next(make(records, size=5, shuffle=False, packing=True, max_slots=5))
     one, two, four = [4, 11, 5, EOS], [1, 1, 1, 4, 13, 5, EOS], [4, 14, EOS]
     ids, places = np.zeros((2, 5, 16), np.int32)
     ids[0, :4], places[0, :4] = one, 2
@@ -322,7 +325,7 @@ def test_packed_rows_have_the_length_that_needs_the_fewest_tokens(make, picture)
     """A longer sample than the bucket still trains. Short rows have room for fewer images."""
     words = [2, 2, 2, 2, 7, 7, 7, 9]
     records = [record(n, (picture(9 * n),) * (n < 4), count) for n, count in enumerate(words)]
-    shapes = {"size": 4, "packing": True, "buckets": (7,), "shuffle": False, "max_images": 5}
+    shapes = {"size": 4, "packing": True, "buckets": (7,), "shuffle": False, "max_slots": 5}
     tokens = lambda batch: (batch.segment_ids > 0).sum(1).tolist()
     short, long = take(make(records, **shapes), 2)
     assert short.input_ids.shape == (4, 7)
@@ -338,7 +341,7 @@ def test_packed_rows_have_the_length_that_needs_the_fewest_tokens(make, picture)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_packing_changes_which_row_a_sample_is_in_and_nothing_else(make, picture, workers):
     records = [record(n, (picture(9 * n),) if n % 3 else (), words=1 + n % 9) for n in range(40)]
-    shapes = {"size": 16, "max_images": 5}
+    shapes = {"size": 16, "max_slots": 5}
     rows = take(make(records, **shapes), 3)
     packed = take(make(records, packing=True, devices=2, workers=workers, **shapes), 3)
     for one, other in zip(rows, packed, strict=True):
@@ -351,13 +354,14 @@ def test_packing_changes_which_row_a_sample_is_in_and_nothing_else(make, picture
 def samples(batch: Batch) -> list[tuple]:
     """What every sample of a batch has, in order."""
     found = {}
-    for ids, mask, segments, pixels, _ in zip(*jax.tree.leaves(batch), strict=True):
-        images = iter(pixels)
+    for row in zip(*jax.tree.leaves(batch), strict=True):
+        ids, mask, segments, index, _, slot_tokens, pixels, _ = row
         for place in dict.fromkeys(segments[segments > 0].tolist()):
             here = segments == place
-            count = int((ids[here] == IMAGE).sum()) // IMAGE_TOKENS
-            own = [next(images).tolist() for _ in range(count)]
-            found[place] = ids[here].tolist(), mask[here].tolist(), own
+            slots = np.unique(index[here & (ids == IMAGE), 0] // IMAGE_TOKENS)
+            own = [pixels[slot].tolist() for slot in slots]
+            firsts = (slot_tokens[slots] - np.flatnonzero(here)[0]).tolist()
+            found[place] = ids[here].tolist(), mask[here].tolist(), own, firsts
     assert sorted(found) == list(range(1, len(batch.input_ids) + 1))
     return [found[place] for place in sorted(found)]
 

@@ -235,7 +235,7 @@ def test_padding_is_what_the_run_pads(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.buckets", "60", "150", "--batch.global-size", "4")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.slots)
     made = an_epoch(inputs)
     assert padding.padded([60, 150, 256]) == sum(batch.input_ids.size for batch in made)
     assert padding.tokens == sum(int((batch.segment_ids > 0).sum()) for batch in made)
@@ -252,9 +252,9 @@ def test_packed_rows_are_those_of_a_packed_run(folder):
     written = bad_data.write_data(folder, "lines.jsonl", 80)
     inputs = open_data(written, "--data.packing", "--batch.global-size", "8")
     found = check(inputs.records, inputs.encoder)
-    padding = measure_padding(inputs.order, found.tokens, found.good, found.images)
+    padding = measure_padding(inputs.order, found.tokens, found.good, found.slots)
     rows = sum(int((batch.segment_ids > 0).any(axis=1).sum()) for batch in an_epoch(inputs))
-    packed = padding.packed([256])
+    packed = padding.packed([256], 1)
     assert rows <= packed // 256 <= rows + len(written.bad)  # rows of bad images alone
     assert 0 < padding.waste(packed) < padding.waste(padding.padded([256]))
 
@@ -272,4 +272,4 @@ def test_padding_of_an_order_with_gaps():
 def test_a_data_set_without_a_good_text_is_all_padding():
     none = np.zeros(3, int)
     padding = measure_padding(EpochOrder((3,), 2, seed=0), none, none > 0, none)
-    assert padding.waste(padding.packed([64])) == padding.waste(padding.padded([64])) == 1
+    assert padding.waste(padding.packed([64], 1)) == padding.waste(padding.padded([64])) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from tiny_models import model_of, whole
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -21,6 +22,7 @@ from tokenizers import (
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
+from llava_jax.config import NO_FEATURE
 from llava_jax.data.conversation import (
     Encoded,
     SampleError,
@@ -334,31 +336,38 @@ def encoded(ids: list[int], mask: list[int]) -> Encoded:
     return Encoded(np.array(ids, np.int32), np.array(mask, bool))
 
 
+NINE = model_of(9, 3), whole(model_of(9, 3), 2)
+"""A model whose images take three tokens with the id 9, and the features of two images."""
+
+
 def test_expansion():
     sample = encoded([1, 9, 2, 9, 3], [0, 0, 1, 0, 1])
-    whole = expand_images(sample, 9, 3)
+    whole = expand_images(sample, *NINE)
     assert whole.input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9, 3]
     assert whole.loss_mask.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 1]
     assert whole.input_ids.dtype == np.int32
     assert whole.loss_mask.dtype == bool
     for max_length, kept in [(9, 9), (8, 8), (7, 5), (6, 5), (5, 5)]:
-        cut = expand_images(sample, 9, 3, max_length)
+        cut = expand_images(sample, *NINE, max_length)
         assert cut.input_ids.tolist() == whole.input_ids[:kept].tolist()
         assert cut.loss_mask.tolist() == whole.loss_mask[:kept].tolist()
     with pytest.raises(SampleError, match=r"9 tokens and is truncated to 4.*data\.max_length"):
-        expand_images(sample, 9, 3, 4)
+        expand_images(sample, *NINE, 4)
 
 
 def test_a_cut_of_the_text_counts_an_image_as_one():
     """As XTuner cuts: 1472 tokens before the image's 576 take its place."""
     sample = encoded([1, 9, 2, 9, 3], [0, 0, 1, 0, 1])
-    cut = expand_images(sample, 9, 3, max_text_length=4)
+    cut = expand_images(sample, *NINE, max_text_length=4)
     assert cut.input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9]
-    assert expand_images(sample, 9, 3, 7, 4).input_ids.tolist() == [1, 9, 9, 9, 2]
-    assert expand_images(sample, 9, 3, 9, 5).input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9, 3]
+    assert expand_images(sample, *NINE, 7, 4).input_ids.tolist() == [1, 9, 9, 9, 2]
+    assert expand_images(sample, *NINE, 9, 5).input_ids.tolist() == [1, 9, 9, 9, 2, 9, 9, 9, 3]
     with pytest.raises(SampleError, match=r"9 tokens and is truncated to 4.*data\.max_length or"):
-        expand_images(sample, 9, 3, 9, 2)
+        expand_images(sample, *NINE, 9, 2)
 
 
 def test_expansion_of_a_prompt_needs_nothing_to_learn():
-    assert expand_images(encoded([9, 2], [0, 0]), 9, 2).input_ids.tolist() == [9, 9, 2]
+    config = model_of(9, 2)
+    prompt = expand_images(encoded([9, 2], [0, 0]), config, whole(config, 1))
+    assert prompt.input_ids.tolist() == [9, 9, 2]
+    assert prompt.feature_index.tolist() == [[0], [1], [NO_FEATURE]]

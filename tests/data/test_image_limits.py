@@ -254,7 +254,7 @@ MEASURED = """
 import sys, time, resource
 import numpy as np
 from llava_jax.data.images import ImageTransform
-levels, transform = np.empty((3, 336, 336), np.uint8), ImageTransform()
+levels, transform = np.empty((1, 3, 336, 336), np.uint8), ImageTransform()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.process_time()
 transform.read(sys.argv[1], levels)

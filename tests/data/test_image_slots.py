@@ -15,9 +15,10 @@ from llava_jax.config import parse_config
 from llava_jax.data import image_slots
 from llava_jax.data.batch import Batch
 from llava_jax.data.conversation import Turn
-from llava_jax.data.image_slots import describe_outlier, find_most_images
+from llava_jax.data.image_slots import MostSlots, describe_outlier, find_most_slots
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.records import Record
+from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.step import forward
@@ -40,32 +41,41 @@ def encoder():
     return open_inputs(config, *find_model(config, Path(str(config.init_from)))).encoder
 
 
+def most(records: ListRecords, encoder: SampleEncoder) -> tuple[int, int]:
+    """The number of slots, and the index of the sample."""
+    found = find_most_slots(records, encoder)
+    assert found.images == (0 if found.number == NO_RECORD else found.slots)
+    return found.slots, found.number
+
+
 def test_the_most_images_are_those_of_samples_that_are_used(encoder, monkeypatch):
     usual = [record(n % 3) for n in range(20)]
-    assert find_most_images(ListRecords(usual), encoder) == (2, 2)
-    assert find_most_images(ListRecords([*usual, record(5)]), encoder) == (5, 20)
+    assert most(ListRecords(usual), encoder) == (2, 2)
+    assert most(ListRecords([*usual, record(5)]), encoder) == (5, 20)
     # 24 images do not fit into 400 tokens, so that no answer is left; 40 are not allowed.
-    assert find_most_images(ListRecords([record(24), *usual, record(40)]), encoder) == (2, 3)
+    assert most(ListRecords([record(24), *usual, record(40)]), encoder) == (2, 3)
     turns = (*record(5).turns, Turn("human", "<image>" * 19), Turn("gpt", "that"))
     cut = Record("x", ("nowhere.png",) * 24, turns)
-    assert find_most_images(ListRecords([*usual, cut]), encoder) == (5, 20)
-    assert find_most_images(ListRecords([record(0)]), encoder) == (0, NO_RECORD)
-    assert find_most_images(ListRecords([]), encoder) == (0, NO_RECORD)
+    assert most(ListRecords([*usual, cut]), encoder) == (5, 20)
+    assert most(ListRecords([record(0)]), encoder) == (0, NO_RECORD)
+    assert most(ListRecords([]), encoder) == (0, NO_RECORD)
     monkeypatch.setattr(image_slots, "SAMPLED", 3)  # then as many as fit are assumed
-    assert find_most_images(ListRecords([record(24)] * 5 + usual), encoder) == (6, NO_RECORD)
+    assert most(ListRecords([record(24)] * 5 + usual), encoder) == (6, NO_RECORD)
 
 
 def test_an_outlier_is_named_with_what_to_do():
     records = ListRecords([record(1)] * 100 + [record(24)])
-    line = describe_outlier(records, 24, 100)
+    line = describe_outlier(records, MostSlots(24, 24, 100))
     assert line == (
         "images: sample 100 has 24 images; 99 % of the samples have at most 1. Memory is planned "
         "for rows of 24 images. To leave out samples with more than 1, set data.max_images to 1"
     )
-    assert describe_outlier(ListRecords([record(1)] * 5 + [record(3)]), 3, 5)
-    assert describe_outlier(ListRecords([record(1)] * 5 + [record(2)]), 2, 5) is None
-    assert describe_outlier(ListRecords([record(1)] * 5 + [record(3)] * 2), 3, 5) is None
-    assert describe_outlier(records, 24, NO_RECORD) is None
+    assert describe_outlier(ListRecords([record(1)] * 5 + [record(3)]), MostSlots(3, 3, 5))
+    assert describe_outlier(ListRecords([record(1)] * 5 + [record(2)]), MostSlots(2, 2, 5)) is None
+    assert (
+        describe_outlier(ListRecords([record(1)] * 5 + [record(3)] * 2), MostSlots(3, 3, 5)) is None
+    )
+    assert describe_outlier(records, MostSlots(24, 0, NO_RECORD)) is None
 
 
 def write(file: Path, *counts: int) -> None:
@@ -132,7 +142,9 @@ def blank_slots(batch: Batch, count: int) -> Batch:
     """The same batch with so many image slots; the further slots are blank."""
     pixels = np.zeros((len(batch.input_ids), count, *batch.pixel_values.shape[2:]), np.uint8)
     pixels[:, : batch.pixel_values.shape[1]] = batch.pixel_values
-    return dataclasses.replace(batch, pixel_values=pixels)
+    new = [(0, 0), (0, count - batch.slot_tokens.shape[1])]
+    slot_tokens = np.pad(batch.slot_tokens, new)
+    return dataclasses.replace(batch, pixel_values=pixels, slot_tokens=slot_tokens)
 
 
 def test_blank_slots_change_no_loss():

@@ -169,7 +169,7 @@ def photo(size: tuple[int, int], mode: str = "RGB") -> bytes:
 def read(transform: ImageTransform, image: bytes) -> np.ndarray:
     """Levels, 0 to 255."""
     levels = np.empty((3, transform.height, transform.width), np.uint8)
-    transform.read(image, levels)
+    transform.read(image, levels[None])
     return levels
 
 

@@ -8,7 +8,7 @@ import pytest
 from llava_jax.config import parse_config
 from llava_jax.data import lengths
 from llava_jax.data.conversation import Turn
-from llava_jax.data.lengths import estimate_lengths
+from llava_jax.data.lengths import estimate_sizes
 from llava_jax.data.records import Record
 from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
@@ -56,7 +56,7 @@ def exact(records: ListRecords, encoder: SampleEncoder) -> np.ndarray:
 
 def test_few_records_are_all_read(encoder):
     records = ListRecords(BAD if n in (4, 50) else record(n % 40 + 1, n % 3) for n in range(100))
-    found = estimate_lengths(records, encoder)
+    found = estimate_sizes(records, encoder).tokens
     assert len(encoder.read) == 100
     np.testing.assert_array_equal(found, exact(records, encoder))
 
@@ -70,7 +70,7 @@ def test_many_records_are_estimated_from_a_few(encoder):
         for count, images in zip(words.tolist(), rng.integers(0, 3, 5000).tolist(), strict=True)
     )
     records[::7] = [BAD] * len(records[::7])
-    found = estimate_lengths(records, encoder)
+    found = estimate_sizes(records, encoder).tokens
     assert len(encoder.read) <= lengths.SAMPLED
     wanted = exact(records, encoder)
     good = wanted > 0
@@ -81,13 +81,13 @@ def test_many_records_are_estimated_from_a_few(encoder):
 def test_texts_without_spaces_have_the_lengths_of_others(encoder):
     rng = np.random.default_rng(0)
     records = ListRecords(record(1, word="x" * n) for n in rng.integers(1, 200, 3000).tolist())
-    found, wanted = estimate_lengths(records, encoder), exact(records, encoder)
+    found, wanted = estimate_sizes(records, encoder).tokens, exact(records, encoder)
     for share in (10, 50, 90):
         assert np.percentile(found, share) == pytest.approx(np.percentile(wanted, share), rel=0.1)
 
 
 def test_records_of_which_none_can_be_read_have_no_length(encoder):
-    assert not estimate_lengths(ListRecords([BAD] * 10), encoder).any()
+    assert not np.any(estimate_sizes(ListRecords([BAD] * 10), encoder))
 
 
 def test_the_inputs_choose_what_fits_their_data(inputs):

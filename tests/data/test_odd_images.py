@@ -29,7 +29,7 @@ odd = pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
 
 def train(data: bytes, transform: ImageTransform = TRANSFORM) -> tuple[ImageKind, np.ndarray]:
     levels = np.empty((3, transform.height, transform.width), np.uint8)
-    return transform.read(data, levels), levels
+    return transform.read(data, levels[None]), levels
 
 
 @odd
@@ -61,7 +61,9 @@ def serve() -> Iterator:
     """Decodes an image in a process of the server."""
     with asyncio.Runner() as runner:
         decoders = Decoders(1)
-        yield lambda data: runner.run(decoders.decode(data, TRANSFORM, 10_000))
+        yield lambda data: runner.run(decoders.decode(data, TRANSFORM, 10_000, tiled=False)).pixels[
+            0
+        ]
         runner.run(decoders.stop())
 
 

@@ -10,7 +10,7 @@ from tiny_training import CONFIG, change, packed, random_batch, run, start
 
 from llava_jax.config import DataConfig, ModelConfig
 from llava_jax.data.batch import Batch
-from llava_jax.data.packing import deal, first_fit, images_in_row
+from llava_jax.data.packing import deal, first_fit, slots_in_row
 from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.step import filled_micro_batches, forward
 
@@ -20,17 +20,27 @@ ROOM = 50
 PACKED = change(CONFIG, data={"packing": True})
 
 
+def fit(lengths: dict[int, int], room: int) -> list[list[int]]:
+    """Rows of samples without images."""
+    return first_fit(lengths, dict.fromkeys(lengths, 0), room, 0)
+
+
+def test_rows_have_room_for_tokens_and_for_slots():
+    lengths, slots = {0: 6, 1: 5, 2: 4, 3: 3, 4: 2}, {0: 1, 1: 3, 2: 5, 3: 4, 4: 1}
+    assert first_fit(lengths, slots, 10, 5) == [[0, 3], [1, 4], [2]]
+
+
 def test_the_longest_comes_first_into_the_first_row_with_room():
-    assert first_fit({0: 3, 1: 9, 2: 0, 3: 6, 4: 4, 5: 1}, 10) == [[1, 5], [3, 4], [0]]
-    assert first_fit({}, 10) == []
-    assert first_fit({7: 10, 8: 10}, 10) == [[7], [8]]
+    assert fit({0: 3, 1: 9, 2: 0, 3: 6, 4: 4, 5: 1}, 10) == [[1, 5], [3, 4], [0]]
+    assert fit({}, 10) == []
+    assert fit({7: 10, 8: 10}, 10) == [[7], [8]]
 
 
 def test_rows_are_nearly_as_few_as_can_be():
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = dict(enumerate(rng.integers(1, 1024, 128).tolist()))
-        rows = first_fit(lengths, 2048)
+        rows = fit(lengths, 2048)
         assert sorted(item for row in rows for item in row) == sorted(lengths)
         assert all(sum(lengths[item] for item in row) <= 2048 for row in rows)
         assert len(rows) <= 1.05 * sum(lengths.values()) / 2048 + 1
@@ -44,11 +54,11 @@ def test_devices_take_rows_in_turn():
 
 def test_images_of_a_row_are_as_many_as_its_tokens_allow():
     data = DataConfig(max_length=2048)
-    assert images_in_row(data, ModelConfig(), 1) == 1
-    assert images_in_row(data, ModelConfig(), 24) == 3  # of 576 tokens each
+    assert slots_in_row(data, ModelConfig(), 1) == 1
+    assert slots_in_row(data, ModelConfig(), 24) == 3  # of 576 tokens each
     data = dataclasses.replace(data, packing=True)
-    assert images_in_row(data, ModelConfig(), 1) == 3
-    assert images_in_row(data, ModelConfig(), 0) == 0
+    assert slots_in_row(data, ModelConfig(), 1) == 3
+    assert slots_in_row(data, ModelConfig(), 0) == 0
 
 
 def test_micro_batches_without_a_token_are_left_out():

@@ -68,10 +68,10 @@ def test_a_packed_row_is_short_if_all_rows_are_computed_together():
 
 
 def test_packed_tokens_are_those_that_are_computed():
-    assert padding([60, 50, 40]).packed([100]) == 200
-    assert padding([60, 50, 40]).packed([100, 160]) == 160
-    assert padding([60, 50, 40]).packed([100], together=4) == 400
-    assert padding([60], []).packed([100]) == 100
+    assert padding([60, 50, 40]).packed([100], 1) == 200
+    assert padding([60, 50, 40]).packed([100, 160], 1) == 160
+    assert padding([60, 50, 40]).packed([100], 1, together=4) == 400
+    assert padding([60], []).packed([100], 1) == 100
 
 
 def with_images(*images: list[int]) -> Padding:
@@ -80,7 +80,7 @@ def with_images(*images: list[int]) -> Padding:
 
 
 def slots(padding: Padding, steps: int, *, slot_tokens: float = 50.0, **fields) -> tuple[int, ...]:
-    shapes = dataclasses.replace(spec(100), max_images=24, **fields)
+    shapes = dataclasses.replace(spec(100), max_slots=24, **fields)
     return choose_image_buckets(padding, shapes, steps, slot_tokens)
 
 
@@ -110,5 +110,5 @@ def test_slots_of_packed_rows_are_those_of_their_samples():
 
 
 def test_text_without_images_has_no_slots():
-    shapes = dataclasses.replace(spec(100), max_images=0)
+    shapes = dataclasses.replace(spec(100), max_slots=0)
     assert choose_image_buckets(with_images([0], [0]), shapes, 10, 5.0) == ()

@@ -12,6 +12,7 @@ from llava_jax import LlavaModel, generate
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.engine import Engine, Request
 from llava_jax.models.layers import split
+from llava_jax.pretrained.model_inputs import Media, RowInputs, split_rows
 from llava_jax.pretrained.resolve import resolve
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-llava"
@@ -32,6 +33,10 @@ def prompt(model: LlavaModel) -> tuple[np.ndarray, np.ndarray]:
     return ids, rng.standard_normal((1, 3, size, size), np.float32)
 
 
+def row_of(model: LlavaModel, ids: np.ndarray, pixels: np.ndarray) -> RowInputs:
+    return split_rows(model.config, ids[None], np.ones((1, len(ids)), bool), Media(pixels))[0]
+
+
 def held_bytes() -> Iterator[int]:
     """Bytes of live arrays, again and again."""
     while True:
@@ -43,7 +48,7 @@ def test_a_model_is_as_before_when_an_engine_was_made_of_it(model: LlavaModel):
     ids, pixels = prompt(model)
     before, structure = np.asarray(model(ids[None], pixels)), split(model)[0]
     engine = Engine(model, slots=2, length=128)
-    (request,) = engine.run([Request(ids, pixels, 5)])
+    (request,) = engine.run([Request(row_of(model, ids, pixels), 5)])
     assert split(model)[0] == structure
     np.testing.assert_array_equal(np.asarray(model(ids[None], pixels)), before)
     again = generate(model, ids[None], pixels, max_new_tokens=5, eos_token_id=())
@@ -62,14 +67,14 @@ def test_a_model_that_generated_can_be_called_merged_and_saved(model: LlavaModel
 def test_a_donated_model_gives_its_weights_away(model: LlavaModel):
     ids, pixels = prompt(model)
     kept = Engine(model, slots=1, length=128)
-    (expected,) = kept.run([Request(ids, pixels, 5)])
+    (expected,) = kept.run([Request(row_of(model, ids, pixels), 5)])
     del kept
     held = held_bytes()
     before = next(held)
     engine = Engine(model, slots=1, length=128, donate=True)
     caches = sum(x.nbytes for x in jax.tree.leaves((engine._caches, engine._seen)))
     assert next(held) - before == caches
-    (request,) = engine.run([Request(ids, pixels, 5)])
+    (request,) = engine.run([Request(row_of(model, ids, pixels), 5)])
     assert request.tokens == expected.tokens
     assert model.llm.layers is None
 

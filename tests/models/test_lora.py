@@ -14,6 +14,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Adapter, Linear, dropout, fold_in, merge, parameter, split
+from llava_jax.models.llava import whole_images
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 
 
@@ -98,9 +99,9 @@ def test_merging_computes_the_same_and_leaves_no_adapter():
     model = merge(graphdef, params)
     ids = jnp.array([[1, 60, 60, 60, 60, 5, 6]], jnp.int32)
     pixels = jax.random.normal(key, (1, 3, 28, 28))
-    run = lambda graphdef, params: jax.jit(lambda params: merge(graphdef, params)(ids, pixels))(
-        params
-    )
+    images = whole_images(MODEL, ids, pixels)
+    logits = lambda graphdef, params: merge(graphdef, params).logits(ids, None, images)
+    run = lambda graphdef, params: jax.jit(partial(logits, graphdef))(params)
     before = run(graphdef, params)
     lora.merge_adapters(model)
     assert not any(is_adapter(path) for path in split(model)[1])

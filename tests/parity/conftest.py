@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from llava_jax.config import ModelConfig
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params, merge
+from llava_jax.models.llava import whole_images
 from llava_jax.pretrained.load import load_params
 from llava_jax.pretrained.model_config import read_model_config
 
@@ -140,9 +142,11 @@ def abstract_params() -> Callable[[ModelConfig], dict[str, jax.ShapeDtypeStruct]
     return lambda config: _abstract(config)[1]
 
 
-_jitted = jax.jit(
-    lambda graphdef, params, *batch: merge(graphdef, params)(*batch), static_argnums=0
-)
+@partial(jax.jit, static_argnums=0)
+def _jitted(graphdef, params, ids, pixels, mask):
+    model = merge(graphdef, params)
+    images = None if pixels is None else whole_images(model.config, ids, pixels)
+    return model.logits(ids, mask, images)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -214,7 +215,7 @@ def test_prompts_are_those_of_training(form, written, assert_same):
             return_tensors="np",
         ).input_ids[0]  # fmt: skip
     ours = encode_prompt(TURNS, TEMPLATES["vicuna_v1"], tokenizer, CONFIG.image_token_id)
-    ours = expand_images(ours, CONFIG.image_token_id, CONFIG.image_tokens)
+    ours = expand_images(ours, CONFIG, whole(CONFIG, len(pictures)))
     assert_same({"ids": ours.input_ids}, {"ids": theirs})
 
 

@@ -25,14 +25,14 @@ from llava_jax.config import (
 )
 from llava_jax.data.batch import Batch
 from llava_jax.distributed.sharding import make_mesh
-from llava_jax.models.layers import Params, merge
+from llava_jax.models.layers import Params
 from llava_jax.models.llava import head_logits
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.model_config import read_model_config, write_model_config
 from llava_jax.pretrained.peft import save_adapter
 from llava_jax.pretrained.save import save_params
 from llava_jax.train_step.program import Program, build_program
-from llava_jax.train_step.step import init_state, normalised
+from llava_jax.train_step.step import forward, init_state, normalised
 
 STEPS, SIZE, GROUP = 20, 8, 2
 LIMIT = 1e-5  # rounding makes less than 1e-6; norms that decay, 1e-4
@@ -284,11 +284,8 @@ def test_twenty_steps_beside_torch(
     with torch.no_grad():
         before = hf_logits(base, batch).numpy()
         exported = hf_logits(opened(config, base, tmp_path / "trained").eval(), batch).numpy()
-    model = merge(program.graphdef, params)
     on_device = program.device_put(batch)
-    pixels = normalised(on_device)
-    hidden = model.hidden_states(on_device.input_ids, on_device.segment_ids, pixels)
-    own = np.asarray(head_logits(hidden, model.llm.head))
+    own = np.asarray(head_logits(*forward(program.graphdef, params, on_device, None)))
     real = batch.segment_ids > 0
     relative = lambda x, y: np.abs(x - y)[real].max() / np.abs(y).max()
     assert_parity("logits of the export, of the largest", relative(own, exported), 2e-5)

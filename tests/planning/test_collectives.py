@@ -87,7 +87,7 @@ def test_a_step_moves_the_same_in_any_number_of_pieces(monkeypatch: pytest.Monke
             mesh={"fsdp": 8},
             data={"max_length": 20},
         )
-        _, compiled, _ = compile_here(config, MODEL, images=1, capacity=2**30)
+        _, compiled, _ = compile_here(config, MODEL, slots=1, capacity=2**30)
         return collective_bytes(compiled.as_text() or "")
 
     assert moved(4) == moved(20)
@@ -107,7 +107,7 @@ def test_adapters_are_gathered_once_forwards_and_once_backwards(
             mesh={"fsdp": 8},
             data={"max_length": 20},
         )
-        program, compiled, _ = compile_here(config, MODEL, images=1, capacity=2**30)
+        program, compiled, _ = compile_here(config, MODEL, slots=1, capacity=2**30)
         adapters = [leaf for path, leaf in program.abstract.items() if is_adapter(path)]
         moved = collective_bytes(compiled.as_text() or "")["all-gather"]
         return moved, sum(4 * leaf.size for leaf in adapters)  # CPUs gather bfloat16 as float32

@@ -210,9 +210,9 @@ def test_the_train_step(llm: Any, remat: Remat):
     config = dataclasses.replace(
         change(CONFIG, memory={"remat": remat}, data={"max_length": 20}), tune=tune
     )
-    usage = measure_here(config, MODEL, images=2, capacity=2**30)
+    usage = measure_here(config, MODEL, slots=2, capacity=2**30)
     assert usage.flops == train_step_flops(tune, remat)
-    needed = 2 * model_flops(config, MODEL, full_row(config, images=2))
+    needed = 2 * model_flops(config, MODEL, full_row(config, slots=2))
     assert needed <= usage.flops <= 1.10 * needed
 
 

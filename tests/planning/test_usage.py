@@ -94,7 +94,7 @@ def program_of(config: TrainConfig) -> Program:
 
 def test_the_next_batch_is_counted_where_it_is_placed():
     pixels, scale = 16 * 2 * 3 * 28 * 28, 16 * 2 * 3 * 4
-    tokens = 16 * 20 * (4 + 1 + 4)
+    tokens = 16 * 20 * (4 + 1 + 4 + 4 + 4) + 16 * 2 * 4
     for offload in (False, True):
         config = change(CONFIG, memory={"offload_optimizer": offload})
         program = program_of(config)

@@ -256,7 +256,7 @@ def test_the_default_of_several_templates_is_taken(place: Path):
     named = [{"name": "default", "template": "one image"}, {"name": "b", "template": "two"}]
     edit(place / "tokenizer_config.json", put(chat_template=named))
     reader = PromptReader.open(place, read_model_config(place))
-    ids, _ = reader(Prompt((Turn("human", "a"),)))
+    ids, *_ = reader(Prompt((Turn("human", "a"),)))
     assert reader.tokenizer.decode(ids, skip_special_tokens=True) == "one image"
 
 

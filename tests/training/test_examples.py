@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import model_of, whole
 
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec
-from llava_jax.data.conversation import Turn
+from llava_jax.data.conversation import Encoded, Turn
+from llava_jax.data.image_tokens import Expanded, expand_images
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.records import Record
 from llava_jax.data.samples import SampleEncoder
@@ -28,7 +30,9 @@ from llava_jax.training.examples import (
 TINY = Path(__file__).parents[2] / "assets" / "tiny-llava"
 TURNS = (Turn("human", "one?"), Turn("gpt", "yes"), Turn("human", "two?"), Turn("gpt", "no, a dog"))
 RECORD = Record("a", (), TURNS)
-SPEC = BatchSpec(size=2, max_images=1, image_size=(8, 8), max_length=64, pad_token_id=0)
+SPEC = BatchSpec(
+    size=2, max_slots=1, image_size=(8, 8), max_length=64, pad_token_id=0, slot_features=4
+)
 END = 60
 
 
@@ -36,7 +40,7 @@ END = 60
 def encoder() -> SampleEncoder:
     transform = ImageTransform(shortest_edge=8, height=8, width=8)
     tokenizer = load_tokenizer(TINY)
-    return SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], transform, 3, 4, 256, 1)
+    return SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], transform, model_of(3, 4), 256, 1)
 
 
 class Counter:
@@ -61,8 +65,14 @@ class Counter:
 
 def question(first: int, *, limit: int = 99) -> Question:
     """A question whose wrong answer begins with a token."""
-    prompt, expected = np.array([1, 5, 6], np.int32), np.array([7, END], np.int32)
-    return Question(0, 0, RECORD, "what?", prompt, expected, [first], limit)
+    expected = np.array([7, END], np.int32)
+    return Question(0, 0, RECORD, "what?", prompt_of([1, 5, 6]), expected, [first], limit)
+
+
+def prompt_of(ids: list[int], images: int = 0) -> Expanded:
+    encoded = Encoded(np.array(ids, np.int32), np.zeros(len(ids), bool))
+    config = model_of(3, 4)
+    return expand_images(encoded, config, whole(config, images))
 
 
 def generator(encoder: SampleEncoder, step: Counter, **options: object) -> AnswerGenerator:
@@ -112,16 +122,17 @@ def test_a_text_ends_the_answers_of_the_template_plain(encoder):
 )
 def test_rows_have_a_shape_that_is_compiled_or_that_a_batch_would_have(encoder, shapes, expected):
     step = Counter()
-    spec = dataclasses.replace(SPEC, max_images=8, buckets=(32,), image_buckets=(0, 1, 2))
+    spec = dataclasses.replace(SPEC, max_slots=8, buckets=(32,), image_buckets=(0, 1, 2))
     generator(encoder, step, shapes=shapes, spec=spec).generate([question(58)])
     assert set(step.shapes) == {(2, *expected)}
 
 
 def test_rows_have_slots_for_the_images_of_a_question(encoder):
     step = Counter()
-    spec = dataclasses.replace(SPEC, max_images=8, image_buckets=(0, 2))
+    spec = dataclasses.replace(SPEC, max_slots=8, image_buckets=(0, 2))
     asked = question(58)
-    asked.prompt = np.array([1, *[encoder.image_token_id] * 2 * encoder.image_tokens, 6], np.int32)
+    asked.prompt = prompt_of([1, 3, 3, 6], images=2)
+    asked.pixels = np.zeros((2, 3, 8, 8), np.uint8)
     generator(encoder, step, spec=spec).generate([asked])
     assert set(step.shapes) == {(2, 64, 2)}
 
@@ -158,7 +169,7 @@ def test_a_record_has_one_question_for_each_answer(encoder):
     assert (one.text, two.text, one.turn, two.turn) == ("one?", "two?", 0, 1)
     assert one.tokens == one.expected.tolist() == ids[first].tolist()
     assert two.tokens == [ids[second[0]], 9]
-    assert two.prompt.tolist() == ids[: second[0]].tolist()
+    assert two.prompt.input_ids.tolist() == ids[: second[0]].tolist()
     assert two.limit == 2 + min(MAX_NEW_TOKENS, len(second) - 2 + MORE_TOKENS)
     tight = dataclasses.replace(encoder, max_length=len(ids))
     assert questions_of(ListRecords([RECORD]), {0: predicted}, tight, 10)[1].limit == len(second)

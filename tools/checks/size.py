@@ -18,6 +18,7 @@ from llava_jax import LlavaModel
 from llava_jax.config import LLAVA_7B, BatchConfig, MeshConfig, ModelConfig, TrainConfig, TuneConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.images import ImageTransform
+from llava_jax.data.tiles import index_whole_images
 from llava_jax.distributed.environment import GIB
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.pretrained.model import load_weights
@@ -146,6 +147,7 @@ def make_batch(model: ModelConfig) -> Batch:
         input_ids=ids,
         loss_mask=ids != model.image_token_id,
         segment_ids=np.ones_like(ids),
+        **index_whole_images(ids, model, 1),
         pixel_values=rng.integers(0, 256, (1, 1, 3, side, side), np.uint8),
         pixel_scale=np.array([ImageTransform().scale], np.float32),
     )

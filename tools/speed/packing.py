@@ -23,8 +23,9 @@ from llava_jax.config import (
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec, fill
 from llava_jax.data.images import ImageTransform
-from llava_jax.data.packing import deal, first_fit, images_in_row
+from llava_jax.data.packing import deal, first_fit, slots_in_row
 from llava_jax.data.samples import Sample
+from llava_jax.data.tiles import index_whole_images
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.planning.measure import attention_here
@@ -125,7 +126,9 @@ def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[S
         ids = np.concatenate([words[:1], image, words[1:]])
         learned = np.arange(len(ids)) >= len(ids) - length // 2
         pixels = rng.integers(0, 256, (int(has_image), 3, side, side), np.uint8)
-        samples.append(Sample(ids, learned, pixels))
+        found = index_whole_images(ids[None], model, 1)
+        index, weights = found["feature_index"][0], found["feature_weights"][0]
+        samples.append(Sample(ids, learned, index, weights, pixels))
     return samples
 
 
@@ -152,15 +155,24 @@ class Side:
     def batch(self, samples: list[Sample]) -> Batch:
         """Returns a batch of the samples with rows of `data.max_length` tokens."""
         length = self._data.max_length
+        images = slots_in_row(self._data, self._model, 1)
         layout = {place: [place] for place in range(len(samples))}
         if self._data.packing:
             lengths = {place: len(sample.input_ids) for place, sample in enumerate(samples)}
-            layout = deal(first_fit(lengths, length), len(samples), 1)
+            slots = {place: len(sample.pixel_values) for place, sample in enumerate(samples)}
+            layout = deal(first_fit(lengths, slots, length, images), len(samples), 1)
         rows = [{at: samples[at] for at in layout.get(row, ())} for row in range(len(samples))]
-        images = images_in_row(self._data, self._model, 1)
         size = (self._model.vision.image_size,) * 2
         scale = ImageTransform().scale
-        spec = BatchSpec(len(samples), images, size, length, self._model.pad_token_id, scale)
+        spec = BatchSpec(
+            len(samples),
+            images,
+            size,
+            length,
+            self._model.pad_token_id,
+            scale,
+            slot_features=self._model.image_tokens,
+        )
         return fill(rows, len(samples), spec, length)
 
     def step(self, batch: Batch) -> float:

@@ -1,0 +1,108 @@
+"""Models that cut images into tiles or read videos, beside transformers."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_family import MEMBERS, image_batch, make_member, video_batch
+
+from llava_jax import LlavaModel
+from llava_jax.config import ModelConfig
+
+SIZES = {
+    "each pinpoint": [[(28, 50)], [(50, 28)], [(56, 56)], [(84, 20)], [(20, 84)]],
+    "portrait and landscape": [[(90, 30)], [(30, 90)], [(333, 7)], [(5, 5)]],
+    "two images": [[(40, 60), (61, 30)]],
+    "five images": [[(20, 30), (90, 30), (33, 57), (56, 84), (8, 200)]],
+    "no image": [[]],
+    "padded": [[(30, 70), (70, 30)], [], [(50, 51)]],
+}
+VIDEOS = [name for name, member in MEMBERS.items() if "video_token_index" in member[2]]
+LIMIT = 2e-5
+
+
+@pytest.fixture(scope="module")
+def open_member(tmp_path_factory):
+    """Name -> our model of a directory that transformers wrote."""
+    made = {}
+
+    def opened(name: str) -> LlavaModel:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            make_member(name).save_pretrained(folder)
+            made[name] = LlavaModel.from_pretrained(folder)
+        return made[name]
+
+    return opened
+
+
+def theirs(model: torch.nn.Module, batch: dict, rows: list | None = None) -> np.ndarray:
+    """Logits of transformers; each row alone, because OneVision counts the images of a sample."""
+    batch = dict(batch)
+    if rows is not None and "batch_num_images" in inspect.signature(model.forward).parameters:
+        batch["batch_num_images"] = np.array([len(row) for row in rows if row])
+    tensors = {name: torch.tensor(value) for name, value in batch.items()}
+    with torch.no_grad():
+        return model(**tensors).logits.numpy()
+
+
+def assert_same(ours: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> None:
+    apart = np.abs(ours - wanted)[mask > 0].max() / np.abs(wanted).max()
+    assert apart < LIMIT
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_logits_of_images(name: str, sizes: list, open_member):
+    model = open_member(name)
+    batch = image_batch(model.config, sizes)
+    wanted = theirs(make_member(name), batch, sizes)
+    assert_same(np.asarray(model(**batch)), wanted, batch["attention_mask"])
+
+
+@pytest.mark.parametrize("frames", [[1], [8, 8], [33]], ids=str)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_logits_of_videos(name: str, frames: list[int], open_member):
+    model = open_member(name)
+    batch = video_batch(model.config, frames)
+    assert_same(
+        np.asarray(model(**batch)), theirs(make_member(name), batch), batch["attention_mask"]
+    )
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_transformers_reads_what_is_written(name: str, open_member, tmp_path: Path):
+    open_member(name).save_pretrained(tmp_path)
+    model = make_member(name)
+    again = type(model).from_pretrained(tmp_path)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    written = again.config.to_dict()
+    for field, value in MEMBERS[name][2].items():
+        if not field.endswith("_config"):
+            assert written[field] == value, field
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_wrong_numbers_of_tokens_are_refused(name: str, open_member):
+    model = open_member(name)
+    batch = image_batch(model.config, [[(30, 70)]])
+    batch["input_ids"] = batch["input_ids"][:, :-8]
+    batch["attention_mask"] = batch["attention_mask"][:, :-8]
+    with pytest.raises(ValueError, match=r"image tokens, but its 1 images need \d+"):
+        model(**batch)
+    del batch["pixel_values"]
+    assert np.isfinite(np.asarray(model(np.array([[5, 6]])))).all()
+
+
+def test_nothing_in_the_model_names_a_member():
+    """What a model is comes from its config, as data."""
+    root = Path(inspect.getfile(ModelConfig)).parents[1]
+    members = "llava_next", "llava-next", "next_video", "onevision", "interleave", "anyres"
+    for folder in ("models", "train_step"):
+        for file in (root / folder).glob("*.py"):
+            text = file.read_text().lower()
+            assert not [name for name in members if name in text], file
