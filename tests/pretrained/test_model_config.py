@@ -8,6 +8,7 @@ from transformers import AutoConfig, LlavaConfig
 from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained import model_config
+from llava_jax.pretrained.family import MEMBERS
 from llava_jax.pretrained.model_config import (
     read_llm_config,
     read_model_config,
@@ -58,13 +59,17 @@ LLAVA_7B_HF = {
 }
 
 
+NEXT = {"model_type": "llava_next", "pad_token_id": 0}
+
+
 def directory_of(settings: dict, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(settings))
     return path
 
 
-DEFAULTS = model_config.DECODERS | model_config.TOWERS | {"llava": model_config.LLAVA_DEFAULTS}
+MEMBER_DEFAULTS = {name: member.defaults for name, member in MEMBERS.items()}
+DEFAULTS = model_config.DECODERS | model_config.TOWERS | MEMBER_DEFAULTS
 # Switches that transformers' configs have for some models only; elsewhere they are off.
 SWITCHES = {"attention_bias", "mlp_bias", "vision_use_head"}
 
@@ -85,9 +90,12 @@ def test_defaults_are_those_of_transformers(model_type):
         assert resolved["rope_parameters"]["rope_theta"] == model_config.ROPE_THETA
 
 
-def test_a_llavas_own_tower_is_that_of_transformers():
-    vision = LlavaConfig().vision_config.to_dict()
-    assert model_config.LLAVA_VISION.items() <= vision.items()
+@pytest.mark.parametrize("model_type", MEMBERS)
+def test_a_members_own_parts_are_those_of_transformers(model_type):
+    config = AutoConfig.for_model(model_type)
+    vision = config.vision_config.to_dict()
+    assert MEMBERS[model_type].vision.items() <= vision.items()
+    assert MEMBERS[model_type].text_type == config.text_config.model_type
 
 
 def test_a_released_llava(tmp_path):
@@ -177,8 +185,24 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava_next"}, "'llava_next'; models that cut .* use a LLaVA-1.5"),
-        ({"model_type": "blip"}, "model_type is 'blip'; it must be 'llava'"),
+        ({"model_type": "llava_next_2"}, "'llava_next_2'; supported: 'llava', 'llava_next', .*"),
+        (
+            NEXT | {"image_grid_pinpoints": [[336, 500]]},
+            "multiples of .* 336",
+        ),
+        (NEXT | {"image_grid_pinpoints": []}, "image_grid_pinpoints is .*; it must be a list"),
+        (NEXT | {"image_grid_pinpoints": [[336, 336, 336]]}, "it must be a list of heights"),
+        (NEXT | {"image_grid_pinpoints": [[336, 336 * 10**6]]}, "it must be a list of heights"),
+        (NEXT | {"model_type": "llava_next_video", "spatial_pool_mode": "max"}, "'average'"),
+        (
+            NEXT | {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres"},
+            "vision_aspect_ratio is 'anyres'; it must be 'anyres_max_' and a number",
+        ),
+        (
+            NEXT | {"model_type": "llava_onevision", "vision_feature_select_strategy": "default"},
+            "drops the first of 27 x 27 patches",
+        ),
+        ({"model_type": "blip"}, "model_type is 'blip'; supported: 'llava'"),
         ({"text_config": {"model_type": "qwen3"}}, "decoder's model_type is 'qwen3'; supported: "),
         (
             {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
