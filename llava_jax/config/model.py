@@ -91,7 +91,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlmConfig:
-    """Sizes of the decoder, which is a LLaMA, Mistral or Qwen2 model.
+    """Sizes of the decoder, which is a LLaMA, Mistral, Qwen2 or Qwen3 model.
 
     The fields have the same names as in Hugging Face's configs.
 
@@ -125,13 +125,18 @@ class LlmConfig:
     rope_theta: _Factor = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    model_type: Literal["llama", "mistral", "qwen2"] = "llama"
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     sliding_window: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
 
     @property
     def has_qkv_bias(self) -> bool:
         """Whether the query, key and value projections have biases."""
         return self.model_type == "qwen2"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether the heads of queries and keys have RMS norms before RoPE."""
+        return self.model_type == "qwen3"
 
 
 @dataclasses.dataclass(frozen=True)

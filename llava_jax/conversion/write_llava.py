@@ -58,7 +58,7 @@ def save_official(
         template: Template of conversations; None if it is unknown.
 
     Raises:
-        ConfigError: LLaVA's own code does not support the vision tower or the projector.
+        ConfigError: LLaVA's own code does not support the decoder, vision tower or projector.
     """
     _check(config)
     llm = _own_llm(config, inputs)
@@ -160,7 +160,9 @@ def _token_ids(inputs: Path | Parts) -> Json:
 
 
 def _check(config: ModelConfig) -> None:
-    """Raises ConfigError unless LLaVA's own code supports the vision tower and the projector."""
+    """Raises ConfigError unless LLaVA's own code supports the decoder, tower and projector."""
+    if config.llm.model_type == "qwen3":
+        raise ConfigError("LLaVA's own code does not support a qwen3 decoder; use --to hf")
     if config.vision.model_type != "clip_vision_model" or config.projector_hidden_act != "gelu":
         raise ConfigError(
             f"LLaVA's own code does not support a {config.vision.model_type} tower with a "

@@ -297,13 +297,13 @@ class Embedding(nnx.Module):
 
 
 class RmsNorm(nnx.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019) of the last axis, computed in float32."""
 
     def __init__(self, width: int, eps: float):
         self.weight = parameter(width)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T *N D"]) -> Float[Array, "B T *N D"]:
         return _rms_norm(x, self.weight[...], self.eps)
 
 
@@ -311,10 +311,11 @@ class RmsNorm(nnx.Module):
 # otherwise. `prevent_cse` is not needed: the scan over layers already prevents XLA from merging
 # common subexpressions.
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
+def _rms_norm(x: Float[Array, "B T *N D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
-    return (x32 * weight.astype(jnp.float32)[None, None]).astype(x.dtype)
+    weight = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))
+    return (x32 * weight).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

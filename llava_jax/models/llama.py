@@ -1,7 +1,8 @@
 """Defines the LLaMA decoder (Touvron et al., 2023): RMSNorm, RoPE, SwiGLU, grouped-query attention.
 
-Mistral's decoder differs only in its sliding window, and Qwen2's decoder only in having biases in
-the query, key and value projections.
+Mistral's decoder differs only in its sliding window, Qwen2's decoder only in having biases in the
+query, key and value projections, and Qwen3's decoder only in having RMS norms on the heads of the
+queries and keys.
 """
 
 import math
@@ -99,12 +100,17 @@ class Attention(nnx.Module):
         self.k_proj = Linear(width, keys, bias=bias)
         self.v_proj = Linear(width, keys, bias=bias)
         self.o_proj = Linear(queries, width, bias=False)
+        norm = lambda: RmsNorm(size, config.rms_norm_eps) if config.has_qk_norm else nnx.data(None)
+        self.q_norm: RmsNorm | None = norm()
+        self.k_norm: RmsNorm | None = norm()
 
     def __call__(
         self, x: Float[Array, "B T D"], rope: Rope, attend: Attend, keys: TokenKeys = None
     ) -> Float[Array, "B T D"]:
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         return self.o_proj(attend(q, k, v), keys)
 

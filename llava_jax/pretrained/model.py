@@ -260,7 +260,7 @@ class LlavaModel(Llava):
         """Builds a LLaVA from separate parts.
 
         Args:
-            llm: Directory or hub id of a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
+            llm: Directory or hub id of a LLaMA, Mistral, Qwen2 or Qwen3 decoder.
             vision: Directory or hub id of a CLIPVisionModel, CLIPModel, SiglipVisionModel or
                 SiglipModel.
             projector: Safetensors file of the projector, or a directory that contains the file;

@@ -20,7 +20,7 @@ from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from llava_jax.pretrained.unsupported import supported_config
 
-# Defaults of transformers, the same in versions 4.36 (4.37 for Qwen2 and SigLIP) and 5.23.
+# Defaults of transformers, the same in 4.36 (Qwen2, SigLIP: 4.37; Qwen3: 4.51) and in 5.24.
 LLAMA_DEFAULTS: Json = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -51,6 +51,7 @@ QWEN2_DEFAULTS: Json = LLAMA_DEFAULTS | {
     "use_sliding_window": False,
     "eos_token_id": None,
 }
+QWEN3_DEFAULTS: Json = QWEN2_DEFAULTS | {"head_dim": 128}
 CLIP_DEFAULTS: Json = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -72,14 +73,14 @@ SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
 ROPE_THETA = 10_000.0
 
 # A config without model_type has the type of the first entry.
-DECODERS = {"llama": LLAMA_DEFAULTS, "mistral": MISTRAL_DEFAULTS, "qwen2": QWEN2_DEFAULTS}
+DECODERS = {
+    "llama": LLAMA_DEFAULTS,
+    "mistral": MISTRAL_DEFAULTS,
+    "qwen2": QWEN2_DEFAULTS,
+    "qwen3": QWEN3_DEFAULTS,
+}
 TOWERS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
 _TWO_TOWERS = ("clip", "siglip")  # have a vision tower and a text tower
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 
 VOCABULARY_MULTIPLE = 64  # divides the size of an extended vocabulary, such as llava-hf's 32064
 
@@ -132,7 +133,7 @@ def _llava_config(file: Path, vision: VisionConfig, llm: LlmConfig, values: Json
 
 
 def read_llm_config(directory: str | Path) -> LlmConfig:
-    """Reads the `LlmConfig` of a LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
+    """Reads the `LlmConfig` of a LLaMA, Mistral, Qwen2 or Qwen3 decoder.
 
     Raises:
         CheckpointError: The config.json cannot be read, or the decoder is not supported.
@@ -242,10 +243,9 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
     require(file, "the decoder's hidden_act", values["hidden_act"], ("silu",))
     require(file, "the decoder's attention_bias", values["attention_bias"], (False,))
     require(file, "the decoder's mlp_bias", values["mlp_bias"], (False,))
-    # Qwen2 uses a sliding window in some layers only, which is not supported.
-    require(
-        file, "the decoder's use_sliding_window", values.get("use_sliding_window", False), (False,)
-    )
+    # Qwen2 and Qwen3 use a sliding window in some layers only, which is not supported.
+    sliding = values.get("use_sliding_window", False)
+    require(file, "the decoder's use_sliding_window", sliding, (False,))
     check_types(file, "the decoder's ", LlmConfig, values)
     heads = values["num_attention_heads"]
     key_heads = values["num_key_value_heads"] or heads
@@ -327,7 +327,7 @@ def _pad_token_id(file: Path, top: Json, text: Json) -> Any:
 
 
 def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = "bfloat16") -> None:
-    """Writes a config.json that transformers 4.40 and all later versions read in the same way.
+    """Writes a config.json that transformers 4.40 (Qwen3: 4.51) and later read in the same way.
 
     Args:
         config: Sizes of the model.
@@ -355,12 +355,12 @@ def write_model_config(config: ModelConfig, directory: str | Path, dtype: str = 
 def text_settings(llm: LlmConfig) -> Json:
     """Returns the content of the config.json in a decoder's directory."""
     text = dataclasses.asdict(llm)
-    text |= {"architectures": [ARCHITECTURES[llm.model_type]], "hidden_act": "silu"}
+    text |= {"architectures": [f"{llm.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
     if llm.rope_scaling is not None:
         text["rope_scaling"] = {"rope_type": "llama3", **text["rope_scaling"]}
     if llm.model_type == "llama":
         text |= {"attention_bias": False, "mlp_bias": False}
-    if llm.model_type == "qwen2":
+    if llm.model_type in ("qwen2", "qwen3"):
         text["use_sliding_window"] = False
     if llm.model_type != "mistral":
         del text["sliding_window"]

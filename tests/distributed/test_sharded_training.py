@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import CONFIG, change, run
+from tiny_training import CONFIG, MODEL, change, run
 
-from llava_jax.config import MeshConfig
+from llava_jax.config import MeshConfig, TuneConfig
 from llava_jax.distributed.sharding import (
     PARAMETER_RULES,
     logical_axes,
@@ -49,6 +49,22 @@ def test_eight_devices_train_as_one(one_device: list[dict[str, float]], mesh: Me
     for array in arrays:
         shard = math.prod(array.addressable_shards[0].data.shape)
         assert shard * mesh.fsdp <= array.size, array.sharding
+
+
+def test_norms_of_heads_train_on_eight_devices_as_on_one():
+    config = dataclasses.replace(
+        change(CONFIG, optimizer={"learning_rate": 1e-3}),
+        model=dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, model_type="qwen3")),
+        tune=TuneConfig(llm="full", vision="frozen", projector="full"),
+    )
+    expected, _, whole = run(config, devices=1, steps=4)
+    rows, _, state = run(dataclasses.replace(config, mesh=MeshConfig(2, 2, 2)), 8, 4)
+    np.testing.assert_allclose(losses(rows), losses(expected), rtol=1e-5)
+    for name in ("q_norm", "k_norm"):
+        path = f"llm.layers.self_attn.{name}.weight"
+        ours, theirs = (np.asarray(x.trainable[path]) for x in (state, whole))
+        assert (theirs != 1).all()  # they start from ones
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_accumulation_equals_the_larger_batch(one_device: list[dict[str, float]]):

@@ -42,6 +42,13 @@ VARIANTS: dict[str, dict] = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
     "qwen2_tied": {"model_type": "qwen2", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "qwen3_tied": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
     "siglip": {},
 }
 """What a decoder differs in; "siglip" in the tower."""

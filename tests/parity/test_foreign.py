@@ -209,6 +209,10 @@ def test_what_llavas_code_has_not_is_refused(tmp_path: Path):
     other = dataclasses.replace(opened.config, projector_hidden_act="gelu_pytorch_tanh")
     with pytest.raises(ConfigError, match=r"gelu_pytorch_tanh.*--to hf"):
         convert(dataclasses.replace(opened, config=other), tmp_path / "out", "llava")
+    llm = dataclasses.replace(opened.config.llm, model_type="qwen3")
+    other = dataclasses.replace(opened.config, llm=llm)
+    with pytest.raises(ConfigError, match=r"a qwen3 decoder; use --to hf"):
+        convert(dataclasses.replace(opened, config=other), tmp_path / "out", "llava")
     assert not (tmp_path / "out").exists()
 
 

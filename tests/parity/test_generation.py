@@ -53,7 +53,7 @@ def ours(saved: Callable[[str], Path]) -> Callable[[str], LlavaModel]:
 
 
 VARIANTS = [
-    "gqa",
+    *("gqa", "qwen3"),
     *(pytest.param(v, marks=pytest.mark.slow) for v in ("mha", "tied", "llama3_rope", "qwen2")),
     pytest.param("siglip", marks=pytest.mark.slow),
 ]

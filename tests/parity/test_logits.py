@@ -163,7 +163,7 @@ def parts(make_hf: Callable, tmp_path: Path) -> Callable[[str], Parts]:
     return save
 
 
-@pytest.mark.parametrize("variant", ["gqa", "mistral", "qwen2_siglip"], scope="session")
+@pytest.mark.parametrize("variant", ["gqa", "mistral", "qwen2_siglip", "qwen3"], scope="session")
 def test_parts_make_the_whole(variant, parts, load, saved, abstract_params, assert_same):
     separate = parts(variant)
     config = read_parts_config(separate, image_token_id=60, pad_token_id=61)

@@ -43,7 +43,7 @@ def rewritten(source: Path, out: Path, dtype: str | None = None) -> Path:
 
 
 @pytest.mark.parity("checkpoints", "transformers")
-@pytest.mark.parametrize("variant", ["gqa", "tied", "mistral", "qwen2"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "mistral", "qwen2", "qwen3"])
 def test_a_decoder_alone(variant, make_hf, hf_logits, batches, tmp_path, assert_same):
     hf = make_hf(variant)
     decoder = AutoModelForCausalLM.from_config(hf.config.text_config).eval()

@@ -32,6 +32,9 @@ QWEN2_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
 QWEN2_05B = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
              "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+QWEN3_06B = {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
+             "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "tie_word_embeddings": True}  # fmt: skip
 NO_HEAD = {"num_hidden_layers": 26, "vision_use_head": False}  # of llava-interleave-qwen
 
 # Decoder, tower, feature layer, parameters where they are known.
@@ -44,6 +47,7 @@ MODELS = {
     "mistral-7b-so400m": (MISTRAL_7B, SO400M, -2, None),
     "qwen2-7b-so400m": (QWEN2_7B, SO400M, -2, None),
     "llava-interleave-qwen-0.5b": (QWEN2_05B, SO400M | NO_HEAD, -1, None),
+    "qwen3-0.6b": (QWEN3_06B, CLIP_L, -2, None),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_training import MODEL, change, random_batch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llava_jax.config import (
@@ -81,6 +82,7 @@ CASES = {  # a recipe, and the model it starts from
         change(CONFIG, tune={"vision": "lora"}, vision_lora={"rank": 4, "alpha": 8.0}),
         "qwen2_siglip",
     ),
+    "full, Qwen3": (FULL, "qwen3"),
 }
 PATTERNS = {
     "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "linear_1": 3},
@@ -114,7 +116,7 @@ SHORT = (
     "LoRA with patterns, in the projector too",
     "LoRA and tokens",
     *("LoRA, sample mean, clipped", "projector only", "full, tied embeddings"),
-    "LoRA in Qwen2 and SigLIP",
+    *("LoRA in Qwen2 and SigLIP", "full, Qwen3"),
 )
 PARTS = {"llm": "language_model|lm_head", "vision": "vision_tower", "projector": "projector"}
 """The words in Hugging Face's names that tell our three parts."""
@@ -204,7 +206,8 @@ def groups(recipe: OptimizerConfig, model: torch.nn.Module) -> list[dict]:
         "vision": recipe.vision_learning_rate or recipe.learning_rate,
         "projector": recipe.projector_learning_rate or recipe.learning_rate,
     }
-    decaying = get_parameter_names(model, [torch.nn.LayerNorm, LlamaRMSNorm], ["bias"])
+    norms = [torch.nn.LayerNorm, LlamaRMSNorm, Qwen3RMSNorm]
+    decaying = get_parameter_names(model, norms, ["bias"])
     found = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

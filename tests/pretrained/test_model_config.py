@@ -154,11 +154,20 @@ def test_rope_of_every_era(settings, theta, scaling, tmp_path):
         ({"model_type": "mistral", "sliding_window": None}, None),  # 7B v0.2 and later
         ({"model_type": "mistral", "sliding_window": 512}, 512),
         ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False}, None),
+        ({"model_type": "qwen3", "sliding_window": 32768, "use_sliding_window": False}, None),
         ({"model_type": "llama", "sliding_window": 512}, None),
     ],
 )
 def test_sliding_windows(settings, window, tmp_path):
     assert read_llm_config(directory_of(settings, tmp_path)).sliding_window == window
+
+
+def test_heads_of_qwen3_have_the_size_128(tmp_path):
+    """Also if the hidden size divided by the number of heads is another number."""
+    settings = {"model_type": "qwen3", "hidden_size": 1024, "num_key_value_heads": 8}
+    settings["num_attention_heads"] = 16
+    assert read_llm_config(directory_of(settings, tmp_path)).head_dim == 128
+    assert read_llm_config(directory_of(settings | {"head_dim": 64}, tmp_path)).head_dim == 64
 
 
 def test_null_key_heads_are_as_many_as_query_heads(tmp_path):
@@ -203,10 +212,18 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
             "drops the first of 27 x 27 patches",
         ),
         ({"model_type": "blip"}, "model_type is 'blip'; supported: 'llava'"),
-        ({"text_config": {"model_type": "qwen3"}}, "decoder's model_type is 'qwen3'; supported: "),
+        ({"text_config": {"model_type": "gemma"}}, "decoder's model_type is 'gemma'; supported: "),
         (
             {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
             "decoder's use_sliding_window is True",
+        ),
+        (
+            {"text_config": {"model_type": "qwen3", "use_sliding_window": True}},
+            "decoder's use_sliding_window is True",
+        ),
+        (
+            {"text_config": {"model_type": "qwen3", "attention_bias": True}},
+            "decoder's attention_bias is True",
         ),
         (
             {"text_config": {"model_type": "qwen2"}},
@@ -269,6 +286,10 @@ CONFIGS = {
                      "siglip_vision_model", vision_use_head=True),
         LlmConfig(152064, 3584, 18944, 28, 28, 4, model_type="qwen2", rope_theta=1e6),
         image_token_id=151646, pad_token_id=151643, vision_feature_select_strategy="full",
+    ),
+    "qwen3": ModelConfig(
+        llm=LlmConfig(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True,
+                      model_type="qwen3", rope_theta=1e6),
     ),
     "siglip without a head": ModelConfig(VisionConfig(model_type="siglip_vision_model")),
 }  # fmt: skip
