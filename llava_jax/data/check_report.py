@@ -76,7 +76,7 @@ class Report:
     def figures(self) -> dict[str, Any]:
         """Returns the statistics of the data set, without lists of individual samples."""
         images = self.of_good("images")
-        columns = {name: self.of_good(name) for name in ("tokens", "learned", "images")}
+        columns = {name: self.of_good(name) for name in ("tokens", "learned", "images", "slots")}
         return {
             "samples": len(self.found.tokens),
             "bad": len(self.found.problems),
@@ -91,6 +91,7 @@ class Report:
                 for name, values in (columns | {"learned share": self.shares}).items()
             },
             "padding": self.padding_rows(),
+            "blank slots": self.padding.slot_waste(self.spec),
         }
 
     def show(self, shown: int) -> None:
@@ -152,6 +153,9 @@ class Report:
             lengths = ", ".join(map(str, row["lengths"]))
             table.add_row(row["choice"], lengths, f"{row['waste']:.1%}")
         console.print(table)
+        slots = ", ".join(map(str, self.spec.slots))
+        blank = figures["blank slots"]
+        console.print(f"image slots per row: {slots}; {blank:.1%} of them are blank in an epoch")
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

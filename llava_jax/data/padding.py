@@ -99,6 +99,21 @@ class Padding:
         """Returns the fraction of padding among `tokens` tokens; 1 if no sample can be used."""
         return 1 - self.tokens / max(tokens, 1)
 
+    def slot_waste(self, spec: BatchSpec) -> float:
+        """Returns the fraction of blank slots among the image slots; 0 if there are no slots.
+
+        Args:
+            spec: Shapes of the batches.
+        """
+        rows = [spec.size] * len(self.batches)
+        if spec.packing:
+            packed = self._pack(spec.lengths, spec.max_slots, spec.micro_rows)
+            rows = [len(filled) for _, filled in packed]
+        shapes = self.shapes(spec)
+        slots = [spec.image_bucket(needed, length) for length, needed in shapes]
+        computed = sum(count * number for count, number in zip(rows, slots, strict=True))
+        return 1 - sum(int(own.sum()) for own in self.slots) / computed if computed else 0.0
+
     def best_lengths(self, count: int) -> tuple[int, ...]:
         """Returns at most `count` bucket lengths, for which `padded` is smallest.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_training import MODEL, change, random_batch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -118,7 +119,11 @@ SHORT = (
     *("LoRA, sample mean, clipped", "projector only", "full, tied embeddings"),
     *("LoRA in Qwen2 and SigLIP", "full, Qwen3"),
 )
-PARTS = {"llm": "language_model|lm_head", "vision": "vision_tower", "projector": "projector"}
+PARTS = {
+    "llm": "language_model|lm_head|image_newline",
+    "vision": "vision_tower",
+    "projector": "projector",
+}
 """The words in Hugging Face's names that tell our three parts."""
 
 pytestmark = [
@@ -154,7 +159,11 @@ def save(program: Program, params: Params, directory: Path) -> None:
     """Writes what a run leaves: its adapter, or the whole model."""
     config = program.model_config
     if program.adapters:
-        trained = {path: params[path] for path in program.trainable}
+        # PEFT loads a tower only as a whole, with the layers after the feature layer.
+        tower = "vision.embeddings.patch_embedding.weight"
+        whole = "vision." if tower in program.trainable else "none"
+        kept = lambda path: path in program.trainable or path.startswith(whole)
+        trained = {path: value for path, value in params.items() if kept(path)}
         names = {"base_name": None, "fingerprint": None}
         save_adapter(directory, trained, program.adapters, config, **names)
     else:
@@ -178,7 +187,12 @@ def part_of(name: str) -> str:
     return part
 
 
-def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Program, Params]:
+def ours(
+    config: TrainConfig,
+    base: Path,
+    start: Path,
+    batch_of: Callable[[TrainConfig, int], Batch] = step_batch,
+) -> tuple[list[float], Program, Params]:
     """Trains with this package; leaves what it starts from in `start`, the end in "trained"."""
     model_config = read_model_config(base)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -191,7 +205,7 @@ def ours(config: TrainConfig, base: Path, start: Path) -> tuple[list[float], Pro
     losses = []
     with jax.set_mesh(mesh):
         for step in range(STEPS):
-            batch = program.device_put(step_batch(config, step))
+            batch = program.device_put(batch_of(config, step))
             state, metrics = program.train_step(state, params, batch)
             losses.append(metrics["loss"].item())
     params |= state.trainable
@@ -206,7 +220,7 @@ def groups(recipe: OptimizerConfig, model: torch.nn.Module) -> list[dict]:
         "vision": recipe.vision_learning_rate or recipe.learning_rate,
         "projector": recipe.projector_learning_rate or recipe.learning_rate,
     }
-    norms = [torch.nn.LayerNorm, LlamaRMSNorm, Qwen3RMSNorm]
+    norms = [torch.nn.LayerNorm, LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm]
     decaying = get_parameter_names(model, norms, ["bias"])
     found = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -218,7 +232,13 @@ def groups(recipe: OptimizerConfig, model: torch.nn.Module) -> list[dict]:
     ]
 
 
-def theirs(config: TrainConfig, hf: torch.nn.Module, start: Path) -> list[float]:
+def theirs(
+    config: TrainConfig,
+    hf: torch.nn.Module,
+    start: Path,
+    batch_of: Callable[[TrainConfig, int], Batch] = step_batch,
+    logits_of: Callable[[torch.nn.Module, Batch], torch.Tensor] = hf_logits,
+) -> list[float]:
     """The same with torch, written as LLaVA's trainer does it."""
     model = opened(config, hf, start).train()
     recipe = config.optimizer
@@ -238,7 +258,7 @@ def theirs(config: TrainConfig, hf: torch.nn.Module, start: Path) -> list[float]
     def nll(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         labels = torch.tensor(np.where(batch.loss_mask, batch.input_ids, -100)).long()[:, 1:]
         losses = torch.nn.functional.cross_entropy(
-            hf_logits(model, batch)[:, :-1].transpose(1, 2), labels, reduction="none"
+            logits_of(model, batch)[:, :-1].transpose(1, 2), labels, reduction="none"
         )
         return losses, labels != -100
 
@@ -251,7 +271,7 @@ def theirs(config: TrainConfig, hf: torch.nn.Module, start: Path) -> list[float]
 
     losses = []
     for step in range(STEPS):
-        loss = loss_of(step_batch(config, step))
+        loss = loss_of(batch_of(config, step))
         loss.backward()
         if recipe.clip_norm:
             trains = [p for p in model.parameters() if p.requires_grad]
