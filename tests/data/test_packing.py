@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_training import CONFIG, change, packed, random_batch, run, start
 
-from llava_jax.config import DataConfig, ModelConfig
+from llava_jax.config import DataConfig, ModelConfig, TilingConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import deal, first_fit, slots_in_row
 from llava_jax.train_step.loss import next_tokens, token_losses
@@ -103,3 +103,12 @@ def test_every_sample_has_the_same_loss():
     found = losses(packed(batch, ROOM))
     np.testing.assert_allclose(found, losses(batch), rtol=1e-5)
     assert (found > 1).all()
+
+
+def test_slots_of_rows_with_tiles():
+    tiling = TilingConfig(((336, 672), (672, 672)))
+    model, data = ModelConfig(tiling=tiling), DataConfig(max_length=8192)
+    assert slots_in_row(data, model, 5) == 5
+    assert slots_in_row(dataclasses.replace(data, packing=True), model, 5) == 21
+    assert slots_in_row(dataclasses.replace(data, packing=True), model, 25) == 25
+    assert slots_in_row(dataclasses.replace(data, packing=True), model, 0) == 0

@@ -17,15 +17,18 @@ from llava_jax.config import (
     LoraConfig,
     MemoryConfig,
     ModelConfig,
+    TilingConfig,
     TrainConfig,
     TuneConfig,
 )
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec, fill
+from llava_jax.data.conversation import Encoded
+from llava_jax.data.image_tokens import expand_images
 from llava_jax.data.images import ImageTransform
 from llava_jax.data.packing import deal, first_fit, slots_in_row
 from llava_jax.data.samples import Sample
-from llava_jax.data.tiles import index_whole_images
+from llava_jax.data.tiles import image_sources, is_tiled
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
 from llava_jax.planning.measure import attention_here
@@ -36,23 +39,29 @@ from llava_jax.train_step.step import forward, init_state
 
 LIMIT = 1e-5  # largest relative difference between a sample's losses with and without packing
 
+COCO = (480, 640)
+
 MIXTURE = (
-    # Name of the data set, thousands of samples, whether samples have an image, text tokens.
+    # Name of the data set, thousands of samples, size of an image, text tokens. The sizes (height,
+    # width) in pixels are those of most images of COCO, and estimates for the other data sets.
     # The numbers of samples are from table 7 of Liu et al., "Improved Baselines with Visual
     # Instruction Tuning" (2023). The numbers of text tokens are estimated medians of log-normal
     # distributions, derived from the number of questions in a sample. They include 40 tokens of the
     # system prompt.
-    ("LLaVA", 158, True, 260),
-    ("ShareGPT", 40, False, 1200),
-    ("VQAv2", 83, True, 150),
-    ("GQA", 72, True, 240),
-    ("OKVQA", 9, True, 80),
-    ("OCRVQA", 80, True, 200),
-    ("A-OKVQA", 66, True, 110),
-    ("TextCaps", 22, True, 120),
-    ("RefCOCO", 48, True, 250),
-    ("VG", 86, True, 300),
+    ("LLaVA", 158, COCO, 260),
+    ("ShareGPT", 40, None, 1200),
+    ("VQAv2", 83, COCO, 150),
+    ("GQA", 72, COCO, 240),
+    ("OKVQA", 9, COCO, 80),
+    ("OCRVQA", 80, (475, 330), 200),
+    ("A-OKVQA", 66, COCO, 110),
+    ("TextCaps", 22, (768, 1024), 120),
+    ("RefCOCO", 48, COCO, 250),
+    ("VG", 86, COCO, 300),
 )
+TILING = TilingConfig(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
+"""Resolutions of LLaVA-1.6."""
+
 SPREAD = 0.5  # standard deviation of the logarithm of the number of text tokens
 
 
@@ -66,6 +75,8 @@ def compare(given: argparse.Namespace) -> bool:
         True if the two losses of each sample differ by at most `LIMIT`, relative to the loss.
     """
     model = SHAPES[given.shape]
+    if given.tiles:
+        model = dataclasses.replace(model, tiling=TILING)
     config = TrainConfig(
         "packing",
         model=model,
@@ -76,7 +87,7 @@ def compare(given: argparse.Namespace) -> bool:
         memory=MemoryConfig(remat="full"),
         dtype=given.dtype,
     )
-    packing = dataclasses.replace(config.data, packing=True)
+    packing = dataclasses.replace(config.data, packing=True, max_length=given.packed_length)
     sides = [Side(config), Side(dataclasses.replace(config, data=packing))]
     seconds: list[list[float]] = [[], []]
     tokens, apart = [], 0.0
@@ -118,17 +129,19 @@ def make_samples(model: ModelConfig, count: int, most: int, seed: int) -> list[S
     side = model.vision.image_size
     samples = []
     for kind in rng.choice(len(MIXTURE), count, p=sizes / sizes.sum()):
-        _, _, has_image, median = MIXTURE[kind]
-        image = np.full(model.image_tokens * has_image, model.image_token_id, np.int32)
-        room = most - len(image)
+        _, _, size, median = MIXTURE[kind]
+        sources = []
+        if size is not None:
+            sources = [image_sources(model, size if is_tiled(model, 1) else None)]
+        room = most - sum(len(one.index) for one in sources)
         length = int(np.clip(rng.lognormal(np.log(median), SPREAD), 8, room))
         words = rng.integers(3, model.image_token_id, length, np.int32)
-        ids = np.concatenate([words[:1], image, words[1:]])
+        ids = np.insert(words, 1, [model.image_token_id] * len(sources)).astype(np.int32)
         learned = np.arange(len(ids)) >= len(ids) - length // 2
-        pixels = rng.integers(0, 256, (int(has_image), 3, side, side), np.uint8)
-        found = index_whole_images(ids[None], model, 1)
-        index, weights = found["feature_index"][0], found["feature_weights"][0]
-        samples.append(Sample(ids, learned, index, weights, pixels))
+        text = expand_images(Encoded(ids, learned), model, sources)
+        pixels = rng.integers(0, 256, (sum(text.slots), 3, side, side), np.uint8)
+        features = text.feature_index, text.feature_weights
+        samples.append(Sample(text.input_ids, text.loss_mask, *features, pixels))
     return samples
 
 
@@ -155,7 +168,8 @@ class Side:
     def batch(self, samples: list[Sample]) -> Batch:
         """Returns a batch of the samples with rows of `data.max_length` tokens."""
         length = self._data.max_length
-        images = slots_in_row(self._data, self._model, 1)
+        most = max(len(sample.pixel_values) for sample in samples)
+        images = slots_in_row(self._data, self._model, max(most, 1))
         layout = {place: [place] for place in range(len(samples))}
         if self._data.packing:
             lengths = {place: len(sample.input_ids) for place, sample in enumerate(samples)}
@@ -172,6 +186,7 @@ class Side:
             self._model.pad_token_id,
             scale,
             slot_features=self._model.image_tokens,
+            sources_per_token=self._model.sources_per_token,
         )
         return fill(rows, len(samples), spec, length)
 
