@@ -86,7 +86,7 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
         "an answer that is a number": say(("human", "what?"), ("gpt", 3)),
         "no value": {"conversations": [{"from": "human"}]},
         "category": {**WHOLE, "category": ["drawn"]},
-        "video": {**WHOLE, "video": "good.mp4"},
+        "sound": {**WHOLE, "audio": "good.mp3"},
         "video in the text": {"conversations": talk("<video>\nwhat?", "that")},
         "tools": {**WHOLE, "tools": [{"name": "search"}]},
         "half a weight": {"messages": [
@@ -164,6 +164,9 @@ BAD: dict[str, dict[str, Raw | str | bytes | list | int | None]] = {
         "zero width": show("zero-width.png"),
         "zero height": show("zero-height.png"),
         "wrong palette": show("palette.png"),
+    },
+    "video": {
+        "a model that reads no videos": {**WHOLE, "video": "good.mp4"},
     },
     "image size": {
         "a bomb": show("bomb.png"),

@@ -10,7 +10,7 @@ the token ids.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from llava_jax.data.templates import SYSTEM_SLOT, TEMPLATES, Template
 from llava_jax.errors import ConfigError, SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 
 @contextmanager
@@ -92,13 +93,14 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
     *,
+    video_token_id: int | None = None,
     last_answer_only: bool = False,
 ) -> Encoded:
-    """Encodes a conversation for training, with one token for each image.
+    """Encodes a conversation for training, with one token for each image and each video.
 
-    Each `<image>` in a human turn is the placeholder of an image; `split_at_images` says where the
-    images are. All other text in the turns is encoded as plain text, even if it looks like a
-    control token.
+    Each `<image>` in a human turn is the placeholder of an image, and each `<video>` that of a
+    video; `split_at_media` says where they are. All other text in the turns is encoded as plain
+    text, even if it looks like a control token.
 
     Args:
         turns: Conversation in which human and gpt turns alternate. System turns before the first
@@ -107,18 +109,19 @@ def encode(
         template: Conversation template: the text around the turns.
         tokenizer: Fast tokenizer of transformers.
         image_token_id: Id of the token that represents an image.
+        video_token_id: Id of the token that represents a video; None if the model reads no videos.
         last_answer_only: Whether only the last answer is learned, and not the earlier ones.
 
     Raises:
         SampleError: The turns do not alternate, a system turn follows a human turn, an answer is
-            empty, or there is no answer to learn.
+            empty, there is no answer to learn, or the model cannot read a video.
         ConfigError: The tokenizer lacks a control token of the template.
     """
     turns = select_turns(turns)
     if last_answer_only:
         turns = [turn._replace(learned=turn.learned and turn is turns[-1]) for turn in turns]
-    pieces = _render(turns, template, tokenizer, image_token_id)
-    encoded = _tokenize(pieces, tokenizer, image_token_id)
+    tokens = _media_tokens(turns, image_token_id, video_token_id)
+    encoded = _tokenize(_render(turns, template, tokenizer, tokens), tokenizer, tokens)
     if not encoded.loss_mask.any():
         raise SampleError("the conversation has no answer to learn from", "no answer")
     return encoded
@@ -129,6 +132,8 @@ def encode_prompt(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
+    *,
+    video_token_id: int | None = None,
 ) -> Encoded:
     """Encodes a conversation that ends with a human turn, up to the start of the next answer.
 
@@ -140,17 +145,20 @@ def encode_prompt(
         template: Conversation template: the text around the turns.
         tokenizer: Fast tokenizer of transformers.
         image_token_id: Id of the token that represents an image.
+        video_token_id: Id of the token that represents a video; None if the model reads no videos.
 
     Raises:
-        SampleError: The turns do not alternate, or the last turn is not a human turn.
+        SampleError: The turns do not alternate, the last turn is not a human turn, or the model
+            cannot read a video.
         ConfigError: The tokenizer lacks a control token of the template.
     """
     if not turns or turns[-1].role != "human":
         raise SampleError("a prompt must be a conversation that ends with a human turn")
     turns = select_turns(turns, keep_question=True)
-    pieces = _render(turns, template, tokenizer, image_token_id)
+    tokens = _media_tokens(turns, image_token_id, video_token_id)
+    pieces = _render(turns, template, tokenizer, tokens)
     pieces += _parse(template.answer_prefix.rstrip(" "), tokenizer)
-    return _tokenize(pieces, tokenizer, image_token_id)
+    return _tokenize(pieces, tokenizer, tokens)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -220,7 +228,12 @@ def select_turns(turns: Sequence[Turn], *, keep_question: bool = False) -> list[
 
 
 def split_at_images(text: str) -> list[str]:
-    """Splits the text of a human turn at its images: the texts before, between and after them.
+    """Splits the text of a human turn at its images; see `split_at_media`."""
+    return split_at_media(text, (IMAGE_PLACEHOLDER,))[0]
+
+
+def split_at_media(text: str, placeholders: Collection[str]) -> tuple[list[str], list[str]]:
+    """Splits the text of a human turn at its images, and at its videos, which count as images.
 
     A single image comes first, whatever its place in the text, as in LLaVA-1.5. If there is only
     white space before the last of several images, these images come first too. In both cases, the
@@ -229,29 +242,51 @@ def split_at_images(text: str) -> list[str]:
     images and all white space stay in their places, as in LLaVA-NeXT.
 
     Args:
-        text: Text with one `<image>` for each image.
+        text: Text with a placeholder for each image and each video.
+        placeholders: Placeholders to split at: IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER or both.
+
+    Returns:
+        The texts before, between and after the images, and the placeholders, in order.
     """
-    texts = text.split(IMAGE_PLACEHOLDER)
-    images = len(texts) - 1
-    if images == 1 or (images and not "".join(texts[:-1]).strip()):
-        return [*[""] * images, "".join(texts).strip()]
-    return texts
+    pieces = re.split(f"({'|'.join(placeholders)})", text)
+    texts, found = pieces[::2], pieces[1::2]
+    if len(found) == 1 or (found and not "".join(texts[:-1]).strip()):
+        texts = [*[""] * len(found), "".join(texts).strip()]
+    return texts, found
 
 
-def count_placeholders(turns: Sequence[Turn]) -> int:
-    """Counts the image placeholders in the human turns."""
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+def count_placeholders(turns: Sequence[Turn], placeholder: str = IMAGE_PLACEHOLDER) -> int:
+    """Counts the placeholders of images, or others, in the human turns."""
+    return sum(turn.text.count(placeholder) for turn in turns if turn.role == "human")
+
+
+def _media_tokens(
+    turns: Sequence[Turn], image_token_id: int, video_token_id: int | None
+) -> dict[str, int]:
+    """Returns the token of each placeholder."""
+    if video_token_id is not None:
+        return {IMAGE_PLACEHOLDER: image_token_id, VIDEO_PLACEHOLDER: video_token_id}
+    if count_placeholders(turns, VIDEO_PLACEHOLDER):
+        raise SampleError(
+            f"a human turn contains {VIDEO_PLACEHOLDER}, but this model reads no videos; remove "
+            "the record, or replace the video by images of some frames",
+            "video",
+        )
+    return {IMAGE_PLACEHOLDER: image_token_id}
 
 
 def _render(
-    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, int],
 ) -> list[_Piece]:
     system, turns = _split_system(turns, template)
     pieces = _parse(template.begin, tokenizer)
     for index, turn in enumerate(turns):
         if turn.role == "human":
             pieces += _render_human_prefix("" if index else system, template, tokenizer)
-            pieces += _render_question(turn.text, template, tokenizer, image_id)
+            pieces += _render_question(turn.text, template, tokenizer, tokens)
         else:
             if not turn.text.strip():
                 raise SampleError(f"answer {index // 2 + 1} is empty", "empty answer")
@@ -277,16 +312,17 @@ def _render_human_prefix(
 
 
 def _render_question(
-    text: str, template: Template, tokenizer: PreTrainedTokenizerBase, image_id: int
+    text: str, template: Template, tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]
 ) -> list[_Piece]:
-    image, texts = _Piece("", image_id, learned=False), split_at_images(text)
+    texts, found = split_at_media(text, tokens)
+    media = [_Piece("", tokens[placeholder], learned=False) for placeholder in found]
     if not template.keeps_questions:
-        return [image] * (len(texts) - 1)
+        return media
     has_suffix = texts[-1] and not any(texts[:-1])
     suffix = _parse(template.image_suffix, tokenizer) if has_suffix else []
     pieces = [_Piece(texts[0], None, learned=False)]
-    for text in texts[1:]:
-        pieces += [image, *suffix, _Piece(text, None, learned=False)]
+    for medium, text in zip(media, texts[1:], strict=True):
+        pieces += [medium, *suffix, _Piece(text, None, learned=False)]
     return pieces
 
 
@@ -335,7 +371,7 @@ def _control_token(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _tokenize(
-    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, image_id: int
+    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]
 ) -> Encoded:
     """Encodes pieces as token ids; adjacent texts are tokenized as one string."""
     # The Rust tokenizer is called directly, because the wrapper of transformers doubles the time.
@@ -350,11 +386,12 @@ def _tokenize(
         group = [*pieces_alike]
         if is_text:
             run_ids, run_mask = _tokenize_run(group, core)
-            if image_id in run_ids:
-                raise SampleError(
-                    f"a text of the conversation is tokenized as the image token (id {image_id}); "
-                    "remove this text"
-                )
+            for placeholder, token in tokens.items():
+                if token in run_ids:
+                    raise SampleError(
+                        "a text of the conversation is tokenized as the "
+                        f"{placeholder.strip('<>')} token (id {token}); remove this text"
+                    )
             ids += run_ids
             mask += run_mask
         else:

@@ -46,6 +46,10 @@ def _of_list(records: ListRecords) -> Json:
     for record in records:
         names = [os.path.basename(image) for image in record.images if isinstance(image, str)]
         digest.update(repr((record.turns, record.category, names)).encode())
+        for video in record.videos:
+            sources = video.source if isinstance(video.source, tuple) else (video.source,)
+            names = [os.path.basename(source) for source in sources if isinstance(source, str)]
+            digest.update(repr(names).encode())
     return {"files": [["records", len(records), digest.hexdigest()]], "images": {}}
 
 
@@ -74,10 +78,11 @@ def _blocks(path: str, count: int) -> str | None:
     """Returns a text with the size of a file and a checksum of `count` evenly spaced blocks.
 
     The first block is at the start of the file. Returns "missing" if the file does not exist, and
-    None if the file cannot be read for another reason, which may be temporary.
+    None if the path is a directory, or the file cannot be read for another reason, which may be
+    temporary.
     """
     if not is_remote(path) and not os.path.isfile(path):
-        return "missing"
+        return None if os.path.isdir(path) else "missing"
     try:
         with open_file(path) as file:
             size, value = file.seek(0, os.SEEK_END), 0

@@ -1,4 +1,4 @@
-"""Converts records of many programs' data formats to images and turns.
+"""Converts records of many programs' data formats to images, videos and turns.
 
 Every form is first converted to a list of messages, and only these messages are checked and read.
 Therefore the same conversation gives the same turns in every form:
@@ -17,16 +17,26 @@ from typing import Literal, NamedTuple
 
 from llava_jax.data.content_parts import (
     IMAGE_LIKE,
+    VIDEO_FIELDS,
+    Media,
     images_beside,
-    images_of_parts,
     is_empty,
     is_list_of,
     limit,
-    put_missing_images,
+    media_of_parts,
+    name_videos,
+    put_missing_media,
     read_parts,
     refuse_images,
+    videos_beside,
 )
-from llava_jax.data.conversation import Turn, count_placeholders, join_system_turns, select_turns
+from llava_jax.data.conversation import (
+    VIDEO_PLACEHOLDER,
+    Turn,
+    count_placeholders,
+    join_system_turns,
+    select_turns,
+)
 from llava_jax.disk import Json
 from llava_jax.errors import SampleError
 
@@ -40,8 +50,12 @@ QUESTIONS = ("instruction", "input", "prompt", "query", "question", "user", "hum
 ANSWERS = ("completion", "output", "response", "answer", "assistant", "gpt")
 """Fields that may contain the answer to a question."""
 
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_ALWAYS_READ = ("id", "category", "system", "tools", "label", "objects", "answers", *_OTHER_MEDIA)
+_SOUNDS = ("audio", "audios")
+_ALWAYS_READ = (
+    *("id", "category", "system", "tools", "label", "objects", "answers"),
+    *VIDEO_FIELDS,
+    *_SOUNDS,
+)
 _CHANGES_QUESTION = ("context", "contexts", "passage", "choices", "options")
 """Fields that belong to a question, but have no place in a prompt that all programs agree on."""
 _ONLY_IN_ROUNDS = ("input", "user", "human")
@@ -50,7 +64,7 @@ _ASKS_IN_LIST = _ASKS.difference(_ONLY_IN_ROUNDS)
 
 # These limits prevent a single record from delaying a run for long or filling its memory.
 MAX_IMAGES = 256
-"""Maximum number of images in a record."""
+"""Maximum number of images, and also of videos, in a record."""
 MAX_TURNS = 2000
 """Maximum number of turns in a record."""
 MAX_CHARACTERS = 2**20
@@ -83,28 +97,34 @@ class Note(enum.IntFlag):
     ANSWER_FIRST = 1
     QUESTION_LAST = 2
     NO_PLACEHOLDER = 4
+    NO_VIDEO_PLACEHOLDER = 8
 
 
 NOTES = {
     Note.ANSWER_FIRST: "with an answer before the first question; these turns are left out",
     Note.QUESTION_LAST: "with a question after the last answer; these turns are left out",
     Note.NO_PLACEHOLDER: "with images, but without <image> in a question; these images come first",
+    Note.NO_VIDEO_PLACEHOLDER: (
+        "with videos, but without <video> in a question; these videos come first"
+    ),
 }
 """Texts for the flags in `Parsed.notes`, which follow a number of records."""
 
 
 class Parsed(NamedTuple):
-    """The images and the turns of a record.
+    """The images, the videos and the turns of a record.
 
     Attributes:
         images: Images as they are in the record.
         turns: Turns that are used; see `conversation.select_turns`.
         notes: Flags that say how the record was changed.
+        videos: Videos as they are in the record. A list contains the frames of a video.
     """
 
     images: list[object]
     turns: list[Turn]
     notes: Note = Note(0)
+    videos: Sequence[object] = ()
 
 
 def columns(names: Collection[str]) -> list[str]:
@@ -142,7 +162,7 @@ def no_conversation(where: str, names: Collection[str]) -> str:
 
 
 def parse(raw: object) -> Parsed:
-    """Returns the images and the turns of a record.
+    """Returns the images, the videos and the turns of a record.
 
     Args:
         raw: Record as it is in its file; `records.read_record` describes it.
@@ -153,48 +173,58 @@ def parse(raw: object) -> Parsed:
     if not isinstance(raw, dict):
         raise SampleError(f"expected an object, found {raw!r:.60}")
     _refuse_unsupported(raw)
-    images, turns = read_messages(_messages(raw), images_beside(raw))
-    if not images:
+    parsed = read_messages(_messages(raw), images_beside(raw), videos_beside(raw))
+    if not parsed.images and not parsed.videos:
         refuse_images(raw, "the record")
-    for index, turn in enumerate(turns):
-        _refuse_marks(turn, index, raw)
-    return _arrange(images, turns)
+    for index, turn in enumerate(parsed.turns):
+        _refuse_marks(turn, index, raw, has_videos=bool(parsed.videos))
+    return _arrange(parsed)
 
 
 def read_messages(
-    messages: list[Json], beside: Sequence[object]
-) -> tuple[list[object], list[Turn]]:
-    """Returns the images and the turns of a conversation.
+    messages: list[Json], beside: Sequence[object], videos: Sequence[object] | None = None
+) -> Parsed:
+    """Returns the images, the videos and the turns of a conversation.
 
     Args:
         messages: Messages with a speaker and a content, which is a text or a list of parts.
         beside: Images that are given beside the messages.
+        videos: Videos that are given beside the messages; None to refuse video parts.
 
     Raises:
-        SampleError: A message has an unknown form, or there are too many messages, characters or
-            images.
+        SampleError: A message has an unknown form, or there are too many messages, characters,
+            images or videos.
     """
     limit("turns", len(messages), MAX_TURNS)
     turns: list[Turn] = []
-    parts: list[Json] = []
+    parts: dict[Media, list[Json]] = {medium: [] for medium in Media}
     for index, message in enumerate(messages):
-        turn, images = _read_message(message, index)
+        turn, found = _read_message(message, index, reads_videos=videos is not None)
         turns.append(turn)
-        parts += images
+        for medium in found:
+            parts[medium] += found[medium]
     limit("characters", sum(len(turn.text) for turn in turns), MAX_CHARACTERS)
-    images = images_of_parts(parts, beside)
+    images = media_of_parts(parts[Media.IMAGE], beside)
     limit("images", len(images), MAX_IMAGES, "number of images")
-    return images, turns
+    shown = media_of_parts(parts[Media.VIDEO], videos or (), Media.VIDEO)
+    limit("videos", len(shown), MAX_IMAGES, "number of videos")
+    return Parsed(images, turns, videos=shown)
 
 
-def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
+def _arrange(parsed: Parsed) -> Parsed:
     """Adds missing placeholders, and leaves out turns that cannot be used, with their images."""
-    notes = Note.NO_PLACEHOLDER if put_missing_images(turns, len(images)) else Note(0)
+    images, turns, notes, videos = parsed
+    if videos and not images:
+        name_videos(turns)
+    if put_missing_media(turns, len(videos), Media.VIDEO):
+        notes |= Note.NO_VIDEO_PLACEHOLDER
+    if put_missing_media(turns, len(images)):
+        notes |= Note.NO_PLACEHOLDER
     used = select_turns(turns)
     if len(used) == len(turns):
-        return Parsed(images, used, notes)
+        return Parsed(images, used, notes, videos)
     if not any(turn.role == "gpt" for turn in used):
-        return Parsed(images, join_system_turns(turns), notes)  # a bad sample
+        return Parsed(images, join_system_turns(turns), notes, videos)  # a bad sample
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if spoken[0] == "gpt":
         notes |= Note.ANSWER_FIRST
@@ -202,18 +232,20 @@ def _arrange(images: list[object], turns: list[Turn]) -> Parsed:
         notes |= Note.QUESTION_LAST
     if count_placeholders(turns) == len(images):  # otherwise, the encoder reports a bad sample
         images = images[: count_placeholders(used)]
-    return Parsed(images, used, notes)
+    if count_placeholders(turns, VIDEO_PLACEHOLDER) == len(videos):
+        videos = videos[: count_placeholders(used, VIDEO_PLACEHOLDER)]
+    return Parsed(images, used, notes, videos)
 
 
 def _refuse_unsupported(raw: Json) -> None:
     """Raises SampleError if a field changes what the model should learn, but cannot be used."""
-    if raw.keys().isdisjoint(("tools", "label", *_OTHER_MEDIA)):
+    if raw.keys().isdisjoint(("tools", "label", *_SOUNDS)):
         return
-    for name in _OTHER_MEDIA:
+    for name in _SOUNDS:
         if raw.get(name):
             raise SampleError(
-                f'the record has "{name}", but LLaVA-1.5 reads only text and images; remove the '
-                "record, or replace the video by images of some frames"
+                f'the record has "{name}", but only text, images and videos can be read; remove '
+                "the record"
             )
     if raw.get("tools") not in (None, [], "", "[]"):
         raise SampleError(
@@ -334,8 +366,10 @@ def _check_list(raw: Json, name: str) -> list[Json]:
 _TOOL_CALLS = ("tool_calls", "function_call")
 
 
-def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
-    """Returns a message as a turn, and the image parts of its content."""
+def _read_message(
+    message: Json, index: int, *, reads_videos: bool
+) -> tuple[Turn, dict[Media, list[Json]]]:
+    """Returns a message as a turn, and the image parts and video parts of its content."""
     name, said = message.get("from") or message.get("role"), message.get("value")
     if said is None:  # in Parquet, a missing field is None
         said = message.get("content")
@@ -350,20 +384,20 @@ def _read_message(message: Json, index: int) -> tuple[Turn, list[Json]]:
             if not is_empty(message.get(field)):
                 raise SampleError(f'turn {index} has "{field}", but LLaVA-1.5 cannot call tools')
     refuse_images(message, f"turn {index}")
-    images: list[Json] = []
+    media: dict[Media, list[Json]] = {}
     if not isinstance(said, str):
-        said, images = read_parts(said, role, index)
-    return Turn(role, said, _is_learned(message, role, index)), images
+        said, media = read_parts(said, role, index, reads_videos=reads_videos)
+    return Turn(role, said, _is_learned(message, role, index)), media
 
 
 _MARKS = re.compile(
-    r"<(?:video|audio)>|<\|(?:image|img|vision|video|audio)\w*\|>|<image_?\d+>|\[IMG\]|"
+    r"<audio>|<\|(?:image|img|vision|video|audio)\w*\|>|<image_?\d+>|\[IMG\]|"
     "<(?:ImageHere|IMG_CONTEXT|start_of_image|image_soft_token|image_placeholder)>"
 )
-"""Marks of other models and of other media, which LLaVA-1.5 would read as plain text."""
+"""Marks of other models and of other media, which would be read as plain text."""
 
 
-def _refuse_marks(turn: Turn, index: int, raw: Json) -> None:
+def _refuse_marks(turn: Turn, index: int, raw: Json, *, has_videos: bool) -> None:
     """Raises SampleError if a turn has marks that would be learned as plain text."""
     if raw.get("objects") and (found := re.search("<(?:bbox|ref-object)>", turn.text)):
         raise SampleError(
@@ -374,8 +408,13 @@ def _refuse_marks(turn: Turn, index: int, raw: Json) -> None:
         return
     if found := _MARKS.search(turn.text):
         raise SampleError(
-            f"turn {index} contains {found[0]}, but LLaVA-1.5 reads only text and images; write "
-            "<image> for an image, and replace a video by images of some frames"
+            f"turn {index} contains {found[0]}, which would be read as plain text; write <image> "
+            "for an image and <video> for a video"
+        )
+    if VIDEO_PLACEHOLDER in turn.text and not has_videos:
+        raise SampleError(
+            f"turn {index} contains {VIDEO_PLACEHOLDER}, but the record has no video; write its "
+            f'path into the field "video", or remove {VIDEO_PLACEHOLDER}'
         )
     if "<img>" in turn.text and (found := re.search("<img>[^<]+</img>", turn.text)):
         raise SampleError(

@@ -34,6 +34,19 @@ def image_key(image: object, root: str = "") -> int:
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") >> 1
 
 
+def video_key(video: object, root: str = "") -> int:
+    """Returns a 63-bit number that is the same for the same file or the same frames of a video.
+
+    Args:
+        video: Path, bytes, or a dict, as in `image_key`, or a list of frames, which are images.
+        root: Absolute directory that relative paths start from.
+    """
+    if not isinstance(video, list | tuple):
+        return image_key(video, root)
+    keys = [image_key(frame, root) for frame in video]
+    return UNKNOWN if UNKNOWN in keys else image_key(repr(keys).encode())
+
+
 def hold_out(
     images: Int32[np.ndarray, " N"], keys: Int64[np.ndarray, " K"], fraction: float, seed: int
 ) -> Bool[np.ndarray, " N"]:
@@ -43,8 +56,9 @@ def hold_out(
     an unknown format are not held out, because a run reports bad records while it trains.
 
     Args:
-        images: Number of images of each record; -1 for a record of an unknown format.
-        keys: Keys of all images, from `image_key`, in the order of the records.
+        images: Number of images and videos of each record; -1 for a record of an unknown format.
+        keys: Keys of all images and videos, from `image_key` and `video_key`, in the order of the
+            records.
         fraction: Fraction of the records to hold out.
         seed: Seed of the choice.
 
@@ -57,8 +71,8 @@ def hold_out(
     """
     if unknown := int((keys == UNKNOWN).sum()):
         logger.warning(
-            "data.eval_fraction: %d images have no path, for example because they are inside a "
-            "Parquet file; if the same image is in several records, it may be in both parts",
+            "data.eval_fraction: %d images or videos have no path, for example because they are "
+            "inside a Parquet file; if the same one is in several records, it may be in both parts",
             unknown,
         )
     group = _groups(np.maximum(images, 0), keys)

@@ -20,7 +20,7 @@ _BASE64 = re.compile(r"(?:data:[^,]{0,100};base64,\s*|(?=iVBORw0KGgo|/9j/|R0lGOD
 _IS_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
-def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
+def locate_image(image: object, root: str, follow_links: bool, what: str = "image") -> str | bytes:
     """Returns the full path of an image file, or the content of an embedded image.
 
     Args:
@@ -28,23 +28,24 @@ def locate_image(image: object, root: str, follow_links: bool) -> str | bytes:
             path may also be a data URL or the content of an image file in base64.
         root: Directory that relative paths start from. An absolute path must be inside of it.
         follow_links: Whether symbolic links may point to images outside of the directory.
+        what: "image" or "video", for messages and for the kind of a `SampleError`.
 
     Raises:
         SampleError: The image is neither embedded nor a path, its path is not valid or is outside
             of the directory, or its base64 is damaged.
     """
-    image = read_embedded(image)
+    image = read_embedded(image, what)
     if isinstance(image, bytes):
         return image
-    _check_name(image)
-    path = _relative_path(image, root)
+    _check_name(image, what)
+    path = _relative_path(image, root, what)
     located = os.path.join(root, path)
     is_local = "://" not in root
     if is_local and not follow_links and _inside(*map(os.path.realpath, (root, located))) is None:
         raise SampleError(
-            f"image {image!r:.200} is outside data.image_root because of a symbolic link; set "
+            f"{what} {image!r:.200} is outside data.image_root because of a symbolic link; set "
             "data.follow_links to true to allow this",
-            "image path",
+            f"{what} path",
         )
     return located
 
@@ -74,7 +75,7 @@ def find_local_image(image: object) -> str | bytes:
     return path
 
 
-def read_embedded(image: object) -> str | bytes:
+def read_embedded(image: object, what: str = "image") -> str | bytes:
     """Returns the content of an image that a record contains, or else the path of the image.
 
     Raises:
@@ -85,8 +86,13 @@ def read_embedded(image: object) -> str | bytes:
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
-        raise SampleError(f"an image must be a path or embedded bytes, found {image!r:.60}")
-    return _decode(image) if is_embedded(image) else image
+        raise SampleError(f"{an(what)} must be a path or embedded bytes, found {image!r:.60}")
+    return _decode(image, what) if is_embedded(image) else image
+
+
+def an(what: str) -> str:
+    """Returns "an image" or "a video"."""
+    return f"{'an' if what == 'image' else 'a'} {what}"
 
 
 def local_path(image: str) -> str:
@@ -105,13 +111,13 @@ def is_embedded(image: str) -> bool:
     return start.end() > 0 or (len(image) > 100 and bool(_IS_BASE64.fullmatch(image)))
 
 
-def _decode(image: str) -> bytes:
+def _decode(image: str, what: str) -> bytes:
     """Returns the content of an image file from a data URL or from base64."""
     start = _BASE64.match(image)
     try:
         return decode_base64(image[start.end() :] if start else image)
     except ValueError as error:
-        raise SampleError(f"image {image!r:.60} is not valid base64: {error}", "image") from None
+        raise SampleError(f"{what} {image!r:.60} is not valid base64: {error}", what) from None
 
 
 def decode_base64(text: str) -> bytes:
@@ -126,31 +132,32 @@ def decode_base64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
-def _check_name(image: str) -> None:
+def _check_name(image: str, what: str = "image") -> None:
     """Raises SampleError if a text cannot be the path of a file."""
     begins = f"begins with {image[:60]!r}"
-    hint = "if it is an image in base64, write it as a data URL: data:image/png;base64,..."
+    hint = f"if it is {an(what)} in base64, write it as a data URL: "
+    hint += "data:image/png;base64,..." if what == "image" else "data:video/mp4;base64,..."
     if len(image) > MAX_PATH:
         raise SampleError(
-            f"an image path has {len(image):,} characters and {begins}; at most {MAX_PATH:,} are "
+            f"{an(what)} path has {len(image):,} characters and {begins}; at most {MAX_PATH:,} are "
             f"allowed; {hint}",
-            "image path",
+            f"{what} path",
         )
     try:
         longest = max(len(os.fsencode(part)) for part in image.split("/"))
     except UnicodeEncodeError as error:
         raise SampleError(
-            f"image path {image!r:.200} is not a valid file name: {error}", "image path"
+            f"{what} path {image!r:.200} is not a valid file name: {error}", f"{what} path"
         ) from None
     if longest > _MAX_NAME or (len(image) > _LONG and _IS_BASE64.fullmatch(image)):
         raise SampleError(
-            f"an image path has a name of {longest:,} bytes and {begins}, so there is no such "
+            f"{an(what)} path has a name of {longest:,} bytes and {begins}, so there is no such "
             f"file; {hint}",
-            "image",
+            what,
         )
 
 
-def _relative_path(image: str, root: str) -> str:
+def _relative_path(image: str, root: str, what: str) -> str:
     """Returns the path of an image relative to the directory of the images.
 
     Raises:
@@ -166,10 +173,10 @@ def _relative_path(image: str, root: str) -> str:
     is_address = "://" in path or ("://" in root and "::" in path)  # fsspec chains URLs with ::
     if is_address or os.path.isabs(path) or has_parent or "\0" in path:
         raise SampleError(
-            f"image path {image!r:.200} is outside data.image_root, which is "
+            f"{what} path {image!r:.200} is outside data.image_root, which is "
             f"{root or 'the working directory'!s:.200}, or is not valid; write a path inside that "
             'directory, without "..", or change data.image_root',
-            "image path",
+            f"{what} path",
         )
     return path
 

@@ -6,6 +6,7 @@ The forms that a record may have are described in `forms`.
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -16,8 +17,9 @@ from jaxtyping import Int32, Int64
 
 from llava_jax.data.conversation import Turn
 from llava_jax.data.forms import NOTES, Parsed, parse
-from llava_jax.data.holdout import image_key
+from llava_jax.data.holdout import image_key, video_key
 from llava_jax.data.image_paths import is_embedded, locate_image
+from llava_jax.data.video_file import Video, locate_video
 from llava_jax.errors import ConfigError, SampleError
 
 # These limits prevent a single record from delaying a run for long or filling its memory.
@@ -42,12 +44,14 @@ class Record:
         turns: Turns of the conversation.
         category: Category for which an evaluation computes separate scores; None if the sample has
             no category.
+        videos: Videos, of files or of frames.
     """
 
     id: str
     images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
     category: str | None = None
+    videos: tuple[Video, ...] = ()
 
 
 def read_record(raw: object, number: int, image_root: str, *, follow_links: bool = False) -> Record:
@@ -55,20 +59,23 @@ def read_record(raw: object, number: int, image_root: str, *, follow_links: bool
 
     Args:
         raw: Dict with a conversation, in any form that `forms` describes. Optional fields are
-            "image" or "images" (one image or a list of images), "id", "category" and "system". An
-            image is a path, a data URL, bytes, or a dict with the keys "bytes" and "path", one of
-            which may be None. A turn is a dict with the keys "from" and "value", or "role" and
-            "content". The content is a text or a list of parts: {"type": "text", "text": text} or
-            {"type": "image"}. An image part may contain an image as "image", "path", "url",
-            "base64" or "image_url", or the index of an image of the record as "index". A turn with
-            "loss", "train" or "training" false, or "weight" 0, is not learned.
+            "image" or "images" (one image or a list of images), "video" or "videos" (one video or a
+            list of videos), "id", "category" and "system". An image is a path, a data URL, bytes,
+            or a dict with the keys "bytes" and "path", one of which may be None. A video is the
+            same, the path of a directory of frames, or a list of frames, which are images. A turn
+            is a dict with the keys "from" and "value", or "role" and "content". The content is a
+            text or a list of parts: {"type": "text", "text": text}, {"type": "image"} or
+            {"type": "video"}. An image part may contain an image as "image", "path", "url",
+            "base64" or "image_url", or the index of an image of the record as "index"; a video part
+            likewise. A turn with "loss", "train" or "training" false, or "weight" 0, is not
+            learned.
         number: Index of the record, used as its id if the record has no id.
-        image_root: Directory that relative image paths start from.
+        image_root: Directory that relative paths of images and videos start from.
         follow_links: Whether symbolic links may point to images outside of image_root.
 
     Raises:
-        SampleError: The record has an unknown format, an image path is outside of image_root, or an
-            image has neither bytes nor a path.
+        SampleError: The record has an unknown format, the path of an image or video is outside of
+            image_root, or an image or video has neither bytes nor a path.
     """
     parsed = parse(raw)
     name = raw.get("id") if isinstance(raw, dict) else None
@@ -77,6 +84,7 @@ def read_record(raw: object, number: int, image_root: str, *, follow_links: bool
         images=tuple(locate_image(image, image_root, follow_links) for image in parsed.images),
         turns=tuple(parsed.turns),
         category=_category(raw),
+        videos=tuple(locate_video(video, image_root, follow_links) for video in parsed.videos),
     )
 
 
@@ -95,11 +103,13 @@ class Sizes(NamedTuple):
         images: int32 [N]. Number of images in each record; -1 for a record of an unknown format.
         words: int32 [N]. Number of words in all turns of each record.
         notes: int32 [N]. How each record was changed; see `forms.Parsed.notes`.
+        videos: int32 [N]. Number of videos in each record.
     """
 
     images: Int32[np.ndarray, " N"]
     words: Int32[np.ndarray, " N"]
     notes: Int32[np.ndarray, " N"]
+    videos: Int32[np.ndarray, " N"]
 
     @property
     def most_images(self) -> int:
@@ -124,10 +134,11 @@ class Survey(NamedTuple):
 
     Attributes:
         sizes: Sizes of the records.
-        digest: SHA-256, in hexadecimal, of the turns, images and categories of all records, in
-            order.
-        images: Paths of some image files, evenly spread over the records.
-        image_keys: int64 [K]. Keys of all images in order; see `holdout.image_key`.
+        digest: SHA-256, in hexadecimal, of the turns, images, videos and categories of all records,
+            in order.
+        images: Paths of some files of images and videos, evenly spread over the records.
+        image_keys: int64 [K]. Keys of all images and videos in order, the images of each record
+            first; see `holdout.image_key`.
     """
 
     sizes: Sizes
@@ -164,7 +175,7 @@ def survey(
         try:
             parsed, category = parse(raw), _category(raw)
         except (SampleError, RecursionError):
-            sizes.extend((-1, 0, 0))
+            sizes.extend((-1, 0, 0, 0))
             digest.update(b"no known form")
             bad += 1
             if bad > MAX_BAD and 2 * bad > number:
@@ -175,22 +186,26 @@ def survey(
             continue
         digest.update(_bytes_of(parsed, category))
         words = sum(len(turn.text.split()) for turn in parsed.turns)
-        sizes.extend((len(parsed.images), words, parsed.notes))
+        sizes.extend((len(parsed.images), words, parsed.notes, len(parsed.videos)))
         keys.extend(image_key(image, root) for image in parsed.images)
-        for image in parsed.images:
+        keys.extend(video_key(video, root) for video in parsed.videos)
+        frames = (video if isinstance(video, list) else [video] for video in parsed.videos)
+        for image in itertools.chain(parsed.images, *frames):
             name = image.get("path") if isinstance(image, dict) else image
             if count % stride == 0 and isinstance(name, str) and not is_embedded(name):
                 paths.append(name)
             count += 1
         if len(paths) > 2 * sampled_images:
             paths, stride = paths[::2], 2 * stride
-    found = Sizes(*np.array(sizes, np.int32).reshape(-1, 3).T)
+    found = Sizes(*np.array(sizes, np.int32).reshape(-1, 4).T)
     return Survey(found, digest.hexdigest(), paths, np.array(keys, np.int64))
 
 
 def _bytes_of(parsed: Parsed, category: str | None) -> bytes:
-    """Returns the images, turns and category of a record as bytes, to compute a digest."""
+    """Returns the images, turns, category and videos of a record as bytes, to compute a digest."""
     mark = {True: "", False: "\0unlearned"}
     said = (f"{turn.role}:{turn.text}{mark[turn.learned]}" for turn in parsed.turns)
-    parts = [repr((parsed.images, category)), *said, ""]
+    # Without videos, the digest is that of versions that did not read videos.
+    fields = (parsed.images, category, *([parsed.videos] if parsed.videos else []))
+    parts = [repr(fields), *said, ""]
     return "\0".join(parts).encode(errors="surrogatepass")

@@ -21,7 +21,7 @@ from llava_jax.data.files import (
     list_folder,
     open_file,
 )
-from llava_jax.data.holdout import image_key
+from llava_jax.data.holdout import image_key, video_key
 from llava_jax.data.hub_dataset import PREFIX, SAVED_TO_DISK, HubDataset
 from llava_jax.data.image_paths import locate_image
 from llava_jax.data.json_file import JsonFile, has_list
@@ -91,16 +91,19 @@ class ListRecords(list[Record]):
 
     @property
     def image_keys(self) -> Int64[np.ndarray, " K"]:
-        """Returns the keys of all images; see `holdout.image_key`."""
-        keys = [image_key(image) for record in self for image in record.images]
+        """Returns the keys of all images and videos; see `records.Survey`."""
+        keys: list[int] = []
+        for record in self:
+            keys += map(image_key, record.images)
+            keys += (video_key(video.source) for video in record.videos)
         return np.array(keys, np.int64)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        """Returns the numbers of images and words in each record."""
+        """Returns the numbers of images, words and videos in each record."""
         words = lambda record: sum(len(turn.text.split()) for turn in record.turns)
-        rows = [(len(record.images), words(record), 0) for record in self]
-        return Sizes(*np.array(rows, np.int32).reshape(-1, 3).T)
+        rows = [(len(record.images), words(record), 0, len(record.videos)) for record in self]
+        return Sizes(*np.array(rows, np.int32).reshape(-1, 4).T)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Record: ...
@@ -222,10 +225,10 @@ class FileRecords(_Selectable):
         return file.read(within)
 
     def locate_image(self, path: str) -> str:
-        """Returns the full path of an image file.
+        """Returns the full path of a file of an image or video.
 
         Args:
-            path: Path of the image as it is in the record.
+            path: Path as it is in the record.
 
         Raises:
             SampleError: The path is outside of image_root.

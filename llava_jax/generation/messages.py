@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_jax.data.content_parts import put_missing_images
+from llava_jax.data.content_parts import put_missing_media
 from llava_jax.data.conversation import count_placeholders
 from llava_jax.data.forms import read_messages
 from llava_jax.data.image_paths import find_local_image
@@ -38,8 +38,8 @@ def to_prompt(messages: str | Messages, images: ImageSource | Sequence[ImageSour
     beside = [images] if isinstance(images, ImageSource) else [*images]
     if not all(isinstance(message, Mapping) for message in messages):
         raise SampleError(f"expected messages with role and content, found {messages!r:.80}")
-    found, turns = read_messages([_plain(message) for message in messages], beside)
-    put_missing_images(turns, len(found))
+    found, turns = read_messages([_plain(message) for message in messages], beside)[:2]
+    put_missing_media(turns, len(found))
     placeholders = count_placeholders(turns)
     if placeholders != len(found):
         raise SampleError(

@@ -1,6 +1,6 @@
 """Converts the messages of a request into a prompt."""
 
-from llava_jax.data.content_parts import join_pieces
+from llava_jax.data.content_parts import Media, join_pieces
 from llava_jax.data.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_jax.data.forms import ROLES
 from llava_jax.generation.prompts import Prompt
@@ -36,7 +36,9 @@ def to_prompt(
             raise RequestError(text, param=where)
         # Clients that write LLaVA's placeholder into their texts send the image beside it.
         pieces = [
-            None if isinstance(part, ImagePart) else part.text.replace(IMAGE_PLACEHOLDER, " ")
+            Media.IMAGE
+            if isinstance(part, ImagePart)
+            else part.text.replace(IMAGE_PLACEHOLDER, " ")
             for part in message.parts
         ]
         turns.append(Turn(ROLES[message.role], join_pieces(pieces)))

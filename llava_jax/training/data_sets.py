@@ -57,7 +57,8 @@ def open_data(data: DataConfig, seed: int) -> OpenedData:
         root = data.image_root if data.eval_image_root is None else data.eval_image_root
         eval_records = open_set(data.eval_path, root)
     elif data.eval_fraction:
-        held = hold_out(records.sizes.images, records.image_keys, data.eval_fraction, seed)
+        media = records.sizes.images + records.sizes.videos
+        held = hold_out(media, records.image_keys, data.eval_fraction, seed)
         kept, eval_records = np.flatnonzero(~held), records.select(np.flatnonzero(held))
         records = records.select(kept)
     starts = np.cumsum([0, *map(len, parts)])

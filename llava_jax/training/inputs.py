@@ -298,7 +298,7 @@ def make_order(
     grouping = None
     if config.data.group_by_modality_length:
         sizes = records.sizes
-        grouping = Grouping(sizes.images > 0, sizes.words, config.batch.loss_group)
+        grouping = Grouping(sizes.images + sizes.videos > 0, sizes.words, config.batch.loss_group)
     return EpochOrder(
         counts,
         config.batch.global_size,

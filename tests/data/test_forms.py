@@ -269,11 +269,10 @@ def bad(raw: object, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**SHORT, "video": "a.mp4"}, 'the record has "video", but LLaVA-1.5'),
-        ({"videos": ["a.mp4"], **short(ASKED)}, 'the record has "videos"'),
-        (short(f"<video>\n{ASKED}"), "turn 0 contains <video>, but LLaVA-1.5"),
+        ({**SHORT, "audio": "a.mp3"}, 'the record has "audio", but only text, images and videos'),
+        (short(f"<video>\n{ASKED}"), "turn 0 contains <video>, but the record has no video"),
         (short(f"Picture 1: <img>a.png</img>\n{ASKED}"), "turn 0 contains '<img>a.png</img>'"),
-        (short([{"type": "video", "video": "a.mp4"}]), "LLaVA-1.5 reads only text and images"),
+        (short([{"type": "audio", "audio": "a.mp3"}]), "only text, images and videos can be read"),
         ({**SHORT, "tools": '[{"name": "x"}]'}, 'the record has "tools"'),
         ({"messages": say(("user", "a"), ("assistant", "b"), ("system", "c"))},
          "turn 2 is a system message"),

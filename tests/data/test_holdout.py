@@ -114,7 +114,7 @@ def test_images_of_unknown_content_are_not_grouped(caplog):
     assert image_key({"bytes": b"x", "path": "a"}) == image_key(b"x") != image_key("x.png")
     held = hold_out(np.ones(10, np.int32), np.zeros(10, np.int64), 0.3, 0)
     assert held.sum() == 3
-    assert "10 images have no path" in caplog.text
+    assert "10 images or videos have no path" in caplog.text
 
 
 def test_a_file_has_one_key_however_its_path_is_written(tmp_path):

@@ -58,6 +58,10 @@ def _questions(records: ListRecords | FileRecords) -> Iterator[Question]:
             problem = f"{records.where(number)}: {error}"
             yield Question(str(number), "", (), problem=problem)
             continue
+        if record.videos:
+            problem = f"{records.where(number)}: the record has a video, which cannot be evaluated"
+            yield Question(record.id, "", (), problem=problem)
+            continue
         questions = [*_of_record(record, _answers(records, number))]
         problem = f"{records.where(number)}: the conversation has no answer to learn from"
         yield from questions or [Question(record.id, "", (), problem=problem)]
