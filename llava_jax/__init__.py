@@ -1,4 +1,4 @@
-"""Fine-tunes LLaVA-1.5 in JAX, on the accelerators you have."""
+"""Fine-tunes LLaVA models in JAX, on the accelerators you have."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -108,7 +108,10 @@ MEMBERS = {
 @functools.cache
 def make_member(name: str) -> torch.nn.Module:
     """A model whose every weight is random. Tests must not change it."""
-    model_class, config_class, fields = MEMBERS[name]
+    return make_model(*MEMBERS[name])
+
+
+def make_model(model_class: type, config_class: type, fields: dict) -> torch.nn.Module:
     parts = {
         part: AutoConfig.for_model(**fields[part]) for part in ("vision_config", "text_config")
     }

@@ -91,6 +91,9 @@ class DataConfig:
             does not change results. Each batch has the row length, of those in data.buckets and
             data.max_length, that needs the fewest tokens.
         max_images: Maximum number of images in a sample; None takes the maximum in the data.
+        max_frames: Maximum number of frames of a video that the model sees. A longer video is
+            shown by frames that are evenly spread over it, and a shorter one by one frame per
+            second.
         shuffle: Read the records in a new random order in each epoch.
         group_by_modality_length: Put samples with and without images into separate batches, like
             LLaVA's option of the same name.
@@ -140,6 +143,7 @@ class DataConfig:
     ] = "auto"
     packing: Annotated[bool, PLAN] = False
     max_images: Annotated[int | None, at_least(0, "it is a number of images")] = None
+    max_frames: Annotated[int, at_least(1, "it is a number of frames")] = 32
     shuffle: bool = True
     group_by_modality_length: bool = False
     max_skipped: Annotated[float, OBSERVED, within(0, 1, "it is a fraction of the samples")] = 0.01

@@ -193,7 +193,8 @@ class ModelConfig:
         tiling: How images are cut into tiles; None takes each image as a whole.
         video: How videos become tokens; None if the model reads no videos.
         vision_feature_layer: Index of the vision tower's hidden state that is the input of the
-            projector. Index 0 is the input of the first block, and -1 the output of the last block.
+            projector, or several indices, whose hidden states are concatenated. Index 0 is the
+            input of the first block, and -1 the output of the last block.
         vision_feature_select_strategy: "default" drops the first position of the vision tower's
             output, which is CLIP's class token; "full" keeps all positions.
         projector_hidden_act: Name of the projector's activation function, as in Hugging Face's
@@ -207,27 +208,40 @@ class ModelConfig:
     tiling: TilingConfig | None = None
     video: VideoConfig | None = None
     vision_feature_layer: Annotated[
-        int, Bound(lambda index: index != 0, "not 0", "hidden state 0 is the input of the tower")
+        int | tuple[int, ...],
+        Bound(
+            lambda given: bool(given) and 0 not in (given if isinstance(given, tuple) else ()),
+            "not 0",
+            "hidden state 0 is the input of the tower",
+        ),
     ] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_hidden_act: str = "gelu"
 
     @property
-    def used_vision_layers(self) -> int:
-        """Number of vision blocks that are needed to compute hidden_states[vision_feature_layer].
+    def feature_layers(self) -> tuple[int, ...]:
+        """Numbers of vision blocks after which the hidden states of `vision_feature_layer` are.
 
         Raises:
-            ConfigError: The vision tower has no hidden state with this index, or the hidden state
-                is the input of the first block.
+            ConfigError: The vision tower has no hidden state with an index, or the hidden state is
+                the input of the first block.
         """
-        layer, depth = self.vision_feature_layer, self.vision.num_hidden_layers
-        used = layer if layer >= 0 else depth + 1 + layer
-        if not 0 < used <= depth:
-            raise ConfigError(
-                f"vision_feature_layer {layer} is not the output of one of the {depth} layers of "
-                f"the vision tower; set it to 1 to {depth}, or to -{depth} to -1"
-            )
-        return used
+        given, depth = self.vision_feature_layer, self.vision.num_hidden_layers
+        found = []
+        for layer in given if isinstance(given, tuple) else (given,):
+            used = layer if layer >= 0 else depth + 1 + layer
+            if not 0 < used <= depth:
+                raise ConfigError(
+                    f"vision_feature_layer {layer} is not the output of one of the {depth} layers "
+                    f"of the vision tower; set it to 1 to {depth}, or to -{depth} to -1"
+                )
+            found.append(used)
+        return tuple(found)
+
+    @property
+    def used_vision_layers(self) -> int:
+        """Number of vision blocks that are computed, up to the last one of `feature_layers`."""
+        return max(self.feature_layers)
 
     @property
     def image_tokens(self) -> int:

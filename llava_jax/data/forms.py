@@ -249,7 +249,7 @@ def _refuse_unsupported(raw: Json) -> None:
             )
     if raw.get("tools") not in (None, [], "", "[]"):
         raise SampleError(
-            'the record has "tools", but no chat template of LLaVA-1.5 shows tools to the model; '
+            'the record has "tools", but no chat template of a LLaVA shows tools to the model; '
             "write them into the system text, or remove them"
         )
     if raw.get("label") is False:
@@ -382,7 +382,7 @@ def _read_message(
     if not message.keys().isdisjoint(_TOOL_CALLS):
         for field in _TOOL_CALLS:
             if not is_empty(message.get(field)):
-                raise SampleError(f'turn {index} has "{field}", but LLaVA-1.5 cannot call tools')
+                raise SampleError(f'turn {index} has "{field}", but LLaVA models cannot call tools')
     refuse_images(message, f"turn {index}")
     media: dict[Media, list[Json]] = {}
     if not isinstance(said, str):

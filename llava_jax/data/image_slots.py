@@ -4,12 +4,13 @@ import contextlib
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from llava_jax.data.lengths import SAMPLED
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
-from llava_jax.data.tiles import is_tiled
+from llava_jax.data.tiles import is_tiled, video_sources
 from llava_jax.errors import SampleError
 
 _PERCENT, _FACTOR = 99, 2
@@ -22,8 +23,8 @@ class MostSlots(NamedTuple):
 
     Attributes:
         slots: Number of image slots that no sample exceeds.
-        images: Number of images of the sample, without those that truncation removes; 0 if the
-            sample is not known.
+        images: Number of images and videos of the sample, without those that truncation removes; 0
+            if the sample is not known.
         number: Index of the sample; NO_RECORD if it is not known.
     """
 
@@ -46,11 +47,7 @@ def find_most_slots(records: Records, encoder: SampleEncoder) -> MostSlots:
         ConfigError: A data file changed after it was opened, or the tokenizer lacks a control token
             of the template.
     """
-    images = np.where(records.sizes.images > encoder.max_images, 0, records.sizes.images)
-    fitting = encoder.max_length // encoder.model.image_tokens
-    most = encoder.model.max_slots_per_image
-    one, several = (most if is_tiled(encoder.model, count) else 1 for count in (1, 2))
-    possible = np.minimum(images, fitting) * np.where(images == 1, one, several)
+    possible = _possible_slots(records, encoder)
     found = MostSlots(0, 0, NO_RECORD)
     for rank, number in enumerate(np.argsort(-possible, kind="stable").tolist()):
         if possible[number] <= found.slots:
@@ -62,6 +59,20 @@ def find_most_slots(records: Records, encoder: SampleEncoder) -> MostSlots:
             if sum(kept) > found.slots:
                 found = MostSlots(sum(kept), len(kept), number)
     return found
+
+
+def _possible_slots(records: Records, encoder: SampleEncoder) -> Int64[np.ndarray, " N"]:
+    """Returns a number of image slots that each sample does not exceed; reads nothing."""
+    model, length = encoder.model, encoder.max_length
+    images = np.where(records.sizes.images > encoder.max_images, 0, records.sizes.images)
+    most = model.max_slots_per_image
+    one, several = (most if is_tiled(model, count) else 1 for count in (1, 2))
+    possible = np.minimum(images, length // model.image_tokens).astype(np.int64)
+    possible *= np.where(images == 1, one, several)
+    if model.video is None:
+        return possible
+    frame = len(video_sources(model, 2).index) - len(video_sources(model, 1).index)
+    return possible + np.minimum(records.sizes.videos * encoder.max_frames, length // frame)
 
 
 def describe_outlier(records: Records, most: MostSlots) -> str | None:

@@ -21,11 +21,13 @@ class Expanded(Encoded):
             all image slots of the sample; NEWLINE, or NO_FEATURE for a token of the text.
         feature_weights: float32 [T, K]. Weights of these features.
         slots: Number of image slots of each image and video that truncation has not removed.
+        media_ids: Token id of each of these images and videos.
     """
 
     feature_index: Int32[np.ndarray, "T K"] = dataclasses.field(kw_only=True)
     feature_weights: Float32[np.ndarray, "T K"] = dataclasses.field(kw_only=True)
     slots: tuple[int, ...] = ()
+    media_ids: tuple[int, ...] = ()
 
     def first(self, tokens: int, slot_features: int) -> "Expanded":
         """Returns the first tokens, with the images and videos that have features in them.
@@ -36,13 +38,14 @@ class Expanded(Encoded):
         """
         index = self.feature_index[:tokens]
         used = index.max(initial=NO_FEATURE) // slot_features + 1
-        begins = np.cumsum([0, *self.slots])[:-1]
+        count = int((np.cumsum([0, *self.slots])[:-1] < used).sum())
         return Expanded(
             self.input_ids[:tokens],
             self.loss_mask[:tokens],
             feature_index=index,
             feature_weights=self.feature_weights[:tokens],
-            slots=tuple(n for n, begin in zip(self.slots, begins, strict=True) if begin < used),
+            slots=self.slots[:count],
+            media_ids=self.media_ids[:count],
         )
 
 
@@ -102,4 +105,5 @@ def expand_images(
         feature_index=index,
         feature_weights=weights,
         slots=tuple(one.slots for one in sources),
+        media_ids=tuple(encoded.input_ids[:kept][is_media[:kept]].tolist()),
     )

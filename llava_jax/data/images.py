@@ -214,11 +214,20 @@ class ImageTransform:
         size = rgb.size if scale == 1 else size
         fitted = self._cut(rgb, size, scale) if tiled else [self._fit(rgb, size, scale)]
         for slot, one in zip(levels, fitted, strict=True):
-            # Copying one channel at a time is faster than transposing an array.
-            for channel, name in zip(slot, "RGB", strict=True):
-                flat = np.frombuffer(one.tobytes("raw", name), np.uint8)
-                channel[...] = flat.reshape(channel.shape)
+            _copy_levels(one, slot)
         return kind
+
+    def write(self, image: Image.Image, levels: UInt8[np.ndarray, "3 H W"]) -> None:
+        """Resizes an RGB image as a whole, and writes the pixels, not normalized, to an array.
+
+        Args:
+            image: Image that is upright.
+            levels: uint8 [3, height, width]. Array that the pixels are written to.
+
+        Raises:
+            SampleError: The image has too many pixels after padding or resizing.
+        """
+        _copy_levels(self._fit(image, image.size, 1), levels)
 
     def _cut(self, image: Image.Image, size: tuple[int, int], scale: int) -> Iterator[Image.Image]:
         """Yields the whole image, resized to a square, and its tiles.
@@ -377,6 +386,13 @@ def _opened(image: str | bytes) -> Iterator[Image.Image]:
     # fsspec's file systems raise errors of many types; invalid paths raise other errors.
     except Exception as error:
         raise SampleError(f"cannot read {name}: {error}", "image") from error
+
+
+def _copy_levels(image: Image.Image, levels: UInt8[np.ndarray, "3 H W"]) -> None:
+    # Copying one channel at a time is faster than transposing an array.
+    for channel, name in zip(levels, "RGB", strict=True):
+        flat = np.frombuffer(image.tobytes("raw", name), np.uint8)
+        channel[...] = flat.reshape(channel.shape)
 
 
 def _highest_level(rgb: Image.Image) -> int:

@@ -31,13 +31,14 @@ class SampleSizes(NamedTuple):
 def estimate_sizes(records: Records, encoder: SampleEncoder) -> SampleSizes:
     """Estimates the number of tokens and of image slots of each sample. No image is decoded.
 
-    The numbers of images and words of all samples are known, because opening a data file counts
-    them. The samples are sorted by these numbers, and `SAMPLED` of them, evenly spaced and with the
-    largest one, are encoded. The text of each other sample is assumed to be as long as the text of
-    the nearest encoded sample, plus a number of tokens for each further word, which is fitted to
-    the encoded samples. In a language without spaces, where all texts have about the same number of
-    words, this is the length of a random sample. Its images are assumed to have as many tokens and
-    slots as those of the nearest encoded sample, which differ only if images are cut into tiles.
+    The numbers of images, videos and words of all samples are known, because opening a data file
+    counts them. The samples are sorted by these numbers, and `SAMPLED` of them, evenly spaced and
+    with the largest one, are encoded. The text of each other sample is assumed to be as long as the
+    text of the nearest encoded sample, plus a number of tokens for each further word, which is
+    fitted to the encoded samples. In a language without spaces, where all texts have about the same
+    number of words, this is the length of a random sample. Its images are assumed to have as many
+    tokens and slots as those of the nearest encoded sample, which differ only if images are cut
+    into tiles.
 
     Args:
         records: Records of the data set.
@@ -52,6 +53,7 @@ def estimate_sizes(records: Records, encoder: SampleEncoder) -> SampleSizes:
             of the template.
     """
     images, words = (np.maximum(column, 0).astype(np.int64) for column in records.sizes[:2])
+    images = images + records.sizes.videos
     order = np.argsort(images * encoder.model.image_tokens + words, kind="stable")
     ranks = np.unique(np.linspace(0, len(order) - 1, min(len(order), SAMPLED)).astype(int))
     # Columns: tokens, tokens that have features, image slots.

@@ -80,9 +80,9 @@ def deal(rows: Sequence[list[int]], size: int, devices: int) -> dict[int, list[i
 
 
 TILE_DENSITY = 1.5
-"""Number of image slots of a packed row, relative to the number of whole images that fit. Tiles have
-fewer tokens than features, because padding is removed: a photograph of 640 x 480 pixels has 2,340
-tokens in 5 slots of 576 features."""
+"""Number of image slots of a packed row, relative to the number of whole images that fit. Tiles
+have fewer tokens than features, because padding is removed: a photograph of 640 x 480 pixels has
+2,340 tokens in 5 slots of 576 features."""
 
 
 def slots_in_row(data: DataConfig, model: ModelConfig, most: int) -> int:

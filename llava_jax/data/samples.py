@@ -1,6 +1,7 @@
 """Encodes records as samples: token ids, the mask of the tokens that are learned, and pixels."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
@@ -13,7 +14,8 @@ from llava_jax.data.image_tokens import Expanded, expand_images
 from llava_jax.data.images import ImageKind, ImageTransform
 from llava_jax.data.records import Record
 from llava_jax.data.templates import Template
-from llava_jax.data.tiles import image_sources, is_tiled
+from llava_jax.data.tiles import image_sources, is_tiled, video_sources
+from llava_jax.data.video_file import Video, count_frames, iterate_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,11 @@ class SampleEncoder:
         tokenizer: Fast tokenizer of transformers.
         template: Conversation template: the text around the turns.
         transform: Transform that resizes and crops the images.
+        frame_transform: Transform of the frames of videos; None if the model reads no videos.
         model: Sizes and token ids of the model.
         max_length: Maximum number of tokens in a sample; longer samples are truncated.
         max_images: Maximum number of images in a sample.
+        max_frames: Maximum number of frames of a video that the model sees.
         max_text_length: Maximum number of tokens in a sample, counting each image as one token;
             longer samples are truncated. None sets no such limit.
         train_on: Which answers are learned; see `DataConfig.train_on`.
@@ -61,9 +65,11 @@ class SampleEncoder:
     max_images: int
     max_text_length: int | None = None
     train_on: TrainOn = "answers"
+    frame_transform: ImageTransform | None = None
+    max_frames: int = 32
 
     def __call__(self, record: Record) -> Sample:
-        """Encodes the text and the images of a record.
+        """Encodes the text, the images and the videos of a record.
 
         Raises:
             SampleError: The record cannot be used for training.
@@ -72,21 +78,22 @@ class SampleEncoder:
         return self.add_images(record, self.encode_text(record))
 
     def encode_text(self, record: Record) -> Expanded:
-        """Encodes the text of a record without decoding its images.
+        """Encodes the text of a record without decoding its images and videos.
 
         If images are cut into tiles, their headers are read, because the number of tokens depends
-        on the size of an image.
+        on the size of an image. The number of frames of a video is read too.
 
         Raises:
             SampleError: The record cannot be used for training.
             ConfigError: The tokenizer lacks a control token of the template.
         """
-        self._check_images(record)
+        self._check_media(record)
         encoded = encode(
             record.turns,
             self.template,
             self.tokenizer,
             self.model.image_token_id,
+            video_token_id=self.video_token_id,
             last_answer_only=self.train_on == "last_answer",
         )
         return self.expand(record, encoded, self.max_length, self.max_text_length)
@@ -98,35 +105,55 @@ class SampleEncoder:
         max_length: int | None = None,
         max_text_length: int | None = None,
     ) -> Expanded:
-        """Replaces the token of each image of a record by the tokens of its features.
+        """Replaces the token of each image or video of a record by the tokens of its features.
 
         Args:
             record: Record that was encoded.
-            encoded: Its text, or the beginning of it, with one token for each image.
+            encoded: Its text, or the beginning of it, with one token for each image or video.
             max_length: Maximum number of tokens; see `expand_images`.
             max_text_length: Maximum number of tokens before the repetition.
 
         Raises:
-            SampleError: The header of an image cannot be read, or truncation removed all learned
-                tokens.
+            SampleError: The header of an image or video cannot be read, or truncation removed all
+                learned tokens.
         """
-        count = int((encoded.input_ids == self.model.image_token_id).sum())
+        is_media = np.isin(encoded.input_ids, self.model.media_token_ids)
         tiled = is_tiled(self.model, len(record.images))
-        sizes = (self.transform.find_size(one) if tiled else None for one in record.images[:count])
-        sources = [image_sources(self.model, size) for size in sizes]
+        sources = []
+        for medium in self._in_order(record, encoded.input_ids[is_media].tolist()):
+            if isinstance(medium, Video):
+                frames = count_frames(medium, self.max_frames)
+                sources.append(video_sources(self.model, frames))
+            else:
+                size = self.transform.find_size(medium) if tiled else None
+                sources.append(image_sources(self.model, size))
         return expand_images(encoded, self.model, sources, max_length, max_text_length)
 
+    @property
+    def video_token_id(self) -> int | None:
+        """Id of the token that represents a video; None if the model reads no videos."""
+        return None if self.model.video is None else self.model.video.token_id
+
+    def _in_order(self, record: Record, token_ids: Sequence[int]) -> list[str | bytes | Video]:
+        """Returns the images and videos of a record in the order of their tokens."""
+        images, videos = iter(record.images), iter(record.videos)
+        return [next(videos if one == self.video_token_id else images) for one in token_ids]
+
     def add_images(self, record: Record, encoded: Expanded) -> Sample:
-        """Returns the complete sample: the encoded text of a record, and the pixels of its images.
+        """Returns the complete sample: the encoded text of a record, and the pixels.
 
         Raises:
-            SampleError: An image cannot be read.
+            SampleError: An image or a video cannot be read.
         """
         size = self.transform.height, self.transform.width
         pixels = np.empty((sum(encoded.slots), 3, *size), np.uint8)
         slots = np.split(pixels, np.cumsum(encoded.slots)[:-1]) if encoded.slots else []
-        images = record.images[: len(encoded.slots)]
-        kinds = [self.transform.read(*pair) for pair in zip(images, slots, strict=True)]
+        kinds = []
+        for medium, own in zip(self._in_order(record, encoded.media_ids), slots, strict=True):
+            if isinstance(medium, Video):
+                self._read_frames(medium, own)
+            else:
+                kinds.append(self.transform.read(medium, own))
         return Sample(
             encoded.input_ids,
             encoded.loss_mask,
@@ -136,7 +163,16 @@ class SampleEncoder:
             tuple(kinds),
         )
 
-    def _check_images(self, record: Record) -> None:
+    def _read_frames(self, video: Video, levels: UInt8[np.ndarray, "F 3 H W"]) -> None:
+        """Decodes and resizes the frames of a video, and writes their pixels to an array."""
+        transform = self.frame_transform
+        assert transform is not None
+        upright = transform.exif_orientation
+        frames = iterate_frames(video, self.max_frames, exif_orientation=upright)
+        for slot, frame in zip(levels, frames, strict=True):
+            transform.write(frame, slot)
+
+    def _check_media(self, record: Record) -> None:
         count = len(record.images)
         if count > self.max_images:
             raise SampleError(
@@ -144,10 +180,11 @@ class SampleEncoder:
                 "increase data.max_images",
                 "number of images",
             )
-        placeholders = count_placeholders(record.turns)
-        if placeholders != count:
-            raise SampleError(
-                f"the human turns contain <image> {placeholders} times, but the sample has "
-                f"{count} images; write <image> once for each image",
-                "number of images",
-            )
+        for name, media in (("image", record.images), ("video", record.videos)):
+            placeholders = count_placeholders(record.turns, f"<{name}>")
+            if placeholders != len(media):
+                raise SampleError(
+                    f"the human turns contain <{name}> {placeholders} times, but the sample has "
+                    f"{len(media)} {name}s; write <{name}> once for each {name}",
+                    f"number of {name}s",
+                )

@@ -53,7 +53,8 @@ class Projector(nnx.Module):
     def __init__(self, config: ModelConfig):
         width = config.llm.hidden_size
         self.act = config.projector_hidden_act
-        self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
+        features = len(config.feature_layers) * config.vision.hidden_size
+        self.linear_1 = Linear(features, width, bias=True)
         self.linear_2 = Linear(width, width, bias=True)
 
     def __call__(self, x: Float[Array, "I Q Dv"], keys: TokenKeys = None) -> Float[Array, "I Q D"]:
@@ -82,7 +83,7 @@ class Llava(nnx.Module):
     def __init__(self, config: ModelConfig, compute: ComputeConfig = FLOAT32):
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
-        self.vision = VisionTower(config.vision, config.used_vision_layers, compute)
+        self.vision = VisionTower(config.vision, config.feature_layers, compute)
         self.projector = Projector(config)
         self.llm = Llama(config.llm, compute, has_newline=config.has_newline)
 

@@ -136,7 +136,8 @@ def scan_blocks(
     context: PyTree,
     keys: TokenKeys,
     compute: ComputeConfig,
-) -> Float[Array, "B T D"]:
+    kept: tuple[int, ...] = (),
+) -> Float[Array, "B T F"]:
     """Runs x through stacked blocks: `x = apply(block, x, context, keys)` for each block.
 
     Args:
@@ -148,9 +149,10 @@ def scan_blocks(
         keys: Dropout keys of the adapters, one per token; None turns dropout off.
         compute: Settings of the computation. They determine which activations the backward pass
             recomputes, and the memory in which the inputs of blocks are kept.
+        kept: Numbers of blocks after which x is returned, if there are several.
 
     Returns:
-        Output of the last block, [batch, tokens, hidden].
+        Output of the last block, [batch, tokens, hidden], or the concatenated x of `kept`.
     """
     graphdef, state = nnx.split(with_layer_scales(stacked))
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(state)}
@@ -159,15 +161,37 @@ def scan_blocks(
         context, keys = rest
         params = [(path, nnx.Param(leaf)) for path, leaf in block.items()]
         module = nnx.merge(graphdef, nnx.from_flat_state(params))
-        return apply(module, x, context, None if keys is None else fold_in(keys, index))
+        here, *others = jnp.split(x, 1 + len(kept), axis=2)
+        y = apply(module, here, context, None if keys is None else fold_in(keys, index))
+        pairs = zip(kept, others, strict=True)
+        return _join([y, *(jnp.where(index == layer - 1, y, old) for layer, old in pairs)])
 
+    kept = kept if len(kept) > 1 else ()
+    # Beside its own output, each block passes on the outputs that are kept.
+    x = _join([x, *[jnp.zeros_like(x)] * len(kept)])
+    y = _run_stack(flat, x, step, (context, keys), compute)
+    return _join(jnp.split(y, 1 + len(kept), axis=2)[1:]) if kept else y
+
+
+def _join(arrays: list[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=2)
+
+
+def _run_stack(
+    flat: dict[tuple[Any, ...], Any],
+    x: jax.Array,
+    step: Callable[..., jax.Array],
+    rest: tuple,
+    compute: ComputeConfig,
+) -> jax.Array:
+    """Runs x through all layers: `x = step(block, x, index, rest)` for each layer."""
     if compute.remat == "full":
         totals = {path: leaf.total for path, leaf in flat.items() if isinstance(leaf, Accumulated)}
         values = {
             path: leaf.value if isinstance(leaf, Accumulated) else leaf
             for path, leaf in flat.items()
         }
-        return _recomputing(step, compute.offload_activations)(values, totals, x, (context, keys))
+        return _recomputing(step, compute.offload_activations)(values, totals, x, rest)
 
     values = {
         path: attach(*leaf) if isinstance(leaf, Accumulated) else leaf
@@ -176,7 +200,7 @@ def scan_blocks(
 
     def body(x: jax.Array, layer: tuple[Leaves, jax.Array]) -> tuple[jax.Array, None]:
         block, index = layer
-        return step(fetch(block), x, index, (context, keys)), None
+        return step(fetch(block), x, index, rest), None
 
     if compute.remat == "dots":
         # `prevent_cse` is not needed, because a scan already prevents merging of subexpressions.

@@ -147,30 +147,33 @@ class PoolingHead(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Image encoder, whose output is hidden_states[used] of Hugging Face's class.
+    """Image encoder, whose output are the hidden states of Hugging Face's class after some blocks.
 
     Args:
         config: Sizes of the vision tower.
-        used: Number of blocks up to the feature layer.
+        feature_layers: Numbers of blocks after which the hidden states are that are returned.
         compute: Settings of the computation, such as the attention implementation.
     """
 
-    def __init__(self, config: VisionConfig, used: int, compute: ComputeConfig):
-        self.compute = compute
+    def __init__(
+        self, config: VisionConfig, feature_layers: tuple[int, ...], compute: ComputeConfig
+    ):
+        self.compute, self.feature_layers = compute, feature_layers
         norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.embeddings = Embeddings(config)
         # This is the spelling in Hugging Face's checkpoints.
         self.pre_layrnorm = norm() if config.has_class_token else nnx.data(None)
-        self.encoder = Encoder(config, used, compute.implementation)
+        self.encoder = Encoder(config, max(feature_layers), compute.implementation)
         self.post_layernorm = norm()
         self.head = PoolingHead(config) if config.vision_use_head else nnx.data(None)
 
     def __call__(
         self, pixels: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
-    ) -> Float[Array, "I Q D"]:
+    ) -> Float[Array, "I Q F"]:
         """Returns the features of all positions, [images, positions, hidden], without a final norm.
 
-        Positions are the patches, after the class token if there is one.
+        Positions are the patches, after the class token if there is one. The hidden states of
+        several feature layers are concatenated.
 
         Args:
             pixels: Normalized pixels, [images, channels, height, width].
@@ -182,4 +185,5 @@ class VisionTower(nnx.Module):
         x = constrain(x, "batch", "patches", "activations")
         if keys is not None:
             keys = position_keys(keys, x.shape[1])
-        return scan_blocks(self.encoder.layers, x, Block.__call__, None, keys, self.compute)
+        layers, kept = self.encoder.layers, self.feature_layers
+        return scan_blocks(layers, x, Block.__call__, None, keys, self.compute, kept)

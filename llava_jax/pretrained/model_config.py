@@ -117,6 +117,8 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         text["tie_word_embeddings"] = True
     parts = _vision_config(file, vision), _llm_config(file, text)
     values["pad_token_id"] = _pad_token_id(file, given, text)
+    if isinstance(values["vision_feature_layer"], list):
+        values["vision_feature_layer"] = tuple(values["vision_feature_layer"])
     values |= read_member_fields(file, member, values, parts[0])
     return _llava_config(file, *parts, values)
 

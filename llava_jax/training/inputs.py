@@ -31,10 +31,15 @@ from llava_jax.data.sources import Records
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.errors import ConfigError, SampleError
 from llava_jax.planning.model_flops import slot_tokens
-from llava_jax.pretrained.image_processor import load_fitting_transform
+from llava_jax.pretrained.image_processor import load_fitting_transform, load_frame_transform
 from llava_jax.pretrained.model_config import read_config
 from llava_jax.pretrained.processor import end_tokens
-from llava_jax.pretrained.tokenizer import check_vocabulary, image_token_of, load_tokenizer
+from llava_jax.pretrained.tokenizer import (
+    check_vocabulary,
+    image_token_of,
+    load_tokenizer,
+    video_token_of,
+)
 from llava_jax.training.data_sets import open_data
 
 
@@ -358,8 +363,10 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
     if images is None:
         images = max(records.sizes.most_images, eval_records.sizes.most_images)
     transform = load_fitting_transform(processor, model, data.image_aspect)
+    frames = load_frame_transform(processor, model)
     tokenizer = load_tokenizer(processor)
     image_token_of(tokenizer, model, processor)
+    video_token_of(tokenizer, model, processor)
     check_vocabulary(tokenizer, model, processor)
     template = TEMPLATES[data.template]
     encoder = SampleEncoder(
@@ -372,6 +379,8 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         max_length=data.max_length,
         max_images=images,
         max_text_length=data.max_text_length,
+        frame_transform=frames,
+        max_frames=data.max_frames,
         train_on=data.train_on,
     )
     most = find_most_slots(records, encoder)

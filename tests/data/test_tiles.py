@@ -27,6 +27,8 @@ from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.data.templates import Template
 from llava_jax.data.tiles import best_resolution, image_sources, resized_size, video_sources
+from llava_jax.data.video_file import Video
+from llava_jax.errors import SampleError
 
 SIDE = MODEL.vision.image_size
 TILING = TilingConfig(tuple((SIDE * a, SIDE * b) for a, b in [(1, 2), (2, 1), (2, 2)]))
@@ -217,3 +219,48 @@ def test_an_image_that_is_missing_is_a_bad_sample(encoder, tmp_path: Path):
     batch = reader(records, encoder)(0)
     assert not batch.segment_ids.any()
     assert (batch.feature_index == NO_FEATURE).all()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> ListRecords:
+    """A record with a video of so many frames in a folder, beside others; 0 has an image only."""
+    folder, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    found = []
+    for number, frames in enumerate((0, 1, 3, 8)):
+        place = folder / str(number)
+        place.mkdir()
+        for frame in range(max(frames, 1)):
+            levels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+            Image.fromarray(levels).save(place / f"{frame}.png")
+        media = "<video>" if frames else "<image>"
+        turns = Turn("human", f"{media} q"), Turn("gpt", "a1 a2")
+        images = () if frames else (str(place / "0.png"),)
+        own = (Video(str(place)),) if frames else ()
+        found.append(Record(str(number), images, turns, videos=own))
+    return ListRecords(found)
+
+
+def test_frames_of_videos_are_slots(videos, encoder):
+    tokens = encoder.tokenizer
+    tokens.add_tokens(["<video>"], special_tokens=True)
+    token = tokens.convert_tokens_to_ids("<video>")
+    video = VideoConfig(token, "bilinear")
+    model = dataclasses.replace(POOLED, video=video)
+    frames = ImageTransform(SIDE, SIDE, SIDE, aspect="squash")
+    reads = dataclasses.replace(encoder, model=model, frame_transform=frames, max_frames=4)
+    for record, count in zip(map(videos.__getitem__, range(4)), (0, 1, 3, 4), strict=True):
+        sample = reads(record)
+        if count:
+            assert sample.pixel_values.shape[0] == count
+            assert (sample.input_ids == token).sum() == count + 1
+            assert sample.feature_index[:, 0].max() < 4 * count
+            first = Image.open(f"{record.videos[0].source}/0.png")
+            expected = np.asarray(first.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+            np.testing.assert_array_equal(sample.pixel_values[0].transpose(1, 2, 0), expected)
+    assert find_most_slots(videos, reads).slots == 5
+    assert estimate_sizes(videos, reads).slots.tolist() == [5, 1, 3, 4]
+    with pytest.raises(SampleError, match="this model reads no videos"):
+        encoder(videos[1])
+    twice = dataclasses.replace(videos[1], videos=videos[1].videos * 2)
+    with pytest.raises(SampleError, match="contain <video> 1 times, but the sample has 2 videos"):
+        reads(twice)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_family import MEMBERS, image_batch, make_member, video_batch
+from tiny_family import MEMBERS, image_batch, make_member, make_model, video_batch
 
 from llava_jax import LlavaModel
 from llava_jax.config import ModelConfig
@@ -106,3 +106,21 @@ def test_nothing_in_the_model_names_a_member():
         for file in (root / folder).glob("*.py"):
             text = file.read_text().lower()
             assert not [name for name in members if name in text], file
+
+
+@pytest.mark.parametrize("member", ["next", "interleave"])
+def test_features_of_several_layers(member: str, tmp_path: Path):
+    """The hidden states of several layers of the tower are concatenated, in the given order."""
+    model_class, config_class, fields = MEMBERS[member]
+    layers = [-1, 1, -2] if member == "next" else [2, 1]
+    model = make_model(model_class, config_class, fields | {"vision_feature_layer": layers})
+    model.save_pretrained(tmp_path / "theirs")
+    ours = LlavaModel.from_pretrained(tmp_path / "theirs")
+    sizes = [[(30, 70)], [(50, 51)]]
+    batch = image_batch(ours.config, sizes)
+    assert_same(np.asarray(ours(**batch)), theirs(model, batch, sizes), batch["attention_mask"])
+    ours.save_pretrained(tmp_path / "ours")
+    again = model_class.from_pretrained(tmp_path / "ours")
+    assert again.config.vision_feature_layer == layers
+    after = again.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())
