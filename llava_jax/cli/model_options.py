@@ -59,7 +59,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=at_least_one,
         help="maximum number of tokens of a conversation, including its images and the answer "
-        "(default: the limit of the model, but at most 2048)",
+        "(default: the limit of the model, but at most 2048, or 1024 more than an image of any "
+        "size has)",
     )
     group.add_argument(
         "--template",

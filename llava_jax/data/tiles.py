@@ -112,6 +112,18 @@ def image_sources(config: ModelConfig, size: tuple[int, int] | None) -> Sources:
     return _sources(config, [(whole[:, None], 1.0), (index, weights)], 1 + rows * columns)
 
 
+def max_image_tokens(config: ModelConfig) -> int:
+    """Returns a number of tokens that an image of any size does not exceed."""
+    tiling, slot = config.tiling, config.image_tokens
+    if tiling is None:
+        return slot
+    tiles = (config.max_slots_per_image - 1) * slot
+    if tiling.max_tiles is not None:
+        tiles = min(tiles, int(MAX_EXCESS**2 * tiling.max_tiles * slot))
+    highest = max(height for height, _ in tiling.grid_pinpoints) // config.vision.patch_size
+    return slot + tiles + highest
+
+
 @lru_cache(maxsize=64)
 def video_sources(config: ModelConfig, frames: int) -> Sources:
     """Returns the features that become the tokens of a video, each frame of which takes a slot.

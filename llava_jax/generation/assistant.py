@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 
 from llava_jax.config import MeshConfig, ModelConfig, Quantisation
+from llava_jax.data.tiles import max_image_tokens
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError, SampleError
 from llava_jax.generation.answer import Answer, Reply
@@ -18,6 +19,8 @@ from llava_jax.pretrained.resolve import Checkpoint, quantisation_of
 
 MAX_LENGTH = 2048
 """Default limit of the number of tokens of prompt and answer together, as in training."""
+TEXT_TOKENS = 1024
+"""Number of tokens of texts that fit beside an image of any size by default."""
 
 
 def default_dtype() -> str:
@@ -31,13 +34,14 @@ def choose_length(config: ModelConfig, max_length: int | None) -> int:
     Args:
         config: Sizes of the model.
         max_length: Wanted number; None takes the largest number that the model supports, but at
-            most `MAX_LENGTH`.
+            most `MAX_LENGTH`, or an image of any size and `TEXT_TOKENS`.
 
     Raises:
         ConfigError: The model does not support conversations of this length.
     """
     most = min(config.llm.max_position_embeddings, config.llm.sliding_window or 2**31)
-    length = min(most, MAX_LENGTH) if max_length is None else max_length
+    usual = max(MAX_LENGTH, max_image_tokens(config) + TEXT_TOKENS)
+    length = min(most, usual) if max_length is None else max_length
     if not 2 <= length <= most:
         raise ConfigError(
             f"a length of {length} tokens is not supported; this model takes 2 to {most} tokens"

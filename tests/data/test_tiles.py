@@ -26,7 +26,13 @@ from llava_jax.data.records import Record
 from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import ListRecords
 from llava_jax.data.templates import Template
-from llava_jax.data.tiles import best_resolution, image_sources, resized_size, video_sources
+from llava_jax.data.tiles import (
+    best_resolution,
+    image_sources,
+    max_image_tokens,
+    resized_size,
+    video_sources,
+)
 from llava_jax.data.video_file import Video
 from llava_jax.errors import SampleError
 
@@ -70,6 +76,14 @@ def test_pooled_tokens_are_means_of_neighbors(size: tuple[int, int]):
     np.testing.assert_allclose(found.weights[is_feature].sum(axis=1), 1, rtol=1e-6)
     assert found.index.max() < found.slots * POOLED.image_tokens
     assert (found.index[~is_feature] == NEWLINE).all()
+
+
+@pytest.mark.parametrize("config", [MODEL, TILED, POOLED], ids=["whole", "tiled", "pooled"])
+def test_no_image_has_more_tokens(config):
+    sizes = np.random.default_rng(0).integers(1, 300, (300, 2)).tolist()
+    sizes = [None] if config.tiling is None else [(a, b) for a, b in sizes]
+    most = max(len(image_sources(config, size).index) for size in sizes)
+    assert 0.8 * max_image_tokens(config) <= most <= max_image_tokens(config)
 
 
 def test_frames_of_a_video_are_pooled():
