@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_family import MEMBERS, image_batch, make_member, make_model, video_batch
 
-from llava_jax import LlavaModel
+from llava_jax import LlavaModel, generate
 from llava_jax.config import ModelConfig
 
 SIZES = {
@@ -124,3 +124,27 @@ def test_features_of_several_layers(member: str, tmp_path: Path):
     assert again.config.vision_feature_layer == layers
     after = again.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("next", [(30, 70)]),
+        ("next", [(30, 70), (90, 31)]),
+        ("onevision_pooled", [(90, 95)]),
+        ("interleave", [(28, 28), (28, 28), (28, 28)]),
+        ("next_video", 5),
+        ("onevision", 3),
+    ],
+)
+def test_greedy_text(name: str, rows: list | int, open_member):
+    """Sixty-four tokens, one by one."""
+    ours, hf = open_member(name), make_member(name)
+    config = ours.config
+    batch = image_batch(config, [rows]) if isinstance(rows, list) else video_batch(config, [rows])
+    found = generate(ours, **batch, max_new_tokens=64, eos_token_id=())
+    tensors = {key: torch.tensor(value) for key, value in batch.items()}
+    settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    wanted = hf.generate(**tensors, **settings, pad_token_id=0, eos_token_id=None)
+    assert found.shape == (1, 64)
+    assert found[0].tolist() == wanted[0, batch["input_ids"].shape[1] :].tolist()
