@@ -193,14 +193,19 @@ def _make(name: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> Ch
     )
 
 
-def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+def chat_template(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    video_token: str | None = None,
+) -> str:
     """Returns a conversation template as Jinja source for `apply_chat_template`.
 
     The text renders the same prompts as `data.conversation`. The content of a message is a text, or
-    a list of texts and images. System messages are joined with a blank line and replace the system
-    text of the template; they must come before the first user message. Several images of a message
-    stay in their places if there is a text before the last of them; other images are written before
-    the text.
+    a list of texts, images and, if there is a video token, videos, which count as images. System
+    messages are joined with a blank line and replace the system text of the template; they must
+    come before the first user message. Several images of a message stay in their places if there is
+    a text before the last of them; other images are written before the text.
     """
     bos, eos = (cast("str | None", t) or "" for t in (tokenizer.bos_token, tokenizer.eos_token))
     named = {"{bos}": bos, "{eos}": eos, "{bos?}": ""}
@@ -224,6 +229,7 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, image_
         "answer_suffix": text(template.answer_suffix),
         "separator": text(template.separator),
         "image_token": image_token,
+        "media": {"image": image_token} | ({"video": video_token} if video_token else {}),
         "image_suffix": text(template.image_suffix),
         "keeps_questions": template.keeps_questions,
     }
@@ -238,7 +244,8 @@ _JINJA = """\
 {%- for message in messages -%}
   {%- set content = message["content"] -%}
   {%- set parts = [{"type": "text", "text": content}] if content is string else content -%}
-  {%- set images = parts | selectattr("type", "equalto", "image") | list | length -%}
+  {%- set shown = parts | selectattr("type", "in", media) | map(attribute="type") | list -%}
+  {%- set images = shown | length -%}
   {%- set texts = parts | selectattr("type", "equalto", "text") | map(attribute="text") -%}
   {%- set text = texts | join("") -%}
   {%- if message["role"] == "system" -%}
@@ -253,21 +260,23 @@ _JINJA = """\
     {%- set state.asked = true -%}
     {%- set found = namespace(images=0, in_place=false) -%}
     {%- for part in parts -%}
-      {%- if part["type"] == "image" -%}
+      {%- if part["type"] in media -%}
         {%- set found.images = found.images + 1 -%}
       {%- elif found.images < images and part["text"] | trim -%}
         {%- set found.in_place = true -%}
       {%- endif -%}
     {%- endfor -%}
     {%- if not keeps_questions -%}
-      {{ image_token * (images + text.count(image_token)) }}
+      {%- for kind in shown -%}{{ media[kind] }}{%- endfor -%}
+      {{ image_token * text.count(image_token) }}
     {%- elif images > 1 and found.in_place -%}
       {%- for part in parts -%}
-        {{ image_token if part["type"] == "image" else part["text"] }}
+        {{ media[part["type"]] if part["type"] in media else part["text"] }}
       {%- endfor -%}
     {%- else -%}
       {%- set text = text | trim if images else text -%}
-      {{ (image_token + (image_suffix if text else "")) * images + text }}
+      {%- for kind in shown -%}{{ media[kind] + (image_suffix if text else "") }}{%- endfor -%}
+      {{ text }}
     {%- endif -%}
   {%- elif state.asked -%}
     {{ answer_prefix + text + answer_suffix + separator }}

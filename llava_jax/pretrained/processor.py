@@ -86,7 +86,7 @@ def save_processor(
     generation = generation_settings(source, tokenizer, config, template)
     write_json(directory / "generation_config.json", generation)
     if template is not None:
-        templates = {"default": chat_template(template, tokenizer, image_token)}
+        templates = {"default": chat_template(template, tokenizer, image_token, video_token)}
     else:
         templates = {} if isinstance(source, Parts) else own_templates(source, tokenizer)
     write_chat_templates(directory, templates)

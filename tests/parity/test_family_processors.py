@@ -25,9 +25,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from llava_jax.data.conversation import Encoded
+from llava_jax.data.conversation import Encoded, Turn, encode_prompt
 from llava_jax.data.image_tokens import expand_images
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.data.tiles import image_sources, is_tiled, video_sources
+from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.image_processor import load_fitting_transform, load_frame_transform
 from llava_jax.pretrained.model_config import read_model_config
 from llava_jax.pretrained.processor import save_processor
@@ -207,3 +209,25 @@ def torchvision_pixels(video: np.ndarray, crops: bool) -> np.ndarray:
     )
     top, left = ((side - SIDE) // 2 for side in size)
     return resized[:, :, top : top + SIDE, left : left + SIDE].numpy() / 255
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [("video",), ("text", "what w5")],
+        [("text", "w2"), ("video",), ("text", "w3"), ("image",), ("text", "what")],
+        [("image",), ("video",), ("text", "what")],
+    ],
+)
+def test_a_written_chat_template_shows_videos(content: list[tuple]):
+    """As `data.conversation` does in training."""
+    tokenizer, template = make_tokenizer(), TEMPLATES["vicuna_v1"]
+    tokenizer.chat_template = chat_template(template, tokenizer, "<image>", "<video>")
+    parts = [{"type": kind} | ({"text": text[0]} if text else {}) for kind, *text in content]
+    messages = [{"role": "user", "content": parts}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = "".join(rest[0] if rest else f"<{kind}>" for kind, *rest in content)
+    ours = encode_prompt(
+        [Turn("human", text)], template, tokenizer, IMAGE, video_token_id=VIDEO
+    ).input_ids
+    assert tokenizer(theirs).input_ids == ours.tolist()
