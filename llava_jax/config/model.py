@@ -227,8 +227,9 @@ class ModelConfig:
                 the input of the first block.
         """
         given, depth = self.vision_feature_layer, self.vision.num_hidden_layers
+        layers = given if isinstance(given, tuple) else (given,)
         found = []
-        for layer in given if isinstance(given, tuple) else (given,):
+        for layer in layers or (0,):
             used = layer if layer >= 0 else depth + 1 + layer
             if not 0 < used <= depth:
                 raise ConfigError(
