@@ -285,31 +285,3 @@ class ModelConfig:
     def has_newline(self) -> bool:
         """Whether the decoder has a vector that ends the rows of an image's features."""
         return self.tiling is not None or self.video is not None
-
-
-LLAVA_7B = ModelConfig()
-
-
-LLAVA_13B = ModelConfig(
-    llm=LlmConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-    )
-)
-
-
-# The vocabulary of Llama-3-8B is extended by an image token and a padding token.
-LLAVA_LLAMA3_8B = ModelConfig(
-    llm=LlmConfig(
-        vocab_size=128_320,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-    ),
-    image_token_id=128_256,
-    pad_token_id=128_257,
-)

@@ -61,6 +61,21 @@ _LLAMA_2 = (  # Meta's system text
 )
 
 
+_LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+
+_LLAMA_3 = Template(  # Llama 3's own template, which is also XTuner's llama3_chat
+    system_prefix="{<|start_header_id|>}system{<|end_header_id|>}\n\n",
+    system_suffix="{<|eot_id|>}",
+    human_prefix="{system}{<|start_header_id|>}user{<|end_header_id|>}\n\n",
+    answer_prefix="{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
+    answer_suffix="{<|eot_id|>}",
+)
+
+
 TEMPLATES = {
     "vicuna_v1": Template(
         system=_VICUNA,
@@ -95,15 +110,9 @@ TEMPLATES = {
         answer_prefix=" [/INST] ",
         answer_suffix=" {eos}",
     ),
-    # Llama 3's own template, which is also XTuner's llama3_chat.
-    "llama_3": Template(
-        system_prefix="{<|start_header_id|>}system{<|end_header_id|>}\n\n",
-        system_suffix="{<|eot_id|>}",
-        human_prefix="{system}{<|start_header_id|>}user{<|end_header_id|>}\n\n",
-        answer_prefix="{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
-        answer_suffix="{<|eot_id|>}",
-    ),
-    # The template of Qwen, and of LLaVA-NeXT with Qwen.
+    "llama_3": _LLAMA_3,
+    "llava_llama_3": dataclasses.replace(_LLAMA_3, system=_LLAVA),  # LLaVA-NeXT with Llama 3
+    # The template of Qwen, and of LLaVA-NeXT and OneVision with Qwen.
     "chatml": Template(
         begin="{bos?}",
         system="You are a helpful assistant.",
@@ -113,6 +122,16 @@ TEMPLATES = {
         answer_prefix="{<|im_end|>}\n{<|im_start|>}assistant\n",
         answer_suffix="{<|im_end|>}",
         separator="\n",
+    ),
+    # The template of LLaVA-NeXT with Yi 34B.
+    "chatml_direct": Template(
+        begin="{bos?}",
+        system="Answer the questions.",
+        system_prefix="{<|im_start|>}system\n",
+        system_suffix="{<|im_end|>}",
+        human_prefix="{system}{<|im_start|>}user\n",
+        answer_prefix="{<|im_end|>}{<|im_start|>}assistant\n",
+        answer_suffix="{<|im_end|>}",
     ),
 }
 """Maps the values of `data.template` to the templates."""

@@ -5,11 +5,19 @@ images are cut into tiles and how videos become tokens.
 """
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
-from llava_jax.config import Aspect, ModelConfig, TilingConfig, VideoConfig, VisionConfig
+from llava_jax.config import (
+    NEXT_TILING,
+    ONEVISION_TILING,
+    SIGLIP,
+    Aspect,
+    ModelConfig,
+    TilingConfig,
+    VideoConfig,
+    VisionConfig,
+)
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError
 from llava_jax.pretrained.config_checks import check_types, require
@@ -24,19 +32,13 @@ _CLIP: Json = {
     "image_size": 336,
     "patch_size": 14,
 }
-_SIGLIP: Json = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
+_SIGLIP: Json = dataclasses.asdict(SIGLIP)
 
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-_ONEVISION_PINPOINTS = [list(pair) for pair in itertools.product(range(384, 2305, 384), repeat=2)]
+
+def _pairs(tiling: TilingConfig) -> list[list[int]]:
+    """Returns the resolutions as config.json contains them."""
+    return [list(pair) for pair in tiling.grid_pinpoints]
+
 
 _LLAVA_DEFAULTS: Json = {
     "image_token_index": 32000,
@@ -45,7 +47,7 @@ _LLAVA_DEFAULTS: Json = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
 }
-_NEXT_DEFAULTS = _LLAVA_DEFAULTS | {"image_grid_pinpoints": _PINPOINTS}
+_NEXT_DEFAULTS = _LLAVA_DEFAULTS | {"image_grid_pinpoints": _pairs(NEXT_TILING)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +111,8 @@ _ONEVISION = Member(
         "video_token_index": 151647,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
-        "image_grid_pinpoints": _ONEVISION_PINPOINTS,
-        "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": _pairs(ONEVISION_TILING),
+        "vision_aspect_ratio": f"anyres_max_{ONEVISION_TILING.max_tiles}",
     },
     text_type="qwen2",
     vision=_SIGLIP,
@@ -207,7 +209,7 @@ def member_settings(config: ModelConfig) -> Json:
     member = member_of(config)
     settings: Json = {"model_type": member.model_type, "architectures": [member.architecture]}
     if config.tiling is not None:
-        settings["image_grid_pinpoints"] = [list(pair) for pair in config.tiling.grid_pinpoints]
+        settings["image_grid_pinpoints"] = _pairs(config.tiling)
     if config.video is not None:
         settings["video_token_index"] = config.video.token_id
     if member is _NEXT_VIDEO and config.video is not None:

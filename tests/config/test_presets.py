@@ -4,16 +4,30 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import pytest
+from recipes import (
+    ADAPTERS,
+    CLIP_TOWER,
+    CLIP_TRAINED,
+    DIFFERENCES,
+    HUB,
+    PROJECTOR,
+    RECIPES,
+    SIGLIP_TOWER,
+    SIGLIP_TRAINED,
+    SIZES,
+    VISION_ADAPTERS,
+    WHOLE,
+    Recipe,
+)
 
 from llava_jax.config import (
     LLAVA_7B,
-    LLAVA_13B,
-    LLAVA_LLAMA3_8B,
     LLM_LINEARS,
+    SIGLIP,
     VISION_LINEARS,
     LlmConfig,
     MeshConfig,
@@ -28,122 +42,6 @@ from llava_jax.train_step.optimizer import learning_rates
 from llava_jax.train_step.program import build_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-SIZES = {"7b": LLAVA_7B, "13b": LLAVA_13B, "llama3_8b": LLAVA_LLAMA3_8B}
-WHOLE = {"7b": 7_063_427_072, "13b": 13_351_494_656}
-PROJECTOR = {"7b": 20_979_712, "13b": 31_467_520, "llama3_8b": 20_979_712}
-VISION = 303_507_456
-# (size, rank): all seven linears of the decoder.
-ADAPTERS = {
-    ("7b", 64): 159_907_840,
-    ("7b", 128): 319_815_680,
-    ("7b", 512): 1_279_262_720,
-    ("13b", 64): 250_347_520,
-    ("13b", 128): 500_695_040,
-    ("13b", 512): 2_002_780_160,
-    ("llama3_8b", 64): 167_772_160,
-}
-# Rank 64 on the four linears of 1024 and the two of 4096 of the 23 blocks before the feature.
-VISION_ADAPTERS = 23 * 64 * (4 * 2 * 1024 + 2 * (1024 + 4096))
-
-
-class Recipe(NamedTuple):
-    """What a published run is, in full."""
-
-    tunes: str  # decoder, vision tower; the projector always trains
-    rate: float
-    projector_rate: float
-    rank: int = 0
-    alpha: float = 0
-    vision_rank: int = 0
-    quantize: str | None = None
-    batch: int = 128
-    loss_group: int = 16  # a GPU's micro-batch there
-    clip: float | None = None
-    template: str = "vicuna_v1"
-    aspect: str = "pad"
-    text: int | None = None  # limit of text tokens, beside 2048 in all
-    grouped: bool = True
-    samples: int = 665_298
-    steps: int = 5198
-    warmup: int = 156
-
-
-STAGE_1 = {"batch": 256, "loss_group": 32, "aspect": "crop", "grouped": False}
-STAGE_1 |= {"samples": 558_128, "steps": 2181, "warmup": 66}
-XTUNER = {"template": "vicuna_xtuner", "text": 1472, "clip": 1.0}
-SINGLE = {"template": "llama_3", "loss_group": 1}
-
-FULL = Recipe("full frozen", 2e-5, 2e-5)
-LORA = Recipe("lora frozen", 2e-4, 2e-5, 128, 256)
-PRETRAIN = Recipe("frozen frozen", 1e-3, 1e-3, **(STAGE_1 | {"template": "plain"}))
-LORA_XTUNER = LORA._replace(projector_rate=2e-4, **XTUNER)
-PRETRAIN_XTUNER = PRETRAIN._replace(**XTUNER)
-QLORA_XTUNER = LORA_XTUNER._replace(
-    tunes="lora lora", rank=512, vision_rank=64, quantize="nf4_double"
-)
-
-OF_BOTH_SIZES = {
-    "pretrain": PRETRAIN,
-    "full": FULL,
-    "task": FULL,
-    "lora": LORA,
-    "task_lora": LORA,
-    "qlora": LORA._replace(rate=2e-5, rank=64, alpha=16, quantize="nf4_double"),
-    "pretrain_xtuner": PRETRAIN_XTUNER,
-    "lora_xtuner": LORA_XTUNER,
-    "qlora_xtuner": QLORA_XTUNER,
-}
-RECIPES = {f"{size}_{name}": r for size in ("7b", "13b") for name, r in OF_BOTH_SIZES.items()}
-RECIPES |= {
-    "7b_full_1gpu": FULL,
-    "llama3_8b_pretrain_1gpu": PRETRAIN_XTUNER._replace(**SINGLE),
-    "llama3_8b_qlora_1gpu": QLORA_XTUNER._replace(
-        tunes="lora frozen", rank=64, alpha=16, vision_rank=0, **SINGLE
-    ),
-}
-
-# Config: its base, and every field in which it differs.
-DECODER = {"model", "init_from"}
-PROMPT = {"data.template", "data.max_text_length", "optimizer.clip_norm"}
-DIFFERENCES = {
-    "7b_pretrain": (
-        "7b_full",
-        {"init_from", "tune.llm", "optimizer.learning_rate"}
-        | {"batch.global_size", "batch.loss_group"}
-        | {
-            f"data.{name}"
-            for name in (
-                "path",
-                "image_root",
-                "template",
-                "image_aspect",
-                "buckets",
-                "group_by_modality_length",
-            )
-        },
-    ),
-    "7b_lora": (
-        "7b_full",
-        {"tune.llm", "optimizer.learning_rate", "optimizer.projector_learning_rate"},
-    ),
-    "7b_qlora": ("7b_lora", {"quantize", "lora.rank", "lora.alpha", "optimizer.learning_rate"}),
-    "7b_full_1gpu": ("7b_full", {"checkpoint.keep"}),
-    "7b_task": ("7b_full", {"init_from"}),
-    "7b_task_lora": ("7b_lora", {"init_from"}),
-    "7b_pretrain_xtuner": ("7b_pretrain", PROMPT),
-    "7b_lora_xtuner": ("7b_lora", PROMPT | {"init_from", "optimizer.projector_learning_rate"}),
-    "7b_qlora_xtuner": ("7b_lora_xtuner", {"quantize", "lora.rank", "tune.vision"}),
-    "llama3_8b_pretrain_1gpu": (
-        "7b_pretrain_xtuner",
-        DECODER | {"data.template", "batch.loss_group"},
-    ),
-    "llama3_8b_qlora_1gpu": (
-        "7b_qlora_xtuner",
-        DECODER | {"tune.vision", "lora.rank", "lora.alpha", "data.template", "batch.loss_group"},
-    ),
-    **{f"13b_{name}": (f"7b_{name}", DECODER) for name in OF_BOTH_SIZES},
-}
 
 
 def preset(name: str) -> TrainConfig:
@@ -198,6 +96,9 @@ def test_recipes_are_the_published_ones(name: str):
         samples=recipe.samples,
         steps=config.total_steps(recipe.samples),
         warmup=recipe.warmup,
+        vision_rate=config.optimizer.vision_learning_rate,
+        length=config.data.max_length,
+        data=config.data.path.removeprefix("data/"),
     )
     assert found == recipe
     # What all of them share.
@@ -208,26 +109,33 @@ def test_recipes_are_the_published_ones(name: str):
         VISION_LINEARS,
     )
     assert config.tune.projector == "full"
-    assert config.model == SIZES[size_of(name)]
-    assert (config.data.max_length, config.data.shuffle) == (2048, True)
+    if name != "onevision_7b_pretrain":
+        assert config.model == SIZES[size_of(name)]
+    assert config.data.shuffle
+    assert config.searches_plan
     assert config.batch.loss_weighting == "sample_mean"
     assert (config.epochs, config.steps, config.seed, config.dtype) == (1, None, 42, "bfloat16")
     optimizer = config.optimizer
     assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.999, 1e-8)
     assert (optimizer.weight_decay, optimizer.schedule) == (0, "cosine")
-    assert optimizer.vision_learning_rate is None
-    assert config.data.path.endswith("558k.json" if recipe.steps == 2181 else "mix665k.json")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_start_where_they_should(name: str):
     start, size = preset(name).init_from, size_of(name)
+    if name == "onevision_7b_pretrain":
+        tower = "checkpoints/siglip-so400m-patch14-384"
+        assert start == Parts("checkpoints/Qwen2-7B-Instruct", tower)
+        return
+    if name == "onevision_7b_full":  # the result of the stage before
+        assert start == "llava-hf/llava-onevision-qwen2-7b-si-hf"
+        return
     decoder = "Meta-Llama-3-8B-Instruct" if size == "llama3_8b" else f"vicuna-{size}-v1.5"
     if "pretrain" in name:
         clip = "checkpoints/clip-vit-large-patch14-336"
         assert start == Parts(f"checkpoints/{decoder}", clip)
-    elif "task" in name:
-        assert start == f"llava-hf/llava-1.5-{size}-hf"
+    elif "task" in name or size == "next_7b":
+        assert start == f"llava-hf/{HUB[size]}"
     else:
         ending = "_1gpu" if size == "llama3_8b" else "_xtuner" if "xtuner" in name else ""
         assert start == f"runs/{size}_pretrain{ending}"
@@ -256,11 +164,15 @@ def test_counts_of_parameters_are_the_published_ones(name: str):
         shapes = [program.abstract[path].shape for path in paths if path.startswith(part)]
         return sum(map(math.prod, shapes))
 
+    is_siglip = SIZES[size].vision == SIGLIP
     if config.tune.llm == "full":
-        decoder = WHOLE[size] - VISION - PROJECTOR[size]
+        whole_tower = SIGLIP_TOWER if is_siglip else CLIP_TOWER
+        decoder = WHOLE[size] - whole_tower - PROJECTOR[size]
     else:
         decoder = ADAPTERS[size, recipe.rank] if recipe.rank else 0
     tower = VISION_ADAPTERS if recipe.vision_rank else 0
+    if config.tune.vision == "full":
+        tower = SIGLIP_TRAINED if is_siglip else CLIP_TRAINED
     assert count(program.trainable, "llm.") == decoder
     assert count(program.trainable, "vision.") == tower
     assert count(program.trainable) == decoder + tower + PROJECTOR[size]
@@ -273,7 +185,7 @@ def test_counts_of_parameters_are_the_published_ones(name: str):
         assert not kinds
         assert all(program.abstract[path].dtype == "bfloat16" for path in program.frozen)
     if size in WHOLE and not recipe.quantize:
-        adapters = tower + (decoder if recipe.rank else 0)
+        adapters = (VISION_ADAPTERS if recipe.vision_rank else 0) + (decoder if recipe.rank else 0)
         assert count(program.abstract) == WHOLE[size] + adapters
 
 

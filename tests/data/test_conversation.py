@@ -194,6 +194,11 @@ def test_a_template_is_data(byte_level):
 
 
 META = TEMPLATES["llama_2"].system
+ASSISTANT = (  # LLaVA-NeXT's system text for Llama 3
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
 
 # What two rounds, the first with an image, look like: with the template's own system text, and with
 # "Be brief." from the data in its place.
@@ -233,6 +238,18 @@ RENDERED = {
         "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»",
     ),
+    "llava_llama_3": (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{ASSISTANT}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«A dog.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«A dog.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»",
+    ),
     "chatml": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A dog.<|im_end|>»\n"
@@ -240,6 +257,14 @@ RENDERED = {
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A dog.<|im_end|>»\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»\n",
+    ),
+    "chatml_direct": (
+        "<|im_start|>system\nAnswer the questions.<|im_end|>"
+        "<|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\n«A dog.<|im_end|>»"
+        "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«So.<|im_end|>»",
+        "<|im_start|>system\nBe brief.<|im_end|>"
+        "<|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\n«A dog.<|im_end|>»"
+        "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«So.<|im_end|>»",
     ),
 }
 

@@ -1,0 +1,19 @@
+"""Same recipe as next_7b_task_lora.py, but for LLaVA-NeXT with Mistral 7B.
+
+Only the decoder and the prompt differ.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from llava_jax.config import LLAVA_NEXT_MISTRAL_7B, load_config
+
+base = load_config(Path(__file__).with_name("next_7b_task_lora.py"))
+
+config = dataclasses.replace(
+    base,
+    model=LLAVA_NEXT_MISTRAL_7B,
+    name="next_mistral_7b_task_lora",
+    init_from="llava-hf/llava-v1.6-mistral-7b-hf",
+    data=dataclasses.replace(base.data, template="mistral_instruct"),
+)
