@@ -101,13 +101,13 @@ def ours(directory: str, prompt: dict[str, np.ndarray], most: int) -> Callable[[
     """
     from llava_jax import LlavaModel
     from llava_jax.generation.engine import Engine, Request
-    from llava_jax.pretrained.model_inputs import Media, split_rows
+    from llava_jax.pretrained.model_inputs import BatchMedia, split_rows
 
     ids, pixels = prompt.values()
     length = ids.shape[1] + most
     model = LlavaModel.from_pretrained(directory)
     engine = Engine(model, slots=len(ids), length=length, donate=True)
-    rows = split_rows(model.config, ids, None, Media(pixels))
+    rows = split_rows(model.config, ids, np.ones(ids.shape, bool), BatchMedia(pixels))
     return lambda new: list(engine.run(Request(row, new) for row in rows))
 
 

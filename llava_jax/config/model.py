@@ -227,9 +227,10 @@ class ModelConfig:
                 the input of the first block.
         """
         given, depth = self.vision_feature_layer, self.vision.num_hidden_layers
-        layers = given if isinstance(given, tuple) else (given,)
+        if given == ():
+            raise ConfigError("vision_feature_layer is empty; name at least one layer")
         found = []
-        for layer in layers or (0,):
+        for layer in given if isinstance(given, tuple) else (given,):
             used = layer if layer >= 0 else depth + 1 + layer
             if not 0 < used <= depth:
                 raise ConfigError(

@@ -97,6 +97,8 @@ class BatchSpec:
                 the rows of max_length tokens.
         """
         bucket = next(slots for slots in self.slots if slots >= needed)
+        if self.max_slots > self.max_length // self.slot_features:
+            return bucket  # tiles and frames need less room than whole images
         room = max(length // self.slot_features, 1)
         return room if needed <= room < bucket else bucket
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llava_jax.data.batching import BatchSpec
 from llava_jax.data.check import Findings
+from llava_jax.data.packing import TILE_DENSITY
 from llava_jax.data.padding import MAX_BUCKETS, Padding
 
 PERCENTILES = {"least": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99,
@@ -63,7 +64,8 @@ class Report:
         ]
         rooms = self.spec.lengths if self.spec.packing else [self.spec.max_length]
         packed = {"lengths": rooms, "choice": "packed"}
-        slots = max(self.spec.max_slots, self.spec.max_length // self.spec.slot_features)
+        room = int(TILE_DENSITY * self.spec.max_length / self.spec.slot_features)
+        slots = max(self.spec.max_slots, room)
         return [*rows, packed | {"waste": waste(self.padding.packed(rooms, slots))}]
 
     def lengths(self) -> dict[str, tuple[int, ...]]:

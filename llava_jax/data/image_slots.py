@@ -10,7 +10,7 @@ from llava_jax.data.lengths import SAMPLED
 from llava_jax.data.order import NO_RECORD
 from llava_jax.data.samples import SampleEncoder
 from llava_jax.data.sources import Records
-from llava_jax.data.tiles import is_tiled, video_sources
+from llava_jax.data.tiles import max_slots
 from llava_jax.errors import SampleError
 
 _PERCENT, _FACTOR = 99, 2
@@ -63,16 +63,9 @@ def find_most_slots(records: Records, encoder: SampleEncoder) -> MostSlots:
 
 def _possible_slots(records: Records, encoder: SampleEncoder) -> Int64[np.ndarray, " N"]:
     """Returns a number of image slots that each sample does not exceed; reads nothing."""
-    model, length = encoder.model, encoder.max_length
     images = np.where(records.sizes.images > encoder.max_images, 0, records.sizes.images)
-    most = model.max_slots_per_image
-    one, several = (most if is_tiled(model, count) else 1 for count in (1, 2))
-    possible = np.minimum(images, length // model.image_tokens).astype(np.int64)
-    possible *= np.where(images == 1, one, several)
-    if model.video is None:
-        return possible
-    frame = len(video_sources(model, 2).index) - len(video_sources(model, 1).index)
-    return possible + np.minimum(records.sizes.videos * encoder.max_frames, length // frame)
+    frames = records.sizes.videos * encoder.max_frames
+    return max_slots(encoder.model, images, encoder.max_length, frames)
 
 
 def describe_outlier(records: Records, most: MostSlots) -> str | None:
@@ -87,11 +80,12 @@ def describe_outlier(records: Records, most: MostSlots) -> str | None:
     """
     if most.number == NO_RECORD:
         return None
-    usual = max(1, int(np.percentile(records.sizes.images, _PERCENT, method="lower")))
+    images = records.sizes.images + records.sizes.videos
+    usual = max(1, int(np.percentile(images, _PERCENT, method="lower")))
     if most.images <= _FACTOR * usual:
         return None
     return (
         f"images: {records.where(most.number)} has {most.images} images; {_PERCENT} % of the "
-        f"samples have at most {usual}. Memory is planned for rows of {most.slots} images. To "
+        f"samples have at most {usual}. Memory is planned for rows of {most.slots} image slots. To "
         f"leave out samples with more than {usual}, set data.max_images to {usual}"
     )

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -171,11 +172,13 @@ class ImageTransform:
         Raises:
             SampleError: The file cannot be read.
         """
-        with _opened(image) as file:
-            return self.upright_size(file)
+        if isinstance(image, bytes):
+            return _read_size(image, self.exif_orientation)
+        return _size_of_file(image, self.exif_orientation)
 
     def upright_size(self, image: Image.Image) -> tuple[int, int]:
         """Returns the height and width in pixels of an opened image when it is upright."""
+        image.load()  # the orientation may be at the end of a PNG file
         is_turned = self.exif_orientation and is_sideways(image)
         return image.size if is_turned else (image.height, image.width)
 
@@ -212,6 +215,8 @@ class ImageTransform:
             is_turned = self.exif_orientation and find_orientation(file) != 1
         kind = ImageKind(was_deep, is_turned, was_deep and _highest_level(rgb) < MAX_DARK)
         size = rgb.size if scale == 1 else size
+        if tiled and self.count_slots((size[1], size[0])) != len(levels):
+            raise SampleError("the size of the image changed while it was read", "image size")
         fitted = self._cut(rgb, size, scale) if tiled else [self._fit(rgb, size, scale)]
         for slot, one in zip(levels, fitted, strict=True):
             _copy_levels(one, slot)
@@ -393,6 +398,25 @@ def _copy_levels(image: Image.Image, levels: UInt8[np.ndarray, "3 H W"]) -> None
     for channel, name in zip(levels, "RGB", strict=True):
         flat = np.frombuffer(image.tobytes("raw", name), np.uint8)
         channel[...] = flat.reshape(channel.shape)
+
+
+_LATE_MARKS = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"
+"""Marks of chunks with an orientation, which may be at the end of a PNG file."""
+
+
+def _read_size(image: str | bytes, exif_orientation: bool) -> tuple[int, int]:
+    """Returns the height and width of an upright image."""
+    with _opened(image) as file:
+        if exif_orientation and file.format == "PNG":
+            content = cast("Any", file).fp.getvalue()  # `open_checked` opens bytes in memory
+            if any(mark in content for mark in _LATE_MARKS):
+                file.load()
+        is_turned = exif_orientation and is_sideways(file)
+        return file.size if is_turned else (file.height, file.width)
+
+
+_size_of_file = functools.lru_cache(maxsize=2**16)(_read_size)
+"""Like `_read_size`, for paths; the same image is often in several samples."""
 
 
 def _highest_level(rgb: Image.Image) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32, Int64
 
 from llava_jax.config import NEWLINE, NO_FEATURE, ModelConfig, TilingConfig
 
@@ -81,7 +81,7 @@ def is_tiled(config: ModelConfig, images: int) -> bool:
     return tiling is not None and (images == 1 or tiling.tiles_several_images)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def image_sources(config: ModelConfig, size: tuple[int, int] | None) -> Sources:
     """Returns the features that become the tokens of an image.
 
@@ -110,6 +110,30 @@ def image_sources(config: ModelConfig, size: tuple[int, int] | None) -> Sources:
     index = np.pad(index, newlines, constant_values=NEWLINE).reshape(-1, index.shape[2])
     weights = np.pad(weights, newlines).reshape(index.shape)
     return _sources(config, [(whole[:, None], 1.0), (index, weights)], 1 + rows * columns)
+
+
+def max_slots(
+    config: ModelConfig,
+    images: Int[np.ndarray, " N"],
+    max_length: int,
+    frames: Int[np.ndarray, " N"] | None = None,
+) -> Int64[np.ndarray, " N"]:
+    """Returns a number of image slots that each of N samples does not exceed, int64 [N].
+
+    Args:
+        config: Sizes of the model.
+        images: Number of images of each sample.
+        max_length: Maximum number of tokens of a sample, which limits its images and frames.
+        frames: Number of frames in the videos of each sample; None if there are none.
+    """
+    most = config.max_slots_per_image
+    one, several = (most if is_tiled(config, count) else 1 for count in (1, 2))
+    slots = np.minimum(images, max_length // config.image_tokens).astype(np.int64)
+    slots *= np.where(images == 1, one, several)
+    if config.video is None or frames is None:
+        return slots
+    tokens = len(video_sources(config, 2).index) - len(video_sources(config, 1).index)
+    return slots + np.minimum(frames, max_length // tokens)
 
 
 def max_image_tokens(config: ModelConfig) -> int:

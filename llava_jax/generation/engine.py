@@ -32,7 +32,7 @@ from llava_jax.models.llava import ImageInputs, Llava
 from llava_jax.models.stack import jit_for_backend
 from llava_jax.pretrained.model import LlavaModel
 from llava_jax.pretrained.model_inputs import (
-    Media,
+    BatchMedia,
     RowInputs,
     kept_tokens,
     padded_images,
@@ -205,18 +205,19 @@ class Engine:
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Returns the padded numbers of tokens and of image slots, which select a program."""
-        slots = len(request.prompt.pixel_values)
-        return _padded(len(request.input_ids), self.length), _padded_slots(slots)
+        image_slots = len(request.prompt.pixel_values)
+        length = _padded(len(request.input_ids), self.length)
+        return length, _padded_image_slots(image_slots)
 
     def _inputs(self, request: Request, row: int) -> tuple[Any, ...]:
         """Returns the arguments of `_start` that depend on the request."""
-        size, slots = self._size(request)
+        size, image_slots = self._size(request)
         input_ids = np.full(size, self.config.pad_token_id, np.int32)
         input_ids[: len(request.input_ids)] = request.input_ids
         return (
             input_ids,
             np.int32(len(request.input_ids)),
-            padded_images(request.prompt, size, slots) if slots else None,
+            padded_images(request.prompt, size, image_slots) if image_slots else None,
             np.int32(row),
             to_rows([request.sampling]),
             np.bool_(request.scores is not None),
@@ -308,9 +309,9 @@ _EXACT_SLOTS, _SLOT_STEP = 5, 4
 to the next multiple of `_SLOT_STEP`."""
 
 
-def _padded_slots(slots: int) -> int:
+def _padded_image_slots(count: int) -> int:
     """Rounds a number of image slots up to one of few numbers, so that few programs exist."""
-    return slots if slots <= _EXACT_SLOTS else -(-slots // _SLOT_STEP) * _SLOT_STEP
+    return count if count <= _EXACT_SLOTS else -(-count // _SLOT_STEP) * _SLOT_STEP
 
 
 def _start_fn(
@@ -365,6 +366,8 @@ def generate(
     *,
     image_sizes: Int[ArrayLike, "I 2"] | None = None,
     pixel_values_videos: Float[ArrayLike, "N F C Y X"] | None = None,
+    image_sizes_videos: Int[ArrayLike, "N 2"] | None = None,
+    batch_num_images: Int[ArrayLike, " S"] | None = None,
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
@@ -386,6 +389,8 @@ def generate(
         image_sizes: Height and width of each image in pixels before it was resized, as in
             `LlavaModel`; only needed if images are cut into tiles.
         pixel_values_videos: Videos of all prompts, as in `LlavaModel`; None if there are none.
+        image_sizes_videos: Not used; the processors of some models return it.
+        batch_num_images: Number of images of each prompt that has images, as in `LlavaModel`.
         top_k: Number of most likely tokens to sample from; None samples from all tokens.
         top_p: Total probability of the most likely tokens to sample from.
         repetition_penalty: Factor by which the logits of tokens that are already in the prompt or
@@ -410,7 +415,7 @@ def generate(
     else:
         ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     ids = np.asarray(input_ids)
-    media = Media.of(pixel_values, image_sizes, pixel_values_videos)
+    media = BatchMedia.of(pixel_values, image_sizes, pixel_values_videos, batch_num_images)
     rows = split_rows(model.config, ids, kept_tokens(ids, attention_mask), media)
     requests = [Request(row, max_new_tokens, ends) for row in rows]
     for number, request in enumerate(requests):

@@ -83,8 +83,8 @@ class PromptReader:
         self.tokenizer, self.transform, self.ends = tokenizer, transform, ends
         self._config, self._template = config, chat_template
         words = special_tokens(tokenizer).values()
-        image_token = cast("str", tokenizer.convert_ids_to_tokens(config.image_token_id))
-        special = sorted({*words, image_token}, key=len, reverse=True)
+        media = cast("list[str]", tokenizer.convert_ids_to_tokens([*config.media_token_ids]))
+        special = sorted({*words, *media}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
 
     @classmethod

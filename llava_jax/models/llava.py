@@ -189,11 +189,10 @@ def _sum_features(features: Float[Array, "B S D"], images: ImageInputs) -> Float
     count = index.shape[2]
     if count == 1:
         return take(0)
-    weights = images.feature_weights.astype(features.dtype)
-    placed = weights[:, :, 0, None] * take(0)
-    for k in range(1, count):
-        placed += weights[:, :, k, None] * take(k)
-    return placed
+    placed = jnp.zeros((), jnp.float32)  # the sum is rounded once
+    for k in range(count):
+        placed += images.feature_weights[:, :, k, None] * take(k).astype(jnp.float32)
+    return placed.astype(features.dtype)
 
 
 def whole_images(
@@ -213,13 +212,8 @@ def whole_images(
     order = jnp.cumsum(is_image, axis=1) - 1
     last = pixel_values.shape[0] * config.image_tokens - 1
     index = jnp.where(is_image, jnp.minimum(order, last), NO_FEATURE).astype(jnp.int32)
-    sources = (*index.shape[:2], config.sources_per_token)
-    return ImageInputs(
-        pixel_values[None],
-        jnp.broadcast_to(index, sources),
-        jnp.zeros(sources).at[:, :, 0].set(1.0),
-        jnp.zeros((1, pixel_values.shape[0]), jnp.int32),
-    )
+    slot_tokens = jnp.zeros((1, pixel_values.shape[0]), jnp.int32)
+    return ImageInputs(pixel_values[None], index, jnp.ones(index.shape), slot_tokens)
 
 
 def head_logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:

@@ -147,7 +147,7 @@ class PoolingHead(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Image encoder, whose output are the hidden states of Hugging Face's class after some blocks.
+    """Image encoder, which returns the hidden states of Hugging Face's class after some blocks.
 
     Args:
         config: Sizes of the vision tower.

@@ -113,6 +113,8 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tup
     kept = tokens * llm.num_hidden_layers * elements
     if config.tune.vision != "frozen":
         inside = {"full": 1, "dots": 10, "none": 15}[remat]
+        if len(model.feature_layers) > 1:  # each block passes on the outputs that are kept
+            inside += len(model.feature_layers)
         kept += (
             rows
             * slots

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.packing import slots_in_row
+from llava_jax.data.tiles import max_slots
 from llava_jax.distributed.host_memory import tree_bytes
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
@@ -443,5 +445,8 @@ def slots_per_row(config: TrainConfig, model: ModelConfig) -> int:
         config: Config of the run.
         model: Sizes of the model.
     """
-    images = 1 if config.data.max_images is None else config.data.max_images
-    return slots_in_row(config.data, model, images * model.max_slots_per_image)
+    data = config.data
+    images = 1 if data.max_images is None else data.max_images
+    slots = max_slots(model, np.array([0, min(images, 1), images]), data.max_length)
+    frames = max_slots(model, np.zeros(1, int), data.max_length, np.array([data.max_frames]))
+    return slots_in_row(data, model, int(max(slots.max(), frames.max())))

@@ -83,11 +83,15 @@ def model_flops(config: TrainConfig, model: ModelConfig, row: Row) -> float:
 
     lora = config.vision_lora
     blocks = _block(tower, float(size * positions), tune.vision, lora, again=again, backwards=below)
-    first, second = size * width, width * width
+    first, second = len(model.feature_layers) * size * width, width * width
     trains = tune.projector == "full"
     projector = first * (1 + trains + below + again) + second * (1 + trains + 1)
     embed = 3 * vision.patch_size**2 * size * (2 if tune.vision == "full" else 1)
-    slot = positions * model.used_vision_layers * blocks + patches * (projector + embed)
+    features = patches
+    if model.pools_before_projector:  # the projector runs on all tokens, not on all features
+        text += row.tokens * projector
+        features = 0
+    slot = positions * model.used_vision_layers * blocks + features * projector + patches * embed
     return 2 * (text + row.slots * slot)
 
 

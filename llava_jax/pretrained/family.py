@@ -148,15 +148,17 @@ def read_member_fields(file: Path, member: Member, values: Json, vision: VisionC
     if "image_grid_pinpoints" not in member.defaults:
         return {"tiling": None, "video": None}
     grid = vision.image_size // vision.patch_size
-    if values["vision_feature_select_strategy"] == "default" and not vision.has_class_token:
+    strategy, wanted = values["vision_feature_select_strategy"], "full"
+    if vision.has_class_token:
+        wanted = "default"
+    if strategy != wanted:
         raise CheckpointError(
-            f"{file}: vision_feature_select_strategy is 'default', which drops the first of "
-            f"{grid} x {grid} patches, because the vision tower has no class token; set it to "
-            "'full'"
+            f"{file}: vision_feature_select_strategy is {strategy!r:.80}, with which the features "
+            f"are not those of {grid} x {grid} patches; set it to {wanted!r}"
         )
     pinpoints = _read_pinpoints(file, values["image_grid_pinpoints"], vision.image_size)
     if member is not _ONEVISION:
-        video = None if member is _NEXT else _read_average(file, values)
+        video = None if member is _NEXT else _read_average(file, values, grid)
         return {"tiling": TilingConfig(pinpoints), "video": video}
     aspect = values["vision_aspect_ratio"]
     match = re.fullmatch(r"anyres_max_([1-9][0-9]{,3})", str(aspect))
@@ -169,10 +171,15 @@ def read_member_fields(file: Path, member: Member, values: Json, vision: VisionC
     return {"tiling": TilingConfig(pinpoints, int(match[1]), False), "video": video}
 
 
-def _read_average(file: Path, values: Json) -> VideoConfig:
+def _read_average(file: Path, values: Json, grid: int) -> VideoConfig:
     require(file, "spatial_pool_mode", values["spatial_pool_mode"], ("average",))
     stride = values["spatial_pool_stride"]
     check_types(file, "spatial_pool_", VideoConfig, {"stride": stride})
+    if stride > grid:
+        raise CheckpointError(
+            f"{file}: spatial_pool_stride is {stride}, but a frame has only {grid} x {grid} "
+            "features; use the stride of the original model"
+        )
     return VideoConfig(_read_video_token(file, values), "average", stride)
 
 

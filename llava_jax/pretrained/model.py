@@ -35,7 +35,7 @@ from llava_jax.pretrained.adapters import check_base, open_adapter
 from llava_jax.pretrained.chat_templates import choose_template
 from llava_jax.pretrained.load import fingerprint, load_params
 from llava_jax.pretrained.model_config import read_config, write_model_config
-from llava_jax.pretrained.model_inputs import Media, kept_tokens, split_rows, to_one_row
+from llava_jax.pretrained.model_inputs import BatchMedia, kept_tokens, split_rows, to_one_row
 from llava_jax.pretrained.processor import has_processor, save_processor
 from llava_jax.pretrained.resolve import Checkpoint, resolve
 from llava_jax.pretrained.save import save_params
@@ -113,6 +113,7 @@ class LlavaModel(Llava):
         image_sizes: Int[ArrayLike, "I 2"] | None = None,
         pixel_values_videos: Float[ArrayLike, "N F C Y X"] | None = None,
         image_sizes_videos: Int[ArrayLike, "N 2"] | None = None,
+        batch_num_images: Int[ArrayLike, " S"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns the logits in float32, [batch, tokens, vocabulary].
 
@@ -134,6 +135,7 @@ class LlavaModel(Llava):
             pixel_values_videos: Normalized videos, [videos, frames, channels, height, width]; None
                 if there are no videos.
             image_sizes_videos: Not used; the processors of some models return it.
+            batch_num_images: Number of images of each sample that has images; see `BatchMedia`.
 
         Raises:
             ValueError: There are more or fewer image tokens than features of the images.
@@ -150,11 +152,11 @@ class LlavaModel(Llava):
             if not is_traced((input_ids, attention_mask)):  # only the number of images is known
                 blank = np.broadcast_to(np.float32(0), np.shape(pixel_values))
                 kept = kept_tokens(np.asarray(input_ids), attention_mask)
-                split_rows(self.config, np.asarray(input_ids), kept, Media(blank))
+                split_rows(self.config, np.asarray(input_ids), kept, BatchMedia(blank))
             images = whole_images(self.config, ids, jnp.asarray(pixel_values))
         elif pixel_values is not None or pixel_values_videos is not None:
             kept = kept_tokens(np.asarray(input_ids), attention_mask)
-            media = Media.of(pixel_values, image_sizes, pixel_values_videos)
+            media = BatchMedia.of(pixel_values, image_sizes, pixel_values_videos, batch_num_images)
             rows = split_rows(self.config, np.asarray(input_ids), kept, media)
             images = to_one_row(self.config, rows, kept)
         if is_traced((params, given)):

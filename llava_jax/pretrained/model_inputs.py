@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float32, Int32
 
 from llava_jax.config import NO_FEATURE, ModelConfig
-from llava_jax.data.tiles import Sources, image_sources, shift, video_sources
+from llava_jax.data.tiles import Sources, image_sources, is_tiled, shift, video_sources
 from llava_jax.models.llava import ImageInputs
 
 
@@ -28,7 +27,7 @@ class RowInputs(NamedTuple):
     feature_weights: Float32[np.ndarray, "T K"]
 
 
-class Media(NamedTuple):
+class BatchMedia(NamedTuple):
     """The images and videos of a batch, as the processors of transformers return them.
 
     Attributes:
@@ -38,20 +37,23 @@ class Media(NamedTuple):
             None if images are not cut into tiles.
         pixel_values_videos: Normalized pixels of all videos, [videos, frames, 3, H, W]; None if
             there are no videos.
+        batch_num_images: Number of images of each sample that has images, [samples]. It matters if
+            samples with several images are not cut into tiles; None finds it out from the tokens.
     """
 
     pixel_values: np.ndarray | None = None
     image_sizes: np.ndarray | None = None
     pixel_values_videos: np.ndarray | None = None
+    batch_num_images: np.ndarray | None = None
 
     @classmethod
-    def of(cls, *arrays: ArrayLike | None) -> "Media":
+    def of(cls, *arrays: ArrayLike | None) -> "BatchMedia":
         """Returns the images and videos of the fields, in their order, of any kind of array."""
         return cls(*(None if array is None else np.asarray(array) for array in arrays))
 
 
 def split_rows(
-    config: ModelConfig, input_ids: np.ndarray, kept: np.ndarray, media: Media
+    config: ModelConfig, input_ids: np.ndarray, kept: np.ndarray, media: BatchMedia
 ) -> list[RowInputs]:
     """Divides a batch into its rows, without padding.
 
@@ -66,11 +68,21 @@ def split_rows(
         ValueError: The tokens of images or videos do not match the images and videos.
     """
     ids = np.asarray(input_ids, np.int32)
-    images = _Queue(config, "image", config.image_token_id, media.pixel_values, media.image_sizes)
-    queues = [images]
+    queues = [
+        _Queue(
+            config,
+            "image",
+            config.image_token_id,
+            media.pixel_values,
+            media.image_sizes,
+            media.batch_num_images,
+        )
+    ]
+    videos = media.pixel_values_videos
     if config.video is not None:
-        token, videos = config.video.token_id, media.pixel_values_videos
-        queues.append(_Queue(config, "video", token, videos))
+        queues.append(_Queue(config, "video", config.video.token_id, videos))
+    elif videos is not None:
+        raise ValueError("this model reads no videos; pass their frames as images")
     rows = []
     for number in range(len(ids)):
         row = ids[number][kept[number]]
@@ -119,7 +131,7 @@ def to_one_row(config: ModelConfig, rows: Sequence[RowInputs], kept: np.ndarray)
     pixels = np.concatenate([row.pixel_values for row in rows])
     slot_tokens = np.zeros((1, len(pixels)), np.int32)
     leaves = (pixels[None], index[None], weights[None], slot_tokens)
-    return ImageInputs(*map(jnp.asarray, leaves))
+    return ImageInputs(*leaves)
 
 
 def padded_images(row: RowInputs, tokens: int, slots: int) -> ImageInputs:
@@ -131,7 +143,7 @@ def padded_images(row: RowInputs, tokens: int, slots: int) -> ImageInputs:
         np.pad(row.feature_weights, [(0, new_tokens), (0, 0)])[None],
         np.zeros((1, slots), np.int32),
     )
-    return ImageInputs(*map(jnp.asarray, leaves))
+    return ImageInputs(*leaves)
 
 
 class _Queue:
@@ -143,6 +155,7 @@ class _Queue:
         token_id: Id of the tokens of the images or videos.
         pixels: Pixels of all images or videos; None if there are none.
         sizes: Sizes of the images; None if they are not cut into tiles, and for videos.
+        counts: Number of images of each sample that has images; None if it is not known.
     """
 
     def __init__(
@@ -152,11 +165,13 @@ class _Queue:
         token_id: int,
         pixels: np.ndarray | None,
         sizes: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
     ):
         self.token_id = token_id
         self._config, self._name = config, name
         self._pixels = [] if pixels is None else list(np.asarray(pixels, np.float32))
         self._sizes = None if sizes is None else np.asarray(sizes).tolist()
+        self._counts = None if counts is None else iter(np.asarray(counts).tolist())
         self._taken = 0
 
     def take(self, tokens: int, row: int) -> list[tuple[np.ndarray, Sources]]:
@@ -178,11 +193,7 @@ class _Queue:
             )
         pixels = self._pixels[self._taken : self._taken + len(sources)]
         self._taken += len(sources)
-        side = pixels[0].shape[-3:] if pixels else ()
-        return [
-            (one.reshape(-1, *side)[: found.slots], found)
-            for one, found in zip(pixels, sources, strict=True)
-        ]
+        return [(self._slots_of(*pair, row), pair[1]) for pair in zip(pixels, sources, strict=True)]
 
     def check_empty(self) -> None:
         """Raises ValueError if some images belong to no row."""
@@ -191,6 +202,20 @@ class _Queue:
                 f"input_ids has the tokens of {self._taken} {self._name}s, but there are "
                 f"{len(self._pixels)} {self._name}s"
             )
+
+    def _slots_of(self, pixels: np.ndarray, sources: Sources, row: int) -> np.ndarray:
+        """Returns the pixels of the slots of an image or a video, without padding.
+
+        Raises:
+            ValueError: The image has fewer slots than its size needs.
+        """
+        slots = pixels.reshape(-1, *pixels.shape[-3:])
+        if len(slots) < sources.slots:
+            raise ValueError(
+                f"an image of row {row} has {len(slots)} slots in pixel_values, but its size needs "
+                f"{sources.slots}: the whole image, and its tiles"
+            )
+        return slots[: sources.slots]
 
     def _next_sources(self, tokens: int) -> list[Sources]:
         """Returns the features of the next images, up to a number of tokens or a little more."""
@@ -202,8 +227,15 @@ class _Queue:
         if self._sizes is None:
             raise ValueError("the images of this model need image_sizes, their sizes in pixels")
         sizes = [(int(self._sizes[i][0]), int(self._sizes[i][1])) for i in rest]
+        if self._counts is not None:
+            count = next(self._counts, 0)
+            own = sizes[:count] if is_tiled(config, count) else [None] * count
+            return [image_sources(config, size) for size in own]
         cut = _take_while([image_sources(config, size) for size in sizes], tokens)
-        if config.tiling.tiles_several_images or len(cut[0].index) == tokens:
+        is_one = bool(cut) and len(cut[0].index) == tokens
+        if config.tiling.tiles_several_images or (
+            is_one and self._pixels[self._taken].shape[0] >= cut[0].slots
+        ):
             return cut
         return _take_while([image_sources(config, None) for _ in rest], tokens)
 

@@ -18,7 +18,7 @@ import numpy as np
 from llava_jax.config import NO_FEATURE
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import BatchSpec, fill
-from llava_jax.data.conversation import IMAGE_PLACEHOLDER, encode_prompt
+from llava_jax.data.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, encode_prompt
 from llava_jax.data.image_tokens import Expanded
 from llava_jax.data.records import Record
 from llava_jax.data.samples import Sample, SampleEncoder
@@ -162,9 +162,16 @@ def _texts(record: Record, encoder: SampleEncoder) -> dict[int, str]:
     for number, turn in enumerate(record.turns, 1):
         if turn.role == "human":
             asked = record.turns[:number]
-            prompt = encode_prompt(asked, encoder.template, encoder.tokenizer, image)
+            prompt = encode_prompt(
+                asked,
+                encoder.template,
+                encoder.tokenizer,
+                image,
+                video_token_id=encoder.video_token_id,
+            )
             prompt = encoder.expand(record, prompt)
-            texts[len(prompt.input_ids)] = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
+            text = turn.text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "")
+            texts[len(prompt.input_ids)] = text.strip()
     return texts
 
 

@@ -68,7 +68,8 @@ def test_an_outlier_is_named_with_what_to_do():
     line = describe_outlier(records, MostSlots(24, 24, 100))
     assert line == (
         "images: sample 100 has 24 images; 99 % of the samples have at most 1. Memory is planned "
-        "for rows of 24 images. To leave out samples with more than 1, set data.max_images to 1"
+        "for rows of 24 image slots. To leave out samples with more than 1, set data.max_images "
+        "to 1"
     )
     assert describe_outlier(ListRecords([record(1)] * 5 + [record(3)]), MostSlots(3, 3, 5))
     assert describe_outlier(ListRecords([record(1)] * 5 + [record(2)]), MostSlots(2, 2, 5)) is None

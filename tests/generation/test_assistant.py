@@ -27,7 +27,7 @@ from llava_jax.generation.sampling import GREEDY, Sampling
 from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.image_processor import load_image_transform
 from llava_jax.pretrained.model_config import read_config
-from llava_jax.pretrained.model_inputs import Media, split_rows
+from llava_jax.pretrained.model_inputs import BatchMedia, split_rows
 from llava_jax.pretrained.rendering import ChatTemplate
 from llava_jax.pretrained.resolve import resolve
 from llava_jax.pretrained.tokenizer import load_tokenizer
@@ -167,7 +167,9 @@ def test_text_cannot_pass_for_control(tokenizer: PreTrainedTokenizerBase):
 
 def request_of(ids: list[int]) -> Request:
     """A request without images."""
-    (row,) = split_rows(read_config(TINY), np.array([ids]), np.ones((1, len(ids)), bool), Media())
+    (row,) = split_rows(
+        read_config(TINY), np.array([ids]), np.ones((1, len(ids)), bool), BatchMedia()
+    )
     return Request(row, 99, frozenset())
 
 

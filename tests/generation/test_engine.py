@@ -12,7 +12,7 @@ from llava_jax import LlavaModel, generate
 from llava_jax.generation.assistant import Assistant
 from llava_jax.generation.engine import Engine, Request
 from llava_jax.models.layers import split
-from llava_jax.pretrained.model_inputs import Media, RowInputs, split_rows
+from llava_jax.pretrained.model_inputs import BatchMedia, RowInputs, split_rows
 from llava_jax.pretrained.resolve import resolve
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-llava"
@@ -34,7 +34,7 @@ def prompt(model: LlavaModel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(model: LlavaModel, ids: np.ndarray, pixels: np.ndarray) -> RowInputs:
-    return split_rows(model.config, ids[None], np.ones((1, len(ids)), bool), Media(pixels))[0]
+    return split_rows(model.config, ids[None], np.ones((1, len(ids)), bool), BatchMedia(pixels))[0]
 
 
 def held_bytes() -> Iterator[int]:

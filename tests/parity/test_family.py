@@ -148,3 +148,23 @@ def test_greedy_text(name: str, rows: list | int, open_member):
     wanted = hf.generate(**tensors, **settings, pad_token_id=0, eos_token_id=None)
     assert found.shape == (1, 64)
     assert found[0].tolist() == wanted[0, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_what_a_processor_returns_decides_what_is_cut(open_member):
+    """Seven images of 23 x 143 have as many tokens whole as one image has in tiles."""
+    model = open_member("onevision")
+    whole = image_batch(model.config, [[(23, 143)] * 7])
+    cut = image_batch(model.config, [[(23, 143)]])
+    tokens = lambda batch: int((batch["input_ids"] == model.config.image_token_id).sum())
+    counts = {7: whole, 1: cut}
+    for count, batch in counts.items():
+        given = batch | {"batch_num_images": np.array([count]), "image_sizes_videos": None}
+        named = np.asarray(model(**given))
+        assert_same(np.asarray(model(**batch)), named, batch["attention_mask"])
+    assert tokens(whole) == 7 * 50
+    batch = image_batch(open_member("next").config, [[(30, 70)]])
+    few = batch | {"pixel_values": batch["pixel_values"][:, :1]}
+    with pytest.raises(ValueError, match="has 1 slots in pixel_values, but its size needs 3"):
+        open_member("next")(**few)
+    with pytest.raises(ValueError, match="reads no videos"):
+        open_member("next")(**batch, pixel_values_videos=np.zeros((1, 1, 3, 28, 28)))
