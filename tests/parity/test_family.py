@@ -164,7 +164,7 @@ def test_what_a_processor_returns_decides_what_is_cut(open_member):
     assert tokens(whole) == 7 * 50
     batch = image_batch(open_member("next").config, [[(30, 70)]])
     few = batch | {"pixel_values": batch["pixel_values"][:, :1]}
-    with pytest.raises(ValueError, match="has 1 slots in pixel_values, but its size needs 3"):
+    with pytest.raises(ValueError, match="has 1 slots in pixel_values, but its size needs 4"):
         open_member("next")(**few)
     with pytest.raises(ValueError, match="reads no videos"):
         open_member("next")(**batch, pixel_values_videos=np.zeros((1, 1, 3, 28, 28)))
