@@ -29,7 +29,7 @@ from llava_jax.models.lora import (
     given_alphas,
     merge_layer,
 )
-from llava_jax.models.paths import TRAINABLE_TOKENS, VOCABULARY, is_adapter
+from llava_jax.models.paths import NEWLINE, TRAINABLE_TOKENS, VOCABULARY, is_adapter
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import AdapterCheckpoint, check_base, open_adapter
@@ -165,8 +165,9 @@ def _summary(trained: AdapterCheckpoint) -> str:
 
 
 def _part(path: str) -> str:
-    """Returns the part of a parameter, or the module if it is a matrix of the vocabulary."""
-    return path.removesuffix(".weight") if path in VOCABULARY else path.split(".")[0]
+    """Returns the part of a parameter, or the module if it may be trained alone."""
+    is_alone = path in (*VOCABULARY, NEWLINE)
+    return path.removesuffix(".weight") if is_alone else path.split(".")[0]
 
 
 def _check_alphas(trained: AdapterCheckpoint, path: Path, alphas: Mapping[str, float]) -> None:
@@ -342,6 +343,8 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
     """Writes the adapters, and the parts that were trained in full, as one PEFT directory."""
     params, trained = _trained_params(opened), opened.trained
     assert trained is not None
+    if NEWLINE in params and _is_in_base(NEWLINE, params[NEWLINE], opened):
+        del params[NEWLINE]  # LLaVA-NeXT's code stores it beside LoRA, even if it did not change
     if foreign := not_storable(params):
         raise ConfigError(
             f"a PEFT adapter cannot store {len(foreign)} of the parameters that were trained in "
@@ -357,6 +360,12 @@ def _write_peft(opened: Opened, directory: Path, era: Literal[4, 5]) -> None:
         revision=trained.revision if opened.name == trained.base_name else None,
         era=era,
     )
+
+
+def _is_in_base(path: str, trained: Stored, opened: Opened) -> bool:
+    """Returns True if the base has the values of a trained parameter that is not stacked."""
+    found = [s[0].get(s[1].file_name(path)) for s in opened.sources if s[1].holds(path)]
+    return any(x is not None and np.array_equal(x.read(), trained.read(0)) for x in found)
 
 
 def _write_official(
@@ -386,6 +395,8 @@ def _write_official_adapter(opened: Opened, directory: Path, aspect: Aspect | No
     llm, tower = None, None
     if isinstance(opened.base, Parts):
         llm, tower = map(absolute_source, (opened.base.llm, opened.base.vision))
+        if opened.base.vision == opened.base.llm:  # the tower is in the files of the decoder
+            tower = read_json_config(opened.base.llm)[1]["mm_vision_tower"]
     params = _trained_params(opened)
     save_official_adapter(
         directory, params, opened.adapters, opened.config, llm, tower, opened.inputs, aspect

@@ -51,10 +51,13 @@ def stacked(parameter: str, config: ModelConfig) -> str:
 VISION, LLM, PROJECTOR = "vision.encoder.layers.", "llm.layers.", "projector."
 """Path prefixes of the linear layers to which adapters can be added."""
 
+NEWLINE = "llm.image_newline"
+"""Path of the vector that ends the rows of an image's features."""
+
 MODULE_PREFIXES = {
     "llm.": "model.language_model.",
     "llm.lm_head.": "lm_head.",
-    "llm.image_newline": "model.image_newline",
+    NEWLINE: "model.image_newline",
     "vision.": "model.vision_tower.",
     "projector.": "model.multi_modal_projector.",
 }

@@ -21,6 +21,7 @@ from llava_jax.models.paths import (
     BEHIND_FEATURE,
     HEAD,
     LLM,
+    NEWLINE,
     PROJECTOR,
     TRAINABLE_TOKENS,
     VISION,
@@ -211,7 +212,7 @@ def _ranks_and_alphas(
 def find_full(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str]:
     """Returns the paths of the parameters that were trained in full, and that a file must have.
 
-    Embedding and output matrix may be there alone, and so may the modules that PEFT's
+    Embedding, output matrix and newline may be there alone, and so may the modules that PEFT's
     `modules_to_save` names. Of any other part, all parameters must be there.
 
     Args:
@@ -228,7 +229,7 @@ def find_full(piece: Piece, config: ModelConfig, abstract: Abstract) -> set[str]
     saved = (piece.settings or {}).get("modules_to_save") or []
     for part in {path.split(".")[0] for path in found}:
         own = [p for p in abstract if p.startswith(f"{part}.") and not is_adapter(p)]
-        if found.intersection(own) <= {*VOCABULARY}:
+        if found.intersection(own) <= {*VOCABULARY, NEWLINE}:
             continue
         is_saved = lambda path: _is_saved(piece, path, abstract[path].shape, config, saved)
         found |= {path for path in own if not saved or is_saved(path)}

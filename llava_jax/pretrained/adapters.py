@@ -131,11 +131,12 @@ def _parts_in(path: Path) -> list[Path]:
     is_zero = any(path.glob("*model_states.pt")) or (path / "latest").is_file()  # from DeepSpeed
     has_own = (path / CONFIG).is_file() or _is_whole(path) or is_zero
     parts = [path / part for part in _XTUNER_PARTS if (path / part).is_dir()]
-    files = [file for name in BESIDE if (file := _file_beside(path, name))]
+    files = [file for name in BESIDE if (file := file_beside(path, name))]
     return [*([path] if has_own else []), *parts, *files]
 
 
-def _file_beside(directory: Path, stem: str) -> Path | None:
+def file_beside(directory: Path, stem: str) -> Path | None:
+    """Returns the file of tensors with a name such as those of `BESIDE`, or None without one."""
     found = [directory / f"{stem}{ending}" for ending in (".safetensors", ".bin")]
     return next((file for file in found if file.is_file()), None)
 
@@ -247,7 +248,7 @@ def open_adapter(
 def _open_piece(path: Path, read: Reader) -> Piece:
     refuse_pointers(path)
     settings = read_settings(path / CONFIG) if (path / CONFIG).is_file() else None
-    own = None if settings is None else _file_beside(path, "adapter_model")
+    own = None if settings is None else file_beside(path, "adapter_model")
     file = own or path
     named = read(file)
     tensors = {plain_name(name): tensor for name, tensor in named.items()}

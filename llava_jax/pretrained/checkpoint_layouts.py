@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable
 
-from llava_jax.models.paths import MODULE_PREFIXES
+from llava_jax.models.paths import MODULE_PREFIXES, NEWLINE
 
 
 class LayoutError(Exception):
@@ -83,12 +83,9 @@ def _part(path: str) -> str:
     return path.split(".", 1)[0]
 
 
-_NEWLINE = "llm.image_newline"
-
-
 def _llava(name: str, llm: str, lm_head: str, vision: str, projector: str) -> Layout:
     newline = projector.removesuffix("multi_modal_projector.") + "image_newline"
-    prefixes = {"llm.": llm, "llm.lm_head.": lm_head, _NEWLINE: newline}
+    prefixes = {"llm.": llm, "llm.lm_head.": lm_head, NEWLINE: newline}
     return Layout(name, prefixes | {"vision.": vision, "projector.": projector})
 
 
@@ -154,6 +151,14 @@ PROJECTOR_HF_4_52 = Layout(
 )
 PROJECTOR_LLAVA = Layout("LLaVA's own projector", _mlp("model.mm_projector."))
 PROJECTOR_LLAVA_SHORT = Layout("LLaVA's own projector", _mlp("mm_projector."))
+PROJECTOR_LLAVA_LORA = Layout(
+    "LLaVA's own parts beside LoRA",
+    {
+        NEWLINE: "base_model.model.model.image_newline",
+        "vision.": "base_model.model.model.vision_tower.vision_tower.vision_model.",
+        **_mlp("base_model.model.model.mm_projector."),
+    },
+)
 PROJECTOR_XTUNER = Layout("XTuner's projector", _mlp("model."), is_xtuner=True)
 PROJECTOR_XTUNER_LONG = Layout("XTuner's projector", _mlp("projector.model."), is_xtuner=True)
 
@@ -166,6 +171,7 @@ PROJECTOR_LAYOUTS = (
     PROJECTOR_HF_4_52,
     PROJECTOR_LLAVA,
     PROJECTOR_LLAVA_SHORT,
+    PROJECTOR_LLAVA_LORA,
     PROJECTOR_XTUNER,
     PROJECTOR_XTUNER_LONG,
     PROJECTOR,

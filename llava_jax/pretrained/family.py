@@ -156,7 +156,7 @@ def read_member_fields(file: Path, member: Member, values: Json, vision: VisionC
             f"{file}: vision_feature_select_strategy is {strategy!r:.80}, with which the features "
             f"are not those of {grid} x {grid} patches; set it to {wanted!r}"
         )
-    pinpoints = _read_pinpoints(file, values["image_grid_pinpoints"], vision.image_size)
+    pinpoints = read_pinpoints(file, values["image_grid_pinpoints"], vision.image_size)
     if member is not _ONEVISION:
         video = None if member is _NEXT else _read_average(file, values, grid)
         return {"tiling": TilingConfig(pinpoints), "video": video}
@@ -192,8 +192,17 @@ def _read_video_token(file: Path, values: Json) -> int:
 _MAX_PINPOINTS, _MAX_TILES = 1000, 1000
 
 
-def _read_pinpoints(file: Path, pinpoints: object, side: int) -> tuple[tuple[int, int], ...]:
-    """Returns the resolutions (height, width) that images are resized to."""
+def read_pinpoints(file: Path, pinpoints: object, side: int) -> tuple[tuple[int, int], ...]:
+    """Checks the resolutions that images are resized to, and returns them in the same order.
+
+    Args:
+        file: The config.json, for messages.
+        pinpoints: Value of the field image_grid_pinpoints.
+        side: Height and width of the images of the vision tower in pixels.
+
+    Raises:
+        CheckpointError: They are not pairs of multiples of `side`, or there are too many.
+    """
     found = pinpoints if isinstance(pinpoints, list) else []
     is_length = lambda length: type(length) is int and length > 0 and length % side == 0
     is_pair = lambda pair: (
@@ -204,8 +213,8 @@ def _read_pinpoints(file: Path, pinpoints: object, side: int) -> tuple[tuple[int
     )
     if not 0 < len(found) <= _MAX_PINPOINTS or not all(map(is_pair, found)):
         raise CheckpointError(
-            f"{file}: image_grid_pinpoints is {pinpoints!r:.80}; it must be a list of heights and "
-            f"widths in pixels, [[{side}, {2 * side}], ...], which are multiples of the vision "
+            f"{file}: image_grid_pinpoints is {pinpoints!r:.80}; it must be a list of pairs of "
+            f"lengths in pixels, [[{side}, {2 * side}], ...], which are multiples of the vision "
             f"tower's image_size {side}"
         )
     return tuple((pair[0], pair[1]) for pair in found)

@@ -9,7 +9,7 @@ from llava_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, 
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained.family import member_of
-from llava_jax.pretrained.model_config import read_vision_config
+from llava_jax.pretrained.model_config import read_tower
 from llava_jax.pretrained.safetensors import read_json
 
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -38,7 +38,7 @@ def load_image_transform(
     directory = Path(source.vision if isinstance(source, Parts) else source)
     found = _image_settings(directory)
     if found is None and isinstance(source, Parts):
-        tower = read_vision_config(directory)
+        tower = read_tower(source)
         size, is_siglip = tower.image_size, tower.model_type == "siglip_vision_model"
         return ImageTransform(size, size, size, *_statistics(is_siglip), aspect=aspect or "pad")
     if found is None:

@@ -132,8 +132,8 @@ def find_tensors(
 
     Args:
         where: Path or parts of the checkpoint, for messages.
-        sources: Opened files or directories. A parameter is taken from the first source whose
-            layout has this parameter.
+        sources: Opened files or directories. A parameter is taken from the first source that has
+            it, or its first layer.
         config: Sizes of the model that `abstract` belongs to.
         abstract: Shapes of the wanted parameters. Every tensor must belong to one parameter.
         may_grow: Whether a vocabulary may have fewer rows than in `abstract`.
@@ -147,8 +147,9 @@ def find_tensors(
     found: dict[str, list[Tensor]] = {path: [] for path in abstract}
     missing, misshapen, known = [], [], set()
     for path, spec in abstract.items():
-        tensors, layout = next((s for s in sources if s[1].holds(path)), ({}, None))
-        for _, parameter, shape in stored_layers(path, spec.shape, config, adapters or {}):
+        layers = [*stored_layers(path, spec.shape, config, adapters or {})]
+        tensors, layout = _source_of(path, layers[0][1] if layers else path, sources)
+        for _, parameter, shape in layers:
             known.add(parameter)
             name = layout.file_name(parameter) if layout else parameter
             tensor = tensors.get(name)
@@ -182,6 +183,18 @@ def find_tensors(
     for head in heads:
         _check_tied(where, head, found[EMBEDDING][0])
     return found
+
+
+def _source_of(
+    path: str, first: str, sources: list[Source]
+) -> tuple[dict[str, Tensor], Layout | None]:
+    """Returns the source of a parameter, whose first layer has the path `first`.
+
+    If no source has it, this is the first source whose layout has this parameter.
+    """
+    holding = [source for source in sources if source[1].holds(path)]
+    having = (s for s in holding if s[1].file_name(first) in s[0])
+    return next(having, holding[0] if holding else ({}, None))
 
 
 def _refuse(where: str, sources: list[Source], problems: Mapping[str, list[str]]) -> None:

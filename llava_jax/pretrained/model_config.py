@@ -17,7 +17,14 @@ from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.config_checks import check_object, check_types, require
 from llava_jax.pretrained.family import MEMBERS, member_settings, read_member_fields
 from llava_jax.pretrained.safetensors import read_json
-from llava_jax.pretrained.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from llava_jax.pretrained.tokenizer import (
+    IMAGE_TOKEN,
+    PAD_TOKEN,
+    VIDEO_TOKEN,
+    has_tokenizer,
+    load_tokenizer,
+    media_tokens,
+)
 from llava_jax.pretrained.unsupported import supported_config
 
 # Defaults of transformers, the same in 4.36 (Qwen2, SigLIP: 4.37; Qwen3: 4.51) and in 5.24.
@@ -162,39 +169,43 @@ def read_vision_config(directory: str | Path) -> VisionConfig:
 def read_parts_config(
     parts: Parts, image_token_id: int | None = None, pad_token_id: int | None = None
 ) -> ModelConfig:
-    """Reads the `ModelConfig` of a LLaVA-1.5 that consists of separate parts.
+    """Reads the `ModelConfig` of a LLaVA that consists of separate parts.
+
+    Without a config.json of LLaVA's own code, the parts are those of a LLaVA-1.5.
 
     Args:
         parts: Directories of the parts.
-        image_token_id: Id of the image token. None uses the id in the tokenizer, or the first id
+        image_token_id: Id of the image token. None uses the id in the tokenizer, or the next id
             after the decoder's vocabulary if there is no tokenizer.
-        pad_token_id: Id of the padding token. None uses the id in the tokenizer, or the second id
-            after the decoder's vocabulary if there is no tokenizer.
+        pad_token_id: Id of the padding token. None uses the id in the tokenizer, or the next id
+            after the decoder's vocabulary and the other new tokens if there is no tokenizer.
 
     Returns:
-        A config whose vocabulary has the decoder's size, or is extended to contain both ids. The
+        A config whose vocabulary has the decoder's size, or is extended to contain all ids. The
         image features are all patches without the class token, unless LLaVA's own config.json has
         other settings.
 
     Raises:
         CheckpointError: A part cannot be read or is not supported.
     """
-    llm, vision = read_llm_config(parts.llm), _read_tower(parts)
+    llm, vision = read_llm_config(parts.llm), read_tower(parts)
     features: Json = {
         "vision_feature_select_strategy": "default" if vision.has_class_token else "full"
     }
-    file, raw = read_json_config(parts.llm)
-    if "mm_projector_type" in raw:
-        features = llava_directory.feature_settings(file, raw)
+    file, raw = llava_directory.settings_of(parts)
+    names = media_tokens(raw)
     if has_tokenizer(parts):
         tokenizer = load_tokenizer(parts)
-        own_image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-        own_pad = cast(int, tokenizer.pad_token_id)
+        own = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in names}
+        own[PAD_TOKEN] = cast(int, tokenizer.pad_token_id)
     else:
-        own_image, own_pad = llm.vocab_size, llm.vocab_size + 1
-    image = own_image if image_token_id is None else image_token_id
-    pad = own_pad if pad_token_id is None else pad_token_id
-    needed = max(image, pad) + 1
+        own = {name: llm.vocab_size + index for index, name in enumerate((*names, PAD_TOKEN))}
+    image = own[IMAGE_TOKEN] if image_token_id is None else image_token_id
+    pad = own[PAD_TOKEN] if pad_token_id is None else pad_token_id
+    video = own.get(VIDEO_TOKEN, 0)  # 0 is not used, because the model reads no videos
+    if "mm_projector_type" in raw:
+        features = llava_directory.feature_settings(file, raw, vision, video)
+    needed = max(image, pad, video) + 1
     if needed > llm.vocab_size:
         rounded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         llm = dataclasses.replace(llm, vocab_size=rounded)
@@ -202,11 +213,19 @@ def read_parts_config(
     return _llava_config(file, vision, llm, features | ids)
 
 
-def _read_tower(parts: Parts) -> VisionConfig:
-    if parts.vision != parts.llm:
+def read_tower(parts: Parts) -> VisionConfig:
+    """Reads the `VisionConfig` of separate parts.
+
+    The vision tower may be in the decoder's directory, without a config.json of its own.
+
+    Raises:
+        CheckpointError: The config.json cannot be read, or the tower is not supported or unknown.
+    """
+    raw = read_json_config(parts.vision)[1]
+    if parts.vision != parts.llm or "mm_vision_tower" not in raw:
         return read_vision_config(parts.vision)
-    tower = llava_directory.named_tower(*read_json_config(parts.llm))
-    if not isinstance(tower, VisionConfig):
+    tower = llava_directory.known_tower(raw)
+    if tower is None:
         raise CheckpointError(
             f"{parts.llm} does not describe its vision tower; give the directory of the vision "
             f"tower: llm={parts.llm},vision=DIRECTORY"

@@ -1,6 +1,7 @@
 """Finds the files of a checkpoint that a user names by a path, a hub id or separate parts."""
 
 import contextlib
+import dataclasses
 import difflib
 import json
 from functools import partial
@@ -15,6 +16,7 @@ from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.adapters import (
     check_readable,
+    file_beside,
     is_adapter_checkpoint,
     named_base,
     stored_fingerprint,
@@ -69,7 +71,7 @@ def resolve(
                 "the source must be an adapter or a trained part, and the base must be a model: "
                 f"{given}"
             )
-        return found._replace(adapter=adapter_in(source, read))
+        return _with_settings(found._replace(adapter=adapter_in(source, read)))
     except OSError as error:  # for example, the name is too long
         raise ConfigError(f"{format_source(source):.200}: {error.strerror}") from error
 
@@ -198,11 +200,38 @@ def _reads_pickles(read: Reader) -> bool:
 
 
 def _resolve_parts(parts: Parts, read: Reader) -> Parts:
-    llm, vision = (_find_part(name, read) for name in (parts.llm, parts.vision))
+    llm, own = _find_part(parts.llm, read), None
+    if parts.vision == _named_tower(llm):  # it may be in the decoder's directory
+        own = _as_parts(llm, read)
+    vision = own.vision if isinstance(own, Parts) else _find_part(parts.vision, read)
     projector = parts.projector
     if projector is None and _is_export(llm):
         projector = str(llm / "projector")
     return Parts(str(llm), str(vision), projector)
+
+
+def _named_tower(llm: Path) -> str | None:
+    """Returns the vision tower that a directory of LLaVA's own code names."""
+    is_config = (llm / "config.json").is_file()
+    return read_json_config(llm)[1].get("mm_vision_tower") if is_config else None
+
+
+def _with_settings(found: Checkpoint) -> Checkpoint:
+    """Adds the settings in a LoRA directory of LLaVA-NeXT to a plain decoder and a vision tower.
+
+    The decoder does not say how images are cut into tiles, and has no vector that ends the rows of
+    an image's features. Both are in the LoRA directory, beside and in the file with the projector.
+    """
+    base, adapter = found.base, found.adapter
+    if adapter is None or not isinstance(base, Parts) or base.projector is not None:
+        return found
+    if _named_tower(Path(base.llm)) is not None or not (adapter / "config.json").is_file():
+        return found
+    trained = file_beside(adapter, BESIDE[0])
+    if trained is None or not llava_directory.is_tiled(read_json_config(adapter)[1]):
+        return found
+    name = f"{found.name},projector={trained}"
+    return found._replace(name=name, base=dataclasses.replace(base, projector=str(trained)))
 
 
 def _find_part(name: str, read: Reader) -> Path:
@@ -244,7 +273,7 @@ def _resolve_trained(directory: Path, read: Reader) -> Checkpoint:
         if revision and isinstance(source, Parts):
             raise ConfigError(f"one of its parts is the revision {revision:.80}; download it first")
         found = _resolve(source, read, is_base=True, revision=revision)
-        return found._replace(adapter=directory)
+        return _with_settings(found._replace(adapter=directory))
     except ConfigError as error:
         raise ConfigError(
             f"{directory} was trained on {base:.200}, which cannot be used; {_NAME_BASE} ({error})"

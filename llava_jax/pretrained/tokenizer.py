@@ -17,8 +17,9 @@ from transformers.tokenization_utils_base import generate_merges
 
 from llava_jax.config import ModelConfig, Parts, format_source
 from llava_jax.data.conversation import tokenizing
-from llava_jax.disk import copy_regular, read_regular
+from llava_jax.disk import Json, copy_regular, read_regular
 from llava_jax.errors import CheckpointError
+from llava_jax.pretrained.llava_directory import is_tiled, settings_of
 from llava_jax.pretrained.safetensors import parse_json, read_json
 
 IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = "<image>", "<video>", "<pad>"
@@ -43,7 +44,8 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
 
     Args:
         source: Directory of a LLaVA, or separate parts. With parts, the decoder's tokenizer is
-            loaded; `<image>` is added if it is missing, and `<pad>` if there is no padding token.
+            loaded; `<image>` is added if it is missing, also `<video>` if the model reads videos,
+            and `<pad>` if there is no padding token.
 
     Raises:
         CheckpointError: There is no tokenizer, or its files cannot be read, are malformed, or are
@@ -64,11 +66,27 @@ def load_tokenizer(source: str | Path | Parts) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{said:.1000}") from error
     if isinstance(source, Parts):
         known = tokenizer.get_vocab()
-        if IMAGE_TOKEN not in known:
-            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        missing = [name for name in media_tokens(settings_of(source)[1]) if name not in known]
+        tokenizer.add_tokens(missing, special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def media_tokens(raw: Json) -> tuple[str, ...]:
+    """Returns the tokens that stand for images and videos, in the order in which they are added.
+
+    The order gives new tokens the same ids as in the models that llava-hf has published.
+
+    Args:
+        raw: Content of the config.json that `settings_of` returns.
+    """
+    if not is_tiled(raw):
+        return (IMAGE_TOKEN,)
+    if raw.get("mm_resampler_type") == "spatial_pool":  # LLaVA-NeXT-Video
+        return (VIDEO_TOKEN, IMAGE_TOKEN)
+    reads_videos = str(raw.get("image_aspect_ratio")).startswith("anyres_max")
+    return (IMAGE_TOKEN, VIDEO_TOKEN) if reads_videos else (IMAGE_TOKEN,)
 
 
 def image_token_of(

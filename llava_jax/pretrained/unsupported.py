@@ -86,7 +86,8 @@ def supported_config(file: Path, raw: Json) -> Json:
     if raw.get("model_type") == "video_llava" or "mm_video_tower" in raw:
         raise CheckpointError(
             f"{file}: this model is a Video-LLaVA, which has another vision tower and is not "
-            "supported; use a LLaVA-NeXT-Video or LLaVA-OneVision model for videos"
+            "supported; use a LLaVA-1.5 for images, or a LLaVA-NeXT-Video or LLaVA-OneVision for "
+            "videos"
         )
     return raw
 
