@@ -447,6 +447,6 @@ def slots_per_row(config: TrainConfig, model: ModelConfig) -> int:
     """
     data = config.data
     images = 1 if data.max_images is None else data.max_images
-    slots = max_slots(model, np.array([0, min(images, 1), images]), data.max_length)
-    frames = max_slots(model, np.zeros(1, int), data.max_length, np.array([data.max_frames]))
-    return slots_in_row(data, model, int(max(slots.max(), frames.max())))
+    one, frames = min(images, 1), data.max_frames  # a sample with one image, or with a video
+    media = np.array([one, images, 0]), data.max_length, np.array([0, 0, frames])
+    return slots_in_row(data, model, int(max_slots(model, *media).max()))
