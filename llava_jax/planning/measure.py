@@ -177,7 +177,7 @@ def program_here(
     implementation = attention_here(config, model)
     devices = jax.devices() if devices is None else devices
     program = _program(config, model, devices, implementation)
-    return program, _abstract_batch(program, config, slots)
+    return program, program.abstract_batch(config.batch.global_size, config.data.max_length, slots)
 
 
 def program_for(config: TrainConfig, model: ModelConfig, device: str, count: int) -> Program:
@@ -217,11 +217,7 @@ def _program(
 
 def largest_batch(program: Program, config: TrainConfig) -> Batch:
     """Returns the shapes of the largest train batch that the config allows."""
-    return _abstract_batch(program, config, slots_per_row(config, program.model_config))
-
-
-def _abstract_batch(program: Program, config: TrainConfig, slots: int) -> Batch:
-    """Returns the shapes of a train batch."""
+    slots = slots_per_row(config, program.model_config)
     return program.abstract_batch(config.batch.global_size, config.data.max_length, slots)
 
 
@@ -447,6 +443,6 @@ def slots_per_row(config: TrainConfig, model: ModelConfig) -> int:
     """
     data = config.data
     images = 1 if data.max_images is None else data.max_images
-    one, frames = min(images, 1), data.max_frames  # a sample with one image, or with a video
-    media = np.array([one, images, 0]), data.max_length, np.array([0, 0, frames])
-    return slots_in_row(data, model, int(max_slots(model, *media).max()))
+    media = np.array([min(images, 1), images, 0])  # one image, several, or a video
+    most = max_slots(model, media, data.max_length, np.array([0, 0, data.max_frames])).max()
+    return slots_in_row(data, model, int(most))
