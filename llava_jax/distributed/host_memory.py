@@ -117,16 +117,18 @@ def fetch(tree: Tree) -> Tree:
 def piece_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of the pieces in which a parameter is updated in host memory.
 
-    A piece is a slice; see `slice_size`. On one device, a layer of a stack is divided into `PARTS`
+    A piece is a slice; see `slice_size`. On one GPU, a layer of a stack is divided into `PARTS`
     pieces, because the loop of the update has two pieces of four arrays on the device. On several
-    devices, the next axis may be sharded, so it is not divided.
+    devices, the next axis may be sharded, so it is not divided. TPUs cannot copy pieces that are
+    slices along two axes.
 
     Args:
         shape: Shape of the parameter.
     """
-    size = slice_size(shape)
-    is_alone = jax.sharding.get_abstract_mesh().size <= 1
-    if is_alone and size == 1 and len(shape) > 2 and shape[1] % (PARTS * SUBLANES) == 0:
+    size, mesh = slice_size(shape), jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    divides = mesh.size <= 1 and (device is None or device.platform != "tpu")
+    if divides and size == 1 and len(shape) > 2 and shape[1] % (PARTS * SUBLANES) == 0:
         return 1, shape[1] // PARTS, *shape[2:]
     return size, *shape[1:]
 

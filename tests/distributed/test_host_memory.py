@@ -2,12 +2,13 @@
 
 import jax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import MeshConfig
 from llava_jax.distributed.host_memory import (
     layer_at,
     loop_with_prefetch,
+    piece_of,
     slice_size,
     write_after,
     write_layer,
@@ -26,6 +27,21 @@ from llava_jax.distributed.sharding import make_mesh, with_shardings
 )
 def test_slices_are_layers_or_whole_tiles(shape: tuple[int, ...], size: int):
     assert slice_size(shape) == size
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "piece"),
+    [("gpu", 1, (1, 1024, 128)), ("gpu", 8, (1, 4096, 128)), ("tpu", 1, (1, 4096, 128))],
+)
+def test_a_layer_is_updated_in_pieces_on_one_gpu(
+    platform: str, devices: int, piece: tuple[int, ...]
+):
+    """The compiler for TPUs refuses slices along two axes."""
+    device = AbstractDevice("any", None, platform)
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((devices,), ("fsdp",), abstract_device=device)
+    ):
+        assert piece_of((32, 4096, 128)) == piece
 
 
 def test_matrices_of_a_stack_are_streamed_and_vectors_are_not():
