@@ -117,7 +117,9 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     )
     target = measuring.find_device(given.device)
     kind = measuring.attention_for(config, model, target)
-    print(f"attention: {kind}", flush=True)
+    print(f"attention: {kind}")
+    slots = measuring.slots_per_row(config, model)
+    print(describe_row(config.data.max_length, slots, model), flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     for line in division_warnings(config, model, mesh.shape):
         print(line, flush=True)
@@ -126,7 +128,6 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
-        slots = measuring.slots_per_row(config, model)
         estimate = make_estimator(config, model, given.count, target.rates, build, slots)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
@@ -156,6 +157,21 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     figures["fits"] = chosen.usage.fits
     write(given, figures, [(str(chosen.plan), chosen.usage)])
     return 0 if chosen.usage.fits else 3
+
+
+def describe_row(tokens: int, slots: int, model: "ModelConfig") -> str:
+    """Returns a line with the size of the rows that the plan is for.
+
+    Args:
+        tokens: Number of tokens of a row.
+        slots: Number of image slots of a row.
+        model: Sizes of the model.
+    """
+    row = f"row: {tokens} tokens and {slots} image slot{'s' * (slots != 1)}"
+    if model.tiling is None:
+        return row
+    most = model.max_slots_per_image
+    return f"{row}; an image takes up to {most}, for the whole image and {most - 1} tiles"
 
 
 def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", count: int) -> str:

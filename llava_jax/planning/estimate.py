@@ -1,8 +1,8 @@
 """Estimates the memory and the duration of a plan from shapes, without compiling it.
 
 The search for a plan compiles only plans that are estimated to fit, the fastest first. Weights,
-optimizer state and gradients are counted exactly. The memory of activations is an approximation,
-which tests/planning/test_estimate.py compares with compiled steps.
+optimizer state, gradients and the batch are counted exactly. The memory of activations is an
+approximation, which tests/planning/test_estimate.py compares with compiled steps.
 """
 
 import functools
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
-from llava_jax.distributed.host_memory import PARTS
+from llava_jax.data.batch import Batch
+from llava_jax.distributed.host_memory import PARTS, tree_bytes
 from llava_jax.jax_compat import STREAMING_OPTIONS
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
@@ -46,13 +47,15 @@ def make_estimator(
     """
 
     @functools.cache
-    def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int]]:
+    def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int], Batch]:
         smallest = Plan(1, memory).apply(config)  # the bytes do not depend on the micro-batch
-        return argument_bytes(build(smallest))
+        program = build(smallest)
+        size, length = config.batch.global_size, config.data.max_length
+        return *argument_bytes(program), program.abstract_batch(size, length, slots)
 
     def estimate(plan: Plan) -> Estimate:
         planned, memory = plan.apply(config), plan.memory
-        device, host = arguments(memory)
+        device, host, batch = arguments(memory)
         kept, working = activation_bytes(planned, model, slots)
         offloaded = kept if memory.offload_activations else 0
         layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
@@ -71,6 +74,7 @@ def make_estimator(
         copying = pcie_bytes(host, micros, offloaded) / (2 * LINKS * rates.pcie)
         return Estimate(
             total=sum(device.values())
+            + tree_bytes(batch, on_host=False)
             + kept
             - offloaded
             + working
@@ -78,7 +82,7 @@ def make_estimator(
             + gathered
             + ahead
             + FIXED,
-            host_total=sum(host.values()) + offloaded,
+            host_total=sum(host.values()) + tree_bytes(batch, on_host=True) + offloaded,
             # Without the pass that STREAMING_OPTIONS switches off, kernels copy slices.
             seconds=computing + copying if STREAMING_OPTIONS else max(computing, copying),
         )
@@ -111,19 +115,17 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tup
     if remat == "none":
         elements += 2 * queries + keys + 2 * width
     kept = tokens * llm.num_hidden_layers * elements
+    positions = rows * slots * vision.num_positions
+    tower = positions * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     if config.tune.vision != "frozen":
         inside = {"full": 1, "dots": 10, "none": 15}[remat]
         if len(model.feature_layers) > 1:  # each block passes on the outputs that are kept
             inside += len(model.feature_layers)
-        kept += (
-            rows
-            * slots
-            * model.used_vision_layers
-            * vision.num_positions
-            * (vision.hidden_size * inside)
-        )
+        kept += positions * model.used_vision_layers * vision.hidden_size * inside
+        tower *= 2  # the gradients
     # With remat "full", the feed-forward layer computes a part of the tokens at a time.
     working = tokens * (8 * width + (3 if remat == "full" else 7) * wide)
     size = jnp.dtype(config.dtype).itemsize
     logits = 3 * 4 * rows * LOSS_TOKENS * llm.vocab_size
-    return kept * size, working * size + logits
+    # The vision tower computes all slots at a time, before and after the decoder.
+    return kept * size, max(working * size + logits, tower * size)

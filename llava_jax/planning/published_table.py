@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from llava_jax.config import TrainConfig, load_config
+from llava_jax.config import load_config
 from llava_jax.distributed.environment import GIB
 from llava_jax.planning import measure as measuring
 from llava_jax.planning import search
@@ -65,8 +65,17 @@ ROWS = (
     Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 1, STREAMED, 4.5, 104.0),
     Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 16, STREAMED, 16.0, 104.0),
     Row("13B full, streamed", "13b_full", "rtx3090", 8, 1, STREAMED, 2.6, 25.0),
+    Row("NeXT-7B LoRA, nothing offloaded", "next_7b_task_lora", "rtx3090", 1, 1, (), 22.5, 0.5),
+    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "rtx3090", 1, 1, STREAMED, 6.0, 17.0),
+    Row("NeXT-34B QLoRA, streamed, activations on host", "next_34b_task_qlora", "rtx3090", 1, 1,
+        (*STREAMED, "offload_activations"), 8.0, 26.0),
+    Row("OneVision-7B LoRA, streamed", "onevision_7b_task_lora", "rtx3090", 1, 1, STREAMED,
+        10.0, 19.0),
+    Row("OneVision-0.5B full, streamed", "onevision_0_5b_task", "rtx4060", 1, 1, STREAMED, 7.0,
+        16.0),
     Row("7B LoRA, optimizer on host", "7b_lora", "v5e", 4, 1, OPTIMIZER, 6.5, 1.0),
     Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
+    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "v5e", 1, 1, STREAMED, 8.0, 17.0),
 )  # fmt: skip
 
 FORECAST = ("rtx3090", "rtx4090", "h100")
@@ -96,9 +105,8 @@ class Measured:
 
 def measure(row: Row) -> Measured:
     """Compiles the train step of a row, and of the same row without offloading."""
-    config = load_config(row.config)
-    usage, forecasts = _measure(config, row.plan, row.micro_size, row.device, row.count)
-    resident, _ = _measure(config, (), row.micro_size, row.device, row.count)
+    usage, forecasts = _measure(row.config, row.plan, row.micro_size, row.device, row.count)
+    resident, _ = _measure(row.config, (), row.micro_size, row.device, row.count)
     ratio = math.nan
     if usage.flops is not None and resident.flops is not None:
         ratio = usage.flops / resident.flops
@@ -107,9 +115,10 @@ def measure(row: Row) -> Measured:
 
 @functools.cache
 def _measure(
-    config: TrainConfig, fields: tuple[str, ...], micro_size: int, device: str, count: int
+    preset: str, fields: tuple[str, ...], micro_size: int, device: str, count: int
 ) -> tuple[Usage, dict[str, Forecast]]:
-    """Compiles the train step of a config with a plan; cached, because rows share some plans."""
+    """Compiles the train step of a preset with a plan; cached, because rows share some plans."""
+    config = load_config(preset)
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
     target = measuring.find_device(device)

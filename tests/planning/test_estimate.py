@@ -35,7 +35,8 @@ def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float
     config = load_config(row.config)
     model = sizes(config)
     build = lambda config: measure.program_for(config, model, row.device, row.count)
-    estimate = make_estimator(config, model, row.count, GPUS[row.device].rates, build, 1)
+    slots = measure.slots_per_row(config, model)
+    estimate = make_estimator(config, model, row.count, GPUS[row.device].rates, build, slots)
     found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
     lowest = 0.93 if row.count == 1 else 0.88
     highest = 1.08 if row.count == 1 else 1.1
