@@ -1,4 +1,4 @@
-"""Finds the presets and the tiny model that come with the package.
+"""Finds the presets and the tiny models that come with the package.
 
 In a clone, `presets` and `assets` in the package are symbolic links to the directories `configs`
 and `assets` of the clone. In an installed wheel, they are directories of the package.
@@ -14,6 +14,9 @@ PRESETS = _PACKAGE / "presets"
 
 TINY_LLAVA = _PACKAGE / "assets" / "tiny-llava"
 """Directory of the tiny model that the preset `tiny_lora` starts from."""
+
+TINY_MODELS = {name: _PACKAGE / "assets" / name for name in ("tiny-llava", "tiny-next")}
+"""Directories of the tiny models by their names."""
 
 
 def preset_names() -> list[str]:

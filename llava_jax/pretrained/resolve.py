@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from llava_jax.config import Parts, Quantisation, absolute_source, format_source, parse_source
-from llava_jax.config.presets import TINY_LLAVA
+from llava_jax.config.presets import TINY_MODELS
 from llava_jax.disk import read_regular
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import checkpoint_layouts as layouts
@@ -162,14 +162,14 @@ def _local(name: str, read: Reader, revision: str | None = None) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if name == TINY_LLAVA.name:
-        return TINY_LLAVA
+    if name in TINY_MODELS:
+        return TINY_MODELS[name]
     if path.exists() or is_local(name):
         near = None if path.exists() else _similar_directory(name)
         meant = "" if near is None else f"did you mean {near!r}? Otherwise, "
         raise ConfigError(
             f"{name!r}: no such directory; {meant}give the directory of a checkpoint or of a run, "
-            f"a hub id, or {TINY_LLAVA.name} (the model that comes with llava_jax)"
+            f"a hub id, or {' or '.join(TINY_MODELS)} (the models that come with llava_jax)"
         )
     return _download(name, revision, pickles=_reads_pickles(read))
 
@@ -187,7 +187,7 @@ def is_local(name: str) -> bool:
         name: Path or hub id; it does not have to exist.
     """
     parts = Path(name).parts
-    if name == TINY_LLAVA.name:
+    if name in TINY_MODELS:
         return False
     is_path = name.startswith((".", "/", "~")) or name.endswith(_FILES)
     return is_path or len(parts) != 2 or parts[0] in _LOCAL

@@ -11,7 +11,7 @@ import pytest
 
 from llava_jax.cli import evaluate, main
 from llava_jax.config import load_config
-from llava_jax.config.presets import PRESETS, TINY_LLAVA, preset_names
+from llava_jax.config.presets import PRESETS, TINY_LLAVA, TINY_MODELS, preset_names
 from llava_jax.errors import ConfigError
 from llava_jax.evals.benchmarks import registry
 from llava_jax.pretrained.resolve import resolve
@@ -126,11 +126,12 @@ def test_a_mistake_has_no_traceback(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_tiny_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_tiny_models_have_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve("tiny-llava").base == TINY_LLAVA
-    shutil.copytree(TINY_LLAVA, "tiny-llava")  # what is in the working directory comes first
-    assert resolve("tiny-llava").base == Path("tiny-llava")
+    assert resolve(name).base == TINY_MODELS[name]
+    shutil.copytree(TINY_MODELS[name], name)  # what is in the working directory comes first
+    assert resolve(name).base == Path(name)
 
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch):

@@ -59,8 +59,8 @@ def test_the_wheel_has_all_that_the_clone_has(wheel: Path):
     package = ROOT / "llava_jax"
     files = {f"llava_jax/{file.relative_to(package)}" for file in package.rglob("*.py")}
     files |= {f"llava_jax/presets/{file.name}" for file in (ROOT / "configs").glob("*.py")}
-    tiny = (ROOT / "assets" / "tiny-llava").iterdir()
-    files |= {f"llava_jax/assets/tiny-llava/{file.name}" for file in tiny}
+    tiny = (ROOT / "assets").glob("*/*")
+    files |= {f"llava_jax/assets/{file.parent.name}/{file.name}" for file in tiny}
     templates = (package / "report" / "templates").iterdir()
     files |= {f"llava_jax/report/templates/{file.name}" for file in templates}
     assert {name for name in names if ".dist-info/" not in name} == files | {"llava_jax/py.typed"}
