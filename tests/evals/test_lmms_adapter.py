@@ -1,9 +1,11 @@
 """The model that lmms-eval sees, called as its evaluator calls it; lmms-eval need not be there."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -121,6 +123,25 @@ def test_messages_become_a_prompt(lmms):
     video = {"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}
     with pytest.raises(ConfigError, match="text and images"):
         lmms.to_prompt([video])
+
+
+def test_a_model_with_tiles_answers(lmms, load_tool, tmp_path: Path):
+    tool = load_tool("tiny_next_data")
+    rows = json.loads(tool.write_data(tmp_path, "asked", 24, seed=3, turns=1).read_text())
+    model = lmms.LlavaJax(pretrained="tiny-next", batch_size="4")
+    model.task_dict = {"task": {"test": rows}}
+
+    def asked(row: dict[str, Any]) -> list[dict[str, Any]]:
+        images = [Image.open(tmp_path / image) for image in row["image"]]
+        return [user(*images, row["conversations"][0]["value"])]
+
+    requests = [
+        SimpleNamespace(args=("context", asked, {"max_new_tokens": 8}, number, "task", "test"))
+        for number in range(len(rows))
+    ]
+    texts = [result.text for result in model.generate_until(requests)]
+    expected = [row["conversations"][1]["value"] for row in rows]
+    assert sum(map(str.__eq__, texts, expected)) >= 22
 
 
 @pytest.mark.parametrize(
