@@ -54,7 +54,8 @@ def draw(pattern: str, place: int, colour: str, rng: random.Random) -> Image.Ima
         rng: Source of the shade of the color, and of the contrast of the pattern.
     """
     shade = np.array([level + rng.randint(-4, 4) for level in COLOURS[colour]])
-    is_inside = (place // 2 == ROWS // TILE) & (place % 2 == COLUMNS // TILE)
+    row, column = divmod(place, 2)
+    is_inside = (row == ROWS // TILE) & (column == COLUMNS // TILE)
     light = rng.randint(30, 80) * is_inside * (2 * PATTERNS[pattern] - 1)
     pixels = shade + light[..., None]
     while True:

@@ -35,12 +35,12 @@ config = TrainConfig(
     name="run", output_dir={output!r}, init_from={base!r}, steps={steps}, dtype="float32",
     tune=TuneConfig(llm={llm!r}, vision="frozen", projector="full"),
     lora=LoraConfig(rank=8, alpha=16.0, dropout=0.0),
-    data=DataConfig(path={train!r}, image_root={root!r}, eval_path={test!r}, max_length=160,
-                    workers=0),
-    batch=BatchConfig(global_size=32, micro_size=32),
+    data=DataConfig(path={train!r}, image_root={root!r}, eval_path={test!r}, max_length=128,
+                    buckets=(), workers=0),
+    batch=BatchConfig(global_size=16, micro_size=16),
     memory=MemoryConfig(plan="manual", remat="none"),
-    optimizer=OptimizerConfig(learning_rate=3e-3, clip_norm=1.0),
-    eval=EvalConfig(batch_size=64),
+    optimizer=OptimizerConfig(learning_rate=5e-3, clip_norm=1.0),
+    eval=EvalConfig(batch_size=64, examples=3),
 )
 """
 
@@ -126,7 +126,7 @@ def test_it_answers_with_tiles(fresh: Path, tmp_path: Path):
 def test_it_guesses_without_tiles(untiled: Path, fresh: Path, tmp_path: Path):
     scores = evaluated(untiled, fresh, tmp_path / "out")
     assert max(scores[name] for name in ONLY_TILES) <= 0.6, scores
-    assert scores["color"] >= 0.5  # of eight colors, without ever having seen one tile alone
+    assert scores["color"] >= 0.5  # of eight colors
 
 
 def test_it_tells_several_images_apart(records, fresh: Path, model: LlavaModel):
@@ -216,8 +216,9 @@ def lesson(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("llm", "steps"), [("lora", 100), ("frozen", 200)])
+@pytest.mark.parametrize(
+    ("llm", "steps"), [("lora", 60), pytest.param("frozen", 200, marks=pytest.mark.slow)]
+)
 def test_a_run_learns_with_tiles_only(llm: str, steps: int, lesson: Path, tmp_path: Path):
     """The model has forgotten its projector, and learns a new one, with adapters or without."""
     accuracies = {}
@@ -239,9 +240,9 @@ def test_a_run_learns_with_tiles_only(llm: str, steps: int, lesson: Path, tmp_pa
         last = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
         right = {name: last["exact"][name] / count for name, count in last["samples"].items()}
         accuracies[name] = [right[category] for category in ONLY_TILES]
-        assert right["color"] >= 0.9
-    assert min(accuracies["tiled"]) >= 0.9
-    assert max(accuracies["untiled"]) <= 0.6
+        assert right["color"] >= 0.5  # of eight colors
+    assert min(accuracies["tiled"]) >= 0.85
+    assert max(accuracies["untiled"]) <= 0.6, accuracies
 
 
 def forget_projector(folder: Path) -> None:
