@@ -210,7 +210,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for field in read_fields(type(config)):
         path, value = prefix + field.name, getattr(config, field.name)
         # Dataclasses do not check the types of their fields, and a config file may pass any value.
-        if not _has_type(value, field.type):
+        if not has_type(value, field.type):
             raise ConfigError(f"{path} = {value!r}: it must be {_describe_type(field.type)}")
         for bound in field.bounds:
             if value is not None and not bound.allows(value):
@@ -223,15 +223,15 @@ def check_fields(config: Any, prefix: str = "") -> None:
             check_fields(value, f"{path}.")
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def has_type(value: Any, hint: Any) -> bool:
     """Returns True if a value has a type. beartype checks a single item of a tuple or of a dict."""
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_has_type(value, choice) for choice in get_args(hint))
+        return any(has_type(value, choice) for choice in get_args(hint))
     if isinstance(value, tuple) and get_args(hint)[1:] == (...,):
-        return all(_has_type(item, get_args(hint)[0]) for item in value)
+        return all(has_type(item, get_args(hint)[0]) for item in value)
     if isinstance(value, dict) and get_origin(hint) is dict:
         kinds = get_args(hint)
-        return all(all(map(_has_type, item, kinds)) for item in value.items())
+        return all(all(map(has_type, item, kinds)) for item in value.items())
     return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
 
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import get_type_hints
 
-from beartype import BeartypeConf
-from beartype.door import is_bearable
-
+from llava_jax.config.fields import has_type
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError
 
@@ -42,8 +40,7 @@ def check_types(file: Path, part: str, kind: type, values: Json) -> None:
         value = values.get(name)
         if value is None or name in ("rope_scaling", "tiling", "video"):
             continue
-        is_kind = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
-        if not is_kind or (isinstance(value, bool) and hint is not bool):
+        if not has_type(value, hint) or (isinstance(value, bool) and hint is not bool):
             wanted = getattr(hint, "__name__", hint)
             raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}; it must be {wanted}")
         if isinstance(value, bool | str) or name == "vision_feature_layer":

@@ -200,8 +200,14 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
             "multiples of .* 336",
         ),
         (NEXT | {"image_grid_pinpoints": []}, "image_grid_pinpoints is .*; it must be a list"),
-        (NEXT | {"image_grid_pinpoints": [[336, 336, 336]]}, "it must be a list of heights"),
-        (NEXT | {"image_grid_pinpoints": [[336, 336 * 10**6]]}, "it must be a list of heights"),
+        (
+            NEXT | {"image_grid_pinpoints": [[336, 336, 336]]},
+            "it must be a list of pairs of lengths",
+        ),
+        (
+            NEXT | {"image_grid_pinpoints": [[336, 336 * 10**6]]},
+            "it must be a list of pairs of lengths",
+        ),
         (NEXT | {"model_type": "llava_next_video", "spatial_pool_mode": "max"}, "'average'"),
         (NEXT | {"model_type": "llava_next_video", "spatial_pool_stride": 25}, "only 24 x 24"),
         (NEXT | {"vision_feature_select_strategy": "full"}, "set it to 'default'"),
