@@ -112,7 +112,7 @@ def choose_frames(total: int, count: int, rate: Fraction | None = None) -> list[
 
 
 def count_frames(video: Video, count: int) -> int:
-    """Returns the number of frames that `read_frames` returns, without decoding any frame.
+    """Returns the number of frames that `iterate_frames` yields, without decoding any frame.
 
     Of an MP4 file, only the header is read; other video files are read to their end.
 
@@ -135,8 +135,12 @@ def count_frames(video: Video, count: int) -> int:
         return len(choose_frames(total, count, _rate(stream)))
 
 
-def read_frames(video: Video, count: int, *, exif_orientation: bool = True) -> list[Image.Image]:
-    """Returns at most `count` RGB frames of a video in order; see `choose_frames`.
+def iterate_frames(
+    video: Video, count: int, *, exif_orientation: bool = True
+) -> Iterator[Image.Image]:
+    """Yields at most `count` RGB frames of a video in order; see `choose_frames`.
+
+    Only one frame is in memory at a time.
 
     Args:
         video: Video of a record.
@@ -146,19 +150,8 @@ def read_frames(video: Video, count: int, *, exif_orientation: bool = True) -> l
 
     Raises:
         SampleError: The video does not exist, is truncated or damaged, is not a video, or costs too
-            much to decode.
+            much to decode. Some frames may have been yielded before.
         ConfigError: PyAV is not installed.
-    """
-    return [*iterate_frames(video, count, exif_orientation=exif_orientation)]
-
-
-def iterate_frames(
-    video: Video, count: int, *, exif_orientation: bool = True
-) -> Iterator[Image.Image]:
-    """Yields the frames that `read_frames` returns, of which only one is in memory at a time.
-
-    Raises:
-        SampleError, ConfigError: As in `read_frames`; also after some frames were yielded.
     """
     frames = _separate_frames(video)
     if frames is not None:

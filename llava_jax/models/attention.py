@@ -27,6 +27,8 @@ MIN_BLOCK, MAX_BLOCK = 128, 512
 lanes of a vector register. The float32 logits of a block, at most 1 MiB, must be much smaller than
 the vector memory of any TPU."""
 
+HEAD_LANES = 64
+"""Sizes of heads that the splash kernel supports are multiples of this number."""
 
 QUERIES, MAX_PARTS = 128, 8
 """`plain_attention` cuts a sequence into at most MAX_PARTS parts, whose size is a multiple of
@@ -232,16 +234,17 @@ def _splash(
     *,
     causal: bool,
 ) -> Float[Array, "B T K G H"]:
-    """Computes splash attention on one device."""
-    length, groups = q.shape[1], q.shape[3]
+    """Computes splash attention on one device, with heads padded to a multiple of HEAD_LANES."""
+    length, groups, size = q.shape[1], q.shape[3], q.shape[4]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * (q.shape[2] * groups)), block_sizes=_blocks(length)
     )
     q = rearrange(q, "b t k g h -> b (k g) t h")
     k, v = (rearrange(x, "b t k h -> b k t h") for x in (k, v))
+    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, -size % HEAD_LANES)]) for x in (q, k, v))
     out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
-    return rearrange(cast("jax.Array", out), "b (k g) t h -> b t k g h", g=groups)
+    return rearrange(cast("jax.Array", out)[..., :size], "b (k g) t h -> b t k g h", g=groups)
 
 
 def _blocks(length: int) -> splash.BlockSizes:
@@ -279,7 +282,7 @@ def attention_implementation(
     sizes = model.llm.head_dim, model.vision.hidden_size // model.vision.num_attention_heads
     if config.dtype != "bfloat16":
         return "plain"
-    if platform == "tpu" and all(size % 64 == 0 for size in sizes):
+    if platform == "tpu":
         return "splash"
     is_ampere = platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8.0
     if not is_ampere or not all(size <= 128 and size % 8 == 0 for size in sizes):

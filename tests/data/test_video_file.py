@@ -21,12 +21,15 @@ from llava_jax.data.video_file import (
     count_frames,
     iterate_frames,
     locate_video,
-    read_frames,
 )
 from llava_jax.errors import ConfigError, SampleError
 
 BITS = 8
 """A frame shows its number as black and white columns, with the lowest bit at the left."""
+
+
+def read_frames(video: Video, count: int, **options: bool) -> list[Image.Image]:
+    return [*iterate_frames(video, count, **options)]
 
 
 def draw(number: int, width: int = 64, height: int = 48) -> Image.Image:

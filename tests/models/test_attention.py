@@ -50,9 +50,9 @@ def segments(name: str) -> jax.Array:
     return jnp.asarray(ids)
 
 
-def operands(length: int, heads: int, key_heads: int) -> list[jax.Array]:
+def operands(length: int, heads: int, key_heads: int, size: int = HEAD) -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = [(4, length, n, HEAD) for n in (heads, key_heads, key_heads)]
+    shapes = [(4, length, n, size) for n in (heads, key_heads, key_heads)]
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
@@ -92,8 +92,9 @@ def test_only_blocks_of_a_segment_are_computed():
     assert_alike(middle(results(flash_attention, spoiled, ids)), middle(expected))
 
 
-def test_without_segments_all_tokens_see_all():
-    qkv = operands(37, 2, 2)
+@pytest.mark.parametrize("size", [HEAD, 72])
+def test_without_segments_all_tokens_see_all(size: int):
+    qkv = operands(37, 2, 2, size)
     assert_alike(results(splash_attention, qkv, None), results(plain_attention, qkv, None))
 
 
@@ -111,7 +112,7 @@ def test_devices_share_rows_and_heads(kernel: str, key_heads: int):
     ("platform", "capability", "change", "kind", "packed"),
     [
         ("tpu", "", {}, "splash", "splash"),
-        ("tpu", "", {"head_dim": 32}, "plain", "plain"),
+        ("tpu", "", {"head_dim": 72}, "splash", "splash"),
         ("gpu", "8.0", {}, "cudnn", "flash"),
         ("gpu", "10.0", {}, "cudnn", "flash"),
         ("gpu", "7.5", {}, "plain", "plain"),
