@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 WIDE = dataclasses.replace(
     MODEL, llm=dataclasses.replace(MODEL.llm, hidden_size=64, intermediate_size=128)
 )
-# With Qwen2's biases, and SigLIP's other tower.
+# With Qwen2's biases, the tower of SigLIP, and two feature layers.
 FAMILY = dataclasses.replace(
     MODEL,
     vision=dataclasses.replace(
@@ -43,6 +43,7 @@ FAMILY = dataclasses.replace(
     ),
     llm=dataclasses.replace(MODEL.llm, model_type="qwen2"),
     vision_feature_select_strategy="full",
+    vision_feature_layer=(1, -1),
 )
 
 
@@ -80,7 +81,7 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [("all", "full", 8), ("all", "qlora", 1)]
+SHORT = [("all", "full", 8), ("all", "qlora", 1), ("all", "family", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
