@@ -118,8 +118,8 @@ def check_data(given: argparse.Namespace, config: Any) -> int:
     padding = measure_padding(inputs.order, found.tokens, found.good, found.slots)
     report = Report(found, padding, inputs.spec, records.where, records.sizes.describe_notes())
     report.show(given.shown)
-    if inputs.outlier:
-        print(inputs.outlier)
+    for line in inputs.warnings:
+        print(line)
     bad = {problem.sample: problem.kind for problem in found.problems}
     if advice := inputs.advise_image_root(bad, found.good.nonzero()[0].tolist()):
         print(f"none of the images was found. {advice}")

@@ -264,7 +264,7 @@ def _refusal(found: ErrorDetails) -> RequestError:
     if found["type"] == "union_tag_invalid":
         text = f"parts of the type {about['tag']!r:.80} are not supported; send text or image_url"
         if "video" in about["tag"]:
-            text += ". The model has no video input, so send frames of the video as images"
+            text += ". The server reads no videos; send frames of the video as images"
     return RequestError(f"{where or 'the request body'}: {text}", param=where or None)
 
 

@@ -40,6 +40,7 @@ from llava_jax.pretrained.tokenizer import (
     load_tokenizer,
     video_token_of,
 )
+from llava_jax.training.check_template import template_warning
 from llava_jax.training.data_sets import open_data
 
 
@@ -57,8 +58,8 @@ class Inputs:
         eval_records: Eval data; empty if the run has no eval data.
         eval_slots: Maximum number of image slots of a sample of the eval data.
         slot_tokens: Number of tokens whose computation takes as long as that of an image slot.
-        outlier: Line of text that names a training sample with far too many images; None if there
-            is no such sample.
+        warnings: Lines of text that warn of a training sample with far too many images, and of a
+            chat template that the model was not trained with.
         ends: Ids of the tokens that end an answer, as the export of the run names them.
     """
 
@@ -71,7 +72,7 @@ class Inputs:
     eval_records: Records
     eval_slots: int
     slot_tokens: float
-    outlier: str | None
+    warnings: tuple[str, ...]
     ends: frozenset[int] = frozenset()
 
     def planned(self, devices: int, micro_rows: int) -> "Inputs":
@@ -398,6 +399,10 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         sources_per_token=model.sources_per_token,
     )
     end = end_token(template, tokenizer)
+    warnings = (
+        None if data.packing else describe_outlier(records, most),
+        template_warning(data.template, processor, tokenizer),
+    )
     return Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -408,6 +413,6 @@ def open_inputs(config: TrainConfig, model: ModelConfig, processor: Path | Parts
         eval_records=eval_records,
         eval_slots=find_most_slots(eval_records, encoder).slots,
         slot_tokens=slot_tokens(config, model),
-        outlier=None if data.packing else describe_outlier(records, most),
+        warnings=tuple(filter(None, warnings)),
         ends=end_tokens(processor) | (frozenset() if end is None else {end}),
     )

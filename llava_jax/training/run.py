@@ -122,8 +122,8 @@ def _train(setup: Setup, mesh: Mesh, saved: Checkpoints, stop: StopRequest) -> N
         say(line)
     setup = _choose_buckets(_plan(setup, mesh, is_resumed=is_resumed), is_resumed=is_resumed)
     say(setup.inputs.summary())
-    if setup.inputs.outlier:
-        say(setup.inputs.outlier)
+    for line in setup.inputs.warnings:
+        say(line)
     trackers = open_trackers(setup.config, saved.latest or 0, write=is_main_process())
     with jax.set_mesh(mesh), trackers as trackers:
         program = _build_program(setup, mesh)

@@ -178,6 +178,8 @@ def test_images_that_are_changed_are_counted(folder, capsys):
         (folder / f"odd{number}").write_bytes(ODD[name].data)
     records = [bad_data.show(f"odd{number}") for number in range(len(names))]
     (folder / "odd.json").write_text(json.dumps(records))
+    assert main(options(folder / "odd.json", folder, "--data.template", "mistral_instruct")) == 0
+    assert "data.template is 'mistral_instruct', which writes '[/INST]'" in capsys.readouterr().out
     assert main(options(folder / "odd.json", folder)) == 0
     output = capsys.readouterr().out
     assert "\nimages of more than 8 bits per channel: 4\n" in output
