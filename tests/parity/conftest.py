@@ -247,15 +247,21 @@ def assert_parity(request: pytest.FixtureRequest) -> Callable[..., None]:
             case: The row's name, in place of the parameters' ids; rows of a test with the same name
                 become one.
         """
+        mark = request.node.get_closest_marker("parity")
+        assert mark, "mark the test: pytest.mark.parity(group, *against)"
         if file := os.environ.get("PARITY_ROWS"):  # set by tools/parity_report.py
-            note(Path(file), measured, float(largest), float(limit), case)
+            note(Path(file), mark.args, measured, float(largest), float(limit), case)
         assert largest <= limit, f"{measured}: {largest:.2e} is above {limit:.2e}"
 
-    def note(file: Path, measured: str, largest: float, limit: float, case: str | None) -> None:
-        node = request.node
-        mark = node.get_closest_marker("parity")
-        assert mark, "mark the test: pytest.mark.parity(group, *against)"
-        group, *against = mark.args
+    def note(
+        file: Path,
+        marked: tuple[str, ...],
+        measured: str,
+        largest: float,
+        limit: float,
+        case: str | None,
+    ) -> None:
+        node, (group, *against) = request.node, marked
         row = {
             "group": group,
             "what": node.originalname.removeprefix("test_").replace("_", " "),

@@ -20,7 +20,7 @@ SIZES = {
     "padded": [[(30, 70), (70, 30)], [], [(50, 51)]],
 }
 VIDEOS = [name for name, member in MEMBERS.items() if "video_token_index" in member[2]]
-LIMIT = 2e-5
+pytestmark = pytest.mark.parity("checkpoints", "transformers")
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +48,29 @@ def theirs(model: torch.nn.Module, batch: dict, rows: list | None = None) -> np.
         return model(**tensors).logits.numpy()
 
 
-def assert_same(ours: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> None:
-    apart = np.abs(ours - wanted)[mask > 0].max() / np.abs(wanted).max()
-    assert apart < LIMIT
-
-
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", MEMBERS)
-def test_logits_of_images(name: str, sizes: list, open_member):
+def test_logits_of_images(name: str, sizes: list, open_member, assert_close):
     model = open_member(name)
     batch = image_batch(model.config, sizes)
     wanted = theirs(make_member(name), batch, sizes)
-    assert_same(np.asarray(model(**batch)), wanted, batch["attention_mask"])
+    assert_close(np.asarray(model(**batch)), wanted, batch)
 
 
 @pytest.mark.parametrize("frames", [[1], [8, 8], [33]], ids=str)
 @pytest.mark.parametrize("name", VIDEOS)
-def test_logits_of_videos(name: str, frames: list[int], open_member):
+def test_logits_of_videos(name: str, frames: list[int], open_member, assert_close):
     model = open_member(name)
     batch = video_batch(model.config, frames)
-    assert_same(
-        np.asarray(model(**batch)), theirs(make_member(name), batch), batch["attention_mask"]
-    )
+    assert_close(np.asarray(model(**batch)), theirs(make_member(name), batch), batch)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_transformers_reads_what_is_written(name: str, open_member, tmp_path: Path):
+def test_transformers_reads_what_is_written(name: str, open_member, tmp_path: Path, assert_same):
     open_member(name).save_pretrained(tmp_path)
     model = make_member(name)
     again = type(model).from_pretrained(tmp_path)
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same(model.state_dict(), again.state_dict())
     written = again.config.to_dict()
     for field, value in MEMBERS[name][2].items():
         if not field.endswith("_config"):
@@ -109,7 +100,7 @@ def test_nothing_in_the_model_names_a_member():
 
 
 @pytest.mark.parametrize("member", ["next", "interleave"])
-def test_features_of_several_layers(member: str, tmp_path: Path):
+def test_features_of_several_layers(member: str, tmp_path: Path, assert_close, assert_same):
     """The hidden states of several layers of the tower are concatenated, in the given order."""
     model_class, config_class, fields = MEMBERS[member]
     layers = [-1, 1, -2] if member == "next" else [2, 1]
@@ -118,12 +109,11 @@ def test_features_of_several_layers(member: str, tmp_path: Path):
     ours = LlavaModel.from_pretrained(tmp_path / "theirs")
     sizes = [[(30, 70)], [(50, 51)]]
     batch = image_batch(ours.config, sizes)
-    assert_same(np.asarray(ours(**batch)), theirs(model, batch, sizes), batch["attention_mask"])
+    assert_close(np.asarray(ours(**batch)), theirs(model, batch, sizes), batch)
     ours.save_pretrained(tmp_path / "ours")
     again = model_class.from_pretrained(tmp_path / "ours")
     assert again.config.vision_feature_layer == layers
-    after = again.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())
+    assert_same(model.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +127,7 @@ def test_features_of_several_layers(member: str, tmp_path: Path):
         ("onevision", 3),
     ],
 )
-def test_greedy_text(name: str, rows: list | int, open_member):
+def test_greedy_text(name: str, rows: list | int, open_member, assert_parity):
     """Sixty-four tokens, one by one."""
     ours, hf = open_member(name), make_member(name)
     config = ours.config
@@ -147,10 +137,11 @@ def test_greedy_text(name: str, rows: list | int, open_member):
     settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     wanted = hf.generate(**tensors, **settings, pad_token_id=0, eos_token_id=None)
     assert found.shape == (1, 64)
-    assert found[0].tolist() == wanted[0, batch["input_ids"].shape[1] :].tolist()
+    differ = found[0] != wanted[0, batch["input_ids"].shape[1] :].numpy()
+    assert_parity("tokens that differ, of 64", int(differ.sum()), 0)
 
 
-def test_what_a_processor_returns_decides_what_is_cut(open_member):
+def test_what_a_processor_returns_decides_what_is_cut(open_member, assert_close):
     """Seven images of 23 x 143 have as many tokens whole as one image has in tiles."""
     model = open_member("onevision")
     whole = image_batch(model.config, [[(23, 143)] * 7])
@@ -160,7 +151,7 @@ def test_what_a_processor_returns_decides_what_is_cut(open_member):
     for count, batch in counts.items():
         given = batch | {"batch_num_images": np.array([count]), "image_sizes_videos": None}
         named = np.asarray(model(**given))
-        assert_same(np.asarray(model(**batch)), named, batch["attention_mask"])
+        assert_close(np.asarray(model(**batch)), named, batch)
     assert tokens(whole) == 7 * 50
     batch = image_batch(open_member("next").config, [[(30, 70)]])
     few = batch | {"pixel_values": batch["pixel_values"][:, :1]}

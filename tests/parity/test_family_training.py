@@ -100,7 +100,10 @@ def logits_of(config: ModelConfig, model: torch.nn.Module, batch: Batch) -> torc
     return torch.cat(rows)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft 0.21, transformers 5
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft 0.21, transformers 5
+    pytest.mark.parity("training", "peft", "transformers"),
+]
 
 
 SHORT = {("LoRA", "next"), ("full, tower too", "onevision_pooled"), ("full", "next_video")}
