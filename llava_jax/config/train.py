@@ -129,8 +129,8 @@ class MemoryConfig:
             with "none", everything is kept except the outputs of norms and gated products.
         offload_optimizer: Keep the optimizer's moments in host memory; if memory.remat is "full",
             also the float32 weights of fully trained blocks. A device holds one layer at a time.
-        stream_weights: Keep the weights of the blocks and the gradients of trained blocks in host
-            memory. A device holds one layer at a time. Needs memory.remat "full".
+        stream_weights: Keep the weights and the adapters of the blocks, and their gradients, in
+            host memory. A device holds one layer at a time. Needs memory.remat "full".
         offload_activations: Keep the inputs of the blocks in host memory between the forward pass
             and the backward pass. Needs memory.remat "full".
     """

@@ -304,13 +304,13 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     if config.quantize is not None:
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
-    # Adapters stay on the device, because they are small and every micro-batch uses them.
-    may_stream = lambda path: is_stacked(path) and not is_adapter(path)
-    streams = lambda path: config.memory.stream_weights and may_stream(path)
+    streams = lambda path: config.memory.stream_weights and is_stacked(path)
     # With remat "full", a step needs only one layer at a time. So the float32 weights of trainable
-    # blocks can be kept in host memory together with their moments.
+    # blocks can be kept in host memory together with their moments. Adapters are small, so they
+    # leave the device only with the weights.
     with_moments = config.memory.offload_optimizer and config.memory.remat == "full"
-    on_host = lambda path: streams(path) or (with_moments and trains(path) and may_stream(path))
+    is_weight = lambda path: is_stacked(path) and not is_adapter(path)
+    on_host = lambda path: streams(path) or (with_moments and trains(path) and is_weight(path))
     parameters = with_shardings(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
     if not trainable:
