@@ -73,6 +73,8 @@ class OptimizerConfig:
     """AdamW and its learning rates.
 
     Attributes:
+        name: "adamw", or "adamw_8bit", whose moments take 8 bits per element instead of 32, as in
+            bitsandbytes' AdamW8bit. Moments of tensors with less than 4096 elements take 32 bits.
         learning_rate: Peak learning rate.
         projector_learning_rate: Peak learning rate of the projector; None uses `learning_rate`.
         vision_learning_rate: Peak learning rate of the vision tower and its adapters; None
@@ -86,6 +88,7 @@ class OptimizerConfig:
         clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
     """
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: Annotated[float, _LEAST_RATE, _MOST_RATE] = 2e-4
     projector_learning_rate: Annotated[float | None, _LEAST_RATE, _MOST_RATE] = None
     vision_learning_rate: Annotated[float | None, _LEAST_RATE, _MOST_RATE] = None

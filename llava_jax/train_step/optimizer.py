@@ -23,7 +23,8 @@ from llava_jax.distributed.host_memory import (
     write_piece,
 )
 from llava_jax.models.layers import Params
-from llava_jax.models.paths import is_adapter
+from llava_jax.models.paths import is_adapter, is_stacked
+from llava_jax.train_step.adamw_8bit import scale_by_adam_8bit
 
 Schedule = optax.Schedule
 """Function that maps the number of steps done to the learning rate."""
@@ -99,15 +100,17 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     decays = lambda params: {
         path: not (path.endswith(".bias") or "norm" in path.rsplit(".", 2)[-2]) for path in params
     }
+    scale_by_adam = optax.scale_by_adam
+    if config.name == "adamw_8bit":
+        count_axes = lambda path, _: int(is_stacked(path[0].key))
+        stack_axes = partial(jax.tree_util.tree_map_with_path, count_axes)
+        scale_by_adam = partial(scale_by_adam_8bit, stack_axes=stack_axes)
 
     def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.adamw(
-            rate,
-            config.b1,
-            config.b2,
-            config.eps,
-            weight_decay=config.weight_decay,
-            mask=decays,
+        return optax.chain(
+            scale_by_adam(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(rate),
         )
 
     groups: dict[Hashable, optax.GradientTransformation] = {
@@ -199,12 +202,12 @@ def _update_slices(
 ) -> tuple[Params, optax.OptState]:
     """Calls `update` for one parameter, piece by piece; counters stay unchanged."""
     (param,) = params.values()
-    piece = piece_of(param.shape)
+    piece = _aligned_piece(param.shape, [x.shape for x in jax.tree.leaves(state) if x.ndim])
     Carry = tuple[Params, optax.OptState]
 
     def load(index: Int[Array, ""], carry: Carry) -> tuple[Params, Params, optax.OptState]:
-        at = lambda x: fetch(piece_at(x, index, piece)) if x.ndim else x
-        return jax.tree.map(at, (grads, *carry))
+        take = lambda x: fetch(piece_at(x, index, _share(x.shape, param.shape, piece)))
+        return jax.tree.map(lambda x: take(x) if x.ndim else x, (grads, *carry))
 
     def body(index: Int[Array, ""], here: tuple, ahead: tuple, carry: Carry) -> Carry:
         grad, param, moments = here
@@ -213,6 +216,26 @@ def _update_slices(
 
     count, parts = count_pieces(param.shape, piece), param.shape[1] // piece[1]
     return loop_with_prefetch(count, load, body, (params, state), parts)
+
+
+def _aligned_piece(shape: tuple[int, ...], moments: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape of the pieces in which a parameter is updated in host memory.
+
+    A moment of 8 bits has an array with fewer rows than the parameter, and no block may be divided.
+    """
+    choices = piece_of(shape), (slice_size(shape), *shape[1:]), shape
+    is_aligned = lambda piece: all(
+        n * rows % whole == 0
+        for moment in moments
+        for n, rows, whole in zip(piece[:2], moment, shape, strict=False)
+    )
+    return next(filter(is_aligned, choices))
+
+
+def _share(own: tuple[int, ...], shape: tuple[int, ...], piece: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the part of an array that belongs to a piece of its parameter."""
+    rows = [n * rows // whole for n, rows, whole in zip(piece[:2], own, shape, strict=False)]
+    return *rows, *own[2:]
 
 
 def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyTree:

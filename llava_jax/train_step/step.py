@@ -5,6 +5,7 @@ and updates the parameters.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -73,14 +74,30 @@ def abstract_state(
     def placed(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.ndim == 0:
             return struct(leaf, everywhere)
-        parameter = cast("jax.tree_util.DictKey", path[-1]).key
-        sharding = trainable[parameter].sharding
+        (parameter,) = (key.key for key in path if getattr(key, "key", None) in trainable)
+        sharding = _moment_sharding(leaf.shape, trainable[parameter])
         hosted = offload and fits_host(leaf.shape, sharding)
         return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, trainable))
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), _key(0)))
     return TrainState(struct(step, everywhere), trainable, opt_state, struct(key, everywhere))
+
+
+def _moment_sharding(shape: tuple[int, ...], parameter: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Returns the sharding of a moment, or of an array of a moment with fewer elements.
+
+    Such an array is divided like the parameter along each axis that can be divided evenly.
+    """
+    sharding = cast("NamedSharding", parameter.sharding)
+    if shape == parameter.shape:
+        return sharding
+    parts = lambda axes: math.prod(
+        sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
+    )
+    pairs = zip(shape, sharding.spec, strict=False)
+    spec = PartitionSpec(*(axes if size % parts(axes) == 0 else None for size, axes in pairs))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def init_state(abstract: TrainState, trainable: Params, seed: int) -> TrainState:
