@@ -88,10 +88,12 @@ def scale_by_adam_8bit(
     ) -> tuple[PyTree, ScaleByAdam8bitState]:
         del params
         count = optax.safe_increment(state.count)
-        correct = lambda decay: 1 - jnp.float32(decay) ** count.astype(jnp.float32)
+        # 1 - decay^count, without the rounding error of a difference of similar numbers.
+        logarithm = lambda decay: math.log(decay) if decay else -math.inf
+        correct = lambda decay: -jnp.expm1(count.astype(jnp.float32) * logarithm(decay))
         first, second = correct(b1), jnp.sqrt(correct(b2))
 
-        def one(grad: Array, mu: Moment | Array, nu: Moment | Array) -> tuple[Array, ...]:
+        def one(grad: Array, mu: Moment | Array, nu: Moment | Array) -> tuple:
             # The order of the operands decides which product is rounded, where a multiplication and
             # an addition become one operation; it is the order of PyTorch's kernels.
             new_mu = grad * (1 - b1) + _read(mu, signed=True) * b1
