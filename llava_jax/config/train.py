@@ -134,6 +134,8 @@ class MemoryConfig:
             also the float32 weights of fully trained blocks. A device holds one layer at a time.
         stream_weights: Keep the weights and the adapters of the blocks, and their gradients, in
             host memory. A device holds one layer at a time. Needs memory.remat "full".
+        offload_vocabulary: Keep the embedding and the output matrix of the decoder, and their
+            gradients, in host memory.
         offload_activations: Keep the inputs of the blocks in host memory between the forward pass
             and the backward pass. Needs memory.remat "full".
     """
@@ -143,6 +145,7 @@ class MemoryConfig:
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
+    offload_vocabulary: bool = False
     offload_activations: bool = False
 
     @property

@@ -217,6 +217,20 @@ def loop_with_prefetch(
     return jax.lax.fori_loop(0, count // parts, step, first)[0]
 
 
+def add_to(total: Array, x: Array) -> Array:
+    """Returns `total` + x in the memory of `total`; x is on the device."""
+    if not is_hosted(total):
+        return total + x
+    piece = slice_size(total.shape), *total.shape[1:]
+    load = lambda index, total: fetch(piece_at(total, index, piece))
+
+    def body(index: Int[Array, ""], here: Array, ahead: Array, total: Array) -> Array:
+        new = here + piece_at(x, index, piece)
+        return write_piece(total, write_after(ahead, new), index)
+
+    return loop_with_prefetch(count_pieces(total.shape, piece), load, body, total)
+
+
 def write_after(ahead: PyTree, new: Tree) -> Tree:
     """Returns `new`, but not before the arrays `ahead` have been loaded.
 
@@ -229,9 +243,12 @@ def write_after(ahead: PyTree, new: Tree) -> Tree:
 def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
     """Returns zeros with the shape, dtype and memory of a ShapeDtypeStruct that has a sharding.
 
-    Zeros in host memory are made on the device and moved to the host row by row.
+    Zeros in host memory are made on the device and moved to the host: a stack layer by layer, and a
+    matrix at once.
     """
     if not is_for_host(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype)
+    if len(leaf.shape) == 2:
+        return move(jnp.zeros(leaf.shape, leaf.dtype), HOST)
     row = lambda _: move(jnp.zeros(leaf.shape[1:], leaf.dtype), HOST)
     return jax.lax.map(row, jnp.arange(leaf.shape[0]))

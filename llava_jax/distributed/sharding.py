@@ -183,7 +183,8 @@ def with_shardings(
         if leaf.ndim != rank:  # scales of a quantized weight, which have other dimensions
             axes = ("layers", *["whole"] * (leaf.ndim - 1))
         sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
-        is_vectors = leaf.ndim == 2  # one layer is smaller than the smallest copy of a TPU
+        # A layer of a stack of vectors is smaller than the smallest copy of a TPU.
+        is_vectors = leaf.ndim == 2 and axes[0] == "layers"
         if streams(path) and not is_vectors and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from llava_jax.distributed.host_memory import fetch
 from llava_jax.models.quant import Quantised, dequantise
 
 Params = dict[str, jax.Array]
@@ -274,7 +275,7 @@ class Embedding(nnx.Module):
         self.token_indices: tuple[int, ...] = ()
 
     def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        weight = self.weight[...]
+        weight = fetch(self.weight.get_value())
         vectors = weight[ids].astype(dtype)
         if self.trainable_tokens is None:
             return vectors
@@ -293,7 +294,7 @@ class Embedding(nnx.Module):
         if self.trainable_tokens is None:
             return weight
         rows = self.trainable_tokens[...].astype(weight.dtype)
-        return weight.at[np.array(self.token_indices)].set(rows)
+        return fetch(weight).at[np.array(self.token_indices)].set(rows)
 
 
 class RmsNorm(nnx.Module):

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from llava_jax.distributed.host_memory import (
     DEVICE,
     HOST,
+    add_to,
     fetch,
     is_hosted,
     layer_at,
@@ -37,7 +38,6 @@ from llava_jax.models.layers import (
     KEEP_PRODUCTS,
     TokenKeys,
     fold_in,
-    gradients_together,
     with_layer_scales,
 )
 from llava_jax.models.quant import Quantised
@@ -91,18 +91,20 @@ class Accumulated(NamedTuple):
 
 @jax.custom_vjp
 def attach(value: Array, total: Array) -> Array:
-    """Returns `value`, and defines the gradient of `total` as `total` + d loss / d value.
+    """Returns `value` on the device; the gradient of `total` is `total` + d loss / d value.
 
     See `Accumulated`.
     """
-    return value
+    return fetch(value)
 
 
-attach.defvjp(lambda value, total: (value, total), lambda total, grad: (None, total + grad))
+attach.defvjp(
+    lambda value, total: (fetch(value), total), lambda total, grad: (None, add_to(total, grad))
+)
 
 
 def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
-    """Returns x and a parameter as arrays.
+    """Returns x and a parameter as arrays on the device.
 
     If the parameter is `Accumulated`, the backward pass adds the parameter's gradient to the sum
     before it continues with x, so that the gradient is not kept in memory.
@@ -111,10 +113,26 @@ def attach_beside(x: Array, leaf: Array | Accumulated) -> tuple[Array, Array]:
         x: Array that is computed with the parameter, such as final hidden states.
         leaf: Parameter, as an array or `Accumulated`.
     """
-    if not isinstance(leaf, Accumulated):
-        return x, leaf
-    x, total = gradients_together(x, leaf.total)
-    return x, attach(leaf.value, total)
+    is_sum = isinstance(leaf, Accumulated)
+    value = leaf.value if is_sum else leaf
+    if is_hosted(value):  # it is copied to the device when x is ready, and not before
+        _, value = jax.lax.optimization_barrier((jax.lax.stop_gradient(x), value))
+    if not is_sum:
+        return x, fetch(value)
+    return _attach_beside(x, value, leaf.total)
+
+
+@jax.custom_vjp
+def _attach_beside(x: Array, value: Array, total: Array) -> tuple[Array, Array]:
+    return x, fetch(value)
+
+
+def _add_beside(total: Array, grads: tuple[Array, Array]) -> tuple[Array, None, Array]:
+    x_grad, total = jax.lax.optimization_barrier((grads[0], add_to(total, grads[1])))
+    return x_grad, None, total
+
+
+_attach_beside.defvjp(lambda x, value, total: ((x, fetch(value)), total), _add_beside)
 
 
 def stack_blocks(block: Block, count: int) -> Block:

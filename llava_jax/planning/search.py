@@ -48,6 +48,7 @@ class Plan:
         parts = [f"micro-batch {self.micro_size}", f"remat {memory.remat}"]
         parts += ["optimizer on host"] if memory.offload_optimizer else []
         parts += ["weights streamed"] if memory.stream_weights else []
+        parts += ["vocabulary on host"] if memory.offload_vocabulary else []
         parts += ["activations on host"] if memory.offload_activations else []
         return ", ".join(parts)
 
@@ -105,7 +106,7 @@ def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
         yield memory
         return
     host: dict[str, bool] = dict.fromkeys(
-        ("offload_optimizer", "stream_weights", "offload_activations"), False
+        ("offload_optimizer", "stream_weights", "offload_vocabulary", "offload_activations"), False
     )
     for remat in ("none", "dots", "full"):
         yield dataclasses.replace(memory, remat=remat, **host)

@@ -28,7 +28,7 @@ from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import Abstract
-from llava_jax.models.paths import is_adapter, is_stacked, is_trainable
+from llava_jax.models.paths import VOCABULARY, is_adapter, is_stacked, is_trainable
 from llava_jax.train_step.optimizer import (
     GROUPS,
     Schedule,
@@ -304,11 +304,15 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     if config.quantize is not None:
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
-    streams = lambda path: config.memory.stream_weights and is_stacked(path)
+    memory = config.memory
+    streams = lambda path: (
+        (memory.stream_weights and is_stacked(path))
+        or (memory.offload_vocabulary and path in VOCABULARY)
+    )
     # With remat "full", a step needs only one layer at a time. So the float32 weights of trainable
     # blocks can be kept in host memory together with their moments. Adapters are small, so they
     # leave the device only with the weights.
-    with_moments = config.memory.offload_optimizer and config.memory.remat == "full"
+    with_moments = memory.offload_optimizer and memory.remat == "full"
     is_weight = lambda path: is_stacked(path) and not is_adapter(path)
     on_host = lambda path: streams(path) or (with_moments and trains(path) and is_weight(path))
     parameters = with_shardings(shapes, mesh, on_host)
