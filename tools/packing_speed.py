@@ -5,10 +5,8 @@ training data of LLaVA-1.5. With --tiles, images have the usual sizes of photogr
 into tiles as in LLaVA-NeXT. The model has random weights. Steps with and without packing alternate
 in one process, on the same samples, with LoRA of rank 16 and memory.remat "full". Without packing,
 each sample has its own row, which is padded to --max-length tokens. With packing, rows have
---packed-length tokens. In models of a small width, attention takes a larger part of the time than
-in a model of 7B parameters; --shape 7b --one-layer has the proportions of such a model. The exit
-status is 0 if the two losses of each sample have a relative difference of at most 1e-5, and
-otherwise 1.
+--packed-length tokens. The exit status is 0 if the two losses of each sample have a relative
+difference of at most 1e-5, and otherwise 1.
 """
 
 import argparse
@@ -26,8 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="25m", help="number of parameters of the model")
-    one = "compute one layer of the decoder and of the vision tower, whose sizes are as in --shape"
-    add("--one-layer", action="store_true", help=one)
     add("--samples", type=int, default=32, help="number of samples in a train step")
     add("--micro-size", type=int, default=2, help="number of rows in a micro-batch")
     add("--max-length", type=int, default=2048, help="number of tokens in a row")

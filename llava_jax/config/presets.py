@@ -12,11 +12,11 @@ _PACKAGE = Path(__file__).parent.parent
 PRESETS = _PACKAGE / "presets"
 """Directory of the presets, which are config files."""
 
-TINY_LLAVA = _PACKAGE / "assets" / "tiny-llava"
-"""Directory of the tiny model that the preset `tiny_lora` starts from."""
-
 TINY_MODELS = {name: _PACKAGE / "assets" / name for name in ("tiny-llava", "tiny-next")}
 """Directories of the tiny models by their names."""
+
+TINY_LLAVA = TINY_MODELS["tiny-llava"]
+"""Directory of the tiny model that the preset `tiny_lora` starts from."""
 
 
 def preset_names() -> list[str]:

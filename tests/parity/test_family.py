@@ -71,6 +71,7 @@ def test_transformers_reads_what_is_written(name: str, open_member, tmp_path: Pa
     model = make_member(name)
     again = type(model).from_pretrained(tmp_path)
     assert_same(model.state_dict(), again.state_dict())
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
     written = again.config.to_dict()
     for field, value in MEMBERS[name][2].items():
         if not field.endswith("_config"):
@@ -114,6 +115,7 @@ def test_features_of_several_layers(member: str, tmp_path: Path, assert_close, a
     again = model_class.from_pretrained(tmp_path / "ours")
     assert again.config.vision_feature_layer == layers
     assert_same(model.state_dict(), again.state_dict())
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ REFUSED = {
         chat(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}]),
         400,
         "messages.0.content.0",
-        "no video input, so send frames of the video as images",
+        "The server reads no videos; send frames of the video as images",
     ),
     "top_logprobs": (chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "equal to 20"),
     "top_logprobs alone": (chat(top_logprobs=2), 400, "top_logprobs", "needs logprobs = true"),

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from llava_jax.config import Parts
+from llava_jax.config.presets import TINY_LLAVA
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.pretrained.chat_templates import chat_template
 from llava_jax.pretrained.tokenizer import load_tokenizer
 from llava_jax.training.check_template import template_warning
 
-TINY = Path("assets/tiny-llava")
 # As in the checkpoints of OneVision: no system text, and no line end after a turn.
 ONEVISION = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
@@ -24,7 +24,7 @@ ONEVISION = (
 def warning(name: str, text: str, tmp_path: Path) -> str | None:
     (tmp_path / "chat_template.jinja").write_text(text)
     source = Parts(llm=str(tmp_path), vision="tower")
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY_LLAVA)
     found = template_warning(name, tmp_path, tokenizer)
     assert found == template_warning(name, source, tokenizer)
     return found
@@ -32,7 +32,7 @@ def warning(name: str, text: str, tmp_path: Path) -> str | None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_of_the_checkpoint_is_accepted(name: str, tmp_path: Path):
-    written = chat_template(TEMPLATES[name], load_tokenizer(TINY), "<image>")
+    written = chat_template(TEMPLATES[name], load_tokenizer(TINY_LLAVA), "<image>")
     assert warning(name, written, tmp_path) is None
     assert warning("plain", written, tmp_path) is None  # stage 1 has no roles
 
@@ -47,7 +47,7 @@ def test_the_template_of_the_checkpoint_is_accepted(name: str, tmp_path: Path):
     ],
 )
 def test_another_template_is_named(name: str, written: str, mark: str, others: str, tmp_path: Path):
-    text = chat_template(TEMPLATES[written], load_tokenizer(TINY), "<image>")
+    text = chat_template(TEMPLATES[written], load_tokenizer(TINY_LLAVA), "<image>")
     found = warning(name, text, tmp_path)
     assert found is not None
     assert f"data.template is {name!r}" in found

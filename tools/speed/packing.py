@@ -75,11 +75,6 @@ def compare(given: argparse.Namespace) -> bool:
         True if the two losses of each sample differ by at most `LIMIT`, relative to the loss.
     """
     model = SHAPES[given.shape]
-    if given.one_layer:
-        tower, decoder = model.vision, model.llm
-        tower = dataclasses.replace(tower, num_hidden_layers=2)  # the last layer is not computed
-        decoder = dataclasses.replace(decoder, num_hidden_layers=1)
-        model = dataclasses.replace(model, vision=tower, llm=decoder)
     if given.tiles:
         model = dataclasses.replace(model, tiling=TILING)
     config = TrainConfig(
