@@ -145,9 +145,10 @@ def test_the_evaluation_of_divided_rows():
 )
 def test_tokens_and_heads_are_exchanged_as_the_formula_says(name: str, mesh: MeshConfig):
     rows = 4
-    size = rows * 8 // mesh.sequence
-    batch = {"global_size": size, "micro_size": rows}
-    config = dataclasses.replace(change(RECIPES[name], batch=batch), mesh=mesh)
+    config = dataclasses.replace(
+        change(RECIPES[name], batch={"global_size": rows * mesh.fsdp, "micro_size": rows}),
+        mesh=mesh,
+    )
     program, compiled, _ = compile_here(config, WIDE, slots=0, capacity=2**30)
     text = compiled.as_text() or ""
     expected = formula(program, config, rows, images=0)["all-to-all"]
