@@ -2,8 +2,8 @@
 
 `PARAMETER_RULES` maps the path of a parameter to logical axes, and `MESH_AXES` maps logical axes to
 mesh axes. Models use only logical axes. Every parameter matches exactly one rule and has one
-dimension on the mesh axis `fsdp`, so parameters, gradients and moments are all sharded as in
-ZeRO-3.
+dimension on the mesh axes `fsdp` and `sequence`, so parameters, gradients and moments are all
+sharded as in ZeRO-3.
 """
 
 import math

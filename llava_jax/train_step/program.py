@@ -201,8 +201,7 @@ def build_program(
     configs = adapter_settings.adapter_configs(config.tune, config.lora, config.vision_lora)
     adapters = adapter_settings.expand(configs, model_config)
     target: str = platform or mesh.devices.flat[0].platform
-    divides_tokens = sequence_size(mesh) > 1
-    compute = _compute_config(config, implementation, target, divides_tokens=divides_tokens)
+    compute = _compute_config(config, implementation, target, mesh)
     graphdef, shapes = build_model(model_config, adapters, compute)
     placement = _place_parameters(config, shapes, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
@@ -268,11 +267,8 @@ def _check_memory(config: TrainConfig) -> None:
 
 def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
     """Raises ConfigError if `sequence` x `tensor` does not divide the decoder's attention heads."""
-    heads, sequence, tensor = (
-        model.llm.num_attention_heads,
-        sequence_size(mesh),
-        mesh.shape["tensor"],
-    )
+    heads, sequence = model.llm.num_attention_heads, sequence_size(mesh)
+    tensor = mesh.shape["tensor"]
     if sequence > 1 and heads % (sequence * tensor):
         sizes = [str(n) for n in range(1, heads + 1) if heads % (n * tensor) == 0] or ["1"]
         raise ConfigError(
@@ -282,11 +278,7 @@ def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def _compute_config(
-    config: TrainConfig,
-    implementation: AttentionImplementation,
-    platform: str,
-    *,
-    divides_tokens: bool,
+    config: TrainConfig, implementation: AttentionImplementation, platform: str, mesh: Mesh
 ) -> ComputeConfig:
     """Returns the settings in the config that determine how the model computes.
 
@@ -301,8 +293,8 @@ def _compute_config(
         offload_activations=config.memory.offload_activations,
         # Weights are streamed if the model does not fit into device memory. Gathered weights would
         # not fit either.
-        # Chunks of tokens that are divided among several devices are cut by each device.
-        gather_weights=not config.memory.stream_weights or divides_tokens,
+        # Tokens that are divided can only be cut into chunks by each device for itself.
+        gather_weights=not config.memory.stream_weights or sequence_size(mesh) > 1,
     )
 
 
