@@ -86,6 +86,10 @@ class OptimizerConfig:
         b2: Decay rate of AdamW's second moment.
         eps: Number that AdamW adds to the denominator of an update.
         clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
+        weight_dtype: Dtype of trained matrices. "bfloat16" halves their memory; updates are
+            computed in float32 and rounded at random, so that small updates are not lost.
+        gradient_dtype: Dtype in which the gradients of trained matrices are summed over
+            micro-batches. In "bfloat16", each sum is rounded.
     """
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -109,6 +113,8 @@ class OptimizerConfig:
         above(0, "to turn clipping off, set it to None"),
         at_least(1e-4, "with a smaller norm, nothing is trained"),
     ] = None
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def rate_field(self, part: str) -> str:
         """Returns the name of the field with the peak learning rate of a part of the model."""
@@ -277,9 +283,9 @@ class TrainConfig:
         optimizer: AdamW and its learning rates.
         memory: Memory plan: where arrays are kept, and what is recomputed. Results do not change.
         mesh: Number of devices along each axis of the device mesh.
-        dtype: Dtype of the computation and of frozen weights. Trained weights, optimizer moments,
-            norms, softmax and the loss are always float32. A CPU always computes in float32,
-            because it is slow in bfloat16.
+        dtype: Dtype of the computation and of frozen weights. Trained weights have the dtype of
+            `optimizer.weight_dtype`. Norms, softmax and the loss are always float32. A CPU always
+            computes in float32, because it is slow in bfloat16.
         nonfinite_limit: The run stops after this number of consecutive steps with an infinite or
             NaN loss or gradient. The updates of such steps are not applied.
         quantize: Quantization of the decoder's frozen linear layers, as in bitsandbytes: "nf4" (4.5

@@ -220,15 +220,20 @@ def loop_with_prefetch(
 def add_to(total: Array, x: Array) -> Array:
     """Returns `total` + x in the memory of `total`; x is on the device."""
     if not is_hosted(total):
-        return total + x
+        return rounded_sum(total, x)
     piece = slice_size(total.shape), *total.shape[1:]
     load = lambda index, total: fetch(piece_at(total, index, piece))
 
     def body(index: Int[Array, ""], here: Array, ahead: Array, total: Array) -> Array:
-        new = here + piece_at(x, index, piece)
+        new = rounded_sum(here, piece_at(x, index, piece))
         return write_piece(total, write_after(ahead, new), index)
 
     return loop_with_prefetch(count_pieces(total.shape, piece), load, body, total)
+
+
+def rounded_sum(total: Array, x: Array) -> Array:
+    """Returns the float32 sum `total` + x, rounded to the dtype of `total`."""
+    return (total.astype(jnp.float32) + x.astype(jnp.float32)).astype(total.dtype)
 
 
 def write_after(ahead: PyTree, new: Tree) -> Tree:

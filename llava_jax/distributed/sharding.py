@@ -210,6 +210,19 @@ def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in MESH_AXES["batch"])
 
 
+def rows_per_device(rows: int) -> int:
+    """Returns how many of the rows that a function sees are computed on one device.
+
+    Args:
+        rows: Number of rows that the function sees. In `jax.shard_map`, these are only the rows of
+            the device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = [axis for axis in MESH_AXES["batch"] if axis in mesh.shape]
+    devices = math.prod(mesh.shape[axis] for axis in divided if axis not in mesh.manual_axes)
+    return max(rows // devices, 1)
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Shards an activation along logical axes under `jax.set_mesh`; without a mesh, returns x.
 
@@ -254,8 +267,8 @@ def shard_map_rows(
 
     def run(params: Mapping[str, Any], *own: Any) -> jax.Array:
         whole = {
-            name: jax.tree.map(_whole, _narrow(x, rows[0].dtype), divided[name])
-            for name, x in params.items()
+            name: jax.tree.map(_whole, x, divided[name])
+            for name, x in narrow(params, rows[0].dtype).items()
         }
         return function(whole, *own)
 
@@ -284,12 +297,13 @@ def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
     return jax.tree.map(spec, x)
 
 
-def _narrow(x: object, dtype: np.dtype) -> object:
-    """Casts a matrix to `dtype`, the dtype of its products.
+def narrow(params: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """Casts the matrices among parameters to `dtype`, the dtype of their products.
 
     Vectors and quantized weights are returned unchanged, because they are used in float32.
     """
-    return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim > 1 else x
+    is_matrix = lambda x: isinstance(x, jax.Array) and x.ndim > 1
+    return {path: x.astype(dtype) if is_matrix(x) else x for path, x in params.items()}
 
 
 def _whole(x: jax.Array, divided: PartitionSpec) -> jax.Array:

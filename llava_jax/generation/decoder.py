@@ -198,7 +198,7 @@ def _run(
     for leaves in layers:
         params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
         block = cast("Block", nnx.merge(graphdef, nnx.from_flat_state(params)))
-        x += block.self_attn(block.input_layernorm(x), rope, keep)
+        x += block.self_attn(x, block.input_layernorm, rope, keep)
         x += block.mlp(block.post_attention_layernorm(x))
     return x, filled
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -297,8 +296,12 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
         ConfigError: No parameter is trainable, or `quantize` does not fit `tune`.
     """
     trains = lambda path: is_trainable(path, config.tune, config.lora.modules_to_save)
+    # Vectors, such as norms, are small, so they are always float32.
+    is_matrix = lambda path, leaf: leaf.ndim > 1 + is_stacked(path)
+    trained = lambda path, leaf, dtype: dtype if is_matrix(path, leaf) else "float32"
+    weight_dtype = partial(trained, dtype=config.optimizer.weight_dtype)
     shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
+        path: leaf.update(dtype=weight_dtype(path, leaf) if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
     if config.quantize is not None:
@@ -319,7 +322,9 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
     if not trainable:
         raise ConfigError("tune: no part is trained; set at least one part to 'lora' or 'full'")
-    gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
+    sum_dtype = partial(trained, dtype=config.optimizer.gradient_dtype)
+    sums = {path: shapes[path].update(dtype=sum_dtype(path, shapes[path])) for path in trainable}
+    gradients = with_shardings(sums, mesh, streams)
     return _Placement(parameters, trainable, gradients)
 
 

@@ -42,7 +42,7 @@ class TrainState:
 
     Attributes:
         step: int32 []. Number of steps done.
-        trainable: Trainable parameters by path, float32.
+        trainable: Trainable parameters by path, float32 or bfloat16.
         opt_state: Optimizer state.
         key: uint32 [2]. PRNG key of the dropout masks.
     """
@@ -58,7 +58,8 @@ def abstract_state(
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the train state.
 
-    A moment has the sharding of its parameter. Counters are replicated on all devices.
+    A moment has the sharding of its parameter, and is float32. Counters are replicated on all
+    devices.
 
     Args:
         trainable: Shapes, dtypes and shardings of the trainable parameters.
@@ -79,7 +80,8 @@ def abstract_state(
         hosted = offload and fits_host(leaf.shape, sharding)
         return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
-    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, trainable))
+    wide = {path: leaf.update(dtype=jnp.float32) for path, leaf in trainable.items()}
+    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, wide))
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), _key(0)))
     return TrainState(struct(step, everywhere), trainable, opt_state, struct(key, everywhere))
 
@@ -327,7 +329,7 @@ def make_train_step(
         scale = clip_scale(norm, clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated, opt_state = apply_gradients(
-            tx, grads, scale, state.opt_state, state.trainable, finite
+            tx, grads, scale, state.opt_state, state.trainable, finite, key
         )
         samples = len(batch.segment_ids)
         present = jnp.zeros(samples + 1, jnp.int32).at[batch.segment_ids].set(1)[1:]

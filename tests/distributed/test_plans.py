@@ -20,8 +20,14 @@ RESIDENT = MemoryConfig()
 PLANS = {
     "offload_optimizer": MemoryConfig(offload_optimizer=True),
     "stream_weights": MemoryConfig(stream_weights=True),
+    "offload_vocabulary": MemoryConfig(offload_vocabulary=True),
     "offload_activations": MemoryConfig(offload_activations=True),
-    "all": MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True),
+    "all": MemoryConfig(
+        offload_optimizer=True,
+        stream_weights=True,
+        offload_vocabulary=True,
+        offload_activations=True,
+    ),
     "remat-dots": MemoryConfig(remat="dots"),
     "remat-none": MemoryConfig(remat="none"),
 }
@@ -29,9 +35,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"optimizer": {"clip_norm": 0.5}, "batch": {"micro_size": 8}},
     "full": {"optimizer": {"weight_decay": 0.1, "learning_rate": 1e-3}},
     "qlora": {"batch": {"micro_size": 8}},
+    "small": {
+        "optimizer": {
+            "name": "adamw_8bit",
+            "learning_rate": 1e-3,
+            "weight_dtype": "bfloat16",
+            "gradient_dtype": "bfloat16",
+        }
+    },
     "family": {"optimizer": {"learning_rate": 1e-3}, "batch": {"micro_size": 8}},
 }
-# NF4 takes inputs by 64.
+# NF4 takes inputs by 64, and moments of 8 bits take matrices of at least 4096 elements.
 WIDE = dataclasses.replace(
     MODEL, llm=dataclasses.replace(MODEL.llm, hidden_size=64, intermediate_size=128)
 )
@@ -49,8 +63,10 @@ FAMILY = dataclasses.replace(
 
 def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
     config = change(CONFIG, **RECIPES[name], mesh={"fsdp": fsdp})
-    if name == "full":
+    if name in ("full", "small"):
         config = dataclasses.replace(config, tune=TuneConfig("full", "frozen", "full"))
+    if name == "small":  # moments of small matrices are float32
+        config = dataclasses.replace(config, model=WIDE)
     if name == "qlora":
         config = dataclasses.replace(config, model=WIDE, quantize="nf4_double")
     if name == "family":
@@ -81,7 +97,7 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [("all", "full", 8), ("all", "qlora", 1), ("all", "family", 1)]
+SHORT = [("all", "full", 8), ("all", "qlora", 1), ("all", "family", 1), ("all", "small", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
@@ -99,12 +115,13 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
         np.testing.assert_allclose(*values, rtol=limit)
     memory = PLANS[plan]
-    in_full = name in ("full", "family")
-    moments = memory.offload_optimizer or memory.stream_weights
-    assert bool(in_host_memory(state.opt_state)) == moments
-    weights = memory.stream_weights or (memory.offload_optimizer and in_full)
+    in_full = name in ("full", "family", "small")
+    streams = memory.stream_weights or (memory.offload_vocabulary and in_full)
+    assert bool(in_host_memory(state.opt_state)) == (memory.offload_optimizer or streams)
+    weights = memory.stream_weights or memory.offload_vocabulary
+    weights |= memory.offload_optimizer and in_full
     assert bool(in_host_memory(program.abstract)) == weights
-    assert bool(in_host_memory(program.gradients)) == memory.stream_weights
+    assert bool(in_host_memory(program.gradients)) == streams
 
 
 def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
