@@ -138,8 +138,10 @@ class MemoryConfig:
             with "none", everything is kept except the outputs of norms and gated products.
         offload_optimizer: Keep the optimizer's moments in host memory; if memory.remat is "full",
             also the float32 weights of fully trained blocks. A device holds one layer at a time.
-        stream_weights: Keep the weights and the adapters of the blocks, and their gradients, in
-            host memory. A device holds one layer at a time. Needs memory.remat "full".
+        stream_weights: Keep the weights of the blocks, and their gradients, in host memory. A
+            device holds one layer at a time. Needs memory.remat "full".
+        stream_adapters: With stream_weights, also keep the adapters of the blocks, and their
+            gradients, in host memory.
         offload_vocabulary: Keep the embedding and the output matrix of the decoder, and their
             gradients, in host memory.
         offload_activations: Keep the inputs of the blocks in host memory between the forward pass
@@ -151,6 +153,7 @@ class MemoryConfig:
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
+    stream_adapters: bool = True
     offload_vocabulary: bool = False
     offload_activations: bool = False
 

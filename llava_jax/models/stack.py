@@ -324,13 +324,11 @@ def _narrow(block: Leaves, x: jax.Array) -> Leaves:
     The barrier prevents XLA from keeping the float32 matrices too, to cast them again in the
     backward pass.
     """
-    is_wide = lambda path, leaf: (
-        isinstance(leaf, jax.Array)
-        and leaf.ndim > 1
-        and leaf.dtype != x.dtype
-        and not is_adapter(str(path[-1]))
-    )
-    wide = {path: leaf.astype(x.dtype) for path, leaf in block.items() if is_wide(path, leaf)}
+    wide = {
+        path: leaf.astype(x.dtype)
+        for path, leaf in block.items()
+        if isinstance(leaf, jax.Array) and leaf.ndim > 1 and not is_adapter(f".{path[-1]}")
+    }
     return block | jax.lax.optimization_barrier(wide)
 
 

@@ -47,7 +47,8 @@ class Plan:
         memory = self.memory
         parts = [f"micro-batch {self.micro_size}", f"remat {memory.remat}"]
         parts += ["optimizer on host"] if memory.offload_optimizer else []
-        parts += ["weights streamed"] if memory.stream_weights else []
+        streamed = "weights and adapters" if memory.stream_adapters else "weights"
+        parts += [f"{streamed} streamed"] if memory.stream_weights else []
         parts += ["vocabulary on host"] if memory.offload_vocabulary else []
         parts += ["activations on host"] if memory.offload_activations else []
         return ", ".join(parts)
@@ -100,19 +101,27 @@ class Trial:
     usage: Usage
 
 
+_TO_HOST: tuple[dict[str, bool], ...] = (
+    {"offload_optimizer": True},
+    {"stream_weights": True, "stream_adapters": False},
+    {"stream_adapters": True},
+    {"offload_vocabulary": True},
+    {"offload_activations": True},
+)
+"""Changes of a memory plan that move more and more arrays to host memory."""
+
+
 def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
     """Yields memory plans from fast to slow, or only `memory` if the user has chosen a plan."""
     if not memory.is_searched:
         yield memory
         return
-    host: dict[str, bool] = dict.fromkeys(
-        ("offload_optimizer", "stream_weights", "offload_vocabulary", "offload_activations"), False
-    )
     for remat in ("none", "dots", "full"):
-        yield dataclasses.replace(memory, remat=remat, **host)
-    for name in host:
-        host[name] = True
-        yield dataclasses.replace(memory, remat="full", **host)
+        memory = dataclasses.replace(memory, remat=remat)
+        yield memory
+    for step in _TO_HOST:
+        memory = dataclasses.replace(memory, **step)
+        yield memory
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:

@@ -146,8 +146,8 @@ def apply_gradients(
     """Returns the updated parameters and optimizer state; arrays in host memory stay there.
 
     The update is computed in float32. Parameters in bfloat16 are rounded stochastically; see
-    `rounding.py`. If a parameter, its gradient or one of its moments is in host memory, the parameter is updated
-    slice by slice, so that only one slice at a time is on the device.
+    `rounding.py`. If a parameter, its gradient or one of its moments is in host memory, the
+    parameter is updated slice by slice, so that only one slice at a time is on the device.
 
     Args:
         tx: Optimizer that updates each element independently of the others, and accepts every

@@ -308,8 +308,9 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
     memory = config.memory
+    moves = lambda path: is_stacked(path) and (memory.stream_adapters or not is_adapter(path))
     streams = lambda path: (
-        (memory.stream_weights and is_stacked(path))
+        (memory.stream_weights and moves(path))
         or (memory.offload_vocabulary and path in VOCABULARY)
     )
     # With remat "full", a step needs only one layer at a time. So the float32 weights of trainable

@@ -62,15 +62,16 @@ def figures(base: float, sample: float) -> Callable[[Plan], Usage]:
 
 
 def test_levels_give_up_one_thing_after_another():
-    names = ("offload_optimizer", "stream_weights", "offload_activations")
-    given_up = [(m.remat, *(getattr(m, name) for name in names)) for m in levels(MemoryConfig())]
-    assert given_up == [
-        ("none", False, False, False),
-        ("dots", False, False, False),
-        ("full", False, False, False),
-        ("full", True, False, False),
-        ("full", True, True, False),
-        ("full", True, True, True),
+    found = list(levels(MemoryConfig()))
+    assert [memory.remat for memory in found] == ["none", "dots", *["full"] * 6]
+    assert [str(Plan(1, memory)).partition("remat full")[2] for memory in found[2:]] == [
+        "",
+        ", optimizer on host",
+        ", optimizer on host, weights streamed",
+        ", optimizer on host, weights and adapters streamed",
+        ", optimizer on host, weights and adapters streamed, vocabulary on host",
+        ", optimizer on host, weights and adapters streamed, vocabulary on host, "
+        "activations on host",
     ]
 
 
@@ -109,8 +110,8 @@ def guess(base: float, sample: float, share: float) -> tuple[Callable[[Plan], Es
         (8, 0.5, "micro-batch 2, remat none"),
         (10, 0.5, "micro-batch 1, remat dots"),
         (11.5, 0.5, "micro-batch 2, remat full, optimizer on host"),
-        (14, 0.25, "micro-batch 2, remat full, optimizer on host, weights streamed, "
-         "activations on host"),
+        (14, 0.25, "micro-batch 2, remat full, optimizer on host, weights and adapters streamed, "
+         "vocabulary on host, activations on host"),
     ],
 )  # fmt: skip
 def test_few_plans_are_compiled_until_the_fastest_that_fits(
@@ -595,7 +596,7 @@ def test_a_gpu_without_bfloat16_is_said_to_be_slow():
 def test_7b_lora_does_not_fit_2_gib():
     result = run_tool("--fit", "--memory", "2")
     assert result.returncode == 3
-    assert "weights streamed, activations on host" in result.stdout
+    assert "adapters streamed, vocabulary on host, activations on host" in result.stdout
     assert re.search(r"the plan would fit on \d+ of these devices", result.stdout)
 
 
