@@ -146,6 +146,9 @@ class MemoryConfig:
             gradients, in host memory.
         offload_activations: Keep the inputs of the blocks in host memory between the forward pass
             and the backward pass. Needs memory.remat "full".
+        weights_on_disk: Leave the frozen weights of the blocks in the files of init_from, and read
+            one layer at a time, twice in each micro-batch. Needs memory.remat "full" and a decoder
+            that is neither quantized nor trained in full.
     """
 
     plan: Literal["auto", "manual"] = "auto"
@@ -156,6 +159,7 @@ class MemoryConfig:
     stream_adapters: bool = True
     offload_vocabulary: bool = False
     offload_activations: bool = False
+    weights_on_disk: bool = False
 
     @property
     def is_searched(self) -> bool:
@@ -344,6 +348,12 @@ class TrainConfig:
         """Whether a run searches for its plan, or at least for the size of its micro-batches."""
         is_open = self.memory.is_searched or self.batch.micro_size is None
         return self.memory.plan == "auto" and is_open
+
+    @property
+    def may_read_from_disk(self) -> bool:
+        """Whether memory.weights_on_disk is possible: frozen decoder weights that are in files."""
+        is_frozen = self.tune.llm != "full" and self.quantize is None
+        return is_frozen and self.init_from is not None
 
     @property
     def run_dir(self) -> Path:

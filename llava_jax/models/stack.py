@@ -7,7 +7,7 @@ of its blocks and the gradient sums may all be in host memory.
 
 A block begins with attention. In loops over frozen weights in host memory, the attention weights of
 the next layer are copied while a layer computes. The other weights of a layer are copied while its
-attention is computed, so they need no second buffer.
+attention is computed, so they need no second buffer. Weights on disk are read layer by layer.
 """
 
 import functools
@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from llava_jax.distributed.disk_weights import DiskStack, read_layers
 from llava_jax.distributed.host_memory import (
     DEVICE,
     HOST,
@@ -45,8 +46,8 @@ from llava_jax.models.paths import is_adapter
 from llava_jax.models.quant import Quantised
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[Any, ...], jax.Array | Quantised]
-"""Arrays and quantized weights of a block or a stack, by path."""
+Leaves = dict[tuple[Any, ...], jax.Array | Quantised | DiskStack]
+"""Arrays, quantized weights and weights on disk of a block or a stack, by path."""
 
 
 class jit_for_backend:
@@ -248,7 +249,8 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             (x, here), (block, index) = carry, layer
             ahead = load(index + 1)
             kept = move(x, HOST if offload else DEVICE) if keep else None
-            return (step(_narrow(here | fetch(block), x), x, index, rest), ahead), kept
+            block = here | fetch(read_layers(block, index, index + 1))
+            return (step(_narrow(block, x), x, index, rest), ahead), kept
 
         carry = x, load(jnp.zeros((), jnp.int32))
         (x, _), inputs = jax.lax.scan(body, carry, (others, indices))
@@ -278,7 +280,7 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             grad, totals = carry
             index = depth - 1 - done
             block, x = fetch(layer_at((others, inputs), index))
-            block = _narrow(block | here, x)
+            block = _narrow(read_layers(block, index, index - 1) | here, x)
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)

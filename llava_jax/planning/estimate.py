@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
+from llava_jax.distributed.disk_weights import buffer_bytes
 from llava_jax.distributed.host_memory import PARTS, tree_bytes
 from llava_jax.jax_compat import STREAMING_OPTIONS
 from llava_jax.planning.devices import Rates
-from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
+from llava_jax.planning.disk import READS, copied_from_disk, read_from_disk
+from llava_jax.planning.forecast import DISK_RATE, LINKS, MEMORY, PRODUCTS
 from llava_jax.planning.measure import argument_bytes, pcie_bytes
 from llava_jax.planning.model_flops import full_row, model_flops
 from llava_jax.planning.search import Estimate, Plan
@@ -47,18 +49,21 @@ def make_estimator(
     """
 
     @functools.cache
-    def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int], Batch]:
-        smallest = Plan(1, memory).apply(config)  # the bytes do not depend on the micro-batch
-        program = build(smallest)
+    def smallest(memory: MemoryConfig) -> tuple[Program, Batch]:
+        program = build(Plan(1, memory).apply(config))
         size, length = config.batch.global_size, config.data.max_length
-        return *argument_bytes(program), program.abstract_batch(size, length, slots)
+        return program, program.abstract_batch(size, length, slots)
 
     def estimate(plan: Plan) -> Estimate:
         planned, memory = plan.apply(config), plan.memory
-        device, host, batch = arguments(memory)
+        program, batch = smallest(memory)  # their bytes do not depend on the micro-batch
+        device, host = argument_bytes(program)
         kept, working = activation_bytes(planned, model, slots)
         offloaded = kept if memory.offload_activations else 0
-        layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
+        streamed = (
+            host["frozen weights"] + host["trainables"] + copied_from_disk(program, 1) // READS
+        )
+        layer = streamed // model.llm.num_hidden_layers
         # Several devices gather the parts of a matrix; up to three matrices exist at a time.
         matrix = model.llm.hidden_size * model.llm.intermediate_size
         gathered = 3 * matrix * jnp.dtype(config.dtype).itemsize if count > 1 else 0
@@ -72,6 +77,8 @@ def make_estimator(
         read = 2 * micros * (sum(device.values()) + sum(host.values()))
         computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
         copying = pcie_bytes(host, micros, offloaded) / (2 * LINKS * rates.pcie)
+        reading = read_from_disk(program, micros) / DISK_RATE
+        computing += copied_from_disk(program, micros) / (LINKS * rates.pcie)
         return Estimate(
             total=sum(device.values())
             + tree_bytes(batch, on_host=False)
@@ -82,9 +89,14 @@ def make_estimator(
             + gathered
             + ahead
             + FIXED,
-            host_total=sum(host.values()) + tree_bytes(batch, on_host=True) + offloaded,
+            host_total=sum(host.values())
+            + tree_bytes(batch, on_host=True)
+            + offloaded
+            + buffer_bytes(program.abstract.values()),
             # Without the pass that STREAMING_OPTIONS switches off, kernels copy slices.
-            seconds=computing + copying if STREAMING_OPTIONS else max(computing, copying),
+            seconds=max(
+                computing + copying if STREAMING_OPTIONS else max(computing, copying), reading
+            ),
         )
 
     return estimate

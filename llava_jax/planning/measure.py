@@ -1,8 +1,8 @@
 """Compiles the train step of a run, and reads from the compiler how much memory the step needs.
 
-The step is lowered and compiled from shapes; no weights are loaded, and nothing is executed. The
-device does not have to be attached. For an absent GPU, the compiler gets a description from
-`planning.devices.GPUS`, and for an absent TPU a topology from libtpu. For absent devices, call
+The step is lowered and compiled from shapes, without weights. The device does not have to be
+attached. For an absent GPU, the compiler gets a description from `planning.devices.GPUS`, and for
+an absent TPU a topology from libtpu. For absent devices, call
 `distributed.environment.prepare_for_planning` before JAX is imported.
 """
 
@@ -35,6 +35,7 @@ from llava_jax.jax_compat import (
 from llava_jax.models.attention import attention_implementation
 from llava_jax.planning.beside import device_beside, devices_of_process, host_beside, outside_pool
 from llava_jax.planning.devices import GPUS, TPUS, Gpu, Tpu, rates_of, shares_host
+from llava_jax.planning.disk import copied_from_disk, read_from_disk
 from llava_jax.planning.flops import matmul_flops
 from llava_jax.planning.forecast import Forecast, forecast
 from llava_jax.planning.gpu_compiler import target_config
@@ -235,8 +236,7 @@ def _compile_for_gpus(
             f"planning for {count} GPUs needs {count} CPU devices, but JAX has started with fewer; "
             "set jax_num_cpu_devices before JAX starts"
         )
-    devices = jax.devices("cpu")[:count]
-    program = _program(config, model, devices, implementation, target.platform)
+    program = _program(config, model, jax.devices("cpu")[:count], implementation, target.platform)
     batch = largest_batch(program, config)
     with lowering_for_gpu(target.capability):
         lowered = program.trace_train_step(batch).lower(lowering_platforms=("cuda",))
@@ -379,13 +379,14 @@ def usage_of(
     device[REST] = total - sum(device.values())
     host[REST] = max(host_total - sum(host.values()), 0)
     activations = host[REST] if config.memory.offload_activations else 0
-    flops, guess = _read_module(text, platform, name)
+    micros = program.accumulation
+    flops, guess = _costs(text, platform, name, read_from_disk(program, micros))
     return Usage(
         device,
         host,
         total,
         host_total,
-        pcie_bytes(host, program.accumulation, activations),
+        pcie_bytes(host, micros, activations) + copied_from_disk(program, micros),
         capacity,
         flops,
         device_beside=device_beside(program, config, batch, device[REST]),
@@ -397,19 +398,20 @@ def usage_of(
     )
 
 
-def _read_module(text: str, platform: str, name: str) -> tuple[int | None, Forecast | None]:
+def _costs(text: str, platform: str, name: str, disk: int) -> tuple[int | None, Forecast | None]:
     """Returns the FLOPs and the forecast of a compiled step, or None if they cannot be read.
 
     Args:
         text: Text of the compiled module, or "".
         platform: Platform of the device. Only steps for GPUs are forecast.
         name: Name of the device.
+        disk: Bytes that the step reads from files.
     """
     if not text:
         return None, None
     try:
         flops, rates = matmul_flops(text), rates_of(name)
-        return flops, forecast(text, rates) if platform == "gpu" and rates else None
+        return flops, forecast(text, rates, disk) if platform == "gpu" and rates else None
     except (ValueError, LookupError) as error:  # no plan depends on these figures
         logging.getLogger(__name__).warning("%s", error)
         return None, None

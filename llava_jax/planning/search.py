@@ -15,7 +15,7 @@ from llava_jax.planning.usage import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
 
-MAX_TRIALS, MAX_CPU_TRIALS = 4, 3
+MAX_TRIALS, MAX_CPU_TRIALS = 4, 4
 """Largest number of plans that a search compiles, for accelerators and for CPUs."""
 
 EQUALLY_FAST = 1.05
@@ -51,6 +51,7 @@ class Plan:
         parts += [f"{streamed} streamed"] if memory.stream_weights else []
         parts += ["vocabulary on host"] if memory.offload_vocabulary else []
         parts += ["activations on host"] if memory.offload_activations else []
+        parts += ["weights on disk"] if memory.weights_on_disk else []
         return ", ".join(parts)
 
 
@@ -107,19 +108,21 @@ _TO_HOST: tuple[dict[str, bool], ...] = (
     {"stream_adapters": True},
     {"offload_vocabulary": True},
     {"offload_activations": True},
+    {"weights_on_disk": True},
 )
-"""Changes of a memory plan that move more and more arrays to host memory."""
+"""Changes of a memory plan that move more and more arrays away from the device."""
 
 
-def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow, or only `memory` if the user has chosen a plan."""
+def levels(config: TrainConfig) -> Iterator[MemoryConfig]:
+    """Yields memory plans from fast to slow, or only one plan if the user has chosen it."""
+    memory = config.memory
     if not memory.is_searched:
         yield memory
         return
     for remat in ("none", "dots", "full"):
         memory = dataclasses.replace(memory, remat=remat)
         yield memory
-    for step in _TO_HOST:
+    for step in _TO_HOST if config.may_read_from_disk else _TO_HOST[:-1]:
         memory = dataclasses.replace(memory, **step)
         yield memory
 
@@ -155,7 +158,7 @@ def find_plan(
         capacity: Memory that plans may use.
     """
     sizes = micro_sizes(config, data_parallel)[::-1]
-    plans = [Plan(size, memory) for memory, size in product(levels(config.memory), sizes)]
+    plans = [Plan(size, memory) for memory, size in product(levels(config), sizes)]
     guesses = {plan: estimate(plan) for plan in plans}
     fastest = min(guess.seconds for guess in guesses.values())
     times_slower = lambda plan: math.log(guesses[plan].seconds / fastest, EQUALLY_FAST)
@@ -187,20 +190,23 @@ def find_plan(
 def find_cpu_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Iterator[Trial]:
-    """Tries at most three plans for a CPU, and yields each trial until a plan fits.
+    """Tries at most four plans for a CPU, and yields each trial until a plan fits.
 
     Each compilation takes a CPU as long as many steps of a small model. Moving arrays to host
     memory is pointless, because a CPU computes in host memory. The arguments are those of
     `find_plan`. The first plan has the largest micro-batch of at most `CPU_TOKENS` tokens and
     keeps all activations. If this does not fit, the micro-batch has one sample; if this does not
-    fit either, activations are recomputed.
+    fit either, activations are recomputed. The last plan leaves frozen weights in their files.
     """
     sizes = micro_sizes(config, data_parallel)
     is_quick = lambda size: size * config.data.max_length <= CPU_TOKENS
     largest = max(filter(is_quick, sizes), default=sizes[0])
-    possible = list(levels(config.memory))
+    possible = list(levels(config))
     none, full = possible[0], possible[2 if config.memory.is_searched else 0]
-    for plan in dict.fromkeys([Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]):
+    plans = [Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]
+    if config.memory.is_searched and config.may_read_from_disk:
+        plans.append(Plan(sizes[0], dataclasses.replace(full, weights_on_disk=True)))
+    for plan in dict.fromkeys(plans):
         trial = Trial(plan, measure_plan(plan))
         yield trial
         if trial.usage.fits:

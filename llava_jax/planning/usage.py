@@ -3,7 +3,7 @@
 import dataclasses
 
 from llava_jax.distributed.environment import GIB, HOST_SHARE, RESERVE_SHARE
-from llava_jax.planning.beside import CHECKPOINT
+from llava_jax.planning.beside import CHECKPOINT, READ_AHEAD
 from llava_jax.planning.forecast import Forecast
 
 REST = "activations and temporaries"  # the term of a `Usage` for all other memory
@@ -113,10 +113,10 @@ class Usage:
         """
         if not self.pooled:
             return 0
-        checkpoint = self.host_beside.get(CHECKPOINT, 0)  # not in the pool
-        pinned = self.host_needed - checkpoint
+        others = sum(self.host_beside.get(term, 0) for term in (CHECKPOINT, READ_AHEAD))
+        pinned = self.host_needed - others
         pool = pinned_pool(pinned * self.pooled) // self.pooled
-        most = pool if self.host_capacity is None else self.host_capacity - checkpoint
+        most = pool if self.host_capacity is None else self.host_capacity - others
         return max(min(pool, most) - pinned, 0)
 
     @property

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch
+from llava_jax.distributed.disk_weights import DiskStack
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
 from llava_jax.distributed.multihost import rows_here
 from llava_jax.distributed.sharding import (
@@ -254,10 +255,19 @@ def build_program(
 def _check_memory(config: TrainConfig) -> None:
     """Raises ConfigError if a memory field needs remat "full", but remat has another value."""
     memory = config.memory
-    if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
+    fields = ("stream_weights", "offload_activations", "weights_on_disk")
+    on = [f"memory.{name}" for name in fields if getattr(memory, name)]
+    if memory.remat != "full" and on:
         raise ConfigError(
-            f"memory.remat is {memory.remat!r}, but memory.stream_weights and "
-            'memory.offload_activations need "full"; set memory.remat to "full", or turn both off'
+            f'memory.remat is {memory.remat!r}, but {" and ".join(on)} need "full"; set '
+            'memory.remat to "full", or turn the others off'
+        )
+    if memory.weights_on_disk and not config.may_read_from_disk:
+        raise ConfigError(
+            "memory.weights_on_disk needs frozen weights in files that need no conversion, but "
+            f"init_from is {config.init_from!r}, tune.llm is {config.tune.llm!r} and quantize is "
+            f"{config.quantize!r}; turn memory.weights_on_disk off, or set init_from to a "
+            "checkpoint, tune.llm to 'lora' or 'frozen', and quantize to None"
         )
 
 
@@ -277,7 +287,7 @@ def _compute_config(
         offload_activations=config.memory.offload_activations,
         # Weights are streamed if the model does not fit into device memory. Gathered weights would
         # not fit either.
-        gather_weights=not config.memory.stream_weights,
+        gather_weights=not (config.memory.stream_weights or config.memory.weights_on_disk),
     )
 
 
@@ -321,6 +331,13 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     on_host = lambda path: streams(path) or (with_moments and trains(path) and is_weight(path))
     parameters = with_shardings(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
+    if memory.weights_on_disk:
+        parameters |= {
+            # Vectors are too small for a call of a Python function per layer.
+            path: DiskStack(leaf.shape, leaf.dtype, leaf.sharding, leaf.dtype)
+            for path, leaf in parameters.items()
+            if is_stacked(path) and path not in trainable and len(leaf.shape) > 2
+        }
     if not trainable:
         raise ConfigError("tune: no part is trained; set at least one part to 'lora' or 'full'")
     sum_dtype = partial(trained, dtype=config.optimizer.gradient_dtype)
