@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog=PROG,
         description="Compiles the train step of a run for several numbers of GPUs. The step has "
-        "one micro-batch, and all GPUs are on the fsdp axis of the mesh. Prints how many GiB each "
-        "GPU exchanges with the other GPUs: first measured in the compiled step, then computed by "
+        "one micro-batch, and all GPUs are on the axes fsdp and sequence of the mesh. Prints how "
+        "many GiB each GPU exchanges with the others: measured in the compiled step, and computed by "
         "a formula. The size of an all-gather is the size of its result, and the size of any other "
         "collective is the size of its operands. Like llava-jax train, the command also accepts an "
         "option for every field of the config.",
@@ -79,40 +79,54 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     Returns:
         The bytes in the compiled step, and the bytes that `formula` computes.
     """
+    import jax
+
+    from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning.collectives import collective_bytes
-    from llava_jax.planning.measure import compile_for
+    from llava_jax.planning.measure import compile_for, slots_per_row
     from llava_jax.planning.model_sizes import sizes
 
+    shares = data_parallel_size(make_mesh(config.mesh, jax.devices()[:count]))
     batch = dataclasses.replace(
-        config.batch, global_size=micro_size * count, micro_size=micro_size, loss_group=1
+        config.batch, global_size=micro_size * shares, micro_size=micro_size, loss_group=1
     )
     config = dataclasses.replace(config, batch=batch)
     model = sizes(config)
     program, _, text = compile_for(config, model, device, count)
-    return collective_bytes(text), formula(program, config, micro_size)
+    images = micro_size * slots_per_row(config, model)
+    return collective_bytes(text), formula(program, config, micro_size, images)
 
 
-def formula(program: Any, config: "TrainConfig", rows: int) -> dict[str, int]:
+def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict[str, int]:
     """Returns the bytes that each device must exchange in a micro-batch, by kind of collective.
 
-    The formula is for memory.remat "full" with all devices on the fsdp axis. The matrices of the
-    decoder blocks and of the projector are gathered in the forward pass, and again in the backward
-    pass, which repeats the forward pass of each block. The matrices of a frozen vision tower and of
-    the output layer are gathered once. The gradients of all trained matrices are reduced and
-    scattered once. The embedding table is not gathered: its columns are sent to the devices that
-    have the tokens, and the gradients of the columns are sent back if the table is trained. A
-    matrix that cannot be sharded is on all devices, and its gradients are summed over all devices.
+    The formula is for memory.remat "full" with all devices on the axes fsdp and sequence. The
+    matrices of the decoder blocks and of the projector are gathered in the forward pass, and again
+    in the backward pass, which repeats the forward pass of each block. The matrices of a frozen
+    vision tower and of the output layer are gathered once. The gradients of all trained matrices
+    are reduced and scattered once. The embedding table is not gathered: its columns are sent to the
+    devices that have the tokens, along one mesh axis after the other, and the gradients of the
+    columns are sent back if the table is trained. A matrix that cannot be sharded is on all
+    devices, and its gradients are summed over all devices.
+
+    If the tokens of a row are divided, queries, keys, values and the result of attention are sent
+    three times: in both forward passes, and as gradients. The features of all images of the rows
+    are gathered, and their gradients are summed. This is for a number of images that `sequence`
+    divides; other images are computed by all these devices together, in ways that XLA chooses.
 
     Args:
         program: Program of the run.
         config: Config of the run.
         rows: Number of rows of a micro-batch on each device.
+        images: Number of image slots of these rows.
     """
     import jax.numpy as jnp
 
+    from llava_jax.data.batch import round_up
     from llava_jax.models.paths import is_stacked
 
-    item, length = jnp.dtype(config.dtype).itemsize, config.data.max_length
+    item, model = jnp.dtype(config.dtype).itemsize, program.model_config
+    fsdp, sequence = (program.mesh.shape[axis] for axis in ("fsdp", "sequence"))
     size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}
     trained = set(program.trainable)
     lies_on_fsdp = lambda path: "fsdp" in str(program.abstract[path].sharding.spec)
@@ -128,12 +142,20 @@ def formula(program: Any, config: "TrainConfig", rows: int) -> dict[str, int]:
     gathered += part("llm.lm_head.") or part("llm.embed_tokens.")
     table = "llm.embed_tokens.weight"
     divided = sum(size[path] for path in matrices if path in trained and path != table)
-    tokens = rows * length * item * program.abstract[table].shape[1]
+    tokens = rows * round_up(config.data.max_length, sequence) // sequence
+    embedded = item * tokens * model.llm.hidden_size * ((fsdp > 1) + (sequence > 1))
+    exchanged, features = 0, 0
+    if sequence > 1:
+        heads = model.llm.num_attention_heads, model.llm.num_key_value_heads
+        heads_sent = 2 * (heads[0] + math.lcm(heads[1], sequence))
+        exchanged = 3 * model.llm.num_hidden_layers * item * tokens * heads_sent
+        exchanged *= model.llm.head_dim
+        features = item * images * model.image_tokens * model.llm.hidden_size
     return {
-        "all-gather": gathered,
+        "all-gather": gathered + features,
         "reduce-scatter": divided,
-        "all-reduce": sum(size[path] for path in shared),
-        "all-to-all": tokens * (2 if table in trained else 1),
+        "all-reduce": sum(size[path] for path in shared) + features,
+        "all-to-all": embedded * (2 if table in trained else 1) + exchanged,
         "collective-permute": 0,
     }
 

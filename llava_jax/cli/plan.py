@@ -128,7 +128,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
         build = lambda config: measuring.program_for(config, model, given.device, given.count)
-        estimate = make_estimator(config, model, given.count, target.rates, build, slots)
+        estimate = make_estimator(config, model, target.rates, build, slots)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
         free = size - reserve_of(size, outside)

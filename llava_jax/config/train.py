@@ -185,12 +185,17 @@ class MeshConfig:
             as in ZeRO-3. -1 uses all devices that the other axes do not use.
         tensor: Number of devices among which the attention heads and the feed-forward width of each
             layer are divided. -1 uses all devices that the other axes do not use.
+        sequence: Number of devices among which the tokens of each row, and in addition to `fsdp`
+            each parameter, are divided. For attention, the devices exchange tokens for heads, so
+            this number times `tensor` must divide the number of attention heads. -1 uses all
+            devices that the other axes do not use.
         show: Print how each parameter is sharded.
     """
 
     data: Annotated[int, AXIS_SIZE] = 1
     fsdp: Annotated[int, AXIS_SIZE] = -1
     tensor: Annotated[int, AXIS_SIZE] = 1
+    sequence: Annotated[int, AXIS_SIZE] = 1
     show: Annotated[bool, OBSERVED] = False
 
 

@@ -48,3 +48,8 @@ class Batch:
     pixel_values: Leaf
     pixel_scale: Leaf
     text_checksum: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+def round_up(length: int, divisor: int) -> int:
+    """Returns the smallest multiple of `divisor` that is at least `length`."""
+    return -(-length // divisor) * divisor

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from llava_jax.config import NO_FEATURE
-from llava_jax.data.batch import Batch
+from llava_jax.data.batch import Batch, round_up
 from llava_jax.data.conversation import SampleError
 from llava_jax.data.image_tokens import Expanded
 from llava_jax.data.images import Triple
@@ -45,6 +45,8 @@ class BatchSpec:
             devices in turn.
         micro_rows: Number of rows in a micro-batch on all devices together. A micro-batch without
             samples is not computed.
+        sequence: Number of devices that the tokens of a row are divided among. The lengths of rows
+            are multiples of this number.
         slot_features: Number of features of an image slot.
         sources_per_token: Number of features of which a token is the sum, K.
 
@@ -63,6 +65,7 @@ class BatchSpec:
     packing: bool = False
     devices: int = 1
     micro_rows: int = 1
+    sequence: int = 1
     slot_features: int = 1
     sources_per_token: int = 1
 
@@ -77,7 +80,8 @@ class BatchSpec:
     @property
     def lengths(self) -> list[int]:
         """Returns all lengths that the rows of a batch may have, in ascending order."""
-        return sorted({*self.buckets, self.max_length})
+        lengths = (*self.buckets, self.max_length)
+        return sorted({round_up(length, self.sequence) for length in lengths})
 
     @property
     def slots(self) -> list[int]:
@@ -277,7 +281,7 @@ class ReadBatch:
         slot = 4 + 3 * spec.image_size[0] * spec.image_size[1]
         token = 9 + 8 * spec.sources_per_token
         rows = spec.size if self.rows is None else len(self.rows)
-        return rows * (spec.max_slots * slot + 4 * 6 + spec.max_length * token)
+        return rows * (spec.max_slots * slot + 4 * 6 + spec.lengths[-1] * token)
 
     def _read_text(self, number: int) -> "_Text | None":
         """Returns a record and its tokens; None if the record cannot be used for training."""

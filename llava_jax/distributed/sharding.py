@@ -22,19 +22,23 @@ from llava_jax.errors import ConfigError
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copies": ("data",),
+    "columns": ("fsdp",),
+    "tokens": ("sequence",),
+    "images": ("data", "fsdp", "sequence"),
     # `tensor` divides either the outputs of a weight ("split_outputs") or the inputs
-    # ("split_inputs", with "outputs" for the outputs). `fsdp` divides the outputs in both cases,
-    # because the outputs are the slower axis: to gather along the faster axis, XLA:GPU would keep
-    # a transposed copy of the whole stack.
-    "split_outputs": ("tensor", "fsdp"),
-    "outputs": ("fsdp",),
+    # ("split_inputs", with "outputs" for the outputs). `fsdp` and `sequence` divide the outputs in
+    # both cases, because the outputs are the slower axis: to gather along the faster axis, XLA:GPU
+    # would keep a transposed copy of the whole stack.
+    "split_outputs": ("tensor", "fsdp", "sequence"),
+    "outputs": ("fsdp", "sequence"),
     "split_inputs": ("tensor",),
-    "model": ("fsdp",),
-    "rank": ("fsdp",),
+    "model": ("fsdp", "sequence"),
+    "rank": ("fsdp", "sequence"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
+    "heads_of_rows": ("tensor", "sequence"),
     "layers": (),
-    "tokens": (),
     "patches": (),
     "activations": (),
     "whole": (),
@@ -74,7 +78,10 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the axes data, fsdp and tensor.
+    """Returns a mesh with the axes data, fsdp, sequence and tensor.
+
+    The devices of the last axes are next to each other, so that those that exchange the most bytes
+    are in the same machine.
 
     Args:
         config: Size of each axis; one size may be -1, which stands for all remaining devices.
@@ -84,7 +91,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         ConfigError: A size is invalid, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    names = ("data", "fsdp", "sequence", "tensor")
+    sizes = [getattr(config, name) for name in names]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ConfigError(
@@ -92,13 +100,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
+        product = " x ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
         raise ConfigError(
-            f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} needs "
-            f"{math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1"
+            f"mesh: {product} needs {math.prod(sizes)} devices, but there are {len(devices)}; set "
+            "one axis to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), names, (AxisType.Auto,) * len(names), devices=devices)
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
@@ -207,7 +214,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of devices among which the rows of a batch are divided."""
-    return math.prod(mesh.shape[name] for name in MESH_AXES["batch"])
+    return _size(mesh, "batch")
+
+
+def sequence_size(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of devices among which the tokens of a row are divided."""
+    return 1 if mesh.empty else _size(mesh, "tokens")
+
+
+def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Returns the number of devices along a logical axis."""
+    return math.prod(mesh.shape[name] for name in MESH_AXES[axis])
 
 
 def rows_per_device(rows: int) -> int:
@@ -236,13 +253,13 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh.shape))
 
 
-def shard_map_rows(
-    function: Callable[..., jax.Array],
+def shard_map_tokens(
+    function: Callable[..., Any],
     axes: Mapping[str, tuple[str, ...]],
     params: Mapping[str, Any],
     *rows: Any,
-) -> jax.Array:
-    """Computes function(params, *rows) on each device, with its own rows and with whole parameters.
+) -> Any:
+    """Computes function(params, *rows) on each device, with its own tokens and whole parameters.
 
     The parameters are gathered only once, even if the function uses them many times; matrices are
     gathered in the dtype of the rows. Each device sums the gradients of all uses, and these sums
@@ -250,22 +267,23 @@ def shard_map_rows(
     iteration of a loop.
 
     Args:
-        function: Function that treats every row independently, or that returns the sum over the
-            rows of a device, [1].
+        function: Function that treats every token independently, or that returns the sum over the
+            tokens of a device, [1, 1].
         axes: Logical axes of each parameter, by name.
         params: Parameters by name.
-        rows: Trees of arrays whose first dimension is the batch; the first tree must be an array.
+        rows: Trees of arrays [batch, tokens, ...]; the first tree must be an array.
 
     Returns:
-        Results of all devices, concatenated along the first dimension.
+        Results of all devices, concatenated along the first two dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or data_parallel_size(mesh) == 1:
+    over = MESH_AXES["batch"] + MESH_AXES["tokens"]
+    if mesh.empty or data_parallel_size(mesh) * sequence_size(mesh) == 1:
         return function(params, *rows)
-    divided = {name: _divided(axes[name], x, mesh) for name, x in params.items()}
-    batch = to_spec(("batch",), rows[0].shape[:1], mesh.shape)
+    divided = {name: _divided(axes[name], x, mesh, over) for name, x in params.items()}
+    tokens = to_spec(("batch", "tokens"), rows[0].shape[:2], mesh.shape)
 
-    def run(params: Mapping[str, Any], *own: Any) -> jax.Array:
+    def run(params: Mapping[str, Any], *own: Any) -> Any:
         whole = {
             name: jax.tree.map(_whole, x, divided[name])
             for name, x in narrow(params, rows[0].dtype).items()
@@ -274,25 +292,26 @@ def shard_map_rows(
 
     return jax.shard_map(
         run,
-        in_specs=(divided, *jax.tree.map(lambda _: batch, rows)),
-        out_specs=batch,
+        in_specs=(divided, *jax.tree.map(lambda _: tokens, rows)),
+        out_specs=tokens,
         # If all other axes have size 1, they are included, because XLA's CPU backend cannot sum
         # bfloat16 arrays if XLA partitions some of the axes itself.
         axis_names=set(
-            mesh.axis_names if data_parallel_size(mesh) == mesh.size else MESH_AXES["batch"]
+            mesh.axis_names if math.prod(mesh.shape[name] for name in over) == mesh.size else over
         ),
         check_vma=False,
     )(params, *rows)
 
 
-def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh) -> object:
-    """Returns the partition spec of each array of a parameter, with no mesh axis except `fsdp`."""
+def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh, over: tuple[str, ...]) -> object:
+    """Returns the partition spec of each array of a parameter, with only the mesh axes `over`."""
 
     def spec(part: jax.Array) -> PartitionSpec:
         if part.ndim != len(axes):
             return PartitionSpec()
         lies = to_spec(axes, part.shape, mesh.shape)
-        return PartitionSpec(*("fsdp" if "fsdp" in (names or ()) else None for names in lies))
+        own = lambda names: (names,) if isinstance(names, str) else names or ()
+        return PartitionSpec(*(tuple(n for n in own(names) if n in over) or None for names in lies))
 
     return jax.tree.map(spec, x)
 

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
-from llava_jax.distributed.sharding import on_shards
+from llava_jax.distributed.sharding import constrain, on_shards, sequence_size
 from llava_jax.models.flash import BLOCK, FLASH_HEADS, segment_attention
 
 MIN_BLOCK, MAX_BLOCK = 128, 512
@@ -220,7 +220,7 @@ def _on_shards(
     # The query heads are grouped by key head, so that both kinds of heads are sharded alike.
     q = q.reshape(batch, length, k.shape[2], -1, size)
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
-    axes = ("batch", "tokens", "heads", "whole")
+    axes = ("batch", "whole", "heads_of_rows", "whole")
     attend = on_shards(kernel, ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole"))
     out = attend(*map(pad, (q, k, v, segment_ids)))
     return out[:, :length].reshape(batch, length, heads * size)
@@ -258,6 +258,42 @@ def _blocks(length: int) -> splash.BlockSizes:
         block_q_dq=size,
         block_kv_dq=size,
     )
+
+
+def attend_to_rows(
+    attend: Callable[..., jax.Array],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Computes attention of rows whose tokens are divided among the devices of the axis `sequence`.
+
+    As in DeepSpeed-Ulysses (Jacobs et al., 2023), an all-to-all gives each device all tokens of
+    some heads, and a second one returns the results to the devices of their tokens. Key heads are
+    repeated until each device has one.
+
+    Args:
+        attend: Implementation of attention.
+        q: Queries, [batch, tokens, heads, head size].
+        k: Keys, [batch, tokens, key heads, head size].
+        v: Values, in the shape of the keys.
+        segment_ids: Segment of each token, [batch, tokens].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if sequence_size(mesh) == 1:
+        return attend(q, k, v, segment_ids)
+    devices = sequence_size(mesh) * mesh.shape["tensor"]
+    repeats = math.lcm(k.shape[2], devices) // k.shape[2]
+    of_tokens, of_heads = ("batch", "tokens", "heads"), ("batch", "whole", "heads_of_rows")
+
+    def to_heads(x: jax.Array) -> jax.Array:
+        # The first constraint makes XLA exchange the gradients in the same way.
+        return constrain(constrain(x, *of_tokens, "whole"), *of_heads, "whole")
+
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    out = attend(*map(to_heads, (q, k, v)), constrain(segment_ids, *of_heads[:2]))
+    return constrain(constrain(out, *of_heads), *of_tokens)
 
 
 ATTENTION: Mapping[AttentionImplementation, Callable[..., jax.Array]] = {

@@ -20,10 +20,10 @@ from llava_jax.distributed.sharding import (
     constrain,
     logical_axes,
     rows_per_device,
-    shard_map_rows,
+    shard_map_tokens,
 )
 from llava_jax.errors import ConfigError
-from llava_jax.models.attention import ATTENTION
+from llava_jax.models.attention import ATTENTION, attend_to_rows
 from llava_jax.models.compute import ComputeConfig
 from llava_jax.models.layers import (
     KEEP_PRODUCTS,
@@ -80,7 +80,8 @@ def rotate(
 
 def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Returns each token's position in its segment, counted from 0, [batch, tokens]."""
-    return jnp.arange(segment_ids.shape[1])[None] - segment_starts(segment_ids)
+    starts = constrain(segment_starts(segment_ids), "batch", "whole")
+    return jnp.arange(segment_ids.shape[1])[None] - starts
 
 
 Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
@@ -268,6 +269,7 @@ class Llama(nnx.Module):
         """
         frequencies = rope_frequencies(self.config)[None, None]
         angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+        angles = constrain(angles, "batch", "tokens", "whole")
         return jnp.cos(angles), jnp.sin(angles)
 
     @jax.named_scope("decoder")
@@ -301,7 +303,7 @@ class Llama(nnx.Module):
             block: Block, x: jax.Array, context: tuple[Rope, jax.Array], keys: TokenKeys
         ) -> jax.Array:
             rope, segment_ids = context
-            attend = partial(self.attend, segment_ids=segment_ids)
+            attend = partial(attend_to_rows, self.attend, segment_ids=segment_ids)
             x += block.self_attn(x, block.input_layernorm, rope, attend, keys)
             graphdef, params = split(block)
             blank = dict.fromkeys(params)
@@ -322,7 +324,7 @@ class Llama(nnx.Module):
                     else logical_axes(f"llm.layers.{path}")[1:]
                     for path in own
                 }
-                run = partial(shard_map_rows, run, axes)
+                run = partial(shard_map_tokens, run, axes)
             return constrain(run(own, x, keys), "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from llava_jax.config import NEWLINE, NO_FEATURE, ModelConfig
+from llava_jax.distributed.sharding import constrain
 from llava_jax.models.compute import FLOAT32, ComputeConfig
 from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in, position_keys
 from llava_jax.models.llama import Llama, positions_in_segments
@@ -128,7 +129,7 @@ class Llava(nnx.Module):
             key: Dropout key of the adapters; None turns dropout off. The dropout mask of a token
                 depends on its segment id and its position in the segment, not on its row.
         """
-        keys = None if key is None else _token_keys(key, segment_ids)
+        keys = None if key is None else constrain(_token_keys(key, segment_ids), "batch", "tokens")
         return self.llm(self.embed(input_ids, images, keys), segment_ids, keys)
 
     def embed(
@@ -143,6 +144,10 @@ class Llava(nnx.Module):
             keys: Dropout keys of the adapters, one per token; None turns dropout off.
         """
         embeds = self.llm.embed_tokens(input_ids, self.dtype)
+        # The devices exchange columns of the table for tokens, and then for rows. XLA cannot do
+        # both at once.
+        embeds = constrain(embeds, "copies", "tokens", "columns")
+        embeds = constrain(embeds, "batch", "tokens", "activations")
         if images is None or not images.pixel_values.shape[1]:
             return embeds
         slot_keys = None
@@ -153,6 +158,9 @@ class Llava(nnx.Module):
         features = self.image_features(
             images.pixel_values.reshape(batch * slots, *pixels), slot_keys
         )
+        # The images may be divided among more devices than the rows that they belong to.
+        features = constrain(features, "images", "patches", "activations")
+        features = constrain(features, "batch", "patches", "activations")
         placed = _sum_features(features.reshape(batch, -1, features.shape[-1]), images)
         if self.config.pools_before_projector:
             placed = self.projector(placed, keys)

@@ -107,7 +107,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "I Q D"]:
         x += self.self_attn(self.layer_norm1(x), keys)
         x += self.mlp(self.layer_norm2(x), keys)
-        return constrain(x, "batch", "patches", "activations")
+        return constrain(x, "images", "patches", "activations")
 
 
 class Encoder(nnx.Module):
@@ -184,7 +184,7 @@ class VisionTower(nnx.Module):
         x = self.embeddings(pixels)
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
-        x = constrain(x, "batch", "patches", "activations")
+        x = constrain(x, "images", "patches", "activations")
         if keys is not None:
             keys = position_keys(keys, x.shape[1])
         layers, kept = self.encoder.layers, self.feature_layers

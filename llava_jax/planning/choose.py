@@ -102,7 +102,7 @@ def plan_for_attached(
     else:
         rates = rates_of(device.device_kind) or GPUS["rtx3090"].rates  # used to rank plans
         build = lambda config: program_here(config, model, slots)[0]
-        estimate = make_estimator(config, model, mesh.size, rates, build, slots)
+        estimate = make_estimator(config, model, rates, build, slots)
         outside = outside_pool(device.platform, device.device_kind, mesh.size)
         free = capacity - reserve_of(capacity, outside)
         room = Capacity(free, for_host, shares_host(device.device_kind))

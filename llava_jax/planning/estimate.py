@@ -12,9 +12,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
-from llava_jax.data.batch import Batch
+from llava_jax.data.batch import Batch, round_up
 from llava_jax.distributed.disk_weights import buffer_bytes
 from llava_jax.distributed.host_memory import PARTS, tree_bytes
+from llava_jax.distributed.sharding import data_parallel_size, sequence_size
 from llava_jax.jax_compat import STREAMING_OPTIONS
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.disk import READS, copied_from_disk, read_from_disk
@@ -32,7 +33,6 @@ FIXED = 2**28
 def make_estimator(
     config: TrainConfig,
     model: ModelConfig,
-    count: int,
     rates: Rates,
     build: Callable[[TrainConfig], Program],
     slots: int,
@@ -42,7 +42,6 @@ def make_estimator(
     Args:
         config: Config of the run.
         model: Sizes of the model.
-        count: Number of devices.
         rates: Peak rates of a device.
         build: Function that builds the program of a config for these devices.
         slots: Number of image slots per row.
@@ -58,7 +57,9 @@ def make_estimator(
         planned, memory = plan.apply(config), plan.memory
         program, batch = smallest(memory)  # their bytes do not depend on the micro-batch
         device, host = argument_bytes(program)
-        kept, working = activation_bytes(planned, model, slots)
+        mesh = program.mesh
+        count = mesh.size
+        kept, working = activation_bytes(planned, model, slots, sequence_size(mesh))
         offloaded = kept if memory.offload_activations else 0
         streamed = (
             host["frozen weights"] + host["trainables"] + copied_from_disk(program, 1) // READS
@@ -70,9 +71,9 @@ def make_estimator(
         # The update loads pieces of float32 weights ahead; see `host_memory.piece_of`.
         hosted = memory.offload_optimizer and config.tune.llm == "full"
         ahead = 2 * 4 * matrix // (PARTS if count == 1 else count) if hosted else 0
-        share = config.batch.global_size / count
-        micros = math.ceil(share / plan.micro_size)
-        products = share * model_flops(planned, model, full_row(planned, slots))
+        micros = math.ceil(config.batch.global_size / data_parallel_size(mesh) / plan.micro_size)
+        rows = config.batch.global_size / count
+        products = rows * model_flops(planned, model, full_row(planned, slots))
         # Each micro-batch reads all weights in the forward pass and in the backward pass.
         read = 2 * micros * (sum(device.values()) + sum(host.values()))
         computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
@@ -102,13 +103,16 @@ def make_estimator(
     return estimate
 
 
-def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tuple[int, int]:
+def activation_bytes(
+    config: TrainConfig, model: ModelConfig, slots: int, sequence: int
+) -> tuple[int, int]:
     """Estimates the activations of a micro-batch on one device, in bytes.
 
     Args:
         config: Config of the run, with a plan.
         model: Sizes of the model.
         slots: Number of image slots per row.
+        sequence: Number of devices that the tokens of a row are divided among.
 
     Returns:
         The activations that the forward pass keeps for the backward pass, and the largest memory
@@ -118,7 +122,7 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tup
     width, wide = llm.hidden_size, llm.intermediate_size
     queries, keys = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads))
     rows = config.batch.micro_size or 1
-    tokens = rows * config.data.max_length
+    tokens = rows * round_up(config.data.max_length, sequence) // sequence
     # Elements per token and layer: the input of the block; the outputs of the linear layers; and
     # the rotated queries and keys, the output of attention and the sums of the residual stream.
     elements = width
@@ -127,7 +131,8 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, slots: int) -> tup
     if remat == "none":
         elements += 2 * queries + keys + 2 * width
     kept = tokens * llm.num_hidden_layers * elements
-    positions = rows * slots * vision.num_positions
+    images = rows * slots
+    positions = images // math.gcd(images, sequence) * vision.num_positions
     tower = positions * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     if config.tune.vision != "frozen":
         inside = {"full": 1, "dots": 10, "none": 15}[remat]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llava_jax.distributed.sharding import shard_map_rows
+from llava_jax.distributed.sharding import shard_map_tokens
 from llava_jax.jax_compat import bounded_loop
 from llava_jax.models.layers import Params, from_chunks, to_chunks
 from llava_jax.models.llava import head_logits
@@ -54,7 +54,15 @@ def token_losses(
         targets: Next token of each position, int [batch, tokens].
         learned: Mask of the positions whose target is supervised, bool [batch, tokens].
     """
-    narrow = head.astype(hidden.dtype)  # one cast before the loop, instead of one per chunk
+    axes, params = {"head": ("vocab", "model")}, {"head": head}
+    return shard_map_tokens(_local_losses, axes, params, hidden, targets, learned)
+
+
+def _local_losses(
+    params: Params, hidden: jax.Array, targets: jax.Array, learned: jax.Array
+) -> TokenLosses:
+    """Returns the result of `token_losses` for one device's tokens."""
+    narrow = params["head"].astype(hidden.dtype)  # one cast instead of one per chunk
     pieces = _Pieces(learned)
 
     def one_chunk(index: jax.Array, done: TokenLosses) -> TokenLosses:
@@ -79,7 +87,7 @@ def weighted_loss(
 
     The gradients with respect to `hidden` and `head` are computed together with the loss, chunk by
     chunk. Matrix products have operands in the dtype of `hidden`; the gradient of `head` is summed
-    in float32. Each device computes only its own rows.
+    in float32. Each device computes only its own tokens.
 
     Args:
         hidden: Final hidden states, [batch, tokens, hidden].
@@ -89,16 +97,16 @@ def weighted_loss(
             supervised.
     """
     axes, params = {"head": ("vocab", "model")}, {"head": head}
-    return jnp.sum(shard_map_rows(_local_loss, axes, params, hidden, targets, weights))
+    return jnp.sum(shard_map_tokens(_local_loss, axes, params, hidden, targets, weights))
 
 
 @jax.custom_vjp
 def _local_loss(
     params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> Float[Array, "1"]:
-    """Returns the weighted loss of one device's rows, [1]."""
-    losses = token_losses(hidden, params["head"], targets, weights != 0)
-    return jnp.sum(losses.nll * weights)[None]
+) -> Float[Array, "1 1"]:
+    """Returns the weighted loss of one device's tokens, [1, 1]."""
+    losses = _local_losses(params, hidden, targets, weights != 0)
+    return jnp.sum(losses.nll * weights)[None, None]
 
 
 def _with_gradients(
@@ -129,12 +137,12 @@ def _with_gradients(
     empty = pieces.zeros(hidden.shape[2:], hidden.dtype)
     loss, head_grad, hidden_grad = pieces.loop(one_chunk, (*zeros, empty))
     grads = {"head": head_grad.astype(head.dtype)}, pieces.put_back(hidden_grad)
-    return loss[None], grads
+    return loss[None, None], grads
 
 
 def _scaled(grads: tuple[Params, jax.Array], scale: jax.Array) -> tuple:
     """Multiplies the gradients by the upstream gradient; targets and weights have no gradient."""
-    return *jax.tree.map(lambda grad: grad * scale[0].astype(grad.dtype), grads), None, None
+    return *jax.tree.map(lambda grad: grad * scale[0, 0].astype(grad.dtype), grads), None, None
 
 
 _local_loss.defvjp(_with_gradients, _scaled)

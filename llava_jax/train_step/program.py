@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
-from llava_jax.data.batch import Batch
+from llava_jax.data.batch import Batch, round_up
 from llava_jax.distributed.disk_weights import DiskStack
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
 from llava_jax.distributed.multihost import rows_here
 from llava_jax.distributed.sharding import (
     batch_sharding,
     data_parallel_size,
+    sequence_size,
     shardings,
     with_shardings,
 )
@@ -139,9 +140,10 @@ class Program:
 
         Args:
             size: Number of rows in the batch.
-            length: Number of tokens in a row.
+            length: Number of tokens in a row. It is rounded up like the lengths of a `BatchSpec`.
             slots: Number of image slots in a row.
         """
+        length = round_up(length, sequence_size(self.mesh))
 
         def blank(dtype: DTypeLike, *shape: int) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), (size, *shape))
@@ -195,10 +197,12 @@ def build_program(
         ConfigError: Fields of the config contradict each other or do not fit the devices.
     """
     _check_memory(config)
+    _check_heads(model_config, mesh)
     configs = adapter_settings.adapter_configs(config.tune, config.lora, config.vision_lora)
     adapters = adapter_settings.expand(configs, model_config)
     target: str = platform or mesh.devices.flat[0].platform
-    compute = _compute_config(config, implementation, target)
+    divides_tokens = sequence_size(mesh) > 1
+    compute = _compute_config(config, implementation, target, divides_tokens=divides_tokens)
     graphdef, shapes = build_model(model_config, adapters, compute)
     placement = _place_parameters(config, shapes, mesh)
     accumulation = accumulation_steps(config.batch, mesh)
@@ -271,8 +275,27 @@ def _check_memory(config: TrainConfig) -> None:
         )
 
 
+def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ConfigError if `sequence` x `tensor` does not divide the decoder's attention heads."""
+    heads, sequence, tensor = (
+        model.llm.num_attention_heads,
+        sequence_size(mesh),
+        mesh.shape["tensor"],
+    )
+    if sequence > 1 and heads % (sequence * tensor):
+        sizes = [str(n) for n in range(1, heads + 1) if heads % (n * tensor) == 0] or ["1"]
+        raise ConfigError(
+            f"mesh.sequence {sequence} x mesh.tensor {tensor} must divide the {heads} attention "
+            f"heads of the decoder; set mesh.sequence to {' or '.join(sizes)}"
+        )
+
+
 def _compute_config(
-    config: TrainConfig, implementation: AttentionImplementation, platform: str
+    config: TrainConfig,
+    implementation: AttentionImplementation,
+    platform: str,
+    *,
+    divides_tokens: bool,
 ) -> ComputeConfig:
     """Returns the settings in the config that determine how the model computes.
 
@@ -286,8 +309,9 @@ def _compute_config(
         remat=config.memory.remat,
         offload_activations=config.memory.offload_activations,
         # Weights are streamed if the model does not fit into device memory. Gathered weights would
-        # not fit either.
-        gather_weights=not (config.memory.stream_weights or config.memory.weights_on_disk),
+        # not fit either. But chunks of tokens that are divided among several devices are cut by each device.
+        gather_weights=divides_tokens
+        or not (config.memory.stream_weights or config.memory.weights_on_disk),
     )
 
 

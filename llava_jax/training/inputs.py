@@ -75,14 +75,15 @@ class Inputs:
     warnings: tuple[str, ...]
     ends: frozenset[int] = frozenset()
 
-    def planned(self, devices: int, micro_rows: int) -> "Inputs":
+    def planned(self, devices: int, micro_rows: int, sequence: int) -> "Inputs":
         """Returns the same inputs for the plan of a run.
 
         Args:
             devices: Number of devices that the rows of a batch are divided among.
             micro_rows: Number of rows in a micro-batch on all devices together.
+            sequence: Number of devices that the tokens of a row are divided among.
         """
-        return self._with_spec(devices=devices, micro_rows=micro_rows)
+        return self._with_spec(devices=devices, micro_rows=micro_rows, sequence=sequence)
 
     def with_buckets(self, buckets: Buckets) -> "Inputs":
         """Returns the same inputs for batches whose rows have these lengths and image slots."""

@@ -26,7 +26,12 @@ from llava_jax.distributed.multihost import (
     report_and_exit,
     say,
 )
-from llava_jax.distributed.sharding import data_parallel_size, layout_table, make_mesh
+from llava_jax.distributed.sharding import (
+    data_parallel_size,
+    layout_table,
+    make_mesh,
+    sequence_size,
+)
 from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
 from llava_jax.planning.check_devices import check_accelerator, division_warnings
@@ -187,7 +192,8 @@ def _plan(setup: Setup, mesh: Mesh, *, is_resumed: bool) -> Setup:
     )
     devices = data_parallel_size(mesh)
     rows = devices * micro_size(planned.batch, mesh)
-    return dataclasses.replace(setup, config=planned, inputs=inputs.planned(devices, rows))
+    inputs = inputs.planned(devices, rows, sequence_size(mesh))
+    return dataclasses.replace(setup, config=planned, inputs=inputs)
 
 
 def _choose_buckets(setup: Setup, *, is_resumed: bool) -> Setup:

@@ -14,7 +14,7 @@ from llava_jax.distributed.sharding import (
     PARAMETER_RULES,
     logical_axes,
     make_mesh,
-    shard_map_rows,
+    shard_map_tokens,
     to_spec,
 )
 from llava_jax.errors import ConfigError
@@ -104,16 +104,16 @@ def test_a_mesh_of_another_size_than_the_machine_is_refused():
 
 
 def test_every_rule_puts_a_dimension_on_fsdp():
-    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    mesh = {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
     for pattern, axes in PARAMETER_RULES:
         spec = to_spec(axes, (4,) * len(axes), mesh)
         assert "fsdp" in str(spec), pattern
 
 
 def test_what_the_axes_do_not_divide_is_on_fewer():
-    mesh = {"data": 1, "fsdp": 4, "tensor": 2}
-    specs = [to_spec(("split_outputs", "whole"), (size, 3), mesh)[0] for size in (16, 6, 5)]
-    assert specs == [("tensor", "fsdp"), "tensor", None]
+    mesh = {"data": 1, "fsdp": 4, "sequence": 2, "tensor": 2}
+    specs = [to_spec(("split_outputs", "whole"), (size, 3), mesh)[0] for size in (16, 8, 6, 5)]
+    assert specs == [("tensor", "fsdp", "sequence"), ("tensor", "fsdp"), "tensor", None]
 
 
 def test_a_parameter_without_a_rule_is_an_error():
@@ -123,7 +123,7 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 def test_two_dimensions_on_one_mesh_axis_are_an_error():
     with pytest.raises(ValueError, match="do not fit"):
-        to_spec(("model", "rank"), (8, 8), {"data": 1, "fsdp": 2, "tensor": 1})
+        to_spec(("model", "rank"), (8, 8), {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 1})
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_double", "int8"])
@@ -135,7 +135,7 @@ def test_quantised_weights_are_the_same_once_gathered(kind):
     add = lambda params, x: x + dequantise(params["weight"], x.dtype)[None]
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
         gather = jax.jit(
-            lambda *args: shard_map_rows(add, {"weight": ("split_outputs", "whole")}, *args)
+            lambda *args: shard_map_tokens(add, {"weight": ("split_outputs", "whole")}, *args)
         )
         gathered = gather(params, rows)
     np.testing.assert_array_equal(gathered, add(params, rows))

@@ -11,7 +11,7 @@ import pytest
 from tiny_training import CONFIG, MODEL, change
 
 from llava_jax.config import MeshConfig
-from llava_jax.distributed.sharding import make_mesh, shard_map_rows
+from llava_jax.distributed.sharding import make_mesh, shard_map_tokens
 from llava_jax.models import llama
 from llava_jax.models.paths import is_adapter
 from llava_jax.planning.collectives import collective_bytes
@@ -61,7 +61,9 @@ def test_in_a_loop_parameters_are_gathered_and_their_gradients_divided_once():
         return jax.lax.map(lambda x: jnp.sin(x @ params["w"].T), x)
 
     def gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
-        out = lambda weight: shard_map_rows(function, {"w": ("outputs", "whole")}, {"w": weight}, x)
+        out = lambda weight: shard_map_tokens(
+            function, {"w": ("outputs", "whole")}, {"w": weight}, x
+        )
         return jax.grad(lambda weight: jnp.sum(out(weight)))(weight)
 
     alone = gradient(weight, x)

@@ -36,7 +36,7 @@ def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float
     model = sizes(config)
     build = lambda config: measure.program_for(config, model, row.device, row.count)
     slots = measure.slots_per_row(config, model)
-    estimate = make_estimator(config, model, row.count, GPUS[row.device].rates, build, slots)
+    estimate = make_estimator(config, model, GPUS[row.device].rates, build, slots)
     found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
     lowest = 0.93 if row.count == 1 else 0.88
     highest = 1.08 if row.count == 1 else 1.1
@@ -48,7 +48,7 @@ def test_offloading_and_small_micro_batches_cost_time():
     config = load_config("7b_lora")
     model = sizes(config)
     build = lambda config: measure.program_for(config, model, "rtx4060", 1)
-    estimate = make_estimator(config, model, 1, GPUS["rtx4060"].rates, build, 1)
+    estimate = make_estimator(config, model, GPUS["rtx4060"].rates, build, 1)
     streamed = MemoryConfig(offload_optimizer=True, stream_weights=True)
     seconds = [estimate(Plan(size, streamed)).seconds for size in (8, 2, 1)]
     assert seconds == sorted(seconds)
