@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         prog=PROG,
         description="Compiles the train step of a run for several numbers of GPUs. The step has "
         "one micro-batch, and all GPUs are on the axes fsdp and sequence of the mesh. Prints how "
-        "many GiB each GPU exchanges with the others: measured in the compiled step, and computed by "
-        "a formula. The size of an all-gather is the size of its result, and the size of any other "
-        "collective is the size of its operands. Like llava-jax train, the command also accepts an "
-        "option for every field of the config.",
+        "many GiB each GPU exchanges with the others: measured in the compiled step, and computed "
+        "by a formula. The size of an all-gather is the size of its result, and the size of any "
+        "other collective is the size of its operands. Like llava-jax train, the command also "
+        "accepts an option for every field of the config.",
     )
     parser.add_argument("--config", required=True, help="config file or name of a preset")
     # TPUs are not in the list, because the bytes of their collectives cannot be counted.
@@ -83,7 +83,7 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
 
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning.collectives import collective_bytes
-    from llava_jax.planning.measure import compile_for, slots_per_row
+    from llava_jax.planning.compile import compile_for, slots_per_row
     from llava_jax.planning.model_sizes import sizes
 
     shares = data_parallel_size(make_mesh(config.mesh, jax.devices()[:count]))
@@ -92,9 +92,9 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     )
     config = dataclasses.replace(config, batch=batch)
     model = sizes(config)
-    program, _, text = compile_for(config, model, device, count)
+    program, step = compile_for(config, model, device, count)
     images = micro_size * slots_per_row(config, model)
-    return collective_bytes(text), formula(program, config, micro_size, images)
+    return collective_bytes(step.text), formula(program, config, micro_size, images)
 
 
 def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict[str, int]:

@@ -286,7 +286,7 @@ def shard_map_tokens(
     def run(params: Mapping[str, Any], *own: Any) -> Any:
         whole = {
             name: jax.tree.map(_whole, x, divided[name])
-            for name, x in narrow(params, rows[0].dtype).items()
+            for name, x in _narrow(params, rows[0].dtype).items()
         }
         return function(whole, *own)
 
@@ -316,7 +316,7 @@ def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh, over: tuple[s
     return jax.tree.map(spec, x)
 
 
-def narrow(params: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+def _narrow(params: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Casts the matrices among parameters to `dtype`, the dtype of their products.
 
     Vectors and quantized weights are returned unchanged, because they are used in float32.

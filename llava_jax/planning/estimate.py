@@ -17,10 +17,11 @@ from llava_jax.distributed.disk_weights import buffer_bytes
 from llava_jax.distributed.host_memory import PARTS, tree_bytes
 from llava_jax.distributed.sharding import data_parallel_size, sequence_size
 from llava_jax.jax_compat import STREAMING_OPTIONS
+from llava_jax.planning.compile import argument_bytes
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.disk import READS, copied_from_disk, read_from_disk
 from llava_jax.planning.forecast import DISK_RATE, LINKS, MEMORY, PRODUCTS
-from llava_jax.planning.measure import argument_bytes, pcie_bytes
+from llava_jax.planning.measure import pcie_bytes
 from llava_jax.planning.model_flops import full_row, model_flops
 from llava_jax.planning.search import Estimate, Plan
 from llava_jax.train_step.loss import CHUNK_TOKENS as LOSS_TOKENS

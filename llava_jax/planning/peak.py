@@ -24,7 +24,7 @@ SCOPES = ("vision", "projector", "attention", "feed_forward", "decoder", "loss",
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class LargeArray:
     """An array in device memory.
 
     Attributes:
@@ -43,7 +43,7 @@ def dump_options(folder: Path) -> Options:
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
-def largest_arrays(folder: Path, text: str, count: int = 10) -> tuple[Array, ...]:
+def largest_arrays(folder: Path, text: str, count: int = 10) -> tuple[LargeArray, ...]:
     """Returns the largest arrays at the peak of device memory, the largest first.
 
     Args:
@@ -70,7 +70,7 @@ def largest_arrays(folder: Path, text: str, count: int = 10) -> tuple[Array, ...
     largest = sorted(there.values(), key=lambda value: -value.place[2])[:count]
     names = _names(text)
     return tuple(
-        Array(value.place[2], value.shape, _name(value, values, names)) for value in largest
+        LargeArray(value.place[2], value.shape, _name(value, values, names)) for value in largest
     )
 
 

@@ -6,10 +6,11 @@ import math
 
 from llava_jax.config import load_config
 from llava_jax.distributed.environment import GIB
-from llava_jax.planning import measure as measuring
+from llava_jax.planning import compile as compiling
 from llava_jax.planning import search
 from llava_jax.planning.devices import GPUS, Gpu
 from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.measure import usage_of
 from llava_jax.planning.model_sizes import sizes
 from llava_jax.planning.usage import Usage
 
@@ -123,14 +124,12 @@ def _measure(
     config = load_config(preset)
     memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
     planned = search.Plan(micro_size, memory).apply(config)
-    target = measuring.find_device(device)
-    program, totals, text = measuring.compile_for(planned, sizes(config), device, count)
-    batch = measuring.largest_batch(program, planned)
-    usage = measuring.usage_of(
-        program, planned, batch, totals, text, target.memory, target.platform, device
-    )
+    target = compiling.find_device(device)
+    program, step = compiling.compile_for(planned, sizes(config), device, count)
+    batch = compiling.largest_batch(program, planned)
+    usage = usage_of(program, planned, batch, step, target.memory, target.platform, device)
     on_gpu = isinstance(target, Gpu)
-    return usage, {name: forecast(text, GPUS[name].rates) for name in FORECAST if on_gpu}
+    return usage, {name: forecast(step.text, GPUS[name].rates) for name in FORECAST if on_gpu}
 
 
 def describe(row: Row, measured: Measured) -> str:

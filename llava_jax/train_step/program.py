@@ -309,7 +309,7 @@ def _compute_config(
         remat=config.memory.remat,
         offload_activations=config.memory.offload_activations,
         # Weights are streamed if the model does not fit into device memory. Gathered weights would
-        # not fit either. But chunks of tokens that are divided among several devices are cut by each device.
+        # not fit either. But if tokens are divided, each device must cut its own chunks of tokens.
         gather_weights=divides_tokens
         or not (config.memory.stream_weights or config.memory.weights_on_disk),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from llava_jax.config import MemoryConfig, load_config
 from llava_jax.distributed.environment import GIB
-from llava_jax.planning import measure
+from llava_jax.planning import compile as compiling
 from llava_jax.planning.devices import GPUS
 from llava_jax.planning.estimate import make_estimator
 from llava_jax.planning.model_sizes import sizes
@@ -34,8 +34,8 @@ def figures() -> Iterator[tuple[Row, float, float]]:
 def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float):
     config = load_config(row.config)
     model = sizes(config)
-    build = lambda config: measure.program_for(config, model, row.device, row.count)
-    slots = measure.slots_per_row(config, model)
+    build = lambda config: compiling.program_for(config, model, row.device, row.count)
+    slots = compiling.slots_per_row(config, model)
     estimate = make_estimator(config, model, GPUS[row.device].rates, build, slots)
     found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
     lowest = 0.93 if row.count == 1 else 0.88
@@ -47,7 +47,7 @@ def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float
 def test_offloading_and_small_micro_batches_cost_time():
     config = load_config("7b_lora")
     model = sizes(config)
-    build = lambda config: measure.program_for(config, model, "rtx4060", 1)
+    build = lambda config: compiling.program_for(config, model, "rtx4060", 1)
     estimate = make_estimator(config, model, GPUS["rtx4060"].rates, build, 1)
     streamed = MemoryConfig(offload_optimizer=True, stream_weights=True)
     seconds = [estimate(Plan(size, streamed)).seconds for size in (8, 2, 1)]
