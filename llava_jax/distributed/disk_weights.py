@@ -6,9 +6,9 @@ that is needed next in advance.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,19 +26,9 @@ BUFFERED = 2
 copied to the device, and the next layer."""
 
 
-class LayerReader(Protocol):
-    """Function that reads a part of a layer from a file, and begins to read the next layer."""
-
-    def __call__(self, layer: int, part: Part, ahead: int) -> np.ndarray:
-        """Returns the part of layer number `layer`.
-
-        Args:
-            layer: Number of the layer.
-            part: Part of the layer.
-            ahead: Number of the layer of which the same part is needed next; if there is no layer
-                with this number, no layer is needed next.
-        """
-        ...
+LayerReader = Callable[[int, Part, int], np.ndarray]
+"""Function of (layer, part, ahead) that returns a part of a layer, and begins to read the same part
+of the layer `ahead`. If there is no layer with the number `ahead`, no layer is needed next."""
 
 
 @jax.tree_util.register_static

@@ -44,6 +44,9 @@ from llava_jax.planning.usage import REST, Usage
 ROOT = Path(__file__).parents[2]
 
 
+IN_FILES = change(dataclasses.replace(CONFIG, init_from="base"), data={"max_length": 1})
+
+
 def used(total: int) -> Usage:
     terms = {"frozen weights": total // 2, REST: total - total // 2}
     return Usage(terms, dict.fromkeys(terms, 0), total, 0, 0, room_for(int(9.5 * GIB)), 0)
@@ -62,8 +65,8 @@ def figures(base: float, sample: float) -> Callable[[Plan], Usage]:
 
 
 def test_levels_give_up_one_thing_after_another():
-    found = list(levels(MemoryConfig()))
-    assert [memory.remat for memory in found] == ["none", "dots", *["full"] * 6]
+    found = list(levels(IN_FILES))
+    assert [memory.remat for memory in found] == ["none", "dots", *["full"] * 7]
     assert [str(Plan(1, memory)).partition("remat full")[2] for memory in found[2:]] == [
         "",
         ", optimizer on host",
@@ -72,7 +75,19 @@ def test_levels_give_up_one_thing_after_another():
         ", optimizer on host, weights and adapters streamed, vocabulary on host",
         ", optimizer on host, weights and adapters streamed, vocabulary on host, "
         "activations on host",
+        ", optimizer on host, weights and adapters streamed, vocabulary on host, "
+        "activations on host, weights on disk",
     ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"init_from": None}, {"quantize": "int8"}, {"tune": TuneConfig("full", "frozen", "full")}],
+)
+def test_only_frozen_weights_in_files_may_stay_there(fields: dict[str, Any]):
+    config = dataclasses.replace(IN_FILES, **fields)
+    assert not any(memory.weights_on_disk for memory in levels(config))
+    assert len(list(find_cpu_plan(config, 1, figures(99, 1)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,7 @@ def test_micro_batches_divide_a_devices_share(
 
 def guess(base: float, sample: float, share: float) -> tuple[Callable[[Plan], Estimate], Capacity]:
     """Estimates `share` of the memory, and that each level takes longer; 9.5 GiB are free."""
-    order = list(levels(MemoryConfig()))
+    order = list(levels(CONFIG))
     seconds = lambda plan: 2.0 ** order.index(plan.memory) + 0.01 / plan.micro_size
     total = lambda plan: int(share * figures(base, sample)(plan).total)
     free = used(0).capacity - used(0).reserve
@@ -171,6 +186,14 @@ def test_a_cpu_tries_few_plans_and_moves_nothing(
     trials = list(find_cpu_plan(config, 1, figures(base, sample)))
     assert [str(trial.plan) for trial in trials] == expected
     assert trials[-1].usage.fits == (base < 99)
+
+
+def test_a_cpu_reads_weights_from_disk_if_nothing_else_fits():
+    measure = lambda plan: used((1 if plan.memory.weights_on_disk else 99) * GIB)
+    *others, trial = find_cpu_plan(IN_FILES, 1, measure)
+    assert len(others) == 3
+    assert trial.usage.fits
+    assert str(trial.plan) == "micro-batch 1, remat full, weights on disk"
 
 
 def test_the_smallest_plan_for_a_small_host_keeps_little_there():
@@ -313,7 +336,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def measured(config: TrainConfig) -> list[Trial]:
     """What each level takes by the CPU's compiler, which knows no activations on the host."""
     known = Path(config.output_dir) / ".plans"
-    plans = [Plan(1, memory) for memory in levels(config.memory)]
+    plans = [Plan(1, memory) for memory in levels(config)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_memory, "MIN_SLICE", 100)
         measure = lambda p: cache.measure_once(known, p.apply(config), MODEL, 1, GIB)
