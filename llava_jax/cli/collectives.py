@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog=PROG,
         description="Compiles the train step of a run for several numbers of GPUs. The step has "
-        "one micro-batch, and all GPUs are on the axes fsdp and sequence of the mesh. Prints how "
-        "many GiB each GPU exchanges with the others: measured in the compiled step, and computed "
-        "by a formula. The size of an all-gather is the size of its result, and the size of any "
-        "other collective is the size of its operands. Like llava-jax train, the command also "
-        "accepts an option for every field of the config.",
+        "one micro-batch, and all GPUs are on the mesh axes fsdp and sequence. Prints how many GiB "
+        "each GPU exchanges with the others: first measured in the compiled step, then computed by "
+        "a formula. The size of an all-gather is the size of its result, and the size of any other "
+        "collective is the size of its operands. Like llava-jax train, the command also accepts an "
+        "option for every field of the config.",
     )
     parser.add_argument("--config", required=True, help="config file or name of a preset")
     # TPUs are not in the list, because the bytes of their collectives cannot be counted.
@@ -111,8 +111,9 @@ def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict
 
     If the tokens of a row are divided, queries, keys, values and the result of attention are sent
     three times: in both forward passes, and as gradients. The features of all images of the rows
-    are gathered, and their gradients are summed. This is for a number of images that `sequence`
-    divides; other images are computed by all these devices together, in ways that XLA chooses.
+    are gathered, and their gradients are reduced and scattered, because the projector is trained.
+    This is for a number of images that `sequence` divides; other images are computed by all these
+    devices together, in ways that XLA chooses.
 
     Args:
         program: Program of the run.
@@ -153,8 +154,8 @@ def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict
         features = item * images * model.image_tokens * model.llm.hidden_size
     return {
         "all-gather": gathered + features,
-        "reduce-scatter": divided,
-        "all-reduce": sum(size[path] for path in shared) + features,
+        "reduce-scatter": divided + features,
+        "all-reduce": sum(size[path] for path in shared),
         "all-to-all": embedded * (2 if table in trained else 1) + exchanged,
         "collective-permute": 0,
     }
