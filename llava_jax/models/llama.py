@@ -5,7 +5,6 @@ query, key and value projections, and Qwen3's decoder only in having RMS norms o
 queries and keys.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -35,28 +34,12 @@ from llava_jax.models.layers import (
     Weight,
     merge,
     parameter,
+    segment_ends,
     segment_starts,
     split,
 )
+from llava_jax.models.rope import Rope, make_rope
 from llava_jax.models.stack import scan_blocks, stack_blocks
-
-
-def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
-    """Returns the RoPE frequencies (Su et al., 2021), with Llama 3.1's scaling if configured.
-
-    There is one frequency in radians per position for each pair of dimensions of a head, [H / 2].
-    """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Llama 3.1 divides low frequencies by `factor`, keeps high frequencies, and interpolates
-    # between the two.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def rotate(
@@ -84,8 +67,10 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.arange(segment_ids.shape[1])[None] - starts
 
 
-Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
-"""Cosines and sines of the angles that `rotate` uses."""
+def segment_lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the number of tokens of each token's segment, [batch, tokens]."""
+    return segment_ends(segment_ids) - segment_starts(segment_ids) + 1
+
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Function that computes attention, including the mask. Its arguments are queries [B, T, N, H],
@@ -261,17 +246,6 @@ class Llama(nnx.Module):
         """Returns the output matrix [V, D], which is the embedding matrix if both are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).matrix
 
-    def rope(self, positions: Int[Array, "B T"]) -> Rope:
-        """Returns the cosines and sines of the rotation angles of tokens.
-
-        Args:
-            positions: Position of each token in its segment, [batch, tokens].
-        """
-        frequencies = rope_frequencies(self.config)[None, None]
-        angles = positions.astype(jnp.float32)[:, :, None] * frequencies
-        angles = constrain(angles, "batch", "tokens", "whole")
-        return jnp.cos(angles), jnp.sin(angles)
-
     @jax.named_scope("decoder")
     def __call__(
         self,
@@ -297,7 +271,12 @@ class Llama(nnx.Module):
                 f"{window}, and sliding-window attention is not implemented; set data.max_length "
                 f"to {window} or less"
             )
-        context = self.rope(positions_in_segments(segment_ids)), segment_ids
+        positions, lengths = positions_in_segments(segment_ids), segment_lengths(segment_ids)
+        cosines, sines = (
+            constrain(angles, "batch", "tokens", "whole")
+            for angles in make_rope(self.config, positions, lengths)
+        )
+        context = (cosines, sines), segment_ids
 
         def apply(
             block: Block, x: jax.Array, context: tuple[Rope, jax.Array], keys: TokenKeys

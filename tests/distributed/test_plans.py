@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_training import CONFIG, MODEL, change, run
+from tiny_training import CONFIG, MODEL, change, random_batch, run
 
-from llava_jax.config import MemoryConfig, TuneConfig
+from llava_jax.config import MemoryConfig, RopeScaling, TuneConfig
 from llava_jax.distributed import host_memory
 from llava_jax.models import llama
 
@@ -131,3 +131,29 @@ def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(llama, "CHUNK_TOKENS", tokens)
         losses.append([row["loss"] for row in run(config, devices=1, steps=5)[0]])
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+def test_long_rows_give_the_same_numbers_with_everything_on_the_host(
+    length: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if the RoPE frequencies depend on the lengths of the samples in a micro-batch."""
+    monkeypatch.setattr(llama, "CHUNK_TOKENS", 512)
+    llm = dataclasses.replace(
+        MODEL.llm,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        rope_scaling=RopeScaling("dynamic", 2.0),
+    )
+    model = dataclasses.replace(MODEL, llm=llm)
+    config = change(CONFIG, batch={"global_size": 2, "loss_group": 1}, lora={"dropout": 0.0})
+    config = dataclasses.replace(config, model=model)
+    batch = lambda step: random_batch(step, size=2, length=length, images=1)
+    tables = [
+        run(change(config, batch={"micro_size": size}, memory=vars(memory)), 1, 3, batch)[0]
+        for size, memory in ((2, RESIDENT), (1, PLANS["all"]))
+    ]
+    losses, expected = ([row["loss"] for row in table] for table in tables)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert losses[-1] < losses[0]
