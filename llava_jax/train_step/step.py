@@ -290,7 +290,7 @@ def make_gradient_fn(
         iterations = accumulation
         if packing and accumulation > 1:
             iterations = filled_micro_batches(batch.segment_ids, accumulation, devices)
-        zeros = jnp.zeros(()), jax.tree.map(host_memory.zeros, gradients)
+        zeros = jnp.zeros(()), host_memory.zeros(gradients)
         with bounded_loop(accumulation):
             return jax.lax.fori_loop(0, iterations, accumulate, zeros)
 
