@@ -49,8 +49,8 @@ def test_weights_on_disk_take_no_host_memory_but_time():
     """A 13B model for a host of 16 GB, beside which a search finds no other plan."""
     config = load_config("13b_lora")
     model = sizes(config)
-    build = lambda config: measure.program_for(config, model, "rtx3090", 1)
-    estimate = make_estimator(config, model, 1, GPUS["rtx3090"].rates, build, 1)
+    build = lambda config: compiling.program_for(config, model, "rtx3090", 1)
+    estimate = make_estimator(config, model, GPUS["rtx3090"].rates, build, 1)
     *_, streamed, on_disk = levels(config)
     found = {plan: estimate(Plan(4, plan)) for plan in (streamed, on_disk)}
     layers = 2 * 40 * (4 * 5120**2 + 3 * 5120 * 13824) / GIB
