@@ -33,12 +33,12 @@ def figures() -> Iterator[tuple[Row, float, float]]:
 
 @pytest.mark.parametrize(("row", "total", "host"), list(figures()), ids=str)
 def test_estimates_are_near_what_is_compiled(row: Row, total: float, host: float):
-    config = load_config(row.config)
+    config = row.planned
     model = sizes(config)
     build = lambda config: compiling.program_for(config, model, row.device, row.count)
     slots = compiling.slots_per_row(config, model)
     estimate = make_estimator(config, model, GPUS[row.device].rates, build, slots)
-    found = estimate(Plan(row.micro_size, MemoryConfig(**dict.fromkeys(row.plan, True))))
+    found = estimate(Plan(row.micro_size, config.memory))
     lowest = 0.93 if row.count == 1 else 0.88
     highest = 1.08 if row.count == 1 else 1.1
     assert lowest * total < found.total / GIB < highest * total
