@@ -102,19 +102,21 @@ class Trial:
 
 
 def levels(config: TrainConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow, or only one plan if the user has chosen it."""
+    """Yields memory plans, or only one plan if the user has chosen it.
+
+    The plans without weights on disk come first, from fast to slow.
+    """
     memory = config.memory
     if not memory.is_searched:
         yield memory
         return
-    names = ["offload_optimizer", "stream_weights", "offload_vocabulary", "offload_activations"]
-    names += ["weights_on_disk"] if config.may_read_from_disk else []
-    host: dict[str, bool] = dict.fromkeys(names, False)
-    for remat in ("none", "dots", "full"):
-        yield dataclasses.replace(memory, remat=remat, **host)
-    for name in host:
-        host[name] = True
-        yield dataclasses.replace(memory, remat="full", **host)
+    yield dataclasses.replace(memory, remat="none")
+    yield dataclasses.replace(memory, remat="dots")
+    names = ("offload_optimizer", "stream_weights", "offload_vocabulary", "offload_activations")
+    for on_disk in (False, True) if config.may_read_from_disk else (False,):
+        for count in range(len(names) + 1):
+            host: dict[str, bool] = dict.fromkeys(names[:count], True)
+            yield dataclasses.replace(memory, remat="full", weights_on_disk=on_disk, **host)
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
