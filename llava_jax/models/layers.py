@@ -36,8 +36,8 @@ Weight = jax.Array | Quantised
 
 Abstract = dict[str, Any]
 """Shapes of parameters by path: a ShapeDtypeStruct for each array, which has a sharding after
-placement, or a `Quantised` of ShapeDtypeStructs. The type of the values is Any, because most code
-reads only their `shape`, `dtype` and `sharding`."""
+placement, a `Quantised` of ShapeDtypeStructs, or a `DiskStack`. The type of the values is Any,
+because most code reads only their `shape`, `dtype` and `sharding`."""
 
 TokenKeys = Key[Array, "B T"] | None
 """One dropout key per token, or None to turn dropout off. Because each token has its own key, its

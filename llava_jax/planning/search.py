@@ -108,23 +108,27 @@ _TO_HOST: tuple[dict[str, bool], ...] = (
     {"stream_adapters": True},
     {"offload_vocabulary": True},
     {"offload_activations": True},
-    {"weights_on_disk": True},
 )
-"""Changes of a memory plan that move more and more arrays away from the device."""
+"""Changes of a memory plan that move more and more arrays to host memory."""
 
 
 def levels(config: TrainConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow, or only one plan if the user has chosen it."""
+    """Yields memory plans, or only one plan if the user has chosen it.
+
+    The plans without weights on disk come first, from fast to slow.
+    """
     memory = config.memory
     if not memory.is_searched:
         yield memory
         return
-    for remat in ("none", "dots", "full"):
-        memory = dataclasses.replace(memory, remat=remat)
-        yield memory
-    for step in _TO_HOST if config.may_read_from_disk else _TO_HOST[:-1]:
-        memory = dataclasses.replace(memory, **step)
-        yield memory
+    yield dataclasses.replace(memory, remat="none")
+    yield dataclasses.replace(memory, remat="dots")
+    for on_disk in (False, True) if config.may_read_from_disk else (False,):
+        level = dataclasses.replace(memory, remat="full", weights_on_disk=on_disk)
+        yield level
+        for step in _TO_HOST:
+            level = dataclasses.replace(level, **step)
+            yield level
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:

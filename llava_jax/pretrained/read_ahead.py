@@ -51,7 +51,7 @@ class LayerFiles:
     def __init__(self, tensors: list[Tensor], dtype: np.dtype, threads: Executor):
         self._tensors, self._dtype, self._threads = tensors, dtype, threads
         self._versions = {tensor.file: _version(tensor.file) for tensor in tensors}
-        self._ahead: dict[tuple[int, Part], Future[np.ndarray]] = {}
+        self._begun: dict[tuple[int, Part], Future[np.ndarray]] = {}
 
     def __call__(self, layer: int, part: Part, ahead: int) -> np.ndarray:
         """Returns a part of a layer, and begins to read the same part of the layer `ahead`.
@@ -60,10 +60,22 @@ class LayerFiles:
             CheckpointError: The file has changed since the run began, or a value is not finite.
             OSError: The file cannot be read.
         """
-        begun = self._ahead.pop((layer, part), None)
+        here = self._begin(layer, part)
         if 0 <= ahead < len(self._tensors):
-            self._ahead[ahead, part] = self._threads.submit(self._read, ahead, part)
-        return self._read(layer, part) if begun is None else begun.result()
+            self._begin(ahead, part)
+        # Both layers are kept: the last layer of a loop is the first one of the next loop, and
+        # several devices may need the same part.
+        for key in [*self._begun]:
+            if key[1] == part and key[0] not in (layer, ahead):
+                self._begun.pop(key, None)
+        return here.result()
+
+    def _begin(self, layer: int, part: Part) -> Future[np.ndarray]:
+        """Begins to read a part of a layer, unless this has begun already."""
+        begun = self._begun.get((layer, part))
+        if begun is None:
+            begun = self._begun[layer, part] = self._threads.submit(self._read, layer, part)
+        return begun
 
     def _read(self, layer: int, part: Part) -> np.ndarray:
         tensor = self._tensors[layer]

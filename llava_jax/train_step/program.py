@@ -257,18 +257,18 @@ def build_program(
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Raises ConfigError if a memory field needs remat "full", but remat has another value."""
+    """Raises ConfigError if a memory field needs remat "full", or weights that may be on disk."""
     memory = config.memory
-    fields = ("stream_weights", "offload_activations", "weights_on_disk")
-    on = [f"memory.{name}" for name in fields if getattr(memory, name)]
-    if memory.remat != "full" and on:
+    needs_full = memory.stream_weights or memory.offload_activations or memory.weights_on_disk
+    if memory.remat != "full" and needs_full:
         raise ConfigError(
-            f'memory.remat is {memory.remat!r}, but {" and ".join(on)} need "full"; set '
-            'memory.remat to "full", or turn the others off'
+            f"memory.remat is {memory.remat!r}, but memory.stream_weights, memory.weights_on_disk "
+            'and memory.offload_activations need "full"; set memory.remat to "full", or turn them '
+            "off"
         )
     if memory.weights_on_disk and not config.may_read_from_disk:
         raise ConfigError(
-            "memory.weights_on_disk needs frozen weights in files that need no conversion, but "
+            "memory.weights_on_disk needs decoder weights that stay as they are in files, but "
             f"init_from is {config.init_from!r}, tune.llm is {config.tune.llm!r} and quantize is "
             f"{config.quantize!r}; turn memory.weights_on_disk off, or set init_from to a "
             "checkpoint, tune.llm to 'lora' or 'frozen', and quantize to None"
