@@ -30,6 +30,10 @@ the vector memory of any TPU."""
 HEAD_LANES = 64
 """Sizes of heads that the splash kernel supports are multiples of this number."""
 
+OF_ROWS = ("batch", "whole", "heads_of_rows", "whole")
+OF_IMAGES = ("images", "whole", "heads", "whole")
+"""Logical axes of the keys of text rows, and of the keys of images."""
+
 QUERIES, MAX_PARTS = 128, 8
 """`plain_attention` cuts a sequence into at most MAX_PARTS parts, whose size is a multiple of
 QUERIES queries. Because each part is compiled separately, the number of parts is limited."""
@@ -187,7 +191,7 @@ def flash_attention(
     if segment_ids is None:
         return cudnn_attention(q, k, v)
     kernel = cast("Callable[..., jax.Array]", segment_attention)
-    return _on_shards(kernel, q, k, v, segment_ids, BLOCK)
+    return _on_shards(kernel, q, k, v, segment_ids, BLOCK, OF_ROWS)
 
 
 def splash_attention(
@@ -204,7 +208,8 @@ def splash_attention(
     causal = segment_ids is not None
     segments = segment_ids if causal else jnp.ones(q.shape[:2], jnp.int32)
     scaled = q * q.shape[3] ** -0.5
-    return _on_shards(partial(_splash, causal=causal), scaled, k, v, segments, MIN_BLOCK)
+    kernel, axes = partial(_splash, causal=causal), OF_ROWS if causal else OF_IMAGES
+    return _on_shards(kernel, scaled, k, v, segments, MIN_BLOCK, axes)
 
 
 def _on_shards(
@@ -214,13 +219,13 @@ def _on_shards(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
     block: int,
+    axes: tuple[str, ...],
 ) -> Float[Array, "B T D"]:
     """Runs a kernel on the rows and heads of each device; pads rows to a multiple of `block`."""
     batch, length, heads, size = q.shape
     # The query heads are grouped by key head, so that both kinds of heads are sharded alike.
     q = q.reshape(batch, length, k.shape[2], -1, size)
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
-    axes = ("batch", "whole", "heads_of_rows", "whole")
     attend = on_shards(kernel, ((*axes, "whole"), axes, axes, axes[:2]), (*axes, "whole"))
     out = attend(*map(pad, (q, k, v, segment_ids)))
     return out[:, :length].reshape(batch, length, heads * size)
@@ -285,15 +290,15 @@ def attend_to_rows(
         return attend(q, k, v, segment_ids)
     devices = sequence_size(mesh) * mesh.shape["tensor"]
     repeats = math.lcm(k.shape[2], devices) // k.shape[2]
-    of_tokens, of_heads = ("batch", "tokens", "heads"), ("batch", "whole", "heads_of_rows")
+    of_tokens, of_heads = ("batch", "tokens", "heads", "whole"), OF_ROWS
 
     def to_heads(x: jax.Array) -> jax.Array:
         # The first constraint makes XLA exchange the gradients in the same way.
-        return constrain(constrain(x, *of_tokens, "whole"), *of_heads, "whole")
+        return constrain(constrain(x, *of_tokens), *of_heads)
 
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     out = attend(*map(to_heads, (q, k, v)), constrain(segment_ids, *of_heads[:2]))
-    return constrain(constrain(out, *of_heads), *of_tokens)
+    return constrain(constrain(out, *of_heads[:3]), *of_tokens[:3])
 
 
 ATTENTION: Mapping[AttentionImplementation, Callable[..., jax.Array]] = {

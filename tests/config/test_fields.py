@@ -170,7 +170,11 @@ def test_every_number_has_bounds():
         *(("optimizer", "warmup_ratio", value) for value in (-0.1, 1.1, 100.0, math.nan)),
         *(("optimizer", "learning_rate", value) for value in (-1.0, 1e39, math.nan, math.inf)),
         *(("data", "max_skipped", value) for value in (-0.1, 1.1, math.nan)),
-        *(("mesh", axis, value) for axis in ("data", "fsdp", "tensor") for value in (0, -2)),
+        *(
+            ("mesh", axis, value)
+            for axis in ("data", "fsdp", "tensor", "sequence")
+            for value in (0, -2)
+        ),
         *(("eval", "patience", 0), ("batch", "global_size", 2**32)),
         *(("optimizer", "clip_norm", value) for value in (0.0, -1.0, 1e-40, math.nan)),
         *(("lora", "alpha", value) for value in (0.0, -1.0, math.nan, math.inf)),

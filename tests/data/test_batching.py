@@ -233,6 +233,12 @@ def test_buckets(make):
         spec(buckets=(8, 32))
 
 
+def test_devices_that_divide_rows_get_equally_many_tokens(make):
+    records = [record(0), record(1, words=30)]
+    batches = make(records, size=1, buckets=(4, 8), shuffle=False, sequence=6)
+    assert [next(batches).input_ids.shape for _ in range(2)] == [(1, 6), (1, 18)]
+
+
 def test_image_slots(make, picture):
     """The fewest that hold the images of the batch; a sample without a text needs none."""
     show = lambda number, count: record(number, (picture(10),) * count)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny_training
 from tiny_training import CONFIG, MODEL, change, packed, random_batch, run, start
 
 from llava_jax.cli.collectives import formula
@@ -15,7 +16,7 @@ from llava_jax.config import MemoryConfig, MeshConfig, TrainConfig, TuneConfig
 from llava_jax.data.batch import Batch
 from llava_jax.distributed import host_memory
 from llava_jax.errors import ConfigError
-from llava_jax.models import llama
+from llava_jax.models import attention, llama
 from llava_jax.planning.collectives import collective_bytes
 from llava_jax.planning.hlo import ARRAY, nbytes, total
 from llava_jax.planning.measure import compile_here
@@ -113,12 +114,24 @@ def test_devices_that_share_rows_train_as_one(
 
 
 @pytest.mark.slow  # short: rows of 32 tokens
-def test_long_rows():
-    length = 16384
-    llm = dataclasses.replace(WIDE.llm, num_hidden_layers=1)
-    config = change(LORA, batch={"global_size": 1}, data={"max_length": length})
+def test_long_rows(monkeypatch: pytest.MonkeyPatch):
+    """With the kernels for GPUs, because plain attention takes 15 GB for such a row."""
+    interpreted = functools.partial(attention.segment_attention, interpret=True)
+    monkeypatch.setattr(attention, "segment_attention", interpreted)
+    with_kernels = functools.partial(tiny_training.build_program, implementation="flash")
+    monkeypatch.setattr(tiny_training, "build_program", with_kernels)
+    samples, length = 16, 16384
+
+    def make(seed: int) -> Batch:
+        """One row with 16 samples of about 1024 tokens."""
+        batch = random_batch(seed, samples, length // samples, images=0)
+        is_of_tokens = lambda x: x.shape[1:2] == (length // samples,)
+        joined = lambda x: x.reshape(1, -1, *x.shape[2:]) if is_of_tokens(x) else x[:1]
+        return jax.tree.map(joined, batch)
+
+    llm = dataclasses.replace(WIDE.llm, num_hidden_layers=1, head_dim=16)
+    config = change(LORA, batch={"global_size": 1}, data={"max_length": length, "packing": True})
     config = dataclasses.replace(config, model=dataclasses.replace(WIDE, llm=llm))
-    make = lambda seed: random_batch(seed, size=1, length=length)
     expected = columns(config, 1, make, steps=2)
     divided = columns(dataclasses.replace(config, mesh=SEQUENCE8), 8, make, steps=2)
     np.testing.assert_allclose(divided, expected, rtol=1e-6)
@@ -145,9 +158,10 @@ def test_the_evaluation_of_divided_rows():
 )
 def test_tokens_and_heads_are_exchanged_as_the_formula_says(name: str, mesh: MeshConfig):
     rows = 4
-    size = rows * 8 // mesh.sequence
-    batch = {"global_size": size, "micro_size": rows}
-    config = dataclasses.replace(change(RECIPES[name], batch=batch), mesh=mesh)
+    config = dataclasses.replace(
+        change(RECIPES[name], batch={"global_size": rows * mesh.fsdp, "micro_size": rows}),
+        mesh=mesh,
+    )
     program, compiled, _ = compile_here(config, WIDE, slots=0, capacity=2**30)
     text = compiled.as_text() or ""
     expected = formula(program, config, rows, images=0)["all-to-all"]

@@ -175,6 +175,7 @@ SHAPES = {
     ),
     "planned": ("--mesh.data", "2", "--mesh.fsdp", "4"),
     "tensor8": ("--mesh.fsdp", "1", "--mesh.tensor", "8", "--data.workers", "2"),
+    "sequence4": ("--mesh.fsdp", "2", "--mesh.sequence", "4", "--data.packing"),
     "accumulated": ("--batch.global-size", "16", "--batch.micro-size", "1"),
     "full": ("--tune.llm", "full", "--memory.offload-optimizer"),
 }
@@ -184,8 +185,10 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_learn_as_one(start: Start, alone: Callable[..., Path], name: str):
     planned = PLANNED if name == "planned" else ()  # and that changes no number
-    (status, said), other = end(start(f"{name}-2", *SHAPES[name], *planned))
-    assert (status, other) == (0, (0, "")), said
+    # Two processes of two devices divide the tokens of a row.
+    devices = (2,) * 4 if name == "sequence4" else (4, 4)
+    (status, said), *others = end(start(f"{name}-2", *SHAPES[name], *planned, devices=devices))
+    assert (status, *others) == (0, *[(0, "")] * (len(devices) - 1)), said
     assert said.count("remat none: ") == bool(planned)
     directory = alone(f"{name}-1", *SHAPES[name])
     assert_as_alone(directory.with_name(f"{name}-2"), directory)

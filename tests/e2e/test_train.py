@@ -214,6 +214,21 @@ def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
     assert_same_run(directory, undisturbed)
 
 
+@pytest.mark.slow  # short: the steps of tests/distributed/test_sequence.py
+def test_a_run_continues_with_rows_that_devices_share(start, capsys: pytest.CaptureFixture[str]):
+    """Rows of 95 tokens get a token of padding, in training and in evaluation."""
+    arguments = ["--data.max-length", "95", "--data.buckets"]
+    status, directory = start("shared-rows", *arguments)
+    assert status == 0
+    before = metrics(directory)
+    shutil.rmtree(directory / "checkpoints" / "4")
+    shutil.rmtree(directory / "adapter")
+    assert start("shared-rows", *arguments, "--mesh.fsdp", "2", "--mesh.sequence", "4")[0] == 0
+    assert "padded to 96 tokens" in capsys.readouterr().out
+    losses = [[row["loss"] for row in rows] for rows in (metrics(directory), before)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.slow  # short: the planned run below
 def test_a_run_by_another_plan_learns_the_same(
     start, undisturbed: Path, base: Path, monkeypatch: pytest.MonkeyPatch

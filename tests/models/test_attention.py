@@ -15,6 +15,7 @@ from llava_jax.config import LLAVA_7B, MeshConfig
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models import attention
 from llava_jax.models.attention import (
+    attend_to_rows,
     attention_implementation,
     flash_attention,
     plain_attention,
@@ -106,6 +107,17 @@ def test_devices_share_rows_and_heads(kernel: str, key_heads: int):
     expected = results(plain_attention, qkv, ids)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         assert_alike(results(KERNELS[kernel], qkv, ids), expected)
+
+
+@pytest.mark.parametrize("key_heads", [4, 1])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_devices_share_the_tokens_of_rows(kernel: str, key_heads: int):
+    """A single key head is repeated for the devices."""
+    qkv, ids = operands(LENGTH, 4, key_heads), segments("packed")
+    expected = results(plain_attention, qkv, ids)
+    attend = functools.partial(attend_to_rows, KERNELS[kernel])
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2))):
+        assert_alike(results(attend, qkv, ids), expected)
 
 
 @pytest.mark.parametrize(
