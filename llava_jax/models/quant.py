@@ -183,8 +183,9 @@ def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
             codes[chunk] = np.rint(scaled)
         else:
             nearest = np.add.reduce([scaled > bound for bound in NF4_BOUNDS], dtype=np.uint8)
-            pairs = nearest.reshape(-1, BLOCK // 16, 2, 8)
-            codes[chunk] = _packed(pairs[:, :, 0] | pairs[:, :, 1] << 4)
+            eights = nearest.view("<u8")  # eight codes, each in a byte
+            pairs = eights[:, ::2] | eights[:, 1::2] << np.uint64(4)
+            codes[chunk] = _packed(pairs.view(np.uint8).reshape(-1, 4, 8))
     if kind == "int8":
         return Int8Weight(codes, absmax / np.float32(limit))
     codes, absmax = (x.reshape(len(weight), -1) for x in (codes, absmax))

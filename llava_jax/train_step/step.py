@@ -65,9 +65,9 @@ def abstract_state(
         trainable: Shapes, dtypes and shardings of the trainable parameters.
         tx: Optimizer.
         mesh: Device mesh.
-        offload: Whether to keep the moments in host memory, even if their parameters are on the
-            device. Moments for which `fits_host` returns False stay in the memory of their
-            parameters.
+        offload: Whether to keep the moments in host memory, or on the device, wherever their
+            parameters are. With `offload`, moments for which `fits_host` returns False stay in the
+            memory of their parameters.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -77,7 +77,9 @@ def abstract_state(
             return struct(leaf, everywhere)
         (parameter,) = (key.key for key in path if getattr(key, "key", None) in trainable)
         sharding = _moment_sharding(leaf.shape, trainable[parameter])
-        hosted = offload and fits_host(leaf.shape, sharding)
+        if not offload:
+            return struct(leaf, NamedSharding(mesh, sharding.spec))
+        hosted = fits_host(leaf.shape, sharding)
         return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
     wide = {path: leaf.update(dtype=jnp.float32) for path, leaf in trainable.items()}
