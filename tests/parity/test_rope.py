@@ -84,7 +84,7 @@ def test_greedy_tokens_beyond_the_context_are_the_same(
     family: str, scaling: str, make_hf: Callable, saved: Callable, assert_parity: Callable
 ):
     """Prompts that are shorter and longer than the context, together and each alone."""
-    name, new = f"{family} {scaling}", 2 * CONTEXT
+    name, new = f"{family} {scaling}", CONTEXT
     rng = np.random.default_rng(1)
     lengths = (CONTEXT - 12, CONTEXT + 20)
     ids, mask = np.full((2, lengths[1]), PAD), np.zeros((2, lengths[1]), np.int32)
