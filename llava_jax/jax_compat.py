@@ -19,8 +19,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     import jax
@@ -82,7 +83,6 @@ def compiler_options(
 PLANNING_OPTIONS: Options = {"xla_gpu_enable_triton_gemm": False}
 """Additional options for compiling for an absent GPU. XLA then cannot tune kernels, and finds no
 Triton tiling for some matrix products."""
-
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Environment variables that change the output of the compilers."""
@@ -299,28 +299,27 @@ def compile_for_topology(
 
 @contextmanager
 def lowering_for_gpu(capability: str) -> Iterator[None]:
-    """Returns a context in which kernels of Pallas are lowered for a GPU that is not attached.
+    """Returns a context in which kernels and callbacks are lowered for a GPU that is not attached.
 
-    Since JAX 0.11, Pallas asks for the type of the attached GPU when it lowers a Triton kernel, and
-    raises an error if there is no GPU. The public way to name an absent GPU, `AbstractDevice`,
-    accepts only types that JAX lists, which are few (JAX 0.12). JAX 0.10 needs no GPU here.
+    JAX lowers a callback only for devices of the mesh. Since JAX 0.11, Pallas asks for the type of
+    the attached GPU, and the public `AbstractDevice` has only few types (JAX 0.12).
 
     Args:
         capability: Compute capability of the GPU, for example "8.6".
     """
-    try:
-        from jax._src.pallas.triton import gpu_info  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:  # JAX 0.10
+    from jax._src.interpreters.mlir import ModuleContext
+
+    number = int(capability.replace(".", ""))
+    backend = lambda context, optional=False: None if optional else context.backend
+    with ExitStack() as changes:
+        changes.enter_context(patch.object(ModuleContext, "get_backend", backend))
+        if _JAXLIB >= [0, 11]:
+            from jax._src.pallas.triton import gpu_info  # pyright: ignore
+
+            new = {"gpu_version": None, "arch_name": capability, "compute_capability": number}
+            info = lambda: gpu_info.GpuInfo(**new)
+            changes.enter_context(patch.object(gpu_info, "get_gpu_info", info))
         yield
-        return
-    info = gpu_info.GpuInfo(
-        gpu_version=None, arch_name=capability, compute_capability=int(capability.replace(".", ""))
-    )
-    of_attached, gpu_info.get_gpu_info = gpu_info.get_gpu_info, lambda: info
-    try:
-        yield
-    finally:
-        gpu_info.get_gpu_info = of_attached
 
 
 def hide_triton_deprecation() -> None:
@@ -334,7 +333,6 @@ def hide_triton_deprecation() -> None:
 
 TRITON_DEPRECATED = "The Pallas Triton backend is deprecated"
 """Beginning of the warning's text."""
-
 
 _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+[KMGT] hbm)")
 
@@ -394,6 +392,9 @@ def readable_in_place(array: "jax.Array") -> "jax.Array":
 
 COPY_ENGINE = "dynamic_slice_config"
 """Part of the text of a slice that the GPU's copy engine copies; see `STREAMING_OPTIONS`."""
+
+CALLBACK = "_python_gpu_callback"
+"""Part of the text of a call of a Python function, whose result is copied from host memory."""
 
 HOST_SPACE = "S(5)"
 """Part of the shape of an array in host memory, in the text of a module for GPUs or TPUs."""

@@ -609,6 +609,8 @@ TEXT_FIELDS: list[tuple[str, Any]] = [
     ("rope_scaling", [1]),
     ("rope_scaling", {"rope_type": ["llama3"]}),
     ("rope_scaling", {"rope_type": "llama3"}),
+    ("rope_scaling", {"rope_type": "yarn", "factor": float("nan")}),
+    ("rope_scaling", {"type": "dynamic", "factor": -2.0}),
     ("rope_parameters", "x"),
     ("rope_parameters", {"rope_theta": {}}),
     ("max_position_embeddings", "many"),

@@ -278,6 +278,17 @@ def test_kernels_are_lowered_for_an_absent_gpu(capability: str):
     assert [name for name in KERNELS if name not in text] == []
 
 
+def test_callbacks_are_lowered_for_an_absent_gpu():
+    """Else weights on disk could not be planned for."""
+    result = jax.ShapeDtypeStruct((4,), jnp.float32)
+    traced = jax.jit(lambda x: jax.pure_callback(np.asarray, result, x)).trace(result)
+    with pytest.raises(ValueError, match="different from the lowering platform"):
+        traced.lower(lowering_platforms=("cuda",))
+    with jax_compat.lowering_for_gpu("8.6"):
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"xla_ffi{jax_compat.CALLBACK}" in text
+
+
 needs_gpu_info = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX 0.10 asks for no GPU"
 )

@@ -214,7 +214,7 @@ def built_in_config(given: argparse.Namespace) -> "TrainConfig":
         tune=TuneConfig("full" if full else "lora", "frozen", "full"),
         lora=LoraConfig(given.rank, 2.0 * given.rank),
         batch=BatchConfig(given.batch, given.micro_size),
-        optimizer=OptimizerConfig(1e-5 if full else 1e-4),
+        optimizer=OptimizerConfig(learning_rate=1e-5 if full else 1e-4),
         memory=MemoryConfig(remat=given.remat, offload_optimizer=streamed, stream_weights=streamed),
         dtype=given.dtype,
         quantize="nf4" if given.tune == "qlora" else None,

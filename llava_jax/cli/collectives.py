@@ -83,7 +83,7 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
 
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
     from llava_jax.planning.collectives import collective_bytes
-    from llava_jax.planning.measure import compile_for, slots_per_row
+    from llava_jax.planning.compile import compile_for, slots_per_row
     from llava_jax.planning.model_sizes import sizes
 
     shares = data_parallel_size(make_mesh(config.mesh, jax.devices()[:count]))
@@ -92,9 +92,9 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     )
     config = dataclasses.replace(config, batch=batch)
     model = sizes(config)
-    program, _, text = compile_for(config, model, device, count)
+    program, step = compile_for(config, model, device, count)
     images = micro_size * slots_per_row(config, model)
-    return collective_bytes(text), formula(program, config, micro_size, images)
+    return collective_bytes(step.text), formula(program, config, micro_size, images)
 
 
 def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict[str, int]:

@@ -97,14 +97,15 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
 
     from llava_jax.config import MemoryConfig
     from llava_jax.distributed.sharding import data_parallel_size, make_mesh
-    from llava_jax.planning import measure as measuring
+    from llava_jax.planning import compile as compiling
     from llava_jax.planning import search
     from llava_jax.planning.beside import outside_pool
     from llava_jax.planning.check_devices import division_warnings
     from llava_jax.planning.estimate import make_estimator
     from llava_jax.planning.forecast import describe_forecast
+    from llava_jax.planning.measure import measure as measure_step
     from llava_jax.planning.model_sizes import sizes
-    from llava_jax.planning.usage import reserve_of, usage_table
+    from llava_jax.planning.usage import largest_table, reserve_of, usage_table
     from llava_jax.train_step.step import micro_size
 
     model = sizes(config)
@@ -112,13 +113,13 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     for_host = None if given.host_memory is None else int(HOST_SHARE * given.host_memory * GIB)
     host_share = lambda count: None if for_host is None else for_host // count
     measure = lambda plan, count=given.count: dataclasses.replace(
-        measuring.measure(plan.apply(config), model, given.device, count, capacity),
+        measure_step(plan.apply(config), model, given.device, count, capacity),
         host_capacity=host_share(count),
     )
-    target = measuring.find_device(given.device)
-    kind = measuring.attention_for(config, model, target)
+    target = compiling.find_device(given.device)
+    kind = compiling.attention_for(config, model, target)
     print(f"attention: {kind}")
-    slots = measuring.slots_per_row(config, model)
+    slots = compiling.slots_per_row(config, model)
     print(describe_row(config.data.max_length, slots, model), flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
     for line in division_warnings(config, model, mesh.shape):
@@ -127,7 +128,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     if given.fit:
         config = dataclasses.replace(config, memory=MemoryConfig())
     if searches:
-        build = lambda config: measuring.program_for(config, model, given.device, given.count)
+        build = lambda config: compiling.program_for(config, model, given.device, given.count)
         estimate = make_estimator(config, model, target.rates, build, slots)
         outside = outside_pool(target.platform, given.device, given.count)
         size = capacity or target.memory
@@ -140,6 +141,8 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
         chosen = search.Trial(wanted, measure(wanted))
     print(f"{given.config} on {given.count} x {given.device}: {chosen.plan}")
     print(usage_table(chosen.usage), flush=True)
+    if chosen.usage.largest:
+        print(largest_table(chosen.usage))
     if chosen.usage.forecast:
         print(describe_forecast(chosen.usage.forecast, target.rates))
     print(compare_flops(chosen, config, model, given.count))
@@ -183,7 +186,7 @@ def compare_flops(chosen: "Trial", config: "TrainConfig", model: "ModelConfig", 
         model: Sizes of the model.
         count: Number of devices.
     """
-    from llava_jax.planning.measure import slots_per_row
+    from llava_jax.planning.compile import slots_per_row
     from llava_jax.planning.model_flops import full_row, model_flops
 
     config = chosen.plan.apply(config)

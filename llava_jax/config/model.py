@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal, cast
 
-from llava_jax.config.fields import Bound, above, at_least
+from llava_jax.config.fields import Bound, above, at_least, check_fields
 from llava_jax.errors import ConfigError
 
 NO_FEATURE, NEWLINE = -1, -2
@@ -19,6 +19,7 @@ _Size = Annotated[int, at_least(1, "it is a size of the model")]
 _TokenId = Annotated[int, at_least(0, "token ids are counted from 0")]
 _Epsilon = Annotated[float, above(0, "it prevents a division by zero")]
 _Factor = Annotated[float, above(0, "it scales or divides frequencies")]
+_OptionalFactor = Annotated[float | None, above(0, "it is a factor or a number of turns")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +71,64 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the rotary frequencies as in Llama 3.1.
+    """Scaling of the rotary frequencies, with which a decoder reads longer sequences.
 
-    The fields have the same names as in Hugging Face's `rope_scaling`.
+    The fields have the same names as in Hugging Face's `rope_scaling`, and None stands for the same
+    defaults. `models/rope.py` describes what each kind computes.
 
     Attributes:
-        factor: Number that low frequencies are divided by.
-        low_freq_factor: Frequencies that make at most this number of turns in the original context
-            length are divided by `factor`.
-        high_freq_factor: Frequencies that make at least this number of turns in the original
-            context length are not changed. Frequencies in between are interpolated.
-        original_max_position_embeddings: Original context length in tokens.
+        rope_type: Kind of scaling.
+        factor: Number that frequencies are divided by, or by which "dynamic" stretches the context.
+        original_max_position_embeddings: Context length in tokens before the scaling, for "yarn"
+            and "llama3". None stands for the decoder's `max_position_embeddings`.
+        low_freq_factor: For "llama3": frequencies that make at most this number of turns in the
+            original context length are divided by `factor`.
+        high_freq_factor: For "llama3": frequencies that make at least this number of turns in the
+            original context length are not changed. Frequencies in between are interpolated.
+        attention_factor: For "yarn": factor of the rotated queries and keys. None computes it from
+            `factor`, `mscale` and `mscale_all_dim`.
+        beta_fast: For "yarn": number of turns in the original context length from which
+            frequencies are not changed. None stands for 32.
+        beta_slow: For "yarn": number of turns in the original context length up to which
+            frequencies are divided by `factor`. None stands for 1.
+        mscale: For "yarn": weight of log(factor) in the numerator of the attention factor. It is
+            used if `mscale_all_dim` is also given.
+        mscale_all_dim: For "yarn": weight of log(factor) in the denominator.
+        truncate: For "yarn": whether the limits between changed and unchanged frequencies are
+            rounded to whole frequencies. None stands for True.
     """
 
-    factor: _Factor
-    low_freq_factor: _Factor
-    high_freq_factor: _Factor
-    original_max_position_embeddings: _Size
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: Annotated[float, at_least(1, "a scaling makes the context longer")]
+    original_max_position_embeddings: Annotated[
+        int | None, at_least(1, "it is a number of tokens")
+    ] = None
+    low_freq_factor: _OptionalFactor = None
+    high_freq_factor: _OptionalFactor = None
+    attention_factor: _OptionalFactor = None
+    beta_fast: _OptionalFactor = None
+    beta_slow: _OptionalFactor = None
+    mscale: _OptionalFactor = None
+    mscale_all_dim: _OptionalFactor = None
+    truncate: bool | None = None
+
+    def __post_init__(self):
+        check_fields(self, "rope_scaling.")
+        slow, fast = self.turns
+        if not 0 < slow < fast:
+            names = "low_freq_factor and high_freq_factor", "beta_slow and beta_fast"
+            raise ConfigError(
+                f"rope_scaling of the kind {self.rope_type!r}: {names[self.rope_type == 'yarn']} "
+                f"are {slow:g} and {fast:g}; the first must be above 0 and below the second"
+            )
+
+    @property
+    def turns(self) -> tuple[float, float]:
+        """Turns in the original context length between which frequencies are interpolated."""
+        slow, fast = self.beta_slow or 1, self.beta_fast or 32
+        if self.rope_type == "llama3":
+            slow, fast = self.low_freq_factor or 0, self.high_freq_factor or 0
+        return float(slow), float(fast)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +145,8 @@ class LlmConfig:
         num_attention_heads: Number of query heads.
         num_key_value_heads: Number of key and value heads.
         head_dim: Width of an attention head.
-        max_position_embeddings: Longest sequence in tokens that the decoder was trained for.
+        max_position_embeddings: Longest sequence in tokens that the decoder was trained for; with
+            some kinds of `rope_scaling`, before the scaling.
         rms_norm_eps: Number that RMS norms add to the mean square.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: Scaling of the rotary frequencies; None does not scale them.
@@ -127,6 +170,17 @@ class LlmConfig:
     tie_word_embeddings: bool = False
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     sliding_window: Annotated[int | None, at_least(1, "it is a number of tokens")] = None
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence in tokens that the decoder is made for, with its `rope_scaling`."""
+        trained, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is None:
+            return trained
+        # Some configs have the length before the scaling in `max_position_embeddings`, others the
+        # length after it.
+        original = scaling.original_max_position_embeddings or trained
+        return max(trained, int(scaling.factor * original))
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -86,6 +86,10 @@ class OptimizerConfig:
         b2: Decay rate of AdamW's second moment.
         eps: Number that AdamW adds to the denominator of an update.
         clip_norm: Maximum global norm of the gradients; None turns gradient clipping off.
+        weight_dtype: Dtype of trained matrices. "bfloat16" halves their memory; updates are
+            computed in float32 and rounded at random, so that small updates are not lost.
+        gradient_dtype: Dtype in which the gradients of trained matrices are summed over
+            micro-batches. In "bfloat16", each sum is rounded.
     """
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -109,6 +113,8 @@ class OptimizerConfig:
         above(0, "to turn clipping off, set it to None"),
         at_least(1e-4, "with a smaller norm, nothing is trained"),
     ] = None
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def rate_field(self, part: str) -> str:
         """Returns the name of the field with the peak learning rate of a part of the model."""
@@ -132,12 +138,17 @@ class MemoryConfig:
             with "none", everything is kept except the outputs of norms and gated products.
         offload_optimizer: Keep the optimizer's moments in host memory; if memory.remat is "full",
             also the float32 weights of fully trained blocks. A device holds one layer at a time.
-        stream_weights: Keep the weights and the adapters of the blocks, and their gradients, in
-            host memory. A device holds one layer at a time. Needs memory.remat "full".
+        stream_weights: Keep the weights of the blocks, and their gradients, in host memory. A
+            device holds one layer at a time. Needs memory.remat "full".
+        stream_adapters: With stream_weights, also keep the adapters of the blocks, and their
+            gradients, in host memory.
         offload_vocabulary: Keep the embedding and the output matrix of the decoder, and their
             gradients, in host memory.
         offload_activations: Keep the inputs of the blocks in host memory between the forward pass
             and the backward pass. Needs memory.remat "full".
+        weights_on_disk: Leave the frozen weights of the blocks in the files of init_from, and read
+            one layer at a time, twice in each micro-batch. Needs memory.remat "full" and a decoder
+            that is neither quantized nor trained in full.
     """
 
     plan: Literal["auto", "manual"] = "auto"
@@ -145,8 +156,10 @@ class MemoryConfig:
     remat: Remat = "full"
     offload_optimizer: bool = False
     stream_weights: bool = False
+    stream_adapters: bool = True
     offload_vocabulary: bool = False
     offload_activations: bool = False
+    weights_on_disk: bool = False
 
     @property
     def is_searched(self) -> bool:
@@ -282,9 +295,9 @@ class TrainConfig:
         optimizer: AdamW and its learning rates.
         memory: Memory plan: where arrays are kept, and what is recomputed. Results do not change.
         mesh: Number of devices along each axis of the device mesh.
-        dtype: Dtype of the computation and of frozen weights. Trained weights, optimizer moments,
-            norms, softmax and the loss are always float32. A CPU always computes in float32,
-            because it is slow in bfloat16.
+        dtype: Dtype of the computation and of frozen weights. Trained weights have the dtype of
+            `optimizer.weight_dtype`. Norms, softmax and the loss are always float32. A CPU always
+            computes in float32, because it is slow in bfloat16.
         nonfinite_limit: The run stops after this number of consecutive steps with an infinite or
             NaN loss or gradient. The updates of such steps are not applied.
         quantize: Quantization of the decoder's frozen linear layers, as in bitsandbytes: "nf4" (4.5
@@ -340,6 +353,12 @@ class TrainConfig:
         """Whether a run searches for its plan, or at least for the size of its micro-batches."""
         is_open = self.memory.is_searched or self.batch.micro_size is None
         return self.memory.plan == "auto" and is_open
+
+    @property
+    def may_read_from_disk(self) -> bool:
+        """Whether memory.weights_on_disk is possible: frozen decoder weights that are in files."""
+        is_frozen = self.tune.llm != "full" and self.quantize is None
+        return is_frozen and self.init_from is not None
 
     @property
     def run_dir(self) -> Path:

@@ -8,7 +8,7 @@ stops with an error (openxla/xla #47362, #47380, #34565).
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -220,15 +220,20 @@ def loop_with_prefetch(
 def add_to(total: Array, x: Array) -> Array:
     """Returns `total` + x in the memory of `total`; x is on the device."""
     if not is_hosted(total):
-        return total + x
+        return rounded_sum(total, x)
     piece = slice_size(total.shape), *total.shape[1:]
     load = lambda index, total: fetch(piece_at(total, index, piece))
 
     def body(index: Int[Array, ""], here: Array, ahead: Array, total: Array) -> Array:
-        new = here + piece_at(x, index, piece)
+        new = rounded_sum(here, piece_at(x, index, piece))
         return write_piece(total, write_after(ahead, new), index)
 
     return loop_with_prefetch(count_pieces(total.shape, piece), load, body, total)
+
+
+def rounded_sum(total: Array, x: Array) -> Array:
+    """Returns the float32 sum `total` + x, rounded to the dtype of `total`."""
+    return (total.astype(jnp.float32) + x.astype(jnp.float32)).astype(total.dtype)
 
 
 def write_after(ahead: PyTree, new: Tree) -> Tree:
@@ -240,15 +245,23 @@ def write_after(ahead: PyTree, new: Tree) -> Tree:
     return jax.lax.optimization_barrier((ahead, new))[1]
 
 
-def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros with the shape, dtype and memory of a ShapeDtypeStruct that has a sharding.
+def zeros(tree: PyTree) -> Any:
+    """Returns zeros with the shapes, dtypes and memory of ShapeDtypeStructs that have shardings.
 
     Zeros in host memory are made on the device and moved to the host: a stack layer by layer, and a
     matrix at once.
     """
+    leaves, structure = jax.tree.flatten(tree)
+    # XLA does not know that these numbers are equal. Otherwise, it would make arrays of one shape
+    # only once, and copy them in host memory.
+    numbers = jax.lax.optimization_barrier([jnp.zeros((), leaf.dtype) for leaf in leaves])
+    return jax.tree.unflatten(structure, map(_filled, leaves, numbers))
+
+
+def _filled(leaf: jax.ShapeDtypeStruct, number: Array) -> Array:
     if not is_for_host(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype)
     if len(leaf.shape) == 2:
-        return move(jnp.zeros(leaf.shape, leaf.dtype), HOST)
-    row = lambda _: move(jnp.zeros(leaf.shape[1:], leaf.dtype), HOST)
-    return jax.lax.map(row, jnp.arange(leaf.shape[0]))
+        return move(jnp.full(leaf.shape, number), HOST)
+    layer = lambda _: move(jnp.full(leaf.shape[1:], number), HOST)
+    return jax.lax.map(layer, jnp.arange(leaf.shape[0]))

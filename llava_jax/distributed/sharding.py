@@ -44,6 +44,12 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "whole": (),
 }
 
+TRANSPOSED: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("split_outputs", "whole"): ("outputs", "split_inputs"),
+    ("outputs", "split_inputs"): ("split_outputs", "whole"),
+}
+"""Logical axes of a transposed matrix, by the logical axes of the matrix."""
+
 BLOCKS = r"(llm\.layers|vision\.encoder\.(layers|tail))\..*"
 INTO = r"([qkv]_proj|gate_proj|up_proj|fc1)"  # from the model width to heads or feed-forward width
 FROM = r"(o_proj|out_proj|down_proj|fc2)"  # from heads or feed-forward width to the model width
@@ -149,6 +155,22 @@ def to_spec(
     return PartitionSpec(*map(dividing, mapped, shape))
 
 
+def axes_of_arrays(axes: tuple[str, ...], x: object) -> tuple[str, ...]:
+    """Returns the logical axes of a parameter's arrays that have as many axes as the parameter.
+
+    These are the axes of the parameter, except for a quantized weight with transposed arrays. There
+    the mesh axis `tensor` divides the same axis of the weight, and `fsdp` the slower axis of the
+    arrays.
+
+    Args:
+        axes: Logical axes of the parameter.
+        x: The parameter, as an array or as a quantized weight.
+    """
+    if not getattr(x, "is_transposed", False):
+        return axes
+    return (*axes[:-2], *TRANSPOSED[axes[-2:]])
+
+
 def undivided_share(
     shapes: Mapping[str, tuple[int, ...]], mesh_shape: Mapping[str, int], axis: str
 ) -> float:
@@ -178,16 +200,17 @@ def with_shardings(
 
     Args:
         shapes: Shape of each parameter, by path. If a weight is quantized, its arrays with as many
-            dimensions as the weight are sharded like the weight, and its other arrays are
-            replicated.
+            dimensions as the weight are sharded as `axes_of_arrays` says, and its other arrays
+            are replicated.
         mesh: Mesh of the devices.
         streams: Function that returns True for the paths of parameters to keep in host memory.
             Arrays for which `fits_host` returns False stay on the devices.
     """
 
-    def placed(path: str, rank: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = logical_axes(path)
-        if leaf.ndim != rank:  # scales of a quantized weight, which have other dimensions
+    def placed(
+        path: str, axes: tuple[str, ...], leaf: jax.ShapeDtypeStruct
+    ) -> jax.ShapeDtypeStruct:
+        if leaf.ndim != len(axes):  # scales of a quantized weight, which have other dimensions
             axes = ("layers", *["whole"] * (leaf.ndim - 1))
         sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
         # A layer of a stack of vectors is smaller than the smallest copy of a TPU.
@@ -197,7 +220,7 @@ def with_shardings(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return {
-        path: jax.tree.map(partial(placed, path, len(leaf.shape)), leaf)
+        path: jax.tree.map(partial(placed, path, axes_of_arrays(logical_axes(path), leaf)), leaf)
         for path, leaf in shapes.items()
     }
 
@@ -225,6 +248,19 @@ def sequence_size(mesh: Mesh | AbstractMesh) -> int:
 def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Returns the number of devices along a logical axis."""
     return math.prod(mesh.shape[name] for name in MESH_AXES[axis])
+
+
+def rows_per_device(rows: int) -> int:
+    """Returns how many of the rows that a function sees are computed on one device.
+
+    Args:
+        rows: Number of rows that the function sees. In `jax.shard_map`, these are only the rows of
+            the device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = [axis for axis in MESH_AXES["batch"] if axis in mesh.shape]
+    devices = math.prod(mesh.shape[axis] for axis in divided if axis not in mesh.manual_axes)
+    return max(rows // devices, 1)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -272,8 +308,8 @@ def shard_map_tokens(
 
     def run(params: Mapping[str, Any], *own: Any) -> Any:
         whole = {
-            name: jax.tree.map(_whole, _narrow(x, rows[0].dtype), divided[name])
-            for name, x in params.items()
+            name: jax.tree.map(_whole, x, divided[name])
+            for name, x in _narrow(params, rows[0].dtype).items()
         }
         return function(whole, *own)
 
@@ -293,6 +329,8 @@ def shard_map_tokens(
 def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh, over: tuple[str, ...]) -> object:
     """Returns the partition spec of each array of a parameter, with only the mesh axes `over`."""
 
+    axes = axes_of_arrays(axes, x)
+
     def spec(part: jax.Array) -> PartitionSpec:
         if part.ndim != len(axes):
             return PartitionSpec()
@@ -303,12 +341,13 @@ def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh, over: tuple[s
     return jax.tree.map(spec, x)
 
 
-def _narrow(x: object, dtype: np.dtype) -> object:
-    """Casts a matrix to `dtype`, the dtype of its products.
+def _narrow(params: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """Casts the matrices among parameters to `dtype`, the dtype of their products.
 
     Vectors and quantized weights are returned unchanged, because they are used in float32.
     """
-    return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim > 1 else x
+    is_matrix = lambda x: isinstance(x, jax.Array) and x.ndim > 1
+    return {path: x.astype(dtype) if is_matrix(x) else x for path, x in params.items()}
 
 
 def _whole(x: jax.Array, divided: PartitionSpec) -> jax.Array:

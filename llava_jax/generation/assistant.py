@@ -39,7 +39,7 @@ def choose_length(config: ModelConfig, max_length: int | None) -> int:
     Raises:
         ConfigError: The model does not support conversations of this length.
     """
-    most = min(config.llm.max_position_embeddings, config.llm.sliding_window or 2**31)
+    most = min(config.llm.context_length, config.llm.sliding_window or 2**31)
     usual = max(MAX_LENGTH, max_image_tokens(config) + TEXT_TOKENS)
     length = min(most, usual) if max_length is None else max_length
     if not 2 <= length <= most:

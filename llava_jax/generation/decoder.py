@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from llava_jax.config import LlmConfig
 from llava_jax.models.layers import Params, merge, split, with_layer_scales
-from llava_jax.models.llama import Block, Rope
+from llava_jax.models.llama import Block
 from llava_jax.models.llava import ImageInputs, Llava, head_logits
+from llava_jax.models.rope import Rope, make_rope
 from llava_jax.models.stack import Leaves
 
 
@@ -134,7 +135,8 @@ def prefill(
     model = cast("Llava", merge(structure.rest, weights.rest))
     segment_ids = (jnp.arange(input_ids.shape[0]) < length).astype(jnp.int32)[None]
     x = model.embed(input_ids[None], images)
-    rope = model.llm.rope(jnp.arange(input_ids.shape[0])[None])
+    positions = jnp.arange(input_ids.shape[0])[None]
+    rope = make_rope(model.config.llm, positions, length[None, None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         written = Cache(_write_row(cache.keys, k, row), _write_row(cache.values, v, row))
@@ -168,7 +170,8 @@ def decode(
     # The B tokens form one row [1, B], so that multiplications with weights are plain matrix
     # multiplications.
     x = model.embed(tokens[None], None)
-    rope = model.llm.rope(positions[None])
+    # With "dynamic" RoPE, cached keys keep their frequencies, as in transformers.
+    rope = make_rope(model.config.llm, positions[None], positions[None] + 1)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         write = lambda old, new: old.at[jnp.arange(len(positions)), :, positions].set(new[0])
@@ -198,7 +201,7 @@ def _run(
     for leaves in layers:
         params = [(path, nnx.Param(leaf)) for path, leaf in leaves.items()]
         block = cast("Block", nnx.merge(graphdef, nnx.from_flat_state(params)))
-        x += block.self_attn(block.input_layernorm(x), rope, keep)
+        x += block.self_attn(x, block.input_layernorm, rope, keep)
         x += block.mlp(block.post_attention_layernorm(x))
     return x, filled
 

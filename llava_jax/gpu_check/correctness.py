@@ -23,7 +23,7 @@ from llava_jax.gpu_check.results import Figure
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.build import initialise
 from llava_jax.models.layers import Params
-from llava_jax.planning.measure import attention_here
+from llava_jax.planning.compile import attention_here
 from llava_jax.speed.case import Case
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import init_state

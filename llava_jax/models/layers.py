@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt16
 
 from llava_jax.distributed.host_memory import fetch
 from llava_jax.models.quant import Quantised, dequantise
@@ -36,8 +36,8 @@ Weight = jax.Array | Quantised
 
 Abstract = dict[str, Any]
 """Shapes of parameters by path: a ShapeDtypeStruct for each array, which has a sharding after
-placement, or a `Quantised` of ShapeDtypeStructs. The type of the values is Any, because most code
-reads only their `shape`, `dtype` and `sharding`."""
+placement, a `Quantised` of ShapeDtypeStructs, or a `DiskStack`. The type of the values is Any,
+because most code reads only their `shape`, `dtype` and `sharding`."""
 
 TokenKeys = Key[Array, "B T"] | None
 """One dropout key per token, or None to turn dropout off. Because each token has its own key, its
@@ -385,14 +385,19 @@ def dropout(
         rate: Probability, which is rounded to a multiple of 2^-16.
         keys: One PRNG key per token, [batch, tokens].
     """
-    width = x.shape[2]
     threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
-    # Each random 32-bit number is split into two 16-bit numbers, because drawing a 16-bit number
-    # would take the same time.
-    draw = lambda key: jax.random.bits(key, (-(-width // 2),), jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(jax.vmap(jax.vmap(draw))(keys), jnp.uint16)
-    bits = bits.reshape(*x.shape[:2], -1)[:, :, :width]
+    bits = jax.vmap(jax.vmap(partial(random_bits, count=x.shape[2])))(keys)
     return jnp.where(bits < threshold, x / (1 - rate), 0)
+
+
+def random_bits(key: Key[Array, ""], count: int) -> UInt16[Array, " N"]:
+    """Returns `count` random 16-bit numbers, [N].
+
+    Each random 32-bit number is split into two of them, because drawing a 16-bit number would take
+    the same time.
+    """
+    drawn = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
+    return jax.lax.bitcast_convert_type(drawn, jnp.uint16).reshape(-1)[:count]
 
 
 def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks B chunk *rest"]:

@@ -5,7 +5,6 @@ query, key and value projections, and Qwen3's decoder only in having RMS norms o
 queries and keys.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -16,7 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llava_jax.config import LlmConfig
-from llava_jax.distributed.sharding import constrain, logical_axes, shard_map_tokens
+from llava_jax.distributed.sharding import (
+    constrain,
+    logical_axes,
+    rows_per_device,
+    shard_map_tokens,
+)
 from llava_jax.errors import ConfigError
 from llava_jax.models.attention import ATTENTION, attend_to_rows
 from llava_jax.models.compute import ComputeConfig
@@ -28,32 +32,14 @@ from llava_jax.models.layers import (
     RmsNorm,
     TokenKeys,
     Weight,
-    from_chunks,
     merge,
     parameter,
+    segment_ends,
     segment_starts,
     split,
-    to_chunks,
 )
+from llava_jax.models.rope import Rope, make_rope
 from llava_jax.models.stack import scan_blocks, stack_blocks
-
-
-def rope_frequencies(config: LlmConfig) -> Float[Array, "E"]:
-    """Returns the RoPE frequencies (Su et al., 2021), with Llama 3.1's scaling if configured.
-
-    There is one frequency in radians per position for each pair of dimensions of a head, [H / 2].
-    """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Llama 3.1 divides low frequencies by `factor`, keeps high frequencies, and interpolates
-    # between the two.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def rotate(
@@ -81,8 +67,10 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.arange(segment_ids.shape[1])[None] - starts
 
 
-Rope = tuple[Float[Array, "B T E"], Float[Array, "B T E"]]
-"""Cosines and sines of the angles that `rotate` uses."""
+def segment_lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the number of tokens of each token's segment, [batch, tokens]."""
+    return segment_ends(segment_ids) - segment_starts(segment_ids) + 1
+
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Function that computes attention, including the mask. Its arguments are queries [B, T, N, H],
@@ -105,11 +93,23 @@ class Attention(nnx.Module):
         self.q_norm: RmsNorm | None = norm()
         self.k_norm: RmsNorm | None = norm()
 
+    @jax.named_scope("attention")
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, attend: Attend, keys: TokenKeys = None
+        self,
+        x: Float[Array, "B T D"],
+        norm: RmsNorm,
+        rope: Rope,
+        attend: Attend,
+        keys: TokenKeys = None,
     ) -> Float[Array, "B T D"]:
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q, k, v = (heads(f(x, keys)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
+        def project(x: jax.Array) -> tuple[jax.Array, ...]:
+            """Computes queries, keys and values; the backward pass recomputes only the norm."""
+            normed = norm(x)
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            return tuple(projection(normed, keys) for projection in projections)
+
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in project(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -125,6 +125,7 @@ class Mlp(nnx.Module):
         self.up_proj = Linear(width, hidden, bias=False)
         self.down_proj = Linear(hidden, width, bias=False)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "B T D"], keys: TokenKeys = None) -> Float[Array, "B T D"]:
         @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def down(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -134,8 +135,9 @@ class Mlp(nnx.Module):
         return down(self.gate_proj(x, keys), self.up_proj(x, keys))
 
 
-CHUNK_TOKENS = 512
-"""Largest number of tokens of each row that an MLP processes at a time."""
+CHUNK_TOKENS, DEVICE_TOKENS = 512, 4096
+"""Largest number of tokens that an MLP processes at a time: of each row, and of all rows of a
+device. Products of more tokens are not faster."""
 
 
 def in_chunks(
@@ -146,8 +148,9 @@ def in_chunks(
 ) -> Float[Array, "B T D"]:
     """Computes f(params, x, keys) in chunks of tokens; the backward pass recomputes each chunk.
 
-    The wide arrays inside f therefore exist for only one chunk at a time. The gradients of the
-    parameters are summed in float32.
+    The wide arrays inside f therefore exist for only one chunk at a time. Each chunk of x, and in
+    the backward pass of the gradient, is replaced by its result, so that there is no second array.
+    The gradients of the parameters are summed in float32.
 
     Args:
         f: Function that treats every token independently.
@@ -156,35 +159,51 @@ def in_chunks(
         keys: Dropout keys, one per token; None turns dropout off.
     """
     bare = None if keys is None else jax.random.key_data(keys)  # typed keys cannot be padded
+    length, rows = x.shape[1], rows_per_device(len(x))
+    count = -(-length // min(CHUNK_TOKENS, max(DEVICE_TOKENS // rows, 1)))
+    size = -(-length // count)
+    Arrays = tuple[jax.Array | None, ...]
+
+    def chunk_at(index: Int[Array, ""], *arrays: jax.Array | None) -> Arrays:
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size)
+        return jax.tree.map(partial(take, axis=1), arrays)
+
+    def replace(x: jax.Array, new: jax.Array, index: Int[Array, ""]) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, new, index * size, axis=1)
 
     def one_chunk(params: dict[str, Weight], x: jax.Array, keys: jax.Array | None) -> jax.Array:
         return f(params, x, None if keys is None else jax.random.wrap_key_data(keys))
 
     @jax.custom_vjp
     def run(params: dict[str, Weight], x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        return jax.lax.map(lambda chunk: one_chunk(params, *chunk), (x, keys))
+        def body(index: Int[Array, ""], y: jax.Array) -> jax.Array:
+            return replace(y, one_chunk(params, *chunk_at(index, y, keys)), index)
+
+        return jax.lax.fori_loop(0, count, body, x)
 
     def forward(*args: Any) -> tuple[jax.Array, tuple]:
         return run(*args), args
 
     def backward(residuals: tuple, grads: jax.Array) -> tuple:
-        params, *chunks = residuals
+        params, *inputs = residuals
         arrays = {path: value for path, value in params.items() if isinstance(value, jax.Array)}
 
-        def body(sums: Params, chunk: tuple) -> tuple[Params, jax.Array]:
-            x, keys, grad = chunk
+        def body(index: Int[Array, ""], done: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+            sums, grads = done
+            x, keys, grad = chunk_at(index, *inputs, grads)
             _, pull = jax.vjp(lambda some, x: one_chunk(params | some, x, keys), arrays, x)
             new, x_grad = pull(grad)
-            return {path: sums[path] + new[path].astype(jnp.float32) for path in new}, x_grad
+            sums = {path: sums[path] + new[path].astype(jnp.float32) for path in new}
+            return sums, replace(grads, x_grad, index)
 
         zeros = {path: jnp.zeros(value.shape, jnp.float32) for path, value in arrays.items()}
-        sums, x_grads = jax.lax.scan(body, zeros, (*chunks, grads))
+        sums, grads = jax.lax.fori_loop(0, count, body, (zeros, grads))
         found = {path: total.astype(arrays[path].dtype) for path, total in sums.items()}
-        return dict.fromkeys(params) | found, x_grads, None
+        return dict.fromkeys(params) | found, grads, None
 
     run.defvjp(forward, backward)
-    chunks = jax.tree.map(partial(to_chunks, most=CHUNK_TOKENS), (x, bare))
-    return from_chunks(run(params, *chunks), x.shape[1])
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)])
+    return run(params, *jax.tree.map(pad, (x, bare)))[:, :length]
 
 
 FEED_FORWARD = ("post_attention_layernorm.", "mlp.")
@@ -227,17 +246,7 @@ class Llama(nnx.Module):
         """Returns the output matrix [V, D], which is the embedding matrix if both are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).matrix
 
-    def rope(self, positions: Int[Array, "B T"]) -> Rope:
-        """Returns the cosines and sines of the rotation angles of tokens.
-
-        Args:
-            positions: Position of each token in its segment, [batch, tokens].
-        """
-        frequencies = rope_frequencies(self.config)[None, None]
-        angles = positions.astype(jnp.float32)[:, :, None] * frequencies
-        angles = constrain(angles, "batch", "tokens", "whole")
-        return jnp.cos(angles), jnp.sin(angles)
-
+    @jax.named_scope("decoder")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -262,14 +271,19 @@ class Llama(nnx.Module):
                 f"{window}, and sliding-window attention is not implemented; set data.max_length "
                 f"to {window} or less"
             )
-        context = self.rope(positions_in_segments(segment_ids)), segment_ids
+        positions, lengths = positions_in_segments(segment_ids), segment_lengths(segment_ids)
+        cosines, sines = (
+            constrain(angles, "batch", "tokens", "whole")
+            for angles in make_rope(self.config, positions, lengths)
+        )
+        context = (cosines, sines), segment_ids
 
         def apply(
             block: Block, x: jax.Array, context: tuple[Rope, jax.Array], keys: TokenKeys
         ) -> jax.Array:
             rope, segment_ids = context
             attend = partial(attend_to_rows, self.attend, segment_ids=segment_ids)
-            x += block.self_attn(block.input_layernorm(x), rope, attend, keys)
+            x += block.self_attn(x, block.input_layernorm, rope, attend, keys)
             graphdef, params = split(block)
             blank = dict.fromkeys(params)
             own = {path: value for path, value in params.items() if path.startswith(FEED_FORWARD)}
@@ -278,7 +292,7 @@ class Llama(nnx.Module):
             # and each device can gather these parameters once for all chunks.
             def feed(own: dict[str, Weight], x: jax.Array, keys: TokenKeys) -> jax.Array:
                 block = cast("Block", merge(graphdef, blank | own))
-                return block.mlp(block.post_attention_layernorm(x), keys)
+                return x + block.mlp(block.post_attention_layernorm(x), keys)
 
             run = partial(in_chunks, feed) if self.compute.remat == "full" else feed
             if self.compute.gather_weights:
@@ -290,8 +304,7 @@ class Llama(nnx.Module):
                     for path in own
                 }
                 run = partial(shard_map_tokens, run, axes)
-            x += run(own, x, keys)
-            return constrain(x, "batch", "tokens", "activations")
+            return constrain(run(own, x, keys), "batch", "tokens", "activations")
 
         x = constrain(x, "batch", "tokens", "activations")
         x = scan_blocks(self.layers, x, apply, context, keys, self.compute)

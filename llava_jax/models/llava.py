@@ -58,6 +58,7 @@ class Projector(nnx.Module):
         self.linear_1 = Linear(features, width, bias=True)
         self.linear_2 = Linear(width, width, bias=True)
 
+    @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "I Q Dv"], keys: TokenKeys = None) -> Float[Array, "I Q D"]:
         """Returns the projected features, [images, positions, hidden].
 

@@ -2,27 +2,34 @@
 
 NF4 (QLoRA, Dettmers et al., 2023) stores 4 bits for each weight, and the largest magnitude (absmax)
 of each block of 64 consecutive weights. Double quantization stores each absmax in 8 bits (Dettmers
-et al., 2022). The codes are the same as in bitsandbytes. Two codes are packed into a uint8, because
-Orbax cannot restore uint4. int8 stores one scale for each output channel.
+et al., 2022). The codes are the same as in bitsandbytes, but packed in another order. int8 stores
+one scale for each output channel.
+
+The arrays of an NF4 weight are transposed and packed into uint32, so that TPUs, whose tiles have 8
+rows of 128 numbers of 32 bits, need no copies in other layouts. A block is one tile column of the
+codes and becomes 8 tile columns of the weight, which all have the same row of absmax. Arrays of
+8-bit numbers have two possible layouts, and XLA would copy whole stacks from one to the other.
 
 The code is written by hand because bitsandbytes needs PyTorch and no library has NF4 for JAX.
 
-Where possible, the arrays of a quantized matrix [out, in] have the same axes as the matrix, so that
-these arrays are sharded like the matrix. The arrays of a stack also have a leading layer axis.
+Where possible, the arrays of a quantized matrix [out, in] have the axes of the matrix or of its
+transpose, so that these arrays are sharded like the matrix. The arrays of a stack also have a
+leading layer axis.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from llava_jax.config import LLM_LINEARS, Quantisation
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights per absmax; absmax values per second-level absmax
+LANES = 128  # numbers in a row of a TPU's tile
 CHUNK = 2**16  # weights quantized at a time, so that intermediate results fit into a CPU's cache
 
 # NF4 (QLoRA, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
@@ -58,9 +65,11 @@ class NestedAbsmax:
     In a stack, *L is the layer axis; a single matrix has no layer axis.
 
     Attributes:
-        codes: Indices into `DYNAMIC`, uint8 [*L, out, in / 64].
+        codes: Indices into `DYNAMIC`, four per number, uint32 [*L, groups / 2, 128]. The lowest
+            bytes of all numbers are the first fourth of the codes, in the order [out, in / 64].
         absmax: Largest magnitude in each group of 256 consecutive absmax values, after subtraction
-            of the offset, float32 [*L, groups]. The last group may be incomplete.
+            of the offset, float32 [*L, groups]. The number of groups is even; the last groups may
+            be padded.
         offset: Mean of the absmax values, which is subtracted before quantization, float32 [*L].
     """
 
@@ -75,14 +84,18 @@ class Nf4Weight:
     """Weight in 4 bits: NF4[codes] * absmax.
 
     Attributes:
-        codes: Indices into `NF4`, two per byte, the first in the high bits, uint8 [*L, out, in /
-            2].
-        absmax: Largest magnitude in each block, float32 [*L, out, in / 64] or `NestedAbsmax`.
+        codes: Indices into `NF4`, eight per number, uint32 [*L, in / 8, out]. The numbers of a
+            block are 8 rows. Their lowest 4 bits are the first 8 codes of the block.
+        absmax: Largest magnitude in each block, float32 [*L, in / 64, out] or `NestedAbsmax`.
+        is_transposed: True, because the matrix is [out, in].
     """
 
     codes: Leaf
     absmax: Leaf
-    shape = property(lambda self: (*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+    is_transposed: ClassVar = True
+    shape = property(
+        lambda self: (*self.codes.shape[:-2], self.codes.shape[-1], 8 * self.codes.shape[-2])
+    )
     kind = property(lambda self: "nf4_double" if isinstance(self.absmax, NestedAbsmax) else "nf4")
 
 
@@ -134,11 +147,12 @@ def abstract(kind: Quantisation, shape: tuple[int, ...]) -> Quantised:
         raise QuantisationError(
             f"{kind} needs a multiple of {BLOCK} inputs, but {found}; set quantize to int8 or None"
         )
-    absmax, blocks = array(jnp.float32, rows, columns // BLOCK), rows * columns // BLOCK
+    absmax = array(jnp.float32, columns // BLOCK, rows)
     if kind == "nf4_double":
-        nested = array(jnp.float32, -(-blocks // NESTED_BLOCK)), array(jnp.float32)
-        absmax = NestedAbsmax(array(jnp.uint8, rows, columns // BLOCK), *nested)
-    return Nf4Weight(array(jnp.uint8, rows, columns // 2), absmax)
+        pairs = -(-rows * columns // BLOCK // (2 * NESTED_BLOCK))
+        nested = array(jnp.float32, 2 * pairs), array(jnp.float32)
+        absmax = NestedAbsmax(array(jnp.uint32, pairs, LANES), *nested)
+    return Nf4Weight(array(jnp.uint32, columns // 8, rows), absmax)
 
 
 def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
@@ -158,9 +172,9 @@ def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.float16, jnp.bfloat16):
         found = f"{weight.dtype} {list(weight.shape)}"
         raise QuantisationError(f"expected a matrix of 32-bit or 16-bit floats, found {found}")
-    spec = abstract(kind, weight.shape).codes
-    codes = np.empty(spec.shape, spec.dtype)
+    dtype = abstract(kind, weight.shape).codes.dtype
     rows, limit = (weight, 127) if kind == "int8" else (weight.reshape(-1, BLOCK), 1)
+    codes = np.empty((len(rows), rows.shape[1] if kind == "int8" else BLOCK // 8), dtype)
     absmax = np.empty((len(rows), 1), np.float32)
     count = max(1, CHUNK // rows.shape[1])
     for chunk in (slice(start, start + count) for start in range(0, len(rows), count)):
@@ -169,20 +183,37 @@ def quantise(weight: np.ndarray, kind: Quantisation) -> Quantised:
             codes[chunk] = np.rint(scaled)
         else:
             nearest = np.add.reduce([scaled > bound for bound in NF4_BOUNDS], dtype=np.uint8)
-            codes.reshape(-1, BLOCK // 2)[chunk] = nearest[:, ::2] << 4 | nearest[:, 1::2]
+            eights = nearest.view("<u8")  # eight codes, each in a byte
+            pairs = eights[:, ::2] | eights[:, 1::2] << np.uint64(4)
+            codes[chunk] = _packed(pairs.view(np.uint8).reshape(-1, 4, 8))
     if kind == "int8":
         return Int8Weight(codes, absmax / np.float32(limit))
-    absmax = absmax.reshape(len(weight), -1)
-    return Nf4Weight(codes, _nest(absmax) if kind == "nf4_double" else absmax)
+    codes, absmax = (x.reshape(len(weight), -1) for x in (codes, absmax))
+    nested = _nest(absmax) if kind == "nf4_double" else _transposed(absmax)
+    return Nf4Weight(_transposed(codes), nested)
+
+
+def _packed(parts: UInt8[np.ndarray, "*rows 4 columns"]) -> UInt32[np.ndarray, "*rows columns"]:
+    """Packs four bytes into each number, the first part into the lowest bits."""
+    return np.ascontiguousarray(parts.swapaxes(-1, -2)).view("<u4")[..., 0]
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    """Returns the transpose of a matrix, copied in parts that fit into a CPU's cache."""
+    y = np.empty(x.shape[::-1], x.dtype)
+    for part in (slice(start, start + BLOCK) for start in range(0, len(x), BLOCK)):
+        y[:, part] = x[part].T
+    return y
 
 
 def _nest(absmax: Float32[np.ndarray, "out blocks"]) -> NestedAbsmax:
     """Quantizes the absmax of NF4 blocks to 8 bits (double quantization)."""
     offset = absmax.mean(dtype=np.float64).astype(np.float32)
-    padded = np.pad((absmax - offset).ravel(), (0, -absmax.size % NESTED_BLOCK))
+    padded = np.pad((absmax - offset).ravel(), (0, -absmax.size % (2 * NESTED_BLOCK)))
     nested, scaled = _normalise(padded.reshape(-1, NESTED_BLOCK), 1)
-    codes = np.searchsorted(DYNAMIC_BOUNDS, scaled.ravel()[: absmax.size]).astype(np.uint8)
-    return NestedAbsmax(codes.reshape(absmax.shape), nested[:, 0], np.asarray(offset))
+    codes = np.searchsorted(DYNAMIC_BOUNDS, scaled).astype(np.uint8)
+    codes = _packed(codes.reshape(4, -1).swapaxes(0, 1)[:, :, None]).reshape(-1, LANES)
+    return NestedAbsmax(codes, nested[:, 0], np.asarray(offset))
 
 
 def _normalise(rows: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,12 +232,16 @@ def dequantise(weight: Quantised, dtype: DTypeLike) -> Float[Array, "out in"]:
         return (jnp.asarray(weight.codes, jnp.float32) * weight.scale).astype(dtype)
     absmax = weight.absmax
     if isinstance(absmax, NestedAbsmax):
-        values = _dynamic(absmax.codes)
-        nested = jnp.repeat(absmax.absmax, NESTED_BLOCK)[: values.size].reshape(values.shape)
-        absmax = values * nested + absmax.offset
-    codes = weight.codes.reshape(*absmax.shape, BLOCK // 2)
-    halves = [_look_up(NF4, half) * absmax[:, :, None] for half in (codes >> 4, codes & 15)]
-    return jnp.stack([half.astype(dtype) for half in halves], axis=-1).reshape(weight.shape)
+        absmax = _nested(absmax).ravel()[: 8 * weight.codes.size // BLOCK]
+        absmax = absmax.reshape(weight.shape[0], -1).T
+    codes = _unpacked(weight.codes.reshape(len(absmax), 1, 8, -1), 4)
+    blocks = _look_up(NF4, codes) * absmax[:, None, None]
+    return blocks.astype(dtype).reshape(weight.shape[::-1]).T
+
+
+def _unpacked(codes: UInt32[Array, "rows 1 m n"], bits: int) -> UInt32[Array, "rows parts m n"]:
+    """Returns codes with a number of bits; the higher bits of a result belong to other codes."""
+    return codes >> np.arange(0, 32, bits, np.uint32)[None, :, None, None]
 
 
 def _look_up(table: np.ndarray, codes: Array) -> Array:
@@ -221,14 +256,19 @@ def _look_up(table: np.ndarray, codes: Array) -> Array:
     return values[0]
 
 
-def _dynamic(codes: Array) -> Array:
-    """Computes `DYNAMIC[codes]` with the formula of the table; only the last bit may differ.
+def _nested(absmax: NestedAbsmax) -> Float32[Array, "rows lanes"]:
+    """Computes `DYNAMIC[codes] * absmax + offset`, with a formula for the entries of the table.
 
-    The table is too long for `_look_up`.
+    The table is too long for `_look_up`. Only the last bit of an entry may differ.
     """
+    codes = _unpacked(absmax.codes[None, None], 8).reshape(-1, LANES) & 255
     index = codes.astype(jnp.int32) - 127
     size = jnp.maximum(jnp.abs(index), 1)
     decade = 31 - jax.lax.clz(size)
     share = (size.astype(jnp.float32) + 0.5) / (1 << decade).astype(jnp.float32) - 1
     value = (0.1 + 0.9 * share) * _look_up(10.0 ** np.arange(-6, 2), decade)
-    return jnp.sign(index).astype(jnp.float32) * jnp.where(size == 128, 1, value)
+    value = jnp.sign(index).astype(jnp.float32) * jnp.where(size == 128, 1, value)
+    nested = jnp.repeat(absmax.absmax, NESTED_BLOCK // LANES)[:, None]
+    # The divisor is 1. XLA's CPU backend computes all operations after the last division again for
+    # each weight of a block.
+    return (value * nested + absmax.offset) / jnp.minimum(size, 1).astype(jnp.float32)

@@ -7,7 +7,7 @@ of its blocks and the gradient sums may all be in host memory.
 
 A block begins with attention. In loops over frozen weights in host memory, the attention weights of
 the next layer are copied while a layer computes. The other weights of a layer are copied while its
-attention is computed, so they need no second buffer.
+attention is computed, so they need no second buffer. Weights on disk are read layer by layer.
 """
 
 import functools
@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from llava_jax.distributed.disk_weights import DiskStack, read_layers
 from llava_jax.distributed.host_memory import (
     DEVICE,
     HOST,
@@ -30,6 +31,7 @@ from llava_jax.distributed.host_memory import (
     layer_at,
     loop_with_prefetch,
     move,
+    rounded_sum,
     write_layer,
 )
 from llava_jax.jax_compat import compiler_options
@@ -40,11 +42,12 @@ from llava_jax.models.layers import (
     fold_in,
     with_layer_scales,
 )
+from llava_jax.models.paths import is_adapter
 from llava_jax.models.quant import Quantised
 
 Block = TypeVar("Block", bound=nnx.Module)
-Leaves = dict[tuple[Any, ...], jax.Array | Quantised]
-"""Arrays and quantized weights of a block or a stack, by path."""
+Leaves = dict[tuple[Any, ...], jax.Array | Quantised | DiskStack]
+"""Arrays, quantized weights and weights on disk of a block or a stack, by path."""
 
 
 class jit_for_backend:
@@ -246,7 +249,8 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             (x, here), (block, index) = carry, layer
             ahead = load(index + 1)
             kept = move(x, HOST if offload else DEVICE) if keep else None
-            return (step(here | fetch(block), x, index, rest), ahead), kept
+            block = here | fetch(read_layers(block, index, index + 1))
+            return (step(_narrow(block, x), x, index, rest), ahead), kept
 
         carry = x, load(jnp.zeros((), jnp.int32))
         (x, _), inputs = jax.lax.scan(body, carry, (others, indices))
@@ -276,7 +280,7 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             grad, totals = carry
             index = depth - 1 - done
             block, x = fetch(layer_at((others, inputs), index))
-            block |= here
+            block = _narrow(read_layers(block, index, index - 1) | here, x)
             frozen = {path: leaf for path, leaf in block.items() if path not in totals}
             trained = {path: leaf for path, leaf in block.items() if path in totals}
             _, pull = jax.vjp(lambda t, x: step(frozen | t, x, index, rest), trained, x)
@@ -285,7 +289,7 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
             # copies begin when the gradients are ready, and the GPU waits for them.
             grad, ready = jax.lax.optimization_barrier((grad, fetch({p: sums[p] for p in early})))
             grads, grad = pull(grad)
-            sums = jax.tree.map(jnp.add, fetch(sums) | ready, grads)
+            sums = jax.tree.map(rounded_sum, fetch(sums) | ready, grads)
             return grad, write_layer(totals, sums, index)
 
         grad, totals = loop_with_prefetch(depth, load, body, (grad, totals))
@@ -314,6 +318,20 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
     on_host = lambda x: any(map(is_hosted, jax.tree.leaves(x)))  # a quantized weight is a tree
     first = {path: x for path, x in values.items() if is_ahead(path) and on_host(x)}
     return first, {path: x for path, x in values.items() if path not in first}
+
+
+def _narrow(block: Leaves, x: jax.Array) -> Leaves:
+    """Casts the matrices of a block to the dtype of its products, that of x, except adapters.
+
+    The barrier prevents XLA from keeping the float32 matrices too, to cast them again in the
+    backward pass.
+    """
+    wide = {
+        path: leaf.astype(x.dtype)
+        for path, leaf in block.items()
+        if isinstance(leaf, jax.Array) and leaf.ndim > 1 and not is_adapter(f".{path[-1]}")
+    }
+    return block | jax.lax.optimization_barrier(wide)
 
 
 def _indices(values: Leaves) -> PyTree:

@@ -4,6 +4,7 @@ SigLIP's transformer (Zhai et al., 2023) has no class token and no norm before t
 has a bias in the patch embedding and a pooling head after the blocks.
 """
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -167,6 +168,7 @@ class VisionTower(nnx.Module):
         self.post_layernorm = norm()
         self.head = PoolingHead(config) if config.vision_use_head else nnx.data(None)
 
+    @jax.named_scope("vision")
     def __call__(
         self, pixels: Float[Array, "I C Y X"], keys: Key[Array, "I"] | None = None
     ) -> Float[Array, "I Q F"]:

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import TrainConfig
 from llava_jax.data.batch import Batch
+from llava_jax.distributed.disk_weights import buffer_bytes
 from llava_jax.distributed.host_memory import (
     CHECKPOINT_PIECE,
     checkpoint_buffer,
@@ -27,6 +28,7 @@ NCCL_BYTES = 2**28
 NEXT_BATCH = "next batch"
 EVALUATION = "evaluation"
 CHECKPOINT = "checkpoint"
+READ_AHEAD = "layers read from disk"  # a term only if there are weights on disk
 
 
 def has_display(name: str) -> bool:
@@ -79,6 +81,7 @@ def device_beside(
         NEXT_BATCH: tree_bytes(batch, on_host=False),
         EVALUATION: int(larger * activations),
         CHECKPOINT: 0,
+        **dict.fromkeys(_read_ahead(program), 0),
     }
 
 
@@ -102,7 +105,14 @@ def host_beside(program: Program, batch: Batch) -> dict[str, int]:
         NEXT_BATCH: tree_bytes(batch, on_host=True),
         EVALUATION: 0,
         CHECKPOINT: max(buffer + copied, 2 * (buffer + CHECKPOINT_PIECE)),
+        **_read_ahead(program),
     }
+
+
+def _read_ahead(program: Program) -> dict[str, int]:
+    """Returns the bytes of layers that are read from files; no term if no weights are on disk."""
+    size = buffer_bytes(program.abstract.values())
+    return {READ_AHEAD: size} if size else {}
 
 
 def devices_of_process(mesh: Mesh) -> int:

@@ -22,6 +22,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.jax_compat import COMPILER_VARIABLES
 from llava_jax.planning.forecast import Forecast
 from llava_jax.planning.measure import measure_here
+from llava_jax.planning.peak import LargeArray
 from llava_jax.planning.usage import Usage
 
 
@@ -65,7 +66,9 @@ def _read(file: Path) -> Usage | None:
     try:
         usage = Usage(**json.loads(file.read_bytes()))
         found = cast("dict | None", usage.forecast)
-        return dataclasses.replace(usage, forecast=None if found is None else Forecast(**found))
+        forecast = None if found is None else Forecast(**found)
+        largest = tuple(LargeArray(**array) for array in cast("list[dict]", usage.largest))
+        return dataclasses.replace(usage, forecast=forecast, largest=largest)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

@@ -23,9 +23,9 @@ from llava_jax.distributed.sharding import data_parallel_size
 from llava_jax.errors import ConfigError
 from llava_jax.planning.beside import outside_pool
 from llava_jax.planning.cache import measure_once
+from llava_jax.planning.compile import program_here
 from llava_jax.planning.devices import GPUS, rates_of, shares_host
 from llava_jax.planning.estimate import make_estimator
-from llava_jax.planning.measure import program_here
 from llava_jax.planning.search import (
     MAX_CPU_TRIALS,
     Capacity,

@@ -10,16 +10,18 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from llava_jax.config import MemoryConfig, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch, round_up
+from llava_jax.distributed.disk_weights import buffer_bytes
 from llava_jax.distributed.host_memory import PARTS, tree_bytes
 from llava_jax.distributed.sharding import data_parallel_size, sequence_size
 from llava_jax.jax_compat import STREAMING_OPTIONS
+from llava_jax.planning.compile import argument_bytes
 from llava_jax.planning.devices import Rates
-from llava_jax.planning.forecast import LINKS, MEMORY, PRODUCTS
-from llava_jax.planning.measure import argument_bytes, pcie_bytes
+from llava_jax.planning.disk import READS, copied_from_disk, read_from_disk
+from llava_jax.planning.forecast import DISK_RATE, LINKS, MEMORY, PRODUCTS
+from llava_jax.planning.measure import pcie_bytes
 from llava_jax.planning.model_flops import full_row, model_flops
 from llava_jax.planning.search import Estimate, Plan
 from llava_jax.train_step.loss import CHUNK_TOKENS as LOSS_TOKENS
@@ -47,20 +49,23 @@ def make_estimator(
     """
 
     @functools.cache
-    def arguments(memory: MemoryConfig) -> tuple[dict[str, int], dict[str, int], Batch, Mesh]:
-        smallest = Plan(1, memory).apply(config)  # the bytes do not depend on the micro-batch
-        program = build(smallest)
+    def smallest(memory: MemoryConfig) -> tuple[Program, Batch]:
+        program = build(Plan(1, memory).apply(config))
         size, length = config.batch.global_size, config.data.max_length
-        batch = program.abstract_batch(size, length, slots)
-        return *argument_bytes(program), batch, program.mesh
+        return program, program.abstract_batch(size, length, slots)
 
     def estimate(plan: Plan) -> Estimate:
         planned, memory = plan.apply(config), plan.memory
-        device, host, batch, mesh = arguments(memory)
+        program, batch = smallest(memory)  # their bytes do not depend on the micro-batch
+        device, host = argument_bytes(program)
+        mesh = program.mesh
         count = mesh.size
         kept, working = activation_bytes(planned, model, slots, sequence_size(mesh))
         offloaded = kept if memory.offload_activations else 0
-        layer = (host["frozen weights"] + host["trainables"]) // model.llm.num_hidden_layers
+        streamed = (
+            host["frozen weights"] + host["trainables"] + copied_from_disk(program, 1) // READS
+        )
+        layer = streamed // model.llm.num_hidden_layers
         # Several devices gather the parts of a matrix; up to three matrices exist at a time.
         matrix = model.llm.hidden_size * model.llm.intermediate_size
         gathered = 3 * matrix * jnp.dtype(config.dtype).itemsize if count > 1 else 0
@@ -74,6 +79,8 @@ def make_estimator(
         read = 2 * micros * (sum(device.values()) + sum(host.values()))
         computing = products / (PRODUCTS * rates.products) + read / (MEMORY * rates.memory)
         copying = pcie_bytes(host, micros, offloaded) / (2 * LINKS * rates.pcie)
+        reading = read_from_disk(program, micros) / DISK_RATE
+        computing += copied_from_disk(program, micros) / (LINKS * rates.pcie)
         return Estimate(
             total=sum(device.values())
             + tree_bytes(batch, on_host=False)
@@ -84,9 +91,14 @@ def make_estimator(
             + gathered
             + ahead
             + FIXED,
-            host_total=sum(host.values()) + tree_bytes(batch, on_host=True) + offloaded,
+            host_total=sum(host.values())
+            + tree_bytes(batch, on_host=True)
+            + offloaded
+            + buffer_bytes(program.abstract.values()),
             # Without the pass that STREAMING_OPTIONS switches off, kernels copy slices.
-            seconds=computing + copying if STREAMING_OPTIONS else max(computing, copying),
+            seconds=max(
+                computing + copying if STREAMING_OPTIONS else max(computing, copying), reading
+            ),
         )
 
     return estimate

@@ -3,7 +3,8 @@
 The text of a compiled module for GPUs lists the instructions of a program in the order in which the
 GPU starts them. An asynchronous copy begins at a `-start` instruction, and the program waits for
 its end at the `-done` instruction. So the forecast goes through the text with a clock: computation
-takes time, a copy occupies PCIe, and a `-done` instruction waits until its copy has ended.
+takes time, a copy occupies PCIe, and a `-done` instruction waits until its copy has ended. Weights
+on disk are read while the GPU computes, but nothing runs while they are copied to the GPU.
 
 The forecast assumes that computation and copies reach fixed fractions of the peak rates. On an H200
 (docs/gpu_results.md), a LoRA step of a 7B model took 4 % longer than its forecast, and a streamed
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from llava_jax.distributed.environment import GIB
-from llava_jax.jax_compat import COPY_ENGINE, HOST_SPACE
+from llava_jax.jax_compat import CALLBACK, COPY_ENGINE, HOST_SPACE
 from llava_jax.planning.collectives import KINDS, moved_bytes
 from llava_jax.planning.devices import Rates
 from llava_jax.planning.flops import product_flops
@@ -36,6 +37,10 @@ from llava_jax.planning.hlo import (
 PRODUCTS, MEMORY, LINKS = 0.7, 0.85, 0.8
 """Assumed fractions of the peak rates that matrix products, other operations, and copies over PCIe
 and NVLink reach."""
+
+DISK_RATE = 3e9
+"""Assumed number of bytes that a disk reads per second: an NVMe disk for PCIe 3.0. A disk for SATA
+reads about 0.55e9 bytes per second."""
 
 FROM_HOST, TO_HOST, BETWEEN = "from host", "to host", "between devices"
 """Directions of copies. Copies in different directions do not slow each other down."""
@@ -58,20 +63,23 @@ class Forecast:
         serial_seconds: Duration if no copy ran beside computation.
         copied: Bytes that cross PCIe by direction, FROM_HOST or TO_HOST.
         hidden: Bytes of the copies that the program does not wait for, by direction.
+        disk: Bytes that are read from files.
     """
 
     seconds: float
     serial_seconds: float
     copied: dict[str, int]
     hidden: dict[str, int]
+    disk: int = 0
 
 
-def forecast(text: str, rates: Rates) -> Forecast:
+def forecast(text: str, rates: Rates, disk: int = 0) -> Forecast:
     """Forecasts one execution of a compiled train step.
 
     Args:
         text: Text of the scheduled module, from the compiler for GPUs.
         rates: Peak rates of the device that the module was compiled for.
+        disk: Bytes that all devices together read from files.
 
     Raises:
         ValueError: A loop has an unknown length, a library call is unknown, or the text does not
@@ -89,10 +97,11 @@ def forecast(text: str, rates: Rates) -> Forecast:
     costs = of(entry)
     directions = (FROM_HOST, TO_HOST)
     return Forecast(
-        seconds=costs.seconds,
-        serial_seconds=costs.serial,
+        seconds=max(costs.seconds, disk / DISK_RATE),
+        serial_seconds=costs.serial + disk / DISK_RATE,
         copied={way: costs.copied[way] for way in directions},
         hidden={way: costs.hidden[way] for way in directions},
+        disk=disk,
     )
 
 
@@ -188,6 +197,8 @@ def _moved(instruction: Instruction, scope: Computation) -> tuple[str, int] | No
     A slice of a larger array is copied, or written, so the smallest array is what moves.
     """
     opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "custom-call" and CALLBACK in instruction.attributes:
+        return FROM_HOST, nbytes(instruction.shape)
     arrays = operands(instruction, scope)
     if opcode in KINDS:
         return BETWEEN, sum(moved_bytes(instruction, scope).values())
@@ -285,6 +296,12 @@ def describe_forecast(found: Forecast, rates: Rates) -> str:
         copies = (
             f"copies over PCIe: {hidden:.1f} of {copied:.1f} GiB per optimizer step "
             f"({100 * hidden / copied:.0f} %) are hidden by computation"
+        )
+    if found.disk:
+        copies += (
+            f"\ndisk: at most {found.disk / GIB:.1f} GiB are read per optimizer step, in "
+            f"{found.disk / DISK_RATE:.1f} s (assumes {DISK_RATE / 1e9:.0f} GB/s); what stays in "
+            "the operating system's cache is not read again"
         )
     return (
         f"{copies}\nforecast: {found.seconds:.1f} s per optimizer step; "

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 
-from llava_jax.config import load_config
+from llava_jax.config import TrainConfig, parse_config
 from llava_jax.distributed.environment import GIB
-from llava_jax.planning import measure as measuring
+from llava_jax.planning import compile as compiling
 from llava_jax.planning import search
 from llava_jax.planning.devices import GPUS, Gpu
 from llava_jax.planning.forecast import Forecast, forecast
+from llava_jax.planning.measure import usage_of
 from llava_jax.planning.model_sizes import sizes
 from llava_jax.planning.usage import Usage
 
@@ -27,6 +28,7 @@ class Row:
         plan: Fields of `MemoryConfig` that are True.
         device_gib: Largest allowed device memory, in GiB.
         host_gib: Largest allowed host memory per device, in GiB.
+        options: Further command-line options of the recipe or the plan.
     """
 
     run: str
@@ -37,6 +39,12 @@ class Row:
     plan: tuple[str, ...]
     device_gib: float
     host_gib: float
+    options: tuple[str, ...] = ()
+
+    @property
+    def planned(self) -> TrainConfig:
+        """Returns the config of the run, with its plan."""
+        return _planned(self.config, self.options, self.plan, self.micro_size)
 
     def __str__(self) -> str:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
@@ -48,36 +56,63 @@ class Row:
 
 
 OPTIMIZER = ("offload_optimizer",)
-STREAMED = ("offload_optimizer", "stream_weights")
+STREAMED = (*OPTIMIZER, "stream_weights")
+ACTIVATIONS = (*STREAMED, "offload_activations")
+
+EIGHT_BIT = ("--optimizer.name", "adamw_8bit")
+NARROW = (*EIGHT_BIT, "--optimizer.weight-dtype", "bfloat16", "--optimizer.gradient-dtype",
+          "bfloat16")  # fmt: skip
+LONG = "--data.max-length"
 
 ROWS = (
     Row("7B LoRA, nothing offloaded", "7b_lora", "rtx3090", 1, 4, (), 22.5, 0.5),
-    Row("7B LoRA, streamed", "7b_lora", "rtx3090", 1, 1, STREAMED, 5.0, 16.0),
-    Row("7B LoRA, streamed", "7b_lora", "rtx3090", 1, 8, STREAMED, 12.0, 16.0),
-    Row("13B LoRA, streamed", "13b_lora", "rtx3090", 1, 1, STREAMED, 7.0, 30.0),
-    Row("13B LoRA, streamed", "13b_lora", "rtx3090", 1, 8, STREAMED, 17.0, 30.0),
+    Row("7B LoRA, streamed", "7b_lora", "rtx3090", 1, 1, STREAMED, 2.6, 18.0),
+    Row("7B LoRA, streamed", "7b_lora", "rtx3090", 1, 8, STREAMED, 8.0, 18.0),
+    Row("7B LoRA, streamed, 32k tokens", "7b_lora", "rtx3090", 1, 1, ACTIVATIONS, 8.0, 64.0,
+        (LONG, "32768")),
+    Row("7B LoRA, streamed, 64k tokens", "7b_lora", "rtx3090", 1, 1, ACTIVATIONS, 14.0, 64.0,
+        (LONG, "65536")),
+    Row("7B LoRA, streamed, 128k tokens", "7b_lora", "rtx3090", 1, 1, ACTIVATIONS, 23.0, 64.0,
+        (LONG, "131072")),
+    Row("13B LoRA, streamed", "13b_lora", "rtx3090", 1, 1, STREAMED, 3.6, 34.0),
+    Row("13B LoRA, streamed", "13b_lora", "rtx3090", 1, 8, STREAMED, 11.0, 34.0),
+    Row("7B QLoRA, streamed", "7b_qlora", "rtx3090", 1, 1, STREAMED, 1.7, 6.5),
     Row("7B QLoRA, optimizer on host", "7b_qlora", "rtx3090", 1, 1, OPTIMIZER, 6.5, 2.0),
+    Row("13B QLoRA, streamed", "13b_qlora", "rtx3090", 1, 1, STREAMED, 2.4, 11.0),
     Row("13B QLoRA, optimizer on host", "13b_qlora", "rtx3090", 1, 1, OPTIMIZER, 11.0, 3.0),
     Row("13B QLoRA of rank 512 and ViT LoRA", "13b_qlora_xtuner", "rtx3090", 8, 16,
-        ("offload_optimizer", "offload_activations"), 22.5, 16.0),
+        ACTIVATIONS, 7.0, 16.0),
     Row("7B full, nothing offloaded", "7b_full", "rtx3090", 8, 1, (), 15.0, 0.5),
     Row("7B full, optimizer on host", "7b_full", "rtx3090", 8, 8, OPTIMIZER, 11.0, 11.0),
-    Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 1, STREAMED, 4.5, 104.0),
-    Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 16, STREAMED, 16.0, 104.0),
+    Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 1, STREAMED, 4.5, 99.5),
+    Row("7B full, streamed", "7b_full_1gpu", "rtx3090", 1, 16, STREAMED, 14.0, 99.5),
+    Row("7B full, streamed, 8-bit AdamW", "7b_full_1gpu", "rtx3090", 1, 16, STREAMED, 14.0, 62.0,
+        EIGHT_BIT),
+    Row("7B full, streamed, 8-bit AdamW, bfloat16 weights", "7b_full_1gpu", "rtx3090", 1, 16,
+        STREAMED, 14.0, 40.0, NARROW),
     Row("13B full, streamed", "13b_full", "rtx3090", 8, 1, STREAMED, 2.6, 25.0),
+    Row("13B full, streamed, 8-bit AdamW", "13b_full", "rtx3090", 1, 8, STREAMED, 22.0, 122.0,
+        EIGHT_BIT),
+    Row("13B full, streamed, 8-bit AdamW, bfloat16 weights", "13b_full", "rtx3090", 1, 8,
+        STREAMED, 22.0, 74.0, NARROW),
     Row("NeXT-7B LoRA, nothing offloaded", "next_7b_task_lora", "rtx3090", 1, 1, (), 22.5, 0.5),
-    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "rtx3090", 1, 1, STREAMED, 6.0, 17.0),
+    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "rtx3090", 1, 1, STREAMED, 6.0, 18.0),
     Row("NeXT-34B QLoRA, streamed, activations on host", "next_34b_task_qlora", "rtx3090", 1, 1,
-        (*STREAMED, "offload_activations"), 8.0, 26.0),
+        ACTIVATIONS, 8.0, 28.0),
     Row("OneVision-7B LoRA, streamed", "onevision_7b_task_lora", "rtx3090", 1, 1, STREAMED,
-        10.0, 19.0),
+        10.0, 20.0),
     Row("OneVision-0.5B full, streamed", "onevision_0_5b_task", "rtx4060", 1, 1, STREAMED, 7.0,
         16.0),
     Row("7B LoRA, optimizer on host", "7b_lora", "v5e", 4, 1, OPTIMIZER, 6.5, 1.0),
-    Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
-    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "v5e", 1, 1, STREAMED, 8.0, 17.0),
+    Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 4.0, 18.0),
+    Row("13B LoRA, streamed, adapters on device", "13b_lora", "v5e", 1, 1, STREAMED, 8.0, 30.0,
+        ("--memory.no-stream-adapters",)),
+    Row("7B QLoRA, streamed", "7b_qlora", "v5e", 1, 1, STREAMED, 4.0, 8.0),
+    Row("7B LoRA, streamed", "7b_lora", "v6e", 1, 1, STREAMED, 4.0, 18.0),
+    Row("7B full, optimizer on host", "7b_full", "v5e", 8, 1, OPTIMIZER, 15.0, 12.0),
+    Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "v5e", 1, 1, STREAMED, 8.0, 18.0),
     Row("OneVision-7B LoRA, streamed", "onevision_7b_task_lora", "v5e", 1, 1, STREAMED, 11.5,
-        21.0),
+        22.0),
 )  # fmt: skip
 
 FORECAST = ("rtx3090", "rtx4090", "h100")
@@ -105,10 +140,19 @@ class Measured:
     forecasts: dict[str, Forecast]
 
 
+def _planned(
+    preset: str, options: tuple[str, ...], plan: tuple[str, ...], micro_size: int
+) -> TrainConfig:
+    config = parse_config(["--config", preset, *options])
+    memory = dataclasses.replace(config.memory, **dict.fromkeys(plan, True))
+    return search.Plan(micro_size, memory).apply(config)
+
+
 def measure(row: Row) -> Measured:
     """Compiles the train step of a row, and of the same row without offloading."""
-    usage, forecasts = _measure(row.config, row.plan, row.micro_size, row.device, row.count)
-    resident, _ = _measure(row.config, (), row.micro_size, row.device, row.count)
+    run = row.config, row.options
+    usage, forecasts = _measure(*run, row.plan, row.micro_size, row.device, row.count)
+    resident, _ = _measure(*run, (), row.micro_size, row.device, row.count)
     ratio = math.nan
     if usage.flops is not None and resident.flops is not None:
         ratio = usage.flops / resident.flops
@@ -117,20 +161,21 @@ def measure(row: Row) -> Measured:
 
 @functools.cache
 def _measure(
-    preset: str, fields: tuple[str, ...], micro_size: int, device: str, count: int
+    preset: str,
+    options: tuple[str, ...],
+    plan: tuple[str, ...],
+    micro_size: int,
+    device: str,
+    count: int,
 ) -> tuple[Usage, dict[str, Forecast]]:
-    """Compiles the train step of a preset with a plan; cached, because rows share some plans."""
-    config = load_config(preset)
-    memory = dataclasses.replace(config.memory, **dict.fromkeys(fields, True))
-    planned = search.Plan(micro_size, memory).apply(config)
-    target = measuring.find_device(device)
-    program, totals, text = measuring.compile_for(planned, sizes(config), device, count)
-    batch = measuring.largest_batch(program, planned)
-    usage = measuring.usage_of(
-        program, planned, batch, totals, text, target.memory, target.platform, device
-    )
+    """Compiles the train step of a run with a plan; cached, because rows share some plans."""
+    planned = _planned(preset, options, plan, micro_size)
+    target = compiling.find_device(device)
+    program, step = compiling.compile_for(planned, sizes(planned), device, count)
+    batch = compiling.largest_batch(program, planned)
+    usage = usage_of(program, planned, batch, step, target.memory, target.platform, device)
     on_gpu = isinstance(target, Gpu)
-    return usage, {name: forecast(text, GPUS[name].rates) for name in FORECAST if on_gpu}
+    return usage, {name: forecast(step.text, GPUS[name].rates) for name in FORECAST if on_gpu}
 
 
 def describe(row: Row, measured: Measured) -> str:

@@ -15,7 +15,7 @@ from llava_jax.planning.usage import REST, Usage
 
 MAX_SAMPLES = 16  # largest micro-batch to try; a 7B model gains no speed from a larger one
 
-MAX_TRIALS, MAX_CPU_TRIALS = 4, 3
+MAX_TRIALS, MAX_CPU_TRIALS = 4, 4
 """Largest number of plans that a search compiles, for accelerators and for CPUs."""
 
 EQUALLY_FAST = 1.05
@@ -47,9 +47,11 @@ class Plan:
         memory = self.memory
         parts = [f"micro-batch {self.micro_size}", f"remat {memory.remat}"]
         parts += ["optimizer on host"] if memory.offload_optimizer else []
-        parts += ["weights streamed"] if memory.stream_weights else []
+        streamed = "weights and adapters" if memory.stream_adapters else "weights"
+        parts += [f"{streamed} streamed"] if memory.stream_weights else []
         parts += ["vocabulary on host"] if memory.offload_vocabulary else []
         parts += ["activations on host"] if memory.offload_activations else []
+        parts += ["weights on disk"] if memory.weights_on_disk else []
         return ", ".join(parts)
 
 
@@ -100,19 +102,33 @@ class Trial:
     usage: Usage
 
 
-def levels(memory: MemoryConfig) -> Iterator[MemoryConfig]:
-    """Yields memory plans from fast to slow, or only `memory` if the user has chosen a plan."""
+_TO_HOST: tuple[dict[str, bool], ...] = (
+    {"offload_optimizer": True},
+    {"stream_weights": True, "stream_adapters": False},
+    {"stream_adapters": True},
+    {"offload_vocabulary": True},
+    {"offload_activations": True},
+)
+"""Changes of a memory plan that move more and more arrays to host memory."""
+
+
+def levels(config: TrainConfig) -> Iterator[MemoryConfig]:
+    """Yields memory plans, or only one plan if the user has chosen it.
+
+    The plans without weights on disk come first, from fast to slow.
+    """
+    memory = config.memory
     if not memory.is_searched:
         yield memory
         return
-    host: dict[str, bool] = dict.fromkeys(
-        ("offload_optimizer", "stream_weights", "offload_vocabulary", "offload_activations"), False
-    )
-    for remat in ("none", "dots", "full"):
-        yield dataclasses.replace(memory, remat=remat, **host)
-    for name in host:
-        host[name] = True
-        yield dataclasses.replace(memory, remat="full", **host)
+    yield dataclasses.replace(memory, remat="none")
+    yield dataclasses.replace(memory, remat="dots")
+    for on_disk in (False, True) if config.may_read_from_disk else (False,):
+        level = dataclasses.replace(memory, remat="full", weights_on_disk=on_disk)
+        yield level
+        for step in _TO_HOST:
+            level = dataclasses.replace(level, **step)
+            yield level
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:
@@ -146,7 +162,7 @@ def find_plan(
         capacity: Memory that plans may use.
     """
     sizes = micro_sizes(config, data_parallel)[::-1]
-    plans = [Plan(size, memory) for memory, size in product(levels(config.memory), sizes)]
+    plans = [Plan(size, memory) for memory, size in product(levels(config), sizes)]
     guesses = {plan: estimate(plan) for plan in plans}
     fastest = min(guess.seconds for guess in guesses.values())
     times_slower = lambda plan: math.log(guesses[plan].seconds / fastest, EQUALLY_FAST)
@@ -178,20 +194,23 @@ def find_plan(
 def find_cpu_plan(
     config: TrainConfig, data_parallel: int, measure_plan: Callable[[Plan], Usage]
 ) -> Iterator[Trial]:
-    """Tries at most three plans for a CPU, and yields each trial until a plan fits.
+    """Tries at most four plans for a CPU, and yields each trial until a plan fits.
 
     Each compilation takes a CPU as long as many steps of a small model. Moving arrays to host
     memory is pointless, because a CPU computes in host memory. The arguments are those of
     `find_plan`. The first plan has the largest micro-batch of at most `CPU_TOKENS` tokens and
     keeps all activations. If this does not fit, the micro-batch has one sample; if this does not
-    fit either, activations are recomputed.
+    fit either, activations are recomputed. The last plan leaves frozen weights in their files.
     """
     sizes = micro_sizes(config, data_parallel)
     is_quick = lambda size: size * config.data.max_length <= CPU_TOKENS
     largest = max(filter(is_quick, sizes), default=sizes[0])
-    possible = list(levels(config.memory))
+    possible = list(levels(config))
     none, full = possible[0], possible[2 if config.memory.is_searched else 0]
-    for plan in dict.fromkeys([Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]):
+    plans = [Plan(largest, none), Plan(sizes[0], none), Plan(sizes[0], full)]
+    if config.memory.is_searched and config.may_read_from_disk:
+        plans.append(Plan(sizes[0], dataclasses.replace(full, weights_on_disk=True)))
+    for plan in dict.fromkeys(plans):
         trial = Trial(plan, measure_plan(plan))
         yield trial
         if trial.usage.fits:

@@ -3,8 +3,9 @@
 import dataclasses
 
 from llava_jax.distributed.environment import GIB, HOST_SHARE, RESERVE_SHARE
-from llava_jax.planning.beside import CHECKPOINT
+from llava_jax.planning.beside import CHECKPOINT, READ_AHEAD
 from llava_jax.planning.forecast import Forecast
+from llava_jax.planning.peak import LargeArray
 
 REST = "activations and temporaries"  # the term of a `Usage` for all other memory
 
@@ -57,6 +58,7 @@ class Usage:
             compiled step could not be read.
         shares_host: Whether device and host share one memory, whose size is `capacity`.
         out_of_memory: Whether the compiler ran out of memory, so that `total` is only a bound.
+        largest: Largest arrays at the peak of the device memory; empty if they are unknown.
     """
 
     device: dict[str, int]
@@ -74,6 +76,7 @@ class Usage:
     forecast: Forecast | None = None
     shares_host: bool = False
     out_of_memory: bool = False
+    largest: tuple[LargeArray, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -113,10 +116,10 @@ class Usage:
         """
         if not self.pooled:
             return 0
-        checkpoint = self.host_beside.get(CHECKPOINT, 0)  # not in the pool
-        pinned = self.host_needed - checkpoint
+        others = sum(self.host_beside.get(term, 0) for term in (CHECKPOINT, READ_AHEAD))
+        pinned = self.host_needed - others
         pool = pinned_pool(pinned * self.pooled) // self.pooled
-        most = pool if self.host_capacity is None else self.host_capacity - checkpoint
+        most = pool if self.host_capacity is None else self.host_capacity - others
         return max(min(pool, most) - pinned, 0)
 
     @property
@@ -156,3 +159,10 @@ def usage_table(usage: Usage) -> str:
     return "\n".join(
         [*lines, verdict if known else f"{verdict}; the size of host memory is not given"]
     )
+
+
+def largest_table(usage: Usage) -> str:
+    """Returns a table, as text, of the largest arrays at the peak of device memory."""
+    lines = [f"{'largest arrays at the peak':60}{'device GiB':>11}"]
+    lines += [f"{f'{x.name}, {x.shape}':60}{x.size / GIB:11.2f}" for x in usage.largest]
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Checks the values of a checkpoint's config.json against the types of config dataclasses."""
 
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from llava_jax.config.fields import has_type
 from llava_jax.disk import Json
@@ -40,7 +40,8 @@ def check_types(file: Path, part: str, kind: type, values: Json) -> None:
         value = values.get(name)
         if value is None or name in ("rope_scaling", "tiling", "video"):
             continue
-        if not has_type(value, hint) or (isinstance(value, bool) and hint is not bool):
+        takes_bool = bool in (hint, *get_args(hint))
+        if not has_type(value, hint) or (isinstance(value, bool) and not takes_bool):
             wanted = getattr(hint, "__name__", hint)
             raise CheckpointError(f"{file}: {part}{name} is {value!r:.80}; it must be {wanted}")
         if isinstance(value, bool | str) or name == "vision_feature_layer":

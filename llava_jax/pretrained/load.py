@@ -9,6 +9,7 @@ two copies of this tensor.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array, Float, Shaped
 
 from llava_jax.config import ModelConfig, Parts, format_source
+from llava_jax.distributed.disk_weights import DiskStack
 from llava_jax.distributed.host_memory import PINNED_HOST
 from llava_jax.errors import CheckpointError
 from llava_jax.models import paths
@@ -29,6 +31,7 @@ from llava_jax.models.paths import EMBEDDING, HEAD, VOCABULARY
 from llava_jax.models.quant import QuantisationError, Quantised, quantise
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.checkpoint_layouts import Layout
+from llava_jax.pretrained.read_ahead import THREADS, open_stack
 from llava_jax.pretrained.safetensors import Tensor, open_tensors
 from llava_jax.pretrained.unsupported import refuse_quantized
 
@@ -60,8 +63,8 @@ def load_params(
             for all parameters.
 
     Returns:
-        The wanted parameters by path. The projector's parameters are left out if no part has a
-        projector.
+        The wanted parameters by path; weights on disk are only opened. The projector's parameters
+        are left out if no part has a projector.
 
     Raises:
         CheckpointError: A file cannot be read, or tensors are missing, do not belong to the model,
@@ -69,8 +72,15 @@ def load_params(
     """
     sources = open_sources(source)
     found = find_base_tensors(source, sources, config, abstract)
+    threads = ThreadPoolExecutor(THREADS)  # a thread is started only when it is needed
+
+    def load(path: str, tensors: list[Tensor], spec: Any) -> Any:
+        if isinstance(spec, DiskStack):
+            return open_stack(tensors, common_dtype(tensors), spec, threads)
+        return assemble(path, tensors, spec)
+
     return {
-        path: assemble(path, tensors, abstract[path])
+        path: load(path, tensors, abstract[path])
         for path, tensors in found.items()
         if wanted is None or path in wanted
     }

@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from llava_jax.config import LlmConfig, ModelConfig, Parts, RopeScaling, VisionConfig
+from llava_jax.config import LlmConfig, ModelConfig, Parts, VisionConfig
 from llava_jax.disk import Json
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.pretrained import llava_directory
 from llava_jax.pretrained.config_checks import check_object, check_types, require
 from llava_jax.pretrained.family import MEMBERS, member_settings, read_member_fields
+from llava_jax.pretrained.rope_config import read_rope, scaling_settings
 from llava_jax.pretrained.safetensors import read_json
 from llava_jax.pretrained.tokenizer import (
     IMAGE_TOKEN,
@@ -77,7 +78,6 @@ SIGLIP_DEFAULTS: Json = CLIP_DEFAULTS | {
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
 }
-ROPE_THETA = 10_000.0
 
 # A config without model_type has the type of the first entry.
 DECODERS = {
@@ -277,7 +277,7 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
             "the head size must be even, and the number of heads must be a multiple of the number "
             "of key heads"
         )
-    theta, scaling = _rope(file, values)
+    theta, scaling = read_rope(file, values, head_dim)
     return LlmConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -294,26 +294,6 @@ def _llm_config(file: Path, given: Json) -> LlmConfig:
         model_type=values["model_type"],
         sliding_window=values["sliding_window"] if values["model_type"] == "mistral" else None,
     )
-
-
-def _rope(file: Path, values: Json) -> tuple[float, RopeScaling | None]:
-    """Returns RoPE's base and scaling, from `rope_parameters` (transformers 5) or older fields."""
-    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = check_object(file, values, name, {})
-    theta = rope.get("rope_theta", values.get("rope_theta", ROPE_THETA))
-    check_types(file, "the decoder's ", LlmConfig, {"rope_theta": theta})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require(file, "the decoder's rope type", kind, ("default", "llama3"))
-    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    require(file, "the decoder's partial_rotary_factor", partial, (1.0,))
-    if kind == "default":
-        return float(theta), None
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    absent = [name for name in names if name not in rope]
-    if absent:
-        raise CheckpointError(f"{file}: the llama3 RoPE scaling lacks {', '.join(absent)}")
-    check_types(file, f"the decoder's {name}.", RopeScaling, rope)
-    return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
 def _vision_config(file: Path, given: Json) -> VisionConfig:
@@ -377,8 +357,7 @@ def text_settings(llm: LlmConfig) -> Json:
     """Returns the content of the config.json in a decoder's directory."""
     text = dataclasses.asdict(llm)
     text |= {"architectures": [f"{llm.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
-    if llm.rope_scaling is not None:
-        text["rope_scaling"] = {"rope_type": "llama3", **text["rope_scaling"]}
+    text["rope_scaling"] = scaling_settings(llm.rope_scaling)
     if llm.model_type == "llama":
         text |= {"attention_bias": False, "mlp_bias": False}
     if llm.model_type in ("qwen2", "qwen3"):

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llava_jax.config import ModelConfig
+from llava_jax.distributed.disk_weights import DiskStack
 from llava_jax.distributed.host_memory import fetch, layer_at
 from llava_jax.distributed.multihost import is_main_process
 from llava_jax.errors import CheckpointError
@@ -125,6 +126,8 @@ def _fetch(params: Mapping[str, jax.Array | Stored], path: str, index: int) -> n
     param = params[path]
     if isinstance(param, Stored):
         return param.read(index)
+    if isinstance(param, DiskStack):
+        return param.whole_layer(index)
     if paths.is_stacked(path):
         param = _take(param, np.int32(index))
     if not param.is_fully_addressable:

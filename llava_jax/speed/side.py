@@ -58,7 +58,7 @@ class Ours:
         from llava_jax.config import MeshConfig
         from llava_jax.data.batch import Batch
         from llava_jax.distributed.sharding import make_mesh
-        from llava_jax.planning.measure import attention_here
+        from llava_jax.planning.compile import attention_here
         from llava_jax.pretrained.model import load_weights
         from llava_jax.train_step.program import build_program
         from llava_jax.train_step.step import init_state

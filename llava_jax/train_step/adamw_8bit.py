@@ -84,13 +84,13 @@ def scale_by_adam_8bit(
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(
-        grads: PyTree, state: ScaleByAdam8bitState, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, ScaleByAdam8bitState]:
         del params
         count = optax.safe_increment(state.count)
         # 1 - decay^count, without the rounding error of a difference of similar numbers.
         logarithm = lambda decay: math.log(decay) if decay else -math.inf
-        correct = lambda decay: -jnp.expm1(count.astype(jnp.float32) * logarithm(decay))
+        correct = lambda decay: -jnp.expm1(jnp.asarray(count, jnp.float32) * logarithm(decay))
         first, second = correct(b1), jnp.sqrt(correct(b2))
 
         def one(grad: Array, mu: Moment | Array, nu: Moment | Array) -> tuple:
@@ -102,7 +102,7 @@ def scale_by_adam_8bit(
             return scaled, _write(new_mu, mu, signed=True), _write(new_nu, nu, signed=False)
 
         is_moment = lambda x: isinstance(x, Moment)
-        flat, structure = jax.tree.flatten(grads)
+        flat, structure = jax.tree.flatten(updates)
         moments = (jax.tree.leaves(x, is_leaf=is_moment) for x in (state.mu, state.nu))
         results = zip(*map(one, flat, *moments), strict=True) if flat else ((), (), ())
         scaled, mu, nu = (structure.unflatten(list(leaves)) for leaves in results)

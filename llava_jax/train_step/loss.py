@@ -76,6 +76,7 @@ def _local_losses(
     return TokenLosses(*(jnp.where(learned, pieces.put_back(x), 0) for x in done))
 
 
+@jax.named_scope("loss")
 def weighted_loss(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],

@@ -8,7 +8,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
 from llava_jax.config import OptimizerConfig
 from llava_jax.distributed.host_memory import (
@@ -25,6 +25,7 @@ from llava_jax.distributed.host_memory import (
 from llava_jax.models.layers import Params
 from llava_jax.models.paths import is_adapter, is_stacked
 from llava_jax.train_step.adamw_8bit import scale_by_adam_8bit
+from llava_jax.train_step.rounding import stochastic_round
 
 Schedule = optax.Schedule
 """Function that maps the number of steps done to the learning rate."""
@@ -132,6 +133,7 @@ def clip_scale(norm: Float[Array, ""], limit: float | None) -> Float[Array, ""] 
     return None if limit is None else jnp.minimum(1.0, limit / (norm + CLIP_EPS))
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     tx: optax.GradientTransformation,
     grads: Params,
@@ -139,11 +141,13 @@ def apply_gradients(
     state: optax.OptState,
     params: Params,
     apply: Bool[Array, ""],
+    key: Key[Array, ""],
 ) -> tuple[Params, optax.OptState]:
     """Returns the updated parameters and optimizer state; arrays in host memory stay there.
 
-    If a parameter, its gradient or one of its moments is in host memory, the parameter is updated
-    slice by slice, so that only one slice at a time is on the device.
+    The update is computed in float32. Parameters in bfloat16 are rounded stochastically; see
+    `rounding.py`. If a parameter, its gradient or one of its moments is in host memory, the
+    parameter is updated slice by slice, so that only one slice at a time is on the device.
 
     Args:
         tx: Optimizer that updates each element independently of the others, and accepts every
@@ -155,10 +159,11 @@ def apply_gradients(
         apply: bool []. If False, parameters and moments are returned unchanged, and only the
             counters of the schedules increase. So the learning rate depends on the number of the
             step, and the bias correction of the moments on the number of applied updates.
+        key: PRNG key of the step, for stochastic rounding.
     """
     trees = grads, state, params
     pick = partial(_pick, trees, params.keys())
-    update = partial(_update, tx, scale, apply)
+    update = partial(_update, tx, scale, apply, key)
     hosted = [path for path in params if any(map(is_hosted, jax.tree.leaves(pick({path}))))]
     parts = [update(*pick(params.keys() - set(hosted)))]
     parts += [_update_slices(update, *pick({path})) for path in hosted]
@@ -177,16 +182,28 @@ def _update(
     tx: optax.GradientTransformation,
     scale: Array | None,
     apply: Array,
+    key: Array,
     grads: Params,
     state: optax.OptState,
     params: Params,
+    first_row: ArrayLike = 0,
 ) -> tuple[Params, optax.OptState]:
-    """Returns the updated parameters and state; see `apply_gradients` for `apply`."""
+    """Returns the updated parameters and state; see `apply_gradients` for `apply` and `key`.
+
+    The arrays may be pieces of a parameter; see `stochastic_round` for `first_row`.
+    """
+    widen = lambda x: x.astype(jnp.float32)
+    grads, wide = jax.tree.map(widen, (grads, params))
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with floats
-        updates, new_state = tx.update(grads, state, params)
-    new = cast("Params", optax.apply_updates(params, updates)), new_state
+        updates, new_state = tx.update(grads, state, wide)
+    updated = cast("Params", optax.apply_updates(wide, updates))
+    updated = {
+        path: stochastic_round(x, params[path].dtype, key, path, first_row)
+        for path, x in updated.items()
+    }
+    new = updated, new_state
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
     # Without this exception, a skipped step would delay the schedule, and the learning rate would
     # not be the rate that the train step reports for the number of the step.
@@ -195,7 +212,7 @@ def _update(
 
 
 def _update_slices(
-    update: Callable[[Params, optax.OptState, Params], tuple[Params, optax.OptState]],
+    update: Callable[..., tuple[Params, optax.OptState]],
     grads: Params,
     state: optax.OptState,
     params: Params,
@@ -203,6 +220,7 @@ def _update_slices(
     """Calls `update` for one parameter, piece by piece; counters stay unchanged."""
     (param,) = params.values()
     piece = _aligned_piece(param.shape, [x.shape for x in jax.tree.leaves(state) if x.ndim])
+    rows = math.prod(piece[:-1])
     Carry = tuple[Params, optax.OptState]
 
     def load(index: Int[Array, ""], carry: Carry) -> tuple[Params, Params, optax.OptState]:
@@ -211,7 +229,7 @@ def _update_slices(
 
     def body(index: Int[Array, ""], here: tuple, ahead: tuple, carry: Carry) -> Carry:
         grad, param, moments = here
-        new = write_after(ahead, update(grad, moments, param))
+        new = write_after(ahead, update(grad, moments, param, index * rows))
         return jax.tree.map(lambda x, y: write_piece(x, y, index) if x.ndim else x, carry, new)
 
     count, parts = count_pieces(param.shape, piece), param.shape[1] // piece[1]
@@ -251,12 +269,14 @@ def _pick(trees: PyTree, names: Collection[str], wanted: Collection[str]) -> PyT
 def global_norm(grads: Params) -> Float[Array, ""]:
     """Returns the Euclidean norm over all gradients, float32 []."""
 
+    widened = lambda x: x.astype(jnp.float32)
+
     def squares(grad: Array) -> Array:
         if not is_hosted(grad):
-            return jnp.sum(grad**2)
+            return jnp.sum(widened(grad) ** 2)
         piece = slice_size(grad.shape), *grad.shape[1:]
         load = lambda index, _: fetch(piece_at(grad, index, piece))
-        add = lambda _index, here, _ahead, total: total + jnp.sum(here**2)
+        add = lambda _index, here, _ahead, total: total + jnp.sum(widened(here) ** 2)
         return loop_with_prefetch(count_pieces(grad.shape, piece), load, add, jnp.zeros(()))
 
     return jnp.sqrt(sum(map(squares, grads.values()), jnp.zeros(())))

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 
 from llava_jax.config import AttentionImplementation, ModelConfig, TrainConfig
 from llava_jax.data.batch import Batch, round_up
+from llava_jax.distributed.disk_weights import DiskStack
 from llava_jax.distributed.host_memory import PINNED_HOST, is_for_host
 from llava_jax.distributed.multihost import rows_here
 from llava_jax.distributed.sharding import (
@@ -256,12 +256,21 @@ def build_program(
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Raises ConfigError if a memory field needs remat "full", but remat has another value."""
+    """Raises ConfigError if a memory field needs remat "full", or weights that may be on disk."""
     memory = config.memory
-    if memory.remat != "full" and (memory.stream_weights or memory.offload_activations):
+    needs_full = memory.stream_weights or memory.offload_activations or memory.weights_on_disk
+    if memory.remat != "full" and needs_full:
         raise ConfigError(
-            f"memory.remat is {memory.remat!r}, but memory.stream_weights and "
-            'memory.offload_activations need "full"; set memory.remat to "full", or turn both off'
+            f"memory.remat is {memory.remat!r}, but memory.stream_weights, memory.weights_on_disk "
+            'and memory.offload_activations need "full"; set memory.remat to "full", or turn them '
+            "off"
+        )
+    if memory.weights_on_disk and not config.may_read_from_disk:
+        raise ConfigError(
+            "memory.weights_on_disk needs decoder weights that stay as they are in files, but "
+            f"init_from is {config.init_from!r}, tune.llm is {config.tune.llm!r} and quantize is "
+            f"{config.quantize!r}; turn memory.weights_on_disk off, or set init_from to a "
+            "checkpoint, tune.llm to 'lora' or 'frozen', and quantize to None"
         )
 
 
@@ -292,9 +301,9 @@ def _compute_config(
         remat=config.memory.remat,
         offload_activations=config.memory.offload_activations,
         # Weights are streamed if the model does not fit into device memory. Gathered weights would
-        # not fit either.
-        # Tokens that are divided can only be cut into chunks by each device for itself.
-        gather_weights=not config.memory.stream_weights or sequence_size(mesh) > 1,
+        # not fit either. But if tokens are divided, each device must cut its own chunks of tokens.
+        gather_weights=sequence_size(mesh) > 1
+        or not (config.memory.stream_weights or config.memory.weights_on_disk),
     )
 
 
@@ -313,16 +322,21 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
         ConfigError: No parameter is trainable, or `quantize` does not fit `tune`.
     """
     trains = lambda path: is_trainable(path, config.tune, config.lora.modules_to_save)
+    # Vectors, such as norms, are small, so they are always float32.
+    is_matrix = lambda path, leaf: leaf.ndim > 1 + is_stacked(path)
+    trained = lambda path, leaf, dtype: dtype if is_matrix(path, leaf) else "float32"
+    weight_dtype = partial(trained, dtype=config.optimizer.weight_dtype)
     shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else config.dtype)
+        path: leaf.update(dtype=weight_dtype(path, leaf) if trains(path) else config.dtype)
         for path, leaf in shapes.items()
     }
     if config.quantize is not None:
         _check_quantised(config)
         shapes |= quantised_shapes(shapes, config.quantize)
     memory = config.memory
+    moves = lambda path: is_stacked(path) and (memory.stream_adapters or not is_adapter(path))
     streams = lambda path: (
-        (memory.stream_weights and is_stacked(path))
+        (memory.stream_weights and moves(path))
         or (memory.offload_vocabulary and path in VOCABULARY)
     )
     # With remat "full", a step needs only one layer at a time. So the float32 weights of trainable
@@ -333,9 +347,18 @@ def _place_parameters(config: TrainConfig, shapes: Abstract, mesh: Mesh) -> _Pla
     on_host = lambda path: streams(path) or (with_moments and trains(path) and is_weight(path))
     parameters = with_shardings(shapes, mesh, on_host)
     trainable = {path: leaf for path, leaf in parameters.items() if trains(path)}
+    if memory.weights_on_disk:
+        parameters |= {
+            # Vectors are too small for a call of a Python function per layer.
+            path: DiskStack(leaf.shape, leaf.dtype, leaf.sharding, leaf.dtype)
+            for path, leaf in parameters.items()
+            if is_stacked(path) and path not in trainable and len(leaf.shape) > 2
+        }
     if not trainable:
         raise ConfigError("tune: no part is trained; set at least one part to 'lora' or 'full'")
-    gradients = with_shardings({path: shapes[path] for path in trainable}, mesh, streams)
+    sum_dtype = partial(trained, dtype=config.optimizer.gradient_dtype)
+    sums = {path: shapes[path].update(dtype=sum_dtype(path, shapes[path])) for path in trainable}
+    gradients = with_shardings(sums, mesh, streams)
     return _Placement(parameters, trainable, gradients)
 
 

@@ -42,7 +42,7 @@ class TrainState:
 
     Attributes:
         step: int32 []. Number of steps done.
-        trainable: Trainable parameters by path, float32.
+        trainable: Trainable parameters by path, float32 or bfloat16.
         opt_state: Optimizer state.
         key: uint32 [2]. PRNG key of the dropout masks.
     """
@@ -58,15 +58,16 @@ def abstract_state(
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the train state.
 
-    A moment has the sharding of its parameter. Counters are replicated on all devices.
+    A moment has the sharding of its parameter, and is float32. Counters are replicated on all
+    devices.
 
     Args:
         trainable: Shapes, dtypes and shardings of the trainable parameters.
         tx: Optimizer.
         mesh: Device mesh.
-        offload: Whether to keep the moments in host memory, even if their parameters are on the
-            device. Moments for which `fits_host` returns False stay in the memory of their
-            parameters.
+        offload: Whether to keep the moments in host memory, or on the device, wherever their
+            parameters are. With `offload`, moments for which `fits_host` returns False stay in the
+            memory of their parameters.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -76,10 +77,13 @@ def abstract_state(
             return struct(leaf, everywhere)
         (parameter,) = (key.key for key in path if getattr(key, "key", None) in trainable)
         sharding = _moment_sharding(leaf.shape, trainable[parameter])
-        hosted = offload and fits_host(leaf.shape, sharding)
+        if not offload:
+            return struct(leaf, NamedSharding(mesh, sharding.spec))
+        hosted = fits_host(leaf.shape, sharding)
         return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
 
-    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, trainable))
+    wide = {path: leaf.update(dtype=jnp.float32) for path, leaf in trainable.items()}
+    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, wide))
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), _key(0)))
     return TrainState(struct(step, everywhere), trainable, opt_state, struct(key, everywhere))
 
@@ -288,7 +292,7 @@ def make_gradient_fn(
         iterations = accumulation
         if packing and accumulation > 1:
             iterations = filled_micro_batches(batch.segment_ids, accumulation, devices)
-        zeros = jnp.zeros(()), jax.tree.map(host_memory.zeros, gradients)
+        zeros = jnp.zeros(()), host_memory.zeros(gradients)
         with bounded_loop(accumulation):
             return jax.lax.fori_loop(0, iterations, accumulate, zeros)
 
@@ -327,7 +331,7 @@ def make_train_step(
         scale = clip_scale(norm, clip_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated, opt_state = apply_gradients(
-            tx, grads, scale, state.opt_state, state.trainable, finite
+            tx, grads, scale, state.opt_state, state.trainable, finite, key
         )
         samples = len(batch.segment_ids)
         present = jnp.zeros(samples + 1, jnp.int32).at[batch.segment_ids].set(1)[1:]

@@ -36,8 +36,8 @@ from llava_jax.errors import CheckpointError, ConfigError, RunError
 from llava_jax.models.layers import Params
 from llava_jax.planning.check_devices import check_accelerator, division_warnings
 from llava_jax.planning.choose import plan_for_attached
+from llava_jax.planning.compile import attention_here, capability_here
 from llava_jax.planning.devices import without_bfloat16
-from llava_jax.planning.measure import attention_here, capability_here
 from llava_jax.pretrained.adapters import load_adapter
 from llava_jax.pretrained.model import load_weights
 from llava_jax.train_step.program import Program, build_program

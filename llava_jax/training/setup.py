@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_jax.config import Json, ModelConfig, Parts, TrainConfig
+from llava_jax.config import Json, LlmConfig, ModelConfig, Parts, TrainConfig
 from llava_jax.config.ignored import ignored_fields
 from llava_jax.distributed.multihost import is_alone, local_devices
 from llava_jax.planning.check_devices import check_accelerator
@@ -88,8 +88,31 @@ def agree_on(setup: Setup) -> None:
     agree({"the number of devices": local_devices()})
 
 
+def context_warning(max_length: int, llm: LlmConfig) -> str | None:
+    """Returns a warning if samples may be longer than the decoder's context; otherwise None.
+
+    Args:
+        max_length: The limit `data.max_length`.
+        llm: Sizes of the decoder, with the scaling of its RoPE.
+    """
+    context = llm.context_length
+    if max_length <= context:
+        return None
+    change = 'give the "rope_scaling" a larger factor'
+    if llm.rope_scaling is None:
+        change = (
+            f'set "rope_scaling": {{"rope_type": "yarn", "factor": {-(-max_length // context)}.0, '
+            f'"original_max_position_embeddings": {context}}}'
+        )
+    return (
+        f"warning: data.max_length is {max_length}, but the decoder is made for at most {context} "
+        f"tokens. To train on longer samples, {change} in the decoder's settings in config.json; "
+        'see "Long sequences" in docs/models.md'
+    )
+
+
 def startup_notes(setup: Setup, devices: int) -> Iterator[str]:
-    """Yields a line for each field without an effect, and for each reason to learn nothing.
+    """Yields a line for each field without an effect, for each reason to learn nothing, and more.
 
     Args:
         setup: Setup of the run.
@@ -98,4 +121,6 @@ def startup_notes(setup: Setup, devices: int) -> Iterator[str]:
     config, steps, inputs = setup.config, setup.total_steps, setup.inputs
     for line in ignored_fields(config, steps, has_eval_data=len(inputs.eval_records) > 0):
         yield f"note: {line}"
+    if line := context_warning(config.data.max_length, setup.model_config.llm):
+        yield line
     yield from learning_warnings(config, inputs.order.samples, steps, devices)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_training import CONFIG, MODEL, change, run
+from tiny_training import CONFIG, MODEL, change, random_batch, run
 
-from llava_jax.config import MemoryConfig, TuneConfig
+from llava_jax.config import MemoryConfig, RopeScaling, TuneConfig
 from llava_jax.distributed import host_memory
 from llava_jax.models import llama
 
@@ -20,8 +20,14 @@ RESIDENT = MemoryConfig()
 PLANS = {
     "offload_optimizer": MemoryConfig(offload_optimizer=True),
     "stream_weights": MemoryConfig(stream_weights=True),
+    "offload_vocabulary": MemoryConfig(offload_vocabulary=True),
     "offload_activations": MemoryConfig(offload_activations=True),
-    "all": MemoryConfig(offload_optimizer=True, stream_weights=True, offload_activations=True),
+    "all": MemoryConfig(
+        offload_optimizer=True,
+        stream_weights=True,
+        offload_vocabulary=True,
+        offload_activations=True,
+    ),
     "remat-dots": MemoryConfig(remat="dots"),
     "remat-none": MemoryConfig(remat="none"),
 }
@@ -29,9 +35,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"optimizer": {"clip_norm": 0.5}, "batch": {"micro_size": 8}},
     "full": {"optimizer": {"weight_decay": 0.1, "learning_rate": 1e-3}},
     "qlora": {"batch": {"micro_size": 8}},
+    "small": {
+        "optimizer": {
+            "name": "adamw_8bit",
+            "learning_rate": 1e-3,
+            "weight_dtype": "bfloat16",
+            "gradient_dtype": "bfloat16",
+        }
+    },
     "family": {"optimizer": {"learning_rate": 1e-3}, "batch": {"micro_size": 8}},
 }
-# NF4 takes inputs by 64.
+# NF4 takes inputs by 64, and moments of 8 bits take matrices of at least 4096 elements.
 WIDE = dataclasses.replace(
     MODEL, llm=dataclasses.replace(MODEL.llm, hidden_size=64, intermediate_size=128)
 )
@@ -49,8 +63,10 @@ FAMILY = dataclasses.replace(
 
 def recipe(name: str, memory: MemoryConfig = RESIDENT, fsdp: int = 1) -> Any:
     config = change(CONFIG, **RECIPES[name], mesh={"fsdp": fsdp})
-    if name == "full":
+    if name in ("full", "small"):
         config = dataclasses.replace(config, tune=TuneConfig("full", "frozen", "full"))
+    if name == "small":  # moments of small matrices are float32
+        config = dataclasses.replace(config, model=WIDE)
     if name == "qlora":
         config = dataclasses.replace(config, model=WIDE, quantize="nf4_double")
     if name == "family":
@@ -81,7 +97,7 @@ def in_host_memory(tree: Any) -> int:
     return sum(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(tree))
 
 
-SHORT = [("all", "full", 8), ("all", "qlora", 1), ("all", "family", 1)]
+SHORT = [("all", "full", 8), ("all", "qlora", 1), ("all", "family", 1), ("all", "small", 1)]
 LONG = [case for case in itertools.product(PLANS, RECIPES, (1, 8)) if case not in SHORT]
 
 
@@ -99,12 +115,13 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
         np.testing.assert_allclose(*values, rtol=limit)
     memory = PLANS[plan]
-    in_full = name in ("full", "family")
-    moments = memory.offload_optimizer or memory.stream_weights
-    assert bool(in_host_memory(state.opt_state)) == moments
-    weights = memory.stream_weights or (memory.offload_optimizer and in_full)
+    in_full = name in ("full", "family", "small")
+    streams = memory.stream_weights or (memory.offload_vocabulary and in_full)
+    assert bool(in_host_memory(state.opt_state)) == memory.offload_optimizer
+    weights = memory.stream_weights or memory.offload_vocabulary
+    weights |= memory.offload_optimizer and in_full
     assert bool(in_host_memory(program.abstract)) == weights
-    assert bool(in_host_memory(program.gradients)) == memory.stream_weights
+    assert bool(in_host_memory(program.gradients)) == streams
 
 
 def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
@@ -114,3 +131,29 @@ def test_chunks_of_an_mlp_change_no_number(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(llama, "CHUNK_TOKENS", tokens)
         losses.append([row["loss"] for row in run(config, devices=1, steps=5)[0]])
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+def test_long_rows_give_the_same_numbers_with_everything_on_the_host(
+    length: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if the RoPE frequencies depend on the lengths of the samples in a micro-batch."""
+    monkeypatch.setattr(llama, "CHUNK_TOKENS", 512)
+    llm = dataclasses.replace(
+        MODEL.llm,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        rope_scaling=RopeScaling("dynamic", 2.0),
+    )
+    model = dataclasses.replace(MODEL, llm=llm)
+    config = change(CONFIG, batch={"global_size": 2, "loss_group": 1}, lora={"dropout": 0.0})
+    config = dataclasses.replace(config, model=model)
+    batch = lambda step: random_batch(step, size=2, length=length, images=1)
+    tables = [
+        run(change(config, batch={"micro_size": size}, memory=vars(memory)), 1, 3, batch)[0]
+        for size, memory in ((2, RESIDENT), (1, PLANS["all"]))
+    ]
+    losses, expected = ([row["loss"] for row in table] for table in tables)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert losses[-1] < losses[0]

@@ -129,11 +129,13 @@ def test_a_killed_run_stops_after_the_same_step_and_keeps_the_same_checkpoints(
 def test_a_run_that_learns_nothing_is_warned_of_and_says_so(
     start, capsys: pytest.CaptureFixture[str]
 ):
-    status, directory = start("nothing", "--steps", "1", "--data.eval-path", "None")
+    options = ("--steps", "1", "--data.eval-path", "None", "--data.max-length", "5000")
+    status, directory = start("nothing", *options)
     assert status == 0
     said = capsys.readouterr().out
     assert "note: checkpoint.keep_best, eval.every, eval.patience, eval.examples have no" in said
     assert "warning: this run learns nothing, because the only step is the first step of" in said
+    assert "warning: data.max_length is 5000, but the decoder is made for at most" in said
     assert said.index("warning: this run learns") < said.index("attention: ")
     assert "warning: the run has changed nothing, because in all of its 1 steps the learn" in said
     assert json.loads((directory / "config.json").read_text())["config"]["steps"] == 1

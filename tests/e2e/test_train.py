@@ -190,9 +190,12 @@ def test_another_plan_and_other_measurements_are_no_other_recipe(start, undistur
     assert status == 0
 
 
+@pytest.mark.parametrize("plan", [[], ["--memory.weights-on-disk"]])
 def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
-    start, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    start, undisturbed: Path, plan: list[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """Whether all weights are in memory or not, so both ways give the same bits."""
+    arguments = [f"stopped-{len(plan)}", "--checkpoint.every", "100", *plan]
     log = Reporter.log
 
     def log_and_stop(self: Reporter, row: dict, device_bytes: int | None = None) -> None:
@@ -201,12 +204,12 @@ def test_a_stopped_run_saves_in_its_step_and_continues_bit_for_bit(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Reporter, "log", log_and_stop)
-    status, directory = start("stopped", "--checkpoint.every", "100")
+    status, directory = start(*arguments)
     assert status == 128 + signal.SIGTERM
     assert [row["step"] for row in metrics(directory)] == [1, 2, 3]
     assert not (directory / "adapter").exists()
     monkeypatch.undo()
-    status, _ = start("stopped", "--checkpoint.every", "100")
+    status, _ = start(*arguments)
     assert status == 0
     assert_same_run(directory, undisturbed)
 

@@ -43,7 +43,14 @@ def blockwise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpack(codes: np.ndarray) -> np.ndarray:
-    return np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
+    """The NF4 codes [out, in] of packed codes [in / 8, out]."""
+    parts = codes.T.reshape(-1, 1, 8) >> np.arange(0, 32, 4)[:, None] & 15
+    return parts.reshape(codes.shape[1], -1)
+
+
+def unpack_nested(codes: np.ndarray) -> np.ndarray:
+    """The codes of absmaxes, [groups, 256], of packed codes."""
+    return (codes >> np.arange(0, 32, 8)[:, None, None] & 255).reshape(-1, 256)
 
 
 def leaves(tree: Quantised) -> list[tuple[str, tuple[int, ...], str]]:
@@ -60,7 +67,7 @@ def test_a_code_is_the_nearest(dtype: str, seed: int):
     weight = spread.astype(jnp.dtype(dtype))
     quantised = quantise(weight, "nf4")
     blocks, absmax = blockwise(weight)
-    np.testing.assert_array_equal(quantised.absmax.reshape(-1, 1), absmax)
+    np.testing.assert_array_equal(quantised.absmax.T.reshape(-1, 1), absmax)
     apart = np.abs(blocks[:, :, None] - NF4.astype(np.float64) * absmax[:, :, None])
     codes = unpack(quantised.codes).reshape(blocks.shape)
     chosen = np.take_along_axis(apart, codes[:, :, None].astype(int), axis=2)[:, :, 0]
@@ -69,9 +76,9 @@ def test_a_code_is_the_nearest(dtype: str, seed: int):
     np.testing.assert_allclose(got, (NF4[codes] * absmax).reshape(got.shape), rtol=1e-6)
 
 
-def test_the_first_of_two_codes_is_in_the_high_bits():
-    weight = np.tile(np.float32([1.0, -1.0]), BLOCK // 2)[None]
-    assert set(quantise(weight, "nf4").codes.ravel().tolist()) == {15 << 4 | 0}
+def test_the_first_8_codes_of_a_block_are_in_the_lowest_bits():
+    weight = np.repeat(np.float32([1.0, 0.0, -1.0]), [8, 48, 8])[None]
+    assert quantise(weight, "nf4").codes.tolist() == [[0x0777777F]] * 8
 
 
 @pytest.mark.parametrize("rows", [1, 3, 256, 257])
@@ -83,16 +90,19 @@ def test_absmaxes_are_nested_in_blocks_of_256(rows: int):
     nested = double.absmax
     assert isinstance(nested, NestedAbsmax)
     np.testing.assert_allclose(nested.offset, plain.absmax.mean(dtype=np.float64), rtol=1e-7)
-    centred = (plain.absmax - nested.offset).ravel()
-    for index, largest in enumerate(nested.absmax):
+    centred = (plain.absmax.T - nested.offset).ravel()
+    codes = unpack_nested(nested.codes)
+    of_values = codes.ravel()[: rows * 3]
+    assert not nested.absmax[-(-rows * 3 // 256) :].any()
+    for index, largest in enumerate(nested.absmax[: -(-rows * 3 // 256)]):
         block = slice(256 * index, 256 * (index + 1))
         assert largest == np.abs(centred[block]).max()
         apart = np.abs(centred[block, None] - DYNAMIC[None].astype(np.float64) * largest)
-        chosen = np.take_along_axis(apart, nested.codes.ravel()[block, None].astype(int), 1)[:, 0]
+        chosen = np.take_along_axis(apart, of_values[block, None].astype(int), 1)[:, 0]
         assert (chosen <= apart.min(axis=1) + 1e-6 * largest).all()
-    assert len(nested.absmax) == -(-rows * 3 // 256)
-    scale = np.repeat(nested.absmax, 256)[: rows * 3].reshape(rows, 3)
-    absmax = DYNAMIC[nested.codes] * scale + nested.offset
+    assert len(nested.absmax) == -(-rows * 3 // 512) * 2
+    absmax = DYNAMIC[codes] * nested.absmax[:, None] + nested.offset
+    absmax = absmax.ravel()[: rows * 3].reshape(rows, 3)
     values = NF4[unpack(double.codes)] * np.repeat(absmax, BLOCK, axis=1)
     np.testing.assert_allclose(jitted(double, "float32"), values, rtol=1e-5, atol=1e-7)
 
@@ -103,9 +113,10 @@ def test_the_dynamic_map():
     assert (DYNAMIC[127], DYNAMIC[255]) == (0, 1)
     np.testing.assert_array_equal(DYNAMIC[:127], -DYNAMIC[128:255][::-1])
     np.testing.assert_allclose(DYNAMIC[128], 0.55e-6, rtol=1e-6)  # the middle of [1e-7, 1e-6]
-    codes = np.arange(256, dtype=np.uint8).reshape(256, 1)
-    absmax = NestedAbsmax(codes, np.ones(1, np.float32), np.float32(0))
-    ones = Nf4Weight(np.full((256, BLOCK // 2), 0xFF, np.uint8), absmax)
+    # The first 256 of 512 codes are the lowest and second bytes.
+    low, high = np.arange(256, dtype=np.uint32).reshape(2, 128)
+    absmax = NestedAbsmax((high << 8 | low)[None], np.ones(2, np.float32), np.float32(0))
+    ones = Nf4Weight(np.full((BLOCK // 8, 256), 2**32 - 1, np.uint32), absmax)
     np.testing.assert_allclose(jitted(ones, "float32")[:, 0], DYNAMIC, rtol=2e-7)
 
 
@@ -146,9 +157,10 @@ def test_zeros_among_others_stay_zeros(kind: Quantisation):
 def test_chunks_do_not_show(kind: Quantisation, dtype: str):
     weight = normal(2 * CHUNK // 192 + 3, 192, dtype=dtype)
     whole = quantise(weight, kind)
-    start = CHUNK // 192 - 1
-    part = quantise(weight[start : start + 4], kind)
-    np.testing.assert_array_equal(whole.codes[start : start + 4], part.codes)
+    rows = slice(CHUNK // 192 - 1, CHUNK // 192 + 3)
+    part = quantise(weight[rows], kind)
+    of_part = whole.codes[rows] if kind == "int8" else whole.codes[:, rows]
+    np.testing.assert_array_equal(of_part, part.codes)
     for other in (np.asfortranarray(weight), weight.astype(np.float32)):
         jax.tree.map(np.testing.assert_array_equal, whole, quantise(other, kind))
 

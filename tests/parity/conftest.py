@@ -52,7 +52,45 @@ VARIANTS: dict[str, dict] = {
     "siglip": {},
 }
 """What a decoder differs in; "siglip" in the tower."""
+ROPE_SCALINGS: dict[str, dict] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0},  # the original context length is max_position_embeddings
+    "yarn, every field": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+    },
+    "yarn, attention factor": {"factor": 4.0, "attention_factor": 1.5},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+"""Scalings of RoPE, by names that begin with the kind."""
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
 SPECIAL: dict[str, dict] = {
+    **{
+        f"{family} {name}": {
+            **settings,
+            "model_type": family,
+            "max_position_embeddings": 32,
+            "rope_parameters": scaling | {"rope_type": name.partition(",")[0], "rope_theta": 500.0},
+        }
+        for family, settings in FAMILIES.items()
+        for name, scaling in ROPE_SCALINGS.items()
+    },
     "wide": {"hidden_size": 64, "intermediate_size": 128},  # whole blocks of 64 inputs, for NF4
     "qwen2_siglip": VARIANTS["qwen2"],
     "siglip_full": {},  # these two have images of 30 x 30 pixels, of which 28 x 28 are patches

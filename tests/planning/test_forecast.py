@@ -2,8 +2,18 @@
 
 import pytest
 
+from llava_jax.jax_compat import CALLBACK
 from llava_jax.planning.devices import GPUS, rates_of
-from llava_jax.planning.forecast import FROM_HOST, LINKS, MEMORY, PRODUCTS, TO_HOST, forecast
+from llava_jax.planning.forecast import (
+    DISK_RATE,
+    FROM_HOST,
+    LINKS,
+    MEMORY,
+    PRODUCTS,
+    TO_HOST,
+    describe_forecast,
+    forecast,
+)
 
 STACK, LAYER = "bf16[4,4096,4096]{2,1,0:S(5)}", "bf16[1,4096,4096]{2,1,0}"
 START = f"(({STACK}, s32[]), {LAYER}, u32[])"
@@ -124,6 +134,23 @@ def test_the_rates_of_an_unknown_device_are_unknown():
     assert known is not None
     assert known.link == 450e9
     assert GPUS["rtx4060"].rates.products == pytest.approx(30.2e12, rel=0.01)
+
+
+def test_a_layer_from_a_file_is_copied_alone_but_read_beside_computation():
+    call = f'  %read = {LAYER} custom-call(%i, %i), custom_call_target="xla_ffi{CALLBACK}"'
+    found = of(call, PRODUCT)
+    assert found.copied == {FROM_HOST: 4 * SIZE, TO_HOST: 0}
+    assert found.hidden == {FROM_HOST: 0, TO_HOST: 0}
+    computing = 4 * (PRODUCT_SECONDS + COPY_SECONDS)
+    assert found.seconds == found.serial_seconds == pytest.approx(computing)
+    text = MODULE.replace("BODY", f"{call}\n{PRODUCT}")
+    for share in (0.5, 2):
+        disk = int(share * computing * DISK_RATE)
+        read = forecast(text, RATES, disk)
+        assert read.seconds == pytest.approx(max(1, share) * computing)
+        assert read.serial_seconds == pytest.approx((1 + share) * computing)
+        assert "(assumes 3 GB/s)" in describe_forecast(read, RATES)
+    assert "disk" not in describe_forecast(found, RATES)
 
 
 def test_a_gather_moves_what_the_other_devices_have():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.distributed.environment import GIB
-from llava_jax.planning import measure as measuring
+from llava_jax.planning import compile as compiling
 from llava_jax.planning import published_table
 from llava_jax.planning.devices import GPUS
 from llava_jax.planning.published_table import FORECAST, ROWS, Row, describe, measure
@@ -32,9 +32,10 @@ def test_a_plan_that_rows_share_is_compiled_once(monkeypatch: pytest.MonkeyPatch
 
     def compile_for(config, model, device, count):
         compiled.append(config.memory)
-        return measuring.program_for(config, model, device, count), (GIB, 0), ""
+        program = compiling.program_for(config, model, device, count)
+        return program, compiling.CompiledStep(GIB, 0, "")
 
-    monkeypatch.setattr(measuring, "compile_for", compile_for)
+    monkeypatch.setattr(compiling, "compile_for", compile_for)
     monkeypatch.setattr(published_table, "FORECAST", ())
     published_table._measure.cache_clear()
     resident, streamed = (row for row in GPU_ROWS if row.config == "next_7b_task_lora")

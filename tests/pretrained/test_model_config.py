@@ -16,6 +16,7 @@ from llava_jax.pretrained.model_config import (
     read_vision_config,
     write_model_config,
 )
+from llava_jax.pretrained.rope_config import ROPE_THETA
 
 LLAMA3 = {
     "factor": 8.0,
@@ -87,7 +88,7 @@ def test_defaults_are_those_of_transformers(model_type):
         else:
             assert resolved[name] == value, name
     if model_type in model_config.DECODERS:
-        assert resolved["rope_parameters"]["rope_theta"] == model_config.ROPE_THETA
+        assert resolved["rope_parameters"]["rope_theta"] == ROPE_THETA
 
 
 @pytest.mark.parametrize("model_type", MEMBERS)
@@ -128,7 +129,9 @@ def test_nothing_given_is_all_defaults(tmp_path):
     assert config.pad_token_id == 2  # no padding token: the end token
 
 
-ROPE = RopeScaling(**LLAMA3)
+ROPE = RopeScaling("llama3", **LLAMA3)
+LINEAR = RopeScaling("linear", 4.0)
+YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=32768, truncate=False)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,21 @@ ROPE = RopeScaling(**LLAMA3)
         ({"rope_scaling": {"type": "llama3"} | LLAMA3}, 1e4, ROPE),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3}, 5e5, ROPE),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+        ({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 1e4, RopeScaling("dynamic", 2.0)),
+        (
+            {
+                "rope_theta": 1e6,
+                "rope_scaling": {
+                    **{"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},
+                    **{"truncate": False, "beta_fast": None},
+                },
+            },
+            1e6,
+            YARN,
+        ),
     ],
 )
 def test_rope_of_every_era(settings, theta, scaling, tmp_path):
@@ -189,6 +207,9 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
     config = read_model_config(directory_of(settings, tmp_path))
     assert config.llm.tie_word_embeddings == tied
     assert LlavaConfig.from_pretrained(tmp_path).tie_word_embeddings == tied
+
+
+YARN_TWICE = {"type": "yarn", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -241,12 +262,41 @@ def test_either_place_ties_the_head(top, text, tied, tmp_path):
         ({"text_config": {"attention_bias": True}}, "decoder's attention_bias is True"),
         ({"text_config": {"mlp_bias": True}}, "decoder's mlp_bias is True"),
         (
-            {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
-            "decoder's rope type is 'linear'",
+            {"text_config": {"rope_scaling": {"type": "longrope", "factor": 2.0}}},
+            "decoder's rope type is 'longrope'; supported: 'default' or 'linear' or 'dynamic' or",
         ),
         (
             {"text_config": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}},
-            "lacks low_freq_factor, high_freq_factor, original_max",
+            "the llama3 RoPE scaling lacks low_freq_factor, high_freq_factor",
+        ),
+        ({"text_config": {"rope_scaling": {"type": "linear"}}}, "linear RoPE scaling lacks factor"),
+        (
+            {"text_config": {"rope_scaling": {"type": "linear", "factor": 0.5}}},
+            r"rope_scaling.factor = 0.5: it must be at least 1",
+        ),
+        (
+            {"text_config": {"rope_scaling": {"type": "dynamic", "factor": True}}},
+            "RoPE scaling: factor is True; it must be float",
+        ),
+        (
+            {"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}},
+            "RoPE scaling: truncate is 1; it must be",
+        ),
+        (
+            {"text_config": {"rope_scaling": YARN_TWICE | {"beta_fast": 1.0, "beta_slow": 32.0}}},
+            "'yarn': beta_slow and beta_fast are 32 and 1; the first must be .* below the second",
+        ),
+        (
+            {"text_config": {"rope_scaling": LLAMA3 | {"type": "llama3", "low_freq_factor": 4.0}}},
+            "'llama3': low_freq_factor and high_freq_factor are 4 and 4",
+        ),
+        (
+            {"text_config": {"rope_scaling": YARN_TWICE, "rope_theta": 1.0}},
+            "yarn RoPE scaling needs a rope_theta above 1",
+        ),
+        (
+            {"text_config": {"rope_scaling": YARN_TWICE, "rope_parameters": {"rope_theta": 1e6}}},
+            "both rope_scaling and rope_parameters; move the fields",
         ),
         ({"vision_config": {"model_type": "dinov2"}}, "tower's model_type is 'dinov2'"),
         ({"vision_config": {"image_size": 16}}, "image_size is 16 and patch_size is 32"),
@@ -289,6 +339,9 @@ CONFIGS = {
         image_token_id=49152, pad_token_id=2, vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     ),
+    "linear": ModelConfig(llm=LlmConfig(rope_scaling=LINEAR)),
+    "dynamic": ModelConfig(llm=LlmConfig(rope_scaling=RopeScaling("dynamic", 2.0))),
+    "yarn": ModelConfig(llm=LlmConfig(model_type="qwen2", rope_scaling=YARN)),
     "mistral": ModelConfig(llm=LlmConfig(model_type="mistral", sliding_window=4096)),
     "mistral, no window": ModelConfig(llm=LlmConfig(model_type="mistral")),
     "qwen2, so400m": ModelConfig(
@@ -319,7 +372,11 @@ def test_a_written_config_is_read_alike_by_us_and_transformers(name, tmp_path):
     assert theirs.image_seq_length == config.image_tokens
     assert theirs.tie_word_embeddings == config.llm.tie_word_embeddings
     assert theirs.text_config.head_dim == config.llm.head_dim
-    assert theirs.text_config.rope_parameters["rope_theta"] == config.llm.rope_theta
+    rope = theirs.text_config.rope_parameters
+    assert rope["rope_theta"] == config.llm.rope_theta
+    if config.llm.rope_scaling is not None:
+        scaling = dataclasses.asdict(config.llm.rope_scaling)
+        assert {name: x for name, x in scaling.items() if x is not None}.items() <= rope.items()
     theirs.save_pretrained(tmp_path / "again")
     assert read_model_config(tmp_path / "again") == config
 

@@ -31,7 +31,7 @@ from llava_jax.data.samples import Sample
 from llava_jax.data.tiles import image_sources, is_tiled
 from llava_jax.distributed.sharding import make_mesh
 from llava_jax.models.build import initialise
-from llava_jax.planning.measure import attention_here
+from llava_jax.planning.compile import attention_here
 from llava_jax.speed.case import SHAPES
 from llava_jax.train_step.loss import next_tokens, token_losses
 from llava_jax.train_step.program import Program, build_program

@@ -1,0 +1,117 @@
+"""Reads the layers of frozen weights from files, while a compiled loop over the layers runs.
+
+A weight on disk is a pytree without arrays, which takes the place of the weight's stack. A loop
+gets each layer from a function of Python, which XLA calls back. This function should read the layer
+that is needed next in advance.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+Tree = TypeVar("Tree")
+"""A tree of arrays and weights on disk."""
+
+Part = tuple[tuple[int, int], ...]
+"""First index, and the index after the last one, along each axis of a layer."""
+
+BUFFERED = 2
+"""Number of layers of each weight that may be in host memory at the same time: the layer that is
+copied to the device, and the next layer."""
+
+
+LayerReader = Callable[[int, Part, int], np.ndarray]
+"""Function of (layer, part, ahead) that returns a part of a layer, and begins to read the same part
+of the layer `ahead`. If there is no layer with the number `ahead`, no layer is needed next."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class DiskStack:
+    """Frozen weight of a stack of blocks, whose layers stay in files.
+
+    Attributes:
+        shape: Shape of the weight, [L, out, in].
+        dtype: Dtype of a layer.
+        sharding: Sharding of the weight; the layer axis is not divided.
+        stored: Dtype in which `reader` returns a layer; a device casts it to `dtype`.
+        reader: Function that reads a layer; None if the weight is only used to compile a step.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding
+    stored: np.dtype
+    reader: LayerReader | None = None
+
+    @property
+    def layer_bytes(self) -> int:
+        """Size in bytes of the part of a layer that is on one device."""
+        return math.prod(self.sharding.shard_shape(self.shape)[1:]) * self.dtype.itemsize
+
+    def layer(self, index: Int[Array, ""], ahead: Int[Array, ""]) -> Array:
+        """Returns a layer on the devices, each of which reads its own part.
+
+        Args:
+            index: Number of the layer.
+            ahead: Number of the layer that is needed next; see `LayerReader`.
+        """
+        spec = PartitionSpec(*self.sharding.spec[1:])
+        shape = self.sharding.shard_shape(self.shape)[1:]
+
+        def read(*layers: Array) -> Array:
+            parts = [jax.lax.axis_index(names) if names else np.int32(0) for names in spec]
+            result = jax.ShapeDtypeStruct(shape, self.stored)
+            return jax.pure_callback(self._read, result, *layers, *parts).astype(self.dtype)
+
+        replicated = (PartitionSpec(),) * 2
+        read_all = jax.shard_map(read, in_specs=replicated, out_specs=spec, check_vma=False)
+        return read_all(index, ahead)
+
+    def whole_layer(self, index: int) -> np.ndarray:
+        """Returns a whole layer as a NumPy array, with the dtype `stored`."""
+        return self._part(index, tuple((0, size) for size in self.shape[1:]), -1)
+
+    def _read(self, index: Any, ahead: Any, *positions: Any) -> np.ndarray:
+        """Returns the part of a layer that one device has; `positions` are shards by axis."""
+        sizes = self.sharding.shard_shape(self.shape)[1:]
+        pairs = zip(map(int, positions), sizes, strict=True)
+        part = tuple((position * size, (position + 1) * size) for position, size in pairs)
+        return self._part(int(index), part, int(ahead))
+
+    def _part(self, index: int, part: Part, ahead: int) -> np.ndarray:
+        assert self.reader is not None, "a weight without a reader is only used to compile a step"
+        return self.reader(index, part, ahead)
+
+
+def read_layers(tree: Tree, index: Int[Array, ""], ahead: Int[Array, ""]) -> Tree:
+    """Returns a tree in which the layer `index` takes the place of each weight on disk.
+
+    Args:
+        tree: Layers of a stack; weights on disk are still whole stacks.
+        index: Number of the layer.
+        ahead: Number of the layer that is needed next; see `LayerReader`.
+    """
+    is_stack = lambda leaf: isinstance(leaf, DiskStack)
+    read = lambda leaf: leaf.layer(index, ahead) if is_stack(leaf) else leaf
+    return jax.tree.map(read, tree, is_leaf=is_stack)
+
+
+def stacks_on_disk(leaves: Iterable[object]) -> list[DiskStack]:
+    """Returns the weights on disk among arrays, shapes and other weights."""
+    return [leaf for leaf in leaves if isinstance(leaf, DiskStack)]
+
+
+def buffer_bytes(leaves: Iterable[object]) -> int:
+    """Returns the host memory, in bytes per device, of the layers that are being read.
+
+    Args:
+        leaves: Parameters of a model, or their shapes.
+    """
+    return BUFFERED * sum(stack.layer_bytes for stack in stacks_on_disk(leaves))
