@@ -27,6 +27,8 @@ SCHEDULES = {
     "linear": transformers.get_linear_schedule_with_warmup,
 }
 
+KEY = jax.random.key(0)
+
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_hugging_faces(name: str):
@@ -88,7 +90,7 @@ def test_updates_are_torchs_adamw(clip: float | None):
     for _ in range(10):
         grads = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in names.items()}
         scale = clip_scale(global_norm(grads), clip)
-        params, state = apply_gradients(tx, grads, scale, state, params, jnp.array(True))
+        params, state = apply_gradients(tx, grads, scale, state, params, jnp.array(True), KEY)
         for name, tensor in tensors.items():
             tensor.grad = torch.tensor(np.asarray(grads[name]))
         if clip:
@@ -113,7 +115,7 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
         their_state = tx.init(params)
     state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
     jit = partial(jax.jit, compiler_options=EXACT)
-    update = jit(lambda g, s, p: apply_gradients(tx, g, None, s, p, jnp.array(True)))
+    update = jit(lambda g, s, p: apply_gradients(tx, g, None, s, p, jnp.array(True), KEY))
 
     @jit
     def their_update(grads, state, params):
@@ -140,7 +142,7 @@ def test_an_update_may_be_left_out(on_host: bool):
     if on_host:
         host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
         state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
-    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply))
+    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply, KEY))
     bad = jax.tree.map(lambda x: x * jnp.nan, values)
     kept, kept_state = update(bad, state, values, jnp.array(False))
     jax.tree.map(np.testing.assert_array_equal, (kept, kept_state), (values, one_step_on(state)))
@@ -169,7 +171,7 @@ def test_steps_that_are_left_out_do_not_stretch_the_schedule(on_host: bool):
     if on_host:
         host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
         state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)
-    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply))
+    update = jax.jit(lambda g, s, p, apply: apply_gradients(tx, g, None, s, p, apply, KEY))
     for step in range(10):
         applies = step not in (2, 3, 6)
         given = jax.tree.map(lambda x, ok=applies: x if ok else x * jnp.nan, grads)
