@@ -111,6 +111,11 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
     # With other remats, MLPs are not cut into chunks of tokens: sums are in another order, whose
     # rounding the optimizer's first steps enlarge.
     limit = 1e-6 if PLANS[plan].remat == "full" else 5e-6
+    if name == "small":
+        # A difference in the last bit changes a code of a moment or the rounding of a weight now
+        # and then. Other random numbers would change half of the roundings: with another seed for
+        # them, losses differ by more than 1e-3.
+        limit = 1e-4
     for column in ("loss", "grad_norm", "learning_rate"):
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
         np.testing.assert_allclose(*values, rtol=limit)
