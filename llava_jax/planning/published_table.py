@@ -74,7 +74,7 @@ ROWS = (
     Row("OneVision-0.5B full, streamed", "onevision_0_5b_task", "rtx4060", 1, 1, STREAMED, 7.0,
         16.0),
     Row("7B LoRA, optimizer on host", "7b_lora", "v5e", 4, 1, OPTIMIZER, 6.5, 1.0),
-    Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 6.5, 16.0),
+    Row("7B LoRA, streamed", "7b_lora", "v5e", 1, 1, STREAMED, 3.0, 18.0),
     Row("13B LoRA, weights and vocabulary on host", "13b_lora", "v5e", 1, 1,
         ("stream_weights", "offload_vocabulary"), 8.0, 30.0),
     Row("7B QLoRA, optimizer on host", "7b_qlora", "v5e", 1, 1, OPTIMIZER, 8.5, 2.0),
