@@ -241,7 +241,11 @@ def dequantise(weight: Quantised, dtype: DTypeLike) -> Float[Array, "out in"]:
 
 def _unpacked(codes: UInt32[Array, "rows 1 m n"], bits: int) -> UInt32[Array, "rows parts m n"]:
     """Returns codes with a number of bits; the higher bits of a result belong to other codes."""
-    return codes >> np.arange(0, 32, bits, np.uint32)[None, :, None, None]
+    # XLA:GPU would compute multiples of `bits` once for several weights, and therefore unpack these
+    # weights together.
+    for _ in range(bits):
+        codes >>= np.arange(32 // bits, dtype=np.uint32)[None, :, None, None]
+    return codes
 
 
 def _look_up(table: np.ndarray, codes: Array) -> Array:
