@@ -102,13 +102,15 @@ class Attention(nnx.Module):
         attend: Attend,
         keys: TokenKeys = None,
     ) -> Float[Array, "B T D"]:
-        @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def project(x: jax.Array) -> tuple[jax.Array, ...]:
-            """Computes queries, keys and values; the backward pass recomputes only the norm."""
             normed = norm(x)
             projections = (self.q_proj, self.k_proj, self.v_proj)
             return tuple(projection(normed, keys) for projection in projections)
 
+        # The backward pass recomputes only the norm, which is cheap. But several devices would
+        # gather the weights once more.
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            project = jax.checkpoint(project, policy=KEEP_PRODUCTS)
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in project(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

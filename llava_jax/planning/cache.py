@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import cast
 
 import jax
 
@@ -64,12 +63,12 @@ def measure_once(
 def _read(file: Path) -> Usage | None:
     """Returns the cached memory use, or None if the file is missing or damaged."""
     try:
-        usage = Usage(**json.loads(file.read_bytes()))
-        found = cast("dict | None", usage.forecast)
-        forecast = None if found is None else Forecast(**found)
-        largest = tuple(LargeArray(**array) for array in cast("list[dict]", usage.largest))
-        return dataclasses.replace(usage, forecast=forecast, largest=largest)
-    except (OSError, ValueError, TypeError, RecursionError):
+        found = json.loads(file.read_bytes())
+        if found["forecast"] is not None:
+            found["forecast"] = Forecast(**found["forecast"])
+        found["largest"] = tuple(LargeArray(**array) for array in found["largest"])
+        return Usage(**found)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
 
