@@ -77,6 +77,11 @@ _RULES = (
     ),
     _Rule(("memory.limit_gib",), lambda s: s.config.searches_plan, "no plan is searched"),
     _Rule(
+        ("memory.stream_adapters",),
+        lambda s: s.config.memory.stream_weights and s.config.tune.has_adapters,
+        "memory.stream_weights is not set, or the run trains no adapters",
+    ),
+    _Rule(
         ("data.eval_image_root",),
         lambda s: s.config.data.eval_path is not None,
         "data.eval_path is not set",

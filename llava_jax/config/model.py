@@ -114,12 +114,19 @@ class RopeScaling:
 
     def __post_init__(self):
         check_fields(self, "rope_scaling.")
+        names = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_slow", "beta_fast"),
+        }.get(self.rope_type)
+        if names is None:
+            return
+        pair = f"rope_scaling of the kind {self.rope_type!r}: {' and '.join(names)}"
+        if self.rope_type == "llama3" and None in (self.low_freq_factor, self.high_freq_factor):
+            raise ConfigError(f"{pair} are needed, and one of them is missing")
         slow, fast = self.turns
         if not 0 < slow < fast:
-            names = "low_freq_factor and high_freq_factor", "beta_slow and beta_fast"
             raise ConfigError(
-                f"rope_scaling of the kind {self.rope_type!r}: {names[self.rope_type == 'yarn']} "
-                f"are {slow:g} and {fast:g}; the first must be above 0 and below the second"
+                f"{pair} are {slow:g} and {fast:g}; the first must be above 0 and below the second"
             )
 
     @property

@@ -22,6 +22,7 @@ from llava_jax.errors import ConfigError
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    # Vectors of the embedding table while they are looked up: the rows and columns of a device.
     "copies": ("data",),
     "columns": ("fsdp",),
     "tokens": ("sequence",),

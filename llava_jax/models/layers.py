@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt16
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from llava_jax.distributed.host_memory import fetch
+from llava_jax.models.dropout import TokenKeys, dropout, fold_in
 from llava_jax.models.quant import Quantised, dequantise
 
 Params = dict[str, jax.Array]
@@ -38,10 +40,6 @@ Abstract = dict[str, Any]
 """Shapes of parameters by path: a ShapeDtypeStruct for each array, which has a sharding after
 placement, a `Quantised` of ShapeDtypeStructs, or a `DiskStack`. The type of the values is Any,
 because most code reads only their `shape`, `dtype` and `sharding`."""
-
-TokenKeys = Key[Array, "B T"] | None
-"""One dropout key per token, or None to turn dropout off. Because each token has its own key, its
-dropout mask depends neither on the other tokens nor on its row."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Abstract]:
@@ -262,6 +260,29 @@ def _dequantise_again(weight: Quantised, grad: Float[Array, "B T F"]) -> tuple:
 _quantised_product.defvjp(lambda x, w: (_quantised_product(x, w), w), _dequantise_again)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
+    """Returns the rows `ids` of a table in `dtype`; the gradient of the table is summed in float32.
+
+    In bfloat16, the sum of the gradients of a frequent token would stop growing after about 256 of
+    them.
+    """
+    return table[ids].astype(dtype)
+
+
+def _look_up_backward(dtype: DTypeLike, residuals: tuple, grad: Float[Array, "B T D"]) -> tuple:
+    table, ids = residuals
+    total = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+look_up.defvjp(
+    lambda table, ids, dtype: (look_up(table, ids, dtype), (table, ids)), _look_up_backward
+)
+
+
 class Embedding(nnx.Module):
     """Table of embedding vectors, [entries, D], looked up by id.
 
@@ -276,7 +297,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         weight = fetch(self.weight.get_value())
-        vectors = weight[ids].astype(dtype)
+        vectors = look_up(weight, ids, dtype)
         if self.trainable_tokens is None:
             return vectors
         # Only the vectors of the batch are replaced. A copy of the whole table would take memory,
@@ -284,7 +305,7 @@ class Embedding(nnx.Module):
         rows = np.full(weight.shape[0], -1, np.int32)
         rows[list(self.token_indices)] = np.arange(len(self.token_indices))
         row = jnp.asarray(rows)[ids]
-        trained = self.trainable_tokens[...][jnp.maximum(row, 0)].astype(dtype)
+        trained = look_up(self.trainable_tokens[...], jnp.maximum(row, 0), dtype)
         return jnp.where(row[:, :, None] >= 0, trained, vectors)
 
     @property
@@ -362,42 +383,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
-
-
-def fold_in(keys: Key[Array, "B T"], data: int | Int[Array, ""]) -> Key[Array, "B T"]:
-    """Applies `jax.random.fold_in` with the same `data` to every key, [batch, tokens]."""
-    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, data)))(keys)
-
-
-def position_keys(keys: Key[Array, "I"], count: int) -> Key[Array, "I Q"]:
-    """Derives the dropout key of each of `count` positions from the key of each image."""
-    at = jnp.arange(count)
-    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(at))(keys)
-
-
-def dropout(
-    x: Float[Array, "B T D"], rate: float, keys: Key[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    """Zeroes elements with probability `rate` and divides the other elements by 1 - `rate`.
-
-    Args:
-        x: Array of shape [batch, tokens, hidden].
-        rate: Probability, which is rounded to a multiple of 2^-16.
-        keys: One PRNG key per token, [batch, tokens].
-    """
-    threshold = min(round((1 - rate) * 2**16), 2**16 - 1)
-    bits = jax.vmap(jax.vmap(partial(random_bits, count=x.shape[2])))(keys)
-    return jnp.where(bits < threshold, x / (1 - rate), 0)
-
-
-def random_bits(key: Key[Array, ""], count: int) -> UInt16[Array, " N"]:
-    """Returns `count` random 16-bit numbers, [N].
-
-    Each random 32-bit number is split into two of them, because drawing a 16-bit number would take
-    the same time.
-    """
-    drawn = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
-    return jax.lax.bitcast_convert_type(drawn, jnp.uint16).reshape(-1)[:count]
 
 
 def to_chunks(x: Shaped[Array, "B T *rest"], most: int) -> Shaped[Array, "chunks B chunk *rest"]:

@@ -24,13 +24,13 @@ from llava_jax.distributed.sharding import (
 from llava_jax.errors import ConfigError
 from llava_jax.models.attention import ATTENTION, attend_to_rows
 from llava_jax.models.compute import ComputeConfig
+from llava_jax.models.dropout import TokenKeys
 from llava_jax.models.layers import (
     KEEP_PRODUCTS,
     Embedding,
     Linear,
     Params,
     RmsNorm,
-    TokenKeys,
     Weight,
     merge,
     parameter,

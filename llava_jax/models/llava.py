@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from llava_jax.config import NEWLINE, NO_FEATURE, ModelConfig
 from llava_jax.distributed.sharding import constrain
 from llava_jax.models.compute import FLOAT32, ComputeConfig
-from llava_jax.models.layers import ACTIVATIONS, Linear, TokenKeys, fold_in, position_keys
+from llava_jax.models.dropout import TokenKeys, fold_in, position_keys
+from llava_jax.models.layers import ACTIVATIONS, Linear
 from llava_jax.models.llama import Llama, positions_in_segments
 from llava_jax.models.vision import VisionTower
 

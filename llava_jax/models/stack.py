@@ -36,10 +36,9 @@ from llava_jax.distributed.host_memory import (
 )
 from llava_jax.jax_compat import compiler_options
 from llava_jax.models.compute import ComputeConfig
+from llava_jax.models.dropout import TokenKeys, fold_in
 from llava_jax.models.layers import (
     KEEP_PRODUCTS,
-    TokenKeys,
-    fold_in,
     with_layer_scales,
 )
 from llava_jax.models.paths import is_adapter

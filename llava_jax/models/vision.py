@@ -14,14 +14,13 @@ from llava_jax.config import AttentionImplementation, VisionConfig
 from llava_jax.distributed.sharding import constrain
 from llava_jax.models.attention import ATTENTION
 from llava_jax.models.compute import ComputeConfig
+from llava_jax.models.dropout import TokenKeys, position_keys
 from llava_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
-    TokenKeys,
     parameter,
-    position_keys,
 )
 from llava_jax.models.stack import scan_blocks, stack_blocks
 

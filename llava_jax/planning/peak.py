@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.jax_compat import Options
 
 ASSIGNMENT, LIVE_RANGES = "*-buffer-assignment.txt", "*-live-range.txt"
-"""Names of the files: the place of each array in memory, and the time in which each is needed."""
+"""Names of the files: the buffer of each array in memory, and the time in which each is needed."""
 
 DEVICE_COLOR = "0"
 """Number that XLA gives to device memory in the file of the assignment."""
@@ -62,34 +62,34 @@ def largest_arrays(folder: Path, text: str, count: int = 10) -> tuple[LargeArray
     if not values:
         return ()
     steps = np.zeros(2 + max(value.stop for value in values), np.int64)
-    for place, start, stop in _intervals(values):
-        steps[start] += place[2]
-        steps[stop + 1] -= place[2]
+    for buffer, start, stop in _intervals(values):
+        steps[start] += buffer[2]
+        steps[stop + 1] -= buffer[2]
     peak = int(np.argmax(np.cumsum(steps)))
-    there = {value.place: value for value in values if value.start <= peak <= value.stop}
-    largest = sorted(there.values(), key=lambda value: -value.place[2])[:count]
+    at_peak = {value.buffer: value for value in values if value.start <= peak <= value.stop}
+    largest = sorted(at_peak.values(), key=lambda value: -value.buffer[2])[:count]
     names = _names(text)
     return tuple(
-        LargeArray(value.place[2], value.shape, _name(value, values, names)) for value in largest
+        LargeArray(value.buffer[2], value.shape, _name(value, values, names)) for value in largest
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A value of the program: its instruction, and its place and time in memory.
+    """A value of the program: its instruction, and its buffer and time in memory.
 
     Attributes:
         instruction: Name of the instruction.
         shape: Dtype and shape.
-        place: Number of the allocation, offset in the allocation in bytes, and size in bytes. The
-            values of a loop's carry have the same place.
+        buffer: Number of the allocation, offset in the allocation in bytes, and size in bytes. The
+            values of a loop's carry have the same buffer.
         start: Time of the instruction.
         stop: Time of the last use.
     """
 
     instruction: str
     shape: str
-    place: tuple[int, int, int]
+    buffer: tuple[int, int, int]
     start: int
     stop: int
 
@@ -119,21 +119,21 @@ def _values(assignment: str, times: dict[tuple[str, str], tuple[int, int]]) -> I
             continue
         time = times.get((found["instruction"], found["index"] or "{}"))
         if time is not None:
-            place = allocation, int(found["offset"]), int(found["size"])
-            yield _Value(found["instruction"], found["shape"], place, *time)
+            buffer = allocation, int(found["offset"]), int(found["size"])
+            yield _Value(found["instruction"], found["shape"], buffer, *time)
 
 
 def _intervals(values: list[_Value]) -> Iterable[tuple[tuple[int, int, int], int, int]]:
-    """Yields each time in which a place is in use; the values of a carry count once."""
-    in_order = sorted(values, key=lambda value: (value.place, value.start))
-    place, start, stop = in_order[0].place, in_order[0].start, in_order[0].stop
+    """Yields each time in which a buffer is in use; the values of a carry count once."""
+    in_order = sorted(values, key=lambda value: (value.buffer, value.start))
+    buffer, start, stop = in_order[0].buffer, in_order[0].start, in_order[0].stop
     for value in in_order[1:]:
-        if value.place == place and value.start <= stop + 1:
+        if value.buffer == buffer and value.start <= stop + 1:
             stop = max(stop, value.stop)
         else:
-            yield place, start, stop
-            place, start, stop = value.place, value.start, value.stop
-    yield place, start, stop
+            yield buffer, start, stop
+            buffer, start, stop = value.buffer, value.start, value.stop
+    yield buffer, start, stop
 
 
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
@@ -146,7 +146,9 @@ def _names(text: str) -> dict[str, str]:
 
 def _name(value: _Value, values: list[_Value], names: dict[str, str]) -> str:
     """Returns the name of an array; the element of a carry has the name of an earlier value."""
-    same = [other for other in values if other.place == value.place and other.shape == value.shape]
+    same = [
+        other for other in values if other.buffer == value.buffer and other.shape == value.shape
+    ]
     same.sort(key=lambda other: abs(other.start - value.start))
     known = (names[other.instruction] for other in same if other.instruction in names)
     operation = next(known, value.instruction)

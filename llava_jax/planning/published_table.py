@@ -44,7 +44,9 @@ class Row:
     @property
     def planned(self) -> TrainConfig:
         """Returns the config of the run, with its plan."""
-        return _planned(self.config, self.options, self.plan, self.micro_size)
+        config = parse_config(["--config", self.config, *self.options])
+        memory = dataclasses.replace(config.memory, **dict.fromkeys(self.plan, True))
+        return search.Plan(self.micro_size, memory).apply(config)
 
     def __str__(self) -> str:
         return f"{self.run}, {self.count} x {self.device}, micro-batch {self.micro_size}"
@@ -141,40 +143,29 @@ class Measured:
     forecasts: dict[str, Forecast]
 
 
-def _planned(
-    preset: str, options: tuple[str, ...], plan: tuple[str, ...], micro_size: int
-) -> TrainConfig:
-    config = parse_config(["--config", preset, *options])
-    memory = dataclasses.replace(config.memory, **dict.fromkeys(plan, True))
-    return search.Plan(micro_size, memory).apply(config)
-
-
 def measure(row: Row) -> Measured:
     """Compiles the train step of a row, and of the same row without offloading."""
-    run = row.config, row.options
-    usage, forecasts = _measure(*run, row.plan, row.micro_size, row.device, row.count)
-    resident, _ = _measure(*run, (), row.micro_size, row.device, row.count)
+    usage, forecasts = _measure(_without_limits(row))
+    resident, _ = _measure(_without_limits(dataclasses.replace(row, plan=())))
     ratio = math.nan
     if usage.flops is not None and resident.flops is not None:
         ratio = usage.flops / resident.flops
     return Measured(usage, ratio, forecasts)
 
 
+def _without_limits(row: Row) -> Row:
+    """Returns the row without what does not affect its figures."""
+    return dataclasses.replace(row, run="", device_gib=0.0, host_gib=0.0)
+
+
 @functools.cache
-def _measure(
-    preset: str,
-    options: tuple[str, ...],
-    plan: tuple[str, ...],
-    micro_size: int,
-    device: str,
-    count: int,
-) -> tuple[Usage, dict[str, Forecast]]:
-    """Compiles the train step of a run with a plan; cached, because rows share some plans."""
-    planned = _planned(preset, options, plan, micro_size)
-    target = compiling.find_device(device)
-    program, step = compiling.compile_for(planned, sizes(planned), device, count)
+def _measure(row: Row) -> tuple[Usage, dict[str, Forecast]]:
+    """Compiles the train step of a row; cached, because rows share some plans."""
+    planned = row.planned
+    target = compiling.find_device(row.device)
+    program, step = compiling.compile_for(planned, sizes(planned), row.device, row.count)
     batch = compiling.largest_batch(program, planned)
-    usage = usage_of(program, planned, batch, step, target.memory, target.platform, device)
+    usage = usage_of(program, planned, batch, step, target.memory, target.platform, row.device)
     on_gpu = isinstance(target, Gpu)
     return usage, {name: forecast(step.text, GPUS[name].rates) for name in FORECAST if on_gpu}
 

@@ -47,8 +47,8 @@ class Plan:
         memory = self.memory
         parts = [f"micro-batch {self.micro_size}", f"remat {memory.remat}"]
         parts += ["optimizer on host"] if memory.offload_optimizer else []
-        streamed = "weights and adapters" if memory.stream_adapters else "weights"
-        parts += [f"{streamed} streamed"] if memory.stream_weights else []
+        on_device = "" if memory.stream_adapters else ", adapters on device"
+        parts += [f"weights streamed{on_device}"] if memory.stream_weights else []
         parts += ["vocabulary on host"] if memory.offload_vocabulary else []
         parts += ["activations on host"] if memory.offload_activations else []
         parts += ["weights on disk"] if memory.weights_on_disk else []
@@ -128,7 +128,8 @@ def levels(config: TrainConfig) -> Iterator[MemoryConfig]:
         yield level
         for step in _TO_HOST:
             level = dataclasses.replace(level, **step)
-            yield level
+            if level.stream_adapters or config.tune.has_adapters:
+                yield level
 
 
 def micro_sizes(config: TrainConfig, data_parallel: int) -> list[int]:

@@ -267,7 +267,10 @@ def assemble(path: str, tensors: list[Tensor], spec: Any) -> Any:
         CheckpointError: A tensor cannot be read, or a weight cannot be quantized.
     """
     if not paths.is_stacked(path):
-        return _cast(_device_put(_read(tensors[0], spec.shape), _sharding(spec)), spec.dtype)
+        values, sharding = _read(tensors[0], spec.shape), _sharding(spec)
+        if sharding.memory_kind == PINNED_HOST:  # XLA must not compute there; see `host_memory.py`
+            return _device_put(values.astype(spec.dtype, copy=False), sharding)
+        return _cast(_device_put(values, sharding), spec.dtype)
     stack = jax.tree.map(_open_stack, spec)
     for index, tensor in enumerate(tensors):
         layer: Any = _read(tensor, spec.shape[1:])

@@ -22,6 +22,7 @@ from llava_jax.config import (
     parse_source,
 )
 from llava_jax.data.templates import TEMPLATES
+from llava_jax.distributed.host_memory import fetch
 from llava_jax.distributed.sharding import make_mesh, with_shardings
 from llava_jax.errors import CheckpointError
 from llava_jax.models import lora
@@ -80,7 +81,7 @@ def load_weights(
         if own in fresh and isinstance(rows, lora.TokenRows):
             # The vectors start as those of the base. `wanted` contains the base's vectors too,
             # because new vectors are needed only at the start of a run, which loads everything.
-            start = params[f"{path}.weight"][np.array(rows.indices)].astype(fresh[own].dtype)
+            start = fetch(params[f"{path}.weight"])[np.array(rows.indices)].astype(fresh[own].dtype)
             params[own] = jax.device_put(start, fresh[own].sharding)
     return params
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from llava_jax.models.layers import random_bits
+from llava_jax.models.dropout import random_bits
 
 ROUNDING = 2**31 - 3
 """Number that is folded into the key of a step, to derive the key of its rounding. It is different

@@ -124,6 +124,8 @@ def begun_plan(config: TrainConfig) -> Plan | None:
     text = (config.run_dir / "config.json").read_text() if is_main_process() else ""
     began = json.loads(broadcast_from_main(text))["config"]
     size = began["batch"]["micro_size"]
+    # Older versions had no `stream_adapters`, and kept adapters on the device.
+    began["memory"].setdefault("stream_adapters", False)
     return None if size is None else Plan(size, MemoryConfig(**began["memory"]))
 
 
@@ -205,6 +207,9 @@ _EARLIER: Json = {"data.exif_orientation": False}
 means something else than what they did."""
 
 
+_ROPE = "model.llm.rope_scaling"
+
+
 def changes(run_dir: Path, description: Json) -> Changes:
     """Compares the recipe, the base model and the data of this start with the earlier start.
 
@@ -220,6 +225,8 @@ def changes(run_dir: Path, description: Json) -> Changes:
         began = json.loads(file.read_text())
         before = flatten(to_json(TrainConfig("default")), MAY_CHANGE) | _EARLIER
         before |= flatten(began["config"], MAY_CHANGE)
+        if f"{_ROPE}.factor" in before:  # older versions had no other kind
+            before.setdefault(f"{_ROPE}.rope_type", "llama3")
         base = began["base_fingerprint"]
         data = _data_changes(run_dir, began["config"]["data"], description)
         sources = data_sources(began["config"]["data"])

@@ -13,7 +13,8 @@ from llava_jax.config import LoraConfig, TuneConfig
 from llava_jax.errors import ConfigError
 from llava_jax.models import adapter_settings, lora
 from llava_jax.models.build import build_model
-from llava_jax.models.layers import Adapter, Linear, dropout, fold_in, merge, parameter, split
+from llava_jax.models.dropout import dropout, fold_in
+from llava_jax.models.layers import Adapter, Linear, merge, parameter, split
 from llava_jax.models.llava import whole_images
 from llava_jax.models.paths import LLM, VISION, is_adapter, is_trainable
 
