@@ -297,7 +297,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         weight = fetch(self.weight.get_value())
-        vectors = look_up(weight, ids, dtype)
+        vectors = cast("Array", look_up(weight, ids, dtype))
         if self.trainable_tokens is None:
             return vectors
         # Only the vectors of the batch are replaced. A copy of the whole table would take memory,
@@ -305,7 +305,7 @@ class Embedding(nnx.Module):
         rows = np.full(weight.shape[0], -1, np.int32)
         rows[list(self.token_indices)] = np.arange(len(self.token_indices))
         row = jnp.asarray(rows)[ids]
-        trained = look_up(self.trainable_tokens[...], jnp.maximum(row, 0), dtype)
+        trained = cast("Array", look_up(self.trainable_tokens[...], jnp.maximum(row, 0), dtype))
         return jnp.where(row[:, :, None] >= 0, trained, vectors)
 
     @property

@@ -30,7 +30,7 @@ class LargeArray:
     Attributes:
         size: Size in bytes.
         shape: Dtype and shape, for example "bf16[2048,4096]".
-        name: Path of an argument, or the part of the step and the operation that make the array.
+        name: Path of a parameter, or the part of the step and the operation that make the array.
     """
 
     size: int
@@ -136,12 +136,34 @@ def _intervals(values: list[_Value]) -> Iterable[tuple[tuple[int, int, int], int
     yield buffer, start, stop
 
 
-_OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = ")
+_OPERATION, _CALLED = re.compile(r'op_name="([^"]*)"'), re.compile(r"calls=%?([\w.-]+)")
 
 
 def _names(text: str) -> dict[str, str]:
-    """Returns the name that JAX gave to each instruction's operation."""
-    return dict(_OPERATION.findall(text))
+    """Returns the name that JAX gave to each instruction's operation.
+
+    A fusion without such a name has the name of an operation inside it.
+    """
+    names: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    computation = ""
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            computation = begins[1]
+        instruction = _INSTRUCTION.match(line)
+        if instruction is None:
+            continue
+        operation, called = _OPERATION.search(line), _CALLED.search(line)
+        name = operation[1] if operation else inside.get(called[1] if called else "")
+        if name:
+            names[instruction[1]] = inside[computation] = name
+    return names
+
+
+_ARGUMENT = re.compile(r"\b(mu|nu|trainable|frozen)\['([^']*)'\]")
+_KINDS = {"mu": "first moment of ", "nu": "second moment of ", "trainable": "", "frozen": ""}
 
 
 def _name(value: _Value, values: list[_Value], names: dict[str, str]) -> str:
@@ -153,7 +175,8 @@ def _name(value: _Value, values: list[_Value], names: dict[str, str]) -> str:
     known = (names[other.instruction] for other in same if other.instruction in names)
     operation = next(known, value.instruction)
     if "/" not in operation:
-        return operation.replace("\\'", "'")
+        argument = _ARGUMENT.search(operation.replace("\\'", "'"))
+        return f"{_KINDS[argument[1]]}{argument[2]}" if argument else operation
     parts = [part for part in SCOPES if re.search(rf"\b{part}\b", operation)]
     phase = "backward" if "transpose(" in operation else "forward"
     return " ".join([phase, *parts[:1], operation.rpartition("/")[2]])

@@ -163,6 +163,5 @@ def usage_table(usage: Usage) -> str:
 
 def largest_table(usage: Usage) -> str:
     """Returns a table, as text, of the largest arrays at the peak of device memory."""
-    lines = [f"{'largest arrays at the peak':60}{'device GiB':>11}"]
-    lines += [f"{f'{x.name}, {x.shape}':60}{x.size / GIB:11.2f}" for x in usage.largest]
-    return "\n".join(lines)
+    lines = [f"{x.size / GIB:8.2f} GiB  {x.shape:28} {x.name}" for x in usage.largest]
+    return "\n".join(["largest arrays when the step needs the most device memory:", *lines])

@@ -258,19 +258,23 @@ def build_program(
 def _check_memory(config: TrainConfig) -> None:
     """Raises ConfigError if a memory field needs remat "full", or weights that may be on disk."""
     memory = config.memory
-    needs_full = memory.stream_weights or memory.offload_activations or memory.weights_on_disk
-    if memory.remat != "full" and needs_full:
+    needing = ("stream_weights", "offload_activations", "weights_on_disk")
+    are_set = [f"memory.{name}" for name in needing if getattr(memory, name)]
+    if memory.remat != "full" and are_set:
         raise ConfigError(
-            f"memory.remat is {memory.remat!r}, but memory.stream_weights, memory.weights_on_disk "
-            'and memory.offload_activations need "full"; set memory.remat to "full", or turn them '
-            "off"
+            f"memory.remat is {memory.remat!r}, but the run also has {' and '.join(are_set)}, which "
+            'works only with "full"; set memory.remat to "full", or turn the other off'
         )
     if memory.weights_on_disk and not config.may_read_from_disk:
+        reasons = {
+            "init_from is None; set it to a checkpoint": config.init_from is None,
+            "tune.llm is 'full'; set it to 'lora' or 'frozen'": config.tune.llm == "full",
+            f"quantize is {config.quantize!r}; set it to None": config.quantize is not None,
+        }
+        reason = next(text for text, holds in reasons.items() if holds)
         raise ConfigError(
-            "memory.weights_on_disk needs decoder weights that stay as they are in files, but "
-            f"init_from is {config.init_from!r}, tune.llm is {config.tune.llm!r} and quantize is "
-            f"{config.quantize!r}; turn memory.weights_on_disk off, or set init_from to a "
-            "checkpoint, tune.llm to 'lora' or 'frozen', and quantize to None"
+            f"memory.weights_on_disk needs decoder weights that stay as they are in files, but "
+            f"{reason}, or turn memory.weights_on_disk off"
         )
 
 

@@ -189,22 +189,22 @@ class Checkpoints:
             step: Number of steps of the checkpoint.
 
         Raises:
-            CheckpointError: The saved parameters have other paths or shapes than `abstract`, for
-                example after a change of the recipe that the user accepted.
+            CheckpointError: The saved arrays have other paths or shapes than `abstract`.
         """
         checkpoint = self._directory / str(step)
         # Compare the shapes before Orbax reads an array: if a restore fails, some of Orbax's reads
         # continue in the background and raise errors later, in unrelated code.
         saved: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state"))
-        there = {path: tuple(leaf.shape) for path, leaf in saved.tree["trainable"].items()}
-        here = {path: tuple(leaf.shape) for path, leaf in abstract.trainable.items()}
-        if other := sorted(dict(there.items() ^ here.items())):
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+        pairs = map(jax.tree.leaves_with_path, (saved.tree, abstract))
+        before, now = ({name(path): tuple(x.shape) for path, x in leaves} for leaves in pairs)
+        if other := sorted(dict(before.items() ^ now.items())):
             path = other[0]
             raise CheckpointError(
-                f"{checkpoint} does not have the parameters that this recipe trains; continue with "
-                "the recipe that the run started with, or start a new run with another --name. "
-                f"{len(other)} parameters differ; for example, {path} has shape {there.get(path)} "
-                f"in the checkpoint and {here.get(path)} in this run"
+                f"{checkpoint} is of a recipe with other trained parameters or another optimizer; "
+                "continue with that recipe, or start a new run with another --name. "
+                f"{len(other)} arrays differ; for example, {path} has shape {before.get(path)} "
+                f"in the checkpoint and {now.get(path)} in this run"
             )
         places = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=places))
