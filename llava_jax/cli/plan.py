@@ -107,6 +107,7 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     from llava_jax.planning.model_sizes import sizes
     from llava_jax.planning.usage import largest_table, reserve_of, usage_table
     from llava_jax.train_step.step import micro_size
+    from llava_jax.training.setup import context_warnings
 
     model = sizes(config)
     capacity = None if given.memory is None else int(given.memory * GIB)
@@ -122,7 +123,8 @@ def plan(given: argparse.Namespace, config: "TrainConfig") -> int:
     slots = compiling.slots_per_row(config, model)
     print(describe_row(config.data.max_length, slots, model), flush=True)
     mesh = make_mesh(config.mesh, jax.devices()[: given.count])
-    for line in division_warnings(config, model, mesh.shape):
+    too_long = context_warnings(config.data.max_length, model.llm)
+    for line in (*too_long, *division_warnings(config, model, mesh.shape)):
         print(line, flush=True)
     searches = given.fit or config.searches_plan
     if given.fit:

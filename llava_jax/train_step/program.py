@@ -262,8 +262,8 @@ def _check_memory(config: TrainConfig) -> None:
     are_set = [f"memory.{name}" for name in needing if getattr(memory, name)]
     if memory.remat != "full" and are_set:
         raise ConfigError(
-            f"memory.remat is {memory.remat!r}, but the run also has {' and '.join(are_set)}, which "
-            'works only with "full"; set memory.remat to "full", or turn the other off'
+            f"memory.remat is {memory.remat!r}, but {' and '.join(are_set)} works only with "
+            '"full"; set memory.remat to "full", or turn the other off'
         )
     if memory.weights_on_disk and not config.may_read_from_disk:
         reasons = {

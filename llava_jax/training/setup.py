@@ -88,8 +88,8 @@ def agree_on(setup: Setup) -> None:
     agree({"the number of devices": local_devices()})
 
 
-def context_warning(max_length: int, llm: LlmConfig) -> str | None:
-    """Returns a warning if samples may be longer than the decoder's context; otherwise None.
+def context_warnings(max_length: int, llm: LlmConfig) -> Iterator[str]:
+    """Yields a warning if samples may be longer than the decoder's context.
 
     Args:
         max_length: The limit `data.max_length`.
@@ -97,16 +97,17 @@ def context_warning(max_length: int, llm: LlmConfig) -> str | None:
     """
     context = llm.context_length
     if max_length <= context:
-        return None
+        return
     change = 'give the "rope_scaling" a larger factor'
     if llm.rope_scaling is None:
         change = (
             f'set "rope_scaling": {{"rope_type": "yarn", "factor": {-(-max_length // context)}.0, '
             f'"original_max_position_embeddings": {context}}}'
         )
-    return (
+    yield (
         f"warning: data.max_length is {max_length}, but the decoder is made for at most {context} "
-        f"tokens. To train on longer samples, {change} in the decoder's settings in config.json; "
+        f"tokens, and reads later tokens badly. To train on longer samples, {change} in the "
+        "decoder's settings in config.json; "
         'see "Long sequences" in docs/models.md'
     )
 
@@ -121,6 +122,5 @@ def startup_notes(setup: Setup, devices: int) -> Iterator[str]:
     config, steps, inputs = setup.config, setup.total_steps, setup.inputs
     for line in ignored_fields(config, steps, has_eval_data=len(inputs.eval_records) > 0):
         yield f"note: {line}"
-    if line := context_warning(config.data.max_length, setup.model_config.llm):
-        yield line
+    yield from context_warnings(config.data.max_length, setup.model_config.llm)
     yield from learning_warnings(config, inputs.order.samples, steps, devices)

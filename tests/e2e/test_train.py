@@ -414,7 +414,7 @@ def test_a_new_projector_is_said(start, capsys: pytest.CaptureFixture[str]):
         (["--batch.loss-group", "5"], "is not a multiple of batch.loss_group 5"),
         (["--eval.batch-size", "12"], "eval.batch_size 12 is not a multiple of 8"),
         (["--batch.micro-size", "3"], "is not a multiple of batch.micro_size 3"),
-        (["--memory.remat", "dots", "--memory.stream-weights"], 'works only with "full"'),
+        (["--memory.remat", "dots", "--memory.stream-weights"], 'weights works only with "full"'),
         (["--mesh.tensor", "3"], "devices, but there are 8"),
         (["--lora.targets", "q_prj"], "the LoRA targets contain q_prj"),
         (["--init-adapter", "nowhere"], "'nowhere': no such directory"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from llava_jax.config import LlmConfig, RopeScaling
-from llava_jax.training.setup import context_warning
+from llava_jax.training.setup import context_warnings
 
 LLAMA3 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
@@ -24,8 +24,8 @@ LLAMA3 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=
 def test_longer_samples_than_the_context_are_warned_of(trained, scaling, context):
     llm = LlmConfig(max_position_embeddings=trained, rope_scaling=scaling)
     assert llm.context_length == context
-    assert context_warning(context, llm) is None
-    line = context_warning(context + 1, llm)
+    assert not list(context_warnings(context, llm))
+    (line,) = context_warnings(context + 1, llm)
     assert (
         f"data.max_length is {context + 1}, but the decoder is made for at most {context}" in line
     )
@@ -33,11 +33,12 @@ def test_longer_samples_than_the_context_are_warned_of(trained, scaling, context
 
 def test_the_change_that_the_warning_names_is_enough():
     llm = LlmConfig(max_position_embeddings=4096)
-    line = context_warning(32000, llm)
+    (line,) = context_warnings(32000, llm)
     assert (
         'set "rope_scaling": {"rope_type": "yarn", "factor": 8.0, '
         '"original_max_position_embeddings": 4096} in the decoder\'s settings in config.json'
     ) in line
     scaled = dataclasses.replace(llm, rope_scaling=RopeScaling("yarn", 8.0, 4096))
-    assert context_warning(32000, scaled) is None
-    assert 'give the "rope_scaling" a larger factor' in context_warning(40000, scaled)
+    assert not list(context_warnings(32000, scaled))
+    (line,) = context_warnings(40000, scaled)
+    assert 'give the "rope_scaling" a larger factor' in line
