@@ -21,9 +21,12 @@ from llava_jax.distributed.sharding import make_mesh, shardings, with_shardings
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import build_model
 from llava_jax.models.layers import Params
+from llava_jax.models.lora import TokenRows
+from llava_jax.models.paths import VOCABULARY
 from llava_jax.models.quant import abstract, quantise
 from llava_jax.pretrained import checkpoint_layouts as layouts
 from llava_jax.pretrained.load import find_tensors, fingerprint, load_params
+from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.safetensors import open_tensors
 from llava_jax.pretrained.save import save_params
 
@@ -413,3 +416,22 @@ def test_host_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert beyond < 60e6
     beyond, _ = measure("load", str(tmp_path), "float32")
     assert beyond < 90e6
+
+
+def test_tokens_begin_as_those_of_a_table_in_host_memory(tmp_path, monkeypatch):
+    """The table is in another dtype in the file, and XLA must not compute in host memory."""
+    monkeypatch.setattr(host_memory, "MIN_SLICE", 100)
+    params = random_params(dtype="float16")
+    save_params(params, tmp_path, CONFIG)
+    path, rows = "llm.embed_tokens", TokenRows((5, 9))
+    shapes = {p: jax.ShapeDtypeStruct(s.shape, "bfloat16") for p, s in abstract_params().items()}
+    shapes[f"{path}.trainable_tokens"] = jax.ShapeDtypeStruct((2, 16), "float32")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    abstract = with_shardings(shapes, mesh, lambda name: name in VOCABULARY)
+    loaded = load_weights(tmp_path, CONFIG, abstract, seed=0, adapters={path: rows})
+    table = loaded[f"{path}.weight"]
+    assert table.sharding.memory_kind == "pinned_host"
+    assert table.dtype == "bfloat16"
+    np.testing.assert_array_equal(table, params[f"{path}.weight"].astype("bfloat16"))
+    found = np.asarray(loaded[f"{path}.trainable_tokens"])
+    np.testing.assert_array_equal(found, np.asarray(table)[[5, 9]].astype(np.float32))
