@@ -97,6 +97,30 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     return collective_bytes(step.text), formula(program, config, micro_size, images)
 
 
+def gathered_bytes(leaf: Any, item: int) -> int:
+    """Returns the bytes of a parameter on a device that has gathered the parts of all devices.
+
+    Arrays that each device has as a whole are not counted.
+
+    Args:
+        leaf: Shape and sharding of the parameter, which may be quantized or on disk.
+        item: Size in bytes of a weight, unless it is quantized.
+    """
+    import jax
+
+    from llava_jax.distributed.disk_weights import DiskStack
+
+    def is_divided(array: Any) -> bool:
+        spec, sizes = array.sharding.spec, array.sharding.mesh.shape
+        names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+        return any(sizes[name] > 1 for name in sum(names, ()) if name != "tensor")
+
+    if isinstance(leaf, jax.ShapeDtypeStruct | DiskStack):
+        return item * math.prod(leaf.shape) if is_divided(leaf) else 0
+    arrays = filter(is_divided, jax.tree.leaves(leaf))
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
 def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict[str, int]:
     """Returns the bytes that each device must exchange in a micro-batch, by kind of collective.
 
@@ -108,6 +132,11 @@ def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict
     devices that have the tokens, along one mesh axis after the other, and the gradients of the
     columns are sent back if the table is trained. A matrix that cannot be sharded is on all
     devices, and its gradients are summed over all devices.
+
+    The formula is a lower bound in two cases. Quantized weights are counted with their codes and
+    scales, but XLA gathers the attention weights after they are converted to `dtype`. And streamed
+    weights and weights on disk are gathered again for each chunk of tokens, except if `sequence`
+    divides the tokens.
 
     If the tokens of a row are divided, queries, keys, values and the result of attention are sent
     three times: in both forward passes, and as gradients. The features of all images of the rows
@@ -128,21 +157,20 @@ def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict
 
     item, model = jnp.dtype(config.dtype).itemsize, program.model_config
     fsdp, sequence = (program.mesh.shape[axis] for axis in ("fsdp", "sequence"))
-    size = {path: item * math.prod(leaf.shape) for path, leaf in program.abstract.items()}
     trained = set(program.trainable)
-    lies_on_fsdp = lambda path: "fsdp" in str(program.abstract[path].sharding.spec)
-    matrices = [path for path in size if program.abstract[path].ndim > 1 + is_stacked(path)]
-    shared = [path for path in matrices if path in trained and not lies_on_fsdp(path)]
-    matrices = list(filter(lies_on_fsdp, matrices))
-    part = lambda *names: sum(size[path] for path in matrices if path.startswith(names))
+    is_matrix = lambda path, leaf: len(leaf.shape) > 1 + is_stacked(path)
+    matrices = {path: leaf for path, leaf in program.abstract.items() if is_matrix(path, leaf)}
+    size = {path: gathered_bytes(leaf, item) for path, leaf in matrices.items()}
+    shared = [matrices[path] for path in size if path in trained and not size[path]]
+    part = lambda *names: sum(size[path] for path in size if path.startswith(names))
     unused = ("vision.encoder.tail.", "vision.head.")
-    vision = [path for path in matrices if path.startswith("vision.")]
+    vision = [path for path in size if path.startswith("vision.")]
     vision = [path for path in vision if not path.startswith(unused)]
     turns = 2 if trained & set(vision) else 1
     gathered = 2 * part("llm.layers.", "projector.") + turns * sum(size[path] for path in vision)
     gathered += part("llm.lm_head.") or part("llm.embed_tokens.")
     table = "llm.embed_tokens.weight"
-    divided = sum(size[path] for path in matrices if path in trained and path != table)
+    divided = sum(size[path] for path in size if path in trained and path != table)
     tokens = rows * round_up(config.data.max_length, sequence) // sequence
     embedded = item * tokens * model.llm.hidden_size * ((fsdp > 1) + (sequence > 1))
     exchanged, features = 0, 0
@@ -155,7 +183,7 @@ def formula(program: Any, config: "TrainConfig", rows: int, images: int) -> dict
     return {
         "all-gather": gathered + features,
         "reduce-scatter": divided + features,
-        "all-reduce": sum(size[path] for path in shared),
+        "all-reduce": item * sum(math.prod(leaf.shape) for leaf in shared),
         "all-to-all": embedded * (2 if table in trained else 1) + exchanged,
         "collective-permute": 0,
     }

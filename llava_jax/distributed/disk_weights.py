@@ -3,12 +3,16 @@
 A weight on disk is a pytree without arrays, which takes the place of the weight's stack. A loop
 gets each layer from a function of Python, which XLA calls back. This function should read the layer
 that is needed next in advance.
+
+An error in this function must not reach XLA: other devices would wait forever for the device whose
+layer could not be read, and JAX would print tracebacks. So the error is kept, the layer becomes
+NaN, and the host calls `raise_read_errors` before it uses the results.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,9 +30,26 @@ BUFFERED = 2
 copied to the device, and the next layer."""
 
 
-LayerReader = Callable[[int, Part, int], np.ndarray]
-"""Function of (layer, part, ahead) that returns a part of a layer, and begins to read the same part
-of the layer `ahead`. If there is no layer with the number `ahead`, no layer is needed next."""
+@runtime_checkable
+class LayerReader(Protocol):
+    """Reads the layers of one weight.
+
+    Attributes:
+        error: First error with which a compiled loop could not read a layer, or None.
+    """
+
+    error: Exception | None
+
+    def read(self, layer: int, part: Part) -> np.ndarray:
+        """Returns a part of a layer, which the reader does not keep."""
+        ...
+
+    def read_in_order(self, layer: int, part: Part, ahead: int) -> np.ndarray:
+        """Returns a part of a layer, and begins to read the same part of the layer `ahead`.
+
+        If there is no layer with the number `ahead`, no layer is needed next.
+        """
+        ...
 
 
 @jax.tree_util.register_static
@@ -58,6 +79,8 @@ class DiskStack:
     def layer(self, index: Int[Array, ""], ahead: Int[Array, ""]) -> Array:
         """Returns a layer on the devices, each of which reads its own part.
 
+        A layer that cannot be read is NaN; see `raise_read_errors`.
+
         Args:
             index: Number of the layer.
             ahead: Number of the layer that is needed next; see `LayerReader`.
@@ -76,18 +99,23 @@ class DiskStack:
 
     def whole_layer(self, index: int) -> np.ndarray:
         """Returns a whole layer as a NumPy array, with the dtype `stored`."""
-        return self._part(index, tuple((0, size) for size in self.shape[1:]), -1)
+        return self._reader.read(index, tuple((0, size) for size in self.shape[1:]))
+
+    @property
+    def _reader(self) -> LayerReader:
+        assert self.reader is not None, "a weight without a reader is only used to compile a step"
+        return self.reader
 
     def _read(self, index: Any, ahead: Any, *positions: Any) -> np.ndarray:
         """Returns the part of a layer that one device has; `positions` are shards by axis."""
         sizes = self.sharding.shard_shape(self.shape)[1:]
         pairs = zip(map(int, positions), sizes, strict=True)
         part = tuple((position * size, (position + 1) * size) for position, size in pairs)
-        return self._part(int(index), part, int(ahead))
-
-    def _part(self, index: int, part: Part, ahead: int) -> np.ndarray:
-        assert self.reader is not None, "a weight without a reader is only used to compile a step"
-        return self.reader(index, part, ahead)
+        try:
+            return self._reader.read_in_order(int(index), part, int(ahead))
+        except Exception as error:
+            self._reader.error = self._reader.error or error
+            return np.full(sizes, np.nan, self.stored)
 
 
 def read_layers(tree: Tree, index: Int[Array, ""], ahead: Int[Array, ""]) -> Tree:
@@ -106,6 +134,23 @@ def read_layers(tree: Tree, index: Int[Array, ""], ahead: Int[Array, ""]) -> Tre
 def stacks_on_disk(leaves: Iterable[object]) -> list[DiskStack]:
     """Returns the weights on disk among arrays, shapes and other weights."""
     return [leaf for leaf in leaves if isinstance(leaf, DiskStack)]
+
+
+def raise_read_errors(leaves: Iterable[object]) -> None:
+    """Raises the first error of a reader, if there is one.
+
+    This must be called after the results of a step have been computed, and before they are used.
+
+    Args:
+        leaves: Parameters of a model.
+
+    Raises:
+        CheckpointError: A file has changed since the run began, or has values that are not finite.
+        OSError: A file cannot be read.
+    """
+    for stack in stacks_on_disk(leaves):
+        if stack.reader is not None and stack.reader.error is not None:
+            raise stack.reader.error
 
 
 def buffer_bytes(leaves: Iterable[object]) -> int:

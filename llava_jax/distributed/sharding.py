@@ -156,20 +156,36 @@ def to_spec(
     return PartitionSpec(*map(dividing, mapped, shape))
 
 
-def axes_of_arrays(axes: tuple[str, ...], x: object) -> tuple[str, ...]:
-    """Returns the logical axes of a parameter's arrays that have as many axes as the parameter.
+def array_spec(
+    axes: tuple[str, ...], x: object, shape: tuple[int, ...], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Returns the partition spec of an array of a parameter.
 
-    These are the axes of the parameter, except for a quantized weight with transposed arrays. There
-    the mesh axis `tensor` divides the same axis of the weight, and `fsdp` the slower axis of the
-    arrays.
+    If a quantized weight has transposed arrays, the mesh axis `tensor` divides the same axis of the
+    weight as without quantization, and `fsdp` the slower axis of the arrays. For scales, whose
+    slower axis is short, `fsdp` divides the other axis if more devices divide it. Scales that have
+    other dimensions than the weight are replicated.
 
     Args:
         axes: Logical axes of the parameter.
         x: The parameter, as an array or as a quantized weight.
+        shape: Shape of the array.
+        mesh_shape: Size of each mesh axis.
     """
+    if len(shape) != len(axes):
+        return to_spec(("whole",) * len(shape), shape, mesh_shape)
     if not getattr(x, "is_transposed", False):
-        return axes
-    return (*axes[:-2], *TRANSPOSED[axes[-2:]])
+        return to_spec(axes, shape, mesh_shape)
+    *layers, rows, columns = axes
+    orders = TRANSPOSED[rows, columns], (columns, rows)
+    specs = [to_spec((*layers, *order), shape, mesh_shape) for order in orders]
+    shards = lambda spec: math.prod(mesh_shape[name] for names in spec for name in _names(names))
+    return max(specs, key=shards)
+
+
+def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of a dimension in a partition spec."""
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def undivided_share(
@@ -200,30 +216,22 @@ def with_shardings(
     """Returns the parameter shapes with their shardings.
 
     Args:
-        shapes: Shape of each parameter, by path. If a weight is quantized, its arrays with as many
-            dimensions as the weight are sharded as `axes_of_arrays` says, and its other arrays
-            are replicated.
+        shapes: Shape of each parameter, by path. A parameter may be a quantized weight.
         mesh: Mesh of the devices.
         streams: Function that returns True for the paths of parameters to keep in host memory.
             Arrays for which `fits_host` returns False stay on the devices.
     """
 
-    def placed(
-        path: str, axes: tuple[str, ...], leaf: jax.ShapeDtypeStruct
-    ) -> jax.ShapeDtypeStruct:
-        if leaf.ndim != len(axes):  # scales of a quantized weight, which have other dimensions
-            axes = ("layers", *["whole"] * (leaf.ndim - 1))
-        sharding = NamedSharding(mesh, to_spec(axes, leaf.shape, mesh.shape))
+    def placed(path: str, whole: object, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = logical_axes(path)
+        sharding = NamedSharding(mesh, array_spec(axes, whole, leaf.shape, mesh.shape))
         # A layer of a stack of vectors is smaller than the smallest copy of a TPU.
         is_vectors = leaf.ndim == 2 and axes[0] == "layers"
         if streams(path) and not is_vectors and fits_host(leaf.shape, sharding):
             sharding = sharding.with_memory_kind(PINNED_HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return {
-        path: jax.tree.map(partial(placed, path, axes_of_arrays(logical_axes(path), leaf)), leaf)
-        for path, leaf in shapes.items()
-    }
+    return {path: jax.tree.map(partial(placed, path, x), x) for path, x in shapes.items()}
 
 
 def shardings(placed: object) -> Any:
@@ -330,14 +338,10 @@ def shard_map_tokens(
 def _divided(axes: tuple[str, ...], x: object, mesh: AbstractMesh, over: tuple[str, ...]) -> object:
     """Returns the partition spec of each array of a parameter, with only the mesh axes `over`."""
 
-    axes = axes_of_arrays(axes, x)
-
     def spec(part: jax.Array) -> PartitionSpec:
-        if part.ndim != len(axes):
-            return PartitionSpec()
-        lies = to_spec(axes, part.shape, mesh.shape)
-        own = lambda names: (names,) if isinstance(names, str) else names or ()
-        return PartitionSpec(*(tuple(n for n in own(names) if n in over) or None for names in lies))
+        lies = array_spec(axes, x, part.shape, mesh.shape)
+        own = (tuple(name for name in _names(names) if name in over) for names in lies)
+        return PartitionSpec(*(names or None for names in own))
 
     return jax.tree.map(spec, x)
 

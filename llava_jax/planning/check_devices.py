@@ -16,7 +16,7 @@ MAX_CPU_PARAMETERS = 10**9
 computes about 50 GFLOP/s, so one sample of 1000 tokens takes a core minutes from this size on."""
 
 MAX_UNDIVIDED = 0.1
-"""Largest fraction of the parameters that each device may keep whole without a warning."""
+"""Largest fraction of the parameters that a mesh axis may leave undivided without a warning."""
 
 
 def check_accelerator(config: TrainConfig, model: ModelConfig) -> None:
@@ -48,7 +48,7 @@ def check_accelerator(config: TrainConfig, model: ModelConfig) -> None:
 def division_warnings(
     config: TrainConfig, model: ModelConfig, mesh_shape: Mapping[str, int]
 ) -> list[str]:
-    """Returns a warning for each mesh axis that leaves many parameters whole on each device.
+    """Returns a warning for each mesh axis that does not divide many of the parameters.
 
     A mesh axis cannot divide a dimension whose size is not a multiple of the number of its devices.
 
@@ -59,7 +59,7 @@ def division_warnings(
     """
     shapes = _shapes(config, model)
     lines = []
-    for axis in ("fsdp", "tensor"):
+    for axis in ("fsdp", "sequence", "tensor"):
         count = mesh_shape[axis]
         share = lambda n, axis=axis: undivided_share(shapes, {**mesh_shape, axis: n}, axis)
         if count == 1 or (whole := share(count)) <= MAX_UNDIVIDED:
@@ -72,11 +72,14 @@ def division_warnings(
         inside = next((n for n in range(count - 1, 1, -1) if count % n == 0 and divides(n)), None)
         data = mesh_shape["data"] * count // (inside or 1)
         ways = [f"a size of {' or '.join(str(n) for n in near if n)}"] if any(near) else []
+        # These two mesh axes divide the same dimension of a parameter, first `fsdp`.
+        product = mesh_shape["fsdp"] if axis == "sequence" else 1
+        multiple = f"{count}" if product == 1 else f"{product * count} (mesh.fsdp x mesh.sequence)"
         ways += [f"--mesh.data {data} --mesh.{axis} {inside or 1} with as many devices as now"]
         lines.append(
             f"warning: mesh.{axis} is {count}, but {100 * whole:.0f} % of the parameters have no "
-            f"size that is a multiple of {count}, so each device keeps them whole and needs more "
-            f"memory; better is {', or '.join(ways)}"
+            f"size that is a multiple of {multiple}, so mesh.{axis} does not divide them, and each "
+            f"device needs more memory; better is {', or '.join(ways)}"
         )
     return lines
 

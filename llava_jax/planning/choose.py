@@ -77,6 +77,8 @@ def plan_for_attached(
     processes = processes_of_machine()
     devices = processes * jax.local_device_count()
     own = available_memory() // devices if on_cpu else _device_memory(config)
+    device = jax.local_devices()[0]
+    is_shared = on_cpu or shares_host(device.device_kind)
     capacity = min(all_gather_values(own))
     known = Path(config.output_dir) / ".plans"
     for_host = min(all_gather_values(host_memory_share(processes) // jax.local_device_count()))
@@ -84,9 +86,11 @@ def plan_for_attached(
     # later finds the step in its compilation cache.
     as_run = dataclasses.replace(config, steps=steps)
     measure = lambda plan: dataclasses.replace(
-        measure_once(known, plan.apply(as_run), model, slots, capacity), host_capacity=for_host
+        measure_once(known, plan.apply(as_run), model, slots, capacity),
+        host_capacity=for_host,
+        shares_host=is_shared,
     )
-    size, device = data_parallel_size(mesh), jax.local_devices()[0]
+    size = data_parallel_size(mesh)
     if begun is not None and (kept := Trial(begun, measure(begun))).usage.fits:
         say(f"plan: {begun} (as when the run began)")
         if is_main_process():
@@ -105,7 +109,7 @@ def plan_for_attached(
         estimate = make_estimator(config, model, rates, build, slots)
         outside = outside_pool(device.platform, device.device_kind, mesh.size)
         free = capacity - reserve_of(capacity, outside)
-        room = Capacity(free, for_host, shares_host(device.device_kind))
+        room = Capacity(free, for_host, is_shared)
         chosen = choose_plan(find_plan(config, size, measure, estimate, room))
     if not chosen.usage.fits:
         raise ConfigError(_describe_misfit(chosen, mesh.size, for_host, on_cpu=on_cpu))

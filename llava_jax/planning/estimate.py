@@ -133,7 +133,9 @@ def activation_bytes(
         elements += 2 * queries + keys + 2 * width
     kept = tokens * llm.num_hidden_layers * elements
     images = rows * slots
-    positions = images // math.gcd(images, sequence) * vision.num_positions
+    # Devices that divide the tokens of a row divide its images too, if their number is divisible.
+    images //= 1 if images % sequence else sequence
+    positions = images * vision.num_positions
     tower = positions * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     if config.tune.vision != "frozen":
         inside = {"full": 1, "dots": 10, "none": 15}[remat]

@@ -56,7 +56,7 @@ class Usage:
             if the platform has no such pool.
         forecast: Forecast of the step's duration; None for devices other than GPUs, or if the
             compiled step could not be read.
-        shares_host: Whether device and host share one memory, whose size is `capacity`.
+        shares_host: Whether device and host share one memory, whose size is `capacity`, as on CPUs.
         out_of_memory: Whether the compiler ran out of memory, so that `total` is only a bound.
         largest: Largest arrays at the peak of the device memory; empty if they are unknown.
     """

@@ -19,6 +19,9 @@ from llava_jax.pretrained.safetensors import Tensor
 THREADS = 4
 """Number of threads that read in advance. One thread does not reach the rate of a fast disk."""
 
+PIECE_BYTES = 2**22
+"""Largest number of bytes of a file that a thread has in memory beside the layer that it reads."""
+
 
 def open_stack(
     tensors: list[Tensor], dtype: np.dtype, spec: DiskStack, threads: Executor
@@ -26,8 +29,8 @@ def open_stack(
     """Returns a weight whose layers are read from their files when they are needed.
 
     A layer is cast to the dtype of the weight by the device that uses it. Only if this dtype is
-    narrower than that of the files, a thread casts the layer, because it would take more memory on
-    the device than the plan counts.
+    narrower than that of the files, a thread casts the layer, because it would take more memory
+    than the plan counts.
 
     Args:
         tensors: The tensor of each layer.
@@ -46,19 +49,23 @@ class LayerFiles:
         tensors: The tensor of each layer.
         dtype: Dtype of the arrays that are returned.
         threads: Threads that read layers in advance.
+
+    Attributes:
+        error: First error with which a compiled loop could not read a layer, or None.
     """
 
     def __init__(self, tensors: list[Tensor], dtype: np.dtype, threads: Executor):
         self._tensors, self._dtype, self._threads = tensors, dtype, threads
         self._versions = {tensor.file: _version(tensor.file) for tensor in tensors}
         self._begun: dict[tuple[int, Part], Future[np.ndarray]] = {}
+        self.error: Exception | None = None
 
-    def __call__(self, layer: int, part: Part, ahead: int) -> np.ndarray:
+    def read_in_order(self, layer: int, part: Part, ahead: int) -> np.ndarray:
         """Returns a part of a layer, and begins to read the same part of the layer `ahead`.
 
         Raises:
-            CheckpointError: The file has changed since the run began, or a value is not finite.
-            OSError: The file cannot be read.
+            CheckpointError: As in `read`.
+            OSError: As in `read`.
         """
         here = self._begin(layer, part)
         if 0 <= ahead < len(self._tensors):
@@ -74,26 +81,42 @@ class LayerFiles:
         """Begins to read a part of a layer, unless this has begun already."""
         begun = self._begun.get((layer, part))
         if begun is None:
-            begun = self._begun[layer, part] = self._threads.submit(self._read, layer, part)
+            begun = self._begun[layer, part] = self._threads.submit(self.read, layer, part)
         return begun
 
-    def _read(self, layer: int, part: Part) -> np.ndarray:
+    def read(self, layer: int, part: Part) -> np.ndarray:
+        """Returns a part of a layer.
+
+        Raises:
+            CheckpointError: The file has changed since the run began, or a value is not finite.
+            OSError: The file cannot be read.
+        """
         tensor = self._tensors[layer]
         if _version(tensor.file) != self._versions[tensor.file]:
             raise CheckpointError(
                 f"{tensor.file} has changed since the run began, but memory.weights_on_disk reads "
                 "it in every step; restore the file, and run the command again to resume"
             )
+        values = np.empty([end - start for start, end in part], self._dtype)
         (first, last), *inner = part
-        row_bytes = tensor.size // tensor.shape[0]
-        rows = dataclasses.replace(
-            tensor,
-            shape=(last - first, *tensor.shape[1:]),
-            start=tensor.start + first * row_bytes,
-            size=(last - first) * row_bytes,
-        )
-        values = rows.read()[:, *(slice(*limits) for limits in inner)]
-        return np.ascontiguousarray(values, self._dtype)
+        columns = [slice(*limits) for limits in inner]
+        # Whole rows are read, also if only some columns are needed.
+        count = max(1, PIECE_BYTES * tensor.shape[0] // tensor.size)
+        for start in range(first, last, count):
+            end = min(start + count, last)
+            values[start - first : end - first] = _rows(tensor, start, end).read()[:, *columns]
+        return values
+
+
+def _rows(tensor: Tensor, start: int, end: int) -> Tensor:
+    """Returns the rows of a tensor from `start` to before `end`, which are not read yet."""
+    row_bytes = tensor.size // tensor.shape[0]
+    return dataclasses.replace(
+        tensor,
+        shape=(end - start, *tensor.shape[1:]),
+        start=tensor.start + start * row_bytes,
+        size=(end - start) * row_bytes,
+    )
 
 
 def _version(file: Path) -> tuple[int, int, int]:

@@ -3,13 +3,16 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 from llava_jax.config import TrainConfig
 from llava_jax.data.batch import Batch
 from llava_jax.data.batching import Batches
 from llava_jax.data.sources import Records
+from llava_jax.distributed.disk_weights import raise_read_errors
 from llava_jax.distributed.multihost import all_reduce_max, is_main_process
 from llava_jax.models.layers import Params
 from llava_jax.report.report import Report
@@ -24,6 +27,9 @@ from llava_jax.training.profiler import Profiler
 from llava_jax.training.signals import StopRequest
 from llava_jax.training.step_log import StepLog
 from llava_jax.training.trackers import Tracker
+
+Results = TypeVar("Results")
+"""A tree of arrays."""
 
 
 def train(
@@ -45,9 +51,9 @@ def train(
 
     Raises:
         ConfigError: None of the eval samples can be read.
-        CheckpointError: A checkpoint cannot be written.
-        RunError: Too many samples cannot be used, too many steps are not finite, or the processes
-            have read different texts.
+        CheckpointError: A checkpoint cannot be written, or a weight on disk cannot be used.
+        OSError: A weight on disk cannot be read.
+        RunError: Too many samples cannot be used, too many steps are not finite, or texts differ.
     """
     first = int(state.step)
     size = config.batch.global_size
@@ -64,6 +70,7 @@ def train(
         Profiler(config.run_dir / "profile", config.log.profile_steps) as profiler,
     ):
         step_log = StepLog(config, inputs, reporter, first)
+        log = lambda metrics, step: step_log.log(_wait(metrics, frozen), step)
         evaluator = _evaluator(config, program, inputs, frozen, reporter, first)
 
         def evaluate_and_report(step: int) -> None:
@@ -80,19 +87,18 @@ def train(
             if due(step - 1) and (ask()() or evaluator.is_stalled()):
                 break
             batch = next(batches)
-            numbers = functools.partial(inputs.order.batch, step - 1)
-            stops = ask(batch.text_checksum, numbers)
+            stops = ask(batch.text_checksum, functools.partial(inputs.order.batch, step - 1))
             if not inputs.spec.has_one_shape:
                 stops()  # different texts may have different shapes, so that the step would hang
             profiler.before(step, state)
             with reporter.compiling("train", batch):
                 state, metrics = program.train_step(state, frozen, program.device_put(batch, size))
             for earlier in waiting:
-                step_log.log(*earlier)
+                log(*earlier)
             stops()  # raises an error if texts differ, before this step is recorded
             waiting = [(metrics, step)]
             if due(step) or step % config.checkpoint.every == 0:
-                step_log.log(*waiting.pop())
+                log(*waiting.pop())
                 if not step_log.nonfinite:  # else the last good checkpoint stays the newest
                     saved.save(state, batches.state())
                 evaluate_and_report(step)
@@ -100,12 +106,24 @@ def train(
             if stops():
                 break
         for earlier in waiting:
-            step_log.log(*earlier)
+            log(*earlier)
         saved.save(state, batches.state())
         if evaluator.is_stalled() or int(state.step) == total:
             evaluator.say_tables(total)
         stop.signal = ask()() or None  # a signal that any process has received
     return state
+
+
+def _wait(results: Results, frozen: Params) -> Results:
+    """Returns the results of a step when the step has been computed from weights that were read.
+
+    Raises:
+        CheckpointError: As in `raise_read_errors`.
+        OSError: As in `raise_read_errors`.
+    """
+    jax.block_until_ready(results)
+    raise_read_errors(frozen.values())
+    return results
 
 
 def _ask(
@@ -154,7 +172,8 @@ def _evaluator(
     def eval_step(trainable: Params, batch: Batch) -> EvalResult:
         placed = program.device_put(batch, program.eval_size, to_train=False)
         with reporter.compiling("eval", batch):
-            return program.eval_step(trainable, frozen, placed)
+            result = program.eval_step(trainable, frozen, placed)
+        return _wait(result, frozen)
 
     size = program.eval_size
     return Evaluator(config.run_dir, eval_step, inputs, size, program.rows(size), reporter, first)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from llava_jax.models.build import build_model, initialise
 from llava_jax.planning.beside import READ_AHEAD, host_beside
 from llava_jax.planning.disk import copied_from_disk, read_from_disk
 from llava_jax.planning.measure import argument_bytes
+from llava_jax.pretrained import read_ahead
 from llava_jax.pretrained.load import load_params
 from llava_jax.pretrained.model import load_weights
 from llava_jax.pretrained.read_ahead import LayerFiles
-from llava_jax.pretrained.safetensors import open_tensors, write_tensors
+from llava_jax.pretrained.safetensors import Tensor, open_tensors, write_tensors
 from llava_jax.pretrained.save import save_params
 from llava_jax.train_step.program import Program, build_program
 from llava_jax.train_step.step import init_state
@@ -131,6 +133,8 @@ def test_a_model_with_weights_on_disk_is_saved(base: Path, tmp_path: Path):
     """The end of a run that trains the projector only: the whole model is written."""
     config = recipe(base, "projector", weights_on_disk=True)
     _, params = load(config, 1)
+    kept = [weakref.ref(stack.whole_layer(0)) for stack in stacks_on_disk(params.values())]
+    assert all(layer() is None for layer in kept)  # no step would use it again
     save_params(params, tmp_path, MODEL)
     found, expected = (
         load_params(path, MODEL, abstract_base()) for path in (tmp_path, base / "float32")
@@ -170,25 +174,46 @@ def test_each_layer_is_read_before_it_is_needed(
         step = order[1] - order[0]
         for layer in order:
             needed.append(layer)
-            found = read(layer, part, layer + step)
+            found = read.read_in_order(layer, part, layer + step)
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, values[layer, 2:4, 4:8])
     # The loop back begins with the layer that was read last.
     assert begun == [(0, 1), (1, 1), (2, 2), (3, 3), (2, 5), (1, 6), (0, 7)]
 
 
+@pytest.mark.parametrize("part", [((0, 6), (0, 8)), ((1, 6), (3, 5))])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_layer_is_read_in_pieces(
+    layers: tuple[Path, np.ndarray], part: Part, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Otherwise, each thread would have a layer in the dtype of the files in memory, too."""
+    file, values = layers
+    read_tensor, sizes = Tensor.read, []
+
+    def record(tensor: Tensor) -> np.ndarray:
+        sizes.append(tensor.size)
+        return read_tensor(tensor)
+
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 2 * 8 * 2)
+    monkeypatch.setattr(Tensor, "read", record)
+    found = opened(file, dtype).read(3, part)
+    np.testing.assert_array_equal(found, values[3][*(slice(*limits) for limits in part)])
+    assert found.dtype == dtype
+    assert sizes == ([32, 32, 32] if part[0][0] == 0 else [32, 32, 16])
+
+
 def test_a_file_that_changes_is_not_read_on(layers: tuple[Path, np.ndarray]):
     file, _ = layers
     read, whole = opened(file, "float16"), ((0, 6), (0, 8))
-    read(0, whole, 1)
+    read.read_in_order(0, whole, 1)
     other = file.with_suffix(".other")
     other.write_bytes(file.read_bytes())
-    read(1, whole, -1)
+    read.read_in_order(1, whole, -1)
     other.replace(file)
     with pytest.raises(
         CheckpointError, match=r"layers.safetensors has changed since the run began"
     ):
-        read(2, whole, 3)
+        read.read_in_order(2, whole, 3)
 
 
 def test_values_that_are_not_finite_end_the_step(layers: tuple[Path, np.ndarray]):
@@ -196,9 +221,9 @@ def test_values_that_are_not_finite_end_the_step(layers: tuple[Path, np.ndarray]
     nan = np.full(1, np.nan, np.float16).tobytes()
     file.write_bytes(file.read_bytes()[:-2] + nan)
     read, whole = opened(file, "float16"), ((0, 6), (0, 8))
-    read(2, whole, 3)
+    read.read_in_order(2, whole, 3)
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        read(3, whole, 4)
+        read.read_in_order(3, whole, 4)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from tiny_training import CONFIG, MODEL, change, run
 
-from llava_jax.config import MeshConfig, TuneConfig
+from llava_jax.config import LLAVA_7B, MeshConfig, TuneConfig
 from llava_jax.distributed.sharding import (
     PARAMETER_RULES,
+    array_spec,
     logical_axes,
     make_mesh,
     shard_map_tokens,
     to_spec,
 )
 from llava_jax.errors import ConfigError
+from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.quant import dequantise, quantise
 from llava_jax.train_step.step import accumulation_steps
 
@@ -124,6 +126,17 @@ def test_a_parameter_without_a_rule_is_an_error():
 def test_two_dimensions_on_one_mesh_axis_are_an_error():
     with pytest.raises(ValueError, match="do not fit"):
         to_spec(("model", "rank"), (8, 8), {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 1})
+
+
+@pytest.mark.parametrize("fsdp", [8, 64])
+def test_all_arrays_of_nf4_weights_are_divided(fsdp: int):
+    """`down_proj` of 7B has 11008 inputs: 172 blocks, and 1376 numbers of eight codes."""
+    mesh = {"data": 1, "fsdp": fsdp, "sequence": 1, "tensor": 1}
+    weights = quantised_shapes(build_model(LLAVA_7B, {})[1], "nf4")
+    assert len(weights) == 7
+    for path, weight in weights.items():
+        for array in jax.tree.leaves(weight):
+            assert "fsdp" in str(array_spec(logical_axes(path), weight, array.shape, mesh)), path
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4_double", "int8"])

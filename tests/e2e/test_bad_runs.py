@@ -1,9 +1,12 @@
 """Runs that meet bad samples, dying workers and losses that are not finite."""
 
 import dataclasses
+import itertools
 import os
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from llava_jax.data.batch import Batch
 from llava_jax.data.conversation import Encoded
 from llava_jax.data.records import Record
 from llava_jax.data.samples import Sample, SampleEncoder
+from llava_jax.pretrained import read_ahead
+from llava_jax.pretrained.safetensors import SINGLE, open_tensors
 from llava_jax.train_step.program import Program
 from llava_jax.training import inputs
 
@@ -116,6 +121,45 @@ def test_several_in_a_row_stop_a_run_and_leave_the_good_checkpoint(
     assert status == 0
     status, whole = run(config, "finite", *every)
     assert metrics(directory) == metrics(whole)
+
+
+def write_nan(file: Path) -> None:
+    """Makes one number of a weight NaN, which is in the part of the last device."""
+    name = "layers.1.mlp.up_proj.weight"
+    (tensor,) = (tensor for key, tensor in open_tensors(file).items() if key.endswith(name))
+    with open(file, "r+b") as opened:
+        opened.seek(tensor.start + tensor.size - 4)
+        opened.write(np.full(1, np.nan, np.float32).tobytes())
+
+
+def test_a_layer_that_cannot_be_read_ends_the_run_with_one_message(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    """Only one of eight devices cannot read its part, but the other devices must not wait."""
+    copied = shutil.copytree(base, tmp_path / "base")
+    config = write_config(tmp_path / "config.py", copied, data)
+    device_put, calls = Program.device_put, itertools.count(1)
+
+    def damaging(*args: Any, to_train: bool = True) -> Batch:
+        if to_train and next(calls) == 4:
+            write_nan(copied / SINGLE)
+        return device_put(*args, to_train=to_train)
+
+    monkeypatch.setattr(Program, "device_put", damaging)
+    monkeypatch.setattr(read_ahead, "_version", lambda file: (0, 0, 0))
+    on_disk = ("--memory.weights-on-disk", "--memory.remat", "full", "--data.eval-path", "None")
+    status, directory = run(config, "damaged", *on_disk)
+    assert status == 1
+    error = capfd.readouterr().err
+    assert "layers.1.mlp.up_proj.weight has values that are NaN or infinite" in error
+    assert "Traceback" not in error
+    assert [row["step"] for row in metrics(directory)] in ([1, 2], [1, 2, 3])
+    assert not (directory / "nonfinite.jsonl").exists()
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["0", "2"]
 
 
 class Deadly(SampleEncoder):

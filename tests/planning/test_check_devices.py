@@ -67,6 +67,25 @@ def test_counts_that_divide_are_not_warned_of():
     assert warn(data=3, fsdp=4) == warn(tensor=2) == warn(tensor=4, fsdp=2) == []
 
 
+@pytest.mark.parametrize(
+    ("mesh", "multiple", "better"),
+    [
+        ({"sequence": 3}, "3", "a size of 2 or 4, or --mesh.data 3 --mesh.sequence 1"),
+        (
+            {"fsdp": 128, "sequence": 8},
+            "1024 (mesh.fsdp x mesh.sequence)",
+            "a size of 2, or --mesh.data 4 --mesh.sequence 2",
+        ),
+    ],
+)
+def test_the_sequence_axis_is_warned_of_too(mesh: dict[str, int], multiple: str, better: str):
+    (line,) = warn(**mesh)
+    assert f"mesh.sequence is {mesh['sequence']}" in line
+    assert f"no size that is a multiple of {multiple}, so mesh.sequence does not divide" in line
+    assert f"better is {better} with" in line
+    assert warn(fsdp=8, sequence=4) == []
+
+
 def test_the_tensor_axis_is_warned_of_too():
     (line,) = warn(tensor=3)
     assert "mesh.tensor is 3" in line

@@ -1,8 +1,9 @@
 """The count of what a module moves, and that loops do not move more than they must."""
 
 import dataclasses
+import math
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from tiny_training import CONFIG, MODEL, change
 
-from llava_jax.config import MeshConfig
-from llava_jax.distributed.sharding import make_mesh, shard_map_tokens
+from llava_jax.cli.collectives import formula, gathered_bytes
+from llava_jax.config import MemoryConfig, MeshConfig, TuneConfig
+from llava_jax.distributed.sharding import make_mesh, shard_map_tokens, with_shardings
 from llava_jax.models import llama
+from llava_jax.models.build import build_model, quantised_shapes
 from llava_jax.models.paths import is_adapter
 from llava_jax.planning.collectives import collective_bytes
 from llava_jax.planning.measure import compile_here
 from llava_jax.train_step import loss
+from llava_jax.train_step.program import build_program
 
 MODULE = """HloModule step, is_scheduled=true
 
@@ -93,6 +97,31 @@ def test_a_step_moves_the_same_in_any_number_of_pieces(monkeypatch: pytest.Monke
         return collective_bytes(compiled.as_text() or "")
 
     assert moved(4) == moved(20)
+
+
+def test_the_formula_counts_weights_on_disk_and_codes():
+    def count(**fields: Any) -> dict[str, int]:
+        config = dataclasses.replace(CONFIG, init_from="base", tune=TuneConfig("lora"), **fields)
+        program = build_program(config, MODEL, 9, make_mesh(MeshConfig(fsdp=8)))
+        return formula(program, config, rows=1, images=1)
+
+    whole = count()
+    assert count(memory=MemoryConfig(weights_on_disk=True)) == whole
+    quantized = count(quantize="int8")
+    shapes = build_model(MODEL, {})[1]
+    linears = sum(math.prod(leaf.shape) for leaf in quantised_shapes(shapes, "int8").values())
+    scales = sum(math.prod(leaf.shape[:2]) for leaf in quantised_shapes(shapes, "int8").values())
+    saved = 2 * (4 * linears - linears - 4 * scales)  # in the forward pass and the backward pass
+    assert whole["all-gather"] - quantized["all-gather"] == saved
+
+
+def test_what_each_device_has_as_a_whole_is_not_gathered():
+    mesh = make_mesh(MeshConfig(fsdp=1, sequence=2), jax.devices()[:2])
+    path = "llm.layers.mlp.up_proj.weight"
+    leaves = {size: jax.ShapeDtypeStruct((2, size, 3), jnp.float32) for size in (5, 6)}
+    placed = {size: with_shardings({path: leaf}, mesh)[path] for size, leaf in leaves.items()}
+    assert "fsdp" in str(placed[5].sharding.spec)  # of one device
+    assert [gathered_bytes(leaf, 2) for leaf in placed.values()] == [0, 2 * 2 * 6 * 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

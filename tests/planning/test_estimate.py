@@ -11,7 +11,7 @@ from llava_jax.config import MemoryConfig, load_config
 from llava_jax.distributed.environment import GIB
 from llava_jax.planning import compile as compiling
 from llava_jax.planning.devices import GPUS
-from llava_jax.planning.estimate import make_estimator
+from llava_jax.planning.estimate import activation_bytes, make_estimator
 from llava_jax.planning.forecast import DISK_RATE
 from llava_jax.planning.model_sizes import sizes
 from llava_jax.planning.published_table import ROWS, Row
@@ -65,6 +65,21 @@ def test_weights_on_disk_take_no_host_memory_but_time():
     for host, expected in ((13 * GIB, on_disk), (99 * GIB, streamed), (None, streamed)):
         fits = [plan for plan in found if Capacity(8 * GIB, host).holds(found[plan], 1.0)]
         assert min(fits, key=lambda plan: found[plan].seconds) == expected
+
+
+def test_images_are_divided_equally_or_not_at_all():
+    """`sharding.to_spec` does not divide six images among four devices, not even by two."""
+    config = load_config("7b_lora")
+    config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, vision="full"))
+    model = sizes(config)
+
+    def kept(slots: int, sequence: int) -> int:
+        """Activations of the vision tower alone."""
+        have, lack = (activation_bytes(config, model, n, sequence)[0] for n in (slots, 0))
+        return have - lack
+
+    assert kept(6, 4) == kept(6, 1) > 0
+    assert 4 * kept(8, 4) == kept(8, 1)
 
 
 def test_offloading_and_small_micro_batches_cost_time():

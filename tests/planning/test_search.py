@@ -24,6 +24,7 @@ from llava_jax.distributed.sharding import make_mesh
 from llava_jax.errors import ConfigError
 from llava_jax.planning import cache, search
 from llava_jax.planning import choose as plan_choice
+from llava_jax.planning.beside import CHECKPOINT, READ_AHEAD
 from llava_jax.planning.choose import plan_for_attached
 from llava_jax.planning.gpu_compiler import PLUGINS
 from llava_jax.planning.measure import compile_here, measure_here
@@ -261,6 +262,18 @@ def test_a_cpu_without_a_limit_has_the_memory_that_is_available(
     with pytest.raises(ConfigError, match=r"no plan fits into 8\.0 GiB") as error:
         choose_here(config, monkeypatch, figures(99, 1))
     assert "such devices" not in str(error.value)
+
+
+@pytest.mark.parametrize("term", [CHECKPOINT, READ_AHEAD])
+def test_on_a_cpu_what_a_run_needs_beside_a_step_takes_the_memory_of_the_step(
+    term: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = change(dataclasses.replace(CONFIG, output_dir=str(tmp_path)), memory={"plan": "auto"})
+    needs = lambda size: lambda _: dataclasses.replace(used(5 * GIB), host_beside={term: size})
+    chosen = choose_here(config, monkeypatch, needs(GIB))
+    assert json.loads((chosen.run_dir / "plan.json").read_text())["usage"]["shares_host"]
+    with pytest.raises(ConfigError, match=r"no plan fits .* needs 8\.00 GiB per device"):
+        choose_here(config, monkeypatch, needs(3 * GIB))
 
 
 def test_an_accelerator_that_reports_no_memory_is_an_error(
