@@ -11,7 +11,11 @@ from llava_jax.distributed.environment import GIB, prepare_for_planning
 from llava_jax.planning.devices import GPUS
 
 if TYPE_CHECKING:
+    import jax
+
     from llava_jax.config import TrainConfig
+    from llava_jax.distributed.disk_weights import DiskStack
+    from llava_jax.models.quant import Quantised
 
 PROG = "llava-jax collectives"
 
@@ -97,7 +101,7 @@ def count_bytes(config: "TrainConfig", device: str, count: int, micro_size: int)
     return collective_bytes(step.text), formula(program, config, micro_size, images)
 
 
-def gathered_bytes(leaf: Any, item: int) -> int:
+def gathered_bytes(leaf: "jax.ShapeDtypeStruct | DiskStack | Quantised", item: int) -> int:
     """Returns the bytes of a parameter on a device that has gathered the parts of all devices.
 
     Arrays that each device has as a whole are not counted.
@@ -110,7 +114,7 @@ def gathered_bytes(leaf: Any, item: int) -> int:
 
     from llava_jax.distributed.disk_weights import DiskStack
 
-    def is_divided(array: Any) -> bool:
+    def is_divided(array: "jax.ShapeDtypeStruct | DiskStack") -> bool:
         spec, sizes = array.sharding.spec, array.sharding.mesh.shape
         names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
         return any(sizes[name] > 1 for name in sum(names, ()) if name != "tensor")

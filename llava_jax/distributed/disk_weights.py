@@ -12,7 +12,7 @@ NaN, and the host calls `raise_read_errors` before it uses the results.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -106,7 +106,7 @@ class DiskStack:
         assert self.reader is not None, "a weight without a reader is only used to compile a step"
         return self.reader
 
-    def _read(self, index: Any, ahead: Any, *positions: Any) -> np.ndarray:
+    def _read(self, index: Array, ahead: Array, *positions: Array) -> np.ndarray:
         """Returns the part of a layer that one device has; `positions` are shards by axis."""
         sizes = self.sharding.shard_shape(self.shape)[1:]
         pairs = zip(map(int, positions), sizes, strict=True)
