@@ -3,10 +3,12 @@
 The moments are quantized in blocks of 256 consecutive values (Dettmers et al., "8-bit Optimizers
 via Block-wise Quantization", 2022). Each block keeps its largest magnitude (absmax) in float32, and
 each value keeps the index of one of 256 numbers, whose distances grow with their magnitude. The
-codes and the absmax are those of bitsandbytes 0.50 on a CPU.
+codes and the absmax are those of bitsandbytes 0.50 on a CPU, but four codes are packed into each
+uint32, because XLA:TPU cannot read and write slices of an array of 8-bit numbers in host memory in
+one loop.
 
 The code is written by hand because bitsandbytes needs PyTorch and no library has this optimizer for
-JAX. This module needs only JAX, NumPy and optax.
+JAX. This module needs only JAX, NumPy, optax and jaxtyping.
 """
 
 import functools
@@ -18,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
 BLOCK = 256
 """Number of values that share an absmax."""
 
 MIN_SIZE = 4096
 """Smallest number of elements of a tensor whose moments are quantized. The moments of smaller
-tensors, such as norms, are float32."""
+tensors are float32."""
 
 POINTS = 2**16
 """Number of equally spaced points from -1 to 1 to which a value is rounded before the nearest of
@@ -36,14 +38,16 @@ class Moment(NamedTuple):
     """A quantized moment of a parameter, or of a stack of parameters with the leading axes *S.
 
     Attributes:
-        codes: Indices of numbers, in the shape of the parameter.
+        codes: Indices of numbers, four per number, uint32 [*S, groups, 64 * blocks]. The lowest
+            bytes of the 64 numbers of a block are its first 64 codes. So the arrays of a moment
+            can be divided like the parameter, along each axis.
         absmax: Largest magnitude of each block, float32 [*S, groups, blocks]. A group is the
             smallest number of rows (slices along the first axis after *S) that fill whole blocks.
             If the rows do not fill whole groups, there is one group, and its last block is
             incomplete.
     """
 
-    codes: UInt8[Array, "..."]
+    codes: UInt32[Array, "*S groups words"]
     absmax: Float[Array, "*S groups blocks"]
 
 
@@ -96,8 +100,8 @@ def scale_by_adam_8bit(
         def one(grad: Array, mu: Moment | Array, nu: Moment | Array) -> tuple:
             # The order of the operands decides which product is rounded, where a multiplication and
             # an addition become one operation; it is the order of PyTorch's kernels.
-            new_mu = grad * (1 - b1) + _read(mu, signed=True) * b1
-            new_nu = (1 - b2) * grad * grad + _read(nu, signed=False) * b2
+            new_mu = grad * (1 - b1) + _read(mu, grad.shape, signed=True) * b1
+            new_nu = (1 - b2) * grad * grad + _read(nu, grad.shape, signed=False) * b2
             scaled = (new_mu / first) / (jnp.sqrt(new_nu) / second + eps)
             return scaled, _write(new_mu, mu, signed=True), _write(new_nu, nu, signed=False)
 
@@ -153,43 +157,64 @@ def _zeros(param: Array, axes: int) -> Moment | Array:
     row = size // shape[0]
     rows = math.lcm(row, BLOCK) // row
     groups = shape[0] // rows if shape[0] % rows == 0 else 1
-    absmax = jnp.zeros((*stack, groups, -(-size // (groups * BLOCK))), jnp.float32)
-    return Moment(jnp.zeros(param.shape, jnp.uint8), absmax)
+    blocks = -(-size // (groups * BLOCK))
+    codes = jnp.zeros((*stack, groups, blocks * BLOCK // 4), jnp.uint32)
+    return Moment(codes, jnp.zeros((*stack, groups, blocks), jnp.float32))
 
 
-def _read(moment: Moment | Array, *, signed: bool) -> Array:
+def _read(moment: Moment | Array, shape: tuple[int, ...], *, signed: bool) -> Array:
     """Returns the values of a moment, float32 in the shape of the parameter."""
     if not isinstance(moment, Moment):
         return moment
     codes, absmax = moment
-    values = jnp.asarray(numbers(signed=signed))[_in_blocks(codes, absmax)] * absmax[..., None]
-    return _from_blocks(values, codes.shape)
+    codes = _unpacked(codes.reshape(*absmax.shape, BLOCK // 4))
+    values = jnp.asarray(numbers(signed=signed))[codes] * absmax[..., None]
+    return _from_blocks(values, shape)
 
 
 def _write(values: Array, like: Moment | Array, *, signed: bool) -> Moment | Array:
     """Returns a moment with the given values, quantized in the form of `like`."""
     if not isinstance(like, Moment):
         return values
-    blocks = _in_blocks(values, like.absmax)
+    blocks = _in_blocks(values, like.absmax.shape)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     inverse = 1 / jnp.where(absmax == 0, 1, absmax)
     shares = jnp.clip(blocks * inverse[..., None], -1, 1)  # rounding may lead beyond 1
     point = jnp.floor((shares + 1) * ((POINTS - 1) / 2) + 0.5).astype(jnp.int32)
     codes = jnp.asarray(_codes_of_points(signed=signed))[point]
     codes = jnp.where((absmax == 0)[..., None], jnp.uint8(0), codes)
-    return Moment(_from_blocks(codes, values.shape), absmax)
+    return Moment(_packed(codes).reshape(like.codes.shape), absmax)
 
 
-def _in_blocks(x: Array, absmax: Array) -> Array:
-    """Returns the elements of x as [*absmax.shape, BLOCK]; the last block is filled with 0."""
-    tensors = x.reshape(*absmax.shape[:-2], -1)
-    missing = math.prod(absmax.shape[-2:]) * BLOCK - tensors.shape[-1]
-    padded = jnp.pad(tensors, [(0, 0)] * (tensors.ndim - 1) + [(0, missing)])
-    return padded.reshape(*absmax.shape, BLOCK)
+def _packed(codes: UInt8[Array, "*blocks 256"]) -> UInt32[Array, "*blocks 64"]:
+    """Packs four codes of a block into each number."""
+    parts = jnp.split(codes.astype(jnp.uint32), 4, axis=-1)
+    return functools.reduce(jnp.bitwise_or, (part << 8 * i for i, part in enumerate(parts)))
+
+
+def _unpacked(packed: UInt32[Array, "*blocks 64"]) -> UInt8[Array, "*blocks 256"]:
+    """Returns the codes that `_packed` packed."""
+    codes = jnp.concatenate([packed >> 8 * i & 255 for i in range(4)], axis=-1)
+    # Without the barrier, XLA:GPU would not compute the new moments again where their absmax is
+    # known, but keep all of them in float32.
+    return jax.lax.optimization_barrier(codes.astype(jnp.uint8))
+
+
+def _in_blocks(x: Array, shape: tuple[int, ...]) -> Array:
+    """Returns the elements of x as [*shape, BLOCK]; the last block is filled with 0.
+
+    If nothing is missing in the last block, each axis keeps its sharding.
+    """
+    if x.size < math.prod(shape) * BLOCK:
+        tensors = x.reshape(*shape[:-2], -1)
+        missing = math.prod(shape[-2:]) * BLOCK - tensors.shape[-1]
+        x = jnp.pad(tensors, [(0, 0)] * (tensors.ndim - 1) + [(0, missing)])
+    return x.reshape(*shape, BLOCK)
 
 
 def _from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
     """Returns the elements of blocks in their original shape, the inverse of `_in_blocks`."""
-    tensors = blocks.reshape(*blocks.shape[:-3], -1)
-    size = math.prod(shape) // math.prod(tensors.shape[:-1])
-    return tensors[..., :size].reshape(shape)
+    if blocks.size > math.prod(shape):
+        tensors = blocks.reshape(*blocks.shape[:-3], -1)
+        blocks = tensors[..., : math.prod(shape) // math.prod(tensors.shape[:-1])]
+    return blocks.reshape(shape)

@@ -239,7 +239,8 @@ def _update_slices(
 def _aligned_piece(shape: tuple[int, ...], moments: list[tuple[int, ...]]) -> tuple[int, ...]:
     """Returns the shape of the pieces in which a parameter is updated in host memory.
 
-    A moment of 8 bits has an array with fewer rows than the parameter, and no block may be divided.
+    The arrays of a moment of 8 bits may have fewer rows than the parameter, and no block may be
+    divided.
     """
     choices = piece_of(shape), (slice_size(shape), *shape[1:]), shape
     is_aligned = lambda piece: all(

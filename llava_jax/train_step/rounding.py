@@ -7,7 +7,6 @@ numbers with a probability that is the position between them. So the expected va
 """
 
 import zlib
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +44,11 @@ def stochastic_round(
         return x
     for data in (ROUNDING, zlib.crc32(path.encode())):
         key = jax.random.fold_in(key, data)
-    rows = first_row + jnp.arange(x[..., 0].size)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-    drawn = jax.vmap(partial(random_bits, count=x.shape[-1]))(keys).reshape(x.shape)
+    rows = first_row + jnp.arange(x[..., 0].size).reshape(x.shape[:-1])
+    draw = lambda row: random_bits(jax.random.fold_in(key, row), count=x.shape[-1])
+    for _ in rows.shape:  # each axis keeps its sharding, which it would lose if it were reshaped
+        draw = jax.vmap(draw)
+    drawn = draw(rows)
     # bfloat16 has the upper 16 bits of float32. A random number that is added to the lower 16 bits
     # carries over with the right probability, for both signs. Infinity has no lower bits.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + drawn.astype(jnp.uint32)

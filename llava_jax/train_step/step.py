@@ -58,16 +58,14 @@ def abstract_state(
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the train state.
 
-    A moment has the sharding of its parameter, and is float32. Counters are replicated on all
-    devices.
+    A moment is sharded like its parameter. Counters are replicated on all devices.
 
     Args:
         trainable: Shapes, dtypes and shardings of the trainable parameters.
         tx: Optimizer.
         mesh: Device mesh.
-        offload: Whether to keep the moments in host memory, or on the device, wherever their
-            parameters are. With `offload`, moments for which `fits_host` returns False stay in the
-            memory of their parameters.
+        offload: Whether to keep the moments in host memory, except arrays for which `fits_host`
+            returns False. All other moments are on the device, wherever their parameters are.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -77,10 +75,9 @@ def abstract_state(
             return struct(leaf, everywhere)
         (parameter,) = (key.key for key in path if getattr(key, "key", None) in trainable)
         sharding = _moment_sharding(leaf.shape, trainable[parameter])
-        if not offload:
-            return struct(leaf, NamedSharding(mesh, sharding.spec))
-        hosted = fits_host(leaf.shape, sharding)
-        return struct(leaf, sharding.with_memory_kind(PINNED_HOST) if hosted else sharding)
+        hosted = offload and fits_host(leaf.shape, sharding)
+        kind = PINNED_HOST if hosted else None
+        return struct(leaf, NamedSharding(mesh, sharding.spec, memory_kind=kind))
 
     wide = {path: leaf.update(dtype=jnp.float32) for path, leaf in trainable.items()}
     opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, wide))

@@ -24,6 +24,7 @@ from llava_jax.distributed.environment import GIB
 from llava_jax.errors import CheckpointError
 from llava_jax.planning import cache
 from llava_jax.planning.usage import REST, Usage
+from llava_jax.train_step.adamw_8bit import MIN_SIZE
 from llava_jax.training.checkpoints import Checkpoints
 from llava_jax.training.console import Reporter
 from llava_jax.training.inputs import Inputs
@@ -320,6 +321,23 @@ def test_a_start_that_failed_does_not_bind_the_next(
     assert_same_run(directory, undisturbed)
     measured = [(run / "evaluations.jsonl").read_text() for run in (directory, undisturbed)]
     assert measured[0] == measured[1]
+
+
+def test_a_run_of_little_state_continues_bit_for_bit(start):
+    """Moments of 8 bits, rounding at random and gradients of 16 bits."""
+    arguments = ["--tune.llm", "full", "--optimizer.name", "adamw_8bit"]
+    arguments += [f"--optimizer.{name}-dtype=bfloat16" for name in ("weight", "gradient")]
+    status, directory = start("little-state", *arguments)
+    assert status == 0
+    exported = directory / "model" / "model.safetensors"
+    before, model = metrics(directory), exported.read_bytes()
+    name = next(name for name in load_file(exported) if name.endswith("up_proj.weight"))
+    assert load_file(exported)[name].size >= MIN_SIZE  # so its moments have 8 bits
+    shutil.rmtree(directory / "checkpoints" / "4")
+    shutil.rmtree(directory / "model")
+    assert start("little-state", *arguments)[0] == 0
+    assert metrics(directory) == before
+    assert exported.read_bytes() == model
 
 
 class Killed(BaseException):

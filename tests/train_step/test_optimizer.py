@@ -134,11 +134,15 @@ def test_an_optimizer_on_the_host_is_optax_bit_for_bit():
         np.testing.assert_allclose(params[path], their_params[path], rtol=rtol)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("on_host", [False, True])
-def test_an_update_may_be_left_out(on_host: bool):
-    values = {"llm.layers.mlp.up_proj.weight": jnp.ones((4, 8, 4))}
-    tx = make_optimizer(OptimizerConfig(learning_rate=0.01, warmup_ratio=0.0), 10)
+def test_an_update_may_be_left_out(on_host: bool, name: str):
+    values = {"llm.layers.mlp.up_proj.weight": jnp.ones((4, 64, 96))}
+    tx = make_optimizer(OptimizerConfig(name, learning_rate=0.01, warmup_ratio=0.0), 10)
     state = tx.init(values)
+    if name == "adamw_8bit":
+        values = jax.tree.map(lambda x: x.astype(jnp.bfloat16), values)
+        assert "uint32" in {x.dtype.name for x in jax.tree.leaves(state)}
     if on_host:
         host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
         state = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else x, state)

@@ -1,9 +1,15 @@
 """Weights in bfloat16: rounded without bias, by numbers that depend on the position only."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_training import CONFIG, change, run
 
+from llava_jax.config import MeshConfig, TuneConfig
+from llava_jax.distributed.sharding import make_mesh
 from llava_jax.train_step.rounding import stochastic_round
 
 KEY = jax.random.key(3)
@@ -50,6 +56,30 @@ def test_pieces_are_rounded_as_the_whole():
         for j in range(0, 64, 16)
     ]
     np.testing.assert_array_equal(jnp.concatenate(pieces, axis=1).reshape(X.shape), rounded(X))
+
+
+def test_devices_round_their_own_part_of_the_whole():
+    """Each device draws only the numbers of its part."""
+    x = jax.random.normal(jax.random.key(1), (2, 64, 1024))
+    sharding = NamedSharding(
+        make_mesh(MeshConfig(fsdp=8), jax.devices()), PartitionSpec(None, "fsdp")
+    )
+    divided = jax.jit(rounded, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
+    assert divided.memory_analysis().temp_size_in_bytes < 4 * x.nbytes / 8
+    np.testing.assert_array_equal(divided(jax.device_put(x, sharding)), rounded(x))
+
+
+def test_devices_train_with_the_same_numbers():
+    """Other numbers would change the second loss by more than 1e-4."""
+    config = change(
+        dataclasses.replace(CONFIG, tune=TuneConfig("full", "frozen", "full")),
+        optimizer={"learning_rate": 1e-3, "weight_dtype": "bfloat16", "warmup_ratio": 0.0},
+    )
+    losses = [
+        [row["loss"] for row in run(change(config, mesh={"fsdp": devices}), devices)[0]]
+        for devices in (1, 8)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_steps_and_parameters_have_other_numbers():
