@@ -14,7 +14,7 @@ JAX. This module needs only JAX, NumPy, optax and jaxtyping.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,9 @@ class ScaleByAdam8bitState(NamedTuple):
         nu: Second moment of each parameter, a `Moment` or a float32 array.
     """
 
-    count: Any
-    mu: Any
-    nu: Any
+    count: PyTree
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_adam_8bit(
@@ -88,7 +88,7 @@ def scale_by_adam_8bit(
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None
+        updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, ScaleByAdam8bitState]:
         del params
         count = optax.safe_increment(state.count)
