@@ -105,7 +105,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise ConfigError(
             f"mesh: at most one axis may be -1, and all others must be at least 1; found {config}"
         )
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    sizes = [max(len(devices) // known, 1) if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         product = " x ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
         raise ConfigError(

@@ -138,7 +138,7 @@ def _describe_misfit(closest: Trial, devices: int, for_host: int, *, on_cpu: boo
         f"no plan fits into {room}; the closest plan is {closest.plan}; it needs {need}; use "
         + ("more host memory, or " if usage.host_headroom < 0 else "")
         + (f"at least {enough} such devices, or " if enough else "")
-        + "a smaller model, a smaller data.max_length or a smaller lora.rank"
+        + "a smaller model or a smaller data.max_length"
     )
 
 

@@ -281,8 +281,9 @@ def describe_trial(trial: Trial) -> str:
         verdict = f"{-usage.host_headroom / GIB:.2f} GiB too much for the host"
     seconds = f", {usage.forecast.seconds:.1f} s" if usage.forecast else ""
     needed, capacity = usage.device_needed / GIB, usage.capacity / GIB
+    host = (usage.host_needed + usage.pool_growth) / GIB
     pcie = f"PCIe {usage.pcie / GIB:.0f} GiB{seconds} per step"
     return (
         f"{trial.plan}: {needed:.2f} of {capacity:.2f} GiB per device, host "
-        f"{usage.host_needed / GIB:.2f} GiB, {pcie}: {verdict}"
+        f"{host:.2f} GiB, {pcie}: {verdict}"
     )

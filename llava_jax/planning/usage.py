@@ -152,7 +152,8 @@ def usage_table(usage: Usage) -> str:
     names = ("memory", "reserve for the runtime", "headroom")
     for name, size, text in zip(names, rest, on_host, strict=True):
         lines.append(f"{name:32}{size / GIB:11.2f}{text}")
-    lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB per optimizer step, in both directions")
+    if usage.forecast is None:  # a forecast has the copies of the compiled step
+        lines.append(f"PCIe: {usage.pcie / GIB:.1f} GiB per optimizer step, in both directions")
     flops = "not counted" if usage.flops is None else f"{usage.flops:.3e}"
     lines.append(f"FLOPs: {flops} per device and optimizer step, in matrix products")
     verdict = "fits" if usage.fits else "does not fit"
