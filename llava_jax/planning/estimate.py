@@ -27,7 +27,7 @@ from llava_jax.planning.search import Estimate, Plan
 from llava_jax.train_step.loss import CHUNK_TOKENS as LOSS_TOKENS
 from llava_jax.train_step.program import Program
 
-FIXED = 2**28
+FIXED = 180 * 2**20
 """Bytes of temporaries that do not depend on the batch, from compiled steps of 7B and 13B."""
 
 
@@ -143,8 +143,8 @@ def activation_bytes(
             inside += len(model.feature_layers)
         kept += positions * model.used_vision_layers * vision.hidden_size * inside
         tower *= 2  # the gradients
-    # With remat "full", the feed-forward layer computes a part of the tokens at a time.
-    working = tokens * (8 * width + (3 if remat == "full" else 7) * wide)
+    # With remat "full", the feed-forward layer computes few tokens at a time.
+    working = tokens * (11 * width if remat == "full" else 8 * width + 7 * wide)
     size = jnp.dtype(config.dtype).itemsize
     logits = 3 * 4 * rows * LOSS_TOKENS * llm.vocab_size
     # The vision tower computes all slots at a time, before and after the decoder.
