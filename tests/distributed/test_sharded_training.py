@@ -103,7 +103,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_a_mesh_of_another_size_than_the_machine_is_refused():
     with pytest.raises(ConfigError, match="12 devices, but there are 8"):
         make_mesh(MeshConfig(3, 4, 1))
-    with pytest.raises(ConfigError, match="sequence 64 .* needs 64 devices, but there are 8"):
+    with pytest.raises(ConfigError, match=r"sequence 64 .* needs 64 devices, but there are 8"):
         make_mesh(MeshConfig(sequence=64))
 
 
