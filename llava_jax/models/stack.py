@@ -267,8 +267,9 @@ def _recomputing(step: Callable[..., jax.Array], offload: bool) -> Callable[...,
         values, totals, inputs, rest = residuals
         depth = inputs.shape[0]
         first, others = _first_used(values, totals)
-        # The gradient sums that are needed first, those of the feed-forward layer.
-        early = {p: x for p, x in totals.items() if is_hosted(x) and ATTENTION not in p}
+        # The gradient sums that are needed first, those of the feed-forward layer, and small ones.
+        is_early = lambda path: ATTENTION not in path or is_adapter(f".{path[-1]}")
+        early = {p: x for p, x in totals.items() if is_hosted(x) and is_early(p)}
         if math.prod(inputs.shape[1:-1]) < EARLY_TOKENS:
             early = {}
         load = lambda done, _: fetch(layer_at(first, depth - 1 - done))
@@ -310,10 +311,12 @@ ATTENTION = "self_attn"
 def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
     """Divides the parameters of a stack into those that are copied ahead, and all others.
 
-    The attention weights are copied ahead if they are frozen and in host memory. Float32 weights
-    that are trained would take twice the memory, and their computation takes longer.
+    The attention weights in host memory are copied ahead if they are frozen, and so are their
+    adapters. Float32 weights that are fully trained would take twice the memory, and their
+    computation takes longer.
     """
-    is_ahead = lambda path: ATTENTION in path and path not in totals
+    is_small = lambda path: path not in totals or is_adapter(f".{path[-1]}")
+    is_ahead = lambda path: ATTENTION in path and is_small(path)
     on_host = lambda x: any(map(is_hosted, jax.tree.leaves(x)))  # a quantized weight is a tree
     first = {path: x for path, x in values.items() if is_ahead(path) and on_host(x)}
     return first, {path: x for path, x in values.items() if path not in first}
@@ -322,15 +325,19 @@ def _first_used(values: Leaves, totals: Leaves) -> tuple[Leaves, Leaves]:
 def _narrow(block: Leaves, x: jax.Array) -> Leaves:
     """Casts the matrices of a block to the dtype of its products, that of x, except adapters.
 
-    The barrier prevents XLA from keeping the float32 matrices too, to cast them again in the
-    backward pass.
+    The barriers prevent XLA from keeping the float32 matrices too, to cast them again in the
+    backward pass. Each matrix has its own, so that none waits for the copies of the others.
     """
-    wide = {
-        path: leaf.astype(x.dtype)
+    is_wide = lambda path, leaf: (
+        isinstance(leaf, jax.Array)
+        and leaf.ndim > 1
+        and leaf.dtype != x.dtype
+        and not is_adapter(f".{path[-1]}")
+    )
+    return {
+        path: jax.lax.optimization_barrier(leaf.astype(x.dtype)) if is_wide(path, leaf) else leaf
         for path, leaf in block.items()
-        if isinstance(leaf, jax.Array) and leaf.ndim > 1 and not is_adapter(f".{path[-1]}")
     }
-    return block | jax.lax.optimization_barrier(wide)
 
 
 def _indices(values: Leaves) -> PyTree:
