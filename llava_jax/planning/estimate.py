@@ -72,6 +72,8 @@ def make_estimator(
         # The update loads pieces of float32 weights ahead; see `host_memory.piece_of`.
         hosted = memory.offload_optimizer and config.tune.llm == "full"
         ahead = 2 * 4 * matrix // (PARTS if count == 1 else count) if hosted else 0
+        # In compiled steps, float32 gradients of the blocks take as much as two matrices.
+        summed = 2 * 4 * matrix if config.tune.llm == "full" else 0
         micros = math.ceil(config.batch.global_size / data_parallel_size(mesh) / plan.micro_size)
         rows = config.batch.global_size / count
         products = rows * model_flops(planned, model, full_row(planned, slots))
@@ -90,6 +92,7 @@ def make_estimator(
             + layer
             + gathered
             + ahead
+            + summed
             + FIXED,
             host_total=sum(host.values())
             + tree_bytes(batch, on_host=True)
