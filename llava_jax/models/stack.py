@@ -328,14 +328,16 @@ def _narrow(block: Leaves, x: jax.Array) -> Leaves:
     The barriers prevent XLA from keeping the float32 matrices too, to cast them again in the
     backward pass. Each matrix has its own, so that none waits for the copies of the others.
     """
-
-    def narrow(path: tuple[Any, ...], leaf: Any) -> Any:
-        is_matrix = isinstance(leaf, jax.Array) and leaf.ndim > 1
-        if not is_matrix or leaf.dtype == x.dtype or is_adapter(f".{path[-1]}"):
-            return leaf
-        return jax.lax.optimization_barrier(leaf.astype(x.dtype))
-
-    return {path: narrow(path, leaf) for path, leaf in block.items()}
+    narrow = dict(block)
+    for path, leaf in block.items():
+        if (
+            isinstance(leaf, jax.Array)
+            and leaf.ndim > 1
+            and leaf.dtype != x.dtype
+            and not is_adapter(f".{path[-1]}")
+        ):
+            narrow[path] = jax.lax.optimization_barrier(leaf.astype(x.dtype))
+    return narrow
 
 
 def _indices(values: Leaves) -> PyTree:

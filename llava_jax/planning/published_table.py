@@ -114,8 +114,8 @@ ROWS = (
     Row("7B QLoRA, streamed", "7b_qlora", "v5e", 1, 1, STREAMED, 3.0, 8.0),
     Row("7B full, optimizer on host", "7b_full", "v5e", 8, 1, OPTIMIZER, 8.0, 10.0),
     Row("NeXT-7B LoRA, streamed", "next_7b_task_lora", "v5e", 1, 1, STREAMED, 4.5, 18.5),
-    Row("OneVision-7B LoRA, streamed", "onevision_7b_task_lora", "v5e", 1, 1, STREAMED, 11.5,
-        22.0),
+    Row("OneVision-7B LoRA, streamed", "onevision_7b_task_lora", "v5e", 1, 1, STREAMED, 7.0,
+        24.0),
 )  # fmt: skip
 
 FORECAST = ("rtx3090", "rtx4090", "h100")
