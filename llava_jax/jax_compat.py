@@ -340,8 +340,7 @@ _TOO_LARGE = re.compile(r"([\d.]+)([KMGT])(?:\) exceeds available HBM| of [\d.]+
 def bytes_of_too_large(message: str) -> int | None:
     """Returns the number of bytes that a program needs, from an error of the TPU compiler.
 
-    The compiler raises this error if the program needs more memory than the TPU has. Older versions
-    of libtpu use the second form of the pattern. For other errors, the result is None.
+    Older versions of libtpu use the second form of the pattern. Other errors give None.
     """
     found = _TOO_LARGE.search(message)
     return found and int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
@@ -390,6 +389,9 @@ def readable_in_place(array: "jax.Array") -> "jax.Array":
 
 # The text of compiled modules -------------------------------------------------------------------
 
+DUMP_TO, DUMP_OPTIONS = "xla_dump_to", {"xla_dump_hlo_as_text": True}
+"""Option whose value is a folder, and options with which XLA writes text files there."""
+
 COPY_ENGINE = "dynamic_slice_config"
 """Part of the text of a slice that the GPU's copy engine copies; see `STREAMING_OPTIONS`."""
 
@@ -418,13 +420,10 @@ _LOOP_BOUND = re.compile(r'bounded_loop_(\d+)_iterations\)*/while"')
 
 
 def loop_bound(attributes: str) -> int | None:
-    """Returns the maximum number of iterations that `bounded_loop` gave to a compiled loop.
+    """Returns the maximum number of iterations that `bounded_loop` gave to a loop; None if none.
 
     Args:
         attributes: Attributes of the loop's instruction, from the text of the compiled module.
-
-    Returns:
-        The number, or None if the loop was not traced in `bounded_loop`.
     """
     found = _LOOP_BOUND.search(attributes)
     return found and int(found[1])

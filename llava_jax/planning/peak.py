@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.jax_compat import Options
+from llava_jax.jax_compat import DUMP_OPTIONS, DUMP_TO, Options
 
 ASSIGNMENT, LIVE_RANGES = "*-buffer-assignment.txt", "*-live-range.txt"
 """Names of the files: the buffer of each array in memory, and the time in which each is needed."""
@@ -40,7 +40,7 @@ class LargeArray:
 
 def dump_options(folder: Path) -> Options:
     """Returns the compiler options with which XLA writes the files to a folder."""
-    return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    return {DUMP_TO: str(folder), **DUMP_OPTIONS}
 
 
 def largest_arrays(folder: Path, text: str, count: int = 10) -> tuple[LargeArray, ...]:

@@ -114,11 +114,12 @@ def test_a_plan_changes_no_number(plan: str, name: str, fsdp: int, resident: Cal
     if name == "small":
         # A difference in the last bit changes a code of a moment or the rounding of a weight now
         # and then. Other random numbers would change half of the roundings: with another seed for
-        # them, losses differ by more than 1e-3.
+        # them, losses differ by more than 1e-3, and norms of gradients by more than 1e-2.
         limit = 1e-4
     for column in ("loss", "grad_norm", "learning_rate"):
         values = [np.array([row[column] for row in table]) for table in (rows, expected)]
-        np.testing.assert_allclose(*values, rtol=limit)
+        is_noisy = name == "small" and column == "grad_norm"
+        np.testing.assert_allclose(*values, rtol=10 * limit if is_noisy else limit)
     memory = PLANS[plan]
     in_full = name in ("full", "family", "small")
     streams = memory.stream_weights or (memory.offload_vocabulary and in_full)

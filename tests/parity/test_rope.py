@@ -43,7 +43,7 @@ def forget(model: LlavaForConditionalGeneration) -> None:
         model(input_ids=torch.ones((1, 1), dtype=torch.long))
 
 
-@pytest.mark.parity("models", "transformers")
+@pytest.mark.parity("checkpoints", "transformers")
 @pytest.mark.parametrize(("family", "scaling"), CASES)
 def test_packed_samples_are_each_computed_as_by_transformers_alone(
     family: str,
